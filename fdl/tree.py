@@ -1,0 +1,435 @@
+"""Trees: nested dicts, lists, tuples and NamedTuples of tensors, on torch's own pytree.
+
+Every leaf has a dotted path, `conv.0.weight`, the name `state_dict()` would give it:
+
+>>> params = {"fc": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}
+>>> list(flatten_dict(params))
+['fc.weight', 'fc.bias']
+
+Trees are matched by key, never by the order in which a dict was filled. `None` is a leaf.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+Tree = Any
+Where = str | Sequence[str] | Callable[[str, Any], bool]
+
+__all__ = [
+    "Tree",
+    "Where",
+    "allclose",
+    "cast",
+    "diff",
+    "flatten_dict",
+    "leaves",
+    "map",
+    "merge",
+    "partition",
+    "size",
+    "stack",
+    "summary",
+    "to",
+    "unflatten_dict",
+    "unstack",
+]
+
+
+def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `f` to each leaf of `tree`, with the leaves of `rest` at the same paths.
+
+    The result has the structure of `tree`, key order included.
+
+    Raises:
+        ValueError: a tree of `rest` has another structure; every differing path is listed.
+
+    >>> map(lambda p, g: p - 0.1 * g, {"w": 1.0, "b": 2.0}, {"b": 10.0, "w": 20.0})
+    {'w': -1.0, 'b': 1.0}
+    """
+    first, spec = pytree.tree_flatten(tree)
+    columns = [match(tree, other, "tree.map") for other in rest]
+    return pytree.tree_unflatten([f(*row) for row in zip(first, *columns, strict=True)], spec)
+
+
+def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
+    """List the leaves of `tree` in the order of `like`, whose structure it must have.
+
+    Raises:
+        ValueError: the structures differ; the text starts with `caller` and lists every path.
+
+    >>> match({"w": 0, "b": 0}, {"b": 1, "w": 2}, "here")
+    [2, 1]
+    """
+    spec = pytree.tree_structure(like)
+    try:
+        subtrees = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(_mismatch(caller, like, tree)) from error
+    # flatten_up_to stops at the leaves of `like`; below them there must be nothing more.
+    if any(not pytree.tree_is_leaf(subtree) for subtree in subtrees):
+        raise ValueError(_mismatch(caller, like, tree))
+    return subtrees
+
+
+def _mismatch(caller: str, like: Tree, tree: Tree) -> str:
+    expected, got = _describe(like), _describe(tree)
+    lines = [f"{p}: missing (expected {expected[p]})" for p in expected if p not in got]
+    lines += [f"{p}: unexpected (got {got[p]})" for p in got if p not in expected]
+    lines = lines or ["a container is of another type (list, tuple, dict or NamedTuple)"]
+    return f"{caller}: the trees have different structures:\n  " + "\n  ".join(sorted(lines))
+
+
+def _describe(tree: Tree) -> dict[str, str]:
+    return {path: _signature(leaf) for path, leaf in flatten_dict(tree).items()}
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """List the leaves, depth first, dicts in their own order.
+
+    >>> leaves({"a": [1, 2], "b": (3, {})})
+    [1, 2, 3]
+    """
+    return pytree.tree_leaves(tree)
+
+
+def flatten_dict(tree: Tree) -> dict[str, Any]:
+    """Map each leaf's dotted path to the leaf; a tree that is one leaf has the path `''`.
+
+    Raises:
+        ValueError: a dict key holds a dot, so that its path would be ambiguous.
+        TypeError: a dict key is not a string.
+
+    >>> flatten_dict({"conv": [{"weight": 1}, 2]})
+    {'conv.0.weight': 1, 'conv.1': 2}
+    """
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return {dotted(entries): leaf for entries, leaf in pairs}
+
+
+def dotted(entries: Sequence[Any]) -> str:
+    """Write torch's key path as a dotted one.
+
+    >>> dotted([pytree.MappingKey("conv"), pytree.SequenceKey(0)])
+    'conv.0'
+    """
+    return ".".join(_part(entry) for entry in entries)
+
+
+def _part(entry: Any) -> str:
+    if isinstance(entry, pytree.SequenceKey):
+        return str(entry.idx)
+    if isinstance(entry, pytree.GetAttrKey):
+        return entry.name
+    key = entry.key
+    if not isinstance(key, str):
+        raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
+    if "." in key:
+        raise ValueError(
+            f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
+        )
+    return key
+
+
+def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
+    """Rebuild a tree from dotted paths: nested dicts, or the structure of `like` if given.
+
+    Raises:
+        ValueError: the paths are not those of `like` (each is listed), or one path is both a
+            leaf and a branch.
+
+    >>> unflatten_dict({"fc.0.weight": 1, "fc.0.bias": 2})
+    {'fc': {'0': {'weight': 1, 'bias': 2}}}
+    >>> unflatten_dict({"1": "b", "0": "a"}, like=[0, 0])
+    ['a', 'b']
+    """
+    if like is not None:
+        wanted = flatten_dict(like)
+        lines = [f"{path}: missing" for path in wanted.keys() - flat.keys()]
+        lines += [f"{path}: unexpected" for path in flat.keys() - wanted.keys()]
+        if lines:
+            raise ValueError(
+                "tree.unflatten_dict: the paths are not those of `like`:\n  "
+                + "\n  ".join(sorted(lines))
+            )
+        return pytree.tree_unflatten([flat[path] for path in wanted], pytree.tree_structure(like))
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *branches, last = path.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(f"tree.unflatten_dict: {path!r} meets another leaf on its way")
+        node[last] = leaf
+    return tree
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stack trees of one structure leaf by leaf along a new first axis, as `vmap` wants them.
+
+    Raises:
+        ValueError: no trees, or one differs in structure, shape or dtype from the first.
+
+    >>> stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
+    torch.Size([2, 3])
+    """
+    if not trees:
+        raise ValueError("tree.stack: needs at least one tree, got none")
+    for index, other in enumerate(trees[1:], start=1):
+        lines = diff(trees[0], other, values=False)
+        if lines:
+            raise ValueError(
+                f"tree.stack: tree {index} differs from tree 0:\n  " + "\n  ".join(lines)
+            )
+    return map(lambda *rows: torch.stack(rows), *trees)
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """Split along the first axis of every leaf: the inverse of `stack`.
+
+    Raises:
+        ValueError: no leaves, a 0-d leaf, or first axes of different lengths.
+
+    >>> unstack({"w": torch.arange(2)})
+    [{'w': tensor(0)}, {'w': tensor(1)}]
+    """
+    flat = flatten_dict(tree)
+    lengths = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in flat.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise ValueError(f"tree.unstack: leaves need one common first axis, got {lengths}")
+    (length,) = set(lengths.values())
+    return [map(lambda leaf, i=i: leaf[i], tree) for i in range(length or 0)]
+
+
+def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
+    """Say for each path whether `where` selects it: a glob, several globs, or `(path, leaf)`.
+
+    In a glob `*` also crosses dots: `*.bias`, `conv.*`.
+
+    Raises:
+        ValueError: a glob matches no path, which is a misspelling more often than a wish.
+
+    >>> select({"fc": {"weight": 0, "bias": 0}}, "*.bias", "here")
+    {'fc.weight': False, 'fc.bias': True}
+    """
+    flat = flatten_dict(tree)
+    if callable(where):
+        return {path: bool(where(path, leaf)) for path, leaf in flat.items()}
+    globs = [where] if isinstance(where, str) else list(where)
+    for glob in globs:
+        if not any(fnmatchcase(path, glob) for path in flat):
+            raise ValueError(f"{caller}: {glob!r} matches no path; there are {list(flat)}")
+    return {path: any(fnmatchcase(path, glob) for glob in globs) for path in flat}
+
+
+def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
+    """Split a tree into the leaves that `where` selects and the rest; `merge` undoes it.
+
+    Both parts keep every container; where a leaf is absent a dict lacks the key, a list or
+    tuple holds `()`. Differentiate with respect to one part and close over the other:
+
+    >>> params = {"body": {"weight": 1.0}, "head": {"weight": 2.0}}
+    >>> head, frozen = partition(params, "head.*")
+    >>> head, frozen
+    ({'body': {}, 'head': {'weight': 2.0}}, {'body': {'weight': 1.0}, 'head': {}})
+    >>> merge(head, frozen) == params
+    True
+
+    Args:
+        tree: any tree.
+        where: a glob on dotted paths, several, or a predicate `(path, leaf) -> bool`.
+
+    Raises:
+        ValueError: a glob matches no path.
+    """
+    chosen = select(tree, where, "tree.partition")
+    return (
+        _keep(tree, "", lambda path: chosen[path]),
+        _keep(tree, "", lambda path: not chosen[path]),
+    )
+
+
+def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
+    """Copy the containers and the kept leaves; `()` stands for a leaf that goes."""
+    if pytree.tree_is_leaf(tree):
+        return tree if keep(path) else ()
+    children = {
+        name: _keep(child, f"{path}.{name}" if path else name, keep)
+        for name, child in _children(tree).items()
+    }
+    if isinstance(tree, dict):
+        return {
+            name: child
+            for name, child in children.items()
+            if not (pytree.tree_is_leaf(tree[name]) and child == () and isinstance(child, tuple))
+        }
+    return _rebuild(tree, list(children.values()))
+
+
+def _children(tree: Tree) -> dict[str, Tree]:
+    if isinstance(tree, dict):
+        return tree
+    if hasattr(tree, "_fields"):
+        return tree._asdict()
+    if isinstance(tree, (list, tuple)):
+        return {str(i): child for i, child in enumerate(tree)}
+    raise TypeError(
+        f"tree: partition and merge take dicts, lists, tuples and NamedTuples, got {type(tree)}"
+    )
+
+
+def _rebuild(tree: Tree, children: list[Tree]) -> Tree:
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+
+
+def merge(*trees: Tree) -> Tree:
+    """Unite trees whose leaves lie at different paths; the inverse of `partition`.
+
+    Raises:
+        ValueError: two trees have a leaf at one path, or containers of different types there.
+
+    >>> merge({"a": 1}, {"b": {"c": 2}}, {"b": {"d": 3}})
+    {'a': 1, 'b': {'c': 2, 'd': 3}}
+    """
+    if not trees:
+        raise ValueError("tree.merge: needs at least one tree, got none")
+    merged = trees[0]
+    for other in trees[1:]:
+        merged = _merge(merged, other, "")
+    return merged
+
+
+def _is_hole(tree: Tree) -> bool:
+    return isinstance(tree, tuple) and not hasattr(tree, "_fields") and tree == ()
+
+
+def _merge(a: Tree, b: Tree, path: str) -> Tree:
+    if _is_hole(a):
+        return b
+    if _is_hole(b):
+        return a
+    if pytree.tree_is_leaf(a) or pytree.tree_is_leaf(b):
+        raise ValueError(f"tree.merge: both trees have something at {path!r}")
+    if type(a) is not type(b) or (not isinstance(a, dict) and len(a) != len(b)):
+        raise ValueError(
+            f"tree.merge: at {path!r} one tree has {type(a).__name__}[{len(a)}], "
+            f"another {type(b).__name__}[{len(b)}]"
+        )
+    one, two = _children(a), _children(b)
+    children = {
+        name: _merge(one.get(name, ()), two.get(name, ()), f"{path}.{name}" if path else name)
+        for name in one | two
+    }
+    return children if isinstance(a, dict) else _rebuild(a, list(children.values()))
+
+
+def to(tree: Tree, device: torch.device | str) -> Tree:
+    """Move every tensor to `device`.
+
+    >>> to({"w": torch.zeros(2)}, "cpu")["w"].device
+    device(type='cpu')
+    """
+    return map(lambda leaf: leaf.to(device), tree)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Cast the floating tensors to `dtype`; integers, bools (keys, counts, masks) stay.
+
+    >>> cast({"w": torch.zeros(1), "step": torch.tensor(3)}, torch.float64)
+    {'w': tensor([0.], dtype=torch.float64), 'step': tensor(3)}
+    """
+    return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
+
+
+def size(tree: Tree) -> int:
+    """Count the elements of all tensors.
+
+    >>> size({"weight": torch.zeros(10, 784), "bias": torch.zeros(10)})
+    7850
+    """
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def summary(tree: Tree) -> str:
+    """Tabulate path, shape, dtype, count and bytes of every leaf, with totals, as aligned text.
+
+    >>> print(summary({"fc": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}))
+    path       shape   dtype    count  bytes
+    fc.weight  [2, 3]  float32      6     24
+    fc.bias    [2]     float32      2      8
+    total                           8     32
+    """
+    rows = [
+        (path, str(list(leaf.shape)), _dtype(leaf), leaf.numel(), leaf.nbytes)
+        for path, leaf in flatten_dict(tree).items()
+    ]
+    total = ("total", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
+    texts = [("path", "shape", "dtype", "count", "bytes")]
+    texts += [(p, s, d, f"{count:,}", f"{nbytes:,}") for p, s, d, count, nbytes in [*rows, total]]
+    widths = [max(len(text[i]) for text in texts) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(text, widths, strict=True))
+        )
+        for text in texts
+    )
+
+
+def _dtype(leaf: Tensor) -> str:
+    return str(leaf.dtype).removeprefix("torch.")
+
+
+def _signature(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{_dtype(leaf)}{list(leaf.shape)}"
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def diff(
+    a: Tree, b: Tree, *, rtol: float = 0.0, atol: float = 0.0, values: bool = True
+) -> list[str]:
+    """List the paths at which two trees differ in presence, shape, dtype or value.
+
+    Args:
+        a: the expected tree.
+        b: the tree that came.
+        rtol: relative tolerance of values, as in `torch.isclose`; NaN equals NaN.
+        atol: absolute tolerance of values.
+        values: compare values; without, presence, shape and dtype alone.
+
+    >>> diff({"w": torch.zeros(2), "b": torch.zeros(1)}, {"w": torch.ones(2)})
+    ['b: expected float32[1], got nothing', 'w: 2 of 2 values differ, by at most 1']
+    """
+    one, two = flatten_dict(a), flatten_dict(b)
+    lines = []
+    for path in sorted(one.keys() | two.keys()):
+        expected = _signature(one[path]) if path in one else "nothing"
+        got = _signature(two[path]) if path in two else "nothing"
+        if expected != got:
+            lines.append(f"{path}: expected {expected}, got {got}")
+        elif values and isinstance(one[path], Tensor):
+            x, y = one[path], two[path].to(one[path].device)
+            far = ~torch.isclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
+            if far.any():
+                gap = (x.double() - y.double()).abs().max().item()
+                lines.append(
+                    f"{path}: {int(far.sum())} of {x.numel()} values differ, by at most {gap:.3g}"
+                )
+    return lines
+
+
+def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+    """Say whether two trees have the same paths, shapes, dtypes and, within tolerance, values.
+
+    >>> allclose({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-9})
+    True
+    """
+    return not diff(a, b, rtol=rtol, atol=atol)
