@@ -1,0 +1,313 @@
+"""The arithmetic under ``fdl.random`` (Threefry, words to floats, erfinv) and its checks."""
+
+import math
+from collections.abc import Container, Sequence
+
+import torch
+from torch import Tensor
+
+# torch's unsigned types lack most operations, so a 32-bit word lives in the low half of an int64,
+# and a 64-bit word is an int64 read as unsigned.
+MASK = 0xFFFFFFFF
+INT64 = torch.iinfo(torch.int64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# For each float type: random bits used for one draw, and how many the mantissa keeps (as in JAX).
+FLOATS = {
+    torch.bfloat16: (8, 7),
+    torch.float16: (16, 10),
+    torch.float32: (32, 23),
+    torch.float64: (64, 52),
+}
+
+
+def threefry2x32(
+    k0: Tensor, k1: Tensor, x0: int | Tensor, x1: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Encrypt the counter (x0, x1) under the key (k0, k1): five times four rounds, then a key."""
+    schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
+    # Sums are masked where they get shifted, and otherwise left to grow: their low half is right.
+    a, b = k0 + x0, (k1 + x1) & MASK
+    for i in range(5):
+        for r in (17, 29, 16, 24) if i % 2 else (13, 15, 26, 6):
+            a = a + b
+            b = (a ^ (b << r | b >> (32 - r))) & MASK
+        a = a + schedule[(i + 1) % 3]
+        b = (b + schedule[(i + 2) % 3] + (i + 1)) & MASK
+    return a & MASK, b
+
+
+def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Encrypt each position's index in row-major order, as a 64-bit counter."""
+    index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
+    return threefry2x32(key[0], key[1], index >> 32, index & MASK)
+
+
+def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
+    """Draw 32-bit words, or 64-bit ones whose highest bit is the sign."""
+    high, low = encrypted_counters(key, shape)
+    return (high << 32) | low if width == 64 else high ^ low
+
+
+def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw integers as wide as the mantissa of ``dtype``, int64."""
+    width, mantissa = FLOATS[dtype]
+    return (words(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Widen 16-bit floats, where compilers round between operations or not as they please."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw from [0, 1), exact in ``dtype``, given in its working dtype."""
+    draws = mantissas(key, shape, dtype)
+    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+
+
+def uniform(
+    key: Tensor,
+    shape: tuple[int, ...],
+    low: float | Tensor,
+    high: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw from [low, high) in the working dtype of ``dtype``."""
+    working = working_dtype(dtype)
+    low, high = cast(low, working, key), cast(high, working, key)
+    return torch.maximum(low, unit(key, shape, dtype) * (high - low) + low)
+
+
+def cast(value: float | Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
+    """Turn a number or a tensor into a tensor of ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return torch.full((), value, dtype=dtype, device=key.device)
+
+
+def remainder(a: Tensor, n: Tensor) -> Tensor:
+    """Unsigned a mod n of 64-bit words held in int64, where n = 0 leaves a (as XLA does)."""
+    # Below 2**63, halving `a` gives a quotient that is right or one too small; from there on
+    # (a negative n) the quotient is 0 or 1. Either way one subtraction is left to do.
+    positive = torch.where(n > 0, n, 1)
+    quotient = torch.where(n > 0, ((a >> 1) & INT64.max) // positive << 1, 0)
+    rest = a - quotient * n
+    unsigned_at_least = (rest ^ INT64.min) >= (n ^ INT64.min)
+    return torch.where(unsigned_at_least & (n != 0), rest - n, rest)
+
+
+# Pieces of erfinv(x) / x as polynomials in w = -log(1 - x²), from M. Giles, "Approximating the
+# erfinv function" (GPU Computing Gems, 2011), as XLA has them: below which w a piece holds, what is
+# subtracted from w (the first piece) or sqrt(w) (the others), coefficients from the highest power.
+# fmt: off
+_GILES = {
+    torch.float32: (
+        (5.0, 2.5, (
+            2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
+            -0.00125372503, -0.00417768164, 0.246640727, 1.50140941)),
+        (math.inf, 3.0, (
+            -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
+            -0.0076224613, 0.00943887047, 1.00167406, 2.83297682)),
+    ),
+    torch.float64: (
+        (6.25, 3.125, (
+            -3.6444120640178196996e-21, -1.685059138182016589e-19, 1.2858480715256400167e-18,
+            1.115787767802518096e-17, -1.333171662854620906e-16, 2.0972767875968561637e-17,
+            6.6376381343583238325e-15, -4.0545662729752068639e-14, -8.1519341976054721522e-14,
+            2.6335093153082322977e-12, -1.2975133253453532498e-11, -5.4154120542946279317e-11,
+            1.051212273321532285e-09, -4.1126339803469836976e-09, -2.9070369957882005086e-08,
+            4.2347877827932403518e-07, -1.3654692000834678645e-06, -1.3882523362786468719e-05,
+            0.0001867342080340571352, -0.00074070253416626697512, -0.0060336708714301490533,
+            0.24015818242558961693, 1.6536545626831027356)),
+        (16.0, 3.25, (
+            2.2137376921775787049e-09, 9.0756561938885390979e-08, -2.7517406297064545428e-07,
+            1.8239629214389227755e-08, 1.5027403968909827627e-06, -4.013867526981545969e-06,
+            2.9234449089955446044e-06, 1.2475304481671778723e-05, -4.7318229009055733981e-05,
+            6.8284851459573175448e-05, 2.4031110387097893999e-05, -0.0003550375203628474796,
+            0.00095328937973738049703, -0.0016882755560235047313, 0.0024914420961078508066,
+            -0.0037512085075692412107, 0.005370914553590063617, 1.0052589676941592334,
+            3.0838856104922207635)),
+        (math.inf, 5.0, (
+            -2.7109920616438573243e-11, -2.5556418169965252055e-10, 1.5076572693500548083e-09,
+            -3.7894654401267369937e-09, 7.6157012080783393804e-09, -1.4960026627149240478e-08,
+            2.9147953450901080826e-08, -6.7711997758452339498e-08, 2.2900482228026654717e-07,
+            -9.9298272942317002539e-07, 4.5260625972231537039e-06, -1.9681778105531670567e-05,
+            7.5995277030017761139e-05, -0.00021503011930044477347, -0.00013871931833623122026,
+            1.0103004648645343977, 4.8499064014085844221)),
+    ),
+}
+# fmt: on
+
+
+def erfinv(x: Tensor) -> Tensor:
+    """Invert erf on [-1, 1], in float32 or float64; ±1 give the largest finite result.
+
+    ``torch.erfinv`` differs from XLA's by 90 units in the last place of float32, and in float64
+    between eager and compiled by far more.
+    """
+    # The clamp changes no square of a number inside (-1, 1). It keeps ±1 finite and, standing
+    # between the product and log1p's sum, keeps compilers from fusing the two: in the tails the
+    # rounding of x² decides the last digits of the result.
+    square = (x * x).clamp(max=1 - torch.finfo(x.dtype).eps / 2)
+    w = -torch.log1p(-square)
+    (limit, centre, coefficients), *others = _GILES[x.dtype]
+    ratio = _horner(coefficients, w - centre)
+    for next_limit, centre, coefficients in others:
+        # Below its range the piece is not used: the clamp spares the gradient the root of 0.
+        root = torch.sqrt(w.clamp(min=limit))
+        ratio = torch.where(w < limit, ratio, _horner(coefficients, root - centre))
+        limit = next_limit
+    return ratio * x
+
+
+def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
+    """Evaluate a polynomial, highest power first."""
+    total = torch.full_like(t, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * t + coefficient
+    return total
+
+
+# ----------------------------------------------------------------------------------- the checks
+# They read structure, shape, dtype and Python numbers, never values of tensors: they are traced.
+
+
+def describe(x: object) -> str:
+    """Say what came, for an error message."""
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+    return f"{x!r} ({type(x).__name__})"
+
+
+def check_key(caller: str, key: Tensor) -> None:
+    """Refuse what is no key, naming the likely slip."""
+    expected = f"{caller}: `key` expected a key, an int64 tensor of shape (2,), got {describe(key)}"
+    if isinstance(key, int):
+        raise TypeError(f"{expected}; make a key from a seed with random.key({key})")
+    if not isinstance(key, Tensor) or key.dtype != torch.int64:
+        raise TypeError(f"{expected}; make one with random.key(seed)")
+    if key.shape != (2,):
+        hint = "use torch.vmap to draw with a batch of keys" if key.ndim > 1 else "see random.key"
+        raise ValueError(f"{expected}; {hint}")
+
+
+def check_count(caller: str, name: str, n: int) -> None:
+    """Refuse what is no non-negative int."""
+    if not isinstance(n, int):
+        raise TypeError(f"{caller}: `{name}` expected a non-negative int, got {describe(n)}")
+    if n < 0:
+        raise ValueError(f"{caller}: `{name}` must not be negative, got {n}")
+
+
+def check_shape(caller: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Refuse what is no shape; give it back as a tuple."""
+    if not isinstance(shape, tuple | list):
+        raise TypeError(
+            f"{caller}: `shape` expected a tuple of ints, got {describe(shape)}; "
+            "a vector of n is shape=(n,)"
+        )
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{caller}: `shape` must not have negative sizes, got {tuple(shape)}")
+    return tuple(shape)
+
+
+def check_dtype(
+    caller: str, dtype: torch.dtype, allowed: Container[torch.dtype], name: str = "dtype"
+) -> None:
+    """Refuse a dtype that the caller cannot draw."""
+    if dtype not in allowed:
+        kinds = "int64, int32, int16, int8 or uint8"
+        if allowed is FLOATS:
+            kinds = "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{caller}: `{name}` expected {kinds}, got {dtype!r}")
+
+
+def check_broadcast(caller: str, name: str, value: object, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that does not broadcast to exactly ``shape``."""
+    if not isinstance(value, Tensor):
+        return
+    sizes = tuple(value.shape)
+    padded = (1,) * (len(shape) - len(sizes)) + sizes
+    if len(padded) != len(shape) or any(
+        mine not in (1, theirs) for mine, theirs in zip(padded, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{caller}: `{name}` of shape {sizes} does not broadcast to shape={shape}; "
+            "pass a shape that ends in the parameter's"
+        )
+
+
+def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) -> None:
+    """Refuse a lower and an upper bound that are no numbers, out of order, or of a wrong shape."""
+    for name, bound in bounds.items():
+        if not isinstance(bound, int | float | Tensor):
+            raise TypeError(f"{caller}: `{name}` expected a number, got {describe(bound)}")
+        check_broadcast(caller, name, bound, shape)
+    (low_name, low), (high_name, high) = bounds.items()
+    if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
+        raise ValueError(
+            f"{caller}: `{low_name}` must be below `{high_name}`, got {low!r} and {high!r}"
+        )
+
+
+def inclusive_bound(
+    name: str, value: int | Tensor, excess: int, dtype: torch.dtype
+) -> int | Tensor:
+    """Check a bound of ``randint`` that exceeds the value meant by ``excess``; give that value.
+
+    An int outside ``dtype`` is refused, a tensor is clipped.
+    """
+    least, most = torch.iinfo(dtype).min + excess, torch.iinfo(dtype).max + excess
+    if isinstance(value, Tensor):
+        if value.dtype not in INTEGERS:
+            raise TypeError(f"randint: `{name}` expected an integer dtype, got {describe(value)}")
+        return value.to(torch.int64).clamp(least, min(most, INT64.max)) - excess
+    if not isinstance(value, int):
+        raise TypeError(f"randint: `{name}` expected an int, got {describe(value)}")
+    if not least <= value <= most:
+        raise ValueError(
+            f"randint: `{name}` must be in [{least}, {most}] for {dtype}, got {value}; "
+            "choose a wider dtype"
+        )
+    return value - excess
+
+
+def folded_word(data: int | Tensor) -> int | Tensor:
+    """Check what ``fold_in`` folds in; give it as a 32-bit word."""
+    if isinstance(data, Tensor):
+        if data.dtype not in INTEGERS:
+            raise TypeError(f"fold_in: `data` expected an integer dtype, got {describe(data)}")
+        if data.ndim:
+            raise ValueError(
+                f"fold_in: `data` expected a 0-d tensor, got {describe(data)}; "
+                "use torch.vmap to fold in many numbers"
+            )
+        return data.to(torch.int64) & MASK
+    if not isinstance(data, int):
+        raise TypeError(f"fold_in: `data` expected an int or a tensor, got {describe(data)}")
+    if not 0 <= data <= MASK:
+        raise ValueError(f"fold_in: `data` must be in [0, 2**32), got {data}")
+    return data
+
+
+def check_probability(p: float | Tensor) -> None:
+    """Refuse what ``bernoulli`` cannot read as a probability."""
+    if isinstance(p, Tensor):
+        check_dtype("bernoulli", p.dtype, FLOATS, "p")
+    elif not isinstance(p, int | float):
+        raise TypeError(f"bernoulli: `p` expected a number or a tensor, got {describe(p)}")
+    elif not 0 <= p <= 1:
+        raise ValueError(f"bernoulli: `p` is a probability and must be in [0, 1], got {p}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse what ``categorical`` cannot read as classes along the last axis."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"categorical: `logits` expected a tensor, got {describe(logits)}")
+    check_dtype("categorical", logits.dtype, FLOATS, "logits")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            "categorical: `logits` expected one or more classes along the last axis, "
+            f"got {describe(logits)}"
+        )

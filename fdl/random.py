@@ -1,0 +1,384 @@
+"""Random numbers from explicit keys: every draw is a pure function of a key.
+
+There is no generator to seed and no state to save. A *key* is a tensor of two 32-bit words; the
+same key gives the same numbers, today and after a restart, in eager mode and compiled, on every
+device. What is used once is then split:
+
+>>> from fdl import random
+>>> key = random.key(0)
+>>> key, dropout_key, noise_key = random.split(key, 3)  # three independent streams
+>>> random.normal(noise_key, (2, 3)).shape
+torch.Size([2, 3])
+
+Three habits are all there is to it:
+
+- **Use a key once.** Two draws from one key are the same bits, not two samples.
+- **Split to branch**, as above: one key per layer, per worker, per purpose.
+- **Fold in to count**: ``fold_in(key, step)`` is the key of a step. ``step`` may be a tensor, so a
+  compiled training step derives its own key and never recompiles.
+
+One key belongs to one call. A batch of keys goes through ``torch.vmap``:
+
+>>> keys = random.split(random.key(1), 8)
+>>> torch.vmap(lambda k: random.uniform(k, (4,)))(keys).shape
+torch.Size([8, 4])
+
+The bits come from the counter-based generator Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror
+and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; their library is Random123): the
+n-th draw encrypts the counter n under the key. Keys and draws agree with ``jax.random`` (threefry,
+partitionable, its default): bit by bit for ``key``, ``split``, ``fold_in``, ``bits``, ``uniform``
+on [0, 1), ``bernoulli``, ``randint`` and ``permutation``, to a few units in the last place for
+``normal`` and its kin.
+
+Every function checks its arguments before it draws: TypeError for a thing of the wrong kind (a seed
+where a key belongs, an unknown dtype), ValueError for a wrong value or shape (a batch of keys, a
+negative size, a parameter that does not broadcast). The message says what to do instead.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fdl import _random as impl
+
+__all__ = [
+    "Key",
+    "Shape",
+    "bernoulli",
+    "bits",
+    "categorical",
+    "fold_in",
+    "key",
+    "normal",
+    "permutation",
+    "randint",
+    "split",
+    "truncated_normal",
+    "uniform",
+]
+
+Key: TypeAlias = Tensor  # int64 [2], values in [0, 2**32)
+Shape: TypeAlias = Sequence[int]
+
+
+# ------------------------------------------------------------------------------------------ keys
+
+
+def key(seed: int, device: torch.device | str | None = None) -> Key:
+    """Make a key from an integer seed.
+
+    The seed's high and low 32 bits become the two words. A negative seed is taken modulo 2**64, so
+    ``key(-1)`` is ``key(2**64 - 1)``. This is ``jax.random.key`` with x64 enabled; without x64 JAX
+    drops the high word, which changes seeds that are negative or need more than 32 bits.
+
+    Args:
+        seed: an int in [-2**63, 2**64).
+        device: where the key lives; everything drawn from it lives there too.
+
+    Returns:
+        A key, int64 [2].
+
+    >>> key(7), key(2**32 + 5)
+    (tensor([0, 7]), tensor([1, 5]))
+    """
+    if not isinstance(seed, int):
+        raise TypeError(
+            f"key: `seed` expected an int, got {impl.describe(seed)}; "
+            "to derive a key from a tensor use fold_in(key, tensor)"
+        )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"key: `seed` must be in [-2**63, 2**64), got {seed}")
+    return torch.tensor(
+        [(seed >> 32) & impl.MASK, seed & impl.MASK], dtype=torch.int64, device=device
+    )
+
+
+def split(key: Key, n: int = 2) -> Tensor:
+    """Split one key into ``n`` independent ones; the parent is then used up.
+
+    Args:
+        key: a key, int64 [2].
+        n: how many, a non-negative int.
+
+    Returns:
+        The children, int64 [n, 2]; unpack them or index the first axis.
+
+    >>> init_key, run_key = split(key(0))
+    >>> init_key
+    tensor([1797259609, 2579123966])
+    """
+    impl.check_key("split", key)
+    impl.check_count("split", "n", n)
+    return torch.stack(impl.encrypted_counters(key, (n,)), -1)
+
+
+def fold_in(key: Key, data: int | Tensor) -> Key:
+    """Derive a new key from a key and a number, such as a step count, an epoch or a rank.
+
+    Args:
+        key: a key, int64 [2].
+        data: an int in [0, 2**32), or a 0-d integer tensor, whose low 32 bits count.
+
+    Returns:
+        A key, int64 [2].
+
+    >>> fold_in(key(0), 1)
+    tensor([ 928981903, 3453687069])
+    >>> step = torch.tensor(1)
+    >>> fold_in(key(0), step)
+    tensor([ 928981903, 3453687069])
+    """
+    impl.check_key("fold_in", key)
+    return torch.stack(impl.threefry2x32(key[0], key[1], 0, impl.folded_word(data)))
+
+
+# -------------------------------------------------------------------------------------- samplers
+
+
+def bits(key: Key, shape: Shape = ()) -> Tensor:
+    """Draw uniform 32-bit words.
+
+    Args:
+        key: a key, int64 [2].
+        shape: shape of the result.
+
+    Returns:
+        int64 of ``shape``, values in [0, 2**32).
+
+    >>> bits(key(0), (3,))
+    tensor([4070199207, 4202968722, 1427181096])
+    """
+    impl.check_key("bits", key)
+    return impl.words(key, impl.check_shape("bits", shape), 32)
+
+
+def uniform(
+    key: Key,
+    shape: Shape = (),
+    low: float | Tensor = 0.0,
+    high: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw uniformly from [low, high).
+
+    On [0, 1) the values are multiples of 2**-23 (float32; -52 for float64, -10 for float16, -7 for
+    bfloat16) and the same bits everywhere. Other bounds cost one rounding more, which may return
+    ``high`` itself where |low| is far larger than ``high - low``.
+
+    Args:
+        key: a key, int64 [2].
+        shape: shape of the result.
+        low: lower bound, a number or a tensor that broadcasts to ``shape``.
+        high: upper bound, likewise. Gradients flow to both bounds.
+        dtype: float32, float64, float16 or bfloat16.
+
+    Returns:
+        ``dtype`` of ``shape``.
+
+    >>> uniform(key(0), (2, 3), low=-1.0)
+    tensor([[ 0.8953,  0.9571, -0.3354],
+            [ 0.6013,  0.2003, -0.8949]])
+    """
+    impl.check_key("uniform", key)
+    shape = impl.check_shape("uniform", shape)
+    impl.check_dtype("uniform", dtype, impl.FLOATS)
+    impl.check_bounds("uniform", shape, low=low, high=high)
+    return impl.uniform(key, shape, low, high, dtype).to(dtype)
+
+
+def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw from the standard normal distribution, by inverting its distribution function.
+
+    Args:
+        key: a key, int64 [2].
+        shape: shape of the result.
+        dtype: float32, float64, float16 or bfloat16. A bfloat16 draw uses 7 random bits and reaches
+            ±2.9 at most, as in JAX: where tails matter, draw float32 and cast.
+
+    Returns:
+        ``dtype`` of ``shape``; float32 agrees within 4 units in the last place between eager,
+        compiled, devices and JAX.
+
+    >>> normal(key(0), (3,))
+    tensor([ 1.6226,  2.0253, -0.4336])
+    """
+    impl.check_key("normal", key)
+    shape = impl.check_shape("normal", shape)
+    impl.check_dtype("normal", dtype, impl.FLOATS)
+    mantissa = impl.FLOATS[dtype][1]
+    # An odd numerator over 2**(mantissa + 1): exact in `dtype`, strictly inside (-1, 1), never 0.
+    numerator = 4 * impl.mantissas(key, shape, dtype) + 1 - 2 ** (mantissa + 1)
+    u = numerator.to(impl.working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
+    return (math.sqrt(2) * impl.erfinv(u)).to(dtype)
+
+
+def truncated_normal(
+    key: Key,
+    lower: float | Tensor,
+    upper: float | Tensor,
+    shape: Shape | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw from the standard normal distribution conditioned on (lower, upper).
+
+    Args:
+        key: a key, int64 [2].
+        lower: lower bound, a number or a tensor that broadcasts to ``shape``; may be -inf.
+        upper: upper bound, likewise. Gradients flow to both bounds.
+        shape: shape of the result; by default that of the bounds, broadcast.
+        dtype: float32, float64, float16 or bfloat16.
+
+    Returns:
+        ``dtype`` of ``shape``, inside the open interval (in 16 bits a draw may round to a bound).
+
+    >>> truncated_normal(key(0), -2, 2, (3,))
+    tensor([ 1.4488,  1.6930, -0.4119])
+    """
+    impl.check_key("truncated_normal", key)
+    impl.check_dtype("truncated_normal", dtype, impl.FLOATS)
+    if shape is None:
+        shape = torch.broadcast_shapes(*(b.shape for b in (lower, upper) if isinstance(b, Tensor)))
+    shape = impl.check_shape("truncated_normal", shape)
+    impl.check_bounds("truncated_normal", shape, lower=lower, upper=upper)
+    working = impl.working_dtype(dtype)
+    lower, upper = impl.cast(lower, working, key), impl.cast(upper, working, key)
+    cdf_low, cdf_high = torch.erf(lower / math.sqrt(2)), torch.erf(upper / math.sqrt(2))
+    x = math.sqrt(2) * impl.erfinv(impl.uniform(key, shape, cdf_low, cdf_high, dtype))
+    # Rounding must not carry a draw onto or past a bound; nextafter itself has no derivative.
+    inf = torch.full_like(lower, math.inf)
+    first = torch.nextafter(lower.detach(), inf)
+    last = torch.nextafter(upper.detach(), -inf)
+    return torch.minimum(torch.maximum(x, first), last).to(dtype)
+
+
+def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> Tensor:
+    """Draw True with probability ``p``.
+
+    Args:
+        key: a key, int64 [2].
+        p: probability of True, a number in [0, 1] (compared in float32) or a floating tensor that
+            broadcasts to ``shape`` (compared in its own dtype, which limits how small it can be).
+        shape: shape of the result; by default that of ``p``.
+
+    Returns:
+        bool of ``shape``.
+
+    >>> bernoulli(key(0), 0.8, (5,))
+    tensor([False, False,  True, False,  True])
+    """
+    impl.check_key("bernoulli", key)
+    impl.check_probability(p)
+    dtype, default = (p.dtype, p.shape) if isinstance(p, Tensor) else (torch.float32, ())
+    shape = impl.check_shape("bernoulli", default if shape is None else shape)
+    impl.check_broadcast("bernoulli", "p", p, shape)
+    # Both sides are exact in the working dtype, so the comparison is the one in p's own dtype.
+    working = impl.working_dtype(dtype)
+    return impl.unit(key, shape, dtype) < impl.cast(p, dtype, key).to(working)
+
+
+def randint(
+    key: Key,
+    shape: Shape,
+    low: int | Tensor,
+    high: int | Tensor,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Draw integers from low, ..., high - 1.
+
+    A draw is a random number of twice the width modulo the span, so the bias is negligible for
+    spans well below 2**32 (int32 and narrower) or 2**64 (int64). Both widths use their own bits.
+
+    Args:
+        key: a key, int64 [2].
+        shape: shape of the result.
+        low: smallest value, an int or an integer tensor that broadcasts to ``shape``.
+        high: one more than the largest value, likewise. Tensor bounds are clipped to ``dtype``'s
+            range; where they leave nothing between them, ``low`` is returned.
+        dtype: int64, int32, int16, int8 or uint8.
+
+    Returns:
+        ``dtype`` of ``shape``.
+
+    >>> randint(key(0), (5,), 0, 10)
+    tensor([9, 9, 2, 8, 3])
+    """
+    impl.check_key("randint", key)
+    shape = impl.check_shape("randint", shape)
+    impl.check_dtype("randint", dtype, impl.INTEGERS)
+    impl.check_bounds("randint", shape, low=low, high=high)
+    # With the last value included, the full range of int64 needs no 65th bit.
+    first = impl.cast(impl.inclusive_bound("low", low, 0, dtype), torch.int64, key)
+    last = impl.cast(impl.inclusive_bound("high", high, 1, dtype), torch.int64, key)
+
+    width = 64 if dtype is torch.int64 else 32
+    wrap = -1 if width == 64 else impl.MASK
+    span = torch.where(last < first, 1, last - first + 1) & wrap  # 0 stands for 2**width
+    above, below = (impl.words(child, shape, width) for child in split(key).unbind())
+    # (above * 2**width + below) mod span, in `width` bits: 2**width mod span is the square of its
+    # root's remainder. The square may wrap; so it does in JAX.
+    root = impl.remainder(torch.full_like(span, 2 ** (width // 2)), span)
+    factor = impl.remainder((root * root) & wrap, span)
+    offset = (impl.remainder(above, span) * factor + impl.remainder(below, span)) & wrap
+    return (first + impl.remainder(offset, span)).to(dtype)
+
+
+def permutation(key: Key, x: int | Tensor) -> Tensor:
+    """Shuffle ``range(x)``, or the rows of a tensor.
+
+    Args:
+        key: a key, int64 [2].
+        x: a non-negative int n, or a tensor with at least one axis.
+
+    Returns:
+        For an int, a permutation of 0, ..., n - 1, int64 [n]; for a tensor, ``x`` reordered along
+        axis 0.
+
+    >>> permutation(key(0), 6)
+    tensor([4, 5, 1, 0, 2, 3])
+    """
+    impl.check_key("permutation", key)
+    if isinstance(x, Tensor):
+        if x.ndim == 0:
+            raise ValueError(
+                "permutation: `x` expected at least one axis, got a 0-d tensor; "
+                "to permute range(n) pass n as an int"
+            )
+        return x[permutation(key, x.shape[0])]
+    impl.check_count("permutation", "x", x)
+    # Sorting by random words shuffles, but for ties. Enough rounds, each with new words, that no
+    # pair is likely to tie in all of them: the words spent on an element number n**3 or more.
+    rounds = math.ceil(3 * math.log(max(x, 1)) / math.log(2**32 - 1))
+    order = torch.arange(x, device=key.device)
+    for _ in range(rounds):
+        key, subkey = split(key).unbind()
+        order = order[torch.sort(impl.words(subkey, (x,), 32), stable=True).indices]
+    return order
+
+
+def categorical(key: Key, logits: Tensor, shape: Shape | None = None) -> Tensor:
+    """Draw class indices with probabilities ``softmax(logits, -1)``, by the Gumbel-max trick.
+
+    Args:
+        key: a key, int64 [2].
+        logits: unnormalised log-probabilities, floating [*batch, classes]; -inf excludes a class.
+            16-bit logits are raised to float32 first.
+        shape: shape of the result; ``batch`` must broadcast to it. By default ``batch``.
+
+    Returns:
+        int64 of ``shape``, values in 0, ..., classes - 1.
+
+    >>> logits = torch.tensor([0.0, 3.0, -torch.inf])
+    >>> categorical(key(0), logits, (6,))
+    tensor([1, 1, 1, 1, 1, 1])
+    """
+    impl.check_key("categorical", key)
+    impl.check_logits(logits)
+    shape = impl.check_shape("categorical", logits.shape[:-1] if shape is None else shape)
+    impl.check_broadcast("categorical", "logits[..., 0]", logits[..., 0], shape)
+    logits = logits.to(impl.working_dtype(logits.dtype))
+    u = impl.unit(key, (*shape, logits.shape[-1]), logits.dtype)
+    gumbel = -torch.log(-torch.log(u.clamp(min=torch.finfo(u.dtype).tiny)))
+    return (logits + gumbel).argmax(-1)
