@@ -1,3 +1,27 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
+from fdl import data, losses, metrics, nn, optim, random, tree
+from fdl.checkpoint import load, save
+from fdl.compile import disable_jit, jit, scan
+from fdl.training import TrainState, eval_step, supervised, train_step
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TrainState",
+    "data",
+    "disable_jit",
+    "eval_step",
+    "jit",
+    "load",
+    "losses",
+    "metrics",
+    "nn",
+    "optim",
+    "random",
+    "save",
+    "scan",
+    "supervised",
+    "train_step",
+    "tree",
+]

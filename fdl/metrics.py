@@ -1,0 +1,83 @@
+"""Metrics as running means that are exact for batches of unequal size."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Mean", "accuracy", "mean"]
+
+
+class Mean(NamedTuple):
+    """A mean that is still a sum and a count: adding two merges them, `.value` divides.
+
+    Means stacked by `scan` are merged by `.sum()`.
+
+    >>> a, b = mean(torch.tensor([1.0, 2.0, 3.0])), mean(torch.tensor([10.0]))
+    >>> (a + b).value
+    tensor(4., dtype=torch.float64)
+    """
+
+    total: Tensor  # float64 []
+    count: Tensor  # float64 []
+
+    @property
+    def value(self) -> Tensor:
+        """The mean, NaN where nothing was counted."""
+        return self.total / self.count
+
+    def __add__(self, other: Any) -> "Mean":  # merges, where a tuple would concatenate
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def sum(self) -> "Mean":
+        """Merge the means along the first axis, as `scan` stacks them."""
+        return Mean(self.total.sum(0), self.count.sum(0))
+
+
+def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
+    """Average over the first axis, by `weights` `[batch]`: a bool mask or numbers.
+
+    Args:
+        values: `[batch, ...]`; further axes are averaged as well.
+        weights: `[batch]`, the weight of each example, 1 if None.
+
+    Raises:
+        ValueError: `weights` does not have the shape `[batch]`.
+
+    >>> mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False])).value
+    tensor(1.5000, dtype=torch.float64)
+    """
+    values = values.double().flatten(1).mean(1) if values.ndim > 1 else values.double()
+    if weights is None:
+        return Mean(values.sum(), torch.full_like(values, 1.0).sum())
+    check_weights("metrics.mean", values, weights)
+    # A masked value may be anything, NaN as well, so 0 · value would not do.
+    return Mean(
+        torch.where(weights != 0, weights * values, 0.0).sum(), weights.to(values.dtype).sum()
+    )
+
+
+def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
+    """Raise unless `weights` is `[batch]` for values `[batch, ...]`.
+
+    >>> check_weights("loss", torch.zeros(3, 2), torch.ones(3))
+    """
+    if weights.shape != values.shape[:1]:
+        raise ValueError(
+            f"{caller}: weights must have the shape {list(values.shape[:1])} of one number per "
+            f"example, got {list(weights.shape)}"
+        )
+
+
+def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Mean:
+    """Count how often the largest logit is that of the label.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: int64 `[batch]`.
+        weights: `[batch]`, a bool mask or numbers; 1 if None.
+
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).value
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return mean(logits.argmax(-1) == labels, weights)

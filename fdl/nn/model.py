@@ -1,0 +1,175 @@
+"""What a model is: a pair of pure functions; and how models are put together."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl import random
+from fdl.tree import Tree
+
+__all__ = ["Layer", "Model", "StatefulModel", "sequential", "tied"]
+
+
+class Model(NamedTuple):
+    """A layer or a whole model, as two pure functions.
+
+    A model of your own is two functions and no ceremony, here x ↦ scale · x:
+
+    >>> scale = Model(
+    ...     init=lambda key: {"scale": torch.ones(())},
+    ...     apply=lambda params, x, *, train=False, key=None: params["scale"] * x,
+    ... )
+    >>> scale.apply(scale.init(random.key(0)), torch.arange(3.0))
+    tensor([0., 1., 2.])
+    """
+
+    init: Callable[[Tensor], Tree]  # key -> params
+    apply: Callable[..., Tensor]  # (params, x, *, train=False, key=None) -> y
+
+
+class StatefulModel(NamedTuple):
+    """A model with buffers, such as running statistics: they go in and come out.
+
+    >>> counter = StatefulModel(
+    ...     init=lambda key: ({}, {"calls": torch.tensor(0)}),
+    ...     apply=lambda params, buffers, x, *, train=False, key=None: (
+    ...         x, {"calls": buffers["calls"] + 1}),
+    ... )
+    >>> params, buffers = counter.init(random.key(0))
+    >>> counter.apply(params, buffers, torch.ones(1))
+    (tensor([1.]), {'calls': tensor(1)})
+    """
+
+    init: Callable[[Tensor], tuple[Tree, Tree]]  # key -> (params, buffers)
+    apply: Callable[..., tuple[Tensor, Tree]]  # (params, buffers, x, *, ...) -> (y, buffers)
+
+
+Layer = Model | Callable[[Tensor], Tensor]
+
+
+def sequential(*layers: Layer, **named: Layer) -> Model:
+    """Compose layers, each a `Model` or any function `x -> y`; equals `torch.nn.Sequential`.
+
+    Parameters lie under the position (`"0"`, `"3"`; every element counts) or the name of their
+    layer; a layer without parameters leaves no entry. Layer `i` gets the key `fold_in(key, i)`,
+    in `init` and in `apply`.
+
+    >>> from fdl import nn, tree
+    >>> net = sequential(nn.linear(4, 3), nn.relu, lambda x: x - x.mean(), nn.linear(3, 1))
+    >>> print(tree.summary(net.init(random.key(0))))
+    path      shape   dtype    count  bytes
+    0.weight  [3, 4]  float32     12     48
+    0.bias    [3]     float32      3     12
+    3.weight  [1, 3]  float32      3     12
+    3.bias    [1]     float32      1      4
+    total                         19     76
+    >>> list(sequential(hidden=nn.linear(4, 3), act=nn.relu).init(random.key(0)))
+    ['hidden']
+
+    Raises:
+        TypeError: both positional and named layers, or a layer that cannot be called.
+        ValueError: `params` has an entry that is no layer (at apply).
+    """
+    if layers and named:
+        raise TypeError("sequential: give layers by position or by name, not both")
+    children = named or {str(i): layer for i, layer in enumerate(layers)}
+    for name, layer in children.items():
+        if isinstance(layer, StatefulModel) or not (isinstance(layer, Model) or callable(layer)):
+            raise TypeError(
+                f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"
+            )
+
+    def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
+        numbers = torch.arange(len(children), device=key.device)
+        return torch.vmap(random.fold_in, (None, 0))(key, numbers)
+
+    def init(key: Tensor) -> Tree:
+        child_keys = keys(key)
+        params = {
+            name: layer.init(child_keys[i])
+            for i, (name, layer) in enumerate(children.items())
+            if isinstance(layer, Model)
+        }
+        return {name: child for name, child in params.items() if child != {}}
+
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        unknown = [name for name in params if name not in children]
+        if unknown:
+            raise ValueError(
+                f"sequential: params has entries {unknown}, but the layers are {list(children)}"
+            )
+        child_keys = None if key is None else keys(key)
+        for i, (name, layer) in enumerate(children.items()):
+            try:
+                if isinstance(layer, Model):
+                    child_key = None if child_keys is None else child_keys[i]
+                    x = layer.apply(params.get(name, {}), x, train=train, key=child_key)
+                else:
+                    x = layer(x)
+            except Exception as error:
+                error.add_note(f"in layer {name!r} of sequential")
+                raise
+        return x
+
+    return Model(init, apply)
+
+
+def tied(model: Model, same: Mapping[str, str]) -> Model:
+    """Let paths of the parameters share others: `same={"2": "0"}` gives layer 2 those of layer 0.
+
+    The parameters hold what is shared once, as `named_parameters()` does; its gradient is the sum
+    over all uses.
+
+    Args:
+        model: a model whose parameters are nested dicts.
+        same: from the path that goes (a leaf or a whole branch) to the path that it uses.
+
+    Raises:
+        KeyError: a path that is not in the parameters (at init and apply).
+
+    >>> from fdl import nn, tree
+    >>> shared = nn.linear(4, 4)
+    >>> net = tied(nn.sequential(shared, nn.relu, shared), {"2": "0"})
+    >>> list(tree.flatten_dict(net.init(random.key(0))))
+    ['0.weight', '0.bias']
+    """
+
+    def init(key: Tensor) -> Tree:
+        params = model.init(key)
+        for source in same.values():
+            _get(params, source)
+        for path in same:
+            params = _without(params, path)
+        return params
+
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        whole = params
+        for path, source in same.items():
+            whole = _with(whole, path, _get(params, source))
+        return model.apply(whole, x, train=train, key=key)
+
+    return Model(init, apply)
+
+
+def _get(params: Tree, path: str) -> Tree:
+    node = params
+    for part in path.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise KeyError(f"tied: no {path!r} in the parameters; there are {list(params)}")
+        node = node[part]
+    return node
+
+
+def _without(params: Tree, path: str) -> Tree:
+    _get(params, path)
+    first, _, rest = path.partition(".")
+    child = _without(params[first], rest) if rest else {}
+    others = {name: value for name, value in params.items() if name != first}
+    return {**others, first: child} if child != {} else others
+
+
+def _with(params: dict[str, Any], path: str, value: Tree) -> Tree:
+    first, _, rest = path.partition(".")
+    return {**params, first: _with(params.get(first, {}), rest, value) if rest else value}

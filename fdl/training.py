@@ -1,0 +1,224 @@
+"""Training as a pure function: `step(state, batch) -> (state, metrics)`.
+
+    loss  = supervised(model.apply, losses.cross_entropy)
+    state = TrainState.create(model, opt, key=random.key(0))
+    step  = train_step(loss, opt)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from fdl import random, tree
+from fdl.data import Batch
+from fdl.losses import weighted_mean
+from fdl.metrics import Mean
+from fdl.nn import Model, StatefulModel
+from fdl.optim import Optimizer, apply_updates
+from fdl.tree import Tree
+
+__all__ = ["TrainState", "eval_step", "supervised", "train_step"]
+
+Metrics = dict[str, Mean]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, and the key: a tree like any other."""
+
+    params: Tree
+    buffers: Tree  # {} where the model has none
+    opt_state: Tree
+    key: Tensor  # int64 [2]; never changes, step k draws from fold_in(key, k)
+    step: Tensor  # int64 [], steps done
+
+    @classmethod
+    def create(
+        cls,
+        model: Model | StatefulModel,
+        opt: Optimizer,
+        *,
+        key: Tensor,
+        params: Tree | None = None,
+    ) -> "TrainState":
+        """Draw the parameters and initialise the optimizer, on the device of `key`.
+
+        Args:
+            model: what to train.
+            opt: what to train it with.
+            key: split once: one half draws the parameters, the other is kept for the run.
+            params: start from these instead, of any floating dtype.
+
+        Raises:
+            ValueError: `params` differs from the model's in paths or shapes (each is listed).
+
+        >>> from fdl import nn, optim
+        >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
+        >>> state.params["weight"].shape, state.step
+        (torch.Size([1, 2]), tensor(0))
+        """
+        init_key, run_key = random.split(key)
+        drawn = model.init(init_key)
+        expected, buffers = drawn if isinstance(model, StatefulModel) else (drawn, {})
+        if params is None:
+            params = expected
+        else:
+            # Of the given parameters only the dtype may be another.
+            given = tree.map(lambda leaf: leaf.to(torch.float32), params)
+            lines = tree.diff(expected, given, values=False)
+            if lines:
+                raise ValueError(
+                    "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
+                )
+        return cls(
+            params,
+            buffers,
+            opt.init(params),
+            run_key.clone(),
+            torch.zeros((), dtype=torch.int64, device=key.device),
+        )
+
+
+def supervised(
+    apply: Callable[..., Any],
+    loss: Callable[..., Tensor],
+    metrics: Mapping[str, Callable[..., Mean]] | None = None,
+) -> Callable[..., Any]:
+    """Make the loss of a model on a batch: `(params, batch, key=None) -> (scalar, metrics)`.
+
+    With a key the model runs with `train=True`, without one it is evaluated. Padding marked by
+    `batch.mask` does not count.
+
+    Args:
+        apply: of a `Model`, or of a `StatefulModel` (recognised by its second parameter being
+            called `buffers`), for which the result is
+            `(params, buffers, batch, key=None) -> (scalar, (metrics, buffers))`.
+        loss: `(prediction, y, weights=None) -> scalar`, or `(prediction, y)` giving one value or
+            more per example, which are then averaged.
+        metrics: further metrics by name, `(prediction, y, weights=None) -> Mean`.
+
+    Returns:
+        The loss function; its metrics hold `"loss"` and those of `metrics`.
+
+    Raises:
+        ValueError: a mask, and a loss that takes no weights but returns a scalar (at call).
+
+    >>> from fdl import losses, nn
+    >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
+    >>> batch = Batch(torch.ones(4, 2), torch.zeros(4, 1))
+    >>> value, found = supervised(model.apply, losses.squared_loss)(model.init(random.key(0)), batch)
+    >>> value, found["loss"].count
+    (tensor(2.), tensor(4., dtype=torch.float64))
+    """
+    takes_weights = "weights" in inspect.signature(loss).parameters
+
+    def score(prediction: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        weights = batch.mask if isinstance(batch.mask, Tensor) else None
+        if takes_weights:
+            value = loss(prediction, batch.y, weights)
+        else:
+            value = loss(prediction, batch.y)
+            if value.ndim:
+                value = weighted_mean(value, weights)
+            elif weights is not None:
+                raise ValueError(
+                    "supervised: the batch has a mask, so the loss must take `weights` or return "
+                    f"one value per example; {loss!r} does neither"
+                )
+        like = value.detach().double()
+        count = torch.full_like(like, len(batch.y)) if weights is None else weights.double().sum()
+        found = {"loss": Mean(like * count, count)}
+        for name, metric in (metrics or {}).items():
+            found[name] = metric(prediction.detach(), batch.y, weights)
+        return value, found
+
+    def stateless(params: Tree, batch: Any, key: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        batch = Batch(*batch)
+        return score(apply(params, batch.x, train=key is not None, key=key), batch)
+
+    def stateful(
+        params: Tree, buffers: Tree, batch: Any, key: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Metrics, Tree]]:
+        batch = Batch(*batch)
+        prediction, buffers = apply(params, buffers, batch.x, train=key is not None, key=key)
+        value, found = score(prediction, batch)
+        return value, (found, buffers)
+
+    return stateful if _takes_buffers(apply) else stateless
+
+
+def _takes_buffers(fn: Callable[..., Any]) -> bool:
+    return list(inspect.signature(fn).parameters)[1:2] == ["buffers"]
+
+
+def train_step(
+    loss: Callable[..., Any], opt: Optimizer
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Make one step of training: a pure function `(state, batch) -> (state, metrics)`.
+
+    Args:
+        loss: `(params, batch, key) -> (scalar, metrics)`, as `supervised` makes it, or with buffers
+            `(params, buffers, batch, key) -> (scalar, (metrics, buffers))`.
+        opt: an optimizer.
+
+    Returns:
+        The step; compile it with `fdl.jit`, loop over it with `fdl.scan`.
+
+    >>> from fdl import losses, nn, optim
+    >>> model, opt = nn.linear(2, 1), optim.sgd(0.1)
+    >>> state = TrainState.create(model, opt, key=random.key(0))
+    >>> step = train_step(supervised(model.apply, losses.mse), opt)
+    >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
+    >>> state.step, sorted(metrics)
+    (tensor(1), ['loss'])
+    """
+    stateful = _takes_buffers(loss)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = random.fold_in(state.key, state.step)
+
+        def objective(params: Tree) -> tuple[Tensor, tuple[Metrics, Tree]]:
+            if stateful:
+                return loss(params, state.buffers, batch, key)
+            value, metrics = loss(params, batch, key)
+            return value, (metrics, state.buffers)
+
+        grads, (value, (metrics, buffers)) = grad_and_value(objective, has_aux=True)(state.params)
+        updates, opt_state = opt.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=value,
+            value_fn=lambda params: objective(params)[0],
+        )
+        params = apply_updates(state.params, updates)
+        return TrainState(params, buffers, opt_state, state.key, state.step + 1), metrics
+
+    return step
+
+
+def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
+    """Make an evaluation step `(state, batch) -> metrics`: no key, so `train=False`.
+
+    Args:
+        loss: as for `train_step`.
+
+    >>> from fdl import losses, nn, optim
+    >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
+    >>> state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
+    >>> metrics = eval_step(supervised(model.apply, losses.mse))(
+    ...     state, (torch.ones(8, 2), torch.zeros(8, 1)))
+    >>> metrics["loss"].value
+    tensor(4., dtype=torch.float64)
+    """
+    stateful = _takes_buffers(loss)
+
+    def step(state: TrainState, batch: Any) -> Metrics:
+        if stateful:
+            return loss(state.params, state.buffers, batch)[1][0]
+        return loss(state.params, batch)[1]
+
+    return step
