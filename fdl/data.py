@@ -142,7 +142,7 @@ def synthetic_linear(
 
     Raises:
         TypeError: `n` is no int.
-        ValueError: `w` is no vector, `n` < 1 or `noise` is negative.
+        ValueError: `w` is no vector, `b` not one number, `n` < 1, or `noise` negative.
 
     >>> x, y = synthetic_linear(random.key(0), [2.0, -3.4], 4.2, n=1000, noise=0.0)
     >>> x.shape, y.shape
@@ -160,10 +160,13 @@ def synthetic_linear(
             f"synthetic_linear: w must have shape [in], got {list(weight.shape)}; "
             "flatten it, there is one output"
         )
+    offset = torch.as_tensor(b, dtype=dtype, device=key.device)
+    if offset.numel() != 1:
+        raise ValueError(f"synthetic_linear: b must be one number, got {list(offset.shape)}")
     key_x, key_noise = random.split(key)
     x = random.normal(key_x, (n, weight.shape[0]), dtype)
     error = random.normal(key_noise, (n,), dtype)
-    return Dataset(x, (x @ weight + b + noise * error).unsqueeze(-1))
+    return Dataset(x, (x @ weight + offset + noise * error).unsqueeze(-1))
 
 
 def epoch_indices(key: Tensor, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:

@@ -317,6 +317,25 @@ def test_synthetic_linear_repeats_with_its_key_alone() -> None:
     assert not torch.equal(first.y, other.y)
 
 
+def test_synthetic_linear_keeps_the_dtype_of_w_whatever_b_is() -> None:
+    w, b = torch.ones(2), torch.tensor([4.0], dtype=torch.float64)
+    x, y = data.synthetic_linear(random.key(0), w, b, 5, 0.0)
+    assert (x.dtype, y.dtype, y.shape) == (torch.float32, torch.float32, (5, 1))
+    torch.testing.assert_close(y, x.sum(1, keepdim=True) + 4)
+
+
+def test_synthetic_linear_under_vmap_and_compile() -> None:
+    draw = partial(data.synthetic_linear, b=1.0, n=30, noise=0.1)
+    keys, weights = random.split(random.key(0), 3), torch.arange(6.0).reshape(3, 2)
+    together = torch.vmap(draw)(keys, weights)
+    compiled = torch.compile(torch.vmap(draw), fullgraph=True)(keys, weights)
+    for i in range(3):
+        alone = draw(keys[i], weights[i])
+        for field in (0, 1):
+            torch.testing.assert_close(together[field][i], alone[field], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(compiled[field][i], alone[field], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -325,6 +344,7 @@ def test_synthetic_linear_repeats_with_its_key_alone() -> None:
         ({"noise": -1.0}, ValueError, "noise must be finite and at least 0, got -1.0"),
         ({"noise": float("nan")}, ValueError, "noise must be finite and at least 0, got nan"),
         ({"w": torch.ones(2, 1)}, ValueError, r"w must have shape \[in\], got \[2, 1\]"),
+        ({"b": torch.ones(5)}, ValueError, r"b must be one number, got \[5\]"),
         ({"w": 3.0}, ValueError, r"w must have shape \[in\], got \[\]"),
     ],
 )
@@ -475,11 +495,14 @@ def test_gather_compiled_equals_eager(sample: data.Dataset) -> None:
 
 def test_gather_under_vmap(sample: data.Dataset) -> None:
     indices = data.epoch_indices(random.key(2), 1000, 30)
-    population = torch.vmap(data.gather, in_dims=(None, 0))(sample, indices)
+    members = torch.vmap(data.gather, in_dims=(None, 0))
+    population = members(sample, indices)
+    compiled = torch.compile(members, fullgraph=True)(sample, indices)
+    assert all(torch.equal(*pair) for pair in zip(compiled, population, strict=True))
     assert population.x.shape == (34, 30, 1, 28, 28)
     folds = data.Dataset(sample.x.reshape(4, 250, 28, 28), sample.y.reshape(4, 250))
     row = rows(data.sequential_indices(250, 30))[-1]
-    each = torch.vmap(data.gather, in_dims=(0, None), out_dims=0)(folds, row)
+    each = torch.vmap(data.gather, in_dims=(0, None))(folds, row)
     for i, one in enumerate(rows(indices)):
         assert torch.equal(population.x[i], data.gather(sample, one).x)
     for i in range(4):
