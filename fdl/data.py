@@ -1,0 +1,293 @@
+"""Data sets as plain tensors, and batches as rows of index arrays.
+
+A data set stays where its tensors are; an epoch is an array of indices, and `gather` takes one row
+of it to a batch. Nothing is shuffled, copied or cached behind the caller's back.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl import _fashion_mnist, random
+
+__all__ = [
+    "LABELS",
+    "Batch",
+    "Dataset",
+    "Indices",
+    "epoch_indices",
+    "fashion_mnist",
+    "fashion_mnist_sample",
+    "gather",
+    "sequential_indices",
+    "synthetic_linear",
+]
+
+LABELS = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+"""What the Fashion-MNIST classes 0 to 9 show."""
+
+
+class Dataset(NamedTuple):
+    """Examples, all in memory: row i of `x` belongs to row i of `y`."""
+
+    x: Tensor  # [n, ...] features or images
+    y: Tensor  # [n, ...] targets
+
+
+class Batch(NamedTuple):
+    """What a training step takes: some examples and which of them count."""
+
+    x: Tensor  # [batch, ...]
+    y: Tensor  # [batch, ...]
+    mask: Tensor | tuple[()] = ()  # bool [batch], False where a row is padding; () if none is
+
+
+class Indices(NamedTuple):
+    """Which examples each step of an epoch takes; `zip(*indices)` walks over the steps."""
+
+    index: Tensor  # type: ignore[assignment]  # int64 [steps, batch], rows of a data set
+    mask: Tensor  # bool [steps, batch], False where `index` is padding
+
+
+def fashion_mnist(
+    root: str | Path | None = None, *, train: bool = True, download: bool = True
+) -> Dataset:
+    """Read Fashion-MNIST: 28×28 grey images of clothes in ten classes (see `LABELS`).
+
+    Each file, gzipped or unpacked, comes from the first of these folders that has it: `root`,
+    `root/FashionMNIST/raw`, `data/FashionMNIST/raw` below the working directory (where torchvision
+    is usually told to put it), and `/usr/share/datasets/fashion-mnist` (the Debian package
+    `dataset-fashion-mnist`). What is in none of them torchvision downloads, into `root` or else
+    `data`. Contents are verified, so every folder gives the same bytes or an error.
+
+    Args:
+        root: A folder that holds the files, or that torchvision is or was given as its `root`.
+        train: The 60,000 training images if true, the 10,000 test images if false.
+        download: Whether to download what is in none of the folders.
+
+    Returns:
+        `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
+
+    Raises:
+        FileNotFoundError: A file is in none of the folders and was not downloaded.
+        ValueError: A file that was found is truncated or damaged; no other folder is tried then.
+
+    Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, https://arxiv.org/abs/1708.07747
+
+    Example::
+
+        images, labels = fashion_mnist()  # uint8 [60000, 28, 28] and int64 [60000]
+        test = fashion_mnist(train=False)  # 10,000 images that training does not see
+    """
+    return Dataset(*_fashion_mnist.load(root, train, download))
+
+
+def fashion_mnist_sample(*, train: bool = True) -> Dataset:
+    """Read a tenth of Fashion-MNIST, which comes with this package: real images, no download.
+
+    It holds the first 600 training or 100 test images of each class, in the order of the full set.
+
+    Args:
+        train: 6,000 training images if true, 1,000 test images if false.
+
+    Returns:
+        `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
+
+    Raises:
+        FileNotFoundError: The installation lacks a file of the sample.
+        ValueError: A file of the sample is truncated or damaged.
+
+    Source: as `fashion_mnist`; MIT licence, Copyright (c) 2017 Zalando SE.
+
+    >>> images, labels = fashion_mnist_sample(train=False)
+    >>> images.shape, labels.bincount().tolist()
+    (torch.Size([1000, 28, 28]), [100, 100, 100, 100, 100, 100, 100, 100, 100, 100])
+    >>> LABELS[labels[0]]
+    'ankle boot'
+    """
+    return Dataset(*_fashion_mnist.load_sample(train))
+
+
+def synthetic_linear(
+    key: Tensor, w: Tensor | Sequence[float], b: Tensor | float, n: int, noise: float
+) -> Dataset:
+    """Draw examples of a linear model with Gaussian features: y = x·w + b + noise·ε.
+
+    Every entry of x and of ε is N(0, 1) and independent of the others.
+
+    Args:
+        key: A key; the examples are on its device.
+        w: The weights, [in]. A floating tensor sets the dtype, all else gives float32.
+        b: The offset, one number.
+        n: How many examples, at least 1.
+        noise: The standard deviation of the noise, at least 0, in units of y.
+
+    Returns:
+        `x` [n, in] and `y` [n, 1], the shape that a linear layer with one output gives.
+
+    Raises:
+        TypeError: `n` is no int.
+        ValueError: `w` is no vector, `b` not one number, `n` < 1, or `noise` negative.
+
+    >>> x, y = synthetic_linear(random.key(0), [2.0, -3.4], 4.2, n=1000, noise=0.0)
+    >>> x.shape, y.shape
+    (torch.Size([1000, 2]), torch.Size([1000, 1]))
+    >>> torch.allclose(y, x @ torch.tensor([[2.0], [-3.4]]) + 4.2, atol=1e-5)
+    True
+    """
+    _check_count("synthetic_linear", "n", n)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"synthetic_linear: noise must be finite and at least 0, got {noise!r}")
+    dtype = w.dtype if isinstance(w, Tensor) and w.is_floating_point() else torch.float32
+    weight = torch.as_tensor(w, dtype=dtype, device=key.device)
+    if weight.ndim != 1:
+        raise ValueError(
+            f"synthetic_linear: w must have shape [in], got {list(weight.shape)}; "
+            "flatten it, there is one output"
+        )
+    offset = torch.as_tensor(b, dtype=dtype, device=key.device)
+    if offset.numel() != 1:
+        raise ValueError(f"synthetic_linear: b must be one number, got {list(offset.shape)}")
+    key_x, key_noise = random.split(key)
+    x = random.normal(key_x, (n, weight.shape[0]), dtype)
+    error = random.normal(key_noise, (n,), dtype)
+    return Dataset(x, (x @ weight + offset + noise * error).unsqueeze(-1))
+
+
+def epoch_indices(key: Tensor, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:
+    """Shuffle the examples 0 to n − 1 and cut them into the batches of one epoch.
+
+    Where `batch_size` does not divide n, the last batch is filled up with index 0 and mask False:
+    means over the mask are then exact, and every step has the same shape.
+
+    Args:
+        key: The key of this epoch, `fold_in(data_key, epoch)`; the result is on its device.
+        n: How many examples there are, at least 1.
+        batch_size: Examples in a batch, at least 1.
+        drop_last: Leave out the smaller last batch instead of filling it up.
+
+    Returns:
+        `index` int64 and `mask` bool [steps, batch_size], with steps = ⌈n / batch_size⌉, or
+        ⌊n / batch_size⌋ if `drop_last`.
+
+    Raises:
+        TypeError: `n` or `batch_size` is no int.
+        ValueError: `n` or `batch_size` is below 1, or `drop_last` would leave no batch at all.
+
+    >>> index, mask = epoch_indices(random.key(0), 5, batch_size=2)
+    >>> sorted(index[mask].tolist())
+    [0, 1, 2, 3, 4]
+    >>> mask.tolist()
+    [[True, True], [True, True], [True, False]]
+    """
+    _check_count("epoch_indices", "n", n)
+    _check_count("epoch_indices", "batch_size", batch_size)
+    if drop_last and batch_size > n:
+        raise ValueError(
+            f"epoch_indices: batch_size must be at most n={n} with drop_last=True, got "
+            f"{batch_size}: no batch would be left; use a smaller one or drop_last=False"
+        )
+    order = random.permutation(key, n)
+    return _in_batches(order[: n - n % batch_size] if drop_last else order, batch_size)
+
+
+def sequential_indices(
+    n: int, batch_size: int, *, device: torch.device | str | None = None
+) -> Indices:
+    """Cut the examples 0 to n − 1 into batches in their own order, for evaluation.
+
+    Args:
+        n: How many examples there are, at least 1.
+        batch_size: Examples in a batch, at least 1; the last batch is filled up with index 0 and
+            mask False.
+        device: Where the result is to be; torch's default device if None.
+
+    Returns:
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size].
+
+    Raises:
+        TypeError: `n` or `batch_size` is no int.
+        ValueError: `n` or `batch_size` is below 1.
+
+    >>> sequential_indices(3, batch_size=2).index.tolist()
+    [[0, 1], [2, 0]]
+    """
+    _check_count("sequential_indices", "n", n)
+    _check_count("sequential_indices", "batch_size", batch_size)
+    return _in_batches(torch.arange(n, device=device), batch_size)
+
+
+def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Batch:
+    """Take the examples of one step out of a data set, images as floats.
+
+    uint8 images [n, height, width] or [n, channels, height, width] become float32 in [0, 1] with a
+    channel axis, as torchvision's `ToTensor` makes them. All else keeps its dtype and shape.
+
+    Args:
+        dataset: A `Dataset`, or any pair of x [n, ...] and y [n, ...].
+        indices: One row of `Indices`, index int64 [batch] and mask bool [batch], on the device of
+            the data set.
+
+    Returns:
+        `x` [batch, ...], `y` [batch, ...] and the row's `mask`.
+
+    Raises:
+        TypeError: The index is not int64.
+        ValueError: x and y differ in length, or data and index are on different devices.
+
+    >>> sample = fashion_mnist_sample(train=False)
+    >>> for row in zip(*sequential_indices(len(sample.x), batch_size=300)):
+    ...     batch = gather(sample, row)
+    >>> batch.x.shape, batch.x.dtype, batch.mask.sum()
+    (torch.Size([300, 1, 28, 28]), torch.float32, tensor(100))
+    """
+    x, y = dataset
+    index, mask = indices
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"gather: dataset must have as many rows in y as in x, got {x.shape[0]} in x and "
+            f"{y.shape[0]} in y"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(f"gather: the index must be int64, got {index.dtype}; cast it")
+    if not x.device == y.device == index.device:
+        raise ValueError(
+            "gather: dataset and index must be on one device, got "
+            f"x on {x.device}, y on {y.device}, index on {index.device}; move them with .to(...)"
+        )
+    rows = x[index]
+    if x.dtype == torch.uint8 and x.ndim in (3, 4):
+        rows = (rows if x.ndim == 4 else rows.unsqueeze(-3)).to(torch.float32) / 255
+    return Batch(rows, y[index], mask)
+
+
+def _check_count(caller: str, name: str, value: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
+
+
+def _in_batches(order: Tensor, batch_size: int) -> Indices:
+    n = order.shape[0]
+    steps = -(-n // batch_size)
+    padding = torch.zeros(steps * batch_size - n, dtype=order.dtype, device=order.device)
+    mask = torch.arange(steps * batch_size, device=order.device) < n
+    return Indices(
+        torch.cat([order, padding]).reshape(steps, batch_size), mask.reshape(steps, batch_size)
+    )
