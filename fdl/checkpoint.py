@@ -37,8 +37,10 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     """
     _check_dicts(params, "")
     # Contiguous copies: two leaves may share memory, and the format stores bytes in order.
-    flat = {name: leaf.detach().cpu().clone().contiguous() for name, leaf in
-            tree.flatten_dict(params).items()}
+    flat = {
+        name: leaf.detach().cpu().clone().contiguous()
+        for name, leaf in tree.flatten_dict(params).items()
+    }
     content = to_bytes(flat, metadata={"format": "pt", "fdl": FORMAT})
     target = Path(path)
     with tempfile.NamedTemporaryFile(
@@ -89,7 +91,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             found = (file.metadata() or {}).get("fdl", FORMAT)
             if found != FORMAT:
                 raise ValueError(f"load: {path} has format {found}, this fdl reads {FORMAT}")
-            return tree.unflatten_dict({name: file.get_tensor(name) for name in file.keys()})
+            return tree.unflatten_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -19,7 +19,7 @@ class Mean(NamedTuple):
     """
 
     total: Tensor  # float64 []
-    count: Tensor  # float64 []
+    count: Tensor  # type: ignore[assignment]  # float64 [], the weights added up
 
     @property
     def value(self) -> Tensor:

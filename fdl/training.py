@@ -1,8 +1,8 @@
 """Training as a pure function: `step(state, batch) -> (state, metrics)`.
 
-    loss  = supervised(model.apply, losses.cross_entropy)
-    state = TrainState.create(model, opt, key=random.key(0))
-    step  = train_step(loss, opt)
+loss  = supervised(model.apply, losses.cross_entropy)
+state = TrainState.create(model, opt, key=random.key(0))
+step  = train_step(loss, opt)
 """
 
 import inspect
@@ -109,7 +109,8 @@ def supervised(
     >>> from fdl import losses, nn
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
     >>> batch = Batch(torch.ones(4, 2), torch.zeros(4, 1))
-    >>> value, found = supervised(model.apply, losses.squared_loss)(model.init(random.key(0)), batch)
+    >>> loss = supervised(model.apply, losses.squared_loss)
+    >>> value, found = loss(model.init(random.key(0)), batch)
     >>> value, found["loss"].count
     (tensor(2.), tensor(4., dtype=torch.float64))
     """

@@ -265,11 +265,10 @@ def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
         for name, child in _children(tree).items()
     }
     if isinstance(tree, dict):
-        return {
-            name: child
-            for name, child in children.items()
-            if not (pytree.tree_is_leaf(tree[name]) and child == () and isinstance(child, tuple))
-        }
+        gone = [
+            name for name in tree if pytree.tree_is_leaf(tree[name]) and _is_hole(children[name])
+        ]
+        return {name: child for name, child in children.items() if name not in gone}
     return _rebuild(tree, list(children.values()))
 
 

@@ -57,7 +57,7 @@ class Hyper(NamedTuple):
 
     free: dict[str, Tensor]  # float64 []; with_hyperparams replaces them
     scheduled: dict[str, Tensor]  # float64 []; what the schedules say for the next update
-    count: Tensor  # int64 [], updates done
+    count: Tensor  # type: ignore[assignment]  # int64 [], updates done
 
 
 def check_rate(caller: str, name: str, rate: Rate, *, low: float = 0.0) -> None:

@@ -31,7 +31,7 @@ __all__ = [
 class HyperState(NamedTuple):
     """The state of a transformation that has hyperparameters and nothing else.
 
-    >>> add_decayed_weights(0.1).init({}).hyper.count
+    >>> clip_by_global_norm(0.1).init({}).hyper.count
     tensor(0)
     """
 
@@ -101,7 +101,8 @@ def add_decayed_weights(rate: Rate, mask: Where | None = None) -> Optimizer:
     rates = {"weight_decay": rate}
 
     def decays(params: Tree) -> Tree:
-        chosen = tree.select(params, mask or "*", "add_decayed_weights")
+        where = (lambda path, leaf: True) if mask is None else mask
+        chosen = tree.select(params, where, "add_decayed_weights")
         return tree.unflatten_dict(chosen, like=params)
 
     def init(params: Tree) -> HyperState:

@@ -1,0 +1,54 @@
+"""LeNet, for images of 28 × 28 pixels."""
+
+from fdl import nn
+from fdl.nn import Model
+
+__all__ = ["lenet"]
+
+
+def lenet(classes: int = 10) -> Model:
+    """Two convolutions that see, three dense layers that decide (LeCun et al., 1998).
+
+        x                              [batch,  1, 28, 28]
+        conv.0   5 × 5, sigmoid        [batch,  6, 24, 24]
+        conv.2   max-pool 2 × 2        [batch,  6, 12, 12]
+        conv.3   5 × 5, sigmoid        [batch, 16,  8,  8]
+        conv.5   max-pool 2 × 2        [batch, 16,  4,  4]
+        fc.0     linear, sigmoid       [batch, 120]
+        fc.2     linear, sigmoid       [batch,  84]
+        fc.4     linear                [batch, classes]
+
+    Weights are drawn by Xavier's uniform rule, biases start at 0. Without padding, 44,426
+    parameters for 10 classes.
+
+    Args:
+        classes: the number of classes.
+
+    Returns:
+        A model from `[batch, 1, 28, 28]` to logits `[batch, classes]`, with the parameters
+        `conv.0.*`, `conv.3.*`, `fc.0.*`, `fc.2.*`, `fc.4.*`.
+
+    >>> import torch
+    >>> from fdl import random, tree
+    >>> model = lenet()
+    >>> params = model.init(random.key(0))
+    >>> tree.size(params), model.apply(params, torch.zeros(256, 1, 28, 28)).shape
+    (44426, torch.Size([256, 10]))
+    """
+    xavier, zeros = nn.init.xavier_uniform(), nn.init.zeros
+
+    def conv(inputs: int, outputs: int) -> Model:
+        return nn.conv2d(inputs, outputs, 5, weight_init=xavier, bias_init=zeros)
+
+    def dense(inputs: int, outputs: int) -> Model:
+        return nn.linear(inputs, outputs, weight_init=xavier, bias_init=zeros)
+
+    return nn.sequential(
+        conv=nn.sequential(
+            conv(1, 6), nn.sigmoid, nn.max_pool2d(2), conv(6, 16), nn.sigmoid, nn.max_pool2d(2)
+        ),
+        flatten=nn.flatten(),
+        fc=nn.sequential(
+            dense(16 * 4 * 4, 120), nn.sigmoid, dense(120, 84), nn.sigmoid, dense(84, classes)
+        ),
+    )
