@@ -124,7 +124,7 @@ def fashion_mnist_sample(*, train: bool = True) -> Dataset:
 
 
 def synthetic_linear(
-    key: Tensor, w: Tensor | Sequence[float], b: Tensor | float, n: int, noise: float
+    key: random.Key, w: Tensor | Sequence[float], b: Tensor | float, n: int, noise: float
 ) -> Dataset:
     """Draw examples of a linear model with Gaussian features: y = x·w + b + noise·ε.
 
@@ -169,7 +169,7 @@ def synthetic_linear(
     return Dataset(x, (x @ weight + offset + noise * error).unsqueeze(-1))
 
 
-def epoch_indices(key: Tensor, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:
+def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:
     """Shuffle the examples 0 to n − 1 and cut them into the batches of one epoch.
 
     Where `batch_size` does not divide n, the last batch is filled up with index 0 and mask False:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import warnings
 from functools import partial
+from http.client import IncompleteRead
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ RAW = Path("FashionMNIST", "raw")
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 SAMPLE = Path(data.__file__).parent / "fashion_mnist_sample"
 SPLITS = pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
+
+# Traced whole, but not compiled to code: keys compile slowly, and their own tests do it.
+TRACED = {"fullgraph": True, "backend": "aot_eager"}
 
 needs_full_data = pytest.mark.skipif(
     not all((SYSTEM / f"{name}.gz").is_file() for name in _fashion_mnist._FULL),
@@ -168,6 +172,18 @@ def test_absent_file_names_itself_the_places_and_the_way_to_get_it(
     assert isolated == []
 
 
+@pytest.mark.parametrize("error", [PermissionError, TimeoutError, IncompleteRead])
+def test_any_failure_of_a_download_is_reported(
+    error: type[Exception], small: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(self: FashionMNIST) -> None:
+        raise error(b"what went wrong")
+
+    monkeypatch.setattr(FashionMNIST, "download", download)
+    with pytest.raises(FileNotFoundError, match=r"(?s)got it in none:.*downloading it failed: "):
+        read_test(download=True)
+
+
 @pytest.mark.parametrize(("root", "goes_to"), [(None, "data"), ("mine", "mine")])
 def test_absent_offline_says_that_downloading_failed(
     root: str | None, goes_to: str, small: dict[str, bytes], isolated: list[str]
@@ -222,7 +238,15 @@ def test_damaged_content(damage, message, zipped, small, isolated) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: c[:-100], lambda c: c[:6], flip, lambda c: b"no gzip at all"]
+    "damage",
+    [
+        lambda c: c[:-100],
+        lambda c: c[:6],
+        flip,
+        lambda c: c[:10] + b"\xff" + c[11:],  # a kind of block that deflate does not have
+        lambda c: b"no gzip at all",
+    ],
+    ids=["cut", "header cut", "flipped byte", "not deflate", "not gzip"],
 )
 def test_damaged_archive(damage, small) -> None:
     put(Path("mine"), small, zipped=True)
@@ -317,6 +341,11 @@ def test_synthetic_linear_repeats_with_its_key_alone() -> None:
     assert not torch.equal(first.y, other.y)
 
 
+def test_synthetic_linear_draws_noise_apart_from_features() -> None:
+    x, y = data.synthetic_linear(random.key(2), [0.0], 0.0, 10_000, 1.0)
+    assert torch.cat([x, y], 1).T.corrcoef()[0, 1].abs() < 0.04  # 4 standard errors
+
+
 def test_synthetic_linear_keeps_the_dtype_of_w_whatever_b_is() -> None:
     w, b = torch.ones(2), torch.tensor([4.0], dtype=torch.float64)
     x, y = data.synthetic_linear(random.key(0), w, b, 5, 0.0)
@@ -328,7 +357,7 @@ def test_synthetic_linear_under_vmap_and_compile() -> None:
     draw = partial(data.synthetic_linear, b=1.0, n=30, noise=0.1)
     keys, weights = random.split(random.key(0), 3), torch.arange(6.0).reshape(3, 2)
     together = torch.vmap(draw)(keys, weights)
-    compiled = torch.compile(torch.vmap(draw), fullgraph=True)(keys, weights)
+    compiled = torch.compile(torch.vmap(draw), **TRACED)(keys, weights)
     for i in range(3):
         alone = draw(keys[i], weights[i])
         for field in (0, 1):
@@ -430,7 +459,7 @@ def test_epoch_indices_under_vmap_and_compile() -> None:
         epoch = partial(data.epoch_indices, n=50, batch_size=8, drop_last=drop_last)
         one_by_one = [epoch(key) for key in keys]
         together = torch.vmap(epoch)(keys)
-        compiled = torch.compile(epoch, fullgraph=True)(keys[1])
+        compiled = torch.compile(epoch, **TRACED)(keys[1])
         assert isinstance(compiled, data.Indices)
         for field in (0, 1):
             assert torch.equal(together[field], torch.stack([one[field] for one in one_by_one]))
