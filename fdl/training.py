@@ -5,6 +5,8 @@ state = TrainState.create(model, opt, key=random.key(0))
 step  = train_step(loss, opt)
 """
 
+from __future__ import annotations  # Dynamo would run those of nested functions
+
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -43,7 +45,7 @@ class TrainState(NamedTuple):
         *,
         key: Tensor,
         params: Tree | None = None,
-    ) -> "TrainState":
+    ) -> TrainState:
         """Draw the parameters and initialise the optimizer, on the device of `key`.
 
         Args:
