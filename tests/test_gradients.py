@@ -120,7 +120,11 @@ def test_gradient_equals_central_differences(case: Case) -> None:
             )
             expected = (above - below) / (2 * h)
             torch.testing.assert_close(
-                gradient[path].flatten()[j], expected, rtol=1e-6, atol=1e-9, msg=lambda m: path + m
+                gradient[path].flatten()[j],
+                expected,
+                rtol=1e-6,
+                atol=1e-9,
+                msg=lambda m, p=path: p + m,
             )
 
 
@@ -176,7 +180,6 @@ def test_per_sample_gradients_equal_a_loop(case: Case) -> None:
 
 @each_case
 def test_a_masked_example_has_no_gradient(case: Case) -> None:
-    # The loss per example is squared_loss's, so that every loss here can take the mask.
     params, batch = params_of(case.model), case.batch()
     if case.drops:
         pytest.skip("a shorter batch draws other masks")

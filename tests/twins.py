@@ -1,4 +1,4 @@
-"""The object-oriented twins: `nn.Module`, `backward()` and `torch.optim`, the oracles of the proofs.
+"""The object-oriented twins, oracles of the proofs: `nn.Module`, `backward()`, `torch.optim`.
 
 Each twin's `named_parameters()` has the dotted paths of the functional model's parameters.
 """
@@ -89,9 +89,7 @@ def set_params(module: nn.Module, params: Tree) -> nn.Module:
 
 def get_params(module: nn.Module) -> Tree:
     """Copy a module's parameters into nested dicts."""
-    return tree.unflatten_dict(
-        {path: p.detach().clone() for path, p in module.named_parameters()}
-    )
+    return tree.unflatten_dict({path: p.detach().clone() for path, p in module.named_parameters()})
 
 
 def get_grads(module: nn.Module) -> Tree:
