@@ -156,19 +156,24 @@ def _scan_as_operator(
     # of y has to be known beforehand: trace f once more. Inductor drops that unused copy.
     init_leaves, carry_spec = pytree.tree_flatten(init)
     xs_leaves, x_spec = pytree.tree_flatten(xs)
-    if not xs_leaves:  # the operator needs an axis to run along
-        xs_leaves = [torch.zeros(length, dtype=torch.bool, device=init_leaves[0].device)]
     y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
+    # It also needs something to carry and an axis to run along.
+    device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
+    init_leaves = init_leaves or [torch.zeros((), device=device)]
+    xs_leaves = xs_leaves or [torch.zeros(length, device=device)]
 
-    def body(carry: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        x = x[: x_spec.num_leaves]
-        new, y = f(pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(x, x_spec))
+    def unflatten(carry: list[Tensor]) -> Tree:
+        return pytree.tree_unflatten(carry[: carry_spec.num_leaves], carry_spec)
+
+    def body(leaves: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        carry = unflatten(leaves)
+        new, y = f(carry, pytree.tree_unflatten(x[: x_spec.num_leaves], x_spec))
         # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
-        outputs = tree.match(pytree.tree_unflatten(carry, carry_spec), new, "scan")
+        outputs = tree.match(carry, new, "scan") or leaves
         return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in tree.leaves(y)]
 
     carry, ys = scan_operator(body, [_fresh(leaf) for leaf in init_leaves], xs_leaves)
-    return pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(ys, y_spec)
+    return unflatten(carry), pytree.tree_unflatten(ys, y_spec)
 
 
 def _fresh(leaf: Tensor) -> Tensor:
