@@ -157,7 +157,7 @@ def _scan_as_operator(
     init_leaves, carry_spec = pytree.tree_flatten(init)
     xs_leaves, x_spec = pytree.tree_flatten(xs)
     y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
-    # It also needs something to carry and an axis to run along.
+    # It also needs something to carry, an axis to run along and, in torch 2.11, some y.
     device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
     init_leaves = init_leaves or [torch.zeros((), device=device)]
     xs_leaves = xs_leaves or [torch.zeros(length, device=device)]
@@ -170,10 +170,11 @@ def _scan_as_operator(
         new, y = f(carry, pytree.tree_unflatten(x[: x_spec.num_leaves], x_spec))
         # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
         outputs = tree.match(carry, new, "scan") or leaves
-        return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in tree.leaves(y)]
+        ys = tree.leaves(y) or [torch.zeros((), device=device)]
+        return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in ys]
 
     carry, ys = scan_operator(body, [_fresh(leaf) for leaf in init_leaves], xs_leaves)
-    return unflatten(carry), pytree.tree_unflatten(ys, y_spec)
+    return unflatten(carry), pytree.tree_unflatten(ys[: y_spec.num_leaves], y_spec)
 
 
 def _fresh(leaf: Tensor) -> Tensor:

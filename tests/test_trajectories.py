@@ -261,12 +261,15 @@ def test_recipe_compiled_by_inductor_moves_as_its_twin(way: str, name: str) -> N
     run(way, name)
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-def test_sgd_option_moves_as_torch(options: dict[str, Any], plain_backend: None) -> None:
+@pytest.mark.parametrize("name", SGD_OPTIONS)
+def test_sgd_option_moves_as_torch(name: str, plain_backend: None) -> None:
+    options = SGD_OPTIONS[name]
     recipe = classifier(models.mlp(784, (16,)), twins.mlp(784, (16,)), 8, 0.05)
     recipe = recipe._replace(opt=optim.sgd(0.05, **options), twin_opt=sgd(lr=0.05, **options))
     expected, _ = by_the_twin(recipe)
-    for way in WAYS.values():
+    # The compiler sees every option in these two; running all would only cost time.
+    compiled = name in ("maximize-decay-dampening", "nesterov-decay-maximize")
+    for way in WAYS.values() if compiled else [eagerly]:
         assert_same_way(recipe, way(recipe)[0].params, expected)
 
 
@@ -292,7 +295,7 @@ def test_decay_ends_near_the_ridge() -> None:
     assert_same_way(recipe, params, expected)
 
 
-@pytest.mark.parametrize("name", ["linreg", "linreg-decay", "mlp"])
+@pytest.mark.parametrize("name", ["linreg", "linreg-decay", "lenet"])
 def test_padded_last_batch_equals_the_short_one_of_the_twin(name: str, plain_backend: None) -> None:
     recipe = RECIPES[name]()
     n, size = 70, 16  # 4 whole batches and one of 6

@@ -1,0 +1,370 @@
+"""Proof 3: every public function works under grad, vmap and torch.compile, and all together.
+
+A table of functions times a list of laws: a new function costs one row and inherits every law.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from fdl import data, losses, metrics, nn, optim, random, tree
+
+ROWS = 3  # of a batch for vmap
+
+
+class Case(NamedTuple):
+    f: Callable[..., Any]  # of trees of tensors
+    inputs: Callable[[Tensor], tuple[Any, ...]]  # key -> one example of them
+    grads: tuple[int, ...] = (0,)  # the inputs it is differentiated by; () if it has no gradient
+
+
+def draw(key: Tensor, *shape: int) -> Tensor:
+    return random.normal(key, shape, torch.float64)
+
+
+def elementwise(f: Callable[[Tensor], Tensor]) -> Case:
+    return Case(f, lambda key: (draw(key, 2, 3),))
+
+
+def layer(model: nn.Model, *shape: int) -> Case:
+    return Case(
+        lambda params, x: model.apply(params, x),
+        lambda key: (tree.cast(model.init(key), torch.float64), draw(key, *shape)),
+        grads=(0, 1),
+    )
+
+
+def initializer(init: nn.init.Initializer, *, grads: tuple[int, ...] = ()) -> Case:
+    return Case(lambda key: init(key, (3, 2), torch.float64), lambda key: (key,), grads)
+
+
+def optimizer(opt: optim.Optimizer) -> Case:
+    """Init and two updates: the second one has something to remember."""
+
+    def f(params: Any, grads: Any) -> Any:
+        state = opt.init(params)
+        first, state = opt.update(grads, state, params)
+        return opt.update(tree.map(torch.sin, grads), state, optim.apply_updates(params, first))
+
+    return Case(f, lambda key: (weights(key), weights(key + 1)), grads=(0, 1))
+
+
+def weights(key: Tensor) -> Any:
+    one, two = random.split(key)
+    return {"fc": {"weight": draw(one, 2, 3), "bias": draw(two, 2)}}
+
+
+def predictions(key: Tensor) -> tuple[Tensor, ...]:
+    one, two, three = random.split(key, 3)
+    return draw(one, 4, 3), draw(two, 4, 3), random.uniform(three, (4,), dtype=torch.float64)
+
+
+def labelled(key: Tensor) -> tuple[Tensor, ...]:
+    one, two, three = random.split(key, 3)
+    return draw(one, 4, 3), random.randint(two, (4,), 0, 3), random.bernoulli(three, 0.7, (4,))
+
+
+def with_keys(f: Callable[..., Any], *shapes: tuple[int, ...]) -> Case:
+    """A function of a key and of floating tensors of these shapes."""
+    return Case(
+        f,
+        lambda key: (key, *(draw(random.fold_in(key, i), *s) for i, s in enumerate(shapes))),
+        grads=tuple(range(1, len(shapes) + 1)),
+    )
+
+
+linear = nn.linear(3, 2)
+sgd = optim.sgd(0.1, momentum=0.9)
+
+TABLE: dict[str, dict[str, Case]] = {
+    "nn": {
+        "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
+        "dropout": with_keys(
+            lambda key, x: nn.dropout(0.4).apply({}, x, train=True, key=key), (4, 5)
+        ),
+        "flatten": Case(nn.flatten(), lambda key: (draw(key, 2, 3, 4),)),
+        "gelu": elementwise(nn.gelu),
+        "layer_norm": layer(nn.layer_norm(3), 2, 3),
+        "leaky_relu": elementwise(nn.leaky_relu),
+        "linear": layer(linear, 4, 3),
+        "log_softmax": elementwise(lambda x: nn.log_softmax(x, -1)),
+        "max_pool2d": Case(nn.max_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "relu": elementwise(nn.relu),
+        "sequential": layer(nn.sequential(linear, nn.tanh, nn.linear(2, 2)), 4, 3),
+        "sigmoid": elementwise(nn.sigmoid),
+        "silu": elementwise(nn.silu),
+        "softmax": elementwise(lambda x: nn.softmax(x, -1)),
+        "softplus": elementwise(nn.softplus),
+        "tanh": elementwise(nn.tanh),
+        "tied": layer(
+            nn.tied(nn.sequential(nn.linear(3, 3), nn.relu, nn.linear(3, 3)), {"2": "0"}), 4, 3
+        ),
+    },
+    "nn.init": {
+        "constant": initializer(nn.init.constant(3.0)),
+        "kaiming_normal": initializer(nn.init.kaiming_normal()),
+        "kaiming_uniform": initializer(nn.init.kaiming_uniform()),
+        "normal": initializer(nn.init.normal(0.1)),
+        "ones": initializer(nn.init.ones),
+        "truncated_normal": initializer(nn.init.truncated_normal()),
+        "uniform": initializer(nn.init.uniform(-1, 1)),
+        "xavier_normal": initializer(nn.init.xavier_normal()),
+        "xavier_uniform": initializer(nn.init.xavier_uniform()),
+        "zeros": initializer(nn.init.zeros),
+    },
+    "losses": {
+        "cross_entropy": Case(
+            lambda x, y, w: [
+                losses.cross_entropy(x, y),
+                losses.cross_entropy(x, y, w, label_smoothing=0.1),
+            ],
+            labelled,
+        ),
+        "l2_penalty": Case(losses.l2_penalty, lambda key: (weights(key),)),
+        "mse": Case(lambda x, y, w: losses.mse(x, y, w), predictions, grads=(0, 1, 2)),
+        "squared_loss": Case(lambda x, y, w: losses.squared_loss(x, y), predictions, grads=(0, 1)),
+    },
+    "metrics": {
+        "Mean": Case(
+            lambda x, y, w: (metrics.mean(x) + metrics.mean(y, w)).value, predictions, grads=(0, 1)
+        ),
+        "accuracy": Case(metrics.accuracy, labelled, grads=()),
+        "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
+    },
+    "optim": {
+        "add_decayed_weights": optimizer(optim.add_decayed_weights(0.1, mask="*.weight")),
+        "apply_updates": Case(
+            optim.apply_updates, lambda key: (weights(key), weights(key + 1)), grads=(0, 1)
+        ),
+        "chain": optimizer(optim.chain(optim.clip_by_global_norm(0.5), sgd)),
+        "clip_by_global_norm": optimizer(optim.clip_by_global_norm(0.5)),
+        "hyperparams": Case(
+            lambda params, lr: optim.hyperparams(optim.sgd(lr).init(params)),
+            lambda key: (weights(key), draw(key).abs()),
+            grads=(1,),
+        ),
+        "scale": optimizer(optim.scale(-2.0)),
+        "scale_by_learning_rate": optimizer(optim.scale_by_learning_rate(0.1)),
+        "sgd": optimizer(
+            optim.sgd(optim.schedules.step(0.1, every=1), 0.9, 0.2, weight_decay=0.1, maximize=True)
+        ),
+        "trace": optimizer(optim.trace(0.9, nesterov=True)),
+        "with_hyperparams": Case(
+            lambda params, lr: sgd.update(
+                params, optim.with_hyperparams(sgd.init(params), lr=lr), params
+            ),
+            lambda key: (weights(key), draw(key).abs()),
+            grads=(0, 1),
+        ),
+    },
+    "optim.schedules": {
+        "constant": Case(
+            optim.schedules.constant(0.1), lambda key: (random.randint(key, (), 0, 9),), grads=()
+        ),
+        "step": Case(
+            optim.schedules.step(0.1, every=2),
+            lambda key: (random.randint(key, (), 0, 9),),
+            grads=(),
+        ),
+    },
+    "random": {
+        "bernoulli": Case(
+            lambda key, x: random.bernoulli(key, torch.sigmoid(x)),
+            lambda key: (key, draw(key, 5)),
+            grads=(),
+        ),
+        "bits": with_keys(lambda key: random.bits(key, (5,))),
+        "categorical": Case(
+            lambda key, logits: random.categorical(key, logits),
+            lambda key: (key, draw(key, 2, 3)),
+            grads=(),
+        ),
+        "fold_in": Case(
+            random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
+        ),
+        "normal": with_keys(lambda key, x: random.normal(key, (2, 3), torch.float64) * x, (3,)),
+        "permutation": with_keys(
+            lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
+        ),
+        "randint": Case(
+            lambda key, high: random.randint(key, (5,), 0, high),
+            lambda key: (key, random.randint(key, (), 1, 100)),
+            grads=(),
+        ),
+        "split": with_keys(lambda key: random.split(key, 3)),
+        "truncated_normal": with_keys(
+            lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
+        ),
+        "uniform": with_keys(
+            lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
+        ),
+    },
+    "data": {
+        "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
+        "gather": Case(
+            lambda x, y, index, mask: data.gather((x, y), (index, mask)),
+            lambda key: (draw(key, 6, 2), *labelled_rows(key)),
+        ),
+        "synthetic_linear": with_keys(
+            lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
+        ),
+    },
+}
+
+MODULES: dict[str, ModuleType] = {
+    "nn": nn,
+    "nn.init": nn.init,
+    "losses": losses,
+    "metrics": metrics,
+    "optim": optim,
+    "optim.schedules": optim.schedules,
+    "random": random,
+    "data": data,
+}
+
+NO_ROW = {
+    "nn.Layer": "a type",
+    "nn.Model": "a type",
+    "nn.StatefulModel": "a type",
+    "nn.init": "a module, in the table itself",
+    "nn.init.Initializer": "a type",
+    "optim.Optimizer": "a type",
+    "optim.Schedule": "a type",
+    "optim.schedules": "a module, in the table itself",
+    "random.Key": "a type",
+    "random.Shape": "a type",
+    "random.key": "takes an int, no tensor",
+    "data.LABELS": "a constant",
+    "data.Batch": "a type",
+    "data.Dataset": "a type",
+    "data.Indices": "a type",
+    "data.fashion_mnist": "reads files",
+    "data.fashion_mnist_sample": "reads files",
+    "data.sequential_indices": "takes ints, no tensor",
+}
+
+CASES = {f"{group}.{name}": case for group, rows in TABLE.items() for name, case in rows.items()}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_differentiable = pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.grads], ids=[n for n, c in CASES.items() if c.grads]
+)
+
+
+def labelled_rows(key: Tensor) -> tuple[Tensor, ...]:
+    one, two, three = random.split(key, 3)
+    return (
+        random.randint(one, (6,), 0, 10),
+        random.randint(two, (4,), 0, 6),
+        random.bernoulli(three, 0.7, (4,)),
+    )
+
+
+def example(case: Case) -> tuple[Any, ...]:
+    return case.inputs(random.key(11))
+
+
+def examples(case: Case) -> list[tuple[Any, ...]]:
+    return [case.inputs(key) for key in random.split(random.key(12), ROWS)]
+
+
+def scalar(case: Case) -> Callable[..., Tensor]:
+    """The case as one number in which every floating value of its result has a weight."""
+
+    def weigh(leaf: Tensor) -> Tensor:
+        numbers = torch.arange(1, leaf.numel() + 1, dtype=torch.float64)
+        return (leaf * numbers.sin().view(leaf.shape)).sum()
+
+    def f(*inputs: Any) -> Tensor:
+        found = [leaf for leaf in tree.leaves(case.f(*inputs)) if leaf.is_floating_point()]
+        return torch.stack([weigh(leaf) for leaf in found]).sum()
+
+    return f
+
+
+def gradient(case: Case) -> Callable[..., Any]:
+    return grad(scalar(case), argnums=case.grads)
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    differences = tree.diff(expected, got, rtol=1e-9, atol=1e-12)
+    assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_table_has_a_row_for_every_public_name(name: str) -> None:
+    public = set(MODULES[name].__all__)
+    without = {n.rpartition(".")[2] for n in NO_ROW if n.rpartition(".")[0] == name}
+    assert public == TABLE[name].keys() | without
+    assert not TABLE[name].keys() & without
+
+
+@each_case
+def test_vmap_equals_a_loop(case: Case) -> None:
+    rows = examples(case)
+    got = vmap(case.f)(*tree.stack(rows))
+    assert_equal(got, tree.stack([case.f(*row) for row in rows]))
+
+
+@each_differentiable
+def test_grad_equals_backward(case: Case) -> None:
+    inputs = example(case)
+    got = gradient(case)(*inputs)
+    chosen = [inputs[i] for i in case.grads]
+    for leaf in tree.leaves(chosen):
+        leaf.requires_grad_()
+    scalar(case)(*inputs).backward()
+    expected = tree.map(
+        lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, tuple(chosen)
+    )
+    assert_equal(got, expected)
+    assert any(leaf.abs().max() > 1e-6 for leaf in tree.leaves(got))
+
+
+TRANSFORMS: dict[str, Callable[[Case], Callable[..., Any]]] = {
+    "f": lambda case: case.f,
+    "vmap(f)": lambda case: vmap(case.f),
+    "vmap(grad(f))": lambda case: vmap(gradient(case)),
+}
+
+
+def check_compiled(group: str, transform: str, backend: str) -> None:
+    """Compile a whole group as one function, without graph breaks: one price for many functions."""
+    needs_grad, batched = "grad" in transform, "vmap" in transform
+    cases = {name: case for name, case in TABLE[group].items() if case.grads or not needs_grad}
+    rows = {name: examples(case) for name, case in cases.items()}
+    inputs = {name: tree.stack(rows[name]) if batched else rows[name][0] for name in cases}
+
+    def everything(inputs: Any) -> Any:
+        return {name: TRANSFORMS[transform](case)(*inputs[name]) for name, case in cases.items()}
+
+    torch._dynamo.reset()  # the code of `everything` is compiled many times, past Dynamo's limit
+    got = torch.compile(everything, fullgraph=True, dynamic=False, backend=backend)(inputs)
+    for name, case in cases.items():
+        f = gradient(case) if needs_grad else case.f
+        found = [f(*row) for row in rows[name]]
+        assert_equal({name: got[name]}, {name: tree.stack(found) if batched else found[0]})
+
+
+HAVE_GRADIENTS = [group for group, rows in TABLE.items() if any(c.grads for c in rows.values())]
+
+
+@pytest.mark.parametrize("group", TABLE)
+@pytest.mark.parametrize("transform", ["f", "vmap(f)"])
+def test_compiled_equals_eager(group: str, transform: str) -> None:
+    check_compiled(group, transform, "aot_eager")
+
+
+@pytest.mark.parametrize("group", HAVE_GRADIENTS)
+def test_compiled_vmap_of_grad_equals_eager(group: str) -> None:
+    check_compiled(group, "vmap(grad(f))", "aot_eager")
+
+
+@pytest.mark.parametrize("group", ["losses", "optim"])
+def test_compiled_by_inductor_equals_eager(group: str) -> None:
+    check_compiled(group, "vmap(grad(f))", "inductor")
