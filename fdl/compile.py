@@ -168,18 +168,23 @@ def _scan_as_operator(
     # of y has to be known beforehand: trace f once more. Inductor drops that unused copy.
     init_leaves, carry_spec = pytree.tree_flatten(init)
     xs_leaves, x_spec = pytree.tree_flatten(xs)
-    if not xs_leaves:  # the operator needs an axis to run along
-        xs_leaves = [torch.zeros(length, dtype=torch.bool, device=init_leaves[0].device)]
     y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
+    # It also wants at least one tensor to carry and one to run along.
+    idle = torch.zeros(length, dtype=torch.bool, device=(init_leaves + xs_leaves)[0].device)
 
     def body(carry: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        x = x[: x_spec.num_leaves]
+        carry, x = carry[: carry_spec.num_leaves], x[: x_spec.num_leaves]
         new, y = f(pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(x, x_spec))
-        # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
         outputs = tree.match(pytree.tree_unflatten(carry, carry_spec), new, "scan")
-        return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in tree.leaves(y)]
+        # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
+        return [_fresh(leaf) for leaf in outputs or [idle[0]]], [
+            _fresh(leaf) for leaf in tree.leaves(y)
+        ]
 
-    carry, ys = _scan_operator(body, [_fresh(leaf) for leaf in init_leaves], xs_leaves)
+    carry, ys = _scan_operator(
+        body, [_fresh(leaf) for leaf in init_leaves or [idle[0]]], xs_leaves or [idle]
+    )
+    carry = carry[: carry_spec.num_leaves]
     return pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(ys, y_spec)
 
 
