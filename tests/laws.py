@@ -9,6 +9,8 @@ import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fdl import random
+
 
 class Pair(NamedTuple):
     first: Any
@@ -53,3 +55,8 @@ def equal_bits(x: Tensor, y: Tensor) -> bool:
 
 def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Standard normal float64 numbers."""
+    return random.normal(random.key(seed), shape, torch.float64)

@@ -7,6 +7,7 @@ import torch
 from torch import nn as oo
 
 from fdl import nn, random, tree
+from fdl.nn import init
 
 SHAPE = (100, 50, 5, 5)  # 125,000 draws; fan-in 1250, fan-out 2500
 KEY = random.key(11)
@@ -40,48 +41,47 @@ def is_truncated(std, mean, low, high):
 
 FAN_IN, FAN_OUT = 1250, 2500
 RELU = math.sqrt(2)
-I = nn.init
 CASES = {  # ours, torch's, its distribution function, bound
-    "uniform": (I.uniform(-0.3, 2), (oo.init.uniform_, -0.3, 2), is_uniform(-0.3, 2), 2),
-    "normal": (I.normal(0.2, 3), (oo.init.normal_, 3, 0.2), is_normal(0.2, 3), math.inf),
+    "uniform": (init.uniform(-0.3, 2), (oo.init.uniform_, -0.3, 2), is_uniform(-0.3, 2), 2),
+    "normal": (init.normal(0.2, 3), (oo.init.normal_, 3, 0.2), is_normal(0.2, 3), math.inf),
     "truncated_normal": (
-        I.truncated_normal(0.7, 0.5, -1, 2),
+        init.truncated_normal(0.7, 0.5, -1, 2),
         (oo.init.trunc_normal_, 0.5, 0.7, -1, 2),
         is_truncated(0.7, 0.5, -1, 2),
         2,
     ),
     "xavier_uniform": (
-        I.xavier_uniform(2),
+        init.xavier_uniform(2),
         (oo.init.xavier_uniform_, 2),
         is_uniform(-2 * math.sqrt(6 / (FAN_IN + FAN_OUT)), 2 * math.sqrt(6 / (FAN_IN + FAN_OUT))),
         2 * math.sqrt(6 / (FAN_IN + FAN_OUT)),
     ),
     "xavier_normal": (
-        I.xavier_normal(0.5),
+        init.xavier_normal(0.5),
         (oo.init.xavier_normal_, 0.5),
         is_normal(0.5 * math.sqrt(2 / (FAN_IN + FAN_OUT))),
         math.inf,
     ),
     "kaiming_uniform": (
-        I.kaiming_uniform(nonlinearity="relu"),
+        init.kaiming_uniform(nonlinearity="relu"),
         (oo.init.kaiming_uniform_, 0, "fan_in", "relu"),
         is_uniform(-RELU * math.sqrt(3 / FAN_IN), RELU * math.sqrt(3 / FAN_IN)),
         RELU * math.sqrt(3 / FAN_IN),
     ),
     "kaiming_uniform-leaky-fan_out": (
-        I.kaiming_uniform(1.0, "fan_out"),
+        init.kaiming_uniform(1.0, "fan_out"),
         (oo.init.kaiming_uniform_, 1.0, "fan_out"),
         is_uniform(-math.sqrt(3 / FAN_OUT), math.sqrt(3 / FAN_OUT)),
         math.sqrt(3 / FAN_OUT),
     ),
     "kaiming_normal": (
-        I.kaiming_normal(),
+        init.kaiming_normal(),
         (oo.init.kaiming_normal_,),
         is_normal(RELU / math.sqrt(FAN_IN)),
         math.inf,
     ),
     "kaiming_normal-tanh-fan_out": (
-        I.kaiming_normal(mode="fan_out", nonlinearity="tanh"),
+        init.kaiming_normal(mode="fan_out", nonlinearity="tanh"),
         (oo.init.kaiming_normal_, 0, "fan_out", "tanh"),
         is_normal(5 / 3 / math.sqrt(FAN_OUT)),
         math.inf,
@@ -110,7 +110,7 @@ def test_initializer_has_the_distribution_of_torch(ours, theirs, cdf, bound):
 
 @pytest.mark.parametrize("name", [*CASES, "zeros", "ones", "constant"])
 def test_initializer_takes_key_shape_and_dtype(name):
-    fill = {"zeros": I.zeros, "ones": I.ones, "constant": I.constant(0.5)}
+    fill = {"zeros": init.zeros, "ones": init.ones, "constant": init.constant(0.5)}
     f = fill[name] if name in fill else CASES[name][0]
     w = f(KEY, (3, 2), torch.float64)
     assert w.dtype == torch.float64 and w.shape == (3, 2)
@@ -171,16 +171,16 @@ def test_initializer_of_your_own():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: I.uniform(1, 1), "low must be below high, got low=1, high=1"),
-        (lambda: I.normal(-1), "std must be at least 0, got -1"),
-        (lambda: I.normal(math.nan), "std must be at least 0, got nan"),
-        (lambda: I.truncated_normal(0), "needs std > 0 and low < high, got std=0"),
-        (lambda: I.truncated_normal(1, low=2, high=1), "low=2, high=1"),
-        (lambda: I.kaiming_uniform(mode="in"), "mode must be 'fan_in' or 'fan_out', got 'in'"),
-        (lambda: I.kaiming_normal(mode="in"), "mode must be 'fan_in' or 'fan_out', got 'in'"),
-        (lambda: I.xavier_normal()(KEY, (3,), torch.float32), r"fans need a shape .* got \[3\]"),
-        (lambda: I.kaiming_normal()(KEY, (), torch.float32), r"fans need a shape .* got \[\]"),
-        (lambda: I.kaiming_uniform(nonlinearity="rleu"), "rleu"),
+        (lambda: init.uniform(1, 1), "low must be below high, got low=1, high=1"),
+        (lambda: init.normal(-1), "std must be at least 0, got -1"),
+        (lambda: init.normal(math.nan), "std must be at least 0, got nan"),
+        (lambda: init.truncated_normal(0), "needs std > 0 and low < high, got std=0"),
+        (lambda: init.truncated_normal(1, low=2, high=1), "low=2, high=1"),
+        (lambda: init.kaiming_uniform(mode="in"), "mode must be 'fan_in' or 'fan_out', got 'in'"),
+        (lambda: init.kaiming_normal(mode="in"), "mode must be 'fan_in' or 'fan_out', got 'in'"),
+        (lambda: init.xavier_normal()(KEY, (3,), torch.float32), r"fans need a shape .* got \[3\]"),
+        (lambda: init.kaiming_normal()(KEY, (), torch.float32), r"fans need a shape .* got \[\]"),
+        (lambda: init.kaiming_uniform(nonlinearity="rleu"), "rleu"),
     ],
     ids=[
         *("uniform", "normal", "normal-nan", "truncated-std", "truncated-bounds", "uniform-mode"),
