@@ -177,15 +177,14 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
     return init
 
 
-def _kaiming_std(shape: Sequence[int], a: float, mode: Mode, nonlinearity: str) -> float:
-    fan_in, fan_out = _fans(shape)
-    gain = torch.nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
-    return gain / math.sqrt(fan_in if mode == "fan_in" else fan_out)
-
-
-def _check_mode(caller: str, mode: str) -> None:
+def _kaiming(
+    caller: str, a: float, mode: Mode, nonlinearity: str
+) -> Callable[[Sequence[int]], float]:
+    """Check the arguments, then return shape -> standard deviation."""
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"{caller}: mode must be 'fan_in' or 'fan_out', got {mode!r}")
+    gain = torch.nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
+    return lambda shape: gain / math.sqrt(_fans(shape)[0 if mode == "fan_in" else 1])
 
 
 def kaiming_uniform(
@@ -197,16 +196,16 @@ def kaiming_uniform(
     `a=√5` this is the default of `torch.nn.Linear` and `Conv2d`, U(±1/√fan_in).
 
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
 
     >>> w = kaiming_uniform(a=5**0.5)(random.key(0), (30, 25), torch.float32)
     >>> bool(w.abs().max() <= 1 / 5)
     True
     """
-    _check_mode("init.kaiming_uniform", mode)
+    std = _kaiming("init.kaiming_uniform", a, mode, nonlinearity)
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        bound = math.sqrt(3) * _kaiming_std(shape, a, mode, nonlinearity)
+        bound = math.sqrt(3) * std(shape)
         return random.uniform(key, shape, -bound, bound, dtype)
 
     return init
@@ -220,14 +219,14 @@ def kaiming_normal(
     Source: He et al., 2015.
 
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
 
     >>> kaiming_normal(nonlinearity="relu")(random.key(0), (3, 2), torch.float32).shape
     torch.Size([3, 2])
     """
-    _check_mode("init.kaiming_normal", mode)
+    std = _kaiming("init.kaiming_normal", a, mode, nonlinearity)
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return _kaiming_std(shape, a, mode, nonlinearity) * random.normal(key, shape, dtype)
+        return std(shape) * random.normal(key, shape, dtype)
 
     return init

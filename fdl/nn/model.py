@@ -82,7 +82,8 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
             )
 
     def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
-        numbers = torch.arange(len(children), device=key.device)
+        # At least one, since vmap takes no empty axis.
+        numbers = torch.arange(max(1, len(children)), device=key.device)
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
     def init(key: Tensor) -> Tree:
@@ -124,7 +125,8 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
 
     Args:
         model: a model whose parameters are nested dicts.
-        same: from the path that goes (a leaf or a whole branch) to the path that it uses.
+        same: from the path that goes (a leaf or a whole branch) to the path that it uses, which
+            may itself be one that went before.
 
     Raises:
         KeyError: a path that is not in the parameters (at init and apply).
@@ -147,7 +149,7 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         whole = params
         for path, source in same.items():
-            whole = _with(whole, path, _get(params, source))
+            whole = _with(whole, path, _get(whole, source))
         return model.apply(whole, x, train=train, key=key)
 
     return Model(init, apply)
