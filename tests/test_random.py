@@ -102,6 +102,10 @@ def test_counters_beyond_32_bits_use_the_high_word():
 # The same draws under every transformation
 
 
+def compile(f):
+    return torch.compile(f, fullgraph=True, options=random.COMPILE_OPTIONS)
+
+
 def everything(key, data, p, logits):
     """Call every sampler; results that must be the same bits, and results close to it."""
     keys = iter(random.split(key, 32).unbind())
@@ -156,10 +160,10 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
     one_by_one = [everything(key, *inputs()) for key in keys]
     batched = torch.vmap(everything, in_dims=(0, None, None, None), randomness="error")
 
-    compiled = torch.compile(everything, fullgraph=True)
+    compiled = compile(everything)
     assert_same_draws(compiled(keys[0], *inputs()), one_by_one[0])
     in_a_batch = batched(keys, *inputs())
-    compiled_batch = torch.compile(batched, fullgraph=True)(keys, *inputs())
+    compiled_batch = compile(batched)(keys, *inputs())
     for i, reference in enumerate(one_by_one):
         assert_same_draws(row(in_a_batch, i), reference)
         assert_same_draws(row(compiled_batch, i), reference)
@@ -170,7 +174,7 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
 def test_cuda_is_cpu():
     reference = everything(random.key(5), *inputs())
     key = random.key(5, device="cuda")
-    for f in (everything, torch.compile(everything, fullgraph=True)):
+    for f in (everything, compile(everything)):
         results = f(key, *inputs("cuda"))
         assert all(v.is_cuda for group in results for v in group.values())
         assert_same_draws(
