@@ -12,6 +12,8 @@ How a `scan` runs depends on where it is called:
 - inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body.
 """
 
+from __future__ import annotations  # Dynamo cannot trace the annotations of inner functions
+
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence

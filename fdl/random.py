@@ -30,6 +30,11 @@ partitionable, its default): bit by bit for ``key``, ``split``, ``fold_in``, ``b
 on [0, 1), ``bernoulli``, ``randint`` and ``permutation``, to a few units in the last place for
 ``normal`` and its kin.
 
+Draws compile like any other code. Under ``torch.compile`` pass ``options=COMPILE_OPTIONS``
+(``fdl.jit`` is meant to): Inductor by default copies a shared intermediate result into each of its
+users until they grow too large, which in twenty rounds of sharing makes compilation ten times
+slower, for the same program.
+
 Every function checks its arguments before it draws: TypeError for a thing of the wrong kind (a seed
 where a key belongs, an unknown dtype), ValueError for a wrong value or shape (a batch of keys, a
 negative size, a parameter that does not broadcast). The message says what to do instead.
@@ -45,6 +50,7 @@ from torch import Tensor
 from fdl import _random as impl
 
 __all__ = [
+    "COMPILE_OPTIONS",
     "Key",
     "Shape",
     "bernoulli",
@@ -62,6 +68,9 @@ __all__ = [
 
 Key: TypeAlias = Tensor  # int64 [2], values in [0, 2**32)
 Shape: TypeAlias = Sequence[int]
+
+# Measured: compiling one draw of 131,072 takes 1.7 s with it and 18 s without; both run in 0.2 ms.
+COMPILE_OPTIONS = {"realize_opcount_threshold": 8}
 
 
 # ------------------------------------------------------------------------------------------ keys
@@ -179,8 +188,8 @@ def uniform(
         ``dtype`` of ``shape``.
 
     >>> uniform(key(0), (2, 3), low=-1.0)
-    tensor([[ 0.8953,  0.9571, -0.3354],
-            [ 0.6013,  0.2003, -0.8949]])
+    tensor([[ 0.8953,  0.9572, -0.3354],
+            [-0.0627,  0.1398, -0.6690]])
     """
     impl.check_key("uniform", key)
     shape = impl.check_shape("uniform", shape)
@@ -199,8 +208,8 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
             ±2.9 at most, as in JAX: where tails matter, draw float32 and cast.
 
     Returns:
-        ``dtype`` of ``shape``; float32 agrees within 4 units in the last place between eager,
-        compiled, devices and JAX.
+        ``dtype`` of ``shape``, within 4 units in the last place between eager, compiled and devices
+        (and JAX in float32; in float64 XLA's own log1p leaves up to 30).
 
     >>> normal(key(0), (3,))
     tensor([ 1.6226,  2.0253, -0.4336])
@@ -235,7 +244,7 @@ def truncated_normal(
         ``dtype`` of ``shape``, inside the open interval (in 16 bits a draw may round to a bound).
 
     >>> truncated_normal(key(0), -2, 2, (3,))
-    tensor([ 1.4488,  1.6930, -0.4119])
+    tensor([ 1.4560,  1.7147, -0.4127])
     """
     impl.check_key("truncated_normal", key)
     impl.check_dtype("truncated_normal", dtype, impl.FLOATS)
@@ -267,7 +276,7 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> 
         bool of ``shape``.
 
     >>> bernoulli(key(0), 0.8, (5,))
-    tensor([False, False,  True, False,  True])
+    tensor([False, False,  True,  True,  True])
     """
     impl.check_key("bernoulli", key)
     impl.check_probability(p)
@@ -303,7 +312,7 @@ def randint(
         ``dtype`` of ``shape``.
 
     >>> randint(key(0), (5,), 0, 10)
-    tensor([9, 9, 2, 8, 3])
+    tensor([5, 1, 5, 7, 3])
     """
     impl.check_key("randint", key)
     shape = impl.check_shape("randint", shape)
@@ -337,7 +346,7 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
         axis 0.
 
     >>> permutation(key(0), 6)
-    tensor([4, 5, 1, 0, 2, 3])
+    tensor([0, 1, 5, 4, 3, 2])
     """
     impl.check_key("permutation", key)
     if isinstance(x, Tensor):

@@ -5,6 +5,8 @@ state = TrainState.create(model, opt, key=random.key(0))
 step  = train_step(loss, opt)
 """
 
+from __future__ import annotations  # Dynamo cannot trace the annotations of inner functions
+
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -140,7 +140,7 @@ NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise")
 
 
 def check(config: Recipe | Data) -> None:
-    """Raise ValueError for the first option out of its range, by the name it has on the command line.
+    """Raise ValueError for the first option out of its range, as the command line names it.
 
     >>> check(Linreg(lr=float("nan")))
     Traceback (most recent call last):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -182,11 +183,13 @@ def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str
             reason = f"{error}\n"
     elif where == "sample":
         reason = ""
+    elif not Path(where).is_dir():
+        raise ValueError(f"--data must be auto, sample or a folder, got {where!r}: no such folder")
     else:
         return _both(
             lambda train: data.fashion_mnist(where, train=train, download=False),
             device,
-            f"Fashion-MNIST in {where}, 60,000 + 10,000 images",
+            "Fashion-MNIST, 60,000 + 10,000 images",
         )
     line = "!" * 79
     print(
