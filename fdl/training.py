@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
         *,
         key: Tensor,
         params: Tree | None = None,
-    ) -> "TrainState":
+    ) -> TrainState:
         """Draw the parameters and initialise the optimizer, on the device of `key`.
 
         Args:
