@@ -29,7 +29,13 @@ Metrics = dict[str, Mean]
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes, and the key: a tree like any other."""
+    """Everything that training changes, and the key: a tree like any other.
+
+    >>> from fdl import nn, optim
+    >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
+    >>> list(tree.flatten_dict(state))[:2]
+    ['params.weight', 'params.bias']
+    """
 
     params: Tree
     buffers: Tree  # {} where the model has none
@@ -45,7 +51,7 @@ class TrainState(NamedTuple):
         *,
         key: Tensor,
         params: Tree | None = None,
-    ) -> "TrainState":
+    ) -> TrainState:
         """Draw the parameters and initialise the optimizer, on the device of `key`.
 
         Args:

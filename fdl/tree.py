@@ -45,6 +45,11 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
     The result has the structure of `tree`, key order included.
 
+    Args:
+        f: takes one leaf of each tree.
+        tree: any tree.
+        rest: further trees of its structure.
+
     Raises:
         ValueError: a tree of `rest` has another structure; every differing path is listed.
 
@@ -433,6 +438,12 @@ def diff(
 
 def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """Say whether two trees have the same paths, shapes, dtypes and, within tolerance, values.
+
+    Args:
+        a: one tree.
+        b: the other.
+        rtol: relative tolerance of values, as in `torch.isclose`; NaN equals NaN.
+        atol: absolute tolerance of values.
 
     >>> allclose({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-9})
     True

@@ -53,6 +53,11 @@ def constant(value: float) -> Initializer:
 def zeros(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Fill with 0.
 
+    Args:
+        key: not drawn from; the result is on its device.
+        shape: shape of the result.
+        dtype: dtype of the result.
+
     >>> zeros(random.key(0), (2,))
     tensor([0., 0.])
     """
@@ -61,6 +66,11 @@ def zeros(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32)
 
 def ones(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Fill with 1.
+
+    Args:
+        key: not drawn from; the result is on its device.
+        shape: shape of the result.
+        dtype: dtype of the result.
 
     >>> ones(random.key(0), (2,))
     tensor([1., 1.])
@@ -109,6 +119,12 @@ def truncated_normal(
     std: float = 1.0, mean: float = 0.0, low: float = -2.0, high: float = 2.0
 ) -> Initializer:
     """Draw from N(mean, std²) within [low, high]; `torch.nn.init.trunc_normal_` in distribution.
+
+    Args:
+        std: the standard deviation before truncation, positive.
+        mean: the mean before truncation.
+        low: no draw is below, whatever `std`.
+        high: no draw is above.
 
     Raises:
         ValueError: `std` is not positive, or `low` is not below `high`.
@@ -195,6 +211,11 @@ def kaiming_uniform(
     Source: He et al., 2015. The gain is `torch.nn.init.calculate_gain(nonlinearity, a)`; with
     `a=√5` this is the default of `torch.nn.Linear` and `Conv2d`, U(±1/√fan_in).
 
+    Args:
+        a: the slope of a leaky ReLU below 0.
+        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
+        nonlinearity: what follows the layer, by torch's name for it.
+
     Raises:
         ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
 
@@ -217,6 +238,11 @@ def kaiming_normal(
     """Draw from N(0, gain² / fan); equals `torch.nn.init.kaiming_normal_` in distribution.
 
     Source: He et al., 2015.
+
+    Args:
+        a: the slope of a leaky ReLU below 0.
+        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
+        nonlinearity: what follows the layer, by torch's name for it.
 
     Raises:
         ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
