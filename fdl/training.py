@@ -85,6 +85,7 @@ class TrainState(NamedTuple):
                 raise ValueError(
                     "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
                 )
+            tree.match(expected, params, "TrainState.create: params")  # lists for dicts, say
         return cls(
             params,
             buffers,

@@ -194,3 +194,11 @@ def test_update_compares_structures():
         opt.update(PARAMS, state[:1], PARAMS)
     with pytest.raises(ValueError, match=r"b: missing .*\n  c: unexpected"):
         optim.apply_updates(PARAMS, {"w": PARAMS["w"], "c": PARAMS["b"]})
+
+
+def test_a_schedule_may_return_a_number_or_a_tensor_of_its_own():
+    own = torch.tensor(0.5, dtype=torch.float64)
+    for schedule in (lambda count: 0.5, lambda count: own):
+        state = optim.sgd(lr=schedule).init({"w": torch.ones(1)})
+        lr = optim.hyperparams(state)["lr"]
+        assert lr.dtype == torch.float64 and lr == 0.5 and lr is not own

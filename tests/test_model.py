@@ -226,3 +226,8 @@ def test_tied_paths_must_exist(same):
         KeyError, match=r"tied: no '(2|3|1.wieght|wieght)' in the parameters; there are"
     ):
         net.init(KEY)
+
+
+def test_a_layer_name_with_a_dot_raises():
+    with pytest.raises(ValueError, match=r"must not hold a dot, got 'a\.b'; nest instead"):
+        nn.sequential(**{"a.b": nn.linear(1, 1)})

@@ -235,3 +235,10 @@ def test_the_stateful_loss_returns_metrics_and_buffers():
     close(found["loss"].value, value)
     close(new["mean"], 0.1 * X.mean(0))
     assert loss(params, buffers, (X, draw(1, 6, 2)))[1][1] is buffers
+
+
+def test_parameters_in_other_containers_raise():
+    model = nn.sequential(nn.linear(2, 2))
+    params = model.init(random.key(0))
+    with pytest.raises(ValueError, match=r"create: params: the trees have different structures"):
+        TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])

@@ -70,12 +70,14 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
 
     Raises:
         TypeError: both positional and named layers, or a layer that cannot be called.
-        ValueError: `params` has an entry that is no layer (at apply).
+        ValueError: a name with a dot; `params` has an entry that is no layer (at apply).
     """
     if layers and named:
         raise TypeError("sequential: give layers by position or by name, not both")
     children = named or {str(i): layer for i, layer in enumerate(layers)}
     for name, layer in children.items():
+        if "." in name:
+            raise ValueError(f"sequential: a name must not hold a dot, got {name!r}; nest instead")
         if isinstance(layer, StatefulModel) or not (isinstance(layer, Model) or callable(layer)):
             raise TypeError(
                 f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"

@@ -123,7 +123,12 @@ def next_hyper(rates: Mapping[str, Rate], hyper: Hyper) -> Hyper:
 
 
 def _scheduled(rates: Mapping[str, Rate], count: Tensor) -> dict[str, Tensor]:
-    return {name: rate(count).double() for name, rate in rates.items() if callable(rate)}
+    # Cloned: a schedule may return one and the same tensor each time.
+    return {
+        name: torch.as_tensor(rate(count), dtype=torch.float64, device=count.device).clone()
+        for name, rate in rates.items()
+        if callable(rate)
+    }
 
 
 def rate_of(hyper: Hyper, name: str, like: Tensor) -> Tensor | float:
