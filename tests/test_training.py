@@ -241,4 +241,4 @@ def test_parameters_in_other_containers_raise():
     model = nn.sequential(nn.linear(2, 2))
     params = model.init(random.key(0))
     with pytest.raises(ValueError, match=r"create: params: the trees have different structures"):
-        TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])
+        fdl.TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])
