@@ -94,7 +94,7 @@ def remainder(a: Tensor, n: Tensor) -> Tensor:
     quotient = torch.where(n > 0, ((a >> 1) & INT64.max) // positive << 1, 0)
     rest = a - quotient * n
     unsigned_at_least = (rest ^ INT64.min) >= (n ^ INT64.min)
-    return torch.where(unsigned_at_least & (n != 0), rest - n, rest)
+    return torch.where(unsigned_at_least, rest - n, rest)
 
 
 # Pieces of erfinv(x) / x as polynomials in w = -log(1 - x²), from M. Giles, "Approximating the
