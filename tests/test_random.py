@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from fdl import _random, random
 
@@ -189,7 +190,7 @@ def test_fold_in_batches_over_data():
 
 
 def test_a_step_counter_as_tensor_never_recompiles():
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step_key = torch.compile(random.fold_in, backend=counter, fullgraph=True)
     for step in range(5):
         assert torch.equal(
