@@ -94,7 +94,7 @@ def remainder(a: Tensor, n: Tensor) -> Tensor:
     quotient = torch.where(n > 0, ((a >> 1) & INT64.max) // positive << 1, 0)
     rest = a - quotient * n
     unsigned_at_least = (rest ^ INT64.min) >= (n ^ INT64.min)
-    return torch.where(unsigned_at_least & (n != 0), rest - n, rest)
+    return torch.where(unsigned_at_least, rest - n, rest)
 
 
 # Pieces of erfinv(x) / x as polynomials in w = -log(1 - x²), from M. Giles, "Approximating the
@@ -176,7 +176,7 @@ def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
 def describe(x: object) -> str:
     """Say what came, for an error message."""
     if isinstance(x, Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+        return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
     return f"{x!r} ({type(x).__name__})"
 
 
@@ -242,7 +242,9 @@ def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) 
     """Refuse a lower and an upper bound that are no numbers, out of order, or of a wrong shape."""
     for name, bound in bounds.items():
         if not isinstance(bound, int | float | Tensor):
-            raise TypeError(f"{caller}: `{name}` expected a number, got {describe(bound)}")
+            raise TypeError(
+                f"{caller}: `{name}` expected a number or a tensor, got {describe(bound)}"
+            )
         check_broadcast(caller, name, bound, shape)
     (low_name, low), (high_name, high) = bounds.items()
     if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:

@@ -127,6 +127,8 @@ def split(key: Key, n: int = 2) -> Tensor:
 def fold_in(key: Key, data: int | Tensor) -> Key:
     """Derive a new key from a key and a number, such as a step count, an epoch or a rank.
 
+    Number i gives the i-th child of ``split``: on one key, fold in or split, never both.
+
     Args:
         key: a key, int64 [2].
         data: an int in [0, 2**32), or a 0-d integer tensor, whose low 32 bits count.
