@@ -5,21 +5,15 @@ Together they turn a whole epoch of training into one program:
 
     epoch = fdl.jit(lambda state, batches: fdl.scan(step, state, batches))
 
-How a `scan` runs depends on where it is called:
-
-- eagerly, or under a `torch.func` transformation: a Python loop;
-- inside `jit` on the CPU: torch's `scan` operator, so that Inductor emits the loop itself;
-- inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body.
+`scan` itself stands in `_scan.py`.
 """
-
-from __future__ import annotations  # Dynamo cannot trace the annotations of inner functions
 
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any, NoReturn, TypeVar
 
@@ -27,29 +21,19 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch._higher_order_ops.scan import scan as _scan_operator
-from torch._subclasses import FakeTensorMode
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fdl import tree
+from fdl._scan import Abstract, Bodies, check_tensors, form, in_transform, running, scan
 from fdl.tree import Tree
 
 __all__ = ["disable_jit", "jit", "scan"]
 
-Carry = TypeVar("Carry")
 F = TypeVar("F", bound=Callable[..., Any])
+Program = Callable[[list[Tensor]], Tree]
 
-
-class _Abstract:
-    """The state of one abstract evaluation: did `fn` call `scan`?"""
-
-    scans = False
-
-
-class _Bodies(dict[Any, Callable[..., Any]]):
-    """The compiled bodies of the scans of one program, where its loops run in Python."""
-
-
-_running: ContextVar[_Abstract | _Bodies | None] = ContextVar("fdl_running", default=None)
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
 
@@ -70,175 +54,39 @@ def disable_jit() -> Iterator[None]:
         _disabled.reset(token)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _in_transform() -> bool:
-    """Say whether a torch.func transformation is active, also while Dynamo traces one."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def scan(
-    f: Callable[[Carry, Any], tuple[Carry, Any]],
-    init: Carry,
-    xs: Tree = (),
-    *,
-    length: int | None = None,
-) -> tuple[Carry, Tree]:
-    """Fold `f` over the first axis of `xs`: `carry, y = f(carry, x)`; equals `jax.lax.scan`.
-
-    Args:
-        f: a pure function `(carry, x) -> (carry, y)`. The carry keeps its structure, shapes and
-            dtypes. `y` is any tree of tensors, `()` for none.
-        init: the first carry, a tree of tensors.
-        xs: a tree of tensors with one common first axis; step `i` sees `leaf[i]`.
-        length: the number of steps; needed only where `xs` has no leaves.
-
-    Returns:
-        The last carry, and the `y`s stacked along a new first axis.
-
-    Raises:
-        ValueError: `xs` has no common first axis, or `f` changed the form of the carry (every
-            path is listed).
-
-    >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
-    (tensor(6), tensor([0, 0, 1, 3]))
-    """
-    length = _scan_length(xs, length)
-    if _in_transform():  # the operator has no rules for grad, vmap and jvp
-        return _scan_as_loop(f, init, xs, length)
-    if torch.compiler.is_compiling():
-        return _scan_as_operator(f, init, xs, length)
-    running = _running.get()
-    if isinstance(running, _Abstract):
-        running.scans = True
-        return _scan_abstractly(f, init, xs, length)
-    if isinstance(running, _Bodies):
-        f = _compiled_body(f, running)
-    return _scan_as_loop(f, init, xs, length)
-
-
-def _scan_length(xs: Tree, length: int | None) -> int:
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tree.leaves(xs)}
-    if length is not None:
-        lengths.add(length)
-    if len(lengths) != 1 or None in lengths:
-        found = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(xs).items()}
-        raise ValueError(
-            f"scan: xs needs one common first axis (length={length}), got shapes {found}"
-        )
-    (steps,) = lengths
-    if not steps:
-        raise ValueError("scan: needs at least one step, got none")
-    return steps
-
-
-def _row(xs: Tree, i: int) -> Tree:
-    return tree.map(lambda leaf: leaf[i], xs)
-
-
-def _check_carry(init: Tree, carry: Tree) -> list[Tensor]:
-    """Return the leaves of `carry` in the order of `init`, having compared their forms."""
-    found = tree.match(init, carry, "scan: the carry that f returned")
-    for before, after in zip(tree.leaves(init), found, strict=True):
-        if before.shape != after.shape or before.dtype != after.dtype:
-            lines = tree.diff(init, carry, values=False)
-            raise ValueError(
-                "scan: f must return a carry of the form it was given:\n  " + "\n  ".join(lines)
-            )
-    return found
-
-
-def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
-    carry, ys = init, []
-    for i in range(length):
-        new, y = f(carry, _row(xs, i))
-        spec = pytree.tree_structure(init)
-        carry = pytree.tree_unflatten(_check_carry(carry, new), spec)
-        ys.append(y)
-    return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
-
-
-def _scan_abstractly(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
-    new, y = f(init, _row(xs, 0))
-    carry = pytree.tree_unflatten(_check_carry(init, new), pytree.tree_structure(init))
-    return carry, tree.map(lambda leaf: leaf.new_empty((length, *leaf.shape)), y)
-
-
-def _scan_as_operator(
-    f: Callable[..., Any], init: Tree, xs: Tree, length: int
-) -> tuple[Tree, Tree]:
-    # The operator takes flat lists only, and its body may have no side effects, so the structure
-    # of y has to be known beforehand: trace f once more. Inductor drops that unused copy.
-    init_leaves, carry_spec = pytree.tree_flatten(init)
-    xs_leaves, x_spec = pytree.tree_flatten(xs)
-    y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
-    # It also wants at least one tensor to carry and one to run along.
-    idle = torch.zeros(length, dtype=torch.bool, device=(init_leaves + xs_leaves)[0].device)
-
-    def body(carry: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        carry, x = carry[: carry_spec.num_leaves], x[: x_spec.num_leaves]
-        new, y = f(pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(x, x_spec))
-        outputs = tree.match(pytree.tree_unflatten(carry, carry_spec), new, "scan")
-        # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
-        return [_fresh(leaf) for leaf in outputs or [idle[0]]], [
-            _fresh(leaf) for leaf in tree.leaves(y)
-        ]
-
-    carry, ys = _scan_operator(
-        body, [_fresh(leaf) for leaf in init_leaves or [idle[0]]], xs_leaves or [idle]
-    )
-    carry = carry[: carry_spec.num_leaves]
-    return pytree.tree_unflatten(carry, carry_spec), pytree.tree_unflatten(ys, y_spec)
-
-
-def _fresh(leaf: Tensor) -> Tensor:
-    return leaf.clone(memory_format=torch.contiguous_format)
-
-
-def _call_flat(
-    f: Callable[..., Any], spec: pytree.TreeSpec, leaves: list[Tensor]
-) -> tuple[Any, Any]:
-    carry, x = pytree.tree_unflatten(leaves, spec)
-    return f(carry, x)
-
-
-def _compiled_body(f: Callable[..., Any], bodies: _Bodies) -> Callable[..., Any]:
-    """Compile the body of a loop; Dynamo's guards recognise `f` by its code when it comes again.
-
-    A `lambda` inside a jitted function is a new object at each call, and what it closes over may
-    be an argument of that call; Dynamo reads closed-over tensors anew each time.
-    """
-    code = getattr(f, "__code__", f)
-
-    def body(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
-        leaves, spec = pytree.tree_flatten((carry, x))
-        key = (code, spec, _form(leaves))
-        if key not in bodies:
-            bodies[key] = _compile(_call_flat)
-        return bodies[key](f, spec, leaves)
-
-    return body
-
-
-def _form(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves)
-
-
 def _compile(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code.
-
-    The C++ wrapper halves the cost of a step of a small model, and works with `scan` from torch
-    2.12 on.
-    """
+    """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code."""
     assert isinstance(fn, FunctionType)
     own = FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, options=_options())
+    return torch.compile(own, fullgraph=True, dynamic=False, **_backend())
 
 
-def _options() -> dict[str, Any]:
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return {"cpp_wrapper": True} if release >= (2, 12) else {}
+def _backend() -> dict[str, Any]:
+    # Inductor copies a shared intermediate result into each of its users until it counts so many
+    # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw takes
+    # ten times longer to compile; the program is as fast.
+    options: dict[str, Any] = {"realize_opcount_threshold": 8}
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12):
+        # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
+        options["cpp_wrapper"] = True
+    return {"options": options}
+
+
+@cache
+def _finds_compiler() -> bool:
+    """Look for the C++ compiler that Inductor needs on the CPU; say once if there is none."""
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # what it raises depends on the platform and the release of torch
+        warnings.warn(
+            "jit: no C++ compiler was found, so functions of CPU tensors run eagerly, which is "
+            f"slower; install one (g++ or clang++), or set CXX. The reason was: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class _Donated(Tensor):
@@ -281,7 +129,7 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
     {'w': tensor([2., 2.])}
     """
     positions = (donate,) if isinstance(donate, int) else tuple(donate)
-    programs: dict[Any, Callable[[list[Tensor]], Tree]] = {}
+    programs: dict[Any, Program] = {}
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -289,12 +137,13 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        _check_tensors(leaves, (args, kwargs), "argument")
+        check_tensors((args, kwargs), "jit: every leaf of an argument")
         donated = _donated_leaves(args, leaves, positions)
-        form = (spec, _form(leaves), torch.is_grad_enabled())
-        if form not in programs:
-            programs[form] = _build(fn, leaves, spec)
-        result = programs[form](leaves)
+        key = (spec, form(leaves), torch.is_grad_enabled())
+        if key in programs:
+            result = programs[key](leaves)
+        else:
+            programs[key], result = _build(fn, leaves, spec)
         for leaf in donated:
             leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
             leaf.__class__ = _Donated
@@ -305,18 +154,7 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
-    return off or _running.get() is not None or _in_transform()
-
-
-def _check_tensors(leaves: list[Any], whole: Tree, what: str) -> None:
-    if all(isinstance(leaf, Tensor) for leaf in leaves):
-        return
-    pairs, _ = pytree.tree_flatten_with_path(whole)
-    found = [f"{tree.dotted(p)}: {leaf!r}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
-    raise TypeError(
-        f"jit: every leaf of an {what} must be a tensor; wrap numbers in torch.tensor, close over "
-        "what is constant. Not tensors:\n  " + "\n  ".join(found)
-    )
+    return off or running.get() is not None or in_transform()
 
 
 def _donated_leaves(
@@ -339,8 +177,8 @@ def _donated_leaves(
 
 def _build(
     fn: Callable[..., Any], leaves: list[Tensor], spec: pytree.TreeSpec
-) -> Callable[[list[Tensor]], Tree]:
-    """Make the program for one form of arguments: try the fastest way, then the next."""
+) -> tuple[Program, Tree]:
+    """Make the program for one form of arguments, the fastest that works, and run it once."""
     abstract, out_spec, aliases = _evaluate_abstractly(fn, leaves, spec)
 
     def flat(*leaves: Tensor) -> list[Tensor]:
@@ -349,57 +187,76 @@ def _build(
         return [leaf.clone() if i in aliases else leaf for i, leaf in enumerate(outputs)]
 
     compiled = _compile(flat)
-    bodies = _Bodies()
+    bodies = Bodies(_compile)
+
+    def run_eagerly(leaves: list[Tensor]) -> Tree:
+        return pytree.tree_unflatten(flat(*leaves), out_spec)
 
     def run_compiled(leaves: list[Tensor]) -> Tree:
         return pytree.tree_unflatten(compiled(*leaves), out_spec)
 
     def run_bodies(leaves: list[Tensor]) -> Tree:
-        token = _running.set(bodies)
+        token = running.set(bodies)
         try:
-            return pytree.tree_unflatten(flat(*leaves), out_spec)
+            return run_eagerly(leaves)
         finally:
-            _running.reset(token)
+            running.reset(token)
 
-    if abstract.scans and any(leaf.is_cuda for leaf in leaves):
-        return run_bodies
+    on_cuda = any(leaf.is_cuda for leaf in leaves)
+    if not on_cuda and not _finds_compiler():
+        return run_eagerly, run_eagerly(leaves)
+    if abstract.scans and on_cuda:
+        return run_bodies, run_bodies(leaves)
     try:
-        run_compiled(leaves)
+        return run_compiled, run_compiled(leaves)
     except TorchDynamoException as error:
         if not abstract.scans:
             raise
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(
-            f"jit: torch's scan operator refused {fn!r}; each step is compiled instead, in a "
-            f"Python loop. The reason was: {reason}",
-            stacklevel=3,
-        )
-        return run_bodies
-    return run_compiled
+    warnings.warn(
+        f"jit: torch's scan operator refused {fn!r}; each step is compiled instead, in a "
+        f"Python loop. The reason was: {reason}",
+        stacklevel=3,
+    )
+    return run_bodies, run_bodies(leaves)
 
 
 def _evaluate_abstractly(
     fn: Callable[..., Any], leaves: list[Tensor], spec: pytree.TreeSpec
-) -> tuple[_Abstract, pytree.TreeSpec, set[int]]:
+) -> tuple[Abstract, pytree.TreeSpec, set[int]]:
     """Run `fn` on fake tensors, which have a form and no values.
 
     Mistakes in `fn` surface here as ordinary exceptions instead of from within the tracer.
 
     Returns:
         Whether `fn` calls `scan`, the structure of its result, and which of the result's leaves
-        share memory with an argument.
+        share memory with an argument, with a closed-over tensor or with an earlier leaf.
     """
-    abstract = _Abstract()
-    token = _running.set(abstract)
+    abstract = Abstract()
+    token = running.set(abstract)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(leaf) for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(fakes, spec)
             result = fn(*args, **kwargs)
+    except DataDependentOutputException as error:
+        error.add_note(
+            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float), but is traced, not "
+            "run; use torch.where, or compute that value outside and close over it"
+        )
+        raise
     finally:
-        _running.reset(token)
+        running.reset(token)
+    check_tensors(result, "jit: every leaf of the result")
     outputs, out_spec = pytree.tree_flatten(result)
-    _check_tensors(outputs, result, "result of the function, and of an argument,")
-    taken = {fake.untyped_storage()._cdata for fake in fakes}
-    aliases = {i for i, out in enumerate(outputs) if out.untyped_storage()._cdata in taken}
+    taken = {_memory(fake) for fake in fakes}
+    aliases = set()
+    for i, out in enumerate(outputs):
+        if not isinstance(out, FakeTensor) or _memory(out) in taken:
+            aliases.add(i)
+        taken.add(_memory(out))
     return abstract, out_spec, aliases
+
+
+def _memory(leaf: Tensor) -> int:
+    return leaf.untyped_storage()._cdata

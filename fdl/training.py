@@ -5,7 +5,7 @@ state = TrainState.create(model, opt, key=random.key(0))
 step  = train_step(loss, opt)
 """
 
-from __future__ import annotations  # Dynamo cannot trace the annotations of inner functions
+from __future__ import annotations  # Dynamo would run those of nested functions
 
 import inspect
 from collections.abc import Callable, Mapping

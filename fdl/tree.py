@@ -235,9 +235,15 @@ def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
         return {path: bool(where(path, leaf)) for path, leaf in flat.items()}
     globs = [where] if isinstance(where, str) else list(where)
     for glob in globs:
-        if not any(fnmatchcase(path, glob) for path in flat):
+        if not any(_matches(path, glob) for path in flat):
             raise ValueError(f"{caller}: {glob!r} matches no path; there are {list(flat)}")
-    return {path: any(fnmatchcase(path, glob) for glob in globs) for path in flat}
+    return {path: any(_matches(path, glob) for glob in globs) for path in flat}
+
+
+# Dynamo would trace into fnmatch, and warn of the cache there.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matches(path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob)
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from fdl import _random, random
+from fdl.compile import _backend
 
 RECORDED = json.loads(Path(__file__).with_name("random_vectors.json").read_text())
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -104,7 +105,7 @@ def test_counters_beyond_32_bits_use_the_high_word(monkeypatch):
 
 
 def compile(f):
-    return torch.compile(f, fullgraph=True, options=random.COMPILE_OPTIONS)
+    return torch.compile(f, fullgraph=True, **_backend())
 
 
 def everything(key, data, p, logits, low, high):

@@ -4,7 +4,7 @@ An epoch is a `scan` over rows of indices, cut into chunks of one fixed length s
 serves them all. Only between chunks does anything else happen: progress, signals.
 """
 
-from __future__ import annotations  # Dynamo cannot trace the annotations of inner functions
+from __future__ import annotations  # Dynamo would run those of nested functions
 
 import math
 import signal

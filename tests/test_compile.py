@@ -1,0 +1,312 @@
+"""`jit` and `scan`: equal to plain Python on every route, one compilation, clean errors."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.func import grad, jvp, vmap
+
+import fdl
+import fdl.compile
+from fdl import disable_jit, jit, scan, tree
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@pytest.fixture
+def plain_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as always, and run the traced graph without Inductor: breadth at a low price."""
+    monkeypatch.setattr(fdl.compile, "_backend", lambda: {"backend": "aot_eager"})
+
+
+class Graphs:
+    """Counts the graphs that Dynamo hands to its backend, from the moment it is made."""
+
+    def __init__(self) -> None:
+        self.before = counters["stats"]["unique_graphs"]
+
+    def count(self) -> int:
+        return int(counters["stats"]["unique_graphs"] - self.before)
+
+
+def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
+    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
+    assert not differences, "\n".join(differences)
+
+
+# ------------------------------------------------------------------------------------ the basics
+
+
+def test_jit_takes_and_gives_trees() -> None:
+    def fn(pair: Pair, *, more: dict[str, Tensor]) -> dict[str, Any]:
+        first, second = pair.right
+        return {
+            "z": Pair(pair.left["b"] + first, [more["scale"] * second]),
+            "a": pair.left["a"] - pair.left["b"],
+        }
+
+    args = Pair({"b": torch.ones(3), "a": torch.arange(3.0)}, [torch.full((3,), 2.0), torch.eye(3)])
+    more = {"scale": torch.tensor(0.5)}
+    got, expected = jit(fn)(args, more=more), fn(args, more=more)
+    assert_equal(got, expected)
+    assert list(got) == ["z", "a"] and isinstance(got["z"], Pair)
+
+
+def test_jit_gives_back_the_order_of_dicts_of_each_caller(
+    plain_backend: None,
+) -> None:
+    @jit
+    def fn(params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tree.map(lambda leaf: leaf * 2, params)
+
+    one, two = {"w": torch.ones(2), "b": torch.zeros(2)}, {"b": torch.zeros(2), "w": torch.ones(2)}
+    for params in (one, two, one):
+        got = fn(params)
+        assert list(got) == list(params)
+        assert_equal(got, {"w": torch.full((2,), 2.0), "b": torch.zeros(2)})
+
+
+def test_jit_keeps_name_and_docstring() -> None:
+    def fn(x: Tensor) -> Tensor:
+        """Do it."""
+        return x
+
+    assert jit(fn).__name__ == "fn" and jit(fn).__doc__ == "Do it."
+
+
+def test_jit_inside_jit_grad_and_vmap_is_inlined(plain_backend: None) -> None:
+    inner = jit(lambda x: (x**3).sum())
+    x = torch.arange(4.0)
+    graphs = Graphs()
+    assert_equal(jit(lambda x: inner(x) + grad(inner)(x).sum())(x), inner(x) + (3 * x**2).sum())
+    assert graphs.count() == 2  # the outer one, and `inner` called alone
+    assert_equal(grad(inner)(x), 3 * x**2)
+    assert_equal(vmap(inner)(x.view(2, 2)), (x.view(2, 2) ** 3).sum(1))
+    assert graphs.count() == 2
+
+
+@pytest.mark.parametrize("way", ["disable_jit", "FDL_JIT"])
+def test_jit_can_be_switched_off(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, graphs, seen = jit(lambda x: [seen.append(x), x + 1][1]), Graphs(), []
+    if way == "FDL_JIT":
+        monkeypatch.setenv("FDL_JIT", "0")
+        fn(torch.ones(2))
+    else:
+        with disable_jit():
+            fn(torch.ones(2))
+    assert graphs.count() == 0
+    assert torch.equal(seen[0], torch.ones(2))  # a real tensor went through, none of the tracer's
+
+
+@pytest.mark.parametrize(
+    "fn, args, error, match",
+    [
+        (
+            lambda x: x,
+            ({"a": {"b": 1.0}},),
+            TypeError,
+            r"argument must be a.*\n  0\.0\.a\.b",
+        ),
+        (lambda x: x, (None,), TypeError, "Not tensors:\n  0.0: None"),
+        (lambda x: {"n": 3}, (torch.ones(1),), TypeError, "of the result must be.*\n  n: 3"),
+        (lambda x: 1 / 0, (torch.ones(1),), ZeroDivisionError, "division"),
+        (lambda x: x @ x, (torch.ones(2, 3),), RuntimeError, "same reduction|shapes"),
+    ],
+    ids=["number", "none", "result", "raises", "shapes"],
+)
+def test_jit_errors(
+    fn: Callable[..., Any], args: tuple[Any, ...], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        jit(fn)(*args)
+
+
+def test_jit_says_that_values_are_not_known_while_tracing() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        jit(lambda x: x if x.sum() > 0 else -x)(torch.ones(2))
+    assert "asks for the value of a tensor" in "".join(caught.value.__notes__)
+
+
+# ------------------------------------------------------------------------------------------ scan
+
+X = torch.arange(12.0).view(4, 3)
+
+
+def several(carry: Any, x: Any) -> Any:
+    """A carry of all containers with a leaf that passes through, and a nested y."""
+    total = carry["total"] + x["a"] * carry["rate"]
+    new = {"pair": Pair(carry["pair"].left * 0.5, [x["b"]]), "total": total, "rate": carry["rate"]}
+    return new, {"sum": total.sum(), "more": (total, [x["b"] > 1])}
+
+
+def inputs() -> tuple[Any, Any]:
+    init = {
+        "rate": torch.tensor(0.1),
+        "total": torch.zeros(3),
+        "pair": Pair(torch.ones(2), [torch.tensor(0.0)]),
+    }
+    return init, {"a": X, "b": X[:, 0]}
+
+
+def by_hand(f: Callable[..., Any], carry: Any, xs: Any) -> Any:
+    ys = []
+    for x in tree.unstack(xs):
+        carry, y = f(carry, x)
+        ys.append(y)
+    return carry, tree.stack(ys)
+
+
+SCANS: dict[str, Callable[[Any, Any], Any]] = {
+    "several": lambda init, xs: scan(several, init, xs),
+    "no y": lambda init, xs: scan(lambda c, x: (c + x["b"], ()), init["total"], xs),
+    "no xs": lambda init, xs: scan(lambda c, x: (c + 1, c), init["total"], (), length=3),
+    "no carry": lambda init, xs: scan(lambda c, x: ((), x["a"] * 2), (), xs),
+    "y is x, carry is constant": lambda init, xs: scan(lambda c, x: (c, x), init, xs),
+    "scan in scan": lambda init, xs: scan(
+        lambda c, x: scan(lambda d, z: (d + z, d * z), c, x["a"]), init["rate"], xs
+    ),
+    "closed over": lambda init, xs: scan(lambda c, x: (c + x["b"] * xs["a"][1], c), X[0], xs),
+    "grad through": lambda init, xs: grad(
+        lambda rate: scan(several, init | {"rate": rate}, xs)[0]["total"].sum()
+    )(init["rate"]),
+    "vmap through": lambda init, xs: vmap(lambda rate: scan(several, init | {"rate": rate}, xs))(
+        torch.stack([init["rate"], 2 * init["rate"]])
+    ),
+    "jvp through": lambda init, xs: jvp(
+        lambda rate: scan(several, init | {"rate": rate}, xs)[0]["total"],
+        (init["rate"],),
+        (torch.tensor(1.0),),
+    ),
+    "vmap in the body": lambda init, xs: scan(
+        lambda c, x: (vmap(torch.add)(c, x["a"]), vmap(grad(lambda z: z**2))(c)), init["total"], xs
+    ),
+}
+
+
+def test_eager_scan_equals_a_loop() -> None:
+    init, xs = inputs()
+    assert_equal(scan(several, init, xs), by_hand(several, init, xs))
+    plain = scan(lambda c, x: (c + 1, c), torch.tensor(0), (), length=3)
+    assert_equal(plain, (torch.tensor(3), torch.arange(3)))
+    assert scan(lambda c, x: (c + x, ()), torch.tensor(0.0), X[:, 0])[1] == ()
+
+
+def test_every_scan_in_one_inductor_program_equals_eager() -> None:
+    init, xs = inputs()
+
+    def everything(init: Any, xs: Any) -> Any:
+        return {name: f(init, xs) for name, f in SCANS.items()}
+
+    got, expected = jit(everything)(init, xs), everything(init, xs)
+    assert_equal(got, expected)
+    assert list(got["several"][0]) == list(expected["several"][0])
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -> None:
+    assert_equal(jit(SCANS[name])(*inputs()), SCANS[name](*inputs()))
+
+
+def test_derivatives_through_scan_are_those_of_the_sum() -> None:
+    init, xs = inputs()  # total = rate · Σ a
+    assert_equal(SCANS["grad through"](init, xs), X.sum())
+    assert_equal(SCANS["jvp through"](init, xs)[1], X.sum(0))
+    assert_equal(SCANS["vmap through"](init, xs)[0]["total"][1], 0.2 * X.sum(0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.integers(1, 6),
+    shapes=st.lists(st.lists(st.integers(0, 3), max_size=2), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.int64]),
+)
+def test_eager_scan_of_any_shapes_equals_a_loop(
+    steps: int, shapes: list[list[int]], dtype: torch.dtype
+) -> None:
+    init = {str(i): torch.ones(shape, dtype=dtype) for i, shape in enumerate(shapes)}
+    size = {name: leaf.numel() * steps for name, leaf in init.items()}
+    xs = {
+        name: torch.arange(size[name]).to(dtype).view(steps, *leaf.shape)
+        for name, leaf in init.items()
+    }
+
+    def f(carry: Any, x: Any) -> Any:
+        new = tree.map(lambda c, z: c + z % 3, carry, x)
+        return new, [new, x]
+
+    assert_equal(scan(f, init, xs), by_hand(f, init, xs))
+
+
+ONE = torch.tensor(0.0)
+SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "dtype": (
+        lambda: scan(lambda c, x: ({"a": {"b": c["a"]["b"].double()}}, ()), {"a": {"b": ONE}}, X),
+        ValueError,
+        r"a\.b: expected float32\[\], got float64\[\]",
+    ),
+    "shape": (
+        lambda: scan(lambda c, x: ([x, c[1]], ()), [ONE, ONE], X),
+        ValueError,
+        r"of the form it was given:\n  0: expected float32\[\], got float32\[3\]",
+    ),
+    "missing": (
+        lambda: scan(lambda c, x: ({"a": c["a"]}, ()), {"a": ONE, "b": ONE}, X),
+        ValueError,
+        r"carry that f returned.*\n  b: missing",
+    ),
+    "unexpected": (
+        lambda: scan(lambda c, x: ({"a": c["a"], "b": ONE}, ()), {"a": ONE}, X),
+        ValueError,
+        "b: unexpected",
+    ),
+    "lengths": (
+        lambda: scan(lambda c, x: (c, ()), ONE, {"a": X, "b": X[:2]}),
+        ValueError,
+        r"one common first axis .*'a': \[4, 3\], 'b': \[2, 3\]",
+    ),
+    "length": (
+        lambda: scan(lambda c, x: (c, ()), ONE, X, length=3),
+        ValueError,
+        r"one common first axis \(length=3\)",
+    ),
+    "scalar": (lambda: scan(lambda c, x: (c, ()), ONE, ONE), ValueError, "one common first axis"),
+    "nothing": (lambda: scan(lambda c, x: (c, ()), ONE), ValueError, "one common first axis"),
+    "no steps": (lambda: scan(lambda c, x: (c, ()), ONE, X[:0]), ValueError, "at least one step"),
+    "init": (
+        lambda: scan(lambda c, x: (c, ()), {"a": {"n": 1}}, X),
+        TypeError,
+        r"every leaf of init must be a tensor.*\n  a\.n: 1",
+    ),
+    "xs": (
+        lambda: scan(lambda c, x: (c, ()), ONE, [X, "text"]),
+        TypeError,
+        "every leaf of xs must be a tensor.*\n  1: 'text'",
+    ),
+    "y": (
+        lambda: scan(lambda c, x: (c, {"y": 2.0}), ONE, X),
+        TypeError,
+        r"every leaf of y must be a tensor.*\n  y: 2\.0",
+    ),
+    "carry": (
+        lambda: scan(lambda c, x: ({"c": 2.0}, ()), {"c": ONE}, X),
+        TypeError,
+        r"every leaf of the carry that f returned must be a tensor.*\n  c: 2\.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", SCAN_ERRORS)
+def test_scan_errors(name: str, jitted: bool) -> None:
+    run, error, match = SCAN_ERRORS[name]
+    with pytest.raises(error, match=match):
+        jit(run)() if jitted else run()
