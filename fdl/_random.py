@@ -1,4 +1,4 @@
-"""The arithmetic under ``fdl.random`` (Threefry, words to floats, erfinv) and its checks."""
+"""The arithmetic under `fdl.random` (Threefry, words to floats, erfinv) and its checks."""
 
 import math
 from collections.abc import Container, Sequence
@@ -50,7 +50,7 @@ def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
 
 
 def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw integers as wide as the mantissa of ``dtype``, int64."""
+    """Draw integers as wide as the mantissa of `dtype`, int64."""
     width, mantissa = FLOATS[dtype]
     return (words(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
 
@@ -61,7 +61,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw from [0, 1), exact in ``dtype``, given in its working dtype."""
+    """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
     draws = mantissas(key, shape, dtype)
     return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
 
@@ -73,14 +73,14 @@ def uniform(
     high: float | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Draw from [low, high) in the working dtype of ``dtype``."""
+    """Draw from [low, high) in the working dtype of `dtype`."""
     working = working_dtype(dtype)
     low, high = cast(low, working, key), cast(high, working, key)
     return torch.maximum(low, unit(key, shape, dtype) * (high - low) + low)
 
 
 def cast(value: float | Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
-    """Turn a number or a tensor into a tensor of ``dtype``."""
+    """Turn a number or a tensor into a tensor of `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype)
     return torch.full((), value, dtype=dtype, device=key.device)
@@ -94,7 +94,7 @@ def remainder(a: Tensor, n: Tensor) -> Tensor:
     quotient = torch.where(n > 0, ((a >> 1) & INT64.max) // positive << 1, 0)
     rest = a - quotient * n
     unsigned_at_least = (rest ^ INT64.min) >= (n ^ INT64.min)
-    return torch.where(unsigned_at_least & (n != 0), rest - n, rest)
+    return torch.where(unsigned_at_least, rest - n, rest)
 
 
 # Pieces of erfinv(x) / x as polynomials in w = -log(1 - x²), from M. Giles, "Approximating the
@@ -143,7 +143,7 @@ _GILES = {
 def erfinv(x: Tensor) -> Tensor:
     """Invert erf on [-1, 1], in float32 or float64; ±1 give the largest finite result.
 
-    ``torch.erfinv`` differs from XLA's by 90 units in the last place of float32, and in float64
+    `torch.erfinv` differs from XLA's by 90 units in the last place of float32, and in float64
     between eager and compiled by far more.
     """
     # The clamp changes no square of a number inside (-1, 1). It keeps ±1 finite and, standing
@@ -176,7 +176,7 @@ def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
 def describe(x: object) -> str:
     """Say what came, for an error message."""
     if isinstance(x, Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+        return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
     return f"{x!r} ({type(x).__name__})"
 
 
@@ -224,7 +224,7 @@ def check_dtype(
 
 
 def check_broadcast(caller: str, name: str, value: object, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor that does not broadcast to exactly ``shape``."""
+    """Refuse a tensor that does not broadcast to exactly `shape`."""
     if not isinstance(value, Tensor):
         return
     sizes = tuple(value.shape)
@@ -242,7 +242,9 @@ def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) 
     """Refuse a lower and an upper bound that are no numbers, out of order, or of a wrong shape."""
     for name, bound in bounds.items():
         if not isinstance(bound, int | float | Tensor):
-            raise TypeError(f"{caller}: `{name}` expected a number, got {describe(bound)}")
+            raise TypeError(
+                f"{caller}: `{name}` expected a number or a tensor, got {describe(bound)}"
+            )
         check_broadcast(caller, name, bound, shape)
     (low_name, low), (high_name, high) = bounds.items()
     if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
@@ -254,9 +256,9 @@ def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) 
 def inclusive_bound(
     name: str, value: int | Tensor, excess: int, dtype: torch.dtype
 ) -> int | Tensor:
-    """Check a bound of ``randint`` that exceeds the value meant by ``excess``; give that value.
+    """Check a bound of `randint` that exceeds the value meant by `excess`; give that value.
 
-    An int outside ``dtype`` is refused, a tensor is clipped.
+    An int outside `dtype` is refused, a tensor is clipped.
     """
     least, most = torch.iinfo(dtype).min + excess, torch.iinfo(dtype).max + excess
     if isinstance(value, Tensor):
@@ -274,7 +276,7 @@ def inclusive_bound(
 
 
 def folded_word(data: int | Tensor) -> int | Tensor:
-    """Check what ``fold_in`` folds in; give it as a 32-bit word."""
+    """Check what `fold_in` folds in; give it as a 32-bit word."""
     if isinstance(data, Tensor):
         if data.dtype not in INTEGERS:
             raise TypeError(f"fold_in: `data` expected an integer dtype, got {describe(data)}")
@@ -292,7 +294,7 @@ def folded_word(data: int | Tensor) -> int | Tensor:
 
 
 def check_probability(p: float | Tensor) -> None:
-    """Refuse what ``bernoulli`` cannot read as a probability."""
+    """Refuse what `bernoulli` cannot read as a probability."""
     if isinstance(p, Tensor):
         check_dtype("bernoulli", p.dtype, FLOATS, "p")
     elif not isinstance(p, int | float):
@@ -302,7 +304,7 @@ def check_probability(p: float | Tensor) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse what ``categorical`` cannot read as classes along the last axis."""
+    """Refuse what `categorical` cannot read as classes along the last axis."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"categorical: `logits` expected a tensor, got {describe(logits)}")
     check_dtype("categorical", logits.dtype, FLOATS, "logits")

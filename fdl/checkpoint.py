@@ -1,11 +1,11 @@
 """Parameter trees on disk: one safetensors file, no pickle, never half-written."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -20,7 +20,8 @@ FORMAT = "1"
 def save(path: str | os.PathLike[str], params: Tree) -> None:
     """Write nested dicts of tensors, dotted paths as names, for any safetensors reader.
 
-    The file appears whole or not at all: a temporary file is written, flushed and renamed.
+    The file appears whole or not at all: a temporary file is written, flushed and renamed. A dict
+    without tensors leaves no trace in it.
 
     Args:
         path: the file; an old one is replaced.
@@ -30,6 +31,7 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
         TypeError: a container other than a dict, or a leaf that is not a tensor.
         OSError: the folder cannot be written.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(f"{folder}/w.safetensors", {"fc": {"weight": torch.ones(2)}})
     ...     load(f"{folder}/w.safetensors")
@@ -43,17 +45,17 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     }
     content = to_bytes(flat, metadata={"format": "pt", "fdl": FORMAT})
     target = Path(path)
-    with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=f".{target.name}.", delete=False
-    ) as file:
-        try:
+    # Opened like any file, so that it gets the usual permissions (those of tempfile are private).
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, target)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # so that the new name survives a power cut as well
@@ -94,5 +96,5 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             return tree.unflatten_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"load: cannot read {path}: {error}") from error

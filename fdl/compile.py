@@ -55,11 +55,7 @@ def disable_jit() -> Iterator[None]:
 
 
 def _compile(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code.
-
-    The C++ wrapper halves the cost of a step of a small model, and works with `scan` from torch
-    2.12 on.
-    """
+    """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code."""
     assert isinstance(fn, FunctionType)
     own = FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
@@ -68,8 +64,14 @@ def _compile(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _backend() -> dict[str, Any]:
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return {"options": {"cpp_wrapper": True}} if release >= (2, 12) else {}
+    # Inductor copies a shared intermediate result into each of its users until it counts so many
+    # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw takes
+    # ten times longer to compile; the program is as fast.
+    options: dict[str, Any] = {"realize_opcount_threshold": 8}
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12):
+        # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
+        options["cpp_wrapper"] = True
+    return {"options": options}
 
 
 @cache

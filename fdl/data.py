@@ -43,14 +43,21 @@ LABELS = (
 
 
 class Dataset(NamedTuple):
-    """Examples, all in memory: row i of `x` belongs to row i of `y`."""
+    """Examples, all in memory: row i of `x` belongs to row i of `y`.
+
+    >>> x, y = Dataset(torch.zeros(5, 2), torch.arange(5))
+    """
 
     x: Tensor  # [n, ...] features or images
     y: Tensor  # [n, ...] targets
 
 
 class Batch(NamedTuple):
-    """What a training step takes: some examples and which of them count."""
+    """What a training step takes: some examples and which of them count.
+
+    >>> Batch(torch.zeros(3, 2), torch.zeros(3)).mask
+    ()
+    """
 
     x: Tensor  # [batch, ...]
     y: Tensor  # [batch, ...]
@@ -58,7 +65,13 @@ class Batch(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """Which examples each step of an epoch takes; `zip(*indices)` walks over the steps."""
+    """Which examples each step of an epoch takes; `zip(*indices)` walks over the steps.
+
+    >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
+    ...     print(index.tolist(), mask.tolist())
+    [0, 1] [True, True]
+    [2, 0] [True, False]
+    """
 
     index: Tensor  # type: ignore[assignment]  # int64 [steps, batch], rows of a data set
     mask: Tensor  # bool [steps, batch], False where `index` is padding

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdl import tree
-from fdl.metrics import check_weights
+from fdl.metrics import check_labels, check_weights
 from fdl.tree import Tree
 
 __all__ = ["cross_entropy", "l2_penalty", "mse", "squared_loss"]
@@ -76,11 +76,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
     if labels.dtype != torch.int64:
         raise TypeError(f"cross_entropy: labels must be int64 class indices, got {labels.dtype}")
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            "cross_entropy: expected logits [batch, classes] and labels [batch], got "
-            f"{list(logits.shape)} and {list(labels.shape)}"
-        )
+    check_labels("cross_entropy", logits, labels)
     log_p = F.log_softmax(logits, -1)
     losses = -log_p.gather(1, labels[:, None])[:, 0]
     if label_smoothing:

@@ -69,6 +69,18 @@ def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
         )
 
 
+def check_labels(caller: str, logits: Tensor, labels: Tensor) -> None:
+    """Raise unless `labels` are `[batch]` for logits `[batch, classes]`: nothing is broadcast.
+
+    >>> check_labels("accuracy", torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{caller}: expected logits [batch, classes] and labels [batch], got "
+            f"{list(logits.shape)} and {list(labels.shape)}"
+        )
+
+
 def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Mean:
     """Count how often the largest logit is that of the label.
 
@@ -77,7 +89,11 @@ def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> M
         labels: int64 `[batch]`.
         weights: `[batch]`, a bool mask or numbers; 1 if None.
 
+    Raises:
+        ValueError: shapes that do not fit.
+
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).value
     tensor(0.5000, dtype=torch.float64)
     """
+    check_labels("accuracy", logits, labels)
     return mean(logits.argmax(-1) == labels, weights)

@@ -29,7 +29,13 @@ Metrics = dict[str, Mean]
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes, and the key: a tree like any other."""
+    """Everything that training changes, and the key: a tree like any other.
+
+    >>> from fdl import nn, optim
+    >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
+    >>> list(tree.flatten_dict(state))[:2]
+    ['params.weight', 'params.bias']
+    """
 
     params: Tree
     buffers: Tree  # {} where the model has none
@@ -55,7 +61,8 @@ class TrainState(NamedTuple):
             params: start from these instead, of any floating dtype.
 
         Raises:
-            ValueError: `params` differs from the model's in paths or shapes (each is listed).
+            ValueError: `params` differs from the model's in paths or shapes, or is not floating
+                (each path is listed).
 
         >>> from fdl import nn, optim
         >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
@@ -68,13 +75,17 @@ class TrainState(NamedTuple):
         if params is None:
             params = expected
         else:
-            # Of the given parameters only the dtype may be another.
-            given = tree.map(lambda leaf: leaf.to(torch.float32), params)
-            lines = tree.diff(expected, given, values=False)
+            # Of the given parameters only the floating dtype may be another.
+            lines = tree.diff(
+                tree.cast(expected, torch.float32),
+                tree.cast(params, torch.float32),
+                values=False,
+            )
             if lines:
                 raise ValueError(
                     "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
                 )
+            tree.match(expected, params, "TrainState.create: params")  # lists for dicts, say
         return cls(
             params,
             buffers,

@@ -45,6 +45,11 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
     The result has the structure of `tree`, key order included.
 
+    Args:
+        f: takes one leaf of each tree.
+        tree: any tree.
+        rest: further trees of its structure.
+
     Raises:
         ValueError: a tree of `rest` has another structure; every differing path is listed.
 
@@ -101,7 +106,7 @@ def flatten_dict(tree: Tree) -> dict[str, Any]:
     """Map each leaf's dotted path to the leaf; a tree that is one leaf has the path `''`.
 
     Raises:
-        ValueError: a dict key holds a dot, so that its path would be ambiguous.
+        ValueError: a dict key is empty or holds a dot, so that its path would be ambiguous.
         TypeError: a dict key is not a string.
 
     >>> flatten_dict({"conv": [{"weight": 1}, 2]})
@@ -128,6 +133,8 @@ def _part(entry: Any) -> str:
     key = entry.key
     if not isinstance(key, str):
         raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
+    if not key:
+        raise ValueError("tree: a dict key must not be empty, got ''")
     if "." in key:
         raise ValueError(
             f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
@@ -137,6 +144,8 @@ def _part(entry: Any) -> str:
 
 def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
     """Rebuild a tree from dotted paths: nested dicts, or the structure of `like` if given.
+
+    The lone path `''` is a tree that is one leaf.
 
     Raises:
         ValueError: the paths are not those of `like` (each is listed), or one path is both a
@@ -157,6 +166,8 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
                 + "\n  ".join(sorted(lines))
             )
         return pytree.tree_unflatten([flat[path] for path in wanted], pytree.tree_structure(like))
+    if flat.keys() == {""}:
+        return flat[""]
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *branches, last = path.split(".")
@@ -424,7 +435,7 @@ def diff(
             x, y = one[path], two[path].to(one[path].device)
             far = ~torch.isclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
             if far.any():
-                gap = (x.double() - y.double()).abs().max().item()
+                gap = (x.double() - y.double())[far].abs().max().item()
                 lines.append(
                     f"{path}: {int(far.sum())} of {x.numel()} values differ, by at most {gap:.3g}"
                 )
@@ -433,6 +444,12 @@ def diff(
 
 def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """Say whether two trees have the same paths, shapes, dtypes and, within tolerance, values.
+
+    Args:
+        a: one tree.
+        b: the other.
+        rtol: relative tolerance of values, as in `torch.isclose`; NaN equals NaN.
+        atol: absolute tolerance of values.
 
     >>> allclose({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-9})
     True

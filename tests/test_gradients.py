@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from torch import Tensor
 from torch.func import grad, vmap
 
 import models
 from fdl import data, losses, nn, random, supervised, tree
-from tests import twins
 
 KEY = random.key(7)  # of the dropout masks
 

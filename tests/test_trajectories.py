@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from torch import Tensor
 
 import fdl
 import fdl.compile
 import models
 from fdl import TrainState, data, losses, nn, optim, random, tree
-from tests import twins
 
 STEPS = 50
 Build = Callable[[torch.nn.Module], torch.optim.Optimizer]

@@ -53,6 +53,11 @@ def constant(value: float) -> Initializer:
 def zeros(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Fill with 0.
 
+    Args:
+        key: not drawn from; the result is on its device.
+        shape: shape of the result.
+        dtype: dtype of the result.
+
     >>> zeros(random.key(0), (2,))
     tensor([0., 0.])
     """
@@ -61,6 +66,11 @@ def zeros(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32)
 
 def ones(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Fill with 1.
+
+    Args:
+        key: not drawn from; the result is on its device.
+        shape: shape of the result.
+        dtype: dtype of the result.
 
     >>> ones(random.key(0), (2,))
     tensor([1., 1.])
@@ -109,6 +119,12 @@ def truncated_normal(
     std: float = 1.0, mean: float = 0.0, low: float = -2.0, high: float = 2.0
 ) -> Initializer:
     """Draw from N(mean, std²) within [low, high]; `torch.nn.init.trunc_normal_` in distribution.
+
+    Args:
+        std: the standard deviation before truncation, positive.
+        mean: the mean before truncation.
+        low: no draw is below, whatever `std`.
+        high: no draw is above.
 
     Raises:
         ValueError: `std` is not positive, or `low` is not below `high`.
@@ -177,15 +193,14 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
     return init
 
 
-def _kaiming_std(shape: Sequence[int], a: float, mode: Mode, nonlinearity: str) -> float:
-    fan_in, fan_out = _fans(shape)
-    gain = torch.nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
-    return gain / math.sqrt(fan_in if mode == "fan_in" else fan_out)
-
-
-def _check_mode(caller: str, mode: str) -> None:
+def _kaiming(
+    caller: str, a: float, mode: Mode, nonlinearity: str
+) -> Callable[[Sequence[int]], float]:
+    """Check the arguments, then return shape -> standard deviation."""
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"{caller}: mode must be 'fan_in' or 'fan_out', got {mode!r}")
+    gain = torch.nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
+    return lambda shape: gain / math.sqrt(_fans(shape)[0 if mode == "fan_in" else 1])
 
 
 def kaiming_uniform(
@@ -196,17 +211,22 @@ def kaiming_uniform(
     Source: He et al., 2015. The gain is `torch.nn.init.calculate_gain(nonlinearity, a)`; with
     `a=√5` this is the default of `torch.nn.Linear` and `Conv2d`, U(±1/√fan_in).
 
+    Args:
+        a: the slope of a leaky ReLU below 0.
+        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
+        nonlinearity: what follows the layer, by torch's name for it.
+
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
 
     >>> w = kaiming_uniform(a=5**0.5)(random.key(0), (30, 25), torch.float32)
     >>> bool(w.abs().max() <= 1 / 5)
     True
     """
-    _check_mode("init.kaiming_uniform", mode)
+    std = _kaiming("init.kaiming_uniform", a, mode, nonlinearity)
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        bound = math.sqrt(3) * _kaiming_std(shape, a, mode, nonlinearity)
+        bound = math.sqrt(3) * std(shape)
         return random.uniform(key, shape, -bound, bound, dtype)
 
     return init
@@ -219,15 +239,20 @@ def kaiming_normal(
 
     Source: He et al., 2015.
 
+    Args:
+        a: the slope of a leaky ReLU below 0.
+        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
+        nonlinearity: what follows the layer, by torch's name for it.
+
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
 
     >>> kaiming_normal(nonlinearity="relu")(random.key(0), (3, 2), torch.float32).shape
     torch.Size([3, 2])
     """
-    _check_mode("init.kaiming_normal", mode)
+    std = _kaiming("init.kaiming_normal", a, mode, nonlinearity)
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return _kaiming_std(shape, a, mode, nonlinearity) * random.normal(key, shape, dtype)
+        return std(shape) * random.normal(key, shape, dtype)
 
     return init

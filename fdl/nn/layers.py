@@ -118,18 +118,22 @@ def conv2d(
         bias_init: initializer of `[outputs]`; U(±1/√fan_in) if None.
 
     Raises:
-        ValueError: a size below 1, `groups` that does not divide; parameters of another shape (at
-            apply).
+        ValueError: a size below 1, `groups` that does not divide, an unknown padding, `"same"` with
+            a stride; parameters of another shape (at apply).
 
     >>> layer = conv2d(1, 1, 3, padding=1, stride=2)
     >>> layer.apply(layer.init(random.key(0)), torch.ones(1, 1, 8, 8)).shape
     torch.Size([1, 1, 4, 4])
     """
-    height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    height, width = _pair(kernel_size)
     name = f"conv2d({inputs}, {outputs}, {kernel_size})"
-    _check_sizes(name, inputs, outputs, height, width, groups)
+    _check_sizes(name, inputs, outputs, height, width, *_pair(stride), *_pair(dilation), groups)
     if inputs % groups or outputs % groups:
         raise ValueError(f"{name}: groups={groups} must divide both channel counts")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    if padding == "same" and _pair(stride) != (1, 1):
+        raise ValueError(f"{name}: padding='same' needs stride=1, got {stride}")
     bound = 1 / math.sqrt(inputs // groups * height * width)
 
     def convolve(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
@@ -142,6 +146,10 @@ def conv2d(
         (bias_init or uniform(-bound, bound)) if bias else None,
         convolve,
     )
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _check_sizes(name: str, *sizes: int) -> None:

@@ -70,19 +70,22 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
 
     Raises:
         TypeError: both positional and named layers, or a layer that cannot be called.
-        ValueError: `params` has an entry that is no layer (at apply).
+        ValueError: a name with a dot; `params` has an entry that is no layer (at apply).
     """
     if layers and named:
         raise TypeError("sequential: give layers by position or by name, not both")
     children = named or {str(i): layer for i, layer in enumerate(layers)}
     for name, layer in children.items():
+        if "." in name:
+            raise ValueError(f"sequential: a name must not hold a dot, got {name!r}; nest instead")
         if isinstance(layer, StatefulModel) or not (isinstance(layer, Model) or callable(layer)):
             raise TypeError(
                 f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"
             )
 
     def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
-        numbers = torch.arange(len(children), device=key.device)
+        # At least one, since vmap takes no empty axis.
+        numbers = torch.arange(max(1, len(children)), device=key.device)
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
     def init(key: Tensor) -> Tree:
@@ -124,7 +127,8 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
 
     Args:
         model: a model whose parameters are nested dicts.
-        same: from the path that goes (a leaf or a whole branch) to the path that it uses.
+        same: from the path that goes (a leaf or a whole branch) to the path that it uses, which
+            may itself be one that went before.
 
     Raises:
         KeyError: a path that is not in the parameters (at init and apply).
@@ -147,7 +151,7 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         whole = params
         for path, source in same.items():
-            whole = _with(whole, path, _get(params, source))
+            whole = _with(whole, path, _get(whole, source))
         return model.apply(whole, x, train=train, key=key)
 
     return Model(init, apply)

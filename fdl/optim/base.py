@@ -61,12 +61,29 @@ class Hyper(NamedTuple):
 
 
 def check_rate(caller: str, name: str, rate: Rate, *, low: float = 0.0) -> None:
-    """Raise unless a number is finite and at least `low`; tensors and schedules pass.
+    """Raise unless a rate is a finite number of at least `low`, a 0-d tensor or a schedule.
+
+    Args:
+        caller: opens the message.
+        name: of the rate, for the message.
+        rate: only of a number is the value looked at.
+        low: the least number allowed.
 
     >>> check_rate("sgd", "lr", 0.1)
     """
-    if isinstance(rate, (int, float)) and not (math.isfinite(rate) and rate >= low):
-        raise ValueError(f"{caller}: {name} must be finite and at least {low:g}, got {rate}")
+    if isinstance(rate, (int, float)):
+        if not (math.isfinite(rate) and rate >= low):
+            raise ValueError(f"{caller}: {name} must be finite and at least {low:g}, got {rate}")
+    elif isinstance(rate, Tensor):
+        if rate.ndim:
+            raise ValueError(
+                f"{caller}: {name} must be a number or a 0-d tensor, got {list(rate.shape)}; for "
+                "a population, vmap over the states"
+            )
+    elif not callable(rate):
+        raise TypeError(
+            f"{caller}: {name} must be a number, a 0-d tensor or a schedule, got {rate!r}"
+        )
 
 
 def is_zero(rate: Rate) -> bool:
@@ -106,7 +123,12 @@ def next_hyper(rates: Mapping[str, Rate], hyper: Hyper) -> Hyper:
 
 
 def _scheduled(rates: Mapping[str, Rate], count: Tensor) -> dict[str, Tensor]:
-    return {name: rate(count).double() for name, rate in rates.items() if callable(rate)}
+    # Cloned: a schedule may return one and the same tensor each time.
+    return {
+        name: torch.as_tensor(rate(count), dtype=torch.float64, device=count.device).clone()
+        for name, rate in rates.items()
+        if callable(rate)
+    }
 
 
 def rate_of(hyper: Hyper, name: str, like: Tensor) -> Tensor | float:
@@ -250,7 +272,8 @@ def with_hyperparams(state: Tree, **values: float | Tensor) -> Tree:
                 f"with_hyperparams: {name!r} has the shape {list(old.shape)}, got "
                 f"{list(value.shape)}; for a population, vmap over the states"
             )
-        new[path, bare] = value.to(dtype=old.dtype, device=old.device)
+        # A copy: what the state holds may be donated, and must not be the caller's.
+        new[path, bare] = value.to(dtype=old.dtype, device=old.device, copy=True)
     return _replace(state, new, "")
 
 

@@ -135,7 +135,8 @@ class TraceState(NamedTuple):
 def trace(momentum: Rate, dampening: Rate = 0.0, nesterov: bool = False) -> Optimizer:
     """Momentum as `torch.optim.SGD` has it: m ← momentum · m + (1 − dampening) · g.
 
-    The first update sets m = g, undampened. The result is m, or with `nesterov`
+    The first update sets m = g, undampened; where that gradient is `None`, later ones are dampened
+    from the start (torch counts for each parameter alone). The result is m, or with `nesterov`
     g + momentum · m (Sutskever et al., 2013).
 
     Args:

@@ -1,0 +1,179 @@
+"""Losses against torch.nn.functional and against sums written out, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import close, draw, unchanged
+
+from fdl import losses
+
+LOGITS, LABELS = draw(0, 7, 4) * 3, torch.tensor([0, 3, 1, 1, 2, 0, 3])
+X, Y = draw(1, 7, 3), draw(2, 7, 3)
+WEIGHTS = {
+    "numbers": torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 0.25, 3.0], dtype=torch.float64),
+    "float32": torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 0.25, 3.0]),
+    "mask": torch.tensor([True, False, True, True, False, False, True]),
+    "integers": torch.tensor([1, 0, 2, 1, 0, 0, 3]),
+}
+
+
+def gradients(f, *inputs):
+    """Value and autograd's gradient of the torch side."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    value = f(*inputs)
+    value.backward()
+    return value.detach(), tuple(x.grad for x in inputs)
+
+
+def test_squared_loss_is_elementwise_with_derivative_prediction_minus_target():
+    close(losses.squared_loss(X, Y), (X - Y) ** 2 / 2)
+    grad = torch.func.grad(lambda x: losses.squared_loss(x, Y).sum())(X)
+    close(grad, X - Y)
+
+
+def test_mse_equals_torch():
+    value, grads = gradients(F.mse_loss, X, Y)
+    close(losses.mse(X, Y), value)
+    close(torch.func.grad(losses.mse, (0, 1))(X, Y), grads)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_equals_torch(smoothing):
+    def theirs(z):
+        return F.cross_entropy(z, LABELS, label_smoothing=smoothing)
+
+    def ours(z):
+        return losses.cross_entropy(z, LABELS, label_smoothing=smoothing)
+
+    value, (grad,) = gradients(theirs, LOGITS)
+    close(ours(LOGITS), value)
+    close(torch.func.grad(ours)(LOGITS), grad)
+
+
+def test_cross_entropy_gradient_is_softmax_minus_one_hot():
+    grad = torch.func.grad(losses.cross_entropy)(LOGITS, LABELS)
+    close(grad, (LOGITS.softmax(1) - F.one_hot(LABELS, 4)) / 7)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_weights_are_those_of_the_examples(weights, smoothing):
+    def direct(z):
+        each = F.cross_entropy(z, LABELS, label_smoothing=smoothing, reduction="none")
+        return sum(w * loss for w, loss in zip(weights.double(), each, strict=True)) / weights.sum()
+
+    def ours(z):
+        return losses.cross_entropy(z, LABELS, weights, label_smoothing=smoothing)
+
+    value, (grad,) = gradients(direct, LOGITS)
+    with unchanged(LOGITS, LABELS, weights):
+        close(ours(LOGITS), value)
+        close(torch.func.grad(ours)(LOGITS), grad)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3), (7, 3, 2)], ids=str)
+def test_mse_weights_are_those_of_the_examples(weights, shape):
+    def direct(x, y):
+        each = ((x - y) ** 2).reshape(7, -1).mean(1)
+        return sum(w * loss for w, loss in zip(weights.double(), each, strict=True)) / weights.sum()
+
+    x, y = draw(3, *shape), draw(4, *shape)
+    value, grads = gradients(direct, x, y)
+    with unchanged(x, y, weights):
+        close(losses.mse(x, y, weights), value)
+        close(torch.func.grad(losses.mse, (0, 1))(x, y, weights), grads)
+
+
+@given(st.lists(st.booleans(), min_size=7, max_size=7))
+def test_a_mask_equals_the_shorter_batch(mask):
+    mask = torch.tensor(mask)
+    if mask.any():
+        close(losses.mse(X, Y, mask), F.mse_loss(X[mask], Y[mask]))
+        short = F.cross_entropy(LOGITS[mask], LABELS[mask])
+        close(losses.cross_entropy(LOGITS, LABELS, mask), short)
+    else:
+        assert losses.mse(X, Y, mask) == losses.cross_entropy(LOGITS, LABELS, mask) == 0
+
+
+def test_nothing_counted_is_zero_with_zero_gradient():
+    none = torch.zeros(7, dtype=torch.bool)
+    grad, value = torch.func.grad_and_value(losses.cross_entropy)(LOGITS, LABELS, none)
+    assert value == 0 and torch.equal(grad, torch.zeros_like(LOGITS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_logits_neither_overflow_nor_vanish(dtype):
+    logits = torch.tensor([[1e4, -1e4], [-1e30, 1e30], [0, 1e3]], dtype=dtype)
+    labels = torch.tensor([1, 1, 0])
+    each = torch.tensor([2e4, 0, 1e3], dtype=dtype)
+    for i in range(3):
+        value = losses.cross_entropy(logits[i : i + 1], labels[i : i + 1])
+        close(value, each[i], rtol=1e-6)
+    grad = torch.func.grad(losses.cross_entropy)(logits, labels)
+    close(grad, torch.tensor([[1.0, -1], [0, 0], [-1, 1]], dtype=dtype) / 3, rtol=1e-6)
+    # A confident and right prediction keeps its small loss: log(1 + e⁻²⁰) where 1 − p rounds to 0.
+    sure = losses.cross_entropy(torch.tensor([[20.0, 0]], dtype=torch.float64), torch.tensor([0]))
+    close(sure, torch.tensor(-20.0, dtype=torch.float64).exp().log1p())
+
+
+def test_l2_penalty_is_half_the_sum_of_squares_with_gradient_w():
+    params = {"a": draw(5, 3, 2), "b": [draw(6, 4), draw(7).reshape(())]}
+    flat = torch.cat([params["a"].flatten(), params["b"][0], params["b"][1][None]])
+    close(losses.l2_penalty(params), flat @ flat / 2)
+    grads = torch.func.grad(losses.l2_penalty)(params)
+    close(grads, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_losses_keep_the_dtype(dtype):
+    x, y, z = X.to(dtype), Y.to(dtype), LOGITS.to(dtype)
+    for weights in (None, WEIGHTS["mask"], WEIGHTS["numbers"]):
+        assert losses.mse(x, y, weights).dtype == dtype
+        assert losses.cross_entropy(z, LABELS, weights).dtype == dtype
+    assert losses.l2_penalty({"w": x}).dtype == losses.squared_loss(x, y).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: losses.mse(X, Y[:, :1]),
+            ValueError,
+            r"mse: prediction \[7, 3\] and target",
+        ),
+        (lambda: losses.squared_loss(X, Y[0]), ValueError, r"target \[3\] must have one shape"),
+        (lambda: losses.mse(X, Y, torch.ones(7, 1)), ValueError, r"shape \[7\] .* got \[7, 1\]"),
+        (
+            lambda: losses.cross_entropy(LOGITS, LABELS, torch.ones(4)),
+            ValueError,
+            r"weights must have the shape \[7\] of one number per example, got \[4\]",
+        ),
+        (
+            lambda: losses.cross_entropy(LOGITS, LABELS.int()),
+            TypeError,
+            "labels must be int64 class indices, got torch.int32",
+        ),
+        (
+            lambda: losses.cross_entropy(LOGITS, LABELS[:, None]),
+            ValueError,
+            r"logits \[batch, classes\] and labels \[batch\], got \[7, 4\] and \[7, 1\]",
+        ),
+        (lambda: losses.cross_entropy(LOGITS[0], LABELS), ValueError, r"got \[4\] and \[7\]"),
+        (
+            lambda: losses.cross_entropy(LOGITS, LABELS, label_smoothing=1.5),
+            ValueError,
+            r"label_smoothing must be in \[0, 1\], got 1.5",
+        ),
+        (lambda: losses.l2_penalty({"a": {}}), ValueError, "l2_penalty: params has no leaves"),
+    ],
+    ids=[
+        *("mse-shape", "squared-shape", "mse-weights", "weights", "label-dtype", "label-shape"),
+        *("logit-shape", "smoothing", "no-leaves"),
+    ],
+)
+def test_bad_input_raises(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

@@ -1,0 +1,129 @@
+"""``fdl.random`` refuses what it cannot draw: who, which argument, expected, got, what to do."""
+
+import re
+
+import pytest
+import torch
+
+from fdl import random
+
+KEY = random.key(0)
+FLOAT, WIDE = torch.tensor(0.5), torch.ones(2, 3)
+ON_A_KEY = {
+    "split": lambda k: random.split(k),
+    "fold_in": lambda k: random.fold_in(k, 1),
+    "bits": lambda k: random.bits(k),
+    "uniform": lambda k: random.uniform(k),
+    "normal": lambda k: random.normal(k),
+    "truncated_normal": lambda k: random.truncated_normal(k, -1, 1),
+    "bernoulli": lambda k: random.bernoulli(k),
+    "randint": lambda k: random.randint(k, (), 0, 2),
+    "permutation": lambda k: random.permutation(k, 3),
+    "categorical": lambda k: random.categorical(k, WIDE),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_KEY)
+@pytest.mark.parametrize(
+    ("thing", "error", "got", "advice"),
+    [
+        (3, TypeError, "got 3 (int)", "make a key from a seed with random.key(3)"),
+        (None, TypeError, "got None (NoneType)", "make one with random.key(seed)"),
+        (
+            WIDE,
+            TypeError,
+            "got a tensor, float32 of shape (2, 3)",
+            "make one with random.key(seed)",
+        ),
+        (
+            random.split(KEY, 4),
+            ValueError,
+            "got a tensor, int64 of shape (4, 2)",
+            "use torch.vmap to draw with a batch of keys",
+        ),
+        (torch.arange(3), ValueError, "got a tensor, int64 of shape (3,)", "see random.key"),
+    ],
+)
+def test_what_is_no_key(name, thing, error, got, advice):
+    expected = f"{name}: `key` expected a key, an int64 tensor of shape (2,), {got}; {advice}"
+    with pytest.raises(error, match=re.escape(expected)):
+        ON_A_KEY[name](thing)
+
+
+CASES = [
+    (lambda: random.key(1.5), TypeError, "key: `seed` expected an int, got 1.5 (float); to derive"),
+    (lambda: random.key(2**64), ValueError, f"`seed` must be in [-2**63, 2**64), got {2**64}"),
+    (lambda: random.key(-(2**63) - 1), ValueError, "key: `seed` must be in [-2**63, 2**64), got -"),
+    (lambda: random.split(KEY, -1), ValueError, "split: `n` must not be negative, got -1"),
+    (lambda: random.split(KEY, 2.0), TypeError, "split: `n` expected a non-negative int, got 2.0"),
+    (lambda: random.fold_in(KEY, -1), ValueError, "`data` must be in [0, 2**32), got -1"),
+    (lambda: random.fold_in(KEY, 2**32), ValueError, f"`data` must be in [0, 2**32), got {2**32}"),
+    (lambda: random.fold_in(KEY, "a"), TypeError,
+     "`data` expected an int or a tensor, got 'a' (str)"),
+    (lambda: random.fold_in(KEY, FLOAT), TypeError,
+     "`data` expected an integer dtype, got a tensor, float32"),
+    (lambda: random.fold_in(KEY, KEY), ValueError,
+     "`data` expected a 0-d tensor, got a tensor, int64"),
+    (lambda: random.bits(KEY, 5), TypeError, "bits: `shape` expected a tuple of ints, got 5 (int)"),
+    (lambda: random.normal(KEY, (2, -3)), ValueError, "negative sizes, got (2, -3)"),
+    (lambda: random.normal(KEY, (2,), torch.int32), TypeError,
+     "normal: `dtype` expected float32, float64, float16 or bfloat16, got torch.int32"),
+    (lambda: random.uniform(KEY, (2,), 0, 1, float), TypeError,
+     "uniform: `dtype` expected float32"),
+    (lambda: random.uniform(KEY, (2,), torch.float64), TypeError,
+     "uniform: `low` expected a number or a tensor, got torch.float64 (dtype)"),
+    (lambda: random.uniform(KEY, (2,), 1, 1.0), ValueError,
+     "uniform: `low` must be below `high`, got 1 and 1.0"),
+    (lambda: random.uniform(KEY, (2,), float("nan"), 1), ValueError, "`low` must be below `high`"),
+    (lambda: random.uniform(KEY, (2,), WIDE), ValueError,
+     "uniform: `low` of shape (2, 3) does not broadcast to shape=(2,)"),
+    (lambda: random.truncated_normal(KEY, 2, -2), ValueError,
+     "truncated_normal: `lower` must be below `upper`, got 2 and -2"),
+    (lambda: random.truncated_normal(KEY, WIDE, 2, (3,)), ValueError,
+     "truncated_normal: `lower` of shape (2, 3) does not broadcast to shape=(3,)"),
+    (lambda: random.bernoulli(KEY, 1.01), ValueError,
+     "bernoulli: `p` is a probability and must be in [0, 1], got 1.01"),
+    (lambda: random.bernoulli(KEY, float("nan")), ValueError, "must be in [0, 1], got nan"),
+    (lambda: random.bernoulli(KEY, KEY), TypeError, "bernoulli: `p` expected float32, float64"),
+    (lambda: random.bernoulli(KEY, "p"), TypeError, "bernoulli: `p` expected a number or a tensor"),
+    (lambda: random.bernoulli(KEY, WIDE, (2,)), ValueError, "bernoulli: `p` of shape (2, 3) does"),
+    (lambda: random.bernoulli(KEY, WIDE, (1, 3)), ValueError, "does not broadcast to shape=(1, 3)"),
+    (lambda: random.randint(KEY, (2,), 3, 3), ValueError,
+     "`low` must be below `high`, got 3 and 3"),
+    (lambda: random.randint(KEY, (2,), 0, 129, torch.int8), ValueError,
+     "randint: `high` must be in [-127, 128] for torch.int8, got 129; choose a wider dtype"),
+    (lambda: random.randint(KEY, (2,), -1, 9, torch.uint8), ValueError,
+     "randint: `low` must be in [0, 255] for torch.uint8, got -1"),
+    (lambda: random.randint(KEY, (2,), 0.0, 9), TypeError,
+     "randint: `low` expected an int, got 0.0"),
+    (lambda: random.randint(KEY, (2,), FLOAT, 9), TypeError,
+     "`low` expected an integer dtype, got"),
+    (lambda: random.randint(KEY, (2,), 0, 9, torch.float32), TypeError,
+     "randint: `dtype` expected int64, int32, int16, int8 or uint8, got torch.float32"),
+    (lambda: random.permutation(KEY, -1), ValueError,
+     "permutation: `x` must not be negative, got -1"),
+    (lambda: random.permutation(KEY, 2.0), TypeError,
+     "permutation: `x` expected a non-negative int"),
+    (lambda: random.permutation(KEY, FLOAT), ValueError,
+     "permutation: `x` expected at least one axis, got a 0-d tensor; to permute range(n) pass n"),
+    (lambda: random.categorical(KEY, [0.0]), TypeError,
+     "`logits` expected a tensor, got [0.0] (list)"),
+    (lambda: random.categorical(KEY, FLOAT), ValueError, "one or more classes along the last axis"),
+    (lambda: random.categorical(KEY, WIDE[:, :0]), ValueError,
+     "got a tensor, float32 of shape (2, 0)"),
+    (lambda: random.categorical(KEY, KEY), TypeError, "categorical: `logits` expected float32"),
+    (lambda: random.categorical(KEY, WIDE, (3,)), ValueError, "does not broadcast to shape=(3,)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[c[2][:60] for c in CASES])
+def test_what_cannot_be_drawn(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_the_error_comes_while_tracing_too():
+    with pytest.raises(Exception, match="`p` is a probability"):
+        torch.compile(lambda k: random.bernoulli(k, 2.0), backend="eager")(KEY)
+    with pytest.raises(ValueError, match=re.escape("got a tensor, int64 of shape (2, 2)")):
+        torch.vmap(random.bits)(random.split(KEY, 4).reshape(2, 2, 2))

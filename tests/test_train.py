@@ -1,0 +1,260 @@
+"""The command line: what it prints, leaves behind, and says of bad options."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fdl
+from fdl import TrainState, data, random, tree
+from fdl.data import Dataset
+from train import loop, recipes
+from train.__main__ import main
+from train.config import Dropout, Linreg, LinregDecay, Softmax
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command in a folder of its own; give its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
+        try:
+            code = main()
+        except SystemExit as stop:  # tyro's way out
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_linreg_recovers_the_weights_it_was_given(run, tmp_path):
+    code, out, err = run("linreg", "--out", "it")
+    assert code == 0 and not err
+    params = fdl.load(tmp_path / "it" / "params.safetensors")
+    expected = {"weight": torch.tensor([[2.0, -3.4]]), "bias": torch.tensor([4.2])}
+    assert not tree.diff(expected, params, atol=0.01)
+    assert "learned w = [2.00" in out or "learned w = [1.99" in out
+    assert [r["epoch"] for r in records(tmp_path / "it")] == [1, 2, 3]
+    assert [r["step"] for r in records(tmp_path / "it")] == [100, 200, 300]
+    assert records(tmp_path / "it")[-1]["loss"] < 1e-4  # ½ σ² = 5e-5
+
+
+def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_path):
+    assert run("softmax", "--data", "sample", "--epochs", 2, "--lr", 0.2, "--out", "it")[0] == 0
+    folder = tmp_path / "it"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["recipe"] == "softmax" and config["options"]["lr"] == 0.2
+    assert "SAMPLE" in config["data"] and config["environment"]["torch"] == torch.__version__
+    last = records(folder)[-1]
+    assert last["epoch"] == 2 and last["accuracy"] > 0.6 and last["test_accuracy"] > 0.6
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # The parameters are those whose accuracy was reported.
+    params, test = fdl.load(folder / "params.safetensors"), data.fashion_mnist_sample(train=False)
+    x = test.x.reshape(len(test.x), -1).float() / 255
+    guesses = (x @ params["1"]["weight"].T + params["1"]["bias"]).argmax(1)
+    assert (guesses == test.y).double().mean().item() == pytest.approx(last["test_accuracy"])
+
+
+def test_sample_is_announced_loudly(run):
+    _, out, err = run("softmax", "--data", "sample", "--epochs", 1, "--out", "it")
+    assert "SAMPLE of 6,000 + 1,000 images" in err and "SAMPLE" in out
+
+
+def test_auto_falls_back_to_the_sample_and_says_why(run, monkeypatch):
+    def absent(*args, **kwargs):
+        raise FileNotFoundError("no train-images anywhere")
+
+    monkeypatch.setattr(data, "fashion_mnist", absent)
+    code, _, err = run("softmax", "--epochs", 1, "--out", "it")
+    assert code == 0 and "no train-images anywhere" in err and "SAMPLE" in err
+
+
+def test_lines_fit_80_columns(run):
+    _, out, _ = run("weight-decay", "--epochs", 2, "--out", "it")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["linreg", "--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["linreg", "--lr", "nan"], "--lr must be finite and at least 0, got nan"),
+        (["linreg", "--epochs", 0], "--epochs must be at least 1, got 0"),
+        (["linreg", "--seed", -1], "--seed must be in"),
+        (["dropout", "--rates", 0.2, 1.0], "--rates must be in [0, 1)"),
+        (["linreg", "--device", "cuda:99"], "CUDA devices; use --device cpu"),
+        (["linreg", "--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["linreg", "--out", "/dev/null/it"], "Not a directory"),
+        (["softmax", "--data", "nowhere"], "nowhere"),
+        (["linreg", "--lr", "fast"], "--lr"),
+        (["linear"], "linear"),
+        ([], "subcommand"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_one_clear_message_and_exit_code_2(run, tmp_path, args, message):
+    code, _, err = run(*args)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not list(tmp_path.glob("**/config.json"))
+
+
+def test_a_finished_run_is_not_overwritten(run):
+    assert run("linreg", "--epochs", 1, "--out", "it")[0] == 0
+    code, _, err = run("linreg", "--epochs", 1, "--out", "it")
+    assert code == 2 and "holds a run already" in err
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_parameters(run, tmp_path):
+    code, _, err = run("linreg", "--lr", 1e6, "--out", "it")
+    assert code == 1 and "the loss is not finite" in err
+    step = int(err.split()[1])
+    assert 2 < step < 100
+    params = fdl.load(tmp_path / "it" / "params.safetensors")
+    assert all(leaf.isfinite().all() for leaf in tree.leaves(params))
+    # One step fewer ends without a complaint, at those parameters.
+    (record,) = records(tmp_path / "it")
+    assert record["step"] == step - 1 and np.isfinite(record["loss"])
+
+
+def test_data_draws_ten_images_and_times_a_pass(run, tmp_path):
+    code, out, _ = run("data", "--data", "sample")
+    assert code == 0 and "24 batches of 256" in out and "images/s" in out
+    assert (tmp_path / "runs/data/images.png").read_bytes().startswith(b"\x89PNG")
+
+
+def setup(config):
+    state_key, data_key, problem_key = random.split(random.key(config.seed), 3)
+    problem = recipes.build(config, problem_key)
+    return problem, TrainState.create(problem.model, problem.opt, key=state_key), data_key
+
+
+def walk(config, chunk, compile=False, stopped=lambda: False):
+    problem, state, data_key = setup(config)
+    return list(
+        loop.epochs(
+            problem,
+            config,
+            loop.Plan(compile, chunk, "test"),
+            tree.map(torch.clone, state),
+            data_key,
+            stopped=stopped,
+            on_compiled=lambda seconds: None,
+            on_chunk=lambda done, steps, loss: None,
+        )
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 200])
+def test_the_length_of_chunks_changes_nothing(chunk):
+    config = Linreg(epochs=2, examples=95, momentum=0.5)
+    whole, cut = walk(config, 10), walk(config, chunk)
+    assert not tree.diff(whole[-1].state, cut[-1].state)
+    for a, b in zip(whole, cut, strict=True):
+        assert a.examples == b.examples == 95
+        assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-12)
+    assert int(cut[-1].state.step) == 20  # steps of padding do not count
+
+
+def test_the_loop_equals_a_plain_loop_over_short_batches():
+    config = LinregDecay(epochs=2, examples=120)
+    problem, state, data_key = setup(config)
+    step = fdl.train_step(problem.loss, problem.opt)
+    for epoch in range(2):
+        order = random.permutation(random.fold_in(data_key, epoch), 120)
+        for rows in order.split(50):  # 50, 50, 20
+            state, _ = step(state, (problem.train.x[rows], problem.train.y[rows]))
+    assert not tree.diff(state.params, walk(config, 2)[-1].state.params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [Linreg(epochs=2, examples=95)], ids=["linreg"])
+def test_compiled_and_eager_runs_agree(config):
+    eager, compiled = walk(config, 4), walk(config, 4, compile=True)
+    assert not tree.diff(eager[-1].state, compiled[-1].state, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stop_ends_after_the_chunk_with_what_is_done():
+    config = Linreg(epochs=5, examples=100)
+    asked = iter([False, False, True])
+    (epoch,) = walk(config, 2, stopped=lambda: next(asked))
+    assert epoch.end == "interrupted" and epoch.examples == 60 and int(epoch.state.step) == 6
+
+
+def test_a_run_is_reproduced_by_its_seed(run, tmp_path):
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        args = ("dropout", "--data", "sample", "--epochs", 1, "--seed", seed, "--out", name)
+        assert run(*args)[0] == 0
+    a, b, c = (fdl.load(tmp_path / name / "params.safetensors") for name in "abc")
+    assert not tree.diff(a, b) and tree.diff(a, c)
+
+
+def test_ridge_is_where_the_gradient_vanishes():
+    drawn = data.synthetic_linear(random.key(0), [1.0, -1.0, 2.0], 5.0, 500, 0.1)
+    *w, b = recipes.ridge(drawn, 0.1)
+    x, y, weight = drawn.x.double(), drawn.y.double()[:, 0], torch.stack(w)
+    residual = x @ weight + b - y
+    torch.testing.assert_close(2 * x.T @ residual / 500, -0.1 * weight, atol=1e-7, rtol=0)
+    torch.testing.assert_close(2 * residual.mean(), -0.1 * b, atol=1e-7, rtol=0)
+
+
+def test_evaluation_counts_every_test_image_once(monkeypatch):
+    monkeypatch.setattr(loop, "EVAL_BATCH", 300)  # does not divide 1,000
+    problem, state, _ = setup(Softmax(data="sample"))
+    tests = data.sequential_indices(1000, 300)
+    found = loop.run_evaluation(problem)
+    with fdl.disable_jit():
+        metrics = found(state, problem.test, tests)
+    assert metrics["accuracy"].count == 1000
+    whole = problem.loss(state.params, data.gather(problem.test, whole_set(problem.test)))[1]
+    assert metrics["loss"].value.item() == pytest.approx(whole["loss"].value.item(), rel=1e-6)
+
+
+def whole_set(dataset: Dataset):
+    index, mask = data.sequential_indices(len(dataset.x), len(dataset.x))
+    return index[0], mask[0]
+
+
+def test_evaluation_drops_nothing_at_random():
+    problem, state, _ = setup(Dropout(data="sample"))
+    batch = data.gather(problem.test, whole_set(problem.test))
+    first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
+    assert first == second != problem.loss(state.params, batch, random.key(0))[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+def test_ctrl_c_ends_cleanly_with_what_is_done_saved(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "linreg", "--epochs", "100000", "--compile", "off",
+         "--out", str(tmp_path / "it")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "it" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "interrupted after step" in out
+    assert records(tmp_path / "it")
+    params = fdl.load(tmp_path / "it" / "params.safetensors")
+    assert params["weight"].shape == (1, 2)
+    assert (tmp_path / "it" / "curves.png").exists()

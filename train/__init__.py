@@ -1,0 +1,1 @@
+"""The recipes of the course as commands: `python -m train RECIPE`."""

@@ -1,0 +1,158 @@
+"""What can be set from the command line: one frozen dataclass for each command."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+__all__ = [
+    "Data",
+    "Dropout",
+    "Images",
+    "LeNet",
+    "Linreg",
+    "LinregDecay",
+    "Mlp",
+    "Recipe",
+    "Softmax",
+    "WeightDecay",
+    "check",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every recipe has."""
+
+    epochs: int = 10
+    """Passes over the training set."""
+    batch_size: int = 256
+    """Examples in a step; the last, smaller batch of an epoch is padded and masked."""
+    lr: float = 0.1
+    """Learning rate."""
+    momentum: float = 0.0
+    """Momentum of SGD."""
+    weight_decay: float = 0.0
+    """λ of the penalty λ · ½ Σ w²."""
+    seed: int = 0
+    """Of parameters, data order and dropout."""
+    device: str = "auto"
+    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """auto compiles where the run is long enough to win back the time."""
+    out: Path | None = None
+    """Folder for the results, which must not hold a run yet; runs/RECIPE/TIME by default."""
+
+
+@dataclass(frozen=True)
+class Linreg(Recipe):
+    """Linear regression, y = 2 x₁ − 3.4 x₂ + 4.2 + noise, on ½ (ŷ − y)²."""
+
+    epochs: int = 3
+    batch_size: int = 10
+    lr: float = 0.03
+    examples: int = 1000
+    """Examples to draw."""
+    noise: float = 0.01
+    """Standard deviation of the noise."""
+
+
+@dataclass(frozen=True)
+class LinregDecay(Linreg):
+    """Linear regression with weight decay, y = x₁ − x₂ + 2 x₃ + 5 + noise, on (ŷ − y)²."""
+
+    epochs: int = 30
+    batch_size: int = 50
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class WeightDecay(Recipe):
+    """200 features, 20 training examples: what decay of the weights does to overfitting."""
+
+    epochs: int = 100
+    batch_size: int = 1
+    lr: float = 0.003
+    weight_decay: float = 3.0
+    examples: int = 20
+    """Training examples; 100 more are drawn for testing."""
+
+
+@dataclass(frozen=True)
+class Images(Recipe):
+    """What every recipe on Fashion-MNIST has."""
+
+    data: str = "auto"
+    """A folder that holds Fashion-MNIST; `sample` for the embedded tenth of it; auto looks in the
+    usual places, downloads, and offline takes the sample."""
+
+
+@dataclass(frozen=True)
+class Softmax(Images):
+    """Softmax regression, 784–10."""
+
+    epochs: int = 5
+
+
+@dataclass(frozen=True)
+class Mlp(Images):
+    """Multilayer perceptron, 784–256–10."""
+
+    epochs: int = 5
+    lr: float = 0.5
+
+
+@dataclass(frozen=True)
+class Dropout(Images):
+    """Multilayer perceptron with dropout, 784–256–256–10."""
+
+    epochs: int = 5
+    lr: float = 0.5
+    rates: tuple[float, float] = (0.2, 0.5)
+    """Fraction dropped after each hidden layer."""
+
+
+@dataclass(frozen=True)
+class LeNet(Images):
+    """LeNet with sigmoids and Xavier initialisation."""
+
+    lr: float = 0.9
+
+
+@dataclass(frozen=True)
+class Data:
+    """Draw ten images with their labels and time one pass over the training set."""
+
+    batch_size: int = 256
+    """Examples in a batch."""
+    seed: int = 0
+    """Of the order."""
+    device: str = "auto"
+    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    data: str = "auto"
+    """As for the recipes."""
+    out: Path = Path("runs/data")
+    """Folder for images.png."""
+
+
+AT_LEAST_ONE = ("epochs", "batch_size", "examples")
+NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise")
+
+
+def check(config: Recipe | Data) -> None:
+    """Raise ValueError for the first option out of its range, as the command line names it.
+
+    >>> check(Linreg(lr=float("nan")))
+    Traceback (most recent call last):
+    ValueError: --lr must be finite and at least 0, got nan
+    """
+    for field in fields(config):
+        value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        if field.name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+        if field.name in NOT_NEGATIVE and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{option} must be finite and at least 0, got {value}")
+        if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
+            raise ValueError(f"{option} must be in [0, 1), got {value}")
+        if field.name == "seed" and not 0 <= value < 2**64:
+            raise ValueError(f"{option} must be in [0, 2**64), got {value}")

@@ -1,0 +1,215 @@
+"""The loop around the pure step: chunks, evaluation, interruption.
+
+An epoch is a `scan` over rows of indices, cut into chunks of one fixed length so that one program
+serves them all. Only between chunks does anything else happen: progress, signals.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl import TrainState, data, disable_jit, eval_step, jit, random, scan, train_step, tree
+from fdl.data import Dataset, Indices
+from fdl.metrics import Mean
+from fdl.training import Metrics
+from train.config import Recipe
+from train.recipes import Problem
+
+__all__ = ["Epoch", "Plan", "epochs", "plan", "stops_on_interrupt"]
+
+CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
+COMPILE_SECONDS = 20.0  # what compiling a small model costs from cold
+EVAL_BATCH = 1000
+
+Carry = tuple[TrainState, Tensor]  # the state, and bool []: has every loss been finite?
+
+
+class Epoch(NamedTuple):
+    """What an epoch, or the part of it that was done, came to."""
+
+    number: int  # from 1
+    state: TrainState
+    metrics: dict[str, float]
+    seconds: float  # of training, without evaluation and compiling
+    examples: int
+    end: str  # "done", "interrupted" or "diverged"
+
+
+class Plan(NamedTuple):
+    """How a run is to be executed; no result depends on it but for rounding."""
+
+    compile: bool
+    chunk: int  # steps
+    reason: str
+
+
+def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
+    """Time a few eager steps, and choose from that whether to compile and how long a chunk is."""
+    steps = math.ceil(len(problem.train.x) / config.batch_size)
+    order = data.sequential_indices(
+        len(problem.train.x), config.batch_size, device=state.key.device
+    )
+    batch = data.gather(problem.train, (order.index[0], order.mask[0]))
+    step = train_step(problem.loss, problem.opt)
+    seconds = min(_timed(lambda: step(state, batch), state.key.device) for _ in range(3))
+    chunks = math.ceil(steps / max(1, int(CHUNK_SECONDS / seconds)))
+    chunk = math.ceil(steps / chunks)
+    total = seconds * steps * config.epochs
+    if config.compile != "auto":
+        return Plan(config.compile == "on", chunk, "as asked")
+    if total < COMPILE_SECONDS:
+        return Plan(
+            False, chunk, f"all steps take about {total:.0f} s without; compiling takes longer"
+        )
+    return Plan(True, chunk, f"all steps would take about {total:.0f} s without")
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def run_chunk(problem: Problem) -> Callable[..., tuple[Carry, Metrics]]:
+    """Make the compiled function `(carry, dataset, indices) -> (carry, metrics)`.
+
+    A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
+    batch is all padding. So the last good state is what comes back.
+    """
+    step = train_step(problem.loss, problem.opt)
+
+    def chunk(carry: Carry, dataset: Dataset, indices: Indices) -> tuple[Carry, Metrics]:
+        def body(carry: Carry, row: Indices) -> tuple[Carry, Metrics]:
+            state, ok = carry
+            new, metrics = step(state, data.gather(dataset, row))
+            finite, real = metrics["loss"].total.isfinite(), row.mask.any()
+            taken = ok & finite & real
+            state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
+            metrics = tree.map(lambda m: torch.where(taken, m, 0.0), metrics)
+            return (state, ok & (finite | ~real)), metrics
+
+        carry, metrics = scan(body, carry, indices)
+        return carry, {name: mean.sum() for name, mean in metrics.items()}
+
+    return jit(chunk, donate=0)
+
+
+def run_evaluation(problem: Problem) -> Callable[..., Metrics]:
+    """Make the compiled function `(state, dataset, indices) -> metrics`."""
+    step = eval_step(problem.loss)
+
+    def evaluate(state: TrainState, dataset: Dataset, indices: Indices) -> Metrics:
+        _, metrics = scan(lambda _, row: ((), step(state, data.gather(dataset, row))), (), indices)
+        return {name: mean.sum() for name, mean in metrics.items()}
+
+    return jit(evaluate)
+
+
+def chunks(indices: Indices, length: int) -> list[Indices]:
+    """Cut an epoch into chunks of one length, the last filled with steps of padding only.
+
+    >>> [c.mask.tolist() for c in chunks(data.sequential_indices(5, 2), 2)]
+    [[[True, True], [True, True]], [[True, False], [False, False]]]
+    """
+    steps, batch = indices.index.shape
+    missing = -steps % length
+    index = torch.cat([indices.index, indices.index.new_zeros(missing, batch)])
+    mask = torch.cat([indices.mask, indices.mask.new_zeros(missing, batch)])
+    return [Indices(*pair) for pair in zip(index.split(length), mask.split(length), strict=True)]
+
+
+def epochs(
+    problem: Problem,
+    config: Recipe,
+    plan: Plan,
+    state: TrainState,
+    data_key: Tensor,
+    *,
+    stopped: Callable[[], bool],
+    on_compiled: Callable[[float], None],
+    on_chunk: Callable[[int, int, float], None],
+) -> Iterator[Epoch]:
+    """Train and yield after each epoch; the last one says how the run ended.
+
+    Args:
+        problem: what to train.
+        config: the recipe.
+        plan: how to execute it.
+        state: where to start; donated.
+        data_key: epoch e's order comes from `fold_in(data_key, e)`.
+        stopped: asked after each chunk whether to end.
+        on_compiled: told the seconds that compiling took.
+        on_chunk: told after each chunk the steps done in this epoch, of how many, and the loss.
+    """
+    n = len(problem.train.x)
+    train, evaluate = run_chunk(problem), run_evaluation(problem)
+    device = state.key.device
+    carry = (state, torch.ones((), dtype=torch.bool, device=device))
+    tests = None
+    if problem.test is not None:
+        tests = data.sequential_indices(len(problem.test.x), EVAL_BATCH, device=device)
+    with nullcontext() if plan.compile else disable_jit():
+        if plan.compile:
+            start = time.perf_counter()
+            # A chunk of padding changes nothing, and compiles the program.
+            nothing = Indices(
+                torch.zeros((plan.chunk, config.batch_size), dtype=torch.int64, device=device),
+                torch.zeros((plan.chunk, config.batch_size), dtype=torch.bool, device=device),
+            )
+            carry, _ = train(carry, problem.train, nothing)
+            if tests is not None:
+                evaluate(carry[0], problem.test, tests)
+            on_compiled(time.perf_counter() - start)
+        for number in range(1, config.epochs + 1):
+            start = time.perf_counter()
+            order = data.epoch_indices(random.fold_in(data_key, number - 1), n, config.batch_size)
+            steps, done, end = len(order.index), 0, "done"
+            total: dict[str, Mean] = {}
+            for part in chunks(order, plan.chunk):
+                carry, metrics = train(carry, problem.train, part)
+                total = {k: total[k] + m if total else m for k, m in metrics.items()}
+                done = min(done + plan.chunk, steps)
+                on_chunk(done, steps, metrics["loss"].value.item())
+                if not carry[1]:
+                    end = "diverged"
+                elif stopped():
+                    end = "interrupted"
+                if end != "done":
+                    break
+            seconds = time.perf_counter() - start
+            found = {name: mean.value.item() for name, mean in total.items()}
+            if end == "done" and tests is not None:
+                tested = evaluate(carry[0], problem.test, tests)
+                found |= {f"test_{name}": mean.value.item() for name, mean in tested.items()}
+            examples = int(total["loss"].count)
+            yield Epoch(number, carry[0], found, seconds, examples, end)
+            if end != "done":
+                return
+
+
+@contextmanager
+def stops_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a question that answers True; the second interrupts at once."""
+    pressed = False
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, old)

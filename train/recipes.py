@@ -1,0 +1,234 @@
+"""From a configuration to what is trained: data, model, loss, optimizer."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import models
+from fdl import data, losses, metrics, optim, supervised, tree
+from fdl.data import Dataset
+from fdl.nn import Model
+from fdl.optim import Optimizer
+from fdl.tree import Tree
+from train.config import (
+    Dropout,
+    Images,
+    LeNet,
+    Linreg,
+    LinregDecay,
+    Mlp,
+    Recipe,
+    Softmax,
+    WeightDecay,
+)
+
+__all__ = ["Problem", "build", "find_device", "load_images"]
+
+
+class Problem(NamedTuple):
+    """What a recipe trains, on one device."""
+
+    model: Model
+    opt: Optimizer
+    loss: Callable[..., Any]
+    train: Dataset
+    test: Dataset | None
+    data: str  # what the data set is, for the record
+    verdict: Callable[[Tree], str]  # what the final parameters say
+
+
+def build(config: Recipe, key: Tensor) -> Problem:
+    """Make the problem of a recipe; random data are drawn from `key`, on its device.
+
+    >>> from fdl import random
+    >>> build(Linreg(), random.key(0)).train.x.shape
+    torch.Size([1000, 2])
+    """
+    match config:
+        case LinregDecay():
+            return _linreg_decay(config, key)
+        case Linreg():
+            return _linreg(config, key)
+        case WeightDecay():
+            return _weight_decay(config, key)
+        case Images():
+            return _images(config, key.device)
+    raise TypeError(f"no recipe for {config!r}")
+
+
+def _sgd(config: Recipe) -> Optimizer:
+    return optim.sgd(config.lr, config.momentum, weight_decay=config.weight_decay)
+
+
+def _linreg(config: Linreg, key: Tensor) -> Problem:
+    w, b = [2.0, -3.4], 4.2
+    train = data.synthetic_linear(key, w, b, config.examples, config.noise)
+    model = models.linreg(2)
+    loss = supervised(model.apply, losses.squared_loss)
+    return Problem(
+        model, _sgd(config), loss, train, None, f"y = x · {w} + {b}", _weights(("true", w, b))
+    )
+
+
+def _linreg_decay(config: LinregDecay, key: Tensor) -> Problem:
+    w, b = [1.0, -1.0, 2.0], 5.0
+    train = data.synthetic_linear(key, w, b, config.examples, config.noise)
+    model = models.linreg(3)
+    loss = supervised(model.apply, losses.mse)
+    *ridge_w, ridge_b = ridge(train, config.weight_decay).tolist()
+    verdict = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
+    return Problem(model, _sgd(config), loss, train, None, f"y = x · {w} + {b}", verdict)
+
+
+def ridge(train: Dataset, weight_decay: float) -> Tensor:
+    """Minimise the mean of (x·w + b − y)² plus λ · ½ (Σ w² + b²), in closed form.
+
+    Setting the gradient to 0: (2/n · XᵀX + λ I) [w, b] = 2/n · Xᵀy, X having a column of ones.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> ridge(Dataset(x, 2 * x + 1), 0.0)
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    y = train.y.double()
+    x = torch.cat([train.x.double(), torch.ones_like(y)], 1)
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    n = len(x)
+    solution = torch.linalg.solve(2 / n * x.T @ x + weight_decay * identity, 2 / n * x.T @ y)
+    return solution[:, 0].round(decimals=9)
+
+
+def _weights(*others: tuple[str, list[float], float]) -> Callable[[Tree], str]:
+    """Compare the learned w and b with others, a line each."""
+
+    def verdict(params: Tree) -> str:
+        learned = ("learned", params["weight"].flatten().tolist(), params["bias"].item())
+        return "\n".join(
+            f"{name:8}w = [{', '.join(f'{x:.4f}' for x in w)}], b = {b:.4f}"
+            for name, w, b in [*others, learned]
+        )
+
+    return verdict
+
+
+def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
+    features, tests = 200, 100
+    w = [0.01] * features
+    drawn = data.synthetic_linear(key, w, 0.05, config.examples + tests, 0.01)
+    train, test = (
+        Dataset(drawn.x[rows], drawn.y[rows])
+        for rows in (slice(config.examples), slice(config.examples, None))
+    )
+    model = models.linreg(features, std=1.0)
+    # The bias shifts the fit and cannot overfit: only weights decay.
+    opt = optim.chain(
+        optim.add_decayed_weights(config.weight_decay, mask="weight"),
+        optim.sgd(config.lr, config.momentum),
+    )
+    loss = supervised(model.apply, losses.squared_loss)
+    return Problem(
+        model,
+        opt,
+        loss,
+        train,
+        test,
+        "y = 0.05 + Σ 0.01 x",
+        lambda params: f"‖w‖ = {params['weight'].norm().item():.4f}",
+    )
+
+
+def _images(config: Images, device: torch.device) -> Problem:
+    train, test, found = load_images(config.data, device)
+    match config:
+        case Softmax():
+            model = models.softmax_regression()
+        case Mlp():
+            model = models.mlp()
+        case Dropout():
+            model = models.mlp(hidden=(256, 256), rates=config.rates)
+        case LeNet():
+            model = models.lenet()
+        case _:
+            raise TypeError(f"no recipe for {config!r}")
+    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    return Problem(
+        model,
+        _sgd(config),
+        loss,
+        train,
+        test,
+        found,
+        lambda params: tree.summary(params),
+    )
+
+
+def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str]:
+    """Load Fashion-MNIST for training and testing, and say what was found.
+
+    Raises:
+        FileNotFoundError: a folder was named, and the files are nowhere.
+        ValueError: a file is damaged.
+
+    >>> train, test, found = load_images("sample", torch.device("cpu"))
+    >>> len(train.x), len(test.x)
+    (6000, 1000)
+    """
+    if where == "auto":
+        try:
+            return _both(data.fashion_mnist, device, "Fashion-MNIST, 60,000 + 10,000 images")
+        except FileNotFoundError as error:
+            reason = f"{error}\n"
+    elif where == "sample":
+        reason = ""
+    elif not Path(where).is_dir():
+        raise ValueError(f"--data must be auto, sample or a folder, got {where!r}: no such folder")
+    else:
+        return _both(
+            lambda train: data.fashion_mnist(where, train=train, download=False),
+            device,
+            "Fashion-MNIST, 60,000 + 10,000 images",
+        )
+    line = "!" * 79
+    print(
+        f"{line}\n{reason}Using the embedded SAMPLE of 6,000 + 1,000 images, not the whole of "
+        f"Fashion-MNIST:\naccuracies will be lower than published ones.\n{line}",
+        file=sys.stderr,
+    )
+    return _both(
+        data.fashion_mnist_sample, device, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images"
+    )
+
+
+def _both(
+    read: Callable[..., Dataset], device: torch.device, found: str
+) -> tuple[Dataset, Dataset, str]:
+    train, test = (tree.to(read(train=part), device) for part in (True, False))
+    return train, test, found
+
+
+def find_device(name: str) -> torch.device:
+    """Turn `--device` into a device that is present.
+
+    Raises:
+        ValueError: an unknown name, or a device this machine lacks.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
+    return device
