@@ -12,20 +12,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.func import grad, jvp, vmap
 
-import fdl
-import fdl.compile
 from fdl import disable_jit, jit, scan, tree
 
 
 class Pair(NamedTuple):
     left: Any
     right: Any
-
-
-@pytest.fixture
-def plain_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace as always, and run the traced graph without Inductor: breadth at a low price."""
-    monkeypatch.setattr(fdl.compile, "_backend", lambda: {"backend": "aot_eager"})
 
 
 class Graphs:
