@@ -13,8 +13,6 @@ from torch.func import grad, vmap
 import models
 from fdl import data, losses, nn, random, supervised, tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KEY = random.key(7)  # of the dropout masks
 
 

@@ -17,8 +17,6 @@ import fdl
 import models
 from fdl import TrainState, data, losses, nn, optim, random, tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 50
 Build = Callable[[torch.nn.Module], torch.optim.Optimizer]
 

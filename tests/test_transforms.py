@@ -14,8 +14,6 @@ from torch.func import grad, vmap
 
 from fdl import data, losses, metrics, nn, optim, random, tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = 3  # of a batch for vmap
 
 
