@@ -146,15 +146,16 @@ def setup(config):
 
 def walk(config, chunk, compile=False, stopped=lambda: False):
     problem, state, data_key = setup(config)
+    plan = loop.Plan(compile, chunk, "test")
     return list(
         loop.epochs(
             problem,
             config,
-            loop.Plan(compile, chunk, "test"),
+            plan,
+            loop.make_programs(problem, config, plan, state),
             tree.map(torch.clone, state),
             data_key,
             stopped=stopped,
-            on_compiled=lambda seconds: None,
             on_chunk=lambda done, steps, loss: None,
         )
     )

@@ -82,6 +82,10 @@ def train(run: Run) -> int:
     """Train to the end, or to Ctrl-C or a loss that is not finite, and keep what was done."""
     config, folder = run.config, run.folder
     records: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    programs = loop.make_programs(run.problem, config, run.plan, run.state)
+    if run.plan.compile:
+        print(f"compiling took {time.perf_counter() - start:.1f} s")
     with (
         loop.stops_on_interrupt() as stopped,
         tqdm(unit="step", leave=False, disable=None, ncols=79) as bar,
@@ -96,10 +100,10 @@ def train(run: Run) -> int:
             run.problem,
             config,
             run.plan,
+            programs,
             run.state,
             run.data_key,
             stopped=stopped,
-            on_compiled=lambda seconds: bar.write(f"compiling took {seconds:.1f} s"),
             on_chunk=on_chunk,
         ):
             record = {

@@ -23,7 +23,7 @@ from fdl.training import Metrics
 from train.config import Recipe
 from train.recipes import Problem
 
-__all__ = ["Epoch", "Plan", "epochs", "plan", "stops_on_interrupt"]
+__all__ = ["Epoch", "Plan", "Programs", "epochs", "make_programs", "plan", "stops_on_interrupt"]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
 COMPILE_SECONDS = 20.0  # what compiling a small model costs from cold
@@ -128,15 +128,50 @@ def chunks(indices: Indices, length: int) -> list[Indices]:
     return [Indices(*pair) for pair in zip(index.split(length), mask.split(length), strict=True)]
 
 
+class Programs(NamedTuple):
+    """The two functions a run is made of."""
+
+    train: Callable[..., tuple[Carry, Metrics]]  # (carry, dataset, indices)
+    evaluate: Callable[..., Metrics]  # (state, dataset, indices)
+
+
+def make_programs(problem: Problem, config: Recipe, plan: Plan, state: TrainState) -> Programs:
+    """Make the functions of a run and, if the plan says so, compile them now.
+
+    A chunk of nothing but padding changes nothing, and has them compiled.
+    """
+    programs = Programs(run_chunk(problem), run_evaluation(problem))
+    if plan.compile:
+        shape, device = (plan.chunk, config.batch_size), state.key.device
+        padding = Indices(
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+        )
+        programs.train(_first_carry(tree.map(torch.clone, state)), problem.train, padding)
+        if problem.test is not None:
+            programs.evaluate(state, problem.test, _test_indices(problem.test))
+    return programs
+
+
+def _first_carry(state: TrainState) -> Carry:
+    """Start a run: every loss so far has been finite."""
+    return state, torch.ones((), dtype=torch.bool, device=state.key.device)
+
+
+def _test_indices(test: Dataset) -> Indices:
+    """Cut the test set into batches."""
+    return data.sequential_indices(len(test.x), EVAL_BATCH, device=test.x.device)
+
+
 def epochs(
     problem: Problem,
     config: Recipe,
     plan: Plan,
+    programs: Programs,
     state: TrainState,
     data_key: Tensor,
     *,
     stopped: Callable[[], bool],
-    on_compiled: Callable[[float], None],
     on_chunk: Callable[[int, int, float], None],
 ) -> Iterator[Epoch]:
     """Train and yield after each epoch; the last one says how the run ended.
@@ -145,38 +180,23 @@ def epochs(
         problem: what to train.
         config: the recipe.
         plan: how to execute it.
+        programs: from `make_programs`.
         state: where to start; donated.
         data_key: epoch e's order comes from `fold_in(data_key, e)`.
         stopped: asked after each chunk whether to end.
-        on_compiled: told the seconds that compiling took.
         on_chunk: told after each chunk the steps done in this epoch, of how many, and the loss.
     """
-    n = len(problem.train.x)
-    train, evaluate = run_chunk(problem), run_evaluation(problem)
-    device = state.key.device
-    carry = (state, torch.ones((), dtype=torch.bool, device=device))
-    tests = None
-    if problem.test is not None:
-        tests = data.sequential_indices(len(problem.test.x), EVAL_BATCH, device=device)
+    carry = _first_carry(state)
     with nullcontext() if plan.compile else disable_jit():
-        if plan.compile:
-            start = time.perf_counter()
-            # A chunk of padding changes nothing, and compiles the program.
-            nothing = Indices(
-                torch.zeros((plan.chunk, config.batch_size), dtype=torch.int64, device=device),
-                torch.zeros((plan.chunk, config.batch_size), dtype=torch.bool, device=device),
-            )
-            carry, _ = train(carry, problem.train, nothing)
-            if tests is not None:
-                evaluate(carry[0], problem.test, tests)
-            on_compiled(time.perf_counter() - start)
         for number in range(1, config.epochs + 1):
             start = time.perf_counter()
-            order = data.epoch_indices(random.fold_in(data_key, number - 1), n, config.batch_size)
+            order = data.epoch_indices(
+                random.fold_in(data_key, number - 1), len(problem.train.x), config.batch_size
+            )
             steps, done, end = len(order.index), 0, "done"
             total: dict[str, Mean] = {}
             for part in chunks(order, plan.chunk):
-                carry, metrics = train(carry, problem.train, part)
+                carry, metrics = programs.train(carry, problem.train, part)
                 total = {k: total[k] + m if total else m for k, m in metrics.items()}
                 done = min(done + plan.chunk, steps)
                 on_chunk(done, steps, metrics["loss"].value.item())
@@ -188,18 +208,20 @@ def epochs(
                     break
             seconds = time.perf_counter() - start
             found = {name: mean.value.item() for name, mean in total.items()}
-            if end == "done" and tests is not None:
-                tested = evaluate(carry[0], problem.test, tests)
+            if end == "done" and problem.test is not None:
+                tested = programs.evaluate(carry[0], problem.test, _test_indices(problem.test))
                 found |= {f"test_{name}": mean.value.item() for name, mean in tested.items()}
-            examples = int(total["loss"].count)
-            yield Epoch(number, carry[0], found, seconds, examples, end)
+            yield Epoch(number, carry[0], found, seconds, int(total["loss"].count), end)
             if end != "done":
                 return
 
 
 @contextmanager
 def stops_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that answers True; the second interrupts at once."""
+    """Turn the first Ctrl-C into a question that answers True; the second interrupts at once.
+
+    Inside the `with` block there is something to save; before it, Ctrl-C interrupts as always.
+    """
     pressed = False
 
     def handler(signum: int, frame: Any) -> None:
