@@ -86,15 +86,15 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
 
     >>> load("absent.safetensors")
     Traceback (most recent call last):
-    FileNotFoundError: No such file or directory: absent.safetensors
+    FileNotFoundError: load: no such file: absent.safetensors
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"load: no such file: {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             found = (file.metadata() or {}).get("fdl", FORMAT)
             if found != FORMAT:
                 raise ValueError(f"load: {path} has format {found}, this fdl reads {FORMAT}")
             return tree.unflatten_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except FileNotFoundError:
-        raise
     except (OSError, SafetensorError) as error:
         raise ValueError(f"load: cannot read {path}: {error}") from error

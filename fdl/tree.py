@@ -9,16 +9,14 @@ Every leaf has a dotted path, `conv.0.weight`, the name `state_dict()` would giv
 Trees are matched by key, never by the order in which a dict was filled. `None` is a leaf.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-Tree = Any
-Where = str | Sequence[str] | Callable[[str, Any], bool]
+from fdl._paths import Tree, Where, dotted, flatten_dict, select, unflatten_dict
 
 __all__ = [
     "Tree",
@@ -26,11 +24,14 @@ __all__ = [
     "allclose",
     "cast",
     "diff",
+    "dotted",
     "flatten_dict",
     "leaves",
     "map",
+    "match",
     "merge",
     "partition",
+    "select",
     "size",
     "stack",
     "summary",
@@ -63,6 +64,11 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
     """List the leaves of `tree` in the order of `like`, whose structure it must have.
+
+    Args:
+        like: the expected structure.
+        tree: what came.
+        caller: how an error begins.
 
     Raises:
         ValueError: the structures differ; the text starts with `caller` and lists every path.
@@ -102,86 +108,6 @@ def leaves(tree: Tree) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
-def flatten_dict(tree: Tree) -> dict[str, Any]:
-    """Map each leaf's dotted path to the leaf; a tree that is one leaf has the path `''`.
-
-    Raises:
-        ValueError: a dict key is empty or holds a dot, so that its path would be ambiguous.
-        TypeError: a dict key is not a string.
-
-    >>> flatten_dict({"conv": [{"weight": 1}, 2]})
-    {'conv.0.weight': 1, 'conv.1': 2}
-    """
-    pairs, _ = pytree.tree_flatten_with_path(tree)
-    return {dotted(entries): leaf for entries, leaf in pairs}
-
-
-def dotted(entries: Sequence[Any]) -> str:
-    """Write torch's key path as a dotted one.
-
-    >>> dotted([pytree.MappingKey("conv"), pytree.SequenceKey(0)])
-    'conv.0'
-    """
-    return ".".join(_part(entry) for entry in entries)
-
-
-def _part(entry: Any) -> str:
-    if isinstance(entry, pytree.SequenceKey):
-        return str(entry.idx)
-    if isinstance(entry, pytree.GetAttrKey):
-        return entry.name
-    key = entry.key
-    if not isinstance(key, str):
-        raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
-    if not key:
-        raise ValueError("tree: a dict key must not be empty, got ''")
-    if "." in key:
-        raise ValueError(
-            f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
-        )
-    return key
-
-
-def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
-    """Rebuild a tree from dotted paths: nested dicts, or the structure of `like` if given.
-
-    The lone path `''` is a tree that is one leaf.
-
-    Raises:
-        ValueError: the paths are not those of `like` (each is listed), or one path is both a
-            leaf and a branch.
-
-    >>> unflatten_dict({"fc.0.weight": 1, "fc.0.bias": 2})
-    {'fc': {'0': {'weight': 1, 'bias': 2}}}
-    >>> unflatten_dict({"1": "b", "0": "a"}, like=[0, 0])
-    ['a', 'b']
-    """
-    if like is not None:
-        wanted = flatten_dict(like)
-        lines = [f"{path}: missing" for path in wanted.keys() - flat.keys()]
-        lines += [f"{path}: unexpected" for path in flat.keys() - wanted.keys()]
-        if lines:
-            raise ValueError(
-                "tree.unflatten_dict: the paths are not those of `like`:\n  "
-                + "\n  ".join(sorted(lines))
-            )
-        return pytree.tree_unflatten([flat[path] for path in wanted], pytree.tree_structure(like))
-    if flat.keys() == {""}:
-        return flat[""]
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *branches, last = path.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or last in node:
-            raise ValueError(f"tree.unflatten_dict: {path!r} meets another leaf on its way")
-        node[last] = leaf
-    return tree
-
-
 def stack(trees: Sequence[Tree]) -> Tree:
     """Stack trees of one structure leaf by leaf along a new first axis, as `vmap` wants them.
 
@@ -217,33 +143,6 @@ def unstack(tree: Tree) -> list[Tree]:
         raise ValueError(f"tree.unstack: leaves need one common first axis, got {lengths}")
     (length,) = set(lengths.values())
     return [map(lambda leaf, i=i: leaf[i], tree) for i in range(length or 0)]
-
-
-def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
-    """Say for each path whether `where` selects it: a glob, several globs, or `(path, leaf)`.
-
-    In a glob `*` also crosses dots: `*.bias`, `conv.*`.
-
-    Raises:
-        ValueError: a glob matches no path, which is a misspelling more often than a wish.
-
-    >>> select({"fc": {"weight": 0, "bias": 0}}, "*.bias", "here")
-    {'fc.weight': False, 'fc.bias': True}
-    """
-    flat = flatten_dict(tree)
-    if callable(where):
-        return {path: bool(where(path, leaf)) for path, leaf in flat.items()}
-    globs = [where] if isinstance(where, str) else list(where)
-    for glob in globs:
-        if not any(_matches(path, glob) for path in flat):
-            raise ValueError(f"{caller}: {glob!r} matches no path; there are {list(flat)}")
-    return {path: any(_matches(path, glob) for glob in globs) for path in flat}
-
-
-# Dynamo would trace into fnmatch, and warn of the cache there.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _matches(path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob)
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:

@@ -104,7 +104,7 @@ def test_lines_fit_80_columns(run):
         (["softmax", "--data", "nowhere"], "nowhere"),
         (["linreg", "--lr", "fast"], "--lr"),
         (["linear"], "linear"),
-        ([], "subcommand"),
+        ([], "--help"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
