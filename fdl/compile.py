@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import FunctionType
 from typing import Any, NoReturn, TypeVar
 
@@ -54,21 +54,22 @@ def disable_jit() -> Iterator[None]:
         _disabled.reset(token)
 
 
-def _compile(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(fn: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
     """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code."""
     assert isinstance(fn, FunctionType)
     own = FunctionType(
         fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, **_backend())
+    return torch.compile(own, fullgraph=True, dynamic=False, **_backend(on_cpu))
 
 
-def _backend() -> dict[str, Any]:
+def _backend(on_cpu: bool) -> dict[str, Any]:
     # Inductor copies a shared intermediate result into each of its users until it counts so many
     # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw takes
     # ten times longer to compile; the program is as fast.
     options: dict[str, Any] = {"realize_opcount_threshold": 8}
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12):
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if on_cpu and release >= (2, 12):
         # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
         options["cpp_wrapper"] = True
     return {"options": options}
@@ -186,8 +187,9 @@ def _build(
         outputs = tree.leaves(fn(*args, **kwargs))
         return [leaf.clone() if i in aliases else leaf for i, leaf in enumerate(outputs)]
 
-    compiled = _compile(flat)
-    bodies = Bodies(_compile)
+    on_cuda = any(leaf.is_cuda for leaf in leaves)
+    compile = partial(_compile, on_cpu=not on_cuda)
+    compiled, bodies = compile(flat), Bodies(compile)
 
     def run_eagerly(leaves: list[Tensor]) -> Tree:
         return pytree.tree_unflatten(flat(*leaves), out_spec)
@@ -202,7 +204,6 @@ def _build(
         finally:
             running.reset(token)
 
-    on_cuda = any(leaf.is_cuda for leaf in leaves)
     if not on_cuda and not _finds_compiler():
         return run_eagerly, run_eagerly(leaves)
     if abstract.scans and on_cuda:

@@ -12,4 +12,4 @@ torch.set_num_threads(1)
 @pytest.fixture
 def plain_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `jit` trace as always, and run the graph without Inductor: breadth at a low price."""
-    monkeypatch.setattr(fdl.compile, "_backend", lambda: {"backend": "aot_eager"})
+    monkeypatch.setattr(fdl.compile, "_backend", lambda on_cpu: {"backend": "aot_eager"})

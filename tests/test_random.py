@@ -105,7 +105,7 @@ def test_counters_beyond_32_bits_use_the_high_word(monkeypatch):
 
 
 def compile(f):
-    return torch.compile(f, fullgraph=True, **_backend())
+    return torch.compile(f, fullgraph=True, **_backend(on_cpu=True))
 
 
 def everything(key, data, p, logits, low, high):

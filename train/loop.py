@@ -26,7 +26,7 @@ from train.recipes import Problem
 __all__ = ["Epoch", "Plan", "Programs", "epochs", "make_programs", "plan", "stops_on_interrupt"]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
-COMPILE_SECONDS = 20.0  # what compiling a small model costs from cold
+COMPILE_SECONDS = 40.0  # compiling takes 10 to 30 s from cold, and has to be won back
 EVAL_BATCH = 1000
 
 Carry = tuple[TrainState, Tensor]  # the state, and bool []: has every loss been finite?
