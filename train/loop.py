@@ -67,9 +67,9 @@ def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
         return Plan(config.compile == "on", chunk, "as asked")
     if total < COMPILE_SECONDS:
         return Plan(
-            False, chunk, f"all steps take about {total:.0f} s without; compiling takes longer"
+            False, chunk, f"all steps take about {total:.0f} s, too few to win compiling back"
         )
-    return Plan(True, chunk, f"all steps would take about {total:.0f} s without")
+    return Plan(True, chunk, f"all steps would take about {total:.0f} s otherwise")
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
