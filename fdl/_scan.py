@@ -73,7 +73,7 @@ def scan(
     (tensor(6), tensor([0, 0, 1, 3]))
     """
     for name, part in [("init", init), ("xs", xs)]:
-        check_tensors(part, f"scan: every leaf of {name}")
+        check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
     length = _scan_length(xs, length)
     if in_transform():  # the operator has no rules for grad, vmap and jvp
         return _scan_as_loop(f, init, xs, length)
@@ -103,9 +103,9 @@ def _scan_length(xs: Tree, length: int | None) -> int:
     return steps
 
 
-def check_tensors(whole: Tree, what: str) -> None:
-    """Raise unless every leaf is a tensor; `what` names the whole."""
-    if all(isinstance(leaf, Tensor) for leaf in tree.leaves(whole)):
+def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
+    """Raise unless every one of `leaves`, those of `whole`, is a tensor; `what` names the whole."""
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
         return
     pairs, _ = pytree.tree_flatten_with_path(whole)
     found = [f"{tree.dotted(p)}: {leaf!r}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
@@ -122,7 +122,7 @@ def _row(xs: Tree, i: int) -> Tree:
 def _check_carry(init: Tree, carry: Tree) -> list[Tensor]:
     """Return the leaves of `carry` in the order of `init`, having compared their forms."""
     found = tree.match(init, carry, "scan: the carry that f returned")
-    check_tensors(carry, "scan: every leaf of the carry that f returned")
+    check_tensors(found, carry, "scan: every leaf of the carry that f returned")
     for before, after in zip(tree.leaves(init), found, strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             lines = tree.diff(init, carry, values=False)
@@ -137,7 +137,7 @@ def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> t
     for i in range(length):
         new, y = f(carry, _row(xs, i))
         carry = pytree.tree_unflatten(_check_carry(init, new), spec)
-        check_tensors(y, "scan: every leaf of y")
+        check_tensors(tree.leaves(y), y, "scan: every leaf of y")
         ys.append(y)
     return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
 
@@ -145,7 +145,7 @@ def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> t
 def _scan_abstractly(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     new, y = f(init, _row(xs, 0))
     carry = pytree.tree_unflatten(_check_carry(init, new), pytree.tree_structure(init))
-    check_tensors(y, "scan: every leaf of y")
+    check_tensors(tree.leaves(y), y, "scan: every leaf of y")
     return carry, tree.map(lambda leaf: leaf.new_empty((length, *leaf.shape)), y)
 
 

@@ -10,6 +10,7 @@ Together they turn a whole epoch of training into one program:
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -138,7 +139,7 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        check_tensors((args, kwargs), "jit: every leaf of an argument")
+        check_tensors(leaves, (args, kwargs), "jit: every leaf of an argument")
         donated = _donated_leaves(args, leaves, positions)
         key = (spec, form(leaves), torch.is_grad_enabled())
         if key in programs:
@@ -168,8 +169,8 @@ def _donated_leaves(
             f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
         )
     donated = [leaf for i in positions for leaf in tree.leaves(args[i])]
-    times = [id(leaf) for leaf in leaves]
-    if any(times.count(id(leaf)) > 1 for leaf in donated):
+    times = Counter(id(leaf) for leaf in leaves)
+    if any(times[id(leaf)] > 1 for leaf in donated):
         raise ValueError(
             "jit: a donated tensor is passed twice; it cannot be given away and kept, so clone it"
         )
@@ -248,8 +249,8 @@ def _evaluate_abstractly(
         raise
     finally:
         running.reset(token)
-    check_tensors(result, "jit: every leaf of the result")
     outputs, out_spec = pytree.tree_flatten(result)
+    check_tensors(outputs, result, "jit: every leaf of the result")
     taken = {_memory(fake) for fake in fakes}
     aliases = set()
     for i, out in enumerate(outputs):

@@ -1,4 +1,4 @@
-"""What several test files need: random trees, inputs held against mutation, close trees."""
+"""What several test files need: random trees, unchanged inputs, close trees, counted graphs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,9 @@ import torch
 import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from fdl import random
+from fdl import random, tree
 
 
 class Pair(NamedTuple):
@@ -39,8 +40,8 @@ def unchanged(*trees: Any) -> Iterator[None]:
     flat = [pytree.tree_flatten(tree) for tree in trees]
     before = [[x.clone() if isinstance(x, Tensor) else x for x in leaves] for leaves, _ in flat]
     yield
-    for tree, old, (_, spec) in zip(trees, before, flat, strict=True):
-        leaves, now = pytree.tree_flatten(tree)
+    for member, old, (_, spec) in zip(trees, before, flat, strict=True):
+        leaves, now = pytree.tree_flatten(member)
         assert now == spec, "the structure changed"
         for x, y in zip(leaves, old, strict=True):
             assert equal_bits(x, y) if isinstance(x, Tensor) else x is y, "a leaf changed"
@@ -60,3 +61,18 @@ def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) 
 def draw(seed: int, *shape: int) -> Tensor:
     """Standard normal float64 numbers."""
     return random.normal(random.key(seed), shape, torch.float64)
+
+
+class Graphs:
+    """Counts the graphs that Dynamo hands to its backend, from the moment it is made."""
+
+    def __init__(self) -> None:
+        self.before = counters["stats"]["unique_graphs"]
+
+    def count(self) -> int:
+        return int(counters["stats"]["unique_graphs"] - self.before)
+
+
+def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
+    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
+    assert not differences, "\n".join(differences)

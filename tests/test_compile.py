@@ -8,8 +8,8 @@ import torch
 import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import Graphs, assert_equal
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.func import grad, jvp, vmap
 
 from fdl import disable_jit, jit, scan, tree
@@ -18,21 +18,6 @@ from fdl import disable_jit, jit, scan, tree
 class Pair(NamedTuple):
     left: Any
     right: Any
-
-
-class Graphs:
-    """Counts the graphs that Dynamo hands to its backend, from the moment it is made."""
-
-    def __init__(self) -> None:
-        self.before = counters["stats"]["unique_graphs"]
-
-    def count(self) -> int:
-        return int(counters["stats"]["unique_graphs"] - self.before)
-
-
-def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
-    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
-    assert not differences, "\n".join(differences)
 
 
 # ------------------------------------------------------------------------------------ the basics

@@ -5,30 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from laws import Graphs, assert_equal
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
-from torch._dynamo.utils import counters
 from torch.func import vmap
 
 import fdl
 import fdl.compile
 from fdl import _scan, data, jit, losses, nn, optim, random, scan, tree
-
-
-class Graphs:
-    """Counts the graphs that Dynamo hands to its backend, from the moment it is made."""
-
-    def __init__(self) -> None:
-        self.before = counters["stats"]["unique_graphs"]
-
-    def count(self) -> int:
-        return int(counters["stats"]["unique_graphs"] - self.before)
-
-
-def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
-    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
-    assert not differences, "\n".join(differences)
-
 
 # ------------------------------------------------------------------- Proof 4: compiles only once
 

@@ -13,7 +13,7 @@ from fdl import TrainState, data, random
 from train import config as configs
 from train import loop, recipes, report
 
-RECIPES = {
+COMMANDS: dict[str, Any] = {
     "linreg": configs.Linreg,
     "linreg-decay": configs.LinregDecay,
     "softmax": configs.Softmax,
@@ -21,8 +21,8 @@ RECIPES = {
     "dropout": configs.Dropout,
     "weight-decay": configs.WeightDecay,
     "lenet": configs.LeNet,
+    "data": configs.Data,
 }
-COMMANDS: dict[str, Any] = {**RECIPES, "data": configs.Data}
 
 
 class Run(NamedTuple):

@@ -161,7 +161,7 @@ def _images(config: Images, device: torch.device) -> Problem:
         train,
         test,
         found,
-        lambda params: tree.summary(params),
+        tree.summary,
     )
 
 

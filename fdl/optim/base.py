@@ -6,10 +6,11 @@ differentiated, vmapped and compiled.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
@@ -131,15 +132,14 @@ def _scheduled(rates: Mapping[str, Rate], count: Tensor) -> dict[str, Tensor]:
     }
 
 
-def rate_of(hyper: Hyper, name: str, like: Tensor) -> Tensor | float:
-    """Read a rate in the dtype of a leaf, since float64 would promote it; 0 if left out.
+def rate_of(hyper: Hyper, name: str, like: Tensor) -> Tensor:
+    """Read a rate in the dtype of a leaf, since float64 would promote it.
 
-    >>> hyper = init_hyper({"lr": 0.1}, {})
-    >>> rate_of(hyper, "lr", torch.ones(1)), rate_of(hyper, "momentum", torch.ones(1))
-    (tensor(0.1000), 0.0)
+    >>> rate_of(init_hyper({"lr": 0.1}, {}), "lr", torch.ones(1))
+    tensor(0.1000)
     """
-    rate = hyper.free.get(name, hyper.scheduled.get(name))
-    return 0.0 if rate is None else rate.to(like.dtype)
+    rates = hyper.free if name in hyper.free else hyper.scheduled
+    return rates[name].to(like.dtype)
 
 
 def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
@@ -192,31 +192,25 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return tree.map(lambda p, u: p if u is None else p + u.to(p.dtype), params, updates)
 
 
-def _find(state: Tree, path: str = "") -> Iterator[tuple[str, str, Tensor, bool]]:
-    """List (path of the holder, name, value, free?) of every hyperparameter in a state."""
-    if isinstance(state, Hyper):
-        yield from ((path, name, value, True) for name, value in state.free.items())
-        yield from ((path, name, value, False) for name, value in state.scheduled.items())
-        return
-    for name, child in _children(state):
-        # The field `hyper` of a transformation's state says nothing to a reader.
-        below = path if isinstance(child, Hyper) else f"{path}.{name}" if path else name
-        yield from _find(child, below)
-
-
-def _children(node: Tree) -> list[tuple[str, Tree]]:
-    if isinstance(node, dict):
-        return list(node.items())
-    if hasattr(node, "_fields"):
-        return list(zip(node._fields, node, strict=True))
-    if isinstance(node, (list, tuple)):
-        return [(str(i), child) for i, child in enumerate(node)]
-    return []
+def _flatten(state: Tree) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """List (path of the holder, node) down to each `Hyper`, and how to put the nodes together."""
+    pairs, spec = pytree.tree_flatten_with_path(state, is_leaf=lambda n: isinstance(n, Hyper))
+    # The field `hyper` of a transformation's state says nothing to a reader: leave it out.
+    return [
+        (tree.dotted(entries[:-1]) if isinstance(node, Hyper) else "", node)
+        for entries, node in pairs
+    ], spec
 
 
 def _names(state: Tree) -> dict[str, tuple[str, str, Tensor, bool]]:
     """Name each hyperparameter: bare where that is unique, else with the path of its holder."""
-    found = list(_find(state))
+    found = [
+        (path, name, value, rates is node.free)
+        for path, node in _flatten(state)[0]
+        if isinstance(node, Hyper)
+        for rates in (node.free, node.scheduled)
+        for name, value in rates.items()
+    ]
     bare = [name for _, name, _, _ in found]
     return {
         name if bare.count(name) == 1 else f"{path}.{name}": (path, name, value, free)
@@ -274,23 +268,12 @@ def with_hyperparams(state: Tree, **values: float | Tensor) -> Tree:
             )
         # A copy: what the state holds may be donated, and must not be the caller's.
         new[path, bare] = value.to(dtype=old.dtype, device=old.device, copy=True)
-    return _replace(state, new, "")
+    nodes, spec = _flatten(state)
+    return pytree.tree_unflatten([_replace(node, path, new) for path, node in nodes], spec)
 
 
-def _replace(node: Tree, new: Mapping[tuple[str, str], Tensor], path: str) -> Tree:
-    if isinstance(node, Hyper):
-        free = {name: new.get((path, name), value) for name, value in node.free.items()}
-        return node._replace(free=free)
-    children = {
-        name: _replace(
-            child,
-            new,
-            path if isinstance(child, Hyper) else f"{path}.{name}" if path else name,
-        )
-        for name, child in _children(node)
-    }
-    if isinstance(node, dict):
-        return children
-    if hasattr(node, "_fields"):
-        return type(node)(**children)
-    return type(node)(children.values()) if isinstance(node, (list, tuple)) else node
+def _replace(node: Any, path: str, new: Mapping[tuple[str, str], Tensor]) -> Any:
+    if not isinstance(node, Hyper):
+        return node
+    free = {name: new.get((path, name), value) for name, value in node.free.items()}
+    return node._replace(free=free)
