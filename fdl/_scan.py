@@ -8,35 +8,20 @@ How a `scan` runs depends on where it is called:
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._higher_order_ops.scan import scan as scan_operator
+from torch._higher_order_ops.scan import scan as scan_for_dynamo
+from torch._higher_order_ops.scan import scan_op as scan_operator
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
+from fdl._trace import check_tensors, is_tracing, nodes_of, results_of, trace_flat
 from fdl.tree import Tree
 
 Carry = TypeVar("Carry")
-
-
-class Abstract:
-    """The state of one abstract evaluation: did the function call `scan`?"""
-
-    scans = False
-
-
-class Bodies(dict[Any, Callable[..., Any]]):
-    """The compiled bodies of the scans of one program, where its loops run in Python."""
-
-    def __init__(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        super().__init__()
-        self.compile = compile
-
-
-running: ContextVar[Abstract | Bodies | None] = ContextVar("fdl_running", default=None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -47,7 +32,7 @@ def in_transform() -> bool:
 
 def is_eager() -> bool:
     """Say whether Python sees values: nothing is being traced, transformed or jitted."""
-    return not (torch.compiler.is_compiling() or in_transform() or running.get() is not None)
+    return not (torch.compiler.is_compiling() or in_transform() or is_tracing())
 
 
 def scan(
@@ -84,12 +69,8 @@ def scan(
         return _scan_as_loop(f, init, xs, length)
     if torch.compiler.is_compiling():
         return _scan_as_operator(f, init, xs, length)
-    around = running.get()
-    if isinstance(around, Abstract):
-        around.scans = True
-        return _scan_abstractly(f, init, xs, length)
-    if isinstance(around, Bodies):
-        f = _compiled_body(f, around)
+    if is_tracing():
+        return _scan_traced(f, init, xs, length)
     return _scan_as_loop(f, init, xs, length)
 
 
@@ -106,18 +87,6 @@ def _scan_length(xs: Tree, length: int | None) -> int:
     if not steps:
         raise ValueError("scan: needs at least one step, got none")
     return steps
-
-
-def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
-    """Raise unless every one of `leaves`, those of `whole`, is a tensor; `what` names the whole."""
-    if all(isinstance(leaf, Tensor) for leaf in leaves):
-        return
-    pairs, _ = pytree.tree_flatten_with_path(whole)
-    found = [f"{tree.dotted(p)}: {leaf!r}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
-    raise TypeError(
-        f"{what} must be a tensor; wrap numbers in torch.tensor, close over what is constant. "
-        "Not tensors:\n  " + "\n  ".join(found)
-    )
 
 
 def _row(xs: Tree, i: int) -> Tree:
@@ -147,11 +116,51 @@ def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> t
     return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
 
 
-def _scan_abstractly(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
-    new, y = f(init, _row(xs, 0))
-    carry = pytree.tree_unflatten(_check_carry(init, new), pytree.tree_structure(init))
-    check_tensors(tree.leaves(y), y, "scan: every leaf of y")
-    return carry, tree.map(lambda leaf: leaf.new_empty((length, *leaf.shape)), y)
+def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
+    """Write the loop into the graph that `jit` is tracing, as one node with the body's graph."""
+    init_leaves, carry_spec = pytree.tree_flatten(init)
+    xs_leaves, x_spec = pytree.tree_flatten(xs)
+    y_specs: list[pytree.TreeSpec] = []
+    n, m = len(init_leaves), len(xs_leaves)
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        carry = pytree.tree_unflatten(list(leaves[:n]), carry_spec)
+        new, y = f(carry, pytree.tree_unflatten(list(leaves[n:]), x_spec))
+        ys, y_spec = pytree.tree_flatten(y)
+        check_tensors(ys, y, "scan: every leaf of y")
+        y_specs.append(y_spec)
+        return [*_check_carry(init, new), *ys]
+
+    with disable_proxy_modes_tracing():
+        rows = [leaf[0] for leaf in xs_leaves]
+        body, closed_over = trace_flat(flat, [*init_leaves, *rows])
+    arguments, results = nodes_of(body.graph, "placeholder"), results_of(body.graph)
+    # What the body hands on as it is does not change: it need not be carried around.
+    moving = [i for i in range(n) if results[i] is not arguments[i]]
+    still = [i for i in range(n) if results[i] is arguments[i]]
+    used = [i for i in range(m) if arguments[n + i].users]
+    device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
+    # The operator wants something to carry, to walk along and, in torch 2.11, to put out.
+    filler = torch.zeros(length, device=device)
+    carried = [_fresh(init_leaves[i]) for i in moving] or [filler[0].clone()]
+    walked = [xs_leaves[i] for i in used] or [filler]
+    constant = [*closed_over, *(init_leaves[i] for i in still)]
+
+    def rearranged(*leaves: Tensor) -> list[Tensor]:
+        """Outputs must not share memory with inputs or each other, and strides must be stable."""
+        given = dict(zip(moving, leaves, strict=False))
+        given |= dict(zip(still, leaves[len(carried) + len(walked) + len(closed_over) :]))
+        row = dict(zip(used, leaves[len(carried) :], strict=False))
+        rest = leaves[len(carried) + len(walked) :][: len(closed_over)]
+        got = body(*(given[i] for i in range(n)), *(row.get(i) for i in range(m)), *rest)
+        new = [_fresh(got[i]) for i in moving] or [leaves[0].clone()]
+        return [*new, *([_fresh(y) for y in got[n:]] or [leaves[0].new_zeros(())])]
+
+    out = scan_operator(rearranged, carried, walked, tuple(constant))
+    new = dict(zip(moving, out, strict=False)) | {i: init_leaves[i] for i in still}
+    carry = pytree.tree_unflatten([new[i] for i in range(n)], carry_spec)
+    ys = list(out[len(carried) :])[: y_specs[0].num_leaves]
+    return carry, pytree.tree_unflatten(ys, y_specs[0])
 
 
 def _scan_as_operator(
@@ -178,37 +187,12 @@ def _scan_as_operator(
         ys = tree.leaves(y) or [torch.zeros((), device=device)]
         return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in ys]
 
-    carry, ys = scan_operator(body, [_fresh(leaf) for leaf in init_leaves], xs_leaves)
+    carry, ys = scan_for_dynamo(body, [_fresh(leaf) for leaf in init_leaves], xs_leaves)
     return unflatten(carry), pytree.tree_unflatten(ys[: y_spec.num_leaves], y_spec)
 
 
 def _fresh(leaf: Tensor) -> Tensor:
     return leaf.clone(memory_format=torch.contiguous_format)
-
-
-def _call_flat(
-    f: Callable[..., Any], spec: pytree.TreeSpec, leaves: list[Tensor]
-) -> tuple[Any, Any]:
-    carry, x = pytree.tree_unflatten(leaves, spec)
-    return f(carry, x)
-
-
-def _compiled_body(f: Callable[..., Any], bodies: Bodies) -> Callable[..., Any]:
-    """Compile the body of a loop; Dynamo's guards recognise `f` by its code when it comes again.
-
-    A `lambda` inside a jitted function is a new object at each call, and what it closes over may
-    be an argument of that call; Dynamo reads closed-over tensors anew each time.
-    """
-    code = getattr(f, "__code__", f)
-
-    def body(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
-        leaves, spec = pytree.tree_flatten((carry, x))
-        key = (code, spec, form(leaves))
-        if key not in bodies:
-            bodies[key] = bodies.compile(_call_flat)
-        return bodies[key](f, spec, leaves)
-
-    return body
 
 
 def form(leaves: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -9,32 +9,31 @@ Together they turn a whole epoch of training into one program:
 """
 
 import os
+import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial, wraps
+from functools import wraps
 from itertools import accumulate
-from types import FunctionType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from fdl import tree
-from fdl._scan import Abstract, Bodies, check_tensors, form, in_transform, running, scan
+from fdl import _inductor, tree
+from fdl._scan import form, in_transform, scan
+from fdl._trace import Traced, check_tensors, is_tracing, nodes_of, results_of, trace
 from fdl.tree import Tree
 
 __all__ = ["disable_jit", "jit", "scan"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Program = Callable[[list[Tensor]], Tree]
+
+aten = torch.ops.aten
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
@@ -54,42 +53,6 @@ def disable_jit() -> Iterator[None]:
         yield
     finally:
         _disabled.reset(token)
-
-
-def _compile(fn: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
-    """Compile with a code object of its own: Dynamo's limit of 8 recompilations counts per code."""
-    assert isinstance(fn, FunctionType)
-    own = FunctionType(
-        fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
-    )
-    return torch.compile(own, fullgraph=True, dynamic=False, **_backend(on_cpu))
-
-
-def _backend(on_cpu: bool) -> dict[str, Any]:
-    # Inductor copies a shared intermediate result into each of its users until it counts so many
-    # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw takes
-    # ten times longer to compile; the program is as fast.
-    options: dict[str, Any] = {"realize_opcount_threshold": 8}
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if on_cpu and release >= (2, 12):
-        # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
-        options["cpp_wrapper"] = True
-    return {"options": options}
-
-
-@cache
-def _finds_compiler() -> bool:
-    """Look for the C++ compiler that Inductor needs on the CPU; say once if there is none."""
-    try:
-        get_cpp_compiler()
-    except Exception as error:  # what it raises depends on the platform and the release of torch
-        warnings.warn(
-            "jit: no C++ compiler was found, so functions of CPU tensors run eagerly, which is "
-            f"slower; install one (g++ or clang++), or set CXX. The reason was: {error}",
-            stacklevel=2,
-        )
-        return False
-    return True
 
 
 class _Donated(Tensor):
@@ -162,7 +125,7 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
-    return off or running.get() is not None or in_transform()
+    return off or is_tracing() or in_transform()
 
 
 def _donated_indices(
@@ -201,64 +164,45 @@ def _build(
     fn: Callable[..., Any], leaves: list[Tensor], spec: pytree.TreeSpec, donated: list[int]
 ) -> tuple[Program, Tree]:
     """Make the program for one form of arguments, the fastest that works, and run it once."""
-    abstract, out_spec, outputs, aliases = _evaluate_abstractly(fn, leaves, spec)
-    home = _homes(leaves, donated, outputs)
-
-    def flat(*leaves: Tensor) -> list[Tensor]:
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        outputs = tree.leaves(fn(*args, **kwargs))
-        return [leaf.clone() if i in aliases else leaf for i, leaf in enumerate(outputs)]
-
-    # Dynamo makes a symbol of each 0-d input on the CPU, and then traces everything again without.
-    scalars = {i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and not leaf.requires_grad}
-
-    def in_place(*leaves: Tensor) -> list[Tensor]:
-        results = flat(*(x.view(()) if i in scalars else x for i, x in enumerate(leaves)))
-        for out, i in home.items():
-            leaves[i].copy_(results[out])  # Inductor computes the result right there
-        return [result for out, result in enumerate(results) if out not in home]
-
     on_cuda = any(leaf.is_cuda for leaf in leaves)
-    compile = partial(_compile, on_cpu=not on_cuda)
-    compiled, bodies = compile(in_place), Bodies(compile)
+    if not on_cuda and not _inductor.finds_compiler():
 
-    def run_eagerly(leaves: list[Tensor]) -> Tree:
-        return pytree.tree_unflatten(flat(*leaves), out_spec)
+        def run_eagerly(leaves: list[Tensor]) -> Tree:
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            return fn(*args, **kwargs)
 
-    def run_compiled(leaves: list[Tensor]) -> Tree:
-        fresh = iter(compiled(*(x.view(1) if i in scalars else x for i, x in enumerate(leaves))))
+        return run_eagerly, run_eagerly(leaves)
+    traced = trace(fn, leaves, spec)
+    home = _homes(leaves, donated, traced.results)
+    _write_home(traced, home)
+    inputs = [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
+    compiled = _inductor.lower(traced.graph, traced.mode, inputs)
+
+    def run(leaves: list[Tensor]) -> Tree:
+        fresh = iter(compiled([*leaves, *traced.constants]))
         results = [
             leaves[home[out]].detach() if out in home else next(fresh)
-            for out in range(len(outputs))
+            for out in range(len(traced.results))
         ]
-        return pytree.tree_unflatten(results, out_spec)
+        return pytree.tree_unflatten(results, traced.spec)
 
-    def run_bodies(leaves: list[Tensor]) -> Tree:
-        token = running.set(bodies)
-        try:
-            return run_eagerly(leaves)
-        finally:
-            running.reset(token)
-
-    if not on_cuda and not _finds_compiler():
-        return run_eagerly, run_eagerly(leaves)
-    if abstract.scans and on_cuda:
-        return run_bodies, run_bodies(leaves)
-    try:
-        return run_compiled, run_compiled(leaves)
-    except TorchDynamoException as error:
-        if not abstract.scans:
-            raise
-        reason = str(error).strip().splitlines()[0]
-    warnings.warn(
-        f"jit: torch's scan operator refused {fn!r}; each step is compiled instead, in a "
-        f"Python loop. The reason was: {reason}",
-        stacklevel=3,
-    )
-    return run_bodies, run_bodies(leaves)
+    return run, run(leaves)
 
 
-def _homes(leaves: list[Tensor], donated: list[int], outputs: list[Tensor]) -> dict[int, int]:
+def _write_home(traced: Traced, home: dict[int, int]) -> None:
+    """Write results where donated leaves were: Inductor computes them right there."""
+    graph = traced.graph.graph
+    arguments, results = nodes_of(graph, "placeholder"), results_of(graph)
+    (output,) = nodes_of(graph, "output")
+    with graph.inserting_before(output):
+        for out, i in home.items():
+            copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
+            copy.meta["val"] = arguments[i].meta["val"]
+    output.args = ([node for out, node in enumerate(results) if out not in home],)
+    traced.graph.recompile()
+
+
+def _homes(leaves: list[Tensor], donated: list[int], outputs: Sequence[Tensor]) -> dict[int, int]:
     """Give each result the memory of a donated leaf of its form, as long as there are some."""
     free: dict[Any, list[int]] = defaultdict(list)
     for i in donated:
@@ -270,44 +214,3 @@ def _homes(leaves: list[Tensor], donated: list[int], outputs: list[Tensor]) -> d
         if same:
             found[out] = same.pop(0)
     return found
-
-
-def _evaluate_abstractly(
-    fn: Callable[..., Any], leaves: list[Tensor], spec: pytree.TreeSpec
-) -> tuple[Abstract, pytree.TreeSpec, list[Tensor], set[int]]:
-    """Run `fn` on fake tensors, which have a form and no values.
-
-    Mistakes in `fn` surface here as ordinary exceptions instead of from within the tracer.
-
-    Returns:
-        Whether `fn` calls `scan`, the structure of its result, its leaves, and which of them share
-        memory with an argument, with a closed-over tensor or with an earlier leaf.
-    """
-    abstract = Abstract()
-    token = running.set(abstract)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [mode.from_tensor(leaf) for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(fakes, spec)
-            result = fn(*args, **kwargs)
-    except DataDependentOutputException as error:
-        error.add_note(
-            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float), but is traced, not "
-            "run; use torch.where, or compute that value outside and close over it"
-        )
-        raise
-    finally:
-        running.reset(token)
-    outputs, out_spec = pytree.tree_flatten(result)
-    check_tensors(outputs, result, "jit: every leaf of the result")
-    taken = {_memory(fake) for fake in fakes}
-    aliases = set()
-    for i, out in enumerate(outputs):
-        if not isinstance(out, FakeTensor) or _memory(out) in taken:
-            aliases.add(i)
-        taken.add(_memory(out))
-    return abstract, out_spec, outputs, aliases
-
-
-def _memory(leaf: Tensor) -> int:
-    return leaf.untyped_storage()._cdata

@@ -1,0 +1,70 @@
+"""From a graph to a program: the one place that knows Inductor, torch's compiler."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+
+from fdl._passes import rewrite_for_cpu
+
+__all__ = ["Compiled", "finds_compiler", "lower"]
+
+Compiled = Callable[[list[Tensor]], list[Tensor]]
+
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
+    """Compile a graph of primitives for fake `inputs`; its last nodes may write to its inputs."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+
+    on_cpu = not any(leaf.is_cuda for leaf in inputs)
+    if on_cpu:
+        rewrite_for_cpu(graph)
+    with config.patch(_options(on_cpu)), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        joint_graph_passes(graph)
+        compiled = compile_fx_inner(
+            graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
+        )
+    return cast(Compiled, compiled)
+
+
+def _options(on_cpu: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        # Inductor copies a shared intermediate result into each of its users until it counts so
+        # many operations. Twenty rounds of Threefry share so much that with the default, 30, a
+        # draw takes ten times longer to compile; the program is as fast.
+        "realize_opcount_threshold": 8,
+        # Without this a program with a loop is not looked up in the cache on disk.
+        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
+    }
+    if on_cpu and RELEASE >= (2, 12):
+        # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
+        options["cpp_wrapper"] = True
+    return options
+
+
+@cache
+def finds_compiler() -> bool:
+    """Look for the C++ compiler that Inductor needs on the CPU; say once if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # what it raises depends on the platform and the release of torch
+        warnings.warn(
+            "jit: no C++ compiler was found, so functions of CPU tensors run eagerly, which is "
+            f"slower; install one (g++ or clang++), or set CXX. The reason was: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
