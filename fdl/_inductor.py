@@ -1,5 +1,6 @@
 """From a graph to a program: the one place that knows Inductor, torch's compiler."""
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,7 +14,7 @@ from torch.fx import GraphModule
 
 from fdl._passes import rewrite_for_cpu
 
-__all__ = ["Compiled", "finds_compiler", "lower"]
+__all__ = ["Compiled", "finds_compiler", "kernels_written", "lower"]
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
@@ -51,6 +52,12 @@ def _options(on_cpu: bool) -> dict[str, Any]:
         # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
         options["cpp_wrapper"] = True
     return options
+
+
+def kernels_written() -> int:
+    """Count the kernels that Inductor wrote, or found in its cache, in this process."""
+    metrics = sys.modules.get("torch._inductor.metrics")
+    return metrics.generated_kernel_count if metrics else 0
 
 
 @cache

@@ -14,11 +14,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._higher_order_ops.scan import scan as scan_for_dynamo
-from torch._higher_order_ops.scan import scan_op as scan_operator
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
-from fdl._trace import check_tensors, is_tracing, nodes_of, results_of, trace_flat
+from fdl._trace import LOOP, check_tensors, is_tracing, nodes_of, results_of, trace_flat
 from fdl.tree import Tree
 
 Carry = TypeVar("Carry")
@@ -146,17 +145,18 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
     walked = [xs_leaves[i] for i in used] or [filler]
     constant = [*closed_over, *(init_leaves[i] for i in still)]
 
-    def rearranged(*leaves: Tensor) -> list[Tensor]:
+    def step(*leaves: Tensor) -> list[Tensor]:
         """Outputs must not share memory with inputs or each other, and strides must be stable."""
-        given = dict(zip(moving, leaves, strict=False))
-        given |= dict(zip(still, leaves[len(carried) + len(walked) + len(closed_over) :]))
-        row = dict(zip(used, leaves[len(carried) :], strict=False))
-        rest = leaves[len(carried) + len(walked) :][: len(closed_over)]
-        got = body(*(given[i] for i in range(n)), *(row.get(i) for i in range(m)), *rest)
+        rest = iter(leaves)
+        old = [next(rest) for _ in carried]
+        row = dict(zip(used or [-1], rest, strict=False))
+        constants = [next(rest) for _ in closed_over]
+        given = dict(zip(moving, old, strict=False)) | dict(zip(still, rest, strict=True))
+        got = body(*(given[i] for i in range(n)), *(row.get(i) for i in range(m)), *constants)
         new = [_fresh(got[i]) for i in moving] or [leaves[0].clone()]
-        return [*new, *([_fresh(y) for y in got[n:]] or [leaves[0].new_zeros(())])]
+        return [*new, *([_fresh(y) for y in got[n:]] or [torch.zeros_like(filler[0])])]
 
-    out = scan_operator(rearranged, carried, walked, tuple(constant))
+    out = LOOP(step, carried, walked, tuple(constant))
     new = dict(zip(moving, out, strict=False)) | {i: init_leaves[i] for i in still}
     carry = pytree.tree_unflatten([new[i] for i in range(n)], carry_spec)
     ys = list(out[len(carried) :])[: y_specs[0].num_leaves]
@@ -197,4 +197,4 @@ def _fresh(leaf: Tensor) -> Tensor:
 
 def form(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """List what a program depends on: other values run the same one, other forms do not."""
-    return tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves)
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,9 +28,19 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fdl import tree
 from fdl.tree import Tree
 
-__all__ = ["Traced", "check_tensors", "is_tracing", "nodes_of", "results_of", "trace", "trace_flat"]
+__all__ = [
+    "LOOP",
+    "Traced",
+    "check_tensors",
+    "is_tracing",
+    "nodes_of",
+    "results_of",
+    "trace",
+    "trace_flat",
+]
 
 aten = torch.ops.aten
+LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
 _tracing: ContextVar[bool] = ContextVar("fdl_tracing", default=False)
@@ -67,7 +78,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
         results, out_spec = pytree.tree_flatten(result)
         check_tensors(results, result, "jit: every leaf of the result")
         specs.append(out_spec)
-        return _unshared(results, fakes)
+        return unshared(results, fakes)
 
     # Loops that Inductor emits itself count their steps with a symbol of this environment.
     counting = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
@@ -111,10 +122,9 @@ def trace_flat(
 
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    import torch._inductor.lowering  # a second to import, which those who do not compile save
     from torch._inductor.decomposition import select_decomp_table
 
-    return cast(dict[Any, Callable[..., Any]], select_decomp_table())
+    return select_decomp_table()
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
@@ -152,13 +162,15 @@ def _lift(module: GraphModule) -> list[Tensor]:
     for node in nodes_of(graph, "call_function"):
         if node.target in LITERAL:
             node.target = aten.clone.default
+            node.meta["val"] = cast(Node, node.args[0]).meta["val"].clone()
     module.recompile()
     return constants
 
 
 def _fake(value: Tensor) -> Tensor:
-    mode = torch._guards.detect_fake_mode()
-    return value if isinstance(value, FakeTensor) else mode.from_tensor(value.detach())
+    if isinstance(value, FakeTensor):
+        return value
+    return cast(FakeTensorMode, detect_fake_mode()).from_tensor(value.detach())
 
 
 def _is_mutable(node: Node) -> bool:
@@ -167,31 +179,30 @@ def _is_mutable(node: Node) -> bool:
 
 
 def _check_pure(graph: GraphModule, spec: pytree.TreeSpec) -> None:
-    changed = [node.args[0] for node in graph.graph.nodes if _is_mutable(node)]
+    """Raise if an argument or a closed-over tensor is changed; all else is pure by now."""
+    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
+    arguments = nodes_of(graph.graph, "placeholder")
+    names = dict(zip(arguments, paths, strict=False))
+    changed = [
+        names.get(cast(Node, node.args[0]), "a closed-over tensor")
+        for node in graph.graph.nodes
+        if _is_mutable(node)
+    ]
     if changed:
-        arguments = nodes_of(graph.graph, "placeholder")
-        whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-        paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
-        names = [
-            (["argument " + path for path in paths] + ["a closed-over tensor"] * len(arguments))[
-                arguments.index(node)
-            ]
-            if node in arguments
-            else str(node)
-            for node in changed
-        ]
         raise ValueError(
-            f"jit: the function changes {', '.join(names)} in place; a jitted function must be "
+            f"jit: the function changes {', '.join(changed)} in place; a jitted function must be "
             "pure: compute a new tensor and return it"
         )
 
 
-def _unshared(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+def unshared(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
     """Copy what shares memory with an argument, a constant or an earlier result."""
     taken = {_memory(leaf) for leaf in arguments}
     own = []
     for leaf in results:
-        if not isinstance(leaf, FakeTensor) or _memory(leaf) in taken:
+        closed_over = is_tracing() and not isinstance(leaf, FakeTensor)
+        if closed_over or _memory(leaf) in taken:
             leaf = leaf.clone()
         taken.add(_memory(leaf))
         own.append(leaf)

@@ -10,32 +10,58 @@ Together they turn a whole epoch of training into one program:
 
 import os
 import time
-import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from itertools import accumulate
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl import _inductor, tree
+from fdl import tree
+from fdl._autograd import differentiable, pullback
+from fdl._donation import donated_indices, give_away, is_all_of_its_memory
+from fdl._inductor import kernels_written
+from fdl._programs import Program, build
 from fdl._scan import form, in_transform, scan
-from fdl._trace import Traced, check_tensors, is_tracing, nodes_of, results_of, trace
-from fdl.tree import Tree
+from fdl._trace import check_tensors, is_tracing
 
-__all__ = ["disable_jit", "jit", "scan"]
+__all__ = ["Jitted", "Report", "disable_jit", "jit", "scan"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-Program = Callable[[list[Tensor]], Tree]
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
-aten = torch.ops.aten
+_Key = tuple[pytree.TreeSpec, tuple[Any, ...], int]  # structure, forms of leaves, threads
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
+
+
+class Report(NamedTuple):
+    """What one program of a jitted function is.
+
+    >>> fn = jit(lambda x: x + 1)
+    >>> fn.report()                             # nothing is compiled before the first call
+    ()
+    """
+
+    why: str  # why it was made: what is new in the form of the arguments
+    route: str  # how it runs: "one program", "CUDA graph", …
+    seconds: float  # it took to trace and compile, the first run included
+    kernels: int  # that the compiler wrote; those of a loop's body count once
+    memory: int  # bytes that a CUDA graph keeps for its arguments, results and in between
+    fallbacks: tuple[str, ...]  # why it runs no faster way
+
+
+class Jitted(Protocol[P, R]):
+    """A function made by `jit`."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the program for the form of these arguments."""
+
+    def report(self) -> tuple[Report, ...]:
+        """Say what each program is, in the order in which they were made."""
 
 
 @contextmanager
@@ -55,40 +81,37 @@ def disable_jit() -> Iterator[None]:
         _disabled.reset(token)
 
 
-class _Donated(Tensor):
-    """What becomes of a donated tensor: any use of it raises."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
-        raise RuntimeError(
-            "this tensor was donated to a jitted function (fdl.jit(..., donate=...)), which may "
-            "have reused its memory: use the value that the function returned instead"
-        )
-
-
-def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
+def jit(
+    fn: Callable[P, R], *, donate: int | Sequence[int] = (), strict: bool = False
+) -> Jitted[P, R]:
     """Compile a pure function of trees of tensors; equals `fn` to rounding.
 
     Each structure, shape, stride, dtype and device of the arguments gets a program of its own,
     compiled at the first call. As with `jax.jit`, `fn` is traced, not run: what depends on
     Python values is decided once per program, so numbers that change must be tensors. Inside
-    another `jit` or a `torch.func` transformation, `fn` is inlined.
+    another `jit` or a `torch.func` transformation, `fn` is inlined; `backward()` through its result
+    runs a jitted function as well.
+
+    On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
+    of a whole epoch is launched by a single call.
 
     Args:
         fn: a pure function; every leaf of its arguments and of its result is a tensor.
         donate: positions of arguments whose memory the program may take: results are written right
             there where forms agree and nothing else refers to it. Using a donated tensor afterwards
             raises.
+        strict: raise where a program would run in a slower way than this, rather than warn.
 
     Returns:
-        A function with the signature of `fn`. Its results never share memory with arguments.
+        A function with the signature of `fn`, and with `report()`. Its results never share memory
+        with arguments.
 
     Raises:
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
-        ValueError: `donate` names an absent argument, or a tensor is donated and also passed
-            elsewhere (at call).
+        ValueError: `donate` names an absent argument, a tensor is donated and also passed
+            elsewhere, something is donated though an argument requires grad, or `fn` changes an
+            argument in place (at call).
+        RuntimeError: a slower way was to be taken, and `strict` (at call).
 
     >>> double = jit(lambda params: {"w": params["w"] * 2})
     >>> with disable_jit():                     # a doctest need not wait for the compiler
@@ -96,7 +119,9 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
     {'w': tensor([2., 2.])}
     """
     positions = (donate,) if isinstance(donate, int) else tuple(donate)
-    programs: dict[Any, Program] = {}
+    programs: dict[_Key, Program] = {}
+    reports: list[Report] = []
+    backwards: dict[pytree.TreeSpec, Any] = {}
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -105,112 +130,85 @@ def jit(fn: F, *, donate: int | Sequence[int] = ()) -> F:
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         check_tensors(leaves, (args, kwargs), "jit: every leaf of an argument")
-        donated = _donated_indices(args, leaves, positions)
-        key = (spec, form(leaves), torch.is_grad_enabled())
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            return with_backward(leaves, spec)
+        donated = donated_indices(args, leaves, positions)
         given = [leaves[i] for i in donated]
         for i in donated:
-            if not _is_all_of_its_memory(leaves[i]):
+            if not is_all_of_its_memory(leaves[i]):
                 leaves[i] = leaves[i].clone()  # only the copy may be written to
-        if key in programs:
-            result = programs[key](leaves)
-        else:
-            programs[key], result = _build(fn, leaves, spec, donated)
+        result = run(leaves, spec, donated)
         for leaf in given:
-            leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-            leaf.__class__ = _Donated
+            give_away(leaf)
         return result
 
-    return call  # type: ignore[return-value]
+    def run(leaves: list[Tensor], spec: pytree.TreeSpec, donated: Sequence[int] = ()) -> Any:
+        key = (spec, form(leaves), torch.get_num_threads())
+        return programs[key].run(leaves) if key in programs else first_run(key, leaves, donated)
+
+    def with_backward(leaves: list[Tensor], spec: pytree.TreeSpec) -> Any:
+        if positions:
+            raise ValueError(
+                "jit: nothing can be donated where an argument requires grad, since backward() "
+                "needs the arguments; detach them, or take gradients inside with torch.func.grad"
+            )
+        if spec not in backwards:
+            backwards[spec] = jit(pullback(fn, spec))
+        return differentiable(lambda leaves: run(leaves, spec), backwards[spec], leaves)
+
+    def first_run(key: _Key, leaves: list[Tensor], donated: Sequence[int]) -> Any:
+        start, kernels = time.perf_counter(), kernels_written()
+        program = build(fn, leaves, key[0], donated)
+        if strict and program.fallbacks:
+            raise RuntimeError(
+                f"jit(strict=True): {fn!r} would be run in a slower way ({program.route}):\n  "
+                + "\n  ".join(program.fallbacks)
+            )
+        result = program.run(leaves)
+        reports.append(
+            Report(
+                why=_why(key, list(programs)),
+                route=program.route,
+                seconds=time.perf_counter() - start,
+                kernels=kernels_written() - kernels,
+                memory=program.recorded.memory() if program.recorded else 0,
+                fallbacks=program.fallbacks,
+            )
+        )
+        programs[key] = program
+        return result
+
+    def report() -> tuple[Report, ...]:
+        return tuple(reports)
+
+    jitted = cast(Any, call)
+    jitted.report = report
+    return cast(Jitted[P, R], jitted)
+
+
+def _why(key: _Key, earlier: Sequence[_Key]) -> str:
+    """Say what is new in a form of arguments, compared with the last one."""
+    if not earlier:
+        return "the first call"
+    spec, forms, threads = key
+    last_spec, last_forms, last_threads = earlier[-1]
+    if spec != last_spec:
+        return "another structure of the arguments"
+    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
+    changed = [
+        f"{path}: {_describe(new)}, was {_describe(old)}"
+        for path, new, old in zip(paths, forms, last_forms, strict=True)
+        if new != old
+    ]
+    return "; ".join(changed) or f"{threads} threads, were {last_threads}"
+
+
+def _describe(form: tuple[Any, ...]) -> str:
+    shape, stride, dtype, device = form
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}, strides {list(stride)}, {device}"
 
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
     return off or is_tracing() or in_transform()
-
-
-def _donated_indices(
-    args: tuple[Any, ...], leaves: list[Tensor], positions: tuple[int, ...]
-) -> list[int]:
-    """Say which leaves are given away; raise if one is needed elsewhere."""
-    if not positions:
-        return []
-    if not all(0 <= i < len(args) for i in positions):
-        raise ValueError(
-            f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
-        )
-    ends = list(accumulate(len(tree.leaves(arg)) for arg in args))
-    donated = [j for i in positions for j in range(ends[i] - len(tree.leaves(args[i])), ends[i])]
-    times = Counter(leaf.untyped_storage()._cdata for leaf in leaves)
-    if any(times[leaves[i].untyped_storage()._cdata] > 1 for i in donated):
-        raise ValueError(
-            "jit: a donated tensor is passed twice, or shares memory with another argument; it "
-            "cannot be given away and kept, so clone it"
-        )
-    return donated
-
-
-def _is_all_of_its_memory(leaf: Tensor) -> bool:
-    """Say whether no view, no base and no NumPy array could see a change."""
-    storage = leaf.untyped_storage()
-    alone = 2  # the tensor and the Python object above
-    return (
-        storage.nbytes() == leaf.nbytes
-        and storage.resizable()  # memory of others is not
-        and torch._C._storage_Use_Count(storage._cdata) == alone
-    )
-
-
-def _build(
-    fn: Callable[..., Any], leaves: list[Tensor], spec: pytree.TreeSpec, donated: list[int]
-) -> tuple[Program, Tree]:
-    """Make the program for one form of arguments, the fastest that works, and run it once."""
-    on_cuda = any(leaf.is_cuda for leaf in leaves)
-    if not on_cuda and not _inductor.finds_compiler():
-
-        def run_eagerly(leaves: list[Tensor]) -> Tree:
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            return fn(*args, **kwargs)
-
-        return run_eagerly, run_eagerly(leaves)
-    traced = trace(fn, leaves, spec)
-    home = _homes(leaves, donated, traced.results)
-    _write_home(traced, home)
-    inputs = [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
-    compiled = _inductor.lower(traced.graph, traced.mode, inputs)
-
-    def run(leaves: list[Tensor]) -> Tree:
-        fresh = iter(compiled([*leaves, *traced.constants]))
-        results = [
-            leaves[home[out]].detach() if out in home else next(fresh)
-            for out in range(len(traced.results))
-        ]
-        return pytree.tree_unflatten(results, traced.spec)
-
-    return run, run(leaves)
-
-
-def _write_home(traced: Traced, home: dict[int, int]) -> None:
-    """Write results where donated leaves were: Inductor computes them right there."""
-    graph = traced.graph.graph
-    arguments, results = nodes_of(graph, "placeholder"), results_of(graph)
-    (output,) = nodes_of(graph, "output")
-    with graph.inserting_before(output):
-        for out, i in home.items():
-            copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
-            copy.meta["val"] = arguments[i].meta["val"]
-    output.args = ([node for out, node in enumerate(results) if out not in home],)
-    traced.graph.recompile()
-
-
-def _homes(leaves: list[Tensor], donated: list[int], outputs: Sequence[Tensor]) -> dict[int, int]:
-    """Give each result the memory of a donated leaf of its form, as long as there are some."""
-    free: dict[Any, list[int]] = defaultdict(list)
-    for i in donated:
-        if not leaves[i].requires_grad:
-            free[leaves[i].shape, leaves[i].dtype, leaves[i].device].append(i)
-    found = {}
-    for out, result in enumerate(outputs):
-        same = free[result.shape, result.dtype, result.device]
-        if same:
-            found[out] = same.pop(0)
-    return found

@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fdl.compile
+import fdl._programs
 from fdl import random, tree
 from fdl._trace import trace
 
@@ -81,7 +81,7 @@ def _counted(*args: Any) -> Any:
     return trace(*args)
 
 
-fdl.compile.trace = _counted
+fdl._programs.trace = _counted
 
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:

@@ -1,0 +1,84 @@
+"""Whose memory a jitted function may write to."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+
+__all__ = ["donated_indices", "find_homes", "give_away", "is_all_of_its_memory"]
+
+
+class _Donated(Tensor):
+    """What becomes of a donated tensor: any use of it raises."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        raise RuntimeError(
+            "this tensor was donated to a jitted function (fdl.jit(..., donate=...)), which may "
+            "have reused its memory: use the value that the function returned instead"
+        )
+
+
+def give_away(leaf: Tensor) -> None:
+    """Let any later use of a tensor raise."""
+    leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+    leaf.__class__ = _Donated  # type: ignore[assignment]
+
+
+def donated_indices(
+    args: tuple[Any, ...], leaves: Sequence[Tensor], positions: tuple[int, ...]
+) -> list[int]:
+    """Say which leaves are given away; raise if one is needed elsewhere."""
+    if not positions:
+        return []
+    if not all(0 <= i < len(args) for i in positions):
+        raise ValueError(
+            f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
+        )
+    sizes = [len(tree.leaves(arg)) for arg in args]
+    ends = list(accumulate(sizes))
+    donated = [j for i in positions for j in range(ends[i] - sizes[i], ends[i])]
+    times = Counter(leaf.untyped_storage()._cdata for leaf in leaves)
+    if any(times[leaves[i].untyped_storage()._cdata] > 1 for i in donated):
+        raise ValueError(
+            "jit: a donated tensor is passed twice, or shares memory with another argument; it "
+            "cannot be given away and kept, so clone it"
+        )
+    return donated
+
+
+def is_all_of_its_memory(leaf: Tensor) -> bool:
+    """Say whether no view, no base and no NumPy array could see a change."""
+    storage = leaf.untyped_storage()
+    alone = 2  # the tensor and the Python object above
+    return (
+        storage.nbytes() == leaf.nbytes
+        and storage.resizable()  # memory of others is not
+        and torch._C._storage_Use_Count(storage._cdata) == alone
+    )
+
+
+def find_homes(
+    leaves: Sequence[Tensor], donated: Sequence[int], results: Sequence[Tensor]
+) -> dict[int, int]:
+    """Give each result the memory of a donated leaf of its form, as long as there are some."""
+    free: dict[Any, list[int]] = defaultdict(list)
+    for i in donated:
+        free[_form(leaves[i])].append(i)
+    found = {}
+    for out, result in enumerate(results):
+        same = free[_form(result)]
+        if same:
+            found[out] = same.pop(0)
+    return found
+
+
+def _form(leaf: Tensor) -> tuple[Any, ...]:
+    return leaf.shape, leaf.dtype, leaf.device
