@@ -41,6 +41,8 @@ __all__ = [
 
 aten = torch.ops.aten
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+NEEDS_Y = RELEASE < (2, 12)  # the loop has to put something out
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
 _tracing: ContextVar[bool] = ContextVar("fdl_tracing", default=False)
@@ -116,6 +118,9 @@ def trace_flat(
         graph = make_fx(pure, _decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
+    for node in nodes_of(graph.graph, "call_function"):
+        if node.target is LOOP:
+            _forget_unused(graph, node)
     graph.recompile()
     return graph, constants
 
@@ -171,6 +176,25 @@ def _fake(value: Tensor) -> Tensor:
     if isinstance(value, FakeTensor):
         return value
     return cast(FakeTensorMode, detect_fake_mode()).from_tensor(value.detach())
+
+
+def _forget_unused(module: GraphModule, loop: Node) -> None:
+    """Take from the body of a loop what nobody reads: metrics, say, where only the state counts."""
+    reference, init, *_ = cast(Any, loop.args)
+    body = cast(GraphModule, module.get_submodule(reference.target))
+    results = results_of(body.graph)
+    read = {cast(int, user.args[1]): user for user in loop.users}
+    kept = [i for i in range(len(results)) if i < len(init) or i in read]
+    if NEEDS_Y and len(kept) == len(init):
+        kept.append(len(init))
+    (output,) = nodes_of(body.graph, "output")
+    output.args = ([results[i] for i in kept],)
+    body.graph.eliminate_dead_code()
+    body.recompile()
+    for new, old in enumerate(kept):
+        if old in read:
+            read[old].args = (loop, new)
+    loop.meta["val"] = tuple(loop.meta["val"][i] for i in kept)
 
 
 def _is_mutable(node: Node) -> bool:
