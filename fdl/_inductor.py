@@ -48,6 +48,9 @@ def _options(on_cpu: bool) -> dict[str, Any]:
         # Without this a program with a loop is not looked up in the cache on disk.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
     }
+    if on_cpu:
+        # Convolutions of a few channels are faster in the layout they have than with channels last.
+        options["layout_optimization"] = False
     if on_cpu and RELEASE >= (2, 12):
         # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
         options["cpp_wrapper"] = True

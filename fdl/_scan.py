@@ -72,7 +72,7 @@ def scan(
         return _scan_as_loop(f, init, xs, length)
     if torch.compiler.is_compiling():
         return _scan_as_operator(f, init, xs, length)
-    if is_tracing():
+    if is_tracing() and length > 1:
         return _scan_traced(f, init, xs, length)
     return _scan_as_loop(f, init, xs, length)
 

@@ -127,6 +127,8 @@ def trace_flat(
 
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
+    # A second to import, which those who do not compile save; decompositions look into lowering.
+    import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()

@@ -65,6 +65,7 @@ def main() -> int:
 def prepare(name: str, config: configs.Recipe) -> Run:
     """Set up a run: everything that can be wrong with the options is found here."""
     device = recipes.find_device(config.device)
+    recipes.set_precision(config, device)
     state_key, data_key, problem_key = random.split(random.key(config.seed, device), 3)
     problem = recipes.build(config, problem_key)
     state = TrainState.create(problem.model, problem.opt, key=state_key)

@@ -85,6 +85,9 @@ class Images(Recipe):
     data: str = "auto"
     """A folder that holds Fashion-MNIST; `sample` for the embedded tenth of it; auto looks in the
     usual places, downloads, and offline takes the sample."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """What the model computes in: tf32 rounds the factors of products to 10 bits (CUDA only);
+    with bfloat16 parameters, loss and optimizer stay in float32."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from train.recipes import Problem
 __all__ = ["Epoch", "Plan", "Programs", "epochs", "make_programs", "plan", "stops_on_interrupt"]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
-COMPILE_SECONDS = 40.0  # compiling takes 10 to 30 s from cold, and has to be won back
+COMPILE_SECONDS = 20.0  # compiling takes 10 to 20 s from cold, and has to be won back
 EVAL_BATCH = 1000
 
 Carry = tuple[TrainState, Tensor]  # the state, and bool []: has every loss been finite?
@@ -60,8 +60,10 @@ def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     batch = data.gather(problem.train, (order.index[0], order.mask[0]))
     step = train_step(problem.loss, problem.opt)
     seconds = min(_timed(lambda: step(state, batch), state.key.device) for _ in range(3))
-    chunks = math.ceil(steps / max(1, int(CHUNK_SECONDS / seconds)))
-    chunk = math.ceil(steps / chunks)
+    # A power of two: were it to follow each measurement, few runs would find the program of an
+    # earlier one in the compiler's cache.
+    chunks = 2 ** math.ceil(math.log2(max(1.0, steps * seconds / CHUNK_SECONDS)))
+    chunk = math.ceil(steps / min(chunks, steps))
     total = seconds * steps * config.epochs
     if config.compile != "auto":
         return Plan(config.compile == "on", chunk, "as asked")

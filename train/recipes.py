@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import data, losses, metrics, optim, supervised, tree
+from fdl import Policy, data, losses, metrics, optim, supervised, tree, with_policy
 from fdl.data import Dataset
 from fdl.nn import Model
 from fdl.optim import Optimizer
@@ -26,7 +26,7 @@ from train.config import (
     WeightDecay,
 )
 
-__all__ = ["Problem", "build", "find_device", "load_images"]
+__all__ = ["Problem", "build", "find_device", "load_images", "set_precision"]
 
 
 class Problem(NamedTuple):
@@ -153,6 +153,8 @@ def _images(config: Images, device: torch.device) -> Problem:
             model = models.lenet()
         case _:
             raise TypeError(f"no recipe for {config!r}")
+    if config.precision == "bfloat16":
+        model = with_policy(model, Policy(compute=torch.bfloat16))
     loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
     return Problem(
         model,
@@ -200,6 +202,24 @@ def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str
     return _both(
         data.fashion_mnist_sample, device, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images"
     )
+
+
+def set_precision(config: Recipe, device: torch.device) -> None:
+    """Let this process compute float32 products in tf32, if the options ask for it.
+
+    Raises:
+        ValueError: `device` has no such products.
+
+    >>> set_precision(LeNet(precision="tf32"), torch.device("cpu"))
+    Traceback (most recent call last):
+    ValueError: --precision tf32 needs a CUDA device, got cpu; there is bfloat16
+    """
+    if isinstance(config, Images) and config.precision == "tf32":
+        if device.type != "cuda":
+            raise ValueError(
+                f"--precision tf32 needs a CUDA device, got {device}; there is bfloat16"
+            )
+        torch.set_float32_matmul_precision("high")
 
 
 def _both(
