@@ -17,7 +17,15 @@ from torch._higher_order_ops.scan import scan as scan_for_dynamo
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
-from fdl._trace import LOOP, check_tensors, is_tracing, nodes_of, results_of, trace_flat
+from fdl._trace import (
+    LOOP,
+    check_tensors,
+    faked,
+    is_tracing,
+    nodes_of,
+    results_of,
+    trace_flat,
+)
 from fdl.tree import Tree
 
 Carry = TypeVar("Carry")
@@ -130,9 +138,11 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         y_specs.append(y_spec)
         return [*_check_carry(init, new), *ys]
 
+    init_leaves, xs_leaves = faked(init_leaves), faked(xs_leaves)
+    names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
     with disable_proxy_modes_tracing():
         rows = [leaf[0] for leaf in xs_leaves]
-        body, closed_over = trace_flat(flat, [*init_leaves, *rows])
+        body, closed_over = trace_flat(flat, [*init_leaves, *rows], names)
     arguments, results = nodes_of(body.graph, "placeholder"), results_of(body.graph)
     # What the body hands on as it is does not change: it need not be carried around.
     moving = [i for i in range(n) if results[i] is not arguments[i]]
