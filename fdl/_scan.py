@@ -138,11 +138,14 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         y_specs.append(y_spec)
         return [*_check_carry(init, new), *ys]
 
-    init_leaves, xs_leaves = faked(init_leaves), faked(xs_leaves)
+    # With one order in memory throughout, a view in the body is one at each step.
+    init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
+    xs_leaves = faked(xs_leaves)
     names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
     with disable_proxy_modes_tracing():
-        rows = [leaf[0] for leaf in xs_leaves]
-        body, closed_over = trace_flat(flat, [*init_leaves, *rows], names)
+        # Copies, for the body may close over the carry's first value, which is another thing.
+        fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
+        body, closed_over = trace_flat(flat, fakes, names)
     arguments, results = nodes_of(body.graph, "placeholder"), results_of(body.graph)
     # What the body hands on as it is does not change: it need not be carried around.
     moving = [i for i in range(n) if results[i] is not arguments[i]]

@@ -124,8 +124,8 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
 
     token = _tracing.set(tracing)
     try:
+        fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
         with mode:
-            fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
             graph, constants = trace_flat(flat, fakes, _paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         error.add_note(
@@ -224,8 +224,11 @@ def _lift(module: GraphModule) -> list[Tensor]:
         for use in list(node.users):
             if use.target in LITERAL:
                 # On another device it is made right there, since a CUDA graph could not copy it.
-                for moved in [u for u in use.users if u.target is MOVE] + [use]:
+                for moved in [user for user in use.users if user.target is MOVE]:
                     moved.replace_all_uses_with(literal(moved, value))
+                    graph.erase_node(moved)
+                if use.users:
+                    use.replace_all_uses_with(literal(use, value))
             else:
                 use.replace_input_with(node, argument(value))
     graph.eliminate_dead_code()

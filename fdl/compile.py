@@ -90,7 +90,8 @@ def jit(
     compiled at the first call. As with `jax.jit`, `fn` is traced, not run: what depends on
     Python values is decided once per program, so numbers that change must be tensors. Inside
     another `jit` or a `torch.func` transformation, `fn` is inlined; `backward()` through its result
-    runs a jitted function as well.
+    runs a jitted function as well. Tensors that `fn` closes over are read anew at each call; none
+    may be changed in place but those that `fn` makes.
 
     On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
     of a whole epoch is launched by a single call.
@@ -249,4 +250,5 @@ def _describe(form: tuple[Any, ...]) -> str:
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
-    return off or is_tracing() or in_transform()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return off or is_tracing() or in_transform() or forward_mode
