@@ -1,7 +1,7 @@
 """`loss.backward()` through a jitted function: the backward pass is a jitted function too."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -11,53 +11,67 @@ from fdl.tree import Tree
 
 __all__ = ["differentiable", "pullback"]
 
+Pullback = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
-def pullback(
-    fn: Callable[..., Any], spec: pytree.TreeSpec
-) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
-    """Make the pure function from arguments and cotangents to the gradients of the arguments.
 
-    Both sides have entries for floating leaves only; `fn` runs once more, as in checkpointing.
+def pullback(fn: Callable[..., Any], spec: pytree.TreeSpec, wanted: Sequence[int]) -> Pullback:
+    """Make the pure function from arguments and cotangents to gradients.
+
+    There is a cotangent for each floating or complex result, a gradient for each `wanted` leaf of
+    the arguments. `fn` runs once more, as in checkpointing.
     """
 
     def backward(leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-        def flat(*floating: Tensor) -> list[Tensor]:
-            given = iter(floating)
-            whole = [next(given) if x.is_floating_point() else x for x in leaves]
+        def flat(*chosen: Tensor) -> list[Tensor]:
+            whole = list(leaves)
+            for i, leaf in zip(wanted, chosen, strict=True):
+                whole[i] = leaf
             args, kwargs = pytree.tree_unflatten(whole, spec)
-            return _floating(pytree.tree_leaves(fn(*args, **kwargs)))
+            return _differentiable(pytree.tree_leaves(fn(*args, **kwargs)))
 
-        vjp = torch.func.vjp(flat, *_floating(leaves))[1]
+        vjp = torch.func.vjp(flat, *(leaves[i] for i in wanted))[1]
         return list(vjp(cotangents))
 
     return backward
 
 
+class _Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], backward: Pullback, *leaves: Tensor) -> Any:
+        ctx.save_for_backward(*leaves)
+        ctx.pullback = backward
+        ctx.wanted = [leaf.requires_grad for leaf in leaves]
+        results = run([leaf.detach() for leaf in leaves])
+        continuous = {id(x) for x in _differentiable(results)}
+        ctx.mark_non_differentiable(*(x for x in results if id(x) not in continuous))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        grads = iter(ctx.pullback(list(ctx.saved_tensors), _differentiable(cotangents)))
+        return None, None, *(next(grads) if wanted else None for wanted in ctx.wanted)
+
+
 def differentiable(
-    run: Callable[[list[Tensor]], Tree],
-    backward: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
-    leaves: Sequence[Tensor],
+    run: Callable[[list[Tensor]], Tree], backward: Pullback, leaves: Sequence[Tensor]
 ) -> Tree:
-    """Run a function of flat arguments so that autograd finds its backward pass."""
+    """Run a function of flat arguments so that autograd finds its backward pass.
+
+    Args:
+        run: the function; it does not see autograd.
+        backward: its `pullback` to those of `leaves` that require grad.
+        leaves: the arguments.
+    """
     specs: list[pytree.TreeSpec] = []
 
-    class Call(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
-            ctx.save_for_backward(*leaves)
-            results, spec = pytree.tree_flatten(run([leaf.detach() for leaf in leaves]))
-            ctx.mark_non_differentiable(*(x for x in results if not x.is_floating_point()))
-            specs.append(spec)
-            return tuple(results)
+    def flat(leaves: list[Tensor]) -> list[Tensor]:
+        results, spec = pytree.tree_flatten(run(leaves))
+        specs.append(spec)
+        return results
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            leaves = list(ctx.saved_tensors)
-            grads = iter(backward(leaves, _floating(cotangents)))
-            return tuple(next(grads) if x.is_floating_point() else None for x in leaves)
-
-    return pytree.tree_unflatten(list(Call.apply(*leaves)), specs[0])
+    results = cast(Any, _Call.apply(flat, backward, *leaves))
+    return pytree.tree_unflatten(list(results), specs[0])
 
 
-def _floating(leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [x for x in leaves if x.is_floating_point()]
+def _differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [x for x in leaves if x.is_floating_point() or x.is_complex()]

@@ -1,7 +1,6 @@
 """From a graph to a program: the one place that knows Inductor, torch's compiler."""
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
@@ -14,7 +13,7 @@ from torch.fx import GraphModule
 
 from fdl._passes import rewrite_for_cpu
 
-__all__ = ["Compiled", "finds_compiler", "kernels_written", "lower"]
+__all__ = ["Compiled", "kernels_written", "lower", "missing_compiler"]
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
@@ -64,17 +63,15 @@ def kernels_written() -> int:
 
 
 @cache
-def finds_compiler() -> bool:
-    """Look for the C++ compiler that Inductor needs on the CPU; say once if there is none."""
+def missing_compiler() -> str:
+    """Look for the C++ compiler that Inductor needs on the CPU; say what to do if there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except Exception as error:  # what it raises depends on the platform and the release of torch
-        warnings.warn(
-            "jit: no C++ compiler was found, so functions of CPU tensors run eagerly, which is "
-            f"slower; install one (g++ or clang++), or set CXX. The reason was: {error}",
-            stacklevel=2,
+        return (
+            "no C++ compiler was found, and functions of CPU tensors need one; install g++ or "
+            f"clang++, or set CXX ({error})"
         )
-        return False
-    return True
+    return ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from fdl import _cuda_graphs, _inductor, _loops
 from fdl._donation import find_homes
@@ -15,66 +16,127 @@ from fdl._inductor import Compiled
 from fdl._trace import Traced, nodes_of, results_of, trace, unshared
 from fdl.tree import Tree
 
-__all__ = ["Program", "build"]
+__all__ = ["Program", "Route", "build"]
 
 aten = torch.ops.aten
+NO_FAKE = "no fake impl registered"  # the error of an operation made by torch.library.custom_op
+EAGER = "it runs eagerly"
+
+
+class Route:
+    """The way in which a program runs, and why it runs in no faster way."""
+
+    def __init__(self, fn: Callable[..., Any], strict: bool) -> None:
+        self.fn, self.strict = fn, strict
+        self.name = ""  # set before a fallback is noted
+        self.fallbacks: list[str] = []
+
+    def fall_back(self, instead: str, reason: str) -> None:
+        """Note that a slower way is taken, and warn of it, or raise."""
+        message = f"{reason}; {instead}, which is slower"
+        if self.strict:
+            raise RuntimeError(f"jit(strict=True): {self.fn!r}: {message}")
+        self.fallbacks.append(message)
+        warnings.warn(f"jit: {self.fn!r}: {message}", stacklevel=2)
+
+    def refused(self, instead: str, error: Exception) -> None:
+        """Fall back since torch's compiler failed."""
+        self.fall_back(instead, f"torch's compiler refused it ({_first_line(error)})")
 
 
 class Program(NamedTuple):
     """A function of the flat list of arguments."""
 
     run: Callable[[list[Tensor]], Tree]
-    route: str
-    recorded: _cuda_graphs.Recorded | None = None
-    fallbacks: tuple[str, ...] = ()
+    constants: Sequence[Tensor] = ()  # what the function closes over
+    memory: Callable[[], int] = lambda: 0  # bytes that CUDA graphs keep
 
 
 def build(
-    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpec, donated: Sequence[int]
+    fn: Callable[..., Any],
+    leaves: Sequence[Tensor],
+    spec: pytree.TreeSpec,
+    donated: Sequence[int],
+    route: Route,
 ) -> Program:
     """Make the program of `fn` for one form of arguments."""
-    if any(leaf.is_cuda for leaf in leaves):
-        return _on_cuda(fn, leaves, spec, donated)
-    return _on_cpu(fn, leaves, spec, donated)
-
-
-def _on_cpu(
-    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpec, donated: Sequence[int]
-) -> Program:
-    """Compile all of `fn` as one program; or else the bodies of its loops; or nothing."""
-    if not _inductor.finds_compiler():
-        return Program(_eagerly(fn, spec), "eager", fallbacks=("no C++ compiler",))
-    traced = trace(fn, leaves, spec)
-    loops = _loops.longest_loop(traced) > 0
+    eager = Program(_eagerly(fn, spec))
+    try:
+        traced = trace(fn, leaves, spec)
+    except Exception as error:
+        if not (isinstance(error, UnsupportedOperatorException) or NO_FAKE in str(error)):
+            raise
+        route.name = "eager"
+        route.fall_back(EAGER, f"an operation cannot be traced ({_first_line(error)})")
+        return eager
+    again = partial(trace, fn, leaves, spec)  # for when the first graph was written to
     homes = find_homes(leaves, donated, traced.results)
+    if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
+        return _for_cuda(traced, again, leaves, homes, route)
+    return _for_cpu(traced, again, eager, homes, route)
+
+
+def _for_cpu(
+    traced: Traced,
+    again: Callable[[], Traced],
+    eager: Program,
+    homes: dict[int, int],
+    route: Route,
+) -> Program:
+    """Compile all of it as one program; or else the bodies of its loops; or nothing."""
+    eager = eager._replace(constants=traced.constants)
+    missing = _inductor.missing_compiler()
+    if missing:
+        route.name = "eager"
+        route.fall_back(EAGER, missing)
+        return eager
     try:
         program = _write_home(traced, homes)
-        return Program(partial(_run_at_home, program, traced, homes), "one program")
+        route.name = "one program"
+        return Program(partial(_run_at_home, program, traced, homes), traced.constants)
     except Exception as error:  # the function is sound, or tracing would have said so
-        reason = _first_line(error)
-    if loops:
-        instead = "the body of each loop is compiled, and run in a Python loop"
-        _warn(fn, reason, instead)
-        traced = trace(fn, leaves, spec)  # the first graph was written to
-        program = _loops.compile_bodies(traced)
-        return Program(partial(_run, program, traced), "compiled loop bodies", None, (reason,))
-    _warn(fn, reason, "it runs eagerly")
-    return Program(_eagerly(fn, spec), "eager", None, (reason,))
+        reason = error
+    if not _loops.longest_loop(traced):
+        route.name = "eager"
+        route.refused(EAGER, reason)
+        return eager
+    route.name = "compiled loop bodies"
+    route.refused("the body of each loop is compiled, and run in a Python loop", reason)
+    traced = again()
+    try:
+        return Program(partial(_run, _loops.compile_bodies(traced), traced), traced.constants)
+    except Exception as error:
+        route.name = "eager"
+        route.refused(EAGER, error)
+        return eager
 
 
-def _on_cuda(
-    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpec, donated: Sequence[int]
+def _for_cuda(
+    traced: Traced,
+    again: Callable[[], Traced],
+    leaves: Sequence[Tensor],
+    homes: dict[int, int],
+    route: Route,
 ) -> Program:
-    """Record all of `fn`, compiled where possible, as one CUDA graph; or else its long loops."""
-    traced = trace(fn, leaves, spec)
-    homes = find_homes(leaves, donated, traced.results)
-    steps, fallbacks = _loops.longest_loop(traced), []
+    """Record all of it, compiled where possible, as one CUDA graph; or else its long loops."""
+    tensors = [*leaves, *traced.constants, *traced.results]
+    gpu = next(x.device for x in tensors if _on_gpu(x))
+    elsewhere = sum(not _on_gpu(x) or x.device != gpu for x in tensors)
+    steps, longest = _loops.longest_loop(traced), _cuda_graphs.LONGEST
+    chunks = _cuda_graphs.Chunks(longest, gpu, route.fall_back)
     loop: _loops.Loop = _loops.loop_in_python
-    if steps > _cuda_graphs.LONGEST:
-        loop = _cuda_graphs.loop_in_chunks(_cuda_graphs.LONGEST)
-        fallbacks.append(
-            f"a loop of {steps} steps is too long for one graph (at most {_cuda_graphs.LONGEST}); "
-            "what surrounds it runs outside a graph"
+    route.name = "CUDA graph"
+    if elsewhere:
+        route.name = "compiled"
+        route.fall_back(
+            "kernels are launched one by one",
+            f"{elsewhere} arguments or results are not on {gpu}; fdl.tree.to moves them there",
+        )
+    elif steps > longest:
+        route.name, loop = "CUDA graphs of loops", chunks
+        route.fall_back(
+            "only such loops are recorded, and not what surrounds them",
+            f"a loop of {steps} steps is too long for one CUDA graph (at most {longest})",
         )
     try:
         program = (
@@ -83,19 +145,21 @@ def _on_cuda(
             else _inductor.lower(traced.graph, traced.mode, _inputs(traced))
         )
     except Exception as error:
-        fallbacks.append(_first_line(error))
-        _warn(fn, fallbacks[-1], "its operations run one by one")
-        traced = trace(fn, leaves, spec)
+        route.name += " of single operations"
+        route.refused("operations run one by one", error)
+        traced = again()
         program = _loops.uncompiled(traced, loop)
-    elsewhere = [leaf for leaf in leaves if not leaf.is_cuda]
-    if elsewhere:
-        fallbacks.append(f"{len(elsewhere)} arguments are not on the GPU; move them with tree.to")
-    if fallbacks and (elsewhere or steps > _cuda_graphs.LONGEST):
-        return Program(partial(_run, program, traced), "compiled", None, tuple(fallbacks))
-    count = len(leaves) + len(traced.constants)
-    recorded = _cuda_graphs.record(program, [i for i in range(count) if i not in donated])
+    if elsewhere or steps > longest:
+        return Program(partial(_run, program, traced), traced.constants, chunks.memory)
+    donated = set(homes.values())
+    kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
+    recorded = _cuda_graphs.Recorded(program, kept, gpu, route.fall_back)
     run = partial(_run_recorded, recorded, traced, homes)
-    return Program(run, "CUDA graph", recorded, tuple(fallbacks))
+    return Program(run, traced.constants, recorded.memory)
+
+
+def _on_gpu(leaf: Tensor) -> bool:
+    return leaf.is_cuda
 
 
 def _inputs(traced: Traced) -> list[Tensor]:
@@ -130,7 +194,7 @@ def _run_recorded(
     recorded: _cuda_graphs.Recorded, traced: Traced, homes: dict[int, int], leaves: list[Tensor]
 ) -> Tree:
     memory = {out: leaves[i].detach() for out, i in homes.items()}
-    return pytree.tree_unflatten(recorded.run([*leaves, *traced.constants], memory), traced.spec)
+    return pytree.tree_unflatten(recorded([*leaves, *traced.constants], memory), traced.spec)
 
 
 def _write_home(traced: Traced, homes: dict[int, int]) -> Compiled:
@@ -149,11 +213,3 @@ def _write_home(traced: Traced, homes: dict[int, int]) -> Compiled:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def _warn(fn: Callable[..., Any], reason: str, instead: str) -> None:
-    warnings.warn(
-        f"jit: torch's compiler refused {fn!r}; {instead}, which is slower. "
-        f"The reason was: {reason}",
-        stacklevel=2,
-    )

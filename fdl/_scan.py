@@ -18,7 +18,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
-from fdl._trace import LOOP, NEEDS_Y, check_tensors, is_tracing, nodes_of, results_of, trace_flat
+from fdl._trace import (
+    LOOP,
+    NEEDS_Y,
+    check_tensors,
+    faked,
+    is_tracing,
+    nodes_of,
+    results_of,
+    trace_flat,
+)
 from fdl.tree import Tree
 
 Carry = TypeVar("Carry")
@@ -134,22 +143,28 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         y_specs.append(y_spec)
         return [*_check_carry(init, new), *ys]
 
+    # With one order in memory throughout, a view in the body is one at each step.
+    init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
+    xs_leaves = faked(xs_leaves)
+    names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
     with disable_proxy_modes_tracing():
-        rows = [leaf[0] for leaf in xs_leaves]
-        body, closed_over = trace_flat(flat, [*init_leaves, *rows])
+        # Copies, for the body may close over the carry's first value, which is another thing.
+        fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
+        body, closed_over = trace_flat(flat, fakes, names)
+    times = _steps_at_once(body, length)
+    if times == length:
+        return _scan_as_loop(f, init, xs, length)
     arguments, results = nodes_of(body.graph, "placeholder"), results_of(body.graph)
     # What the body hands on as it is does not change: it need not be carried around.
     moving = [i for i in range(n) if results[i] is not arguments[i]]
     still = [i for i in range(n) if results[i] is arguments[i]]
     used = [i for i in range(m) if arguments[n + i].users]
-    device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
     # The operator wants something to carry, and something to walk along.
     device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
     filler = torch.zeros(length, device=device)
     carried = [_fresh(init_leaves[i]) for i in moving] or [filler[0].clone()]
     walked = [xs_leaves[i] for i in used] or [filler]
     constant = [*closed_over, *(init_leaves[i] for i in still)]
-    times = _steps_at_once(body, length)
 
     def step(*leaves: Tensor) -> list[Tensor]:
         """Outputs must not share memory with inputs or each other, and strides must be stable."""

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    unset_fake_temporarily,
 )
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import tree
 from fdl.tree import Tree
@@ -32,20 +31,53 @@ __all__ = [
     "LOOP",
     "Traced",
     "check_tensors",
+    "faked",
     "is_tracing",
     "nodes_of",
     "results_of",
     "trace",
     "trace_flat",
+    "unshared",
 ]
 
 aten = torch.ops.aten
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 NEEDS_Y = RELEASE < (2, 12)  # the loop has to put something out
+MOVE = torch.ops.prims.device_put.default  # to another device
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
-_tracing: ContextVar[bool] = ContextVar("fdl_tracing", default=False)
+
+class _Tracing(TorchDispatchMode):
+    """Puts a fake tensor in the place of each real one that the traced function closes over.
+
+    Without it torch would run some operations on real tensors at once, in-place ones too.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+        self.fakes: dict[int, FakeTensor] = {}  # by the id of the real tensor
+        self.reals: dict[int, Tensor] = {}  # by the id of the fake tensor
+
+    def fake(self, leaf: Tensor) -> FakeTensor:
+        if isinstance(leaf, FakeTensor):
+            return leaf
+        if id(leaf) not in self.fakes:
+            with _disable_current_modes():
+                found = self.mode.from_tensor(leaf.detach())
+            self.fakes[id(leaf)], self.reals[id(found)] = found, leaf
+        return self.fakes[id(leaf)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in LITERAL:
+            args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
+        return func(*args, **kwargs or {})
+
+
+_tracing: ContextVar[_Tracing | None] = ContextVar("fdl_tracing", default=None)
 
 
 class Traced(NamedTuple):
@@ -60,7 +92,12 @@ class Traced(NamedTuple):
 
 def is_tracing() -> bool:
     """Say whether `jit` is tracing."""
-    return _tracing.get()
+    return _tracing.get() is not None
+
+
+def faked(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """While tracing, put fake tensors in the place of real ones, which are closed over."""
+    return [cast(_Tracing, _tracing.get()).fake(leaf) for leaf in leaves]
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> Traced:
@@ -70,9 +107,13 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
 
     Raises:
         TypeError: the result holds a leaf that is not a tensor.
-        ValueError: `fn` changes an argument in place.
+        ValueError: `fn` changes in place what it has not made itself.
     """
     specs: list[pytree.TreeSpec] = []
+    # Loops that Inductor emits itself count their steps with a symbol of this environment.
+    counting = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=counting, static_shapes=True)
+    tracing = _Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:
         args, kwargs = pytree.tree_unflatten(list(fakes), spec)
@@ -80,44 +121,62 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
         results, out_spec = pytree.tree_flatten(result)
         check_tensors(results, result, "jit: every leaf of the result")
         specs.append(out_spec)
-        return unshared(results, fakes)
+        results = faked(results)
+        return unshared(results, [*fakes, *tracing.fakes.values()])
 
-    # Loops that Inductor emits itself count their steps with a symbol of this environment.
-    counting = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=counting, static_shapes=True)
-    token = _tracing.set(True)
+    token = _tracing.set(tracing)
     try:
+        fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
         with mode:
-            fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
-            graph, constants = trace_flat(flat, fakes)
+            graph, constants = trace_flat(flat, fakes, _paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         error.add_note(
-            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float), but is traced, not "
-            "run; use torch.where, or compute that value outside and close over it"
+            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float, a boolean index), "
+            "but is traced, not run; use torch.where, or compute that value outside and close over "
+            "it"
         )
         raise
     finally:
         _tracing.reset(token)
-    _check_pure(graph, spec)
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
-    return Traced(graph, mode, constants, results, specs[0])
+    closed_over = [tracing.reals[id(fake)] for fake in constants]
+    return Traced(graph, mode, closed_over, results, specs[0])
+
+
+def _paths(spec: pytree.TreeSpec) -> list[str]:
+    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
 
 
 def trace_flat(
-    fn: Callable[..., list[Tensor]], fakes: Sequence[Tensor]
+    fn: Callable[..., list[Tensor]], fakes: Sequence[Tensor], names: Sequence[str]
 ) -> tuple[GraphModule, list[Tensor]]:
     """Trace a function of tensors; also give what it closes over, which become its last arguments.
 
     Operations that change a tensor made by `fn` itself are replaced by ones that make a new one.
+
+    Args:
+        fn: what to trace.
+        fakes: its arguments.
+        names: those of the arguments, for errors.
+
+    Raises:
+        ValueError: `fn` changes in place what it has not made itself.
     """
-    graph = make_fx(fn, _decompositions(), _allow_non_fake_inputs=True)(*fakes)
+
+    def watched(*fakes: Tensor) -> list[Tensor]:
+        with cast(_Tracing, _tracing.get()):
+            return faked(fn(*fakes))
+
+    graph = make_fx(watched, _decompositions(), _allow_non_fake_inputs=True)(*fakes)
     constants = _lift(graph)
     if any(_is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
         graph = make_fx(pure, _decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
+    _check_pure(graph, names)
     for node in nodes_of(graph.graph, "call_function"):
         if node.target is LOOP:
             _forget_unused(graph, node)
@@ -139,45 +198,49 @@ def _lift(module: GraphModule) -> list[Tensor]:
     graph, lifted = module.graph, dict[int, Node]()
     constants: list[Tensor] = []
     arguments = nodes_of(graph, "placeholder")
-    for node in nodes_of(graph, "get_attr"):
-        value = getattr(module, cast(str, node.target))
-        if not isinstance(value, Tensor):
-            continue  # the body of a loop
-        literal = all(user.target in LITERAL for user in node.users)
-        if literal and value.numel() == 1 and not isinstance(value, FakeTensor):
-            with unset_fake_temporarily(), graph.inserting_before(node):
-                new = graph.call_function(
-                    aten.full.default,
-                    (list(value.shape), value.item()),
-                    {"dtype": value.dtype, "device": value.device},
-                )
-                new.meta["val"] = next(iter(node.users)).meta["val"]
-        elif id(value) in lifted:
-            new = lifted[id(value)]
-        else:
+
+    def argument(value: Tensor) -> Node:
+        (fake,) = faked([value])
+        if id(fake) not in lifted:
             with (
                 graph.inserting_after(arguments[-1])
                 if arguments
                 else graph.inserting_before(next(iter(graph.nodes)))
             ):
-                new = lifted[id(value)] = graph.placeholder(f"constant{len(arguments)}")
-                new.meta["val"] = _fake(value)
+                new = lifted[id(fake)] = graph.placeholder(f"constant{len(arguments)}")
+            new.meta["val"] = fake
             arguments.append(new)
-            constants.append(value)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    for node in nodes_of(graph, "call_function"):
-        if node.target in LITERAL:
-            node.target = aten.clone.default
-            node.meta["val"] = cast(Node, node.args[0]).meta["val"].clone()
+            constants.append(fake)
+        return lifted[id(fake)]
+
+    def literal(use: Node, value: Tensor) -> Node:
+        made = use.meta["val"]
+        with _disable_current_modes(), graph.inserting_before(use):
+            if value.numel() == 1:
+                form = {"dtype": made.dtype, "device": made.device}
+                new = graph.call_function(aten.full.default, (list(made.shape), value.item()), form)
+            else:
+                new = graph.call_function(aten.clone.default, (argument(value.to(made.device)),))
+            new.meta["val"] = made.clone()  # whose memory is not that of `value`
+        return new
+
+    for node in nodes_of(graph, "get_attr"):
+        value = getattr(module, cast(str, node.target))
+        if not isinstance(value, Tensor):
+            continue  # the body of a loop
+        for use in list(node.users):
+            if use.target in LITERAL:
+                # On another device it is made right there, since a CUDA graph could not copy it.
+                for moved in [user for user in use.users if user.target is MOVE]:
+                    moved.replace_all_uses_with(literal(moved, value))
+                    graph.erase_node(moved)
+                if use.users:
+                    use.replace_all_uses_with(literal(use, value))
+            else:
+                use.replace_input_with(node, argument(value))
+    graph.eliminate_dead_code()
     module.recompile()
     return constants
-
-
-def _fake(value: Tensor) -> Tensor:
-    if isinstance(value, FakeTensor):
-        return value
-    return cast(FakeTensorMode, detect_fake_mode()).from_tensor(value.detach())
 
 
 def _forget_unused(module: GraphModule, loop: Node) -> None:
@@ -204,21 +267,18 @@ def _is_mutable(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _check_pure(graph: GraphModule, spec: pytree.TreeSpec) -> None:
+def _check_pure(graph: GraphModule, names: Sequence[str]) -> None:
     """Raise if an argument or a closed-over tensor is changed; all else is pure by now."""
-    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
-    arguments = nodes_of(graph.graph, "placeholder")
-    names = dict(zip(arguments, paths, strict=False))
+    named = dict(zip(nodes_of(graph.graph, "placeholder"), names, strict=False))
     changed = [
-        names.get(cast(Node, node.args[0]), "a closed-over tensor")
+        named.get(cast(Node, node.args[0]), "a closed-over tensor")
         for node in graph.graph.nodes
         if _is_mutable(node)
     ]
     if changed:
         raise ValueError(
-            f"jit: the function changes {', '.join(changed)} in place; a jitted function must be "
-            "pure: compute a new tensor and return it"
+            f"jit: the function changes {', '.join(dict.fromkeys(changed))} in place; a jitted "
+            "function must be pure: compute a new tensor and return it"
         )
 
 
@@ -227,8 +287,7 @@ def unshared(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Ten
     taken = {_memory(leaf) for leaf in arguments}
     own = []
     for leaf in results:
-        closed_over = is_tracing() and not isinstance(leaf, FakeTensor)
-        if closed_over or _memory(leaf) in taken:
+        if _memory(leaf) in taken:
             leaf = leaf.clone()
         taken.add(_memory(leaf))
         own.append(leaf)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -24,7 +24,7 @@ from fdl import tree
 from fdl._autograd import differentiable, pullback
 from fdl._donation import donated_indices, give_away, is_all_of_its_memory
 from fdl._inductor import kernels_written
-from fdl._programs import Program, build
+from fdl._programs import Program, Route, build
 from fdl._scan import form, in_transform, scan
 from fdl._trace import check_tensors, is_tracing
 
@@ -90,7 +90,8 @@ def jit(
     compiled at the first call. As with `jax.jit`, `fn` is traced, not run: what depends on
     Python values is decided once per program, so numbers that change must be tensors. Inside
     another `jit` or a `torch.func` transformation, `fn` is inlined; `backward()` through its result
-    runs a jitted function as well.
+    runs a jitted function as well. Tensors that `fn` closes over are read anew at each call; none
+    may be changed in place but those that `fn` makes.
 
     On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
     of a whole epoch is launched by a single call.
@@ -108,9 +109,9 @@ def jit(
 
     Raises:
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
-        ValueError: `donate` names an absent argument, a tensor is donated and also passed
-            elsewhere, something is donated though an argument requires grad, or `fn` changes an
-            argument in place (at call).
+        ValueError: `donate` names an absent argument, a tensor is donated and also passed or
+            closed over, something is donated though an argument requires grad, `fn` closes over a
+            tensor that requires grad, or changes in place what it has not made (at call).
         RuntimeError: a slower way was to be taken, and `strict` (at call).
 
     >>> double = jit(lambda params: {"w": params["w"] * 2})
@@ -119,9 +120,9 @@ def jit(
     {'w': tensor([2., 2.])}
     """
     positions = (donate,) if isinstance(donate, int) else tuple(donate)
-    programs: dict[_Key, Program] = {}
-    reports: list[Report] = []
-    backwards: dict[pytree.TreeSpec, Any] = {}
+    made: dict[_Key, _Made] = {}
+    records: list[_Made] = []
+    backwards: dict[Any, Any] = {}
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -137,14 +138,32 @@ def jit(
         for i in donated:
             if not is_all_of_its_memory(leaves[i]):
                 leaves[i] = leaves[i].clone()  # only the copy may be written to
-        result = run(leaves, spec, donated)
+        result = run(leaves, spec, donated, torch.is_grad_enabled())
         for leaf in given:
             give_away(leaf)
         return result
 
-    def run(leaves: list[Tensor], spec: pytree.TreeSpec, donated: Sequence[int] = ()) -> Any:
+    def run(
+        leaves: list[Tensor], spec: pytree.TreeSpec, donated: Sequence[int], watched: bool
+    ) -> Any:
+        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # signs yet to be applied
+            leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
         key = (spec, form(leaves), torch.get_num_threads())
-        return programs[key].run(leaves) if key in programs else first_run(key, leaves, donated)
+        if key not in made or form(made[key].program.constants) != made[key].constants:
+            return first_run(key, leaves, donated, watched)
+        _check_closed_over(made[key].program.constants, leaves, donated, watched)
+        return made[key].program.run(leaves)
+
+    def first_run(key: _Key, leaves: list[Tensor], donated: Sequence[int], watched: bool) -> Any:
+        start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
+        program = build(fn, leaves, key[0], donated, route)
+        _check_closed_over(program.constants, leaves, donated, watched)
+        result = program.run(leaves)
+        seconds, written = time.perf_counter() - start, kernels_written() - kernels
+        why, constants = _why(key, list(made)), form(program.constants)
+        made[key] = _Made(program, constants, why, route, seconds, written)
+        records.append(made[key])
+        return result
 
     def with_backward(leaves: list[Tensor], spec: pytree.TreeSpec) -> Any:
         if positions:
@@ -152,44 +171,64 @@ def jit(
                 "jit: nothing can be donated where an argument requires grad, since backward() "
                 "needs the arguments; detach them, or take gradients inside with torch.func.grad"
             )
-        if spec not in backwards:
-            backwards[spec] = jit(pullback(fn, spec))
-        return differentiable(lambda leaves: run(leaves, spec), backwards[spec], leaves)
-
-    def first_run(key: _Key, leaves: list[Tensor], donated: Sequence[int]) -> Any:
-        start, kernels = time.perf_counter(), kernels_written()
-        program = build(fn, leaves, key[0], donated)
-        if strict and program.fallbacks:
-            raise RuntimeError(
-                f"jit(strict=True): {fn!r} would be run in a slower way ({program.route}):\n  "
-                + "\n  ".join(program.fallbacks)
-            )
-        result = program.run(leaves)
-        reports.append(
-            Report(
-                why=_why(key, list(programs)),
-                route=program.route,
-                seconds=time.perf_counter() - start,
-                kernels=kernels_written() - kernels,
-                memory=program.recorded.memory() if program.recorded else 0,
-                fallbacks=program.fallbacks,
-            )
-        )
-        programs[key] = program
-        return result
+        wanted = tuple(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
+        if (spec, wanted) not in backwards:
+            backwards[spec, wanted] = jit(pullback(fn, spec, wanted), strict=strict)
+        forward = partial(run, spec=spec, donated=(), watched=True)
+        return differentiable(forward, backwards[spec, wanted], leaves)
 
     def report() -> tuple[Report, ...]:
-        return tuple(reports)
+        own = [record.report() for record in records]
+        behind = [r for backward in backwards.values() for r in backward.report()]
+        return (*own, *(r._replace(why=f"backward: {r.why}") for r in behind))
 
     jitted = cast(Any, call)
     jitted.report = report
     return cast(Jitted[P, R], jitted)
 
 
+class _Made(NamedTuple):
+    """A program, and what there is to say of it."""
+
+    program: Program
+    constants: tuple[Any, ...]  # their forms
+    why: str
+    route: Route
+    seconds: float
+    kernels: int
+
+    def report(self) -> Report:
+        return Report(
+            self.why,
+            self.route.name,
+            self.seconds,
+            self.kernels,
+            self.program.memory(),
+            tuple(self.route.fallbacks),
+        )
+
+
+def _check_closed_over(
+    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], watched: bool
+) -> None:
+    """Raise if what a function closes over is given away by this call, or needs a gradient."""
+    if constants and donated:
+        taken = {leaves[i].untyped_storage()._cdata for i in donated}
+        if any(leaf.untyped_storage()._cdata in taken for leaf in constants):
+            raise ValueError("jit: a donated tensor is also closed over by the function; clone it")
+    if watched and any(leaf.requires_grad for leaf in constants):
+        raise ValueError(
+            "jit: the function closes over a tensor that requires grad, which backward() would not "
+            "reach; pass it as an argument, detach it, or call under torch.no_grad()"
+        )
+
+
 def _why(key: _Key, earlier: Sequence[_Key]) -> str:
     """Say what is new in a form of arguments, compared with the last one."""
     if not earlier:
         return "the first call"
+    if key in earlier:
+        return "a closed-over tensor has another form"
     spec, forms, threads = key
     last_spec, last_forms, last_threads = earlier[-1]
     if spec != last_spec:
@@ -211,4 +250,5 @@ def _describe(form: tuple[Any, ...]) -> str:
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
-    return off or is_tracing() or in_transform()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return off or is_tracing() or in_transform() or forward_mode

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from fdl import _random, random
-from fdl.compile import _backend
+from fdl import _random, jit, random
 
 RECORDED = json.loads(Path(__file__).with_name("random_vectors.json").read_text())
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -104,10 +103,6 @@ def test_counters_beyond_32_bits_use_the_high_word(monkeypatch):
 # The same draws under every transformation
 
 
-def compile(f):
-    return torch.compile(f, fullgraph=True, **_backend(on_cpu=True))
-
-
 def everything(key, data, p, logits, low, high):
     """Call every sampler; results that must be the same bits, and results close to it.
 
@@ -162,10 +157,10 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
     one_by_one = [everything(key, *inputs()) for key in keys]
     batched = torch.vmap(everything, in_dims=(0, *[None] * 5), randomness="error")
 
-    compiled = compile(everything)
+    compiled = jit(everything)
     assert_same_draws(compiled(keys[0], *inputs()), one_by_one[0])
     in_a_batch = batched(keys, *inputs())
-    compiled_batch = compile(batched)(keys, *inputs())
+    compiled_batch = jit(batched)(keys, *inputs())
     for i, reference in enumerate(one_by_one):
         assert_same_draws(row(in_a_batch, i), reference)
         assert_same_draws(row(compiled_batch, i), reference)
@@ -176,7 +171,7 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
 def test_cuda_is_cpu():
     reference = everything(random.key(5), *inputs())
     key = random.key(5, device="cuda")
-    for f in (everything, compile(everything)):
+    for f in (everything, jit(everything)):
         results = f(key, *inputs("cuda"))
         assert all(v.is_cuda for group in results for v in group.values())
         assert_same_draws(

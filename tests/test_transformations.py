@@ -324,9 +324,7 @@ def test_none_leaves_the_leaf_with_its_slots_and_the_others_as_ever(opt):
 
 
 @each
-def test_one_program_serves_all_steps_and_equals_eager(opt, monkeypatch):
-    monkeypatch.setattr(fdl.compile, "_backend", lambda on_cpu: {"backend": "eager"})
-
+def test_one_program_serves_all_steps_and_equals_eager(opt, plain_backend):
     def step(params, state, grads, value):
         updates, state = opt.update(grads, state, params, value=value)
         return tree.map(lambda p, u: p if u is None else p + u, params, updates), state
