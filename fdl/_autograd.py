@@ -1,12 +1,12 @@
 """`loss.backward()` through a jitted function: the backward pass is a jitted function too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fdl._flat import flatten, unflatten
 from fdl.tree import Tree
 
 __all__ = ["differentiable", "pullback"]
@@ -14,7 +14,7 @@ __all__ = ["differentiable", "pullback"]
 Pullback = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
-def pullback(fn: Callable[..., Any], spec: pytree.TreeSpec, wanted: Sequence[int]) -> Pullback:
+def pullback(fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int]) -> Pullback:
     """Make the pure function from arguments and cotangents to gradients.
 
     There is a cotangent for each floating or complex result, a gradient for each `wanted` leaf of
@@ -26,8 +26,8 @@ def pullback(fn: Callable[..., Any], spec: pytree.TreeSpec, wanted: Sequence[int
             whole = list(leaves)
             for i, leaf in zip(wanted, chosen, strict=True):
                 whole[i] = leaf
-            args, kwargs = pytree.tree_unflatten(whole, spec)
-            return _differentiable(pytree.tree_leaves(fn(*args, **kwargs)))
+            args, kwargs = unflatten(whole, spec)
+            return _differentiable(flatten(fn(*args, **kwargs))[0])
 
         vjp = torch.func.vjp(flat, *(leaves[i] for i in wanted))[1]
         return list(vjp(cotangents))
@@ -62,15 +62,15 @@ def differentiable(
         backward: its `pullback` to those of `leaves` that require grad.
         leaves: the arguments.
     """
-    specs: list[pytree.TreeSpec] = []
+    specs: list[Hashable] = []
 
     def flat(leaves: list[Tensor]) -> list[Tensor]:
-        results, spec = pytree.tree_flatten(run(leaves))
+        results, spec = flatten(run(leaves))
         specs.append(spec)
         return results
 
     results = cast(Any, _Call.apply(flat, backward, *leaves))
-    return pytree.tree_unflatten(list(results), specs[0])
+    return unflatten(list(results), specs[0])
 
 
 def _differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:

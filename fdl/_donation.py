@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fdl import tree
+from fdl._flat import flatten
 
 __all__ = ["donated_indices", "find_homes", "give_away", "is_all_of_its_memory"]
 
@@ -42,7 +42,7 @@ def donated_indices(
         raise ValueError(
             f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
         )
-    sizes = [len(tree.leaves(arg)) for arg in args]
+    sizes = [len(flatten(arg)[0]) for arg in args]
     ends = list(accumulate(sizes))
     donated = [j for i in positions for j in range(ends[i] - sizes[i], ends[i])]
     times = Counter(leaf.untyped_storage()._cdata for leaf in leaves)

@@ -1,17 +1,17 @@
 """How a traced function is run: the fastest way that works, and what was in the way of others."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from fdl import _cuda_graphs, _inductor, _loops
 from fdl._donation import find_homes
+from fdl._flat import flatten, unflatten
 from fdl._inductor import Compiled
 from fdl._trace import Traced, nodes_of, results_of, trace, unshared
 from fdl.tree import Tree
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 def build(
     fn: Callable[..., Any],
     leaves: Sequence[Tensor],
-    spec: pytree.TreeSpec,
+    spec: Hashable,
     donated: Sequence[int],
     route: Route,
 ) -> Program:
@@ -166,17 +166,17 @@ def _inputs(traced: Traced) -> list[Tensor]:
     return [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
 
 
-def _eagerly(fn: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[[list[Tensor]], Tree]:
+def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[[list[Tensor]], Tree]:
     def run(leaves: list[Tensor]) -> Tree:
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        results, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
-        return pytree.tree_unflatten(unshared(results, leaves), out_spec)
+        args, kwargs = unflatten(leaves, spec)
+        results, out_spec = flatten(fn(*args, **kwargs))
+        return unflatten(unshared(results, leaves), out_spec)
 
     return run
 
 
 def _run(program: Compiled, traced: Traced, leaves: list[Tensor]) -> Tree:
-    return pytree.tree_unflatten(program([*leaves, *traced.constants]), traced.spec)
+    return unflatten(program([*leaves, *traced.constants]), traced.spec)
 
 
 def _run_at_home(
@@ -187,14 +187,14 @@ def _run_at_home(
         leaves[homes[out]].detach() if out in homes else next(fresh)
         for out in range(len(traced.results))
     ]
-    return pytree.tree_unflatten(results, traced.spec)
+    return unflatten(results, traced.spec)
 
 
 def _run_recorded(
     recorded: _cuda_graphs.Recorded, traced: Traced, homes: dict[int, int], leaves: list[Tensor]
 ) -> Tree:
     memory = {out: leaves[i].detach() for out, i in homes.items()}
-    return pytree.tree_unflatten(recorded([*leaves, *traced.constants], memory), traced.spec)
+    return unflatten(recorded([*leaves, *traced.constants], memory), traced.spec)
 
 
 def _write_home(traced: Traced, homes: dict[int, int]) -> Compiled:

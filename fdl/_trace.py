@@ -5,7 +5,7 @@ is written down (`make_fx`): below `torch.func`, so that `grad` and `vmap` are r
 in the primitives that Inductor knows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import tree
+from fdl._flat import flatten, paths, unflatten
 from fdl.tree import Tree
 
 __all__ = [
@@ -87,7 +88,7 @@ class Traced(NamedTuple):
     mode: FakeTensorMode  # that of the fake tensors in the graph
     constants: list[Tensor]  # what the function closes over, read at each call
     results: list[FakeTensor]
-    spec: pytree.TreeSpec  # of the result
+    spec: Hashable  # of the result
 
 
 def is_tracing() -> bool:
@@ -100,7 +101,7 @@ def faked(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [cast(_Tracing, _tracing.get()).fake(leaf) for leaf in leaves]
 
 
-def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> Traced:
+def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
     """Trace `fn`, whose arguments have the structure `spec` and the forms of `leaves`.
 
     No result shares memory with an argument, a constant or another result.
@@ -109,16 +110,16 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
         TypeError: the result holds a leaf that is not a tensor.
         ValueError: `fn` changes in place what it has not made itself.
     """
-    specs: list[pytree.TreeSpec] = []
+    specs: list[Hashable] = []
     # Loops that Inductor emits itself count their steps with a symbol of this environment.
     counting = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=counting, static_shapes=True)
     tracing = _Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:
-        args, kwargs = pytree.tree_unflatten(list(fakes), spec)
+        args, kwargs = unflatten(list(fakes), spec)
         result = fn(*args, **kwargs)
-        results, out_spec = pytree.tree_flatten(result)
+        results, out_spec = flatten(result)
         check_tensors(results, result, "jit: every leaf of the result")
         specs.append(out_spec)
         results = faked(results)
@@ -128,7 +129,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
     try:
         fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
         with mode:
-            graph, constants = trace_flat(flat, fakes, _paths(spec))
+            graph, constants = trace_flat(flat, fakes, paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         error.add_note(
             f"jit: {fn!r} asks for the value of a tensor (.item(), if, float, a boolean index), "
@@ -142,11 +143,6 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: pytree.TreeSpe
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
     return Traced(graph, mode, closed_over, results, specs[0])
-
-
-def _paths(spec: pytree.TreeSpec) -> list[str]:
-    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    return [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
 
 
 def trace_flat(

@@ -10,19 +10,18 @@ Together they turn a whole epoch of training into one program:
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl import tree
 from fdl._autograd import differentiable, pullback
 from fdl._donation import donated_indices, give_away, is_all_of_its_memory
+from fdl._flat import flatten, paths
 from fdl._inductor import kernels_written
 from fdl._programs import Program, Route, build
 from fdl._scan import form, in_transform, scan
@@ -33,7 +32,7 @@ __all__ = ["Jitted", "Report", "disable_jit", "jit", "scan"]
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
-_Key = tuple[pytree.TreeSpec, tuple[Any, ...], int]  # structure, forms of leaves, threads
+_Key = tuple[Hashable, tuple[Any, ...], int]  # structure, forms of leaves, threads
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
@@ -129,7 +128,7 @@ def jit(
         # While Dynamo traces there is nothing to look up, and a ContextVar it could not read.
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten((args, kwargs))
         check_tensors(leaves, (args, kwargs), "jit: every leaf of an argument")
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return with_backward(leaves, spec)
@@ -143,16 +142,15 @@ def jit(
             give_away(leaf)
         return result
 
-    def run(
-        leaves: list[Tensor], spec: pytree.TreeSpec, donated: Sequence[int], watched: bool
-    ) -> Any:
+    def run(leaves: list[Tensor], spec: Hashable, donated: Sequence[int], watched: bool) -> Any:
         if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # signs yet to be applied
             leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
         key = (spec, form(leaves), torch.get_num_threads())
-        if key not in made or form(made[key].program.constants) != made[key].constants:
+        found = made.get(key)
+        if found is None or form(found.program.constants) != found.constants:
             return first_run(key, leaves, donated, watched)
-        _check_closed_over(made[key].program.constants, leaves, donated, watched)
-        return made[key].program.run(leaves)
+        _check_closed_over(found.program.constants, leaves, donated, watched)
+        return found.program.run(leaves)
 
     def first_run(key: _Key, leaves: list[Tensor], donated: Sequence[int], watched: bool) -> Any:
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
@@ -165,7 +163,7 @@ def jit(
         records.append(made[key])
         return result
 
-    def with_backward(leaves: list[Tensor], spec: pytree.TreeSpec) -> Any:
+    def with_backward(leaves: list[Tensor], spec: Hashable) -> Any:
         if positions:
             raise ValueError(
                 "jit: nothing can be donated where an argument requires grad, since backward() "
@@ -233,11 +231,9 @@ def _why(key: _Key, earlier: Sequence[_Key]) -> str:
     last_spec, last_forms, last_threads = earlier[-1]
     if spec != last_spec:
         return "another structure of the arguments"
-    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
     changed = [
         f"{path}: {_describe(new)}, was {_describe(old)}"
-        for path, new, old in zip(paths, forms, last_forms, strict=True)
+        for path, new, old in zip(paths(spec), forms, last_forms, strict=True)
         if new != old
     ]
     return "; ".join(changed) or f"{threads} threads, were {last_threads}"
