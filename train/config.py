@@ -175,8 +175,8 @@ class Bench:
     """A round repeats the call for at least so long."""
     seed: int = 0
     """Of parameters, data order and dropout."""
-    device: str = "auto"
-    """auto (CUDA if present), cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is CUDA if present."""
     data: str = "auto"
     """As for the recipes."""
     out: Path | None = None

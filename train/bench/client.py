@@ -24,6 +24,7 @@ def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
     JAX keeps compiled programs on disk only when asked; it is, since Inductor does.
     """
     return os.environ | {
+        "FDL_JIT": "1",
         "OMP_NUM_THREADS": str(threads),
         "NPROC": str(threads),  # XLA's pool on the CPU
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),

@@ -54,6 +54,8 @@ def run(config: Bench) -> int:
         return 0
     device = recipes.find_device(config.device).type
     out = config.out or Path("runs/bench") / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
+    if config.ways and not registry.ways_for(device, config.ways, scaling=False):
+        raise ValueError(f"--ways: none of {', '.join(config.ways)} runs on {device}")
     if out.exists():
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What is written down: the JSON document, and the figures made from raw measurements."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -142,14 +143,14 @@ def write(document: Record, path: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Round every float to four digits.
+    """Round every float to four digits; JSON has none that is not finite.
 
-    >>> rounded({"us": [12.3456, 7], "name": "x"})
-    {'us': [12.35, 7], 'name': 'x'}
+    >>> rounded({"us": [12.3456, 7], "loss": float("inf")})
+    {'us': [12.35, 7], 'loss': None}
     """
     match value:
         case float():
-            return float(f"{value:.4g}")
+            return float(f"{value:.4g}") if math.isfinite(value) else None
         case dict():
             return {key: rounded(item) for key, item in value.items()}
         case list() | tuple():

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from train.bench.task import Task
 from train.bench.way import Way
@@ -48,7 +48,6 @@ WAYS: dict[WayName, Entry] = {
     "jax-step": Entry("jax_peers:Step", "jax.jit(step), optax", needs=("jax", "optax")),
     "jax-scan": Entry("jax_peers:Scan", "jax.jit(lax.scan(step))", needs=("jax", "optax")),
 }
-assert set(WAYS) == set(get_args(WayName))
 
 # Where batches are scaled: the best of each kind. On the CPU JAX's scan of convolutions takes ten
 # times as long as its step, which the workload `lenet` shows.
