@@ -91,7 +91,8 @@ class Client:
         """End the process and all that it started: loaders, compilers."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # a command that a dead process did not take
+                    pipe.close()
         end_session(self.process)
 
     def _epitaph(self) -> str:

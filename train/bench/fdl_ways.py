@@ -13,8 +13,8 @@ from fdl.metrics import Mean
 from fdl.training import Metrics
 from train import config, loop, recipes
 from train.bench.task import Array, Task
-from train.bench.torch_peers import on_device
-from train.bench.way import Loop, Way
+from train.bench.torch_peers import TorchWay
+from train.bench.way import Loop
 
 __all__ = ["Chunk", "Eager", "Scan", "Step"]
 
@@ -44,12 +44,11 @@ def problem_of(task: Task, device: torch.device) -> recipes.Problem:
     return recipes.build(recipe, random.key(0))._replace(train=examples)
 
 
-class FdlWay(Way):
+class FdlWay(TorchWay):
     """What all share: the examples on the device, and the state."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.device = on_device(task)
         self.problem = problem_of(task, self.device)
         index = torch.from_numpy(task.rows).to(self.device)
         self.order = Indices(index, torch.ones_like(index, dtype=torch.bool))
@@ -65,23 +64,10 @@ class FdlWay(Way):
         key = torch.from_numpy(self.task.key.astype(np.int64)).to(self.device)
         self.state = state._replace(key=key)
 
-    def wait(self, losses: Any) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def params(self) -> dict[str, Array]:
         """Copy them, by path."""
         flat = tree.flatten_dict(self.state.params)
         return {name: p.cpu().numpy().copy() for name, p in flat.items()}
-
-    def memory(self) -> int | None:
-        """Ask the caching allocator."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
-
-    def peak(self) -> int | None:
-        """Ask the caching allocator."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
 def step_of(problem: recipes.Problem, task: Task) -> Any:

@@ -4,22 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from train.bench import record
-from train.bench.chart import draw
+from train.bench.chart import draw, figure
 
 __all__ = ["BEGIN", "END", "markdown", "render", "terminal_table"]
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Record = dict[str, Any]
-
-
-def figure(value: float) -> str:
-    """Write microseconds with about three digits.
-
-    >>> [figure(value) for value in (0.6312, 12.84, 215.6, 9783.2)]
-    ['0.63', '12.8', '216', '9783']
-    """
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def terminal_table(workload: Record) -> str:
@@ -58,7 +49,7 @@ def terminal_cells(way: Record) -> list[str]:
     """Write the figures of a way, blank where there is none."""
 
     def cell(name: str, form: str, scale: float = 1.0) -> str:
-        return format(way[name] * scale, form) if name in way else ""
+        return format(way[name] * scale, f"z{form}") if name in way else ""
 
     taken = {"+MB": way["peak_bytes"] - way["start_bytes"]} if "peak_bytes" in way else {}
     found = way["check"]
@@ -101,13 +92,16 @@ def markdown(document: Record) -> str:
 
 def provenance(document: Record) -> str:
     """Say in one sentence where the figures come from."""
-    machine, versions = document["machine"], document["versions"]
+    machine, versions, rates = (document[name] for name in ("machine", "versions", "rates"))
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     made = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
     return (
-        f"**{document['device'].upper()}**: {where}, {machine['threads']} threads; "
+        f"**{document['device'].upper()}**: {where}, {threads}; "
         f"{', '.join(made)}; float32; {document['data']}; {document['date']}; "
-        f"{document['rounds']} interleaved rounds."
+        f"{document['rounds']} interleaved rounds; products at "
+        f"{rates['matrix_flops'] / 1e9:,.0f} GFLOP/s (by {rates['matrix_by']}), copies at "
+        f"{rates['copy_bytes'] / 1e9:,.0f} GB/s."
     )
 
 
@@ -162,12 +156,13 @@ def starts(workload: Record) -> str:
     return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
 
 
-def render(root: Path = ROOT) -> list[Path]:
+def render(root: Path | None = None) -> list[Path]:
     """Remake the README's part and the charts from docs/bench/*.json; return what was written.
 
     Raises:
         ValueError: there is no result, or the README lacks the markers.
     """
+    root = root or ROOT
     sources = sorted((root / "docs/bench").glob("*.json"))
     if not sources:
         raise ValueError(f"--render: no result in {root / 'docs/bench'}")

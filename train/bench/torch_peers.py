@@ -12,15 +12,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from train.bench import modules
 from train.bench.task import Array, Task
-from train.bench.way import Loop, Trajectory
+from train.bench.way import Loop, Trajectory, Way
 
-__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "on_device"]
-
-
-def on_device(task: Task) -> torch.device:
-    """Find the device of a task, and have it compute in float32 as all ways do."""
-    torch.backends.cudnn.allow_tf32 = False  # for products it is off already
-    return torch.device(task.device)
+__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchWay", "floats"]
 
 
 def floats(task: Task) -> Tensor:
@@ -29,24 +23,20 @@ def floats(task: Task) -> Tensor:
     return x[:, None].float() / 255 if task.images else x
 
 
-class TorchLoop(Loop):
-    """What all loops on torch tensors share."""
+class TorchWay(Way):
+    """What all ways on torch tensors share."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.device = on_device(task)
-        self.rows = list(torch.from_numpy(task.rows).to(self.device))
-        self.labels = torch.from_numpy(task.y).to(self.device)
+        self.device = torch.device(task.device)
+        torch.backends.cudnn.allow_tf32 = (
+            False  # float32, as all ways; of products it is the default
+        )
 
     def wait(self, losses: Any) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def losses(self, losses: list[Tensor]) -> list[float]:
-        """Read all at once."""
-        found: list[float] = torch.stack(losses).tolist()
-        return found
 
     def memory(self) -> int | None:
         """Ask the caching allocator."""
@@ -55,6 +45,20 @@ class TorchLoop(Loop):
     def peak(self) -> int | None:
         """Ask the caching allocator."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+class TorchLoop(TorchWay, Loop):
+    """What the loops of this file share."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.rows = list(torch.from_numpy(task.rows).to(self.device))
+        self.labels = torch.from_numpy(task.y).to(self.device)
+
+    def losses(self, losses: list[Tensor]) -> list[float]:
+        """Read all at once."""
+        found: list[float] = torch.stack(losses).tolist()
+        return found
 
 
 class Eager(TorchLoop):
