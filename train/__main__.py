@@ -12,6 +12,7 @@ import fdl
 from fdl import TrainState, data, random
 from train import config as configs
 from train import loop, recipes, report
+from train.bench import measure
 
 COMMANDS: dict[str, Any] = {
     "linreg": configs.Linreg,
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "weight-decay": configs.WeightDecay,
     "lenet": configs.LeNet,
     "data": configs.Data,
+    "bench": configs.Bench,
 }
 
 
@@ -52,6 +54,8 @@ def main() -> int:
             configs.check(config)
             if isinstance(config, configs.Data):
                 return show_data(config)
+            if isinstance(config, configs.Bench):
+                return measure.run(config)
             prepared = prepare(name, config)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

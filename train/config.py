@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = [
+    "Bench",
     "Data",
     "Dropout",
     "Images",
@@ -15,7 +16,9 @@ __all__ = [
     "Mlp",
     "Recipe",
     "Softmax",
+    "WayName",
     "WeightDecay",
+    "WorkloadName",
     "check",
 ]
 
@@ -138,11 +141,58 @@ class Data:
     """Folder for images.png."""
 
 
-AT_LEAST_ONE = ("epochs", "batch_size", "examples")
-NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise")
+WorkloadName = Literal[
+    "linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-scaling"
+]
+WayName = Literal[
+    "fdl-scan",
+    "fdl-chunk",
+    "fdl-step",
+    "fdl-eager",
+    "learner",
+    "eager",
+    "compile-model",
+    "compile-step",
+    "compile-step-cpp",
+    "compile-step-graphs",
+    "jax-step",
+    "jax-scan",
+]
 
 
-def check(config: Recipe | Data) -> None:
+@dataclass(frozen=True)
+class Bench:
+    """Time fdl against every peer on the same work, and check that all train alike."""
+
+    workloads: tuple[WorkloadName, ...] = get_args(WorkloadName)
+    """What to train; lenet-scaling is LeNet with each of the batch sizes."""
+    ways: tuple[WayName, ...] = ()
+    """Only these ways; all by default."""
+    batch_sizes: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
+    """Of lenet-scaling."""
+    rounds: int = 5
+    """In a round every way is timed once."""
+    steps: int = 100
+    """Steps in one call of a way, fewer where an epoch or a scaled batch has fewer."""
+    seconds: float = 0.3
+    """A round repeats the call for at least so long."""
+    seed: int = 0
+    """Of parameters, data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is CUDA if present."""
+    data: str = "auto"
+    """As for the recipes."""
+    out: Path | None = None
+    """The JSON file to write, which must not exist; runs/bench/TIME.json by default."""
+    render: bool = False
+    """Measure nothing: remake the tables of the README and the charts from docs/bench/*.json."""
+
+
+AT_LEAST_ONE = ("epochs", "batch_size", "examples", "rounds", "steps")
+NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds")
+
+
+def check(config: Recipe | Data | Bench) -> None:
     """Raise ValueError for the first option out of its range, as the command line names it.
 
     >>> check(Linreg(lr=float("nan")))
@@ -157,5 +207,9 @@ def check(config: Recipe | Data) -> None:
             raise ValueError(f"{option} must be finite and at least 0, got {value}")
         if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
             raise ValueError(f"{option} must be in [0, 1), got {value}")
+        if field.name in ("workloads", "batch_sizes") and not value:
+            raise ValueError(f"{option} must name at least one")
+        if field.name == "batch_sizes" and min(value) < 1:
+            raise ValueError(f"{option} must be at least 1, got {min(value)}")
         if field.name == "seed" and not 0 <= value < 2**64:
             raise ValueError(f"{option} must be in [0, 2**64), got {value}")

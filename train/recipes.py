@@ -26,7 +26,14 @@ from train.config import (
     WeightDecay,
 )
 
-__all__ = ["Problem", "build", "find_device", "load_images", "set_precision"]
+__all__ = [
+    "Problem",
+    "build",
+    "find_device",
+    "image_problem",
+    "load_images",
+    "set_precision",
+]
 
 
 class Problem(NamedTuple):
@@ -141,7 +148,16 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
 
 
 def _images(config: Images, device: torch.device) -> Problem:
-    train, test, found = load_images(config.data, device)
+    return image_problem(config, *load_images(config.data, device))
+
+
+def image_problem(config: Images, train: Dataset, test: Dataset | None, found: str) -> Problem:
+    """Make the problem of a recipe on images that are loaded already.
+
+    >>> x, y = torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    >>> image_problem(LeNet(), Dataset(x, y), None, "one black image").data
+    'one black image'
+    """
     match config:
         case Softmax():
             model = models.softmax_regression()

@@ -1,0 +1,64 @@
+"""The chart of the README: how many times the best way's step each way's takes."""
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw", "figure", "ratios"]
+
+OURS, THEIRS = "#d1495b", "#9aa5b1"
+PANELS = 3  # in a row
+
+
+def ratios(workload: dict[str, Any]) -> dict[str, float]:
+    """Divide the median of each way that trains right by the least."""
+    medians = {w["name"]: w["median_us"] for w in workload["ways"] if w["status"] == "right"}
+    return {name: value / min(medians.values()) for name, value in medians.items()}
+
+
+def figure(value: float) -> str:
+    """Write a ratio or microseconds with three digits, or all that are whole.
+
+    >>> [figure(value) for value in (1.0, 1.327, 15.89, 3812.4)]
+    ['1.00', '1.33', '15.9', '3812']
+    """
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Draw a panel of bars for each workload but the scaled ones."""
+    from matplotlib.figure import Figure  # a second to import, which nothing else need wait for
+
+    workloads = [w for w in document["workloads"] if ratios(w) and not w["scaled"]]
+    names = list(dict.fromkeys(way["name"] for w in workloads for way in w["ways"]))
+    columns = max(1, min(PANELS, len(workloads)))
+    rows = max(1, -(-len(workloads) // columns))
+    height = 0.6 + 0.21 * len(names)
+    chart = Figure(figsize=(1.2 + 3.2 * columns, 0.5 + height * rows), layout="constrained")
+    panels = chart.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axes, workload in zip(panels, workloads, strict=False):
+        draw_panel(axes, workload, names)
+    for axes in panels[len(workloads) :]:
+        axes.set_axis_off()
+    chart.suptitle("Time of a step, times that of the fastest way (logarithmic)", fontsize=10)
+    # Without the date and version that a file usually holds, equal figures give equal files.
+    chart.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_panel(axes: Any, workload: dict[str, Any], names: list[str]) -> None:
+    """Draw the bars of one workload, in the order that all panels share, ours in colour."""
+    found = ratios(workload)
+    most = max(found.values())
+    for place, name in enumerate(names):
+        if name not in found:
+            continue
+        ours = name.startswith("fdl-")
+        axes.barh(place, found[name], left=0, color=OURS if ours else THEIRS, height=0.75)
+        axes.text(found[name] * 1.06, place, figure(found[name]), va="center", fontsize=7.5)
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, max(2.0, most) * 2.2)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=7.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_title(f"{workload['name']}, batch {workload['batch']}", fontsize=9)

@@ -1,0 +1,133 @@
+"""The coordinator's end of a worker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Client", "WayError", "environment", "run_module"]
+
+ROOT = Path(__file__).parents[2]  # where `train` can be imported from
+
+
+class WayError(Exception):
+    """A way raised, or its process died; the message says how."""
+
+
+def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
+    """Make the environment of a worker: equal threads for all, caches of its own.
+
+    JAX keeps compiled programs on disk only when asked; it is, since Inductor does.
+    """
+    return os.environ | {
+        "FDL_JIT": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "NPROC": str(threads),  # XLA's pool on the CPU
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "JAX_PLATFORMS": device,
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or every JAX way takes most of the GPU
+    }
+
+
+class Client:
+    """One worker process. Sessions of their own keep Ctrl-C from them, and let all be ended."""
+
+    def __init__(self, way: str, task: Path, env: dict[str, str], log: Path) -> None:
+        self.log = log
+        self.warned: list[str] = []  # by the way until its last answer
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "train.bench.worker", way, str(task)],
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def read(self) -> dict[str, Any]:
+        """Read one answer.
+
+        Raises:
+            WayError: the answer is an error, or there is none any more.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise WayError(self._epitaph())
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise WayError(found["error"])
+        self.warned = found.pop("warned", [])
+        return found
+
+    def ask(self, do: str, **given: Any) -> dict[str, Any]:
+        """Send a command and read its answer; raises as `read` does."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise WayError(self._epitaph()) from None
+        return self.read()
+
+    def end(self) -> None:
+        """End the process and all that it started: loaders, compilers."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # a command that a dead process did not take
+                    pipe.close()
+        end_session(self.process)
+
+    def _epitaph(self) -> str:
+        code = self.process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        said = [line for line in self.log.read_text().splitlines() if line.strip()]
+        return f"the process ended with {how}: {said[-1].strip() if said else ''}"[:200]
+
+
+def end_session(process: "subprocess.Popen[str]") -> None:
+    """Kill a process that leads a session, with the session."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_module(module: str, *args: str, env: dict[str, str]) -> str:
+    """Run a module of the benchmark to its end and return what it printed.
+
+    Raises:
+        WayError: it failed; the message is its last line.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *args],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate()
+    finally:
+        end_session(process)
+    if process.returncode:
+        raise WayError((err.strip().splitlines() or [f"{module} failed"])[-1][:200])
+    return out

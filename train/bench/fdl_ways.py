@@ -1,0 +1,156 @@
+"""The ways of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fdl import TrainState, data, jit, losses, random, scan, supervised, train_step, tree
+from fdl.data import Dataset, Indices
+from fdl.metrics import Mean
+from fdl.training import Metrics
+from train import config, loop, recipes
+from train.bench.task import Array, Task
+from train.bench.torch_peers import TorchWay
+from train.bench.way import Loop
+
+__all__ = ["Chunk", "Eager", "Scan", "Step"]
+
+RECIPES: dict[str, type[config.Recipe]] = {
+    "linreg": config.Linreg,
+    "softmax": config.Softmax,
+    "mlp": config.Mlp,
+    "dropout": config.Dropout,
+    "lenet": config.LeNet,
+}
+
+
+def problem_of(task: Task, device: torch.device) -> recipes.Problem:
+    """Make the problem that `train` makes of the recipe, on the task's own examples."""
+    options: dict[str, Any] = {"rates": task.rates} if task.model == "dropout" else {}
+    recipe = RECIPES[task.model](
+        lr=task.lr,
+        momentum=task.momentum,
+        weight_decay=task.weight_decay,
+        batch_size=task.batches.shape[1],
+        **options,
+    )
+    x, y = (torch.from_numpy(array).to(device) for array in (task.x, task.y))
+    examples = Dataset(x, y)
+    if isinstance(recipe, config.Images):
+        return recipes.image_problem(recipe, examples, None, "of the benchmark")
+    return recipes.build(recipe, random.key(0))._replace(train=examples)
+
+
+class FdlWay(TorchWay):
+    """What all share: the examples on the device, and the state."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.problem = problem_of(task, self.device)
+        index = torch.from_numpy(task.rows).to(self.device)
+        self.order = Indices(index, torch.ones_like(index, dtype=torch.bool))
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the state of step 0, in memory of its own since it is donated."""
+        flat = {name: torch.from_numpy(p).to(self.device) for name, p in self.task.params.items()}
+        params = tree.map(torch.clone, tree.unflatten_dict(flat))
+        state = TrainState.create(
+            self.problem.model, self.problem.opt, key=random.key(0, self.device), params=params
+        )
+        key = torch.from_numpy(self.task.key.astype(np.int64)).to(self.device)
+        self.state = state._replace(key=key)
+
+    def params(self) -> dict[str, Array]:
+        """Copy them, by path."""
+        flat = tree.flatten_dict(self.state.params)
+        return {name: p.cpu().numpy().copy() for name, p in flat.items()}
+
+
+def step_of(problem: recipes.Problem, task: Task) -> Any:
+    """Make the step `(state, dataset, row) -> (state, metrics)`; its one metric is the loss."""
+    loss_fn = losses.squared_loss if task.model == "linreg" else losses.cross_entropy
+    step = train_step(supervised(problem.model.apply, loss_fn), problem.opt)
+
+    def gather_and_step(
+        state: TrainState, dataset: Dataset, row: Indices
+    ) -> tuple[TrainState, Metrics]:
+        return step(state, data.gather(dataset, row))
+
+    return gather_and_step
+
+
+class Scan(FdlWay):
+    """`fdl.jit` of the scanned epoch, as the README has it: one program."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        step = step_of(self.problem, task)
+
+        def epoch(
+            state: TrainState, dataset: Dataset, order: Indices
+        ) -> tuple[TrainState, Metrics]:
+            return scan(lambda state, row: step(state, dataset, row), state, order)
+
+        self.program = jit(epoch, donate=0)
+
+    def epoch(self) -> Mean:
+        """Call the program."""
+        self.state, metrics = self.program(self.state, self.problem.train, self.order)
+        return metrics["loss"]
+
+    def losses(self, losses: Mean) -> list[float]:
+        """Copy them at once."""
+        found: list[float] = losses.value.tolist()
+        return found
+
+
+class Chunk(FdlWay):
+    """The scanned chunk that `train` runs, the whole epoch long: accuracy, guard against NaN."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.program = loop.run_chunk(self.problem)
+
+    def epoch(self) -> Mean:
+        """Call the program."""
+        carry = (self.state, torch.ones((), dtype=torch.bool, device=self.device))
+        (self.state, _), metrics = self.program(carry, self.problem.train, self.order)
+        return metrics["loss"]
+
+    def losses(self, losses: Mean) -> list[float]:
+        """Give the one there is, the mean of the call."""
+        return [losses.value.item()]
+
+
+class Step(FdlWay, Loop):
+    """`fdl.jit` of one step, in a Python loop."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.rows = [Indices(*row) for row in zip(*self.order, strict=True)]
+        self.program = self.make_program()
+
+    def make_program(self) -> Any:
+        """Compile the step."""
+        return jit(step_of(self.problem, self.task), donate=0)
+
+    def step(self, i: int) -> Mean:
+        """Call the program."""
+        self.state, metrics = self.program(self.state, self.problem.train, self.rows[i])
+        return metrics["loss"]
+
+    def losses(self, losses: list[Mean]) -> list[float]:
+        """Divide at the end."""
+        return [loss.value.item() for loss in losses]
+
+
+class Eager(Step):
+    """The step as it is written, uncompiled."""
+
+    def make_program(self) -> Any:
+        """Leave the step as it is."""
+        return step_of(self.problem, self.task)

@@ -1,0 +1,174 @@
+"""What is written down: the JSON document, and the figures made from raw measurements."""
+
+import json
+import math
+import os
+import platform
+import statistics
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fdl
+from train.bench.task import Task
+from train.bench.workloads import Workload
+
+__all__ = ["SCHEMA", "floor", "new_document", "new_workload", "read", "summarise", "write"]
+
+SCHEMA = 1
+Record = dict[str, Any]
+
+
+def new_document(device: str, threads: int, rounds: int, rates: Record, data: str) -> Record:
+    """Begin the document of a run."""
+    return {
+        "schema": SCHEMA,
+        "date": date.today().isoformat(),
+        "device": device,
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            "system": platform.system(),
+        },
+        "versions": {
+            "fdl": fdl.__version__,
+            "python": platform.python_version(),
+            **{name: installed(name) for name in ("torch", "jax", "optax")},
+        },
+        "rates": rates,
+        "data": data,
+        "rounds": rounds,
+        "workloads": [],
+    }
+
+
+def cpu_model() -> str:
+    """Name the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str | None:
+    """Give the version of a package, None where it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def new_workload(workload: Workload, task: Task) -> Record:
+    """Begin the record of one workload."""
+    return {
+        "name": workload.name,
+        "scaled": workload.scaled,
+        "model": task.model,
+        "batch": task.batches.shape[1],
+        "steps": task.steps,
+        "lr": task.lr,
+        "momentum": task.momentum,
+        "weight_decay": task.weight_decay,
+        "ways": [],
+    }
+
+
+def floor(task: Task, flops: int, rates: Record) -> Record:
+    """Say how fast a step could be: its products at the best rate, or its least memory traffic.
+
+    A step must read its batch, and read and write every parameter and its slots once.
+    """
+    batch = task.batches.shape[1]
+    example = task.x[0].nbytes + task.y[0].nbytes + task.batches.itemsize
+    weights = sum(p.nbytes for p in task.params.values()) * (2 if task.momentum else 1)
+    moved = batch * example + 2 * weights
+    seconds = max(flops / rates["matrix_flops"], moved / rates["copy_bytes"])
+    return {"flops": flops, "bytes": moved, "us": seconds * 1e6}
+
+
+def summarise(workload: Record) -> None:
+    """Add the figures that follow from the raw ones; what was not measured stays out."""
+    for way in workload["ways"]:
+        if way["status"] == "measuring":  # interrupted before, or between, its rounds
+            way["status"] = "right" if way.get("rounds_us") else "unfinished"
+        if way.get("rounds_us"):
+            way["min_us"] = min(way["rounds_us"])
+            way["median_us"] = statistics.median(way["rounds_us"])
+            way["examples_per_s"] = workload["batch"] / way["median_us"] * 1e6
+            for start in ("cold", "warm"):
+                if f"{start}_call_s" in way:  # less the other steps of that call
+                    others = (way["first_steps"] - 1) * way["median_us"] / 1e6
+                    way[f"{start}_s"] = max(0.0, way[f"{start}_call_s"] - others)
+    compare(workload)
+
+
+def compare(workload: Record) -> None:
+    """Add what needs several ways: start-up beyond eager's, the best peer, the floor reached."""
+    right = [way for way in workload["ways"] if way["status"] == "right"]
+    eager = next((way for way in right if way["name"] == "eager"), None)
+    for way in right:
+        for start in ("cold", "warm"):
+            if eager is not None and f"{start}_s" in way:
+                way[f"{start}_over_eager_s"] = way[f"{start}_s"] - eager["cold_s"]
+    ours = min((way for way in right if is_fdl(way)), key=median, default=None)
+    peer = min((way for way in right if not is_fdl(way)), key=median, default=None)
+    workload["best_fdl"] = ours and ours["name"]
+    workload["best_peer"] = peer and peer["name"]
+    if ours and peer:
+        workload["fdl_over_best_peer"] = ours["median_us"] / peer["median_us"]
+    if ours and "floor" in workload:
+        workload["floor_reached"] = workload["floor"]["us"] / ours["median_us"]
+
+
+def is_fdl(way: Record) -> bool:
+    """Say whether a way is one of ours."""
+    return str(way["name"]).startswith("fdl-")
+
+
+def median(way: Record) -> float:
+    """Rank ways."""
+    return float(way["median_us"])
+
+
+def write(document: Record, path: Path) -> None:
+    """Write a document; four digits are more than a measurement has."""
+    path.write_text(json.dumps(rounded(document), indent=1) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Round every float to four digits; JSON has none that is not finite.
+
+    >>> rounded({"us": [12.3456, 7], "loss": float("inf")})
+    {'us': [12.35, 7], 'loss': None}
+    """
+    match value:
+        case float():
+            return float(f"{value:.4g}") if math.isfinite(value) else None
+        case dict():
+            return {key: rounded(item) for key, item in value.items()}
+        case list() | tuple():
+            return [rounded(item) for item in value]
+    return value
+
+
+def read(path: Path) -> Record:
+    """Read a document.
+
+    Raises:
+        ValueError: it was written by another release of the benchmark, or is damaged.
+    """
+    try:
+        document: Record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from None
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path}: schema {found}, expected {SCHEMA}; measure again")
+    return document

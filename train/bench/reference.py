@@ -1,0 +1,104 @@
+"""What every way is checked against: the imperative loop in float64, in a process of its own.
+
+`python -m train.bench.reference TASK OUT` writes losses and final parameters, and counts the
+floating-point operations of a step.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fdl import random
+from train.bench import modules
+from train.bench.check import Reference
+from train.bench.task import Task, load, save_arrays
+from train.bench.torch_peers import Eager, floats
+from train.bench.way import CALLS
+
+__all__ = ["GivenDropout", "count_flops", "draw_masks", "run", "write"]
+
+SEEDS = 16  # of torch's dropout, whose mean loss has a spread
+
+
+class GivenDropout(nn.Module):
+    """Dropout whose mask is handed over, so that both sides drop the same units."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.keep: Tensor | None = None  # bool, the shape of x; None drops nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the mask."""
+        return x if self.keep is None else torch.where(self.keep, x / (1 - self.rate), 0.0)
+
+
+def draw_masks(module: nn.Sequential, key: Tensor, x: Tensor) -> None:
+    """Hand each dropout the mask that the functional model draws from `key`: child i folds in i."""
+    with torch.no_grad():
+        for i, child in enumerate(module):
+            if isinstance(child, GivenDropout):
+                child.keep = random.uniform(random.fold_in(key, i), x.shape) >= child.rate
+            x = child(x)
+
+
+def run(task: Task) -> Reference:
+    """Train `CALLS` calls from the initial weights, in float64 on the CPU."""
+    module = modules.make(task.model, task.rates, GivenDropout).double()
+    module.load_state_dict({name: torch.from_numpy(p) for name, p in task.params.items()})
+    optimizer = torch.optim.SGD(
+        module.parameters(), task.lr, task.momentum, weight_decay=task.weight_decay
+    )
+    loss_fn, key = modules.loss_of(task.model), torch.from_numpy(task.key.astype(np.int64))
+    losses = []
+    for i, row in enumerate(np.concatenate([task.rows] * CALLS)):
+        batch = task._replace(x=task.x[row], y=task.y[row])
+        x, y = floats(batch).double(), torch.from_numpy(batch.y)
+        y = y.double() if y.is_floating_point() else y
+        if isinstance(module, nn.Sequential):
+            draw_masks(module, random.fold_in(key, i), x)
+        optimizer.zero_grad()
+        loss = loss_fn(module(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    params = {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
+    return Reference(np.array(losses), task.params, params, other_masks(task))
+
+
+def other_masks(task: Task) -> tuple[float, float] | None:
+    """Give mean and standard deviation of the mean loss over seeds of torch's own dropout."""
+    if not task.rates:
+        return None
+    way, means = Eager(task._replace(device="cpu")), []
+    for seed in range(1, SEEDS + 1):
+        way.reset()
+        torch.manual_seed(seed)  # `reset` sets 0, which the ways use
+        means.append(np.mean([way.losses(way.epoch()) for _ in range(CALLS)]))
+    return float(np.mean(means)), float(np.std(means, ddof=1))
+
+
+def count_flops(task: Task) -> int:
+    """Count the floating-point operations of the products and convolutions of one step."""
+    way = Eager(task._replace(device="cpu"))
+    with FlopCounterMode(display=False) as counter:
+        way.step(0)
+    return int(counter.get_total_flops())
+
+
+def write(task: Task, out: Path) -> None:
+    """Write the reference to one .npz file."""
+    found = run(task)
+    arrays: dict[str, Any] = {f"params/{name}": p for name, p in found.params.items()}
+    if found.other_masks is not None:
+        arrays["other_masks"] = np.array(found.other_masks)
+    save_arrays(out, losses=found.losses, flops=np.array(count_flops(task)), **arrays)
+
+
+if __name__ == "__main__":
+    write(load(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,79 @@
+"""The list of all ways; importing it imports neither torch nor JAX."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from train.bench.task import Task
+from train.bench.way import Way
+from train.config import WayName
+
+__all__ = ["SCALING", "WAYS", "Entry", "build", "missing", "ways_for"]
+
+
+class Entry(NamedTuple):
+    """A way as it is listed."""
+
+    make: str  # module:function
+    label: str  # what a reader of the table knows it by
+    needs: tuple[str, ...] = ()  # packages
+    device: str | None = None  # where it runs; everywhere if None
+    compiles: bool = True
+    own_masks: bool = False  # its dropout draws from a generator of its own
+
+
+WAYS: dict[WayName, Entry] = {
+    "fdl-scan": Entry("fdl_ways:Scan", "fdl.jit(fdl.scan(step))"),
+    "fdl-chunk": Entry("fdl_ways:Chunk", "the same, as `train` runs it"),
+    "fdl-step": Entry("fdl_ways:Step", "fdl.jit(step), Python loop"),
+    "fdl-eager": Entry("fdl_ways:Eager", "fdl, eager", compiles=False),
+    "learner": Entry(
+        "torch_peers:Learner", "DataLoader, 4 workers", compiles=False, own_masks=True
+    ),
+    "eager": Entry("torch_peers:Eager", "nn.Module, eager", compiles=False, own_masks=True),
+    "compile-model": Entry("torch_peers:CompiledModel", "torch.compile(model)", own_masks=True),
+    "compile-step": Entry("torch_peers:CompiledStep", "torch.compile(step)", own_masks=True),
+    "compile-step-cpp": Entry(
+        "torch_peers:compiled_step_cpp",
+        "torch.compile(step), C++ wrapper",
+        device="cpu",
+        own_masks=True,
+    ),
+    "compile-step-graphs": Entry(
+        "torch_peers:CudaGraphs",
+        "torch.compile(step), reduce-overhead",
+        device="cuda",  # on the CPU that mode is the default one
+        own_masks=True,
+    ),
+    "jax-step": Entry("jax_peers:Step", "jax.jit(step), optax", needs=("jax", "optax")),
+    "jax-scan": Entry("jax_peers:Scan", "jax.jit(lax.scan(step))", needs=("jax", "optax")),
+}
+
+# Where batches are scaled: the best of each kind. On the CPU JAX's scan of convolutions takes ten
+# times as long as its step, which the workload `lenet` shows.
+SCALING: dict[str, tuple[WayName, ...]] = {
+    "cpu": ("fdl-scan", "eager", "compile-step", "compile-step-cpp", "jax-step"),
+    "cuda": ("fdl-scan", "eager", "compile-step", "compile-step-graphs", "jax-step", "jax-scan"),
+}
+
+
+def build(name: WayName, task: Task) -> Way:
+    """Import a way and give it its task."""
+    module, function = WAYS[name].make.split(":")
+    way: Way = getattr(import_module(f"train.bench.{module}"), function)(task)
+    return way
+
+
+def missing(name: WayName) -> list[str]:
+    """List the packages that a way needs and this environment lacks."""
+    return [package for package in WAYS[name].needs if find_spec(package) is None]
+
+
+def ways_for(device: str, asked: tuple[WayName, ...], scaling: bool) -> list[WayName]:
+    """Choose the ways of a workload, in the order of the list."""
+    return [
+        name
+        for name, entry in WAYS.items()
+        if entry.device in (None, device)
+        and (name in asked if asked else not scaling or name in SCALING[device])
+    ]

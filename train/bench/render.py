@@ -1,0 +1,194 @@
+"""Shows what was measured: a table on the terminal, tables in the README, a chart."""
+
+from pathlib import Path
+from typing import Any
+
+from train.bench import record
+from train.bench.chart import draw, figure
+
+__all__ = ["BEGIN", "END", "markdown", "render", "terminal_table"]
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+Record = dict[str, Any]
+
+
+def terminal_table(workload: Record) -> str:
+    """Make the table of one workload, at most 80 columns wide."""
+    head = ("µs: min", "median", "examples/s", "cold s", "again s", "MB", "+MB", "off")
+    widths = (8, 8, 11, 7, 8, 6, 6, 7)
+    lines = [
+        f"{workload['name']}, batch {workload['batch']}, {workload['steps']} steps a call",
+        f"{'':19}" + "".join(f"{name:>{w}}" for name, w in zip(head, widths, strict=True)),
+    ]
+    for way in sorted(workload["ways"], key=lambda way: way.get("median_us", float("inf"))):
+        said = f"  {status(way)}"
+        if way["status"] == "right":
+            said = "".join(f"{c:>{w}}" for c, w in zip(terminal_cells(way), widths, strict=True))
+        lines.append(f"{way['name']:19}{said}"[:80].rstrip())
+    if "fdl_over_best_peer" in workload:
+        lines.append(
+            f"{workload['best_fdl']} / {workload['best_peer']}, the best peer: "
+            f"{workload['fdl_over_best_peer']:.2f}"
+        )
+    if "floor_reached" in workload:
+        floor = workload["floor"]
+        lines.append(
+            f"floor {figure(floor['us'])} µs ({floor['flops'] / 1e6:.3g} MFLOP, "
+            f"{floor['bytes'] / 1e6:.2g} MB): {workload['best_fdl']} reaches "
+            f"{workload['floor_reached']:.1%}"
+        )
+    for way in workload["ways"]:
+        lines += [f"{way['name']} warned: {said}"[:80] for said in way.get("warnings", [])]
+    if any(masks_differ(way) for way in workload["ways"]):
+        lines.append("* other dropout masks: mean loss within 5 σ of its spread over seeds")
+    return "\n".join(lines)
+
+
+def terminal_cells(way: Record) -> list[str]:
+    """Write the figures of a way, blank where there is none."""
+
+    def cell(name: str, form: str, scale: float = 1.0) -> str:
+        return format(way[name] * scale, f"z{form}") if name in way else ""
+
+    taken = {"+MB": way["peak_bytes"] - way["start_bytes"]} if "peak_bytes" in way else {}
+    found = way["check"]
+    off = found["loss"] if masks_differ(way) else max(found["loss"], found["distance"])
+    return [
+        figure(way["min_us"]),
+        figure(way["median_us"]),
+        cell("examples_per_s", ",.0f"),
+        cell("cold_over_eager_s", ".1f"),
+        cell("warm_over_eager_s", ".1f"),
+        cell("peak_bytes", ".0f", 1e-6),
+        f"{taken['+MB'] / 1e6:.0f}" if taken else "",
+        f"{off:.0e}" + ("*" if masks_differ(way) else ""),
+    ]
+
+
+def masks_differ(way: Record) -> bool:
+    """Say whether only the mean loss of a way could be compared."""
+    return "check" in way and way["check"]["right"] and way["check"]["distance"] is None
+
+
+def status(way: Record) -> str:
+    """Say why a way has no figures."""
+    return f"{way['status']}: {way['reason']}" if "reason" in way else str(way["status"])
+
+
+def markdown(document: Record) -> str:
+    """Make the README's tables of one document."""
+    plain = [w for w in document["workloads"] if not w["scaled"]]
+    scaled = [w for w in document["workloads"] if w["scaled"]]
+    parts = [provenance(document)]
+    if plain:
+        heads = [f"{w['name']}, {w['batch']}" for w in plain]
+        parts.append(table("median µs a step", heads, plain))
+    if scaled:
+        heads = [f"{w['batch']:,}" for w in scaled]
+        parts.append(table("LeNet, by batch size", heads, scaled))
+    return "\n\n".join(parts)
+
+
+def provenance(document: Record) -> str:
+    """Say in one sentence where the figures come from."""
+    machine, versions, rates = (document[name] for name in ("machine", "versions", "rates"))
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
+    made = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
+    return (
+        f"**{document['device'].upper()}**: {where}, {threads}; "
+        f"{', '.join(made)}; float32; {document['data']}; {document['date']}; "
+        f"{document['rounds']} interleaved rounds; products at "
+        f"{rates['matrix_flops'] / 1e9:,.0f} GFLOP/s (by {rates['matrix_by']}), copies at "
+        f"{rates['copy_bytes'] / 1e9:,.0f} GB/s."
+    )
+
+
+def table(title: str, heads: list[str], workloads: list[Record]) -> str:
+    """Make one Markdown table: a row for each way, a column for each workload."""
+    labels = {way["name"]: way["label"] for w in workloads for way in w["ways"]}
+    rows = [[title, *heads], ["---"] * (len(heads) + 1)]
+    rows += [
+        [f"{label} (`{name}`)", *(markdown_cell(w, name) for w in workloads)]
+        for name, label in labels.items()
+    ]
+    rows.append(
+        ["**fdl / best peer**", *(optional(w, "fdl_over_best_peer", ".2f") for w in workloads)]
+    )
+    rows.append(
+        [
+            "share of the floor that fdl reaches",
+            *(optional(w, "floor_reached", ".2g%") for w in workloads),
+        ]
+    )
+    rows.append(
+        ["fdl's first step beyond eager's, s: cold, again", *(starts(w) for w in workloads)]
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def markdown_cell(workload: Record, name: str) -> str:
+    """Write the median of a way, the least of its workload in bold."""
+    way = next((way for way in workload["ways"] if way["name"] == name), None)
+    if way is None:
+        return ""
+    if way["status"] != "right":
+        return str(way["status"])
+    least = min(w["median_us"] for w in workload["ways"] if w["status"] == "right")
+    said = figure(way["median_us"]) + ("*" if masks_differ(way) else "")
+    return f"**{said}**" if way["median_us"] == least else said
+
+
+def optional(workload: Record, name: str, form: str) -> str:
+    """Write a figure of a workload where there is one."""
+    if name not in workload:
+        return ""
+    value = workload[name]
+    return f"{100 * value:.2g} %" if form.endswith("%") else format(value, form)
+
+
+def starts(workload: Record) -> str:
+    """Write what the first step of the scanned epoch costs, cold and in a second process."""
+    ways = {way["name"]: way for way in workload["ways"]}
+    way = ways.get(workload["best_fdl"], {})
+    found = [way.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
+    return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
+
+
+def render(root: Path | None = None) -> list[Path]:
+    """Remake the README's part and the charts from docs/bench/*.json; return what was written.
+
+    Raises:
+        ValueError: there is no result, or the README lacks the markers.
+    """
+    root = root or ROOT
+    sources = sorted((root / "docs/bench").glob("*.json"))
+    if not sources:
+        raise ValueError(f"--render: no result in {root / 'docs/bench'}")
+    documents = {path: record.read(path) for path in sources}
+    readme, written = root / "README.md", []
+    text = replaced(readme.read_text(), documents)
+    for path, document in documents.items():
+        draw(document, path.with_suffix(".png"))
+        written.append(path.with_suffix(".png"))
+    readme.write_text(text)
+    return [readme, *written]
+
+
+def replaced(readme: str, documents: dict[Path, Record]) -> str:
+    """Put the tables between the markers of a README."""
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(BEGIN) > readme.index(END)
+    ):
+        raise ValueError(f"--render: README.md needs the markers {BEGIN} and {END}, once each")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    charts = [
+        f"{markdown(document)}\n\n![Time of a step, times that of the fastest way, "
+        f"{path.stem}](docs/bench/{path.stem}.png)"
+        for path, document in documents.items()
+    ]
+    return f"{before}{BEGIN}\n" + "\n\n".join(charts) + f"\n{END}{after}"

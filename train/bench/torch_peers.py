@@ -1,0 +1,267 @@
+"""The peers in PyTorch: the loops that people write, and the best that `torch.compile` makes."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from train.bench import modules
+from train.bench.task import Array, Task
+from train.bench.way import Loop, Trajectory, Way
+
+__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchWay", "floats"]
+
+
+def floats(task: Task) -> Tensor:
+    """Turn the examples into what models take: images as `ToTensor` makes them."""
+    x = torch.from_numpy(task.x)
+    return x[:, None].float() / 255 if task.images else x
+
+
+class TorchWay(Way):
+    """What all ways on torch tensors share."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.device = torch.device(task.device)
+        torch.backends.cudnn.allow_tf32 = (
+            False  # float32, as all ways; of products it is the default
+        )
+
+    def wait(self, losses: Any) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int | None:
+        """Ask the caching allocator."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def peak(self) -> int | None:
+        """Ask the caching allocator."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+class TorchLoop(TorchWay, Loop):
+    """What the loops of this file share."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.rows = list(torch.from_numpy(task.rows).to(self.device))
+        self.labels = torch.from_numpy(task.y).to(self.device)
+
+    def losses(self, losses: list[Tensor]) -> list[float]:
+        """Read all at once."""
+        found: list[float] = torch.stack(losses).tolist()
+        return found
+
+
+class Eager(TorchLoop):
+    """`nn.Module`, `backward()` and `torch.optim.SGD`, on floats that lie on the device."""
+
+    fused: bool | None = None  # torch's default
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.module = modules.make(task.model, task.rates).to(self.device)
+        self.loss = modules.loss_of(task.model)
+        self.model: Callable[[Tensor], Tensor] = self.module
+        self.images = self.examples()
+        self.reset()
+
+    def examples(self) -> Tensor:
+        """Put the examples where the loop wants them."""
+        return floats(self.task).to(self.device)
+
+    def reset(self) -> None:
+        """Fill in the initial weights, without momentum."""
+        torch.manual_seed(0)
+        initial = {name: torch.from_numpy(p) for name, p in self.task.params.items()}
+        self.module.load_state_dict(initial)
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(),
+            self.task.lr,
+            self.task.momentum,
+            weight_decay=self.task.weight_decay,
+            fused=self.fused,
+        )
+
+    def train_on(self, x: Tensor, y: Tensor) -> Tensor:
+        """Make the step everybody writes."""
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def step(self, i: int) -> Tensor:
+        """Take the rows by indexing."""
+        return self.train_on(self.images[self.rows[i]], self.labels[self.rows[i]])
+
+    def params(self) -> dict[str, Array]:
+        """Copy them out of the module."""
+        return {k: p.detach().cpu().numpy().copy() for k, p in self.module.named_parameters()}
+
+
+class CompiledModel(Eager):
+    """The same with `torch.compile(model)` and the fused optimizer."""
+
+    fused = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.model = torch.compile(self.module, dynamic=False)
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Images one at a time, as `torchvision.datasets.FashionMNIST` gives them out."""
+
+    def __init__(self, images: Array, labels: Array) -> None:
+        from torchvision.transforms import ToTensor
+
+        self.images, self.labels, self.transform = images, labels, ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+
+
+class Learner(Eager):
+    """The loop of a first course: a `DataLoader` with 4 workers and a transform of each sample.
+
+    A call is a whole epoch, since its workers are started anew for each.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.dataset: Dataset[Any] = (
+            Samples(task.x, task.y)
+            if task.images
+            else TensorDataset(torch.from_numpy(task.x), torch.from_numpy(task.y))
+        )
+        self.steps = len(task.batches)
+        warnings.filterwarnings("ignore", "This DataLoader will create 4 worker processes")
+
+    def examples(self) -> Tensor:
+        """Leave them where they are."""
+        return torch.empty(0)
+
+    def over(self, index: Array) -> list[float]:
+        """Train on some batches; the sampler gives the order that all ways have."""
+        order: list[int] = index.flatten().tolist()
+        loader = DataLoader(self.dataset, batch_size=index.shape[1], sampler=order, num_workers=4)
+        return [self.train_on(x.to(self.device), y.to(self.device)).item() for x, y in loader]
+
+    def epoch(self) -> list[float]:
+        """Train on every batch of the epoch."""
+        return self.over(self.task.batches)
+
+    def losses(self, losses: list[Any]) -> list[float]:
+        """They are numbers already."""
+        return losses
+
+    def first(self) -> int:
+        """Start the loader and make one step."""
+        self.over(self.task.rows[:1])
+        return 1
+
+    def trajectory(self) -> Trajectory:
+        """Train on the rows that the other ways train on."""
+        self.reset()
+        losses = self.over(self.task.rows) + self.over(self.task.rows)
+        return Trajectory(np.array(losses), self.params())
+
+
+class CompiledStep(TorchLoop):
+    """The whole step as one compiled program: gather, loss, gradient and update.
+
+    Written as fast as we could find: functional gradients, updates in the memory of the parameters,
+    images gathered as bytes, rates as constants.
+    """
+
+    def __init__(
+        self, task: Task, *, mode: str | None = None, options: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(task)
+        self.images = torch.from_numpy(task.x).to(self.device)
+        initial = {name: torch.from_numpy(p) for name, p in task.params.items()}
+        self.initial = list(initial.values())
+        self.current = [p.to(self.device, copy=True) for p in self.initial]
+        self.slots = [torch.zeros_like(p) for p in self.current] if task.momentum else []
+        for leaf in [*self.current, *self.slots, self.images, self.labels]:
+            torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy them at each step
+        module = modules.make(task.model, task.rates).to("meta")
+        step = make_step(task, module, list(initial))
+        self.program = torch.compile(
+            step, fullgraph=True, dynamic=False, mode=mode, options=options
+        )
+
+    def reset(self) -> None:
+        """Copy the initial weights into the parameters."""
+        torch.manual_seed(0)
+        for p, initial in zip(self.current, self.initial, strict=True):
+            p.copy_(initial)
+        for slot in self.slots:
+            slot.zero_()
+
+    def step(self, i: int) -> Tensor:
+        """Call the program."""
+        return self.program(self.current, self.slots, self.images, self.labels, self.rows[i])
+
+    def params(self) -> dict[str, Array]:
+        """Copy them."""
+        pairs = zip(self.task.params, self.current, strict=True)
+        return {name: p.cpu().numpy().copy() for name, p in pairs}
+
+
+def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., Tensor]:
+    """Write the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
+    loss_fn, has_images = modules.loss_of(task.model), task.images
+    lr, momentum, weight_decay = task.lr, task.momentum, task.weight_decay
+
+    def objective(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(functional_call(module, params, (x,)), y)
+
+    def step(
+        params: list[Tensor], slots: list[Tensor], images: Tensor, labels: Tensor, rows: Tensor
+    ) -> Tensor:
+        x = images[rows]
+        if has_images:
+            x = x[:, None].float() / 255
+        named = dict(zip(names, params, strict=True))
+        grads, loss = grad_and_value(objective)(named, x, labels[rows])
+        for i, (p, g) in enumerate(zip(params, grads.values(), strict=True)):
+            if weight_decay:
+                g = g + weight_decay * p
+            if slots:
+                g = slots[i].mul_(momentum).add_(g)
+            p.sub_(lr * g)
+        return loss
+
+    return step
+
+
+def compiled_step_cpp(task: Task) -> CompiledStep:
+    """Compile the step with Inductor's C++ wrapper, which costs less Python per call."""
+    return CompiledStep(task, options={"cpp_wrapper": True})
+
+
+class CudaGraphs(CompiledStep):
+    """The compiled step replayed as a CUDA graph."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, mode="reduce-overhead")
+
+    def step(self, i: int) -> Tensor:
+        """Keep the loss, which the next replay overwrites."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().step(i).clone()

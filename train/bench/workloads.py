@@ -1,0 +1,94 @@
+"""The workloads: recipes of the course, and the arrays that every way of training them is given."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from fdl import TrainState, data, random, tree
+from fdl.data import Dataset
+from train import recipes
+from train.bench.task import Task
+from train.config import Bench, Dropout, Images, LeNet, Linreg, Mlp, Recipe, Softmax
+
+__all__ = ["Workload", "find", "make_task"]
+
+# At the recipe's rate, 0.5, the MLPs are chaotic: float32 and float64 part after 60 steps. At 0.1
+# they agree to 1e-6 for hundreds, so that a difference means a fault. A step takes as long.
+RECIPES: dict[str, tuple[str, Recipe]] = {
+    "linreg": ("linreg", Linreg()),
+    "softmax": ("softmax", Softmax()),
+    "mlp": ("mlp", Mlp(lr=0.1)),
+    "dropout": ("dropout", Dropout(lr=0.1)),
+    "lenet": ("lenet", LeNet()),
+    "lenet-momentum": ("lenet", LeNet(lr=0.1, momentum=0.9, weight_decay=5e-4)),
+}
+MOST_SCALED = 100 * 256  # examples in a call where batches are scaled
+
+
+class Workload(NamedTuple):
+    """A recipe under the name that the table gives it."""
+
+    name: str
+    model: str
+    recipe: Recipe
+    scaled: bool  # one of the batch sizes of lenet-scaling
+
+
+def find(config: Bench) -> list[Workload]:
+    """List the workloads that the options ask for."""
+    found = []
+    for name in dict.fromkeys(config.workloads):
+        if name == "lenet-scaling":
+            found += [
+                Workload(f"lenet-{size}", "lenet", LeNet(batch_size=size), True)
+                for size in config.batch_sizes
+            ]
+        else:
+            found.append(Workload(name, *RECIPES[name], False))
+    return found
+
+
+def make_task(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Task:
+    """Draw what all ways share: initial weights, the order of the examples, a key.
+
+    Args:
+        workload: what to train.
+        config: seed and steps.
+        images: the training set of workloads on images.
+        device: where it will be trained; everything is drawn on the CPU.
+
+    Raises:
+        ValueError: a batch is larger than the data set.
+    """
+    recipe = replace(workload.recipe, seed=config.seed)
+    state_key, data_key, problem_key = random.split(random.key(config.seed), 3)
+    if isinstance(recipe, Images):
+        assert images is not None
+        problem = recipes.image_problem(recipe, images, None, "")
+    else:
+        problem = recipes.build(recipe, problem_key)
+    state = TrainState.create(problem.model, problem.opt, key=state_key)
+    n = len(problem.train.x)
+    if recipe.batch_size > n:
+        raise ValueError(
+            f"--batch-sizes: {recipe.batch_size} is more than the {n} examples there are"
+        )
+    order = data.epoch_indices(data_key, n, recipe.batch_size, drop_last=True)
+    steps = min(config.steps, len(order.index))
+    if workload.scaled:
+        steps = min(steps, max(2, MOST_SCALED // recipe.batch_size))
+    return Task(
+        model=workload.model,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        rates=recipe.rates if isinstance(recipe, Dropout) else (),
+        steps=steps,
+        device=device,
+        x=problem.train.x.numpy(),
+        y=problem.train.y.numpy(),
+        batches=order.index.numpy(),
+        key=state.key.numpy().astype(np.uint32),
+        params={path: leaf.numpy() for path, leaf in tree.flatten_dict(state.params).items()},
+    )
