@@ -96,19 +96,19 @@ def _for_cpu(
         return Program(partial(_run_at_home, program, traced, homes), traced.constants)
     except Exception as error:  # the function is sound, or tracing would have said so
         reason = error
-    if not _loops.longest_loop(traced):
-        route.name = "eager"
-        route.refused(EAGER, reason)
-        return eager
-    route.name = "compiled loop bodies"
-    route.refused("the body of each loop is compiled, and run in a Python loop", reason)
-    traced = again()
-    try:
-        return Program(partial(_run, _loops.compile_bodies(traced), traced), traced.constants)
-    except Exception as error:
-        route.name = "eager"
-        route.refused(EAGER, error)
-        return eager
+    if _loops.longest_loop(traced):
+        traced = again()
+        try:
+            program = _loops.compile_bodies(traced)
+        except Exception:
+            pass  # the first reason is the one to tell
+        else:
+            route.name = "compiled loop bodies"
+            route.refused("the body of each loop is compiled, and run in a Python loop", reason)
+            return Program(partial(_run, program, traced), traced.constants)
+    route.name = "eager"
+    route.refused(EAGER, reason)
+    return eager
 
 
 def _for_cuda(

@@ -132,9 +132,9 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
             graph, constants = trace_flat(flat, fakes, paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         error.add_note(
-            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float, a boolean index), "
-            "but is traced, not run; use torch.where, or compute that value outside and close over "
-            "it"
+            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float, a boolean index, "
+            "x[i] with a 0-d i), but is traced, not run; use torch.where, x[i[None]][0], or "
+            "compute that value outside and close over it"
         )
         raise
     finally:

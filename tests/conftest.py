@@ -1,9 +1,13 @@
 """What all test files share."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch import Tensor
 
-import fdl._inductor
+from fdl import _cuda_graphs, _inductor, _programs
 
 # On tensors this small several threads mostly wait for each other, the more so with `pytest -n`.
 torch.set_num_threads(1)
@@ -12,4 +16,37 @@ torch.set_num_threads(1)
 @pytest.fixture
 def plain_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `jit` trace as always, and run the graph without Inductor: breadth at a low price."""
-    monkeypatch.setattr(fdl._inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
+    monkeypatch.setattr(_inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
+
+
+class StandIn:
+    """Records on the CPU what a CUDA graph would: the same memory is read and written each time."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def capture(self, run: Callable[[], list[Tensor]]) -> _cuda_graphs._Graph:
+        self.recorded += 1
+        run()
+        results = run()
+        _cuda_graphs._copy(
+            results, [torch.full_like(leaf, -77) for leaf in results]
+        )  # not computed
+
+        def replay() -> None:
+            self.replayed += 1
+            _cuda_graphs._copy(results, run())
+
+        return _cuda_graphs._Graph(replay, results, lambda: sum(leaf.nbytes for leaf in results))
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
+    """Let `jit` take the CPU for a GPU, int16 tensors aside, which stay on the CPU."""
+    graphs = StandIn()
+    monkeypatch.setattr(_cuda_graphs, "_capture", graphs.capture)
+    monkeypatch.setattr(_cuda_graphs, "_one_at_a_time", lambda device: nullcontext())
+    monkeypatch.setattr(_programs, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
+    return graphs

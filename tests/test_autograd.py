@@ -1,4 +1,4 @@
-"""`backward()` through a jitted function, and `torch.func` around one, equal those of the function."""
+"""`backward()` through a jitted function and `torch.func` around one: as without `jit`."""
 
 from collections.abc import Callable
 from typing import Any

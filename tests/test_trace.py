@@ -1,4 +1,4 @@
-"""What `jit` sees in a function: arguments and results of all forms, what is closed over, purity."""
+"""What `jit` sees of a function: arguments and results of any form, closures, purity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -186,7 +186,7 @@ def test_a_program_traced_in_one_mode_serves_another(plain_backend: None) -> Non
     got += 1
 
 
-# ------------------------------------------------------------------------------- what is closed over
+# ----------------------------------------------------------------------------- what is closed over
 
 
 def test_closed_over_tensors_are_read_at_each_call(plain_backend: None) -> None:
@@ -241,7 +241,7 @@ def test_a_closed_over_tensor_that_requires_grad_raises(plain_backend: None) -> 
             assert torch.equal(jitted(x), x)
 
 
-# --------------------------------------------------------------------------------------------- purity
+# ------------------------------------------------------------------------------------------- purity
 
 
 def changes_closed_over(x: Tensor) -> Tensor:
