@@ -33,6 +33,7 @@ from fdl.tree import Tree
 Carry = TypeVar("Carry")
 
 aten = torch.ops.aten
+AT_ONCE = 10  # tiny steps written one after the other
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
@@ -175,20 +176,22 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         carry = dict(zip(still, rest, strict=True))
         ys = []
         for i in range(times):
-            row = dict(zip(used, (rows_[i] for rows_ in rows), strict=False))
+            at_i = rows if times == 1 else [block[i] for block in rows]
+            row = dict(zip(used, at_i, strict=False))
             carry |= dict(zip(moving, new, strict=False))
             got = body(*(carry[i] for i in range(n)), *(row.get(i) for i in range(m)), *constants)
             new = [got[i] for i in moving] or new
             ys.append(got[n:] or [torch.zeros_like(filler[0])] * NEEDS_Y)
-        stacked = [torch.stack(y) for y in zip(*ys, strict=True)]
-        return [_fresh(leaf) for leaf in [*new, *stacked]]
+        out = ys[0] if times == 1 else [torch.stack(y) for y in zip(*ys, strict=True)]
+        return [_fresh(leaf) for leaf in [*new, *out]]
 
-    blocks = [leaf.unflatten(0, (length // times, times)) for leaf in walked]
-    out = LOOP(step, carried, blocks, tuple(constant))
+    if times > 1:  # copies, for the operator suspects views of what the body closes over
+        walked = [leaf.unflatten(0, (length // times, times)).clone() for leaf in walked]
+    out = LOOP(step, carried, walked, tuple(constant))
     new = dict(zip(moving, out, strict=False)) | {i: init_leaves[i] for i in still}
     carry = pytree.tree_unflatten([new[i] for i in range(n)], carry_spec)
-    ys = [y.flatten(0, 1) for y in out[len(carried) :]][: y_specs[0].num_leaves]
-    return carry, pytree.tree_unflatten(ys, y_specs[0])
+    ys = [y if times == 1 else y.flatten(0, 1) for y in out[len(carried) :]]
+    return carry, pytree.tree_unflatten(ys[: y_specs[0].num_leaves], y_specs[0])
 
 
 def _steps_at_once(body: GraphModule, length: int) -> int:
@@ -199,7 +202,7 @@ def _steps_at_once(body: GraphModule, length: int) -> int:
     """
     calls = nodes_of(body.graph, "call_function")
     small = len(calls) <= 200 and all(_is_small(node) for node in calls)
-    return max(n for n in range(1, 11 if small else 2) if length % n == 0)
+    return max(n for n in range(1, AT_ONCE + 1) if length % n == 0) if small else 1
 
 
 def _is_small(node: Node) -> bool:

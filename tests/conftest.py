@@ -50,3 +50,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
     monkeypatch.setattr(_cuda_graphs, "_one_at_a_time", lambda device: nullcontext())
     monkeypatch.setattr(_programs, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
     return graphs
+
+
+@pytest.fixture
+def real_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep loops of a few tiny steps, as tests have them, from being written out."""
+    monkeypatch.setattr("fdl._scan.AT_ONCE", 1)

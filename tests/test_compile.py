@@ -11,7 +11,9 @@ from laws import Graphs, assert_equal
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from fdl import disable_jit, jit, scan, tree
+from fdl import _scan, disable_jit, jit, scan, tree
+
+pytestmark = pytest.mark.usefixtures("real_loops")
 
 
 class Pair(NamedTuple):
@@ -190,6 +192,25 @@ def test_every_scan_in_one_inductor_program_equals_eager() -> None:
 @pytest.mark.parametrize("name", SCANS)
 def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -> None:
     assert_equal(jit(SCANS[name])(*inputs()), SCANS[name](*inputs()))
+
+
+@pytest.mark.parametrize("length", [4, 11, 12, 30], ids=["written out", "prime", "blocks", "tens"])
+def test_tiny_steps_are_written_one_after_the_other(
+    length: int, plain_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    init, xs = inputs()
+    xs = {"a": torch.arange(3.0 * length).view(length, 3), "b": torch.arange(1.0 * length)}
+    for name in ("several", "no y", "no carry", "y is x, carry is constant", "closed over"):
+        assert_equal(jit(SCANS[name])(init, xs), SCANS[name](init, xs), rtol=1e-5)
+
+
+def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    init, xs = inputs()
+    xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
+    fn = jit(SCANS["several"], strict=True)
+    assert_equal(fn(init, xs), SCANS["several"](init, xs), rtol=1e-5)
 
 
 def test_derivatives_through_scan_are_those_of_the_sum() -> None:

@@ -21,6 +21,8 @@ DATASET = tree.cast(
     data.synthetic_linear(random.key(1), [2.0, -3.4], 4.2, n=50, noise=0.01), torch.float64
 )
 
+pytestmark = pytest.mark.usefixtures("real_loops")
+
 
 def training(opt: optim.Optimizer) -> tuple[fdl.TrainState, Callable[..., Any]]:
     model = nn.sequential(nn.linear(2, 4), nn.tanh, nn.linear(4, 1))

@@ -16,6 +16,8 @@ from fdl._trace import MOVE, trace
 X = draw(1, 4, 3)
 CLOSED = draw(2, 3)
 
+pytestmark = pytest.mark.usefixtures("real_loops")
+
 
 # --------------------------------------------------------------- equal to the function, every form
 
