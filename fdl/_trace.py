@@ -68,7 +68,7 @@ class _Tracing(TorchDispatchMode):
             return leaf
         if id(leaf) not in self.fakes:
             with _disable_current_modes():
-                found = self.mode.from_tensor(leaf.detach())
+                found = _fake_like(self.mode, leaf)
             self.fakes[id(leaf)], self.reals[id(found)] = found, leaf
         return self.fakes[id(leaf)]
 
@@ -127,7 +127,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
 
     token = _tracing.set(tracing)
     try:
-        fakes = [mode.from_tensor(leaf.detach()) for leaf in leaves]
+        fakes = [_fake_like(mode, leaf) for leaf in leaves]
         with mode:
             graph, constants = trace_flat(flat, fakes, paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -178,6 +178,16 @@ def trace_flat(
             _forget_unused(graph, node)
     graph.recompile()
     return graph, constants
+
+
+def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:
+    """Make a fake tensor of the form of a real one, with memory of its own.
+
+    Arguments that share memory are as good as others, since nothing is written to.
+    """
+    with mode:
+        fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    return cast(FakeTensor, fake)
 
 
 @cache
