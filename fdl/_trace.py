@@ -181,6 +181,7 @@ def trace_flat(
 
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
+    import torch._inductor.lowering  # the decomposition of max-pooling expects it to be loaded
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
