@@ -27,6 +27,7 @@ from fdl._trace import (
     nodes_of,
     results_of,
     trace_flat,
+    unshared,
 )
 from fdl.tree import Tree
 
@@ -165,7 +166,7 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
     filler = torch.zeros(length, device=device)
     carried = [_fresh(init_leaves[i]) for i in moving] or [filler[0].clone()]
     walked = [xs_leaves[i] for i in used] or [filler]
-    constant = [*closed_over, *(init_leaves[i] for i in still)]
+    constant = unshared([*closed_over, *(init_leaves[i] for i in still)], [])  # it insists
 
     def step(*leaves: Tensor) -> list[Tensor]:
         """Outputs must not share memory with inputs or each other, and strides must be stable."""

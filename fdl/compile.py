@@ -54,7 +54,13 @@ class Report(NamedTuple):
 
 
 class Jitted(Protocol[P, R]):
-    """A function made by `jit`."""
+    """A function made by `jit`.
+
+    >>> fn: Jitted = jit(lambda x: x + 1)
+    >>> with disable_jit():
+    ...     fn(torch.tensor(1))
+    tensor(2)
+    """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the program for the form of these arguments."""

@@ -1,4 +1,4 @@
-"""L-BFGS under vmap, grad, torch.compile and jit; what it leaves alone, and what it refuses."""
+"""L-BFGS under vmap, grad and jit; what it leaves alone, and what it refuses."""
 
 from functools import partial
 
@@ -101,11 +101,11 @@ def test_gradients_stay_finite_where_nothing_is_selected():
 
 
 @either_search
-def test_compiled_once_equals_eager(kwargs):
+def test_compiled_once_equals_eager(kwargs, plain_backend):
     opt = optim.lbfgs(**{"max_iter": 3, "history_size": 4} | kwargs)
     take = partial(step, logistic, opt)
     graphs = Graphs()
-    compiled = torch.compile(take, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = fdl.jit(take)
     got = expected = (begin(), opt.init(begin()))
     for lr in (1.0, 0.5, 0.7):
         got, expected = (
@@ -117,10 +117,10 @@ def test_compiled_once_equals_eager(kwargs):
     assert expected[1].n_iter >= 6 and expected[1].num_old == 4
 
 
-def test_compiled_gradients_equal_eager():
+def test_compiled_gradients_equal_eager(plain_backend):
     take = twice({"max_iter": 1, "history_size": 2, **SEARCH})
     slopes = []
-    for f in (take, torch.compile(take, fullgraph=True, backend="aot_eager", dynamic=False)):
+    for f in (take, fdl.jit(take)):
         inputs = tree.map(lambda p: p.clone().requires_grad_(), (begin(), rate(0.3)))
         flat(f(*inputs)[0]).sin().sum().backward()
         slopes.append(tree.map(lambda p: p.grad, inputs))

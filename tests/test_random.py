@@ -157,13 +157,16 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
     one_by_one = [everything(key, *inputs()) for key in keys]
     batched = torch.vmap(everything, in_dims=(0, *[None] * 5), randomness="error")
 
-    compiled = jit(everything)
-    assert_same_draws(compiled(keys[0], *inputs()), one_by_one[0])
     in_a_batch = batched(keys, *inputs())
     compiled_batch = jit(batched)(keys, *inputs())
     for i, reference in enumerate(one_by_one):
         assert_same_draws(row(in_a_batch, i), reference)
         assert_same_draws(row(compiled_batch, i), reference)
+
+
+def test_traced_is_eager(plain_backend):
+    key = random.key(5)
+    assert_same_draws(jit(everything)(key, *inputs()), everything(key, *inputs()))
 
 
 @pytest.mark.cuda

@@ -13,7 +13,7 @@ from torch.func import vmap
 from torch.optim import lr_scheduler as theirs
 from torch.optim.swa_utils import SWALR
 
-from fdl import optim, tree
+from fdl import jit, optim, tree
 from fdl.optim import schedules as ours
 
 LR = 0.1
@@ -251,7 +251,7 @@ def test_stays_on_the_device_of_the_count(name):
     assert TABLE[name].ours(torch.tensor(3, device="meta")).device.type == "meta"
 
 
-def test_one_compiled_training_step_computes_all_schedules():
+def test_one_compiled_training_step_computes_all_schedules(plain_backend):
     """Rate and momentum cycle as under `CyclicLR`, and beside them runs every other schedule."""
     opt = optim.sgd(ours.cyclic(0.01, 0.1, 20), ours.cyclic_momentum(step_size_up=20))
 
@@ -261,7 +261,7 @@ def test_one_compiled_training_step_computes_all_schedules():
         return values, (count + 1, state, optim.apply_updates(params, updates))
 
     graphs = Graphs()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = jit(step)
     twin = torch.ones(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([twin], LR, momentum=0.9)
     scheduler = theirs.CyclicLR(optimizer, 0.01, 0.1, step_size_up=20)
@@ -281,11 +281,8 @@ def test_one_compiled_training_step_computes_all_schedules():
 
 
 def test_inductor_computes_the_same():
-    torch._dynamo.reset()
     graphs = Graphs()
-    compiled = torch.compile(
-        lambda count: {name: row.ours(count) for name, row in TABLE.items()}, fullgraph=True
-    )
+    compiled = jit(lambda count: {name: row.ours(count) for name, row in TABLE.items()})
     counts = [0, 1, 2, 5, 19, 20, 50, 97, 150, 299]
     values = tree.stack([compiled(torch.tensor(count)) for count in counts])
     assert graphs.count() == 1

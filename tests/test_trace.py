@@ -104,6 +104,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda x, xs: scan(lambda c, row: (c * x + row, (c - x, xs[0])), x, xs),
         (X[0], X),
     ),
+    "views of one tensor closed over": (
+        lambda x, xs: (
+            scan(lambda c, row: (c + row * x * xs[0] + x[1:].sum(), c), x * 2, xs),
+            scan(lambda c, row: ((c[0] + row, c[1]), (c[1], x)), (x, x), xs),
+            torch.zeros(3).add_(1),
+        ),
+        (X[0], X),
+    ),
     "a carry that is twice the same": (
         lambda x, xs: scan(lambda c, row: ((c[0] + row, c[1] * row), (c, x)), (x, x), xs),
         (X[0], X),
