@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Client", "WayError", "environment", "run_module"]
+__all__ = ["Client", "WayError", "end_session", "environment", "run_module"]
 
 ROOT = Path(__file__).parents[2]  # where `train` can be imported from
 
