@@ -21,7 +21,7 @@ from train.__main__ import main
 from train.bench import measure, record, reference, registry, render, workloads
 from train.bench import task as tasks
 from train.bench.check import Reference, check
-from train.bench.client import Client, WayError
+from train.bench.client import Client, WayError, end_session
 from train.bench.torch_peers import Eager, Samples, floats
 from train.bench.way import Trajectory
 from train.bench.worker import Worker
@@ -252,6 +252,19 @@ def test_a_way_that_dies_is_an_error_with_its_signal(tmp_path):
         worker.process.kill()
         with pytest.raises(WayError, match="the process ended with signal SIGKILL"):
             worker.ask("first")
+
+
+def test_a_busy_process_is_ended_with_what_it_started():
+    script = "sleep 100 & echo $!; wait"
+    process = subprocess.Popen(
+        ["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    child = int(process.stdout.readline())
+    end_session(process)
+    assert process.returncode == -9
+    assert process.stdout.read() == ""  # at its end: the child holds it open no more
+    process.stdout.close()
+    assert not Path(f"/proc/{child}/fd/1").exists()
 
 
 def test_a_failed_way_is_a_row_and_its_rounds_are_dropped():

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Client", "WayError", "environment", "run_module"]
+__all__ = ["Client", "WayError", "end_session", "environment", "run_module"]
 
 ROOT = Path(__file__).parents[2]  # where `train` can be imported from
 
@@ -104,9 +104,10 @@ class Client:
 
 def end_session(process: "subprocess.Popen[str]") -> None:
     """Kill a process that leads a session, with the session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.returncode is None:  # once waited for, its number may be another's
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_module(module: str, *args: str, env: dict[str, str]) -> str:
