@@ -29,9 +29,8 @@ class TorchWay(Way):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.device = torch.device(task.device)
-        torch.backends.cudnn.allow_tf32 = (
-            False  # float32, as all ways; of products it is the default
-        )
+        if self.device.type == "cuda":  # float32, as all ways; of products it is the default
+            torch.backends.cudnn.allow_tf32 = False
 
     def wait(self, losses: Any) -> None:
         """Wait for the device."""
