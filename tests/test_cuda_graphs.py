@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fdl import _cuda_graphs, _inductor, jit, scan, tree
 
+pytestmark = pytest.mark.usefixtures("real_loops")
+
 needs_cuda = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 from conftest import StandIn
 from laws import unchanged
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fdl import TrainState, _loops, _trace, data, jit, optim, random, scan, train_step, tree
+from fdl._flat import flatten, unflatten
 from train import config, loop, recipes
+
+pytestmark = pytest.mark.usefixtures("real_loops")
 
 RECIPES = {
     "linreg": config.Linreg(),
@@ -106,10 +108,10 @@ def by_steps(run: Run) -> Any:
 
 def by_bodies(run: Run) -> Any:
     """A Python loop over the compiled body, as where the compiler refuses the loop."""
-    leaves, spec = pytree.tree_flatten((run[1:], {}))
+    leaves, spec = flatten((run[1:], {}))
     traced = _trace.trace(run.epoch, leaves, spec)
     results = _loops.compile_bodies(traced)([*leaves, *traced.constants])
-    return pytree.tree_unflatten(results, traced.spec)
+    return unflatten(results, traced.spec)
 
 
 def in_parts(run: Run) -> Any:
@@ -146,7 +148,7 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
         with mode:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    monkeypatch.setattr(FakeTensorMode, "from_tensor", elsewhere)
+    monkeypatch.setattr(_trace, "_fake_like", elsewhere)
     problem = recipes.build(RECIPES[name], random.key(1))
     state = TrainState.create(problem.model, problem.opt, key=random.key(0))
     rows = data.epoch_indices(random.key(2), 100, 10)
@@ -154,7 +156,7 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
         (loop.run_chunk(problem), (state, torch.tensor(True))),
         (loop.run_evaluation(problem), state),
     ):
-        leaves, spec = pytree.tree_flatten(((first, problem.train, rows), {}))
+        leaves, spec = flatten(((first, problem.train, rows), {}))
         traced = _trace.trace(fn.__wrapped__, leaves, spec)
         assert traced.constants == []
         graphs = [m.graph for m in traced.graph.modules() if isinstance(m, torch.fx.GraphModule)]
