@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, cast
 
@@ -13,11 +14,29 @@ from torch.fx import GraphModule
 
 from fdl._passes import rewrite_for_cpu
 
-__all__ = ["Compiled", "kernels_written", "lower", "missing_compiler"]
+__all__ = ["Compiled", "get_ready", "kernels_written", "lower", "missing_compiler"]
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@cache
+def get_ready() -> Future[None]:
+    """Do in a thread what compiling needs and tracing does not: about two seconds of a cold start.
+
+    That is to hash the files of torch and Triton, which are part of the key of each program in the
+    cache on disk, and to find out by small compilations which instructions the processor has.
+    """
+
+    def work() -> None:
+        from torch._inductor import codecache, config, cpu_vec_isa
+
+        codecache.CacheBase.get_system()
+        with config.patch(_options(on_cpu=True)):
+            cpu_vec_isa.pick_vec_isa()
+
+    return ThreadPoolExecutor(1, "fdl").submit(work)
 
 
 def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
@@ -27,6 +46,7 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
 
+    wait([get_ready()])  # if it failed, then so will compiling, in the same place
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     if on_cpu:
         rewrite_for_cpu(graph)
@@ -39,6 +59,8 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
 
 
 def _options(on_cpu: bool) -> dict[str, Any]:
+    from torch._inductor import config
+
     options: dict[str, Any] = {
         # Inductor copies a shared intermediate result into each of its users until it counts so
         # many operations. Twenty rounds of Threefry share so much that with the default, 30, a
@@ -48,11 +70,17 @@ def _options(on_cpu: bool) -> dict[str, Any]:
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
     }
     if on_cpu:
+        if config.cpp.vec_isa_ok is None:
+            # Any compiler that reads torch's headers knows the instructions that torch itself looks
+            # for; a trial of each with those headers takes two seconds.
+            options["cpp.vec_isa_ok"] = True
         # Convolutions of a few channels are faster in the layout they have than with channels last.
         options["layout_optimization"] = False
     if on_cpu and RELEASE >= (2, 12):
         # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
         options["cpp_wrapper"] = True
+        # Kernels, and the code around them, which needs less care, as two files: half the time.
+        options["cpp_wrapper_build_separate"] = True
     return options
 
 

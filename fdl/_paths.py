@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
+
+from fdl._dynamo import assume_constant_result
 
 Tree = Any
 Where = str | Sequence[str] | Callable[[str, Any], bool]
@@ -117,7 +118,6 @@ def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
     return {path: any(_matches(path, glob) for glob in globs) for path in flat}
 
 
-# Dynamo would trace into fnmatch, and warn of the cache there.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result  # Dynamo would trace into fnmatch, and warn of the cache there
 def _matches(path: str, glob: str) -> bool:
     return fnmatchcase(path, glob)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
+from fdl._dynamo import assume_constant_result
 from fdl._trace import (
     LOOP,
     NEEDS_Y,
@@ -38,7 +39,7 @@ AT_ONCE = 10  # tiny steps written one after the other
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def in_transform() -> bool:
     """Say whether a torch.func transformation is active, also while Dynamo traces one."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -90,4 +90,4 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
         low, inputs = tree.cast(params, policy.compute), tree.cast(x, policy.compute)
         return tree.cast(model.apply(low, inputs, train=train, key=key), policy.output)
 
-    return Model(init, apply)
+    return Model(init, apply, model.draws)

@@ -1,5 +1,7 @@
 """`jit` and `scan`: equal to plain Python on every route, one compilation, clean errors."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -307,3 +309,10 @@ def test_scan_errors(name: str, jitted: bool) -> None:
     run, error, match = SCAN_ERRORS[name]
     with pytest.raises(error, match=match):
         jit(run)() if jitted else run()
+
+
+def test_importing_fdl_does_not_wait_for_the_compiler():
+    """Dynamo and Inductor take two seconds to import, which eager users need not spend."""
+    code = "import sys, fdl; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

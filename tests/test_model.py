@@ -231,3 +231,15 @@ def test_tied_paths_must_exist(same):
 def test_a_layer_name_with_a_dot_raises():
     with pytest.raises(ValueError, match=r"must not hold a dot, got 'a\.b'; nest instead"):
         nn.sequential(**{"a.b": nn.linear(1, 1)})
+
+
+def test_no_key_is_made_for_layers_that_draw_nothing(monkeypatch):
+    """Twenty rounds of Threefry per sequential would cost an eager step of a small net a third."""
+    quiet = nn.sequential(nn.linear(3, 3), nn.sequential(nn.relu, nn.dropout(0.0)))
+    loud = nn.tied(nn.sequential(nn.linear(3, 3), nn.dropout(0.5)), {})
+    params, x = quiet.init(KEY), torch.ones(2, 3)
+    assert (quiet.draws, loud.draws) == (False, True)
+    monkeypatch.setattr("fdl.nn.model.random.fold_in", None)
+    quiet.apply(params, x, train=True, key=KEY)
+    with pytest.raises(TypeError):
+        loud.apply(params, x, train=True, key=KEY)

@@ -177,7 +177,7 @@ def _affine(
         weight = _param(params, "weight", shape, name)
         return f(x, weight, _param(params, "bias", shape[:1], name) if bias_init else None)
 
-    return Model(init, apply)
+    return Model(init, apply, draws=False)
 
 
 def max_pool2d(
@@ -252,7 +252,7 @@ def dropout(rate: float) -> Model:
             )
         return torch.where(random.uniform(key, x.shape) >= rate, x / (1 - rate), 0)
 
-    return Model(lambda key: {}, apply)
+    return Model(lambda key: {}, apply, draws=rate > 0)
 
 
 def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
@@ -282,4 +282,4 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
         weight, bias = (_param(params, p, sizes, name) for p in ("weight", "bias"))
         return F.layer_norm(x, sizes, weight, bias, eps)
 
-    return Model(init, apply)
+    return Model(init, apply, draws=False)

@@ -27,6 +27,7 @@ class Model(NamedTuple):
 
     init: Callable[[Tensor], Tree]  # key -> params
     apply: Callable[..., Tensor]  # (params, x, *, train=False, key=None) -> y
+    draws: bool = True  # may `apply` draw from its key? If not, none is made for it
 
 
 class StatefulModel(NamedTuple):
@@ -83,6 +84,8 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
                 f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"
             )
 
+    draws = any(isinstance(layer, Model) and layer.draws for layer in children.values())
+
     def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
         # At least one, since vmap takes no empty axis.
         numbers = torch.arange(max(1, len(children)), device=key.device)
@@ -103,7 +106,7 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
             raise ValueError(
                 f"sequential: params has entries {unknown}, but the layers are {list(children)}"
             )
-        child_keys = None if key is None else keys(key)
+        child_keys = None if key is None or not draws else keys(key)
         for i, (name, layer) in enumerate(children.items()):
             try:
                 if isinstance(layer, Model):
@@ -116,7 +119,7 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
                 raise
         return x
 
-    return Model(init, apply)
+    return Model(init, apply, draws)
 
 
 def tied(model: Model, same: Mapping[str, str]) -> Model:
@@ -154,7 +157,7 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
             whole = _with(whole, path, _get(whole, source))
         return model.apply(whole, x, train=train, key=key)
 
-    return Model(init, apply)
+    return Model(init, apply, model.draws)
 
 
 def _get(params: Tree, path: str) -> Tree:
