@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, cast
 
@@ -14,29 +13,11 @@ from torch.fx import GraphModule
 
 from fdl._passes import rewrite_for_cpu
 
-__all__ = ["Compiled", "get_ready", "kernels_written", "lower", "missing_compiler"]
+__all__ = ["Compiled", "kernels_written", "lower", "missing_compiler"]
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
-@cache
-def get_ready() -> Future[None]:
-    """Do in a thread what compiling needs and tracing does not: about two seconds of a cold start.
-
-    That is to hash the files of torch and Triton, which are part of the key of each program in the
-    cache on disk, and to find out by small compilations which instructions the processor has.
-    """
-
-    def work() -> None:
-        from torch._inductor import codecache, config, cpu_vec_isa
-
-        codecache.CacheBase.get_system()
-        with config.patch(_options(on_cpu=True)):
-            cpu_vec_isa.pick_vec_isa()
-
-    return ThreadPoolExecutor(1, "fdl").submit(work)
 
 
 def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
@@ -46,7 +27,6 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
 
-    wait([get_ready()])  # if it failed, then so will compiling, in the same place
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     if on_cpu:
         rewrite_for_cpu(graph)

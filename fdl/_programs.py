@@ -61,7 +61,6 @@ def build(
 ) -> Program:
     """Make the program of `fn` for one form of arguments."""
     eager = Program(_eagerly(fn, spec))
-    _inductor.get_ready()
     try:
         traced = trace(fn, leaves, spec)
     except Exception as error:
