@@ -4,6 +4,8 @@ While one works all others wait for a line of input, so that no two compete for 
 """
 
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
@@ -47,7 +49,7 @@ def run(config: Bench) -> int:
     Raises:
         ValueError: an option is wrong.
         OSError: the result cannot be written.
-        KeyboardInterrupt: what was measured until then is written.
+        KeyboardInterrupt, SystemExit: what was measured until then is written.
     """
     if config.render:
         print("\n".join(f"wrote {path}" for path in render.render()))
@@ -66,6 +68,7 @@ def run(config: Bench) -> int:
         rates = find_rates(setting)
         document = record.new_document(device, setting.threads, config.rounds, rates, data)
         record.write(document, out)  # a wrong --out is better known now
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             for workload, task in pairs:
                 entry = record.new_workload(workload, task)
