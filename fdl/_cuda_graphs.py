@@ -82,10 +82,10 @@ class Recorded:
             _copy(results, found)
             return results
 
-    def memory(self) -> int:
-        """Count the bytes that it keeps from one call to the next."""
+    def kept_graphs(self) -> tuple[int, int]:
+        """Count its graphs, and the bytes that are kept from one call to the next."""
         copies = sum(x.untyped_storage().nbytes() for x in self.own.values())
-        return copies + self.graph.memory() if self.graph else 0
+        return (1, copies + self.graph.memory()) if self.graph else (0, 0)
 
     def _record(self, inputs: list[Tensor]) -> _Graph:
         self.addresses = {i: inputs[i].data_ptr() for i in self.kept if inputs[i].nbytes >= LARGE}
@@ -129,9 +129,10 @@ class Chunks:
             parts.append(out[n:])
         return [*carry, *(torch.cat(ys) for ys in zip(*parts, strict=True))]
 
-    def memory(self) -> int:
-        """Count the bytes that its graphs keep."""
-        return sum(recorded.memory() for recorded in self.recorded.values())
+    def kept_graphs(self) -> tuple[int, int]:
+        """Count its graphs, and the bytes that they keep."""
+        counts = [recorded.kept_graphs() for recorded in self.recorded.values()]
+        return sum(graphs for graphs, _ in counts), sum(memory for _, memory in counts)
 
 
 def _capture(run: Callable[[], list[Tensor]]) -> _Graph:

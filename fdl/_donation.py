@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdl._flat import flatten
 
-__all__ = ["donated_indices", "find_homes", "give_away", "is_all_of_its_memory"]
+__all__ = ["donated_indices", "find_homes", "give_away", "own_memory"]
 
 
 class _Donated(Tensor):
@@ -32,37 +32,40 @@ def give_away(leaf: Tensor) -> None:
     leaf.__class__ = _Donated  # type: ignore[assignment]
 
 
-def donated_indices(
-    args: tuple[Any, ...], leaves: Sequence[Tensor], positions: tuple[int, ...]
-) -> list[int]:
-    """Say which leaves are given away; raise if one is needed elsewhere."""
-    if not positions:
-        return []
+def donated_indices(args: tuple[Any, ...], positions: tuple[int, ...]) -> list[int]:
+    """Say which leaves of the arguments are given away."""
     if not all(0 <= i < len(args) for i in positions):
         raise ValueError(
             f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
         )
     sizes = [len(flatten(arg)[0]) for arg in args]
     ends = list(accumulate(sizes))
-    donated = [j for i in positions for j in range(ends[i] - sizes[i], ends[i])]
-    times = Counter(leaf.untyped_storage()._cdata for leaf in leaves)
-    if any(times[leaves[i].untyped_storage()._cdata] > 1 for i in donated):
-        raise ValueError(
-            "jit: a donated tensor is passed twice, or shares memory with another argument; it "
-            "cannot be given away and kept, so clone it"
-        )
-    return donated
+    return [j for i in positions for j in range(ends[i] - sizes[i], ends[i])]
 
 
-def is_all_of_its_memory(leaf: Tensor) -> bool:
-    """Say whether no view, no base and no NumPy array could see a change."""
-    storage = leaf.untyped_storage()
-    alone = 2  # the tensor and the Python object above
-    return (
-        storage.nbytes() == leaf.nbytes
-        and storage.resizable()  # memory of others is not
-        and torch._C._storage_Use_Count(storage._cdata) == alone
-    )
+def own_memory(leaves: list[Tensor], donated: Sequence[int]) -> None:
+    """Replace each donated leaf by a copy where a view, a base or a NumPy array would see a change.
+
+    Raises:
+        ValueError: a donated leaf shares memory with another argument.
+    """
+    storages = [leaf.untyped_storage() for leaf in leaves]
+    if len({storage._cdata for storage in storages}) < len(leaves):
+        times = Counter(storage._cdata for storage in storages)
+        if any(times[storages[i]._cdata] > 1 for i in donated):
+            raise ValueError(
+                "jit: a donated tensor is passed twice, or shares memory with another argument; it "
+                "cannot be given away and kept, so clone it"
+            )
+    alone = 2  # the tensor and the Python object in `storages`
+    for i in donated:
+        storage = storages[i]
+        if not (
+            storage.nbytes() == leaves[i].nbytes
+            and storage.resizable()  # memory of others is not
+            and torch._C._storage_Use_Count(storage._cdata) == alone
+        ):
+            leaves[i] = leaves[i].clone()
 
 
 def find_homes(

@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
     run: Callable[[list[Tensor]], Tree]
     constants: Sequence[Tensor] = ()  # what the function closes over
-    memory: Callable[[], int] = lambda: 0  # bytes that CUDA graphs keep
+    kept_graphs: Callable[[], tuple[int, int]] = lambda: (0, 0)  # CUDA graphs, and their bytes
 
 
 def build(
@@ -150,12 +150,12 @@ def _for_cuda(
         traced = again()
         program = _loops.uncompiled(traced, loop)
     if elsewhere or steps > longest:
-        return Program(partial(_run, program, traced), traced.constants, chunks.memory)
+        return Program(partial(_run, program, traced), traced.constants, chunks.kept_graphs)
     donated = set(homes.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
     recorded = _cuda_graphs.Recorded(program, kept, gpu, route.fall_back)
     run = partial(_run_recorded, recorded, traced, homes)
-    return Program(run, traced.constants, recorded.memory)
+    return Program(run, traced.constants, recorded.kept_graphs)
 
 
 def _on_gpu(leaf: Tensor) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fdl._autograd import differentiable, pullback
-from fdl._donation import donated_indices, give_away, is_all_of_its_memory
+from fdl._donation import donated_indices, give_away, own_memory
 from fdl._flat import flatten, paths
 from fdl._inductor import kernels_written
 from fdl._programs import Program, Route, build
@@ -49,7 +49,8 @@ class Report(NamedTuple):
     route: str  # how it runs: "one program", "CUDA graph", …
     seconds: float  # it took to trace and compile, the first run included
     kernels: int  # that the compiler wrote; those of a loop's body count once
-    memory: int  # bytes that a CUDA graph keeps for its arguments, results and in between
+    graphs: int  # CUDA graphs: one, but for loops that are too long, and where there is no GPU
+    memory: int  # bytes that they keep for its arguments, results and in between
     fallbacks: tuple[str, ...]  # why it runs no faster way
 
 
@@ -128,6 +129,7 @@ def jit(
     made: dict[_Key, _Made] = {}
     records: list[_Made] = []
     backwards: dict[Any, Any] = {}
+    donated_in: dict[Hashable, list[int]] = {}  # which leaves, by structure
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -138,11 +140,13 @@ def jit(
         check_tensors(leaves, (args, kwargs), "jit: every leaf of an argument")
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return with_backward(leaves, spec)
-        donated = donated_indices(args, leaves, positions)
+        if not positions:
+            return run(leaves, spec, (), torch.is_grad_enabled())
+        if spec not in donated_in:
+            donated_in[spec] = donated_indices(args, positions)
+        donated = donated_in[spec]
         given = [leaves[i] for i in donated]
-        for i in donated:
-            if not is_all_of_its_memory(leaves[i]):
-                leaves[i] = leaves[i].clone()  # only the copy may be written to
+        own_memory(leaves, donated)
         result = run(leaves, spec, donated, torch.is_grad_enabled())
         for leaf in given:
             give_away(leaf)
@@ -207,7 +211,7 @@ class _Made(NamedTuple):
             self.route.name,
             self.seconds,
             self.kernels,
-            self.program.memory(),
+            *self.program.kept_graphs(),
             tuple(self.route.fallbacks),
         )
 

@@ -89,7 +89,7 @@ def test_an_epoch_is_one_graph(gpu: StandIn) -> None:
         assert not tree.diff(at_once, got)  # no later replay wrote over it
     assert (gpu.recorded, gpu.replayed) == (1, 4)
     report = only_report(jitted)
-    assert report.route == "CUDA graph" and report.fallbacks == ()
+    assert (report.route, report.graphs, report.fallbacks) == ("CUDA graph", 1, ())
     # The arguments and the results, at the least.
     assert report.memory >= xs.nbytes + 2 * sum(leaf.nbytes for leaf in tree.leaves(state))
 
@@ -259,7 +259,8 @@ def test_a_long_loop_is_recorded_in_chunks(
         close((state, metrics), (expected, wanted))
     assert gpu.recorded == graphs and gpu.replayed == 4 * -(-steps // 4)
     report = only_report(jitted)
-    assert report.route == "CUDA graphs of loops" and "too long" in report.fallbacks[0]
+    assert report.route == "CUDA graphs of loops" and report.graphs == graphs
+    assert "too long" in report.fallbacks[0]
     assert report.memory > xs[:4].nbytes
 
 
@@ -363,7 +364,8 @@ def test_what_cannot_be_recorded_is_run_as_it_is(
         close((state, metrics), (expected, wanted))
         state, metrics = jitted(state, xs)
     report = only_report(jitted)
-    assert len(report.fallbacks) == 1 and report.memory == 0 and gpu.recorded == 0
+    assert len(report.fallbacks) == 1 and gpu.recorded == 0
+    assert (report.graphs, report.memory) == (0, 0)
 
 
 def test_a_chunk_that_cannot_be_recorded_is_run_as_it_is(
