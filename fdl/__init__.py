@@ -1,7 +1,7 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
 from fdl import data, losses, metrics, nn, optim, random, tree
-from fdl.checkpoint import load, save
+from fdl.checkpoint import inspect, load, save
 from fdl.compile import disable_jit, jit, scan
 from fdl.precision import Policy, with_policy
 from fdl.training import TrainState, eval_step, supervised, train_step
@@ -14,6 +14,7 @@ __all__ = [
     "data",
     "disable_jit",
     "eval_step",
+    "inspect",
     "jit",
     "load",
     "losses",
