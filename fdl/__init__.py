@@ -2,6 +2,7 @@
 
 from fdl import data, losses, metrics, nn, optim, random, tree
 from fdl.checkpoint import inspect, load, save
+from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
 from fdl.precision import Policy, with_policy
 from fdl.training import TrainState, eval_step, supervised, train_step
@@ -9,6 +10,7 @@ from fdl.training import TrainState, eval_step, supervised, train_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointer",
     "Policy",
     "TrainState",
     "data",

@@ -378,4 +378,4 @@ def _on_host(state: Tree) -> Tree:
 def _versions() -> dict[str, str]:
     from fdl import __version__  # not yet there while fdl is being imported
 
-    return {"fdl": __version__, "torch": torch.__version__}
+    return {"fdl": __version__, "torch": str(torch.__version__)}

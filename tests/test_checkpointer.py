@@ -153,7 +153,7 @@ def test_where_all_are_damaged_nothing_begins_anew(folder):
         damage(checkpoint.path)
     with (
         pytest.warns(RuntimeWarning, match="damaged"),
-        pytest.raises(ValueError, match="none of the 2 checkpoints in .* is intact; move them"),
+        pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is intact; move them"),
     ):
         restore(folder)
 

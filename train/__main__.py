@@ -126,9 +126,7 @@ def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
     if changes := saved.differences(past.environment, here):
         print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
         resumed = [*resumed, {"step": int(state.step), "environment": here}]
-    report.write_config(
-        folder, run.name, config, past.data, past.plan, past.environment, resumed
-    )
+    report.write_config(folder, run.name, config, past.data, past.plan, past.environment, resumed)
     print(f"continues after step {int(state.step)}")
     return run._replace(state=state, progress=progress, records=records)
 

@@ -67,7 +67,9 @@ class Epoch(NamedTuple):
     @property
     def next(self) -> Progress:
         """Where to continue."""
-        return START._replace(epoch=self.progress.epoch + 1) if self.end == "done" else self.progress
+        return (
+            START._replace(epoch=self.progress.epoch + 1) if self.end == "done" else self.progress
+        )
 
 
 class Plan(NamedTuple):

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -72,8 +72,14 @@ def write_config(
         "environment": here,
         "resumed": list(resumed),
     }
-    text = json.dumps(record, indent=2) + "\n"
-    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
+    _write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_whole(path, write)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -125,8 +131,7 @@ def cut_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
             f"{path} must have a line for each of the {epochs} epochs in the checkpoint, "
             f"it has {len(records)}; put it back as the run left it"
         )
-    kept = "".join(line + "\n" for line in lines[:epochs])
-    write_whole(path, lambda file: file.write(kept.encode()))
+    _write_text(path, "".join(line + "\n" for line in lines[:epochs]))
     return records
 
 

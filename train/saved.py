@@ -52,7 +52,7 @@ def read_run(folder: Path) -> Saved:
         raise ValueError(f"{folder} holds no run: there is no {path}")
     try:
         record = json.loads(path.read_text())
-        options = {
+        options: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in record["options"].items()
         }
