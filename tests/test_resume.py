@@ -19,7 +19,7 @@ from train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
-# Of 10 to 24 steps an epoch and 60 chunks in all: ended within epochs and between them.
+# Of 10 to 30 steps an epoch and 60 chunks in all: ended within epochs and between them.
 RECIPES = {
     "linreg": ["--epochs", 12, "--examples", 95, "--momentum", 0.9],
     "linreg-decay": ["--epochs", 10, "--examples", 520],
@@ -27,7 +27,7 @@ RECIPES = {
     "softmax": ["--epochs", 5, "--data", "sample"],
     "mlp": ["--epochs", 5, "--data", "sample", "--momentum", 0.5],
     "dropout": ["--epochs", 5, "--data", "sample"],
-    "lenet": ["--epochs", 10, "--data", "sample", "--batch-size", 500],
+    "lenet": ["--epochs", 5, "--data", "sample", "--batch-size", 200],
 }
 
 
