@@ -93,7 +93,8 @@ def read_image(path: Path) -> tuple[Tensor, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _gray(Image.open(path, formats=["PNG"]))
+            with Image.open(path, formats=["PNG"]) as opened:
+                image = _gray(opened)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
