@@ -131,7 +131,8 @@ def _header(
 def _content(tensor: Tensor) -> memoryview:
     """Give the bytes of a tensor, in order."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: of one element or none, any stride is called contiguous, but not viewed as bytes.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def read_header(descriptor: int, where: str) -> Header:
