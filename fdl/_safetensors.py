@@ -245,7 +245,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
     >>> parse_json('{"a": 1, "a": 2}', "here")
     Traceback (most recent call last):
-    ValueError: here: 'a' occurs twice
+    ValueError: here: not proper JSON: 'a' occurs twice
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -253,14 +253,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         if len(made) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{where}: {twice!r} occurs twice")
+            raise ValueError(f"{twice!r} occurs twice")
         return made
 
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         return json.loads(decoded, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+    except ValueError as error:  # of the text, its encoding, or a number of 5,000 digits
+        raise ValueError(f"{where}: not proper JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deep") from error
 
