@@ -95,9 +95,10 @@ def _check_pickle(content: Any) -> None:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in _BEYOND:
             raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
-        if opcode.name in _NAMING and not _ALLOWED.fullmatch(argument):
+        name = str(argument)
+        if opcode.name in _NAMING and not _ALLOWED.fullmatch(name):
             raise ValueError(
-                f"its pickle names {argument.replace(' ', '.')!r}, "
+                f"its pickle names {name.replace(' ', '.')[:200]!r}, "
                 "where only tensors in dicts, lists and tuples are read"
             )
 
@@ -176,7 +177,7 @@ def _flat(node: Tree, memo: dict[int, Tensor]) -> Any:
     if not isinstance(node, Tensor):
         return type(node)(_flat(child, memo) for child in node)
     if id(node) not in memo:
-        leaf = node.detach().cpu()
+        leaf = node.detach().cpu().resolve_conj().resolve_neg()
         # torch.save would write all of the memory that a view belongs to.
         whole = leaf.untyped_storage().nbytes() == leaf.nbytes
         memo[id(node)] = leaf if whole else leaf.clone()

@@ -53,7 +53,10 @@ def save(
     """
     structure, tensors = describe(tree, "save")
     _check_storable(tensors)
-    _check_json({} if metadata is None else metadata, "metadata", 0)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
+    extra = dict(metadata or {})
+    _check_json(extra, "metadata", 0)
     first: dict[Any, str] = {}
     names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
     meta = {
@@ -61,7 +64,7 @@ def save(
         "fdl": FORMAT,
         "fdl.tree": _json(structure),
         "fdl.ties": _json({at: name for at, name in names.items() if at != name}),
-        "fdl.metadata": _json(dict(metadata or {})),
+        "fdl.metadata": _json(extra),
     }
     stored = {name: tensors[name] for name in first.values()}
     write_whole(path, lambda file: write_tensors(file, stored, meta))
@@ -93,7 +96,7 @@ def _check_storable(tensors: Mapping[str, Tensor]) -> None:
 def _check_json(value: Any, path: str, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise ValueError(f"save: {path}: more than {MAX_DEPTH} containers in each other")
-    if isinstance(value, Mapping if depth == 0 else dict):
+    if isinstance(value, dict):
         for name, child in value.items():
             if not isinstance(name, str):
                 raise TypeError(f"save: {path}: a key must be a str, got {name!r}")

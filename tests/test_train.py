@@ -260,3 +260,25 @@ def test_ctrl_c_ends_cleanly_with_what_is_done_saved(tmp_path):
     params = fdl.load(tmp_path / "it" / "params.safetensors")
     assert params["weight"].shape == (1, 2)
     assert (tmp_path / "it" / "curves.png").exists()
+
+
+def test_inspect_prints_a_saved_tree(run, tmp_path):
+    params = {"fc": {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "rate": 0.5}
+    fdl.save(tmp_path / "it.safetensors", params, metadata={"epoch": 3})
+    code, out, err = run("inspect", "it.safetensors")
+    assert code == 0 and not err
+    assert out == (
+        "path       shape   dtype    bytes\n"
+        "fc.weight  [2, 3]  float32     24\n"
+        "fc.bias    [2]     float32      8\n"
+        "rate       0.5     float\n"
+        "total                          32\n"
+        'metadata {\n  "epoch": 3\n}\n'
+    )
+
+
+def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
+    (tmp_path / "it").write_bytes(b"x" * 99)
+    assert run("inspect", "absent") == (2, "", "error: inspect: no such file: absent\n")
+    code, out, err = run("inspect", "it")
+    assert code == 2 and not out and err.startswith("error: inspect: cannot read it: no safetens")

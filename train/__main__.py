@@ -1,5 +1,6 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "lenet": configs.LeNet,
     "data": configs.Data,
     "bench": configs.Bench,
+    "inspect": configs.Inspect,
 }
 
 
@@ -56,6 +58,8 @@ def main() -> int:
                 return show_data(config)
             if isinstance(config, configs.Bench):
                 return measure.run(config)
+            if isinstance(config, configs.Inspect):
+                return show_file(config)
             prepared = prepare(name, config)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -175,6 +179,15 @@ def show_data(config: configs.Data) -> int:
         f"one pass, shuffled, in {len(order.index)} batches of {config.batch_size}: "
         f"{seconds:.3f} s, {n / seconds:,.0f} images/s"
     )
+    return 0
+
+
+def show_file(config: configs.Inspect) -> int:
+    """Print the table of a saved tree, and what was saved beside it."""
+    contents = fdl.inspect(config.file)
+    print(contents)
+    if contents.metadata:
+        print("metadata", json.dumps(contents.metadata, indent=2))
     return 0
 
 

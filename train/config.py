@@ -5,11 +5,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import tyro
+
 __all__ = [
     "Bench",
     "Data",
     "Dropout",
     "Images",
+    "Inspect",
     "LeNet",
     "Linreg",
     "LinregDecay",
@@ -188,11 +191,19 @@ class Bench:
     """Measure nothing: remake the tables of the README and the charts from docs/bench/*.json."""
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a saved file holds, path, shape, dtype and bytes, without loading it."""
+
+    file: tyro.conf.Positional[Path]
+    """A .safetensors file, of fdl or of another writer."""
+
+
 AT_LEAST_ONE = ("epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds")
 
 
-def check(config: Recipe | Data | Bench) -> None:
+def check(config: Recipe | Data | Bench | Inspect) -> None:
     """Raise ValueError for the first option out of its range, as the command line names it.
 
     >>> check(Linreg(lr=float("nan")))
