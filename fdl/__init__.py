@@ -1,7 +1,7 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
 from fdl import data, losses, metrics, nn, optim, random, tree
-from fdl.checkpoint import inspect, load, save
+from fdl.checkpoint import inspect, load, load_torch, save, save_torch
 from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
 from fdl.precision import Policy, with_policy
@@ -19,12 +19,14 @@ __all__ = [
     "inspect",
     "jit",
     "load",
+    "load_torch",
     "losses",
     "metrics",
     "nn",
     "optim",
     "random",
     "save",
+    "save_torch",
     "scan",
     "supervised",
     "train_step",

@@ -131,7 +131,8 @@ def _header(
 def _content(tensor: Tensor) -> memoryview:
     """Give the bytes of a tensor, in order."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: of one element or none, any stride is called contiguous, but not viewed as bytes.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def read_header(descriptor: int, where: str) -> Header:
@@ -244,7 +245,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
     >>> parse_json('{"a": 1, "a": 2}', "here")
     Traceback (most recent call last):
-    ValueError: here: 'a' occurs twice
+    ValueError: here: not proper JSON: 'a' occurs twice
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -252,14 +253,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         if len(made) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{where}: {twice!r} occurs twice")
+            raise ValueError(f"{twice!r} occurs twice")
         return made
 
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         return json.loads(decoded, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+    except ValueError as error:  # of the text, its encoding, or a number of 5,000 digits
+        raise ValueError(f"{where}: not proper JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deep") from error
 

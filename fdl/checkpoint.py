@@ -8,21 +8,21 @@ is one of each tensor; whatever is read is verified, and lies in memory of its o
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdl._contents import Contents, inspect
 from fdl._durable import write_whole
 from fdl._fit import differences, places, without_containers
 from fdl._opened import opened_file
 from fdl._safetensors import FORMAT, NAMES, write_tensors
-from fdl._structure import MAX_DEPTH, describe, leaf_value, opened, walk
+from fdl._structure import MAX_DEPTH, describe, leaf_value, walk
+from fdl._torch_files import load_torch, save_torch
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
-__all__ = ["Contents", "inspect", "load", "save"]
+__all__ = ["Contents", "inspect", "load", "load_torch", "save", "save_torch"]
 
 
 def save(
@@ -53,7 +53,10 @@ def save(
     """
     structure, tensors = describe(tree, "save")
     _check_storable(tensors)
-    _check_json({} if metadata is None else metadata, "metadata", 0)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
+    extra = dict(metadata or {})
+    _check_json(extra, "metadata", 0)
     first: dict[Any, str] = {}
     names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
     meta = {
@@ -61,7 +64,7 @@ def save(
         "fdl": FORMAT,
         "fdl.tree": _json(structure),
         "fdl.ties": _json({at: name for at, name in names.items() if at != name}),
-        "fdl.metadata": _json(dict(metadata or {})),
+        "fdl.metadata": _json(extra),
     }
     stored = {name: tensors[name] for name in first.values()}
     write_whole(path, lambda file: write_tensors(file, stored, meta))
@@ -93,7 +96,7 @@ def _check_storable(tensors: Mapping[str, Tensor]) -> None:
 def _check_json(value: Any, path: str, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise ValueError(f"save: {path}: more than {MAX_DEPTH} containers in each other")
-    if isinstance(value, Mapping if depth == 0 else dict):
+    if isinstance(value, dict):
         for name, child in value.items():
             if not isinstance(name, str):
                 raise TypeError(f"save: {path}: a key must be a str, got {name!r}")
@@ -179,66 +182,3 @@ def load(
 
 def _device(leaf: Tensor) -> torch.device | None:
     return None if leaf.device.type == "meta" else leaf.device
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file holds, of which the header alone has been read; `print` shows a table.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/it.safetensors", {"fc": {"weight": torch.ones(2, 3)}, "step": 5})
-    ...     contents = inspect(f"{folder}/it.safetensors")
-    ...     contents.read("fc")
-    {'weight': tensor([[1., 1., 1.],
-            [1., 1., 1.]])}
-    >>> contents.leaves["fc.weight"].shape
-    torch.Size([2, 3])
-    """
-
-    path: Path
-    leaves: dict[str, Any]  # by dotted path; tensors on the device `meta`
-    metadata: dict[str, Any]  # what was given to `save`, or all there is of another writer's
-    ties: dict[str, str] = field(repr=False)  # path -> path under which that tensor is stored
-
-    def read(self, at: str) -> Tree:
-        """Read the leaf or subtree at a dotted path, and nothing else of the file.
-
-        Raises:
-            KeyError: nothing is there.
-            ValueError: the file is damaged.
-        """
-        with opened_file(self.path, "inspect") as file:
-            for path, node in walk(file.structure):
-                if path == at:
-                    return file.subtree(node, at, None)
-        raise KeyError(f"inspect: nothing at {at!r} in {self.path}; there are {list(self.leaves)}")
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-def inspect(path: str | os.PathLike[str]) -> Contents:
-    """Say what a file holds, reading its header alone.
-
-    Args:
-        path: a file of `save`, or of another safetensors writer.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the header is damaged.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/w.safetensors", {"w": torch.ones(3)}, metadata={"epoch": 5})
-    ...     inspect(f"{folder}/w.safetensors").metadata
-    {'epoch': 5}
-    """
-    with opened_file(path, "inspect") as file:
-        tensors = file.tensors()
-        leaves = {
-            at: tensors[at] if at in tensors else leaf_value(node)
-            for at, node in walk(file.structure)
-            if opened(node, at) is None
-        }
-        return Contents(Path(path), leaves, file.metadata, file.ties)

@@ -227,3 +227,25 @@ def test_evaluation_drops_nothing_at_random():
     batch = data.gather(problem.test, whole_set(problem.test))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
     assert first == second != problem.loss(state.params, batch, random.key(0))[0]
+
+
+def test_inspect_prints_a_saved_tree(run, tmp_path):
+    params = {"fc": {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "rate": 0.5}
+    fdl.save(tmp_path / "it.safetensors", params, metadata={"epoch": 3})
+    code, out, err = run("inspect", "it.safetensors")
+    assert code == 0 and not err
+    assert out == (
+        "path       shape   dtype    bytes\n"
+        "fc.weight  [2, 3]  float32     24\n"
+        "fc.bias    [2]     float32      8\n"
+        "rate       0.5     float\n"
+        "total                          32\n"
+        'metadata {\n  "epoch": 3\n}\n'
+    )
+
+
+def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
+    (tmp_path / "it").write_bytes(b"x" * 99)
+    assert run("inspect", "absent") == (2, "", "error: inspect: no such file: absent\n")
+    code, out, err = run("inspect", "it")
+    assert code == 2 and not out and err.startswith("error: inspect: cannot read it: no safetens")

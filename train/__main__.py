@@ -1,5 +1,6 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "predict": configs.Predict,
     "data": configs.Data,
     "bench": configs.Bench,
+    "inspect": configs.Inspect,
 }
 
 
@@ -67,6 +69,8 @@ def main() -> int:
             match config:
                 case configs.Data():
                     return show_data(config)
+                case configs.Inspect():
+                    return show_file(config)
                 case configs.Bench():
                     return measure.run(config)
                 case configs.Eval():
@@ -262,6 +266,15 @@ def show_data(config: configs.Data) -> int:
         f"one pass, shuffled, in {len(order.index)} batches of {config.batch_size}: "
         f"{seconds:.3f} s, {n / seconds:,.0f} images/s"
     )
+    return 0
+
+
+def show_file(config: configs.Inspect) -> int:
+    """Print the table of a saved tree, and what was saved beside it."""
+    contents = fdl.inspect(config.file)
+    print(contents)
+    if contents.metadata:
+        print("metadata", json.dumps(contents.metadata, indent=2))
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from tyro.conf import Positional
+import tyro
 
 __all__ = [
     "RECIPES",
@@ -14,6 +14,7 @@ __all__ = [
     "Dropout",
     "Eval",
     "Images",
+    "Inspect",
     "LeNet",
     "Linreg",
     "LinregDecay",
@@ -150,7 +151,7 @@ RECIPES: dict[str, type[Recipe]] = {
 class Eval:
     """Evaluate what a run has saved."""
 
-    run: Positional[Path]
+    run: tyro.conf.Positional[Path]
     """Its folder."""
     device: str = "auto"
     """auto (CUDA if present), cpu, cuda, cuda:1 …"""
@@ -162,9 +163,9 @@ class Eval:
 class Predict:
     """Say what is on images, by what a run has saved."""
 
-    run: Positional[Path]
+    run: tyro.conf.Positional[Path]
     """Its folder."""
-    images: Positional[tuple[Path, ...]]
+    images: tyro.conf.Positional[tuple[Path, ...]]
     """PNG files, light on black as in Fashion-MNIST; colours become grey, other sizes 28 × 28."""
 
 
@@ -231,11 +232,19 @@ class Bench:
     """Measure nothing: remake the tables of the README and the charts from docs/bench/*.json."""
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a saved file holds, path, shape, dtype and bytes, without loading it."""
+
+    file: tyro.conf.Positional[Path]
+    """A .safetensors file, of fdl or of another writer."""
+
+
 AT_LEAST_ONE = ("epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
-def check(config: Recipe | Data | Bench | Eval | Predict) -> None:
+def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
     """Raise ValueError for the first option out of its range, as the command line names it.
 
     >>> check(Linreg(lr=float("nan")))
