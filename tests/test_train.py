@@ -1,5 +1,7 @@
 """The command line: what it prints, leaves behind, and says of bad options."""
 
+import doctest
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -227,6 +229,12 @@ def test_evaluation_drops_nothing_at_random():
     batch = data.gather(problem.test, whole_set(problem.test))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
     assert first == second != problem.loss(state.params, batch, random.key(0))[0]
+
+
+@pytest.mark.parametrize("name", ["config", "loop", "recipes", "report", "saved", "using"])
+def test_examples_in_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(f"train.{name}"))
+    assert found.attempted and not found.failed
 
 
 def test_inspect_prints_a_saved_tree(run, tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -160,7 +161,7 @@ def train(run: Run) -> int:
                 bar.total, bar.n = steps, progress.done
                 bar.set_description(f"epoch {progress.epoch}/{config.epochs}", refresh=False)
                 bar.set_postfix_str("stopping" if stopped() else f"loss {loss:.4f}")
-                if checkpointer.due():
+                if checkpointer.due() and not stopped():  # which saves anyway
                     save(state, progress, {})
 
             for epoch in loop.epochs(
@@ -279,4 +280,5 @@ def show_file(config: configs.Inspect) -> int:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     sys.exit(main())
