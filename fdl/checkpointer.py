@@ -148,15 +148,16 @@ class Checkpointer:
         if self._lock.released:
             raise ValueError(f"Checkpointer: {self.folder} is closed; make a new one")
         self.wait()
+        copy = _on_host(state)
         self._saved = time.monotonic()
         metadata = {
-            "step": int(state.step.max()),  # of a population they are one
+            "step": int(copy.step.max()),  # of a population they are one
             # As text, which has NaN and infinities, unlike JSON.
             "metrics": {name: str(float(value)) for name, value in (metrics or {}).items()},
             "config": dict(config or {}),
             "versions": _versions(),
         }
-        self._pending = self._pool.submit(self._write, _on_host(state), metadata)
+        self._pending = self._pool.submit(self._write, copy, metadata)
 
     def _write(self, state: TrainState, metadata: dict[str, Any]) -> None:
         serial = max((_serial(path) for path in _files(self.folder)), default=0) + 1

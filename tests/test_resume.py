@@ -278,7 +278,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(run, end_after, monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer, "save", full)
         code, _, err = run("linreg", "--resume", "it", "--save-every", 0)
-    assert code == 74 and "No space left on device" in err
+    assert code == 74 and "cannot write to it: [Errno 28] No space left on device" in err
+    assert "python -m train linreg --resume it" in err
     assert checkpointer.checkpoints("it/checkpoints") == before
     assert run("linreg", "--resume", "it")[0] == 0
 

@@ -82,10 +82,16 @@ def main() -> int:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return train(run)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return os.EX_IOERR
+        try:
+            return train(run)
+        except OSError as error:
+            print(
+                f"error: cannot write to {run.folder}: {error}\n"
+                "what was saved before is intact; to continue, once there is room:\n"
+                f"    python -m train {name} --resume {run.folder}",
+                file=sys.stderr,
+            )
+            return os.EX_IOERR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

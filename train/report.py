@@ -37,7 +37,7 @@ def open_run(out: Path | None, recipe: str) -> Path:
         OSError: the folder cannot be made.
     """
     folder = out or Path("runs") / recipe / datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or any(folder.glob("checkpoints/*.safetensors")):
         raise ValueError(f"--out {folder} holds a run already; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
