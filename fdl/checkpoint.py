@@ -1,100 +1,184 @@
-"""Parameter trees on disk: one safetensors file, no pickle, never half-written."""
+"""Trees on disk: one safetensors file, no pickle, never half-written, safe to open.
 
+A file keeps the whole tree: its structure, its tensors to the bit, the numbers and texts in it,
+and which of its tensors are one and the same. It begins with a SHA-256 of its header, where there
+is one of each tensor; whatever is read is verified, and lies in memory of its own.
+"""
+
+import json
 import os
-import secrets
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fdl import tree
-from fdl.tree import Tree
+from fdl._contents import Contents, inspect
+from fdl._durable import write_whole
+from fdl._fit import differences, places, without_containers
+from fdl._opened import opened_file
+from fdl._safetensors import FORMAT, NAMES, write_tensors
+from fdl._structure import MAX_DEPTH, describe, leaf_value, walk
+from fdl._torch_files import load_torch, save_torch
+from fdl.tree import Tree, flatten_dict, unflatten_dict
 
-__all__ = ["load", "save"]
-
-FORMAT = "1"
+__all__ = ["Contents", "inspect", "load", "load_torch", "save", "save_torch"]
 
 
-def save(path: str | os.PathLike[str], params: Tree) -> None:
-    """Write nested dicts of tensors, dotted paths as names, for any safetensors reader.
+def save(
+    path: str | os.PathLike[str], tree: Tree, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a tree to one safetensors file, which appears whole or not at all.
 
-    The file appears whole or not at all: a temporary file is written, flushed and renamed. A dict
-    without tensors leaves no trace in it.
+    Any safetensors reader finds the tensors under their dotted paths. Leaves that are one tensor,
+    or the same view of one memory, are stored once, under the first path, and are one tensor again
+    after `load`. Devices, strides and `requires_grad` are not kept.
 
     Args:
         path: the file; an old one is replaced.
-        params: nested dicts of tensors.
+        tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str.
+        metadata: what else to keep, for `inspect` to give back: anything that JSON can say.
 
     Raises:
-        TypeError: a container other than a dict, or a leaf that is not a tensor.
+        TypeError: something else in the tree or in the metadata, or tensors of a kind that the
+            format does not know (each is listed with its path).
+        ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
         OSError: the folder cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/w.safetensors", {"fc": {"weight": torch.ones(2)}})
-    ...     load(f"{folder}/w.safetensors")
-    {'fc': {'weight': tensor([1., 1.])}}
+    ...     save(f"{folder}/it.safetensors", {"fc": [torch.ones(2), None], "rate": 0.1})
+    ...     load(f"{folder}/it.safetensors")
+    {'fc': [tensor([1., 1.]), None], 'rate': 0.1}
     """
-    _check_dicts(params, "")
-    # Contiguous copies: two leaves may share memory, and the format stores bytes in order.
-    flat = {
-        name: leaf.detach().cpu().clone().contiguous()
-        for name, leaf in tree.flatten_dict(params).items()
+    structure, tensors = describe(tree, "save")
+    _check_storable(tensors)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
+    extra = dict(metadata or {})
+    _check_json(extra, "metadata", 0)
+    first: dict[Any, str] = {}
+    names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
+    meta = {
+        "format": "pt",
+        "fdl": FORMAT,
+        "fdl.tree": _json(structure),
+        "fdl.ties": _json({at: name for at, name in names.items() if at != name}),
+        "fdl.metadata": _json(extra),
     }
-    content = to_bytes(flat, metadata={"format": "pt", "fdl": FORMAT})
-    target = Path(path)
-    # Opened like any file, so that it gets the usual permissions (those of tempfile are private).
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name survives a power cut as well
-    finally:
-        os.close(folder)
+    stored = {name: tensors[name] for name in first.values()}
+    write_whole(path, lambda file: write_tensors(file, stored, meta))
 
 
-def _check_dicts(node: Tree, path: str) -> None:
-    if isinstance(node, dict):
-        for name, child in node.items():
-            _check_dicts(child, f"{path}.{name}" if path else name)
-    elif not isinstance(node, Tensor):
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _check_storable(tensors: Mapping[str, Tensor]) -> None:
+    lines = []
+    for path, leaf in tensors.items():
+        if type(leaf) not in (Tensor, torch.nn.Parameter):
+            lines.append(f"{path}: a {type(leaf).__name__}; make it a plain tensor")
+        elif leaf.layout != torch.strided:
+            lines.append(f"{path}: layout {leaf.layout}; make it dense")
+        elif leaf.dtype not in NAMES:
+            lines.append(f"{path}: {leaf.dtype}, which the format lacks; use view_as_real or cast")
+        elif leaf.device.type == "meta":
+            lines.append(f"{path}: on the device meta, where there are no values")
+        elif leaf.dtype == torch.float4_e2m1fn_x2 and leaf.ndim == 0:
+            lines.append(f"{path}: a pair of numbers without an axis; give it one")
+        elif path == "__metadata__":
+            lines.append(f"{path}: the format has another use for this name")
+    if lines:
+        raise TypeError("save: these tensors cannot be stored:\n  " + "\n  ".join(lines))
+
+
+def _check_json(value: Any, path: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"save: {path}: more than {MAX_DEPTH} containers in each other")
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"save: {path}: a key must be a str, got {name!r}")
+            _check_json(child, f"{path}[{name!r}]", depth + 1)
+    elif type(value) is list:
+        for i, child in enumerate(value):
+            _check_json(child, f"{path}[{i}]", depth + 1)
+    elif value is not None and type(value) not in (bool, int, float, str):
         raise TypeError(
-            f"save: expected nested dicts of tensors, got {type(node).__name__} at {path!r}"
+            f"save: {path}: expected a dict, list, str, int, float, bool or None, "
+            f"got {type(value).__name__}"
         )
 
 
-def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Tree:
-    """Read nested dicts of tensors that `save`, or another safetensors writer, wrote.
+def _identity(leaf: Tensor) -> Any:
+    """Equal for leaves that are the same view of the same memory."""
+    if leaf.numel() == 0:
+        return id(leaf)
+    # A lazy conjugate or negative is the same memory, read differently.
+    form = (leaf.dtype, leaf.shape, leaf.stride(), leaf.device, leaf.is_conj(), leaf.is_neg())
+    return leaf.data_ptr(), *form
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: Tree = None,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+) -> Tree:
+    """Read a tree that `save`, or another safetensors writer, wrote.
+
+    Without `like` the file alone says what the tree is; one of another writer gives nested dicts.
+    Every byte is verified by its SHA-256. The tensors are new ones: changing them does not change
+    the file, nor the other way round.
 
     Args:
         path: the file.
-        device: where the tensors go.
+        like: a tree of the structure, shapes and dtypes to expect; tensors on the device `meta`
+            will do. Python leaves only give their type. A NamedTuple fits by its fields.
+        device: where the tensors go: if not given, to the devices of those of `like`, or the CPU.
+        strict: whether what does not fit `like` is an error; if not, its leaves are kept in such
+            places, and the result is `(tree, list of what did not fit)`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or written by a later version of the format.
+        ValueError: the file is damaged, or of a later format, or does not fit `like` (every
+            difference is listed by its path), or has a NamedTuple of which fdl does not know.
 
     >>> load("absent.safetensors")
     Traceback (most recent call last):
     FileNotFoundError: load: no such file: absent.safetensors
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"load: no such file: {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = (file.metadata() or {}).get("fdl", FORMAT)
-            if found != FORMAT:
-                raise ValueError(f"load: {path} has format {found}, this fdl reads {FORMAT}")
-            return tree.unflatten_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"load: cannot read {path}: {error}") from error
+    if like is None and not strict:
+        raise ValueError("load: strict=False keeps leaves of `like`, which is missing; pass like=")
+    with opened_file(path, "load") as file:
+        if like is None:
+            return file.subtree(file.structure, "", device)
+        structure, expected = describe(like, "load: like")
+        present = file.tensors()
+        wanted, got = places(structure, expected), places(file.structure, present)
+        if not file.told:
+            wanted, got = without_containers(wanted), without_containers(got)
+        lines = differences(wanted, got)
+        if lines and strict:
+            raise ValueError(
+                f"load: {os.fspath(path)} does not fit `like` "
+                "(strict=False would load what does):\n  " + "\n  ".join(lines)
+            )
+        leaves = flatten_dict(like)
+        fitting = {at: leaf for at, leaf in leaves.items() if wanted[at] == got.get(at)}
+        new: dict[str, Any] = {
+            at: leaf_value(node)
+            for at, node in walk(file.structure)
+            if at in fitting and at not in expected
+        }
+        new |= file.read(
+            {at: device or _device(leaf) for at, leaf in fitting.items() if at in expected}
+        )
+        loaded = unflatten_dict(leaves | new, like=like)
+        return loaded if strict else (loaded, lines)
+
+
+def _device(leaf: Tensor) -> torch.device | None:
+    return None if leaf.device.type == "meta" else leaf.device

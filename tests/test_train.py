@@ -1,11 +1,9 @@
 """The command line: what it prints, leaves behind, and says of bad options."""
 
+import doctest
+import importlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 import fdl
-from fdl import TrainState, data, random, tree
+from fdl import data, random, tree
 from fdl.data import Dataset
 from train import loop, recipes
 from train.__main__ import main
@@ -138,14 +136,8 @@ def test_data_draws_ten_images_and_times_a_pass(run, tmp_path):
     assert (tmp_path / "runs/data/images.png").read_bytes().startswith(b"\x89PNG")
 
 
-def setup(config):
-    state_key, data_key, problem_key = random.split(random.key(config.seed), 3)
-    problem = recipes.build(config, problem_key)
-    return problem, TrainState.create(problem.model, problem.opt, key=state_key), data_key
-
-
 def walk(config, chunk, compile=False, stopped=lambda: False):
-    problem, state, data_key = setup(config)
+    problem, state, data_key = recipes.set_up(config, torch.device("cpu"))
     plan = loop.Plan(compile, chunk, "test")
     return list(
         loop.epochs(
@@ -155,8 +147,9 @@ def walk(config, chunk, compile=False, stopped=lambda: False):
             loop.make_programs(problem, config, plan, state),
             tree.map(torch.clone, state),
             data_key,
+            loop.START,
             stopped=stopped,
-            on_chunk=lambda done, steps, loss: None,
+            on_chunk=lambda state, progress, steps, loss: None,
         )
     )
 
@@ -174,7 +167,7 @@ def test_the_length_of_chunks_changes_nothing(chunk):
 
 def test_the_loop_equals_a_plain_loop_over_short_batches():
     config = LinregDecay(epochs=2, examples=120)
-    problem, state, data_key = setup(config)
+    problem, state, data_key = recipes.set_up(config, torch.device("cpu"))
     step = fdl.train_step(problem.loss, problem.opt)
     for epoch in range(2):
         order = random.permutation(random.fold_in(data_key, epoch), 120)
@@ -216,7 +209,7 @@ def test_ridge_is_where_the_gradient_vanishes():
 
 def test_evaluation_counts_every_test_image_once(monkeypatch):
     monkeypatch.setattr(loop, "EVAL_BATCH", 300)  # does not divide 1,000
-    problem, state, _ = setup(Softmax(data="sample"))
+    problem, state, _ = recipes.set_up(Softmax(data="sample"), torch.device("cpu"))
     tests = data.sequential_indices(1000, 300)
     found = loop.run_evaluation(problem)
     with fdl.disable_jit():
@@ -232,31 +225,35 @@ def whole_set(dataset: Dataset):
 
 
 def test_evaluation_drops_nothing_at_random():
-    problem, state, _ = setup(Dropout(data="sample"))
+    problem, state, _ = recipes.set_up(Dropout(data="sample"), torch.device("cpu"))
     batch = data.gather(problem.test, whole_set(problem.test))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
     assert first == second != problem.loss(state.params, batch, random.key(0))[0]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
-def test_ctrl_c_ends_cleanly_with_what_is_done_saved(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", "linreg", "--epochs", "100000", "--compile", "off",
-         "--out", str(tmp_path / "it")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    metrics = tmp_path / "it" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "interrupted after step" in out
-    assert records(tmp_path / "it")
-    params = fdl.load(tmp_path / "it" / "params.safetensors")
-    assert params["weight"].shape == (1, 2)
-    assert (tmp_path / "it" / "curves.png").exists()
+@pytest.mark.parametrize("name", ["config", "loop", "recipes", "report", "saved", "using"])
+def test_examples_in_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(f"train.{name}"))
+    assert found.attempted and not found.failed
+
+
+def test_inspect_prints_a_saved_tree(run, tmp_path):
+    params = {"fc": {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "rate": 0.5}
+    fdl.save(tmp_path / "it.safetensors", params, metadata={"epoch": 3})
+    code, out, err = run("inspect", "it.safetensors")
+    assert code == 0 and not err
+    assert out == (
+        "path       shape   dtype    bytes\n"
+        "fc.weight  [2, 3]  float32     24\n"
+        "fc.bias    [2]     float32      8\n"
+        "rate       0.5     float\n"
+        "total                          32\n"
+        'metadata {\n  "epoch": 3\n}\n'
+    )
+
+
+def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
+    (tmp_path / "it").write_bytes(b"x" * 99)
+    assert run("inspect", "absent") == (2, "", "error: inspect: no such file: absent\n")
+    code, out, err = run("inspect", "it")
+    assert code == 2 and not out and err.startswith("error: inspect: cannot read it: no safetens")

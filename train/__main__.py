@@ -1,7 +1,13 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+import json
+import os
+import signal
 import sys
 import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -9,21 +15,18 @@ import tyro
 from tqdm import tqdm
 
 import fdl
-from fdl import TrainState, data, random
+from fdl import Checkpointer, TrainState, data, random
 from train import config as configs
-from train import loop, recipes, report
+from train import loop, recipes, report, saved, using
 from train.bench import measure
 
 COMMANDS: dict[str, Any] = {
-    "linreg": configs.Linreg,
-    "linreg-decay": configs.LinregDecay,
-    "softmax": configs.Softmax,
-    "mlp": configs.Mlp,
-    "dropout": configs.Dropout,
-    "weight-decay": configs.WeightDecay,
-    "lenet": configs.LeNet,
+    **configs.RECIPES,
+    "eval": configs.Eval,
+    "predict": configs.Predict,
     "data": configs.Data,
     "bench": configs.Bench,
+    "inspect": configs.Inspect,
 }
 
 
@@ -37,10 +40,18 @@ class Run(NamedTuple):
     data_key: random.Key
     plan: loop.Plan
     folder: Path
+    checkpointer: Checkpointer
+    progress: loop.Progress = loop.START
+    records: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl
 
 
 def main() -> int:
-    """Run one command: 0 done, 1 diverged, 2 an option is wrong, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        0 done; 1 diverged; 2 an option is wrong; 74 a result could not be written; 75 ended by
+        SIGTERM, all saved: start it again with --resume; 130 interrupted.
+    """
     choice: Any = None
     for name, kind in COMMANDS.items():
         command = Annotated[kind, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
@@ -49,93 +60,180 @@ def main() -> int:
         choice, prog="python -m train", description="The recipes of the course, in pure functions."
     )
     name = next(name for name, kind in COMMANDS.items() if type(config) is kind)
+    past = None
     try:
         try:
+            if isinstance(config, configs.Recipe) and config.resume is not None:
+                past = saved.read_run(config.resume)
+                config = saved.given_anew(name, config.resume, past, sys.argv[2:])
             configs.check(config)
-            if isinstance(config, configs.Data):
-                return show_data(config)
-            if isinstance(config, configs.Bench):
-                return measure.run(config)
-            prepared = prepare(name, config)
+            match config:
+                case configs.Data():
+                    return show_data(config)
+                case configs.Inspect():
+                    return show_file(config)
+                case configs.Bench():
+                    return measure.run(config)
+                case configs.Eval():
+                    return using.evaluate(config)
+                case configs.Predict():
+                    return using.predict(config)
+            run = prepare(name, config, past)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return train(prepared)
+        try:
+            return train(run)
+        except OSError as error:
+            print(
+                f"error: cannot write to {run.folder}: {error}\n"
+                "what was saved before is intact; to continue, once there is room:\n"
+                f"    python -m train {name} --resume {run.folder}",
+                file=sys.stderr,
+            )
+            return os.EX_IOERR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def prepare(name: str, config: configs.Recipe) -> Run:
-    """Set up a run: everything that can be wrong with the options is found here."""
+def prepare(name: str, config: configs.Recipe, past: saved.Saved | None) -> Run:
+    """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
     device = recipes.find_device(config.device)
-    recipes.set_precision(config, device)
-    state_key, data_key, problem_key = random.split(random.key(config.seed, device), 3)
-    problem = recipes.build(config, problem_key)
-    state = TrainState.create(problem.model, problem.opt, key=state_key)
-    folder = report.open_run(config.out, name)
+    problem, state, data_key = recipes.set_up(config, device)
+    folder = config.resume or report.open_run(config.out, name)
     print(f"{name}: {problem.data}; {device}, seed {config.seed}")
-    plan = loop.plan(problem, config, state)
-    report.write_config(
-        folder, name, config, data=problem.data, device=str(device), compiled=plan.compile
-    )
-    print(f"{'compiled' if plan.compile else 'not compiled'}: {plan.reason}")
-    return Run(name, config, problem, state, data_key, plan, folder)
+    plan = past.plan if past else loop.plan(problem, config, state)
+    here = report.environment(device)
+    with ExitStack() as stack:  # lets go of the folder where something is wrong
+        checkpointer = stack.enter_context(
+            Checkpointer(folder / "checkpoints", every=config.save_every)
+        )
+        run = Run(name, config, problem, state, data_key, plan, folder, checkpointer)
+        if past is None:
+            report.write_config(folder, name, config, problem.data, plan, here)
+            print(f"{'compiled' if plan.compile else 'not compiled'}: {plan.reason}")
+        else:
+            run = resume(run, past, here)
+        stack.pop_all()
+    return run
+
+
+def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
+    """Go to where the newest checkpoint of a run is, or to its start where it has none yet."""
+    config, folder, state, progress = run.config, run.folder, run.state, run.progress
+    if run.problem.data != past.data:
+        raise ValueError(f"--data: {folder} was trained on {past.data}, got {run.problem.data}")
+    device = state.key.device
+    found = run.checkpointer.restore(like=state, device=device)
+    if found is not None:
+        state = found.state
+        progress = saved.progress_from_json(found.checkpoint.config["progress"], device)
+    begun = progress.epoch if progress.done else progress.epoch - 1
+    if begun > config.epochs:
+        raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
+    records = report.cut_metrics(folder, progress.epoch - 1)
+    resumed = past.resumed
+    if changes := saved.differences(past.environment, here):
+        print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
+        resumed = [*resumed, {"step": int(state.step), "environment": here}]
+    report.write_config(folder, run.name, config, past.data, past.plan, past.environment, resumed)
+    print(f"continues after step {int(state.step)}")
+    return run._replace(state=state, progress=progress, records=records)
 
 
 def train(run: Run) -> int:
-    """Train to the end, or to Ctrl-C or a loss that is not finite, and keep what was done."""
+    """Train to the end, or to a signal or a loss that is not finite, and keep what was done."""
     config, folder = run.config, run.folder
-    records: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    programs = loop.make_programs(run.problem, config, run.plan, run.state)
-    if run.plan.compile:
-        print(f"compiling took {time.perf_counter() - start:.1f} s")
-    with (
-        loop.stops_on_interrupt() as stopped,
-        tqdm(unit="step", leave=False, disable=None, ncols=79) as bar,
-    ):
-
-        def on_chunk(done: int, steps: int, loss: float) -> None:
-            bar.total, bar.n = steps, done
-            bar.set_description(f"epoch {len(records) + 1}/{config.epochs}", refresh=False)
-            bar.set_postfix_str("stopping" if stopped() else f"loss {loss:.4f}")
-
-        for epoch in loop.epochs(
-            run.problem,
-            config,
-            run.plan,
-            programs,
-            run.state,
-            run.data_key,
-            stopped=stopped,
-            on_chunk=on_chunk,
+    records, epoch = list(run.records), None
+    with run.checkpointer as checkpointer, loop.noticed(signal.SIGTERM) as terminated:
+        programs = make_programs(run)
+        with (
+            loop.noticed(signal.SIGINT) as interrupted,  # there is something to save from now on
+            tqdm(unit="step", leave=False, disable=None, ncols=79) as bar,
         ):
-            record = {
-                "epoch": epoch.number,
-                "step": int(epoch.state.step),
-                **epoch.metrics,
-                "seconds": epoch.seconds,
-                "examples_per_second": epoch.examples / epoch.seconds,
-            }
-            if epoch.examples:  # none where the first step of an epoch diverged
-                records.append(record)
-                report.append_metrics(folder, record)
-                bar.write(line(record, config.epochs))
-    fdl.save(folder / "params.safetensors", epoch.state.params)
+
+            def stopped() -> bool:
+                return interrupted() or terminated()
+
+            def save(state: TrainState, progress: loop.Progress, metrics: dict[str, float]) -> None:
+                report.sync_metrics(folder)  # before a checkpoint that counts on its lines
+                config = {"progress": saved.progress_as_json(progress)}
+                checkpointer.save(state, metrics=metrics, config=config)
+
+            def on_chunk(
+                state: TrainState, progress: loop.Progress, steps: int, loss: float
+            ) -> None:
+                bar.total, bar.n = steps, progress.done
+                bar.set_description(f"epoch {progress.epoch}/{config.epochs}", refresh=False)
+                bar.set_postfix_str("stopping" if stopped() else f"loss {loss:.4f}")
+                if checkpointer.due() and not stopped():  # which saves anyway
+                    save(state, progress, {})
+
+            for epoch in loop.epochs(
+                run.problem,
+                config,
+                run.plan,
+                programs,
+                run.state,
+                run.data_key,
+                run.progress,
+                stopped=stopped,
+                on_chunk=on_chunk,
+            ):
+                if epoch.examples:  # none where the first step of an epoch diverged
+                    records.append(record_of(epoch))
+                    report.append_metrics(folder, records[-1])
+                    bar.write(line(records[-1], config.epochs))
+                last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
+                if epoch.end != "diverged" and (last or checkpointer.due()):
+                    save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
+        checkpointer.wait()
+        code = finish(run, epoch, records)
+        return os.EX_TEMPFAIL if code == 130 and terminated() else code
+
+
+def make_programs(run: Run) -> loop.Programs:
+    """Compile, if the plan says so and something is left to do."""
+    start, left = time.perf_counter(), run.progress.epoch <= run.config.epochs
+    plan = run.plan._replace(compile=run.plan.compile and left)
+    programs = loop.make_programs(run.problem, run.config, plan, run.state)
+    if plan.compile:
+        print(f"compiling took {time.perf_counter() - start:.1f} s")
+    return programs
+
+
+def record_of(epoch: loop.Epoch) -> dict[str, Any]:
+    """Make the line of `metrics.jsonl`."""
+    return {
+        "epoch": epoch.progress.epoch,
+        "step": int(epoch.state.step),
+        **epoch.metrics,
+        "seconds": epoch.progress.seconds,
+        "examples_per_second": epoch.examples / epoch.progress.seconds,
+    }
+
+
+def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
+    """Keep what a run came to, and say how it ended; no `epoch` where nothing was left to do."""
+    folder, state = run.folder, epoch.state if epoch else run.state
+    fdl.save(folder / "params.safetensors", state.params)
     if records:
-        report.draw_curves(folder, f"{run.name}, seed {config.seed}", records)
-    if epoch.end == "diverged":
+        report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
+    if epoch and epoch.end == "diverged":
         print(
-            f"step {int(epoch.state.step) + 1} (epoch {epoch.number}): the loss is not finite; "
+            f"step {int(state.step) + 1} (epoch {epoch.progress.epoch}): the loss is not finite; "
             f"the parameters before it are in {folder / 'params.safetensors'}. "
             "A smaller --lr may help.",
             file=sys.stderr,
         )
         return 1
-    print(run.problem.verdict(epoch.state.params))
-    if epoch.end == "interrupted":
-        print(f"interrupted after step {int(epoch.state.step)}; what was done is in {folder}")
+    print(run.problem.verdict(state.params))
+    if epoch and epoch.end == "interrupted":
+        print(
+            f"interrupted after step {int(state.step)}; to continue:\n"
+            f"    python -m train {run.name} --resume {folder}"
+        )
         return 130
     print(f"config.json, metrics.jsonl, curves.png, params.safetensors in {folder}")
     return 0
@@ -178,5 +276,15 @@ def show_data(config: configs.Data) -> int:
     return 0
 
 
+def show_file(config: configs.Inspect) -> int:
+    """Print the table of a saved tree, and what was saved beside it."""
+    contents = fdl.inspect(config.file)
+    print(contents)
+    if contents.metadata:
+        print("metadata", json.dumps(contents.metadata, indent=2))
+    return 0
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     sys.exit(main())

@@ -5,15 +5,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import tyro
+
 __all__ = [
+    "RECIPES",
     "Bench",
     "Data",
     "Dropout",
+    "Eval",
     "Images",
+    "Inspect",
     "LeNet",
     "Linreg",
     "LinregDecay",
     "Mlp",
+    "Predict",
     "Recipe",
     "Softmax",
     "WayName",
@@ -45,6 +51,11 @@ class Recipe:
     """auto compiles where the run is long enough to win back the time."""
     out: Path | None = None
     """Folder for the results, which must not hold a run yet; runs/RECIPE/TIME by default."""
+    resume: Path | None = None
+    """Folder of a run to continue with its options, as if it had never ended; given anew may be
+    --epochs, --device, --data and --save-every."""
+    save_every: float = 30.0
+    """Seconds between checkpoints; one more is made at the end, by Ctrl-C and by SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,39 @@ class LeNet(Images):
     lr: float = 0.9
 
 
+RECIPES: dict[str, type[Recipe]] = {
+    "linreg": Linreg,
+    "linreg-decay": LinregDecay,
+    "softmax": Softmax,
+    "mlp": Mlp,
+    "dropout": Dropout,
+    "weight-decay": WeightDecay,
+    "lenet": LeNet,
+}
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate what a run has saved."""
+
+    run: tyro.conf.Positional[Path]
+    """Its folder."""
+    device: str = "auto"
+    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    data: str | None = None
+    """As for the recipes; that of the run by default."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Say what is on images, by what a run has saved."""
+
+    run: tyro.conf.Positional[Path]
+    """Its folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """PNG files, light on black as in Fashion-MNIST; colours become grey, other sizes 28 × 28."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Draw ten images with their labels and time one pass over the training set."""
@@ -188,11 +232,19 @@ class Bench:
     """Measure nothing: remake the tables of the README and the charts from docs/bench/*.json."""
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a saved file holds, path, shape, dtype and bytes, without loading it."""
+
+    file: tyro.conf.Positional[Path]
+    """A .safetensors file, of fdl or of another writer."""
+
+
 AT_LEAST_ONE = ("epochs", "batch_size", "examples", "rounds", "steps")
-NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds")
+NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
-def check(config: Recipe | Data | Bench) -> None:
+def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
     """Raise ValueError for the first option out of its range, as the command line names it.
 
     >>> check(Linreg(lr=float("nan")))
@@ -207,6 +259,8 @@ def check(config: Recipe | Data | Bench) -> None:
             raise ValueError(f"{option} must be finite and at least 0, got {value}")
         if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
             raise ValueError(f"{option} must be in [0, 1), got {value}")
+        if field.name == "images" and not value:
+            raise ValueError("predict needs at least one image")
         if field.name in ("workloads", "batch_sizes") and not value:
             raise ValueError(f"{option} must name at least one")
         if field.name == "batch_sizes" and min(value) < 1:

@@ -1,7 +1,7 @@
 """The loop around the pure step: chunks, evaluation, interruption.
 
 An epoch is a `scan` over rows of indices, cut into chunks of one fixed length so that one program
-serves them all. Only between chunks does anything else happen: progress, signals.
+serves them all. Only between chunks does anything else happen: progress, signals, checkpoints.
 """
 
 from __future__ import annotations  # Dynamo would run those of nested functions
@@ -23,7 +23,18 @@ from fdl.training import Metrics
 from train.config import Recipe
 from train.recipes import Problem
 
-__all__ = ["Epoch", "Plan", "Programs", "epochs", "make_programs", "plan", "stops_on_interrupt"]
+__all__ = [
+    "START",
+    "Epoch",
+    "Plan",
+    "Programs",
+    "Progress",
+    "epochs",
+    "evaluate",
+    "make_programs",
+    "noticed",
+    "plan",
+]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
 COMPILE_SECONDS = 20.0  # compiling takes 10 to 20 s from cold, and has to be won back
@@ -32,15 +43,33 @@ EVAL_BATCH = 1000
 Carry = tuple[TrainState, Tensor]  # the state, and bool []: has every loss been finite?
 
 
+class Progress(NamedTuple):
+    """How far a run is: what it takes to continue it, besides the state and the options."""
+
+    epoch: int  # the one to work on, from 1
+    done: int  # steps of it that are done: whole chunks, or all
+    total: dict[str, Mean]  # its metrics so far
+    seconds: float  # it has taken so far
+
+
+START = Progress(1, 0, {}, 0.0)
+
+
 class Epoch(NamedTuple):
     """What an epoch, or the part of it that was done, came to."""
 
-    number: int  # from 1
     state: TrainState
     metrics: dict[str, float]
-    seconds: float  # of training, without evaluation and compiling
+    progress: Progress  # within this epoch; its seconds are of training alone
     examples: int
     end: str  # "done", "interrupted" or "diverged"
+
+    @property
+    def next(self) -> Progress:
+        """Where to continue."""
+        return (
+            START._replace(epoch=self.progress.epoch + 1) if self.end == "done" else self.progress
+        )
 
 
 class Plan(NamedTuple):
@@ -151,18 +180,13 @@ def make_programs(problem: Problem, config: Recipe, plan: Plan, state: TrainStat
         )
         programs.train(_first_carry(tree.map(torch.clone, state)), problem.train, padding)
         if problem.test is not None:
-            programs.evaluate(state, problem.test, _test_indices(problem.test))
+            evaluate(programs, state, problem.test)
     return programs
 
 
 def _first_carry(state: TrainState) -> Carry:
     """Start a run: every loss so far has been finite."""
     return state, torch.ones((), dtype=torch.bool, device=state.key.device)
-
-
-def _test_indices(test: Dataset) -> Indices:
-    """Cut the test set into batches."""
-    return data.sequential_indices(len(test.x), EVAL_BATCH, device=test.x.device)
 
 
 def epochs(
@@ -172,9 +196,10 @@ def epochs(
     programs: Programs,
     state: TrainState,
     data_key: Tensor,
+    progress: Progress,
     *,
     stopped: Callable[[], bool],
-    on_chunk: Callable[[int, int, float], None],
+    on_chunk: Callable[[TrainState, Progress, int, float], None],
 ) -> Iterator[Epoch]:
     """Train and yield after each epoch; the last one says how the run ended.
 
@@ -185,55 +210,77 @@ def epochs(
         programs: from `make_programs`.
         state: where to start; donated.
         data_key: epoch e's order comes from `fold_in(data_key, e)`.
+        progress: how far `state` is, `START` for a new one.
         stopped: asked after each chunk whether to end.
-        on_chunk: told after each chunk the steps done in this epoch, of how many, and the loss.
+        on_chunk: told after each chunk the state, how far it is, the steps of an epoch, the loss.
+            The state is given away afterwards.
     """
     carry = _first_carry(state)
     with nullcontext() if plan.compile else disable_jit():
-        for number in range(1, config.epochs + 1):
-            start = time.perf_counter()
+        while progress.epoch <= config.epochs:
+            start = time.perf_counter() - progress.seconds
             order = data.epoch_indices(
-                random.fold_in(data_key, number - 1), len(problem.train.x), config.batch_size
+                random.fold_in(data_key, progress.epoch - 1),
+                len(problem.train.x),
+                config.batch_size,
             )
-            steps, done, end = len(order.index), 0, "done"
-            total: dict[str, Mean] = {}
-            for part in chunks(order, plan.chunk):
+            steps, end = len(order.index), "done"
+            for part in chunks(order, plan.chunk)[math.ceil(progress.done / plan.chunk) :]:
                 carry, metrics = programs.train(carry, problem.train, part)
-                total = {k: total[k] + m if total else m for k, m in metrics.items()}
-                done = min(done + plan.chunk, steps)
-                on_chunk(done, steps, metrics["loss"].value.item())
+                progress = Progress(
+                    progress.epoch,
+                    min(progress.done + plan.chunk, steps),
+                    _merge(progress.total, metrics),
+                    time.perf_counter() - start,
+                )
                 if not carry[1]:
                     end = "diverged"
-                elif stopped():
-                    end = "interrupted"
-                if end != "done":
                     break
-            seconds = time.perf_counter() - start
-            found = {name: mean.value.item() for name, mean in total.items()}
+                on_chunk(carry[0], progress, steps, metrics["loss"].value.item())
+                if stopped():
+                    end = "interrupted"
+                    break
+            found = {name: mean.value.item() for name, mean in progress.total.items()}
             if end == "done" and problem.test is not None:
-                tested = programs.evaluate(carry[0], problem.test, _test_indices(problem.test))
-                found |= {f"test_{name}": mean.value.item() for name, mean in tested.items()}
-            yield Epoch(number, carry[0], found, seconds, int(total["loss"].count), end)
+                tested = evaluate(programs, carry[0], problem.test)
+                found |= {f"test_{name}": value for name, value in tested.items()}
+            epoch = Epoch(carry[0], found, progress, int(progress.total["loss"].count), end)
+            yield epoch
             if end != "done":
                 return
+            progress = epoch.next
+
+
+def _merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
+    return {name: total[name] + mean if total else mean for name, mean in metrics.items()}
+
+
+def evaluate(programs: Programs, state: TrainState, dataset: Dataset) -> dict[str, float]:
+    """Average the metrics of a state over a data set."""
+    rows = data.sequential_indices(len(dataset.x), EVAL_BATCH, device=dataset.x.device)
+    found = programs.evaluate(state, dataset, rows)
+    return {name: mean.value.item() for name, mean in found.items()}
 
 
 @contextmanager
-def stops_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that answers True; the second interrupts at once.
+def noticed(number: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """Turn a signal into a question that answers True from then on; a second Ctrl-C interrupts.
 
-    Inside the `with` block there is something to save; before it, Ctrl-C interrupts as always.
+    >>> with noticed(signal.SIGTERM) as terminated:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     terminated()
+    True
     """
-    pressed = False
+    received = False
 
     def handler(signum: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
+        nonlocal received
+        if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed = True
+        received = True
 
-    old = signal.signal(signal.SIGINT, handler)
+    old = signal.signal(number, handler)
     try:
-        yield lambda: pressed
+        yield lambda: received
     finally:
-        signal.signal(signal.SIGINT, old)
+        signal.signal(number, old)

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import Policy, data, losses, metrics, optim, supervised, tree, with_policy
+from fdl import (
+    Policy,
+    TrainState,
+    data,
+    losses,
+    metrics,
+    optim,
+    random,
+    supervised,
+    tree,
+    with_policy,
+)
 from fdl.data import Dataset
 from fdl.nn import Model
 from fdl.optim import Optimizer
@@ -30,9 +41,11 @@ __all__ = [
     "Problem",
     "build",
     "find_device",
+    "image_model",
     "image_problem",
     "load_images",
     "set_precision",
+    "set_up",
 ]
 
 
@@ -48,10 +61,22 @@ class Problem(NamedTuple):
     verdict: Callable[[Tree], str]  # what the final parameters say
 
 
+def set_up(config: Recipe, device: torch.device) -> tuple[Problem, TrainState, Tensor]:
+    """Make the problem of a recipe, the state it starts from, and the key of the data's order.
+
+    >>> problem, state, data_key = set_up(Linreg(), torch.device("cpu"))
+    >>> state.step, data_key.shape
+    (tensor(0), torch.Size([2]))
+    """
+    set_precision(config, device)
+    state_key, data_key, problem_key = random.split(random.key(config.seed, device), 3)
+    problem = build(config, problem_key)
+    return problem, TrainState.create(problem.model, problem.opt, key=state_key), data_key
+
+
 def build(config: Recipe, key: Tensor) -> Problem:
     """Make the problem of a recipe; random data are drawn from `key`, on its device.
 
-    >>> from fdl import random
     >>> build(Linreg(), random.key(0)).train.x.shape
     torch.Size([1000, 2])
     """
@@ -158,6 +183,25 @@ def image_problem(config: Images, train: Dataset, test: Dataset | None, found: s
     >>> image_problem(LeNet(), Dataset(x, y), None, "one black image").data
     'one black image'
     """
+    model = image_model(config)
+    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    return Problem(
+        model,
+        _sgd(config),
+        loss,
+        train,
+        test,
+        found,
+        tree.summary,
+    )
+
+
+def image_model(config: Images) -> Model:
+    """Make the model of a recipe on images, in its precision.
+
+    >>> image_model(Softmax()).init(random.key(0))["1"]["weight"].shape
+    torch.Size([10, 784])
+    """
     match config:
         case Softmax():
             model = models.softmax_regression()
@@ -171,16 +215,7 @@ def image_problem(config: Images, train: Dataset, test: Dataset | None, found: s
             raise TypeError(f"no recipe for {config!r}")
     if config.precision == "bfloat16":
         model = with_policy(model, Policy(compute=torch.bfloat16))
-    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
-    return Problem(
-        model,
-        _sgd(config),
-        loss,
-        train,
-        test,
-        found,
-        tree.summary,
-    )
+    return model
 
 
 def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str]:

@@ -2,19 +2,31 @@
 
 import dataclasses
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 import fdl
+from fdl._durable import write_whole
 from fdl.data import LABELS, Dataset
 from train.config import Recipe
+from train.loop import Plan
 
-__all__ = ["append_metrics", "draw_curves", "draw_images", "open_run", "write_config"]
+__all__ = [
+    "append_metrics",
+    "cut_metrics",
+    "draw_curves",
+    "draw_images",
+    "environment",
+    "open_run",
+    "sync_metrics",
+    "write_config",
+]
 
 
 def open_run(out: Path | None, recipe: str) -> Path:
@@ -25,29 +37,102 @@ def open_run(out: Path | None, recipe: str) -> Path:
         OSError: the folder cannot be made.
     """
     folder = out or Path("runs") / recipe / datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or any(folder.glob("checkpoints/*.safetensors")):
         raise ValueError(f"--out {folder} holds a run already; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def write_config(folder: Path, recipe: str, config: Recipe, **facts: Any) -> None:
-    """Write `config.json`: every option, and what else the numbers depend on."""
-    options = dataclasses.asdict(config) | {"out": str(folder)}
-    environment = {
+def write_config(
+    folder: Path,
+    recipe: str,
+    config: Recipe,
+    found: str,
+    plan: Plan,
+    here: Mapping[str, Any],
+    resumed: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write `config.json`: every option, and what else the numbers depend on.
+
+    Args:
+        folder: of the run.
+        recipe: its name.
+        config: its options.
+        found: what the data are.
+        plan: how it is executed.
+        here: the `environment` it began in.
+        resumed: at which step it went on in which other environment.
+    """
+    options = dataclasses.asdict(config) | {"out": str(folder), "resume": None}
+    record = {
+        "recipe": recipe,
+        "options": options,
+        "data": found,
+        "plan": plan._asdict(),
+        "environment": here,
+        "resumed": list(resumed),
+    }
+    _write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_whole(path, write)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Tell what, besides the options, the bits of a result may depend on.
+
+    >>> environment(torch.device("cpu"))["torch"] == torch.__version__
+    True
+    """
+    on_cuda = device.type == "cuda"
+    return {
         "fdl": fdl.__version__,
         "torch": torch.__version__,
-        "python": platform.python_version(),
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device)
+        if on_cuda
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "python": platform.python_version(),
     }
-    record = {"recipe": recipe, "options": options, **facts, "environment": environment}
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Append one line to `metrics.jsonl`."""
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def sync_metrics(folder: Path) -> None:
+    """Bring `metrics.jsonl` to the disk, if there is one yet."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def cut_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """Remove from `metrics.jsonl` all but the lines of the first epochs, and give those.
+
+    What was written after the checkpoint is written again when the epochs are done again: lines of
+    whole epochs, that of a part of an epoch, and one that was being written when the run died.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines[:epochs]]
+    if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
+        raise ValueError(
+            f"{path} must have a line for each of the {epochs} epochs in the checkpoint, "
+            f"it has {len(records)}; put it back as the run left it"
+        )
+    _write_text(path, "".join(line + "\n" for line in lines[:epochs]))
+    return records
 
 
 def draw_curves(folder: Path, title: str, records: Sequence[dict[str, Any]]) -> None:

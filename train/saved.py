@@ -1,0 +1,138 @@
+"""Runs that exist already: what their folders say, and how they go on."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from fdl.metrics import Mean
+from train.config import RECIPES, Recipe
+from train.loop import Plan, Progress
+
+__all__ = [
+    "Saved",
+    "differences",
+    "given_anew",
+    "progress_as_json",
+    "progress_from_json",
+    "read_run",
+]
+
+MAY_CHANGE = ("epochs", "device", "data", "save_every", "resume")
+
+
+class Saved(NamedTuple):
+    """What `config.json` says of a run."""
+
+    recipe: str
+    config: Recipe
+    data: str
+    plan: Plan
+    environment: dict[str, Any]
+    resumed: list[dict[str, Any]]
+
+
+def read_run(folder: Path) -> Saved:
+    """Read `config.json` of a run.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+
+    >>> read_run(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere holds no run: there is no nowhere/config.json
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no {path}")
+    try:
+        record = json.loads(path.read_text())
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record["options"].items()
+        }
+        config = RECIPES[record["recipe"]](**options | {"out": None})
+        return Saved(
+            record["recipe"],
+            config,
+            record["data"],
+            Plan(**record["plan"]),
+            record["environment"],
+            record["resumed"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not that of a run of this version of fdl ({type(error).__name__}: {error})"
+        ) from error
+
+
+def given_anew(recipe: str, folder: Path, saved: Saved, arguments: Sequence[str]) -> Recipe:
+    """Take the options of a run, and over them those on the command line.
+
+    Args:
+        recipe: that is asked for.
+        folder: of the run.
+        saved: what it says.
+        arguments: after the name of the recipe.
+
+    Raises:
+        ValueError: an option differs that would make it another run.
+    """
+    if saved.recipe != recipe:
+        raise ValueError(f"--resume {folder} is a run of {saved.recipe}, got {recipe}")
+    config = tyro.cli(type(saved.config), default=saved.config, args=arguments)
+    for field in dataclasses.fields(config):
+        was, now = getattr(saved.config, field.name), getattr(config, field.name)
+        if field.name not in MAY_CHANGE and was != now:
+            option = "--" + field.name.replace("_", "-")
+            raise ValueError(
+                f"{option} is {was} in {folder}, got {now}: a run goes on as it began; "
+                f"leave {option} out, or start another run"
+            )
+    return config
+
+
+def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name what differs between two environments and may show in the bits of a result.
+
+    >>> differences({"torch": "2.11.0", "threads": 1}, {"torch": "2.15.0", "threads": 1})
+    'torch 2.15.0, was 2.11.0'
+    """
+    return "; ".join(
+        f"{name} {now[name]}, was {began.get(name)}"
+        for name in now
+        if name != "python" and now[name] != began.get(name)
+    )
+
+
+def progress_as_json(progress: Progress) -> dict[str, Any]:
+    """Write a `Progress` as JSON, which keeps every bit of a float64.
+
+    >>> total = {"loss": Mean(torch.tensor(0.1).double(), torch.tensor(3.0).double())}
+    >>> progress_as_json(Progress(2, 5, total, 1.5))["total"]
+    {'loss': [0.10000000149011612, 3.0]}
+    """
+    total = {name: [mean.total.item(), mean.count.item()] for name, mean in progress.total.items()}
+    return progress._asdict() | {"total": total}
+
+
+def progress_from_json(record: Mapping[str, Any], device: torch.device) -> Progress:
+    """Read what `progress_as_json` wrote.
+
+    >>> record = {"epoch": 2, "done": 5, "total": {"loss": [0.5, 3.0]}, "seconds": 1.5}
+    >>> progress_as_json(progress_from_json(record, torch.device("cpu"))) == record
+    True
+    """
+
+    def tensor(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+    total = {
+        name: Mean(tensor(total), tensor(count)) for name, (total, count) in record["total"].items()
+    }
+    return Progress(record["epoch"], record["done"], total, record["seconds"])
