@@ -292,7 +292,7 @@ def read_tensors(
 
 
 def _read(descriptor: int, base: int, entry: Entry, where: str) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     memory = tensor.reshape(-1).view(torch.uint8).numpy().data
     digest = hashlib.sha256()
     done = 0

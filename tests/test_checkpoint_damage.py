@@ -137,6 +137,10 @@ HOSTILE = {
         "meets another leaf on its way",
     ),
     "empty-part": (file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"), "must not be empty"),
+    "deep-name": (
+        file_of({".".join("a" * 10**5): json.loads(X.join("{}"))["x"]}, b"a"),
+        "more than 100 containers in each other",
+    ),
     "other-format": (file_of({"__metadata__": {"fdl": "3", "fdl.a": ""}}), "format 3, this fdl"),
     "no-digest": (file_of({"__metadata__": {"fdl": "2"}}), "SHA-256 differs"),
     "format-1-with-a-tree": (file_of({"__metadata__": {"fdl": "1", "fdl.tree": "1"}}), "SHA-256"),
@@ -161,6 +165,7 @@ STRICTER = {
     "duplicate-field",
     "leaf-and-branch",
     "empty-part",
+    "deep-name",
     "other-format",
     "no-digest",
     "format-1-with-a-tree",
