@@ -188,11 +188,9 @@ def _with_digests(
         return entries  # of another writer, or of our format 1
     at = 8 + len(_OPENING)
     blank = raw[:at] + _NO_DIGEST.encode() + raw[at + 64 :]
-    if (
-        raw[8:at] != _OPENING
-        or metadata.get("fdl.sha256") != hashlib.sha256(blank).hexdigest()
-        or len(digests := metadata.get("fdl.digests", "")) != 64 * len(entries)
-    ):
+    if metadata.get("fdl.sha256") != hashlib.sha256(blank).hexdigest() or len(
+        digests := metadata.get("fdl.digests", "")
+    ) != 64 * len(entries):
         raise ValueError(f"{where}: the header is not what was written (its SHA-256 differs)")
     return {
         name: entry._replace(digest=digests[64 * i : 64 * (i + 1)])
