@@ -156,13 +156,12 @@ def starts(workload: Record) -> str:
     return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
 
 
-def render(root: Path | None = None) -> list[Path]:
+def render(root: Path = ROOT) -> list[Path]:
     """Remake the README's part and the charts from docs/bench/*.json; return what was written.
 
     Raises:
         ValueError: there is no result, or the README lacks the markers.
     """
-    root = root or ROOT
     sources = sorted((root / "docs/bench").glob("*.json"))
     if not sources:
         raise ValueError(f"--render: no result in {root / 'docs/bench'}")
