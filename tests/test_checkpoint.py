@@ -186,6 +186,17 @@ def test_what_fits_is_loaded_where_the_rest_does_not(path):
     assert lines == [] and tree.diff(LIKE, again) == []
 
 
+def test_what_is_missing_is_listed_by_its_leaves(path):
+    fdl.save(path, {"a": {"b": [1], "c": {}}})
+    _, lines = fdl.load(path, like={"d": {"e": {"f": 1.0}}, "g": ()}, strict=False)
+    assert lines == [
+        "a.b.0: expected nothing, got int",
+        "a.c: expected nothing, got empty dict",
+        "d.e.f: expected float, got nothing",
+        "g: expected empty tuple, got nothing",
+    ]
+
+
 def test_like_gives_a_file_of_names_alone_its_structure(path):
     like = [{"w": torch.zeros(2)}, (torch.zeros(1),)]
     safetensors.torch.save_file({"0.w": torch.ones(2), "1.0": torch.ones(1)}, path)
