@@ -1,5 +1,6 @@
 """Files of parameters: exact, readable by others, never half-written, never trusted blindly."""
 
+import json
 import os
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_the_clone_of_a_model_gives_the_same_outputs(path):
 def test_other_readers_see_dotted_names(path):
     fdl.save(path, EVERY_DTYPE)
     assert_same(safetensors.torch.load_file(path), tree.flatten_dict(EVERY_DTYPE))
+
+
+def test_every_tensor_is_aligned_for_readers_that_map_the_file(path):
+    fdl.save(path, {"a": torch.ones(3, dtype=torch.uint8), "b": draw(0, 5), "c": draw(1, 3).half()})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    starts = {name: 8 + length + header[name]["data_offsets"][0] for name in "abc"}
+    assert starts["b"] % 8 == 0 and starts["c"] % 2 == 0
 
 
 def test_files_of_other_writers_are_read(path):
@@ -176,6 +186,17 @@ def test_what_fits_is_loaded_where_the_rest_does_not(path):
     assert lines == [] and tree.diff(LIKE, again) == []
 
 
+def test_what_is_missing_is_listed_by_its_leaves(path):
+    fdl.save(path, {"a": {"b": [1], "c": {}}})
+    _, lines = fdl.load(path, like={"d": {"e": {"f": 1.0}}, "g": ()}, strict=False)
+    assert lines == [
+        "a.b.0: expected nothing, got int",
+        "a.c: expected nothing, got empty dict",
+        "d.e.f: expected float, got nothing",
+        "g: expected empty tuple, got nothing",
+    ]
+
+
 def test_like_gives_a_file_of_names_alone_its_structure(path):
     like = [{"w": torch.zeros(2)}, (torch.zeros(1),)]
     safetensors.torch.save_file({"0.w": torch.ones(2), "1.0": torch.ones(1)}, path)
@@ -199,6 +220,8 @@ def test_devices(path):
     meta = {"w": torch.zeros(2, device="meta"), "n": 0}
     assert equal_bits(fdl.load(path, like=meta)["w"], torch.ones(2))
     assert fdl.load(path, like=meta, device="meta")["w"].device.type == "meta"
+    with torch.device("meta"):  # the default of torch.empty, while it lasts
+        assert equal_bits(fdl.load(path)["w"], torch.ones(2, device="cpu"))
     with pytest.raises(TypeError, match=r"w: on the device meta, where there are no values"):
         fdl.save(path, meta)
 
@@ -249,6 +272,17 @@ def test_a_damaged_leaf_spoils_none_but_itself(path):
     assert equal_bits(fdl.inspect(path).read("a"), torch.ones(3))
     with pytest.raises(ValueError, match=r"inspect: cannot read .*'b': its bytes are not those"):
         fdl.inspect(path).read("b")
+
+
+def test_the_structure_is_json_for_everybody(path):
+    fdl.save(path, {"w": torch.ones(1), "rates": [float("inf"), float("nan"), -0.0, 0.1]})
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = file.metadata()["fdl.tree"]
+    structure = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert structure == {
+        "w": ["tensor"],
+        "rates": ["list", ["float", "7ff0000000000000"], ["float", "7ff8000000000000"], 0.0, 0.1],
+    }
 
 
 def test_metadata_comes_back_as_it_was(path):

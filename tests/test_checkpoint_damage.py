@@ -137,6 +137,10 @@ HOSTILE = {
         "meets another leaf on its way",
     ),
     "empty-part": (file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"), "must not be empty"),
+    "deep-name": (
+        file_of({".".join("a" * 10**5): json.loads(X.join("{}"))["x"]}, b"a"),
+        "more than 100 containers in each other",
+    ),
     "other-format": (file_of({"__metadata__": {"fdl": "3", "fdl.a": ""}}), "format 3, this fdl"),
     "no-digest": (file_of({"__metadata__": {"fdl": "2"}}), "SHA-256 differs"),
     "format-1-with-a-tree": (file_of({"__metadata__": {"fdl": "1", "fdl.tree": "1"}}), "SHA-256"),
@@ -147,11 +151,11 @@ HOSTILE = {
 def test_a_hostile_header_is_refused(tmp_path, content, text):
     path = tmp_path / "it"
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: the machine may have other work
     with pytest.raises(ValueError, match=REFUSED) as error:
         fdl.load(path)
     assert error.match(text) and len(str(error.value)) < 1000 + len(str(path))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # What another reader accepts and we do not, on purpose.
@@ -161,6 +165,7 @@ STRICTER = {
     "duplicate-field",
     "leaf-and-branch",
     "empty-part",
+    "deep-name",
     "other-format",
     "no-digest",
     "format-1-with-a-tree",
@@ -248,17 +253,17 @@ LIMITED = """
 import resource, sys, time
 import fdl
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start = time.process_time()
 try:
     fdl.load(sys.argv[1])
 except ValueError as error:
     print("refused:", str(error)[-200:])
-print(int(time.perf_counter() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(int(time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 def cost(path) -> tuple[str, int, int]:
-    """Load a file in a process of its own: the error, seconds, and KiB of memory that it took."""
+    """Load a file in a process of its own: the error, seconds of CPU, KiB of memory it took."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, path], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -281,7 +286,7 @@ def test_the_largest_header_of_nonsense_takes_bounded_memory(tmp_path, unit):
     path = tmp_path / "it"
     path.write_bytes(file_of('{"x":[' + unit * (2**25 // len(unit) - 10) + "0]}"))
     error, seconds, memory = cost(path)
-    assert "refused" in error and seconds < 60 and memory < 1_000_000
+    assert "refused" in error and seconds < 30 and memory < 1_000_000
 
 
 def test_a_terabyte_that_is_not_there_is_not_allocated(tmp_path):
