@@ -91,6 +91,8 @@ def measure(way: str, folder: Path, gigabytes: float) -> dict[str, float]:
             else (folder / f"small-{path.name}",)
         )
     )
+    if way in SAVE:
+        path.unlink(missing_ok=True)  # to truncate an old file would be faster than to replace it
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
     start = time.perf_counter()

@@ -43,7 +43,12 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*args, chunk=2):
         monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
-        monkeypatch.setattr(loop, "plan", lambda *given: plan(*given)._replace(chunk=chunk))
+
+        def planned(*given):
+            assert "--resume" not in args, "a resumed run keeps its plan"
+            return plan(*given)._replace(chunk=chunk)
+
+        monkeypatch.setattr(loop, "plan", planned)
         code = main()
         return code, *capsys.readouterr()
 
