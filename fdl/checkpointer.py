@@ -8,59 +8,40 @@ with fdl.Checkpointer("run/checkpoints") as checkpointer:
 """
 
 import os
-import re
+import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fdl import tree
+from fdl._checkpoints import (
+    Checkpoint,
+    Mode,
+    Restored,
+    best_of,
+    check_mode,
+    checkpoints,
+    files_in,
+    readable,
+    restore,
+    restore_newest,
+    serial_of,
+)
 from fdl._lock import Lock
-from fdl._safetensors import read_header, read_tensors
-from fdl.checkpoint import inspect, load, save
+from fdl._sharded import is_spread, on_first, save_shards
+from fdl.checkpoint import save
 from fdl.training import TrainState
 from fdl.tree import Tree
 
 __all__ = ["Checkpoint", "Checkpointer", "Restored", "checkpoints", "restore"]
-
-Mode = Literal["min", "max"]
-
-# Counted, and not only by step: a run that goes on from an earlier checkpoint does steps again.
-_NAME = re.compile(r"(\d{6,})-step-(\d+)\.safetensors")
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint in its folder, and what it says of itself.
-
-    >>> checkpoint = Checkpoint(Path("000001-step-5.safetensors"), 5, {"loss": 0.1}, {}, {})
-    >>> checkpoint.metrics["loss"]
-    0.1
-    """
-
-    path: Path
-    step: int
-    metrics: dict[str, float]
-    config: dict[str, Any]
-    versions: dict[str, str]  # of fdl and torch, that wrote it
-
-
-class Restored(NamedTuple):
-    """A state, and the checkpoint it was read from.
-
-    >>> checkpoint = Checkpoint(Path("000001-step-5.safetensors"), 5, {}, {}, {})
-    >>> state, (_, step, *_) = Restored({"w": torch.ones(1)}, checkpoint)
-    >>> step
-    5
-    """
-
-    state: Any
-    checkpoint: Checkpoint
 
 
 class Checkpointer:
@@ -76,6 +57,9 @@ class Checkpointer:
         keep: how many of the newest stay, at least 1.
         every: seconds between checkpoints, by which `due` answers.
         best: a metric and "min" or "max": its best checkpoint stays as well.
+        group: the processes that save one state together, `torch.distributed.group.WORLD` say: each
+            of them makes this object and calls it alike. Leaves that are DTensors are written by
+            all, each its part, everything else by the first.
 
     Raises:
         ValueError: `keep`, `every` or `best` is out of range.
@@ -103,26 +87,33 @@ class Checkpointer:
         keep: int = 3,
         every: float = 0.0,
         best: tuple[str, Mode] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"Checkpointer: keep must be at least 1, got {keep}")
         if not every >= 0:
             raise ValueError(f"Checkpointer: every must be at least 0 seconds, got {every}")
         if best is not None:
-            _check_mode("Checkpointer: best", best[1])
+            check_mode("Checkpointer: best", best[1])
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._every, self._best = keep, every, best
-        self._lock = Lock(self.folder / "lock", f"Checkpointer: {self.folder}")
-        for leftover in self.folder.glob(".*.safetensors.*"):  # of a writer that was killed
-            leftover.unlink()
+        self._group, self._writers = group, group and _another(group)
+        self._lock: Lock | None = None
+        self._closed = False
+        on_first(group, self._take_folder)
         self._saved = time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="Checkpointer")
         self._pending: Future[None] | None = None
 
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / "lock", f"Checkpointer: {self.folder}")
+        for leftover in self.folder.glob(".*-step-*"):  # of a writer that was killed
+            _remove(leftover)
+
     def due(self) -> bool:
         """Say whether `every` seconds have passed since the last checkpoint, or the beginning."""
-        return time.monotonic() - self._saved >= self._every
+        return on_first(self._group, lambda: time.monotonic() - self._saved >= self._every)
 
     def save(
         self,
@@ -141,14 +132,14 @@ class Checkpointer:
             config: what else is needed to go on from here: anything that JSON can say.
 
         Raises:
-            TypeError: a leaf that is distributed over processes.
+            TypeError: a DTensor, and no `group` was given; or one whose parts are yet to be summed.
             OSError: the checkpoint before could not be written; there is none of it.
             ValueError: this one is closed.
         """
-        if self._lock.released:
+        if self._closed:
             raise ValueError(f"Checkpointer: {self.folder} is closed; make a new one")
         self.wait()
-        copy = _on_host(state)
+        copy = _on_host(state, self._group)
         self._saved = time.monotonic()
         metadata = {
             "step": int(copy.step.max()),  # of a population they are one
@@ -160,17 +151,23 @@ class Checkpointer:
         self._pending = self._pool.submit(self._write, copy, metadata)
 
     def _write(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        serial = max((_serial(path) for path in _files(self.folder)), default=0) + 1
-        path = self.folder / f"{serial:06d}-step-{metadata['step']}.safetensors"
-        save(path, state, metadata=metadata)
-        self._remove_old()
+        if self._writers is None:
+            save(self._new(metadata, ".safetensors"), state, metadata=metadata)
+        else:
+            path = on_first(self._writers, lambda: self._new(metadata, ""))
+            save_shards(path, state, metadata, self._writers)
+        on_first(self._writers, self._remove_old)
+
+    def _new(self, metadata: dict[str, Any], ending: str) -> Path:
+        serial = max((serial_of(path) for path in files_in(self.folder)), default=0) + 1
+        return self.folder / f"{serial:06d}-step-{metadata['step']}{ending}"
 
     def _remove_old(self) -> None:
-        files = _files(self.folder)
-        best = _best(_readable(files), *self._best) if self._best else None
+        files = files_in(self.folder)
+        best = best_of(readable(files), *self._best) if self._best else None
         for path in files[self._keep :]:
             if best is None or path != best.path:
-                path.unlink()
+                _remove(path)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -188,7 +185,7 @@ class Checkpointer:
         Only what it says of itself is read; `restore` reads and verifies it all.
         """
         self.wait()
-        return next(_readable(_files(self.folder)), None)
+        return next(readable(files_in(self.folder)), None)
 
     def best(self, metric: str, mode: Mode) -> Checkpoint | None:
         """Find, among the checkpoints that are there, the one where a metric is best.
@@ -200,9 +197,9 @@ class Checkpointer:
         Raises:
             ValueError: another mode.
         """
-        _check_mode("best: mode", mode)
+        check_mode("best: mode", mode)
         self.wait()
-        return _best(_readable(_files(self.folder)), metric, mode)
+        return best_of(readable(files_in(self.folder)), metric, mode)
 
     def restore(
         self,
@@ -219,7 +216,7 @@ class Checkpointer:
             device: where its tensors go.
         """
         self.wait()
-        return restore(self.folder, checkpoint, like=like, device=device)
+        return restore_newest(self.folder, checkpoint, like, device, self._writers)
 
     def close(self) -> None:
         """Wait for the last checkpoint and let go of the folder; further calls do nothing.
@@ -230,8 +227,13 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._pool.shutdown()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+            if self._writers is not None:
+                dist.destroy_process_group(self._writers)
+                self._writers = None
 
     def __enter__(self) -> Self:
         return self
@@ -245,129 +247,38 @@ class Checkpointer:
         self.close()
 
 
-def checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
-    """List the readable checkpoints in a folder, the newest first, whoever is writing there.
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a folder under another name first, so that no half of one is seen."""
+    if path.is_dir():
+        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink()
 
-    Args:
-        folder: of a `Checkpointer`.
 
-    Raises:
-        FileNotFoundError: no such folder.
+def _another(group: ProcessGroup) -> ProcessGroup:
+    """Make a group of the same processes for the thread that writes.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     checkpoints(folder)
-    []
+    Two threads must not use one group: each process would send in another order.
     """
-    return list(_readable(_files(Path(folder))))
+    ranks = dist.get_process_group_ranks(group)
+    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(made, ProcessGroup)  # this process is one of them
+    return made
 
 
-def restore(
-    folder: str | os.PathLike[str],
-    checkpoint: Checkpoint | None = None,
-    *,
-    like: Tree = None,
-    device: torch.device | str | None = None,
-) -> Restored | None:
-    """Read the newest checkpoint that is intact, None where there is none at all.
-
-    A damaged one is skipped with a warning that names it.
-
-    Args:
-        folder: of a `Checkpointer`, which another process may be writing to.
-        checkpoint: this one instead of the newest.
-        like: a state of the structure, shapes and dtypes to expect; without it the file alone
-            says what there is.
-        device: where the tensors go, see `fdl.load`.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: there are checkpoints, and all are damaged; or one is intact and is not `like`
-            this (each path is listed).
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     restore(folder)
-    """
-    files = _files(Path(folder)) if checkpoint is None else [checkpoint.path]
-    found = _readable(files) if checkpoint is None else iter([checkpoint])
-    for candidate in found:
-        try:
-            return Restored(load(candidate.path, like=like, device=device), candidate)
-        except (OSError, ValueError) as error:
-            if checkpoint is not None or _is_intact(candidate.path):
-                raise
-            _warn(candidate.path, error)
-    if not files or not any(path.exists() for path in files):
-        return None
-    raise ValueError(
-        f"restore: none of the {len(files)} checkpoints in {folder} is intact; "
-        "move them away to begin anew"
-    )
-
-
-def _files(folder: Path) -> list[Path]:
-    """List the checkpoints, the newest first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_serial, reverse=True)
-
-
-def _serial(path: Path) -> int:
-    return int(path.name.partition("-")[0])
-
-
-def _readable(files: list[Path]) -> Iterator[Checkpoint]:
-    for path in files:
-        try:
-            about = inspect(path).metadata
-            metrics = {name: float(text) for name, text in about["metrics"].items()}
-            yield Checkpoint(path, about["step"], metrics, about["config"], about["versions"])
-        except (OSError, ValueError, KeyError) as error:
-            _warn(path, error)
-
-
-def _warn(path: Path, error: Exception) -> None:
-    if path.exists():  # a writer may have removed it meanwhile, as one too old
-        warnings.warn(
-            f"Checkpointer: skipped {path}, which is damaged: {error}", RuntimeWarning, stacklevel=4
-        )
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            header = read_header(file.fileno(), "")
-            for name in header.entries:
-                read_tensors(file.fileno(), header, [name], "")
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _best(found: Iterator[Checkpoint], metric: str, mode: Mode) -> Checkpoint | None:
-    """Of equal ones, the newest."""
-    with_it = [c for c in found if c.metrics.get(metric, float("nan")) == c.metrics.get(metric)]
-    choose = min if mode == "min" else max
-    return choose(with_it, key=lambda c: c.metrics[metric], default=None)
-
-
-def _check_mode(what: str, mode: str) -> None:
-    if mode not in ("min", "max"):
-        raise ValueError(f'{what} must be "min" or "max", got {mode!r}')
-
-
-def _on_host(state: Tree) -> Tree:
+def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
     """Copy a tree to host memory; leaves that were one tensor stay one."""
     copies: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if type(leaf).__module__.startswith("torch.distributed"):
+        if is_spread(leaf) and group is None:
             raise TypeError(
                 f"Checkpointer: a leaf is a {type(leaf).__name__} of shape {list(leaf.shape)}, "
-                "distributed over processes, which cannot be saved yet; pass leaf.full_tensor() "
-                "in its place, and save in one of the processes"
+                "spread over processes; make the Checkpointer with group=, in each of them"
             )
         if id(leaf) not in copies:
             copies[id(leaf)] = leaf.detach().to("cpu", copy=True)

@@ -331,21 +331,3 @@ def test_a_population_has_one_step(folder):
     with Checkpointer(folder) as it:
         it.save(state)
         assert it.latest().step == 4 and tree.diff(it.restore(like=state).state, state) == []
-
-
-def test_a_distributed_leaf_is_refused_by_name(folder):
-    import torch.distributed as dist
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        leaf = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
-        state = make(1)._replace(params={"w": leaf})
-        with (
-            Checkpointer(folder) as it,
-            pytest.raises(TypeError, match=r"a DTensor of shape \[4\].*pass leaf.full_tensor()"),
-        ):
-            it.save(state)
-    finally:
-        dist.destroy_process_group()
-    assert steps(folder) == []
