@@ -11,6 +11,7 @@ none waits for ever for another.
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,6 +263,8 @@ def _dcp_load(spread: dict[str, Any], folder: Path, group: ProcessGroup | None) 
 
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        load_parts(spread, storage_reader=reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():  # it warns of being alone, which is as we want it
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load_parts(spread, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # a BaseException
         raise OSError(f"Checkpointer: cannot read {folder}: {error}") from error
