@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -88,20 +88,17 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[s
             f"more than {MAX_HEADER:,}: use fewer or shorter paths, or less metadata"
         )
     file.write(blank)
-    digests = []
-    with ThreadPoolExecutor(1) as pool:
-        for name in order:
+    digests: list[Future[str]] = []
+    # Two are hashed while a third is written: on a fast disk hashing takes the longest.
+    with ThreadPoolExecutor(2) as pool:
+        for i, name in enumerate(order):
             content = _content(tensors[name])
-            if len(content) < _LARGE:
-                digests.append(hashlib.sha256(content).hexdigest())
-                file.write(content)
-            else:
-                digest = pool.submit(hashlib.sha256, content)
-                file.write(content)
-                digests.append(digest.result().hexdigest())
-            del content  # before the next one is copied from its device
+            digests.append(pool.submit(_digest, content))
+            file.write(content)
+            if i >= 2:
+                digests[i - 2].result()  # so that no more than three are copied from a device
     file.seek(0)
-    file.write(_header(tensors, order, meta, digests))
+    file.write(_header(tensors, order, meta, [digest.result() for digest in digests]))
 
 
 def _header(
@@ -126,6 +123,10 @@ def _header(
     raw = len(text).to_bytes(8, "little") + text
     at = 8 + len(_OPENING)
     return raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
+
+
+def _digest(content: memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _content(tensor: Tensor) -> memoryview:

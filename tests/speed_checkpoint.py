@@ -117,13 +117,17 @@ def main() -> None:
         folder, found = Path(name), {way: [] for way in [*SAVE, *LOAD]}
         for way in ["fdl.save", "safetensors save_file", "torch.save"]:
             SAVE[way](folder / f"small-{file_of(folder, way).name}", {"w": torch.ones(1)})
-        for _ in range(options.rounds):
-            for way, rows in found.items():
+        for turn in range(options.rounds):
+            # Another one begins each time, since what was written before is still on its way.
+            save, load = (
+                [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)] for ways in (SAVE, LOAD)
+            )
+            for way in [*save, *load]:
                 call = ["--size", str(options.size), "--folder", name, "--way", way]
                 done = subprocess.run(
                     [sys.executable, __file__, *call], capture_output=True, text=True, check=True
                 )
-                rows.append(json.loads(done.stdout))
+                found[way].append(json.loads(done.stdout))
     print(
         f"{options.size} GB, {options.rounds} rounds, torch {torch.__version__}, "
         f"safetensors {safetensors.__version__}, {os.cpu_count()} cores"

@@ -14,7 +14,7 @@ import torch
 from laws import equal_bits, unchanged
 
 import fdl
-from fdl import Checkpointer, TrainState, checkpointer, nn, optim, random, tree
+from fdl import Checkpointer, TrainState, _checkpoints, checkpointer, nn, optim, random, tree
 from fdl.checkpointer import checkpoints, restore
 
 
@@ -291,14 +291,14 @@ def test_what_a_killed_writer_left_is_cleared_away(folder):
 
 def test_a_reader_does_not_mind_that_an_old_one_goes(folder, monkeypatch, recwarn):
     save_all(folder, 1, 2)
-    inspect = checkpointer.inspect
+    inspect = _checkpoints.inspect
 
     def removed(path):
         if path.name.startswith("000002"):
             path.unlink()
         return inspect(path)
 
-    monkeypatch.setattr(checkpointer, "inspect", removed)
+    monkeypatch.setattr(_checkpoints, "inspect", removed)
     assert restore(folder).checkpoint.step == 1 and not recwarn
 
 
