@@ -89,14 +89,20 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[s
         )
     file.write(blank)
     digests: list[Future[str]] = []
-    # Two are hashed while a third is written: on a fast disk hashing takes the longest.
-    with ThreadPoolExecutor(2) as pool:
+    # Two are hashed while a third is written, and the disk takes what came before: on a fast disk
+    # hashing takes the longest.
+    with ThreadPoolExecutor(2) as hashing, ThreadPoolExecutor(1) as syncing:
+        synced: list[Future[None]] = []
         for i, name in enumerate(order):
             content = _content(tensors[name])
-            digests.append(pool.submit(_digest, content))
+            digests.append(hashing.submit(_digest, content))
             file.write(content)
+            if len(content) >= _LARGE and (not synced or synced[-1].done()):
+                synced.append(syncing.submit(os.fsync, file.fileno()))
             if i >= 2:
                 digests[i - 2].result()  # so that no more than three are copied from a device
+        for done in synced:
+            done.result()  # raises what the disk said, which says it only once
     file.seek(0)
     file.write(_header(tensors, order, meta, [digest.result() for digest in digests]))
 
