@@ -15,8 +15,8 @@ __all__ = ["from_jax", "from_numpy", "to_jax", "to_numpy"]
 def to_numpy(tree: Tree) -> Tree:
     """Turn every tensor into a NumPy array that shares its memory; from a GPU it is copied.
 
-    The tensor owns the memory: a write to either is seen in both. bfloat16, which NumPy lacks, needs
-    the package `ml_dtypes` (JAX brings it).
+    The tensor owns the memory: a write to either is seen in both. bfloat16, which NumPy lacks,
+    needs the package `ml_dtypes` (JAX brings it).
 
     Raises:
         TypeError: a leaf that is no tensor, or bfloat16 without `ml_dtypes` (with its path).
@@ -76,7 +76,8 @@ def to_jax(tree: Tree) -> Tree:
     The memory is shared where JAX can (aligned to 64 bytes and without gaps); the tensor then must
     not be written to any more, nor donated to `fdl.jit`: JAX takes its arrays for constant.
 
-    A key of ours, int64 `[2]`, is JAX's as `jax.random.wrap_key_data(to_jax(key.to(torch.uint32)))`.
+    A key of ours is int64 `[2]`, JAX's are uint32:
+    `jax.random.wrap_key_data(to_jax(key.to(torch.uint32)))`.
 
     Raises:
         TypeError: a leaf that is no tensor, or of 64 bits where JAX would make it 32 (with its
@@ -92,7 +93,8 @@ def to_jax(tree: Tree) -> Tree:
 
     def convert(leaf: Any) -> Any:
         _check_tensor(leaf)
-        if leaf.dtype.itemsize // (1 + leaf.is_complex()) == 8 and not jax.config.jax_enable_x64:
+        bits = 8 * leaf.dtype.itemsize // (2 if leaf.is_complex() else 1)
+        if bits == 64 and not jax.config.read("jax_enable_x64"):
             raise TypeError(
                 f"JAX would make 32 bits of {leaf.dtype}: turn on its 64 bits "
                 '(jax.config.update("jax_enable_x64", True)) or cast the leaf'
@@ -118,13 +120,14 @@ def from_jax(tree: Tree) -> Tree:
         params = fdl.interop.from_jax(arrays)
     """
     import jax
+    from torch.utils.dlpack import from_dlpack
 
     def convert(leaf: Any) -> Tensor:
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"expected a JAX array, got {type(leaf).__name__} {leaf!r}")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return torch.from_dlpack(jax.random.key_data(leaf)).long()
-        return torch.from_dlpack(leaf)
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return from_dlpack(jax.random.key_data(leaf)).long()
+        return from_dlpack(leaf)
 
     return _each("from_jax", tree, convert)
 

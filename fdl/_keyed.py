@@ -161,9 +161,7 @@ def _attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if enable_gqa:
-        key, value = (
-            x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value)
-        )
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -326,6 +324,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "empty": _empty(torch.empty),
     "empty_like": _empty(torch.empty_like),
     "new_empty": _empty(Tensor.new_empty),
+    # Dynamo before torch 2.12 cannot follow the method, only the function.
+    "unflatten": lambda mode, x, dim, sizes: torch.unflatten(x, dim, sizes),
 }
 
 REFUSED = {

@@ -10,6 +10,7 @@ from __future__ import annotations  # Dynamo would run those of nested functions
 import copy
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     shells = {train: _shell(module, train) for train in (False, True)}
 
     def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
-        flat = {}
+        flat: dict[str, Tensor] = {}
         for kind, given, expected in zip(("params", "buffers"), values, shapes, strict=True):
             found = flatten_dict(given)
             _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
@@ -94,15 +95,13 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         if torch.compiler.is_compiling():  # Dynamo could follow neither of the checks below
             with Keyed(key):
                 return functional_call(shell, flat, inputs, options)
-        before = dict(_attributes(shell))
-        try:
-            with Keyed(key):
-                result = functional_call(shell, flat, inputs, options)
-        except Exception as error:
-            error.add_note(_whereabouts(error, shell))
-            raise
-        _check_unchanged(before, dict(_attributes(shell)))
-        return result
+        with _unchanged(shell):
+            try:
+                with Keyed(key):
+                    return functional_call(shell, flat, inputs, options)
+            except Exception as error:
+                error.add_note(_whereabouts(error, shell))
+                raise
 
     def stateless(
         params: Tree, *inputs: Any, train: bool = False, key: Tensor | None = None, **options: Any
@@ -151,7 +150,7 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
     """
     _check_is_module(module, "to_module")
     memo: dict[int, Any] = {}
-    pairs = [
+    pairs: list[tuple[str, Tree, dict[str, Any]]] = [
         ("params", params, dict(module.named_parameters())),
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
@@ -206,7 +205,8 @@ def _check_is_module(module: Any, caller: str) -> None:
 def _check_module(module: nn.Module) -> None:
     """Raise unless a module can be called as a pure function."""
     _check_is_module(module, "from_module")
-    lines, devices = [], {}
+    lines: list[str] = []
+    devices: dict[torch.device, str] = {}
     for path, part in module.named_modules():
         where = f"{path or 'the module itself'} ({type(part).__name__})"
         if isinstance(part, torch.jit.ScriptModule):
@@ -241,21 +241,32 @@ def _check_values(
         raise ValueError(f"{what} are not those of the module:\n  " + "\n  ".join(sorted(lines)))
 
 
-def _attributes(shell: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
-    for path, part in shell.named_modules():
-        for name, value in vars(part).items():
-            yield (path, name), value
+@contextmanager
+def _unchanged(shell: nn.Module) -> Iterator[None]:
+    """Put attributes back that a forward has set, and raise: they would be hidden state."""
+    before = [(path, part, dict(vars(part))) for path, part in shell.named_modules()]
+    changed = []
+    try:
+        yield
+    finally:
+        for path, part, attributes in before:
+            now = vars(part)
+            names = [name for name in now if now[name] is not attributes.get(name, now)]
+            for name in names:
+                del now[name]
+            now.update(attributes)
+            # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
+            if not type(part).__module__.startswith("torch."):
+                changed += [f"{_inside(path)} sets its attribute {name!r}" for name in names]
+    if changed:
+        raise ValueError(
+            "apply: a forward must change nothing but buffers (register_buffer), which apply "
+            "returns:\n  " + "\n  ".join(changed)
+        )
 
 
-def _check_unchanged(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
-    """Raise if a forward has set an attribute: it would be hidden state."""
-    for (path, name), value in after.items():
-        if value is not before.get((path, name)):
-            raise ValueError(
-                f"the forward of {path.removeprefix('module.') or 'the module'!r} sets its "
-                f"attribute {name!r}: what changes must be a buffer (register_buffer), which "
-                "apply returns"
-            )
+def _inside(path: str) -> str:
+    return path.removeprefix("module").removeprefix(".") or "the module itself"
 
 
 def _whereabouts(error: Exception, shell: nn.Module) -> str:
@@ -265,17 +276,16 @@ def _whereabouts(error: Exception, shell: nn.Module) -> str:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         part = frame.f_locals.get("self")
         if id(part) in names:
-            path = names[id(part)].removeprefix("module").removeprefix(".")
-            found = f"in module {path!r} ({type(part).__name__})"
-    return found or "in the module"
+            found = f"in {_inside(names[id(part)])} ({type(part).__name__})"
+    return found
 
 
 def from_flax(layer: Mapping[str, Tensor], image: tuple[int, int, int] | None = None) -> Tree:
     """Convert the parameters of one Flax layer to torch's names and layouts.
 
     `kernel`, `[in, out]` or `[*window, in, out]` (HWIO), becomes `weight`, `[out, in]` or
-    `[out, in, *window]` (OIHW); the `scale` of a normalisation becomes its `weight`; the rest stays.
-    First `from_jax`, then this for each layer:
+    `[out, in, *window]` (OIHW); the `scale` of a normalisation becomes its `weight`; the rest
+    stays. First `from_jax`, then this for each layer:
 
     >>> flax = {"Dense_0": {"kernel": torch.zeros(4, 3), "bias": torch.zeros(3)}}
     >>> params = {"fc": from_flax(flax["Dense_0"])}
