@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fdl import random
+from fdl._dynamo import assume_constant_result
 
-__all__ = ["REFUSED", "RULES", "Keyed"]
+__all__ = ["REFUSED", "RULES", "Keyed", "tell_dynamo"]
 
 
 class Keyed(TorchFunctionMode):
@@ -55,6 +56,20 @@ class Keyed(TorchFunctionMode):
         if name in _RECURRENT:
             return _recurrent(self, func, *args)
         return func(*args, **kwargs)
+
+
+@assume_constant_result  # called while Dynamo traces, not traced itself
+def tell_dynamo() -> None:
+    """Have Dynamo ask the mode about `torch.rand` and the like too.
+
+    Eager torch does; Dynamo goes by a list of functions that lacks some of them.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    asked = get_overridable_functions()
+    for name in RULES.keys() | REFUSED:
+        if hasattr(torch, name):
+            asked.add(getattr(torch, name))
 
 
 # ------------------------------------------------------------------------------------- dropout

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from fdl import tree
 from fdl._arrays import from_jax, from_numpy, to_jax, to_numpy
-from fdl._keyed import Keyed
+from fdl._keyed import Keyed, tell_dynamo
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -93,6 +93,7 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
             }
         shell = shells[train]
         if torch.compiler.is_compiling():  # Dynamo could follow neither of the checks below
+            tell_dynamo()
             with Keyed(key):
                 return functional_call(shell, flat, inputs, options)
         with _unchanged(shell):

@@ -113,13 +113,10 @@ def test_out_again(name):
         moved(*inputs),
         functional_call(module.eval(), tree.flatten_dict(params), tuple(inputs)),
     )
+    kept = tree.map(torch.clone, params)
     with torch.no_grad():
         next(moved.parameters()).add_(1)
-    close(tree.flatten_dict(params), {**tree.flatten_dict(params)})
-    assert (
-        not tree.diff(interop.from_module(module)[1], tree.unflatten_dict(dict(before)), values=0)
-        or module.state_dict().keys() != dict(module.named_parameters()).keys()
-    )
+    assert not tree.diff(kept, params)
 
 
 def test_ties_survive_the_round_trip():
@@ -163,6 +160,8 @@ def test_a_submodule_frozen_in_eval_mode_stays_so():
     assert new["1"]["num_batches_tracked"] == 1
 
 
+# torch has no batching rules for fused attention and fused weight norm: slow, not wrong.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", ["batch norm", "tied", "attention", "transformer", "weight norm"])
 def test_vmap_equals_a_loop_and_compiled_equals_eager(name):
     module, inputs = made(name)
@@ -202,7 +201,8 @@ def test_training_a_module_and_its_optimizer_out_again():
         state, _ = step(state, (x, y))
     trained = interop.to_module(state.params, module)
     torch_opt = torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9)
-    optim.to_torch(state.opt_state, torch_opt)
+    theirs = tree.unflatten_dict(dict(trained.named_parameters()))
+    torch_opt.load_state_dict(optim.to_torch(state.opt_state, theirs, torch_opt))
 
     twin_opt = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     for net, optimizer, steps in ((module, twin_opt, 4), (trained, torch_opt, 1)):

@@ -82,7 +82,7 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
             return y, buffers
 
         count = buffers["num_batches_tracked"] + 1
-        rate = 1 / count if momentum is None else momentum
+        rate = 1 / count.double() if momentum is None else momentum
         unbiased = var * (n / (n - 1 if isinstance(n, int) else (n - 1).clamp(min=1)))
         new = {"running_mean": (old_mean, mean), "running_var": (old_var, unbiased)}
         moved = {
