@@ -87,9 +87,7 @@ FAMILIES = {
     ),
     "ResNet": (lambda: tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], 3), 32),
     "ResNeXt": (
-        lambda: tv.ResNet(
-            tv.resnet.Bottleneck, [1, 1, 1, 1], 3, groups=4, width_per_group=2
-        ),
+        lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], 3, groups=4, width_per_group=2),
         32,
     ),
     "DenseNet": (densenet, 32),
