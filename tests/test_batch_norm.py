@@ -127,7 +127,7 @@ def test_sequential_takes_layers_with_buffers():
     net = nn.sequential(nn.linear(4, 3), nn.sequential(norm, nn.tanh, nn.dropout(0.5)))
     assert isinstance(net, nn.StatefulModel)
     params, buffers = net.init(KEY)
-    assert list(tree.flatten_dict(buffers))[0] == "1.0.running_mean"
+    assert next(iter(tree.flatten_dict(buffers))) == "1.0.running_mean"
     x = draw(0, 6, 4).float()
     y, new = net.apply(params, buffers, x, train=True, key=KEY)
     h, expected = norm.apply(

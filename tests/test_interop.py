@@ -121,7 +121,7 @@ def test_out_again(name):
 
 def test_ties_survive_the_round_trip():
     module = Tied()
-    model, params, _ = interop.from_module(module)
+    _, params, _ = interop.from_module(module)
     assert list(tree.flatten_dict(params)) == ["embed.weight"]
     again = interop.to_module(params, module)
     assert again.embed.weight is again.head.weight
@@ -192,7 +192,7 @@ def test_vmap_equals_a_loop_and_compiled_equals_eager(name):
 
 def test_training_a_module_and_its_optimizer_out_again():
     module, x, y = made("linear")[0], draw(0, 8, 4), draw(1, 8, 2)
-    model, params, _ = interop.from_module(module)
+    model, _, _ = interop.from_module(module)
     opt = optim.sgd(0.1, momentum=0.9)
     loss = fdl.supervised(model.apply, losses.mse)
     state = fdl.TrainState.create(model, opt, key=KEY)
