@@ -5,7 +5,8 @@ There is no autocast: a model under a policy is a model like any other, whose `a
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
-from typing import NamedTuple, TypeVar
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,16 +72,12 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
 
     if isinstance(model, StatefulModel):
 
+        @wraps(model.apply)  # which shows whether it takes a mask
         def apply_stateful(
-            params: Tree,
-            buffers: Tree,
-            x: Tensor,
-            *,
-            train: bool = False,
-            key: Tensor | None = None,
+            params: Tree, buffers: Tree, x: Tensor, **options: Any
         ) -> tuple[Tensor, Tree]:
             low, inputs = tree.cast(params, policy.compute), tree.cast(x, policy.compute)
-            y, new = model.apply(low, buffers, inputs, train=train, key=key)
+            y, new = model.apply(low, buffers, inputs, **options)
             new = tree.map(lambda n, old: n.to(old.dtype), new, buffers)
             return tree.cast(y, policy.output), new
 

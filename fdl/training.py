@@ -20,6 +20,7 @@ from fdl.data import Batch
 from fdl.losses import weighted_mean
 from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
+from fdl.nn.model import check_takes_mask
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
 from fdl.tree import Tree
 
@@ -103,7 +104,8 @@ def supervised(
     """Make the loss of a model on a batch: `(params, batch, key=None) -> (scalar, metrics)`.
 
     With a key the model runs with `train=True`, without one it is evaluated. Padding marked by
-    `batch.mask` does not count.
+    `batch.mask` does not count, nor in the statistics of `nn.batch_norm`: in training the mask goes
+    to a model with buffers.
 
     Args:
         apply: of a `Model`, or of a `StatefulModel` (recognised by its second parameter being
@@ -117,7 +119,8 @@ def supervised(
         The loss function; its metrics hold `"loss"` and those of `metrics`.
 
     Raises:
-        ValueError: a mask, and a loss that takes no weights but returns a scalar (at call).
+        ValueError: a mask, and a loss that takes no weights but returns a scalar, or in training a
+            model with buffers whose `apply` takes no mask (at call).
 
     >>> from fdl import losses, nn
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
@@ -157,7 +160,11 @@ def supervised(
         params: Tree, buffers: Tree, batch: Any, key: Tensor | None = None
     ) -> tuple[Tensor, tuple[Metrics, Tree]]:
         batch = Batch(*batch)
-        prediction, buffers = apply(params, buffers, batch.x, train=key is not None, key=key)
+        options: dict[str, Any] = {"train": key is not None, "key": key}
+        if key is not None and isinstance(batch.mask, Tensor):
+            check_takes_mask(apply, "supervised")
+            options["mask"] = batch.mask
+        prediction, buffers = apply(params, buffers, batch.x, **options)
         value, found = score(prediction, batch)
         return value, (found, buffers)
 

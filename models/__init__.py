@@ -1,8 +1,9 @@
 """The models of the course: each a page that reads like its maths, each returns a `Model`."""
 
 from models.lenet import lenet
+from models.lenet_bn import lenet_bn
 from models.linreg import linreg
 from models.mlp import mlp
 from models.softmax_regression import softmax_regression
 
-__all__ = ["lenet", "linreg", "mlp", "softmax_regression"]
+__all__ = ["lenet", "lenet_bn", "linreg", "mlp", "softmax_regression"]

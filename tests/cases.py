@@ -31,6 +31,21 @@ def layer(model: nn.Model, *shape: int) -> Case:
     )
 
 
+def layer_with_buffers(model: nn.StatefulModel, *shape: int) -> Case:
+    """In training, with a key."""
+
+    def inputs(key: Tensor) -> tuple[Any, ...]:
+        params, buffers = tree.cast(model.init(key), torch.float64)
+        params = tree.map(lambda p: p + 0.1 * draw(key, *p.shape), params)
+        return params, buffers, draw(key, *shape), key
+
+    return Case(
+        lambda params, buffers, x, key: model.apply(params, buffers, x, train=True, key=key),
+        inputs,
+        grads=(0, 2),
+    )
+
+
 def initializer(init: nn.init.Initializer, *, grads: tuple[int, ...] = ()) -> Case:
     return Case(lambda key: init(key, (3, 2), torch.float64), lambda key: (key,), grads)
 

@@ -158,9 +158,8 @@ def test_errors_name_the_path_of_the_layer():
             lambda: nn.sequential(nn.relu, 3),
             "layer '1' must be a Model or a function x -> y, got 3",
         ),
-        (lambda: nn.sequential(bn=nn.StatefulModel(None, None)), "layer 'bn' must be a Model"),
     ],
-    ids=["both", "number", "stateful"],
+    ids=["both", "number"],
 )
 def test_sequential_refuses(make, text):
     with pytest.raises(TypeError, match=text):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fdl
+import models
 from fdl import data, random, tree
 from fdl.data import Dataset
 from train import loop, recipes
@@ -67,6 +68,21 @@ def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_p
     x = test.x.reshape(len(test.x), -1).float() / 255
     guesses = (x @ params["1"]["weight"].T + params["1"]["bias"]).argmax(1)
     assert (guesses == test.y).double().mean().item() == pytest.approx(last["test_accuracy"])
+
+
+def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
+    options = ["--data", "sample", "--epochs", 2, "--batch-size", 500, "--compile", "off"]
+    assert run("lenet-bn", *options, "--out", "it")[0] == 0
+    saved = fdl.load(tmp_path / "it" / "params.safetensors")
+    params, buffers = tree.partition(saved, lambda path, _: path.endswith(("weight", "bias")))
+    assert buffers["fc"]["1"]["num_batches_tracked"] == 24
+    test = data.fashion_mnist_sample(train=False)
+    logits, _ = models.lenet_bn().apply(params, buffers, test.x[:, None].float() / 255)
+    accuracy = (logits.argmax(1) == test.y).double().mean().item()
+    last = records(tmp_path / "it")[-1]
+    assert accuracy == pytest.approx(last["test_accuracy"]) and last["accuracy"] > 0.3
+    code, out, _ = run("eval", "it")
+    assert code == 0 and f"test accuracy {accuracy:.6g}" in out
 
 
 def test_sample_is_announced_loudly(run):

@@ -17,6 +17,7 @@ from cases import (
     labelled,
     labelled_rows,
     layer,
+    layer_with_buffers,
     predictions,
     weights,
     with_keys,
@@ -25,7 +26,7 @@ from cases_optim import OPTIM, SCHEDULES
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fdl import data, losses, metrics, nn, optim, precision, random, tree
+from fdl import data, interop, losses, metrics, nn, optim, precision, random, tree
 from fdl.optim import schedules
 
 ROWS = 3  # of a batch for vmap
@@ -41,6 +42,7 @@ MIXED = precision.Policy(torch.float64, torch.float32, torch.float64)
 TABLE: dict[str, dict[str, Case]] = {
     "nn": {
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
         "dropout": with_keys(
             lambda key, x: nn.dropout(0.4).apply({}, x, train=True, key=key), (4, 5)
@@ -94,6 +96,24 @@ TABLE: dict[str, dict[str, Case]] = {
         "accuracy": Case(metrics.accuracy, labelled, grads=()),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
     },
+    "interop": {
+        "from_flax": Case(
+            lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
+            lambda key: (draw(key, 12, 5),),
+        ),
+        "from_module": layer_with_buffers(
+            interop.from_module(
+                torch.nn.Sequential(
+                    torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)
+                )
+            )[0],
+            *(4, 3),
+        ),
+        "to_flax": Case(
+            lambda weight: interop.to_flax({"weight": weight}),
+            lambda key: (draw(key, 2, 3, 4, 4),),
+        ),
+    },
     "optim": OPTIM,
     "optim.schedules": SCHEDULES,
     "precision": {
@@ -146,6 +166,7 @@ TABLE: dict[str, dict[str, Case]] = {
 MODULES: dict[str, ModuleType] = {
     "nn": nn,
     "nn.init": nn.init,
+    "interop": interop,
     "losses": losses,
     "metrics": metrics,
     "optim": optim,
@@ -161,6 +182,11 @@ NO_ROW = {
     "nn.StatefulModel": "a type",
     "nn.init": "a module, in the table itself",
     "nn.init.Initializer": "a type",
+    "interop.from_jax": "takes arrays: tests/test_arrays.py",
+    "interop.from_numpy": "takes arrays: tests/test_arrays.py",
+    "interop.to_jax": "gives arrays: tests/test_arrays.py",
+    "interop.to_module": "gives a module: tests/test_interop.py",
+    "interop.to_numpy": "gives arrays: tests/test_arrays.py",
     "optim.Optimizer": "a type",
     "optim.State": "a type",
     "optim.from_torch": "takes an optimizer of torch",

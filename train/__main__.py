@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 import fdl
-from fdl import Checkpointer, TrainState, data, random
+from fdl import Checkpointer, TrainState, data, random, tree
 from train import config as configs
 from train import loop, recipes, report, saved, using
 from train.bench import measure
@@ -217,7 +217,8 @@ def record_of(epoch: loop.Epoch) -> dict[str, Any]:
 def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
     """Keep what a run came to, and say how it ended; no `epoch` where nothing was left to do."""
     folder, state = run.folder, epoch.state if epoch else run.state
-    fdl.save(folder / "params.safetensors", state.params)
+    # As in a state_dict, buffers lie among the parameters: evaluation needs both.
+    fdl.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
     if records:
         report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
     if epoch and epoch.end == "diverged":

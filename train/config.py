@@ -16,6 +16,7 @@ __all__ = [
     "Images",
     "Inspect",
     "LeNet",
+    "LeNetBN",
     "Linreg",
     "LinregDecay",
     "Mlp",
@@ -136,6 +137,13 @@ class LeNet(Images):
     lr: float = 0.9
 
 
+@dataclass(frozen=True)
+class LeNetBN(Images):
+    """LeNet with batch normalisation."""
+
+    lr: float = 0.9
+
+
 RECIPES: dict[str, type[Recipe]] = {
     "linreg": Linreg,
     "linreg-decay": LinregDecay,
@@ -144,6 +152,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "dropout": Dropout,
     "weight-decay": WeightDecay,
     "lenet": LeNet,
+    "lenet-bn": LeNetBN,
 }
 
 

@@ -22,13 +22,14 @@ from fdl import (
     with_policy,
 )
 from fdl.data import Dataset
-from fdl.nn import Model
+from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
 from fdl.tree import Tree
 from train.config import (
     Dropout,
     Images,
     LeNet,
+    LeNetBN,
     Linreg,
     LinregDecay,
     Mlp,
@@ -52,7 +53,7 @@ __all__ = [
 class Problem(NamedTuple):
     """What a recipe trains, on one device."""
 
-    model: Model
+    model: Model | StatefulModel
     opt: Optimizer
     loss: Callable[..., Any]
     train: Dataset
@@ -196,12 +197,13 @@ def image_problem(config: Images, train: Dataset, test: Dataset | None, found: s
     )
 
 
-def image_model(config: Images) -> Model:
+def image_model(config: Images) -> Model | StatefulModel:
     """Make the model of a recipe on images, in its precision.
 
     >>> image_model(Softmax()).init(random.key(0))["1"]["weight"].shape
     torch.Size([10, 784])
     """
+    model: Any
     match config:
         case Softmax():
             model = models.softmax_regression()
@@ -211,6 +213,8 @@ def image_model(config: Images) -> Model:
             model = models.mlp(hidden=(256, 256), rates=config.rates)
         case LeNet():
             model = models.lenet()
+        case LeNetBN():
+            model = models.lenet_bn()
         case _:
             raise TypeError(f"no recipe for {config!r}")
     if config.precision == "bfloat16":

@@ -13,6 +13,7 @@ from torch import Tensor
 from fdl import checkpointer, data, disable_jit
 from fdl.checkpointer import Restored
 from fdl.data import LABELS
+from fdl.nn import StatefulModel
 from train import loop, recipes
 from train.config import Eval, Images, Predict
 from train.saved import read_run
@@ -59,10 +60,13 @@ def predict(config: Predict) -> int:
     model = recipes.image_model(run.config)
     read = [read_image(path) for path in config.images]
     images = torch.stack([image for image, _ in read])
-    params = _newest(config.run, like=None, device="cpu").state.params
+    state = _newest(config.run, like=None, device="cpu").state
     index = torch.arange(len(images))
     batch = data.gather((images, index), (index, index >= 0))
-    logits = model.apply(params, batch.x, train=False)
+    if isinstance(model, StatefulModel):
+        logits, _ = model.apply(state.params, state.buffers, batch.x)
+    else:
+        logits = model.apply(state.params, batch.x)
     for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
         print(f"{path}: {LABELS[int(row.argmax())]}{note}")
         for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):

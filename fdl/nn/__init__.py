@@ -20,12 +20,14 @@ from fdl.nn.layers import (
     tanh,
 )
 from fdl.nn.model import Layer, Model, StatefulModel, sequential, tied
+from fdl.nn.norm import batch_norm
 
 __all__ = [
     "Layer",
     "Model",
     "StatefulModel",
     "avg_pool2d",
+    "batch_norm",
     "conv2d",
     "dropout",
     "flatten",

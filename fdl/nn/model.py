@@ -1,7 +1,8 @@
 """What a model is: a pair of pure functions; and how models are put together."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -50,8 +51,15 @@ class StatefulModel(NamedTuple):
 Layer = Model | Callable[[Tensor], Tensor]
 
 
-def sequential(*layers: Layer, **named: Layer) -> Model:
+@overload
+def sequential(*layers: Layer, **named: Layer) -> Model: ...  # type: ignore[overload-overlap]
+@overload
+def sequential(*layers: Layer | StatefulModel, **named: Layer | StatefulModel) -> StatefulModel: ...
+def sequential(*layers: Any, **named: Any) -> Any:
     """Compose layers, each a `Model` or any function `x -> y`; equals `torch.nn.Sequential`.
+
+    With a `StatefulModel` among them the result is one: buffers lie where parameters do. Its
+    `apply` takes a `mask` of the examples that count, for the layers that take one.
 
     Parameters lie under the position (`"0"`, `"3"`; every element counts) or the name of their
     layer; a layer without parameters leaves no entry. Layer `i` gets the key `fold_in(key, i)`,
@@ -68,10 +76,14 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
     total                         19     76
     >>> list(sequential(hidden=nn.linear(4, 3), act=nn.relu).init(random.key(0)))
     ['hidden']
+    >>> params, buffers = sequential(nn.linear(4, 3), nn.batch_norm(3)).init(random.key(0))
+    >>> list(buffers["1"])
+    ['running_mean', 'running_var', 'num_batches_tracked']
 
     Raises:
         TypeError: both positional and named layers, or a layer that cannot be called.
-        ValueError: a name with a dot; `params` has an entry that is no layer (at apply).
+        ValueError: a name with a dot; `params` or `buffers` has an entry that is no layer, or a
+            mask comes to a layer with buffers that takes none (at apply).
     """
     if layers and named:
         raise TypeError("sequential: give layers by position or by name, not both")
@@ -79,47 +91,105 @@ def sequential(*layers: Layer, **named: Layer) -> Model:
     for name, layer in children.items():
         if "." in name:
             raise ValueError(f"sequential: a name must not hold a dot, got {name!r}; nest instead")
-        if isinstance(layer, StatefulModel) or not (isinstance(layer, Model) or callable(layer)):
+        if not (isinstance(layer, Model | StatefulModel) or callable(layer)):
             raise TypeError(
                 f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"
             )
 
-    draws = any(isinstance(layer, Model) and layer.draws for layer in children.values())
+    stateful = any(isinstance(layer, StatefulModel) for layer in children.values())
+    draws = any(getattr(layer, "draws", True) for layer in children.values() if _is_model(layer))
 
     def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
         # At least one, since vmap takes no empty axis.
         numbers = torch.arange(max(1, len(children)), device=key.device)
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
-    def init(key: Tensor) -> Tree:
+    def init(key: Tensor) -> Any:
         child_keys = keys(key)
-        params = {
+        drawn = {
             name: layer.init(child_keys[i])
             for i, (name, layer) in enumerate(children.items())
-            if isinstance(layer, Model)
+            if _is_model(layer)
         }
-        return {name: child for name, child in params.items() if child != {}}
+        has_buffers = [name for name in drawn if isinstance(children[name], StatefulModel)]
+        params = {name: d[0] if name in has_buffers else d for name, d in drawn.items()}
+        buffers = {name: drawn[name][1] for name in has_buffers}
+        params, buffers = (
+            {name: child for name, child in part.items() if child != {}}
+            for part in (params, buffers)
+        )
+        return (params, buffers) if stateful else params
 
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        unknown = [name for name in params if name not in children]
-        if unknown:
-            raise ValueError(
-                f"sequential: params has entries {unknown}, but the layers are {list(children)}"
-            )
+    def run(
+        params: Tree, buffers: Tree, x: Tensor, train: bool, key: Tensor | None, mask: Any
+    ) -> tuple[Tensor, Tree]:
+        for kind, given in (("params", params), ("buffers", buffers)):
+            unknown = [name for name in given if name not in children]
+            if unknown:
+                raise ValueError(
+                    f"sequential: {kind} has entries {unknown}, but the layers are {list(children)}"
+                )
         child_keys = None if key is None or not draws else keys(key)
+        new = dict(buffers)
         for i, (name, layer) in enumerate(children.items()):
             try:
-                if isinstance(layer, Model):
-                    child_key = None if child_keys is None else child_keys[i]
-                    x = layer.apply(params.get(name, {}), x, train=train, key=child_key)
-                else:
+                if not _is_model(layer):
                     x = layer(x)
+                    continue
+                options = {"train": train, "key": None if child_keys is None else child_keys[i]}
+                own = params.get(name, {})
+                if isinstance(layer, Model):
+                    x = layer.apply(own, x, **options)
+                    continue
+                if mask is not None:
+                    check_takes_mask(layer.apply, "sequential")
+                    options["mask"] = mask
+                x, changed = layer.apply(own, buffers.get(name, {}), x, **options)
+                new |= {name: changed} if changed != {} else {}
             except Exception as error:
                 error.add_note(f"in layer {name!r} of sequential")
                 raise
-        return x
+        return x, new
 
-    return Model(init, apply, draws)
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        return run(params, {}, x, train, key, None)[0]
+
+    def apply_stateful(
+        params: Tree,
+        buffers: Tree,
+        x: Tensor,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tree]:
+        return run(params, buffers, x, train, key, mask)
+
+    return StatefulModel(init, apply_stateful) if stateful else Model(init, apply, draws)
+
+
+def _is_model(layer: Any) -> bool:
+    return isinstance(layer, Model | StatefulModel)
+
+
+def check_takes_mask(apply: Callable[..., Any], caller: str) -> None:
+    """Raise if a model with buffers would count the padded examples of a batch.
+
+    Args:
+        apply: of a `StatefulModel`.
+        caller: how the error begins.
+
+    Raises:
+        ValueError: `apply` has no parameter `mask`.
+
+    >>> check_takes_mask(lambda params, buffers, x, mask=None: (x, {}), "here")
+    """
+    if "mask" not in inspect.signature(apply).parameters:
+        raise ValueError(
+            f"{caller}: the batch has a mask, but this model with buffers takes none: padding "
+            "would enter its statistics; use epoch_indices(..., drop_last=True) and batches "
+            "without a mask, Batch(x, y)"
+        )
 
 
 def tied(model: Model, same: Mapping[str, str]) -> Model:

@@ -1,0 +1,108 @@
+"""Batch normalisation, whose running statistics are an explicit input and output."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import torch
+from torch import Tensor
+
+from fdl.nn.init import ones, zeros
+from fdl.nn.layers import _check_sizes, _param
+from fdl.nn.model import StatefulModel
+from fdl.tree import Tree
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> StatefulModel:
+    """Normalise each feature over the batch, then scale and shift; `nn.BatchNorm1d`, `2d`, `3d`.
+
+    y = (x − mean) / √(variance + eps) · weight + bias, from `[batch, features, ...]` to the same.
+    In training mean and variance are those of the batch, over all axes but the second, and the
+    running ones move towards them; in evaluation the running ones serve. As in torch, the running
+    variance is the unbiased one, n / (n − 1) times that which normalises. Source: Ioffe and
+    Szegedy, 2015.
+
+    Buffers: `running_mean` and `running_var` `[features]`, `num_batches_tracked` int64 `[]`.
+    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, so that a
+    batch filled up with padding has the statistics of the examples in it (of one value alone the
+    variance is 0).
+
+    Args:
+        features: the size of the second axis.
+        eps: added to the variance.
+        momentum: how far the running statistics move; the mean of all batches so far if None.
+
+    Raises:
+        ValueError: `features` below 1, x of another number of features or of fewer than 2 axes,
+            or one value per feature to train on (at apply).
+
+    >>> layer = batch_norm(1, eps=0.0)
+    >>> params, buffers = layer.init(torch.tensor([0, 0]))
+    >>> y, buffers = layer.apply(params, buffers, torch.tensor([[1.0], [3.0]]), train=True)
+    >>> y.flatten(), buffers["running_mean"]
+    (tensor([-1.,  1.]), tensor([0.2000]))
+    """
+    name = f"batch_norm({features})"
+    _check_sizes(name, features)
+    shape = (features,)
+
+    def init(key: Tensor) -> tuple[Tree, Tree]:
+        params = {"weight": ones(key, shape), "bias": zeros(key, shape)}
+        buffers = {
+            "running_mean": zeros(key, shape),
+            "running_var": ones(key, shape),
+            "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=key.device),
+        }
+        return params, buffers
+
+    def apply(
+        params: Tree,
+        buffers: Tree,
+        x: Tensor,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tree]:
+        weight, bias = (_param(params, p, shape, name) for p in ("weight", "bias"))
+        old_mean, old_var = (
+            _param(buffers, b, shape, name) for b in ("running_mean", "running_var")
+        )
+        if x.ndim < 2 or x.shape[1] != features:
+            raise ValueError(f"{name}: expected x [batch, {features}, ...], got {list(x.shape)}")
+        if train and x.numel() == features:
+            raise ValueError(f"{name}: one value per feature has no variance to train on")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums of bfloat16 lose too much
+        mean, var, n = _statistics(wide, mask) if train else (old_mean, old_var, 1)
+        columns = (1, features, *[1] * (x.ndim - 2))
+        scale = weight * (var + eps).rsqrt()
+        y = (wide - mean.view(columns)) * scale.view(columns) + bias.view(columns)
+        y = y.to(x.dtype)
+        if not train:
+            return y, buffers
+
+        count = buffers["num_batches_tracked"] + 1
+        rate = 1 / count.double() if momentum is None else momentum
+        unbiased = var * (n / (n - 1 if isinstance(n, int) else (n - 1).clamp(min=1)))
+        new = {"running_mean": (old_mean, mean), "running_var": (old_var, unbiased)}
+        moved = {
+            path: (old + rate * (batch.detach() - old)).to(old.dtype)
+            for path, (old, batch) in new.items()
+        }
+        return y, {**moved, "num_batches_tracked": count}
+
+    return StatefulModel(init, apply)
+
+
+def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Mean and biased variance of each feature, and of how many values they are."""
+    axes = [0, *range(2, x.ndim)]
+    if mask is None:
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean, var, x.numel() // x.shape[1]
+    weights = mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    n = weights.sum() * (x.numel() // (x.shape[0] * x.shape[1]))
+    n = n.clamp(min=1)  # a batch of nothing but padding stays finite
+    mean = (x * weights).sum(axes) / n
+    centred = (x - mean.view(1, -1, *[1] * (x.ndim - 2))) * weights
+    return mean, (centred * centred).sum(axes) / n, n
