@@ -241,7 +241,7 @@ def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
 
     >>> index, mask = bootstrap_indices(random.key(0), 1000, batch_size=100)
     >>> index.shape, len(index.unique())
-    (torch.Size([10, 100]), 640)
+    (torch.Size([10, 100]), 639)
     """
     _check_count("bootstrap_indices", "n", n)
     _check_count("bootstrap_indices", "batch_size", batch_size)
