@@ -29,11 +29,16 @@ __all__ = [
     "Plan",
     "Programs",
     "Progress",
+    "chunks",
     "epochs",
     "evaluate",
     "make_programs",
+    "merge",
     "noticed",
     "plan",
+    "planned",
+    "step_of",
+    "timed",
 ]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
@@ -247,7 +252,7 @@ def epochs(
                 progress = Progress(
                     progress.epoch,
                     min(progress.done + plan.chunk, steps),
-                    _merge(progress.total, metrics),
+                    merge(progress.total, metrics),
                     time.perf_counter() - start,
                 )
                 if not carry[1]:
@@ -268,7 +273,8 @@ def epochs(
             progress = epoch.next
 
 
-def _merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
+def merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
+    """Add the metrics of further steps to those so far, which are {} at first."""
     return {name: total[name] + mean if total else mean for name, mean in metrics.items()}
 
 
