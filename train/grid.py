@@ -41,7 +41,7 @@ def parse(grid: Sequence[str]) -> list[Axis]:
     """
     if not grid:
         raise ValueError(f"--grid must be given, as in --grid lr=0.1:1.6:8log; forms: {FORMS}")
-    axes = []
+    axes: list[Axis] = []
     for text in grid:
         name, equals, said = text.partition("=")
         name = name.replace("-", "_")
