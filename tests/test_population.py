@@ -70,7 +70,8 @@ def test_create_equals_train_state_create_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("own_order", [False, True], ids=["one order", "own orders"])
-def test_each_member_equals_the_model_trained_alone(name, own_order):
+@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+def test_each_member_equals_the_model_trained_alone(name, own_order, each):
     model, images = MODELS[name], dataset(name)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
     of_member = [orders(random.key(7 + i * own_order)) for i in range(MEMBERS)]
@@ -80,9 +81,9 @@ def test_each_member_equals_the_model_trained_alone(name, own_order):
 
     if own_order:
         rows = tree.map(lambda *parts: torch.stack(parts, 1), *of_member)  # [steps, members, batch]
-        many_steps = vmap(one_step)
+        many_steps = each(one_step)
     else:
-        rows, many_steps = of_member[0], vmap(one_step, (0, None))
+        rows, many_steps = of_member[0], each(one_step, (0, None))
     states, metrics = fdl.scan(
         many_steps, of_float64(population.create(model, OPT, KEYS, RATES)), rows
     )
@@ -99,13 +100,14 @@ def test_each_member_equals_the_model_trained_alone(name, own_order):
         )
 
 
-def test_an_epoch_of_a_population_compiles_to_one_program():
+@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+def test_an_epoch_of_a_population_compiles_to_one_program(each):
     model, images = MODELS["conv"], tree.cast(dataset("conv"), torch.float32)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
 
     def epoch(states, images, rows):
         def many_steps(states, row):
-            return vmap(step, (0, None))(states, data.gather(images, row))
+            return each(step, (0, None))(states, data.gather(images, row))
 
         return fdl.scan(many_steps, states, rows)
 
@@ -194,5 +196,10 @@ def test_the_other_functions_say_what_is_wrong():
         population.member({"w": torch.zeros(())}, 0)
     with pytest.raises(IndexError, match="index 3, but there are 3 members"):
         population.member({"w": torch.zeros(3)}, 3)
+    for dims in (1, (None, None), (0, 1)):
+        with pytest.raises(ValueError, match="in_dims must be 0 or"):
+            population.in_turn(torch.add, dims)
+    with pytest.raises(ValueError, match="in_dims has 2 entries for 1 arguments"):
+        population.in_turn(torch.add, (0, None))(torch.zeros(3))
     with pytest.raises(ValueError, match=r"loss must have the shape \[3\].*got \[2\]"):
         population.best({"w": torch.zeros(3)}, torch.zeros(2))

@@ -18,7 +18,7 @@ from train.grid import Axis
 
 ROOT = Path(__file__).parent.parent
 LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
-DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 1500, "--compile", "off")
+DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
 
 
 @pytest.fixture

@@ -159,6 +159,14 @@ TABLE: dict[str, dict[str, Case]] = {
             ),
             grads=(0, 1),
         ),
+        "in_turn": Case(
+            lambda w, x: population.in_turn(linear.apply, (0, None))(w, x),
+            lambda key: (
+                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
+                draw(random.fold_in(key, 2), 5, 3),
+            ),
+            grads=(0, 1),
+        ),
         "member": Case(
             population.member, lambda key: (draw(key, 4, 2), random.randint(key, (), 0, 4))
         ),

@@ -180,7 +180,7 @@ class Sweep:
 
     recipe: tyro.conf.OmitArgPrefixes[
         tyro.conf.OmitSubcommandPrefixes[
-            Union[  # noqa: UP007  # of what is known only now
+            Union[  # type: ignore[valid-type]  # noqa: UP007  # of what is known only now
                 tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in SWEEPS.items())
             ]
         ]

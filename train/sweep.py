@@ -99,11 +99,16 @@ def run(sweep: Sweep) -> int:
         own_data,
         loop.Plan(False, 1, ""),
         folder,
-        make_programs(problem, own_data=own_data, own_order=own_order),
+        make_programs(
+            problem,
+            convolves=any(leaf.ndim == 4 for leaf in tree.leaves(state.params)),
+            own_data=own_data,
+            own_order=own_order,
+        ),
     )
     print(f"sweep of {name}: {len(points)} points; {problem.data}; {device}\n{line}")
     setting = setting._replace(plan=plan(setting, base, groups[0], len(groups)))
-    report.write_config(folder, name, base, problem.data, setting.plan, report.environment(device))
+    report.write_sweep(folder, name, base, options.grid, setting.plan)
     print(f"{'compiled' if setting.plan.compile else 'not compiled'}: {setting.plan.reason}")
     return train(setting, base, axes, groups, size)
 
@@ -155,11 +160,15 @@ def free(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_programs(problem: recipes.Problem, *, own_data: bool, own_order: bool) -> loop.Programs:
+def make_programs(
+    problem: recipes.Problem, *, convolves: bool, own_data: bool, own_order: bool
+) -> loop.Programs:
     """Make the functions of `loop.Programs` for a population: a scan of the vmapped step."""
+    # Many models' convolutions are one in groups, which takes the CPU twice as long.
+    each = population.in_turn if convolves and not problem.train.x.is_cuda else vmap
     # What all members share has no axis, so that it is read and looked up once.
-    step = vmap(loop.step_of(problem), (0, 0 if own_data else None, 0 if own_order else None))
-    score = vmap(fdl.eval_step(problem.loss), (0, None))
+    step = each(loop.step_of(problem), (0, 0 if own_data else None, 0 if own_order else None))
+    score = each(fdl.eval_step(problem.loss), (0, None))
 
     def chunk(carry: loop.Carry, dataset: Dataset, rows: Indices) -> tuple[loop.Carry, Metrics]:
         carry, metrics = fdl.scan(lambda carry, row: step(carry, dataset, row), carry, rows)
@@ -309,9 +318,9 @@ def train_group(
             if stopped() or not carry[1].any():
                 break
         seconds = time.perf_counter() - start
-        tested = test(setting, carry[0])
+        scores = tested(setting, carry[0])
         for i, history in enumerate(histories):
-            history.append(_record(population.member((carry[0].step, total, tested), i), seconds))
+            history.append(_record(population.member((carry[0].step, total, scores), i), seconds))
             history[-1] = {"epoch": epoch, **history[-1]}
         if stopped() or not carry[1].any():
             break
@@ -330,7 +339,7 @@ def train_group(
     return carry[0], at, results
 
 
-def test(setting: Setting, states: TrainState) -> dict[str, Mean]:
+def tested(setting: Setting, states: TrainState) -> dict[str, Mean]:
     """Average the metrics of every member over the test set, if there is one."""
     if setting.problem.test is None:
         return {}
