@@ -180,8 +180,10 @@ class Sweep:
 
     recipe: tyro.conf.OmitArgPrefixes[
         tyro.conf.OmitSubcommandPrefixes[
-            Union[  # type: ignore[valid-type]  # noqa: UP007  # of what is known only now
-                tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in SWEEPS.items())
+            Union[  # noqa: UP007
+                tuple(  # type: ignore[valid-type]  # known only now
+                    Annotated[kind, tyro.conf.subcommand(name)] for name, kind in SWEEPS.items()
+                )
             ]
         ]
     ]

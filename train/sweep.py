@@ -110,7 +110,14 @@ def run(sweep: Sweep) -> int:
     setting = setting._replace(plan=plan(setting, base, groups[0], len(groups)))
     report.write_sweep(folder, name, base, options.grid, setting.plan)
     print(f"{'compiled' if setting.plan.compile else 'not compiled'}: {setting.plan.reason}")
-    return train(setting, base, axes, groups, size)
+    try:
+        return train(setting, base, axes, groups, size)
+    except OSError as error:
+        print(
+            f"error: cannot write to {folder}: {error}\nwhat was saved before is intact",
+            file=sys.stderr,
+        )
+        return os.EX_IOERR
 
 
 def fit(
