@@ -19,6 +19,7 @@ from train.grid import Axis
 ROOT = Path(__file__).parent.parent
 LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
 DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
+LENET = ("lenet", *DROPOUT[1:])
 
 
 @pytest.fixture
@@ -107,9 +108,10 @@ def test_a_wrong_option_ends_with_2(run, options, text):
     [
         (LINREG, ["lr=0.01,0.1", "seed=0:2", "momentum=0,0.5"], [(0.01, 1, 0), (0.1, 0, 0.5)]),
         (DROPOUT, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4), (0.4, 3)]),
+        (LENET, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4)]),
         (("weight-decay", "--epochs", 2, "--compile", "off"), ["weight_decay=0,3"], [(0,), (3,)]),
     ],
-    ids=["linreg", "dropout", "weight-decay"],
+    ids=["linreg", "dropout", "lenet", "weight-decay"],
 )
 def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
     options = [option for axis in axes for option in ("--grid", axis)]
