@@ -325,7 +325,7 @@ def train_group(
             if stopped() or not carry[1].any():
                 break
         seconds = time.perf_counter() - start
-        scores = tested(setting, carry[0])
+        scores = score(setting, carry[0])
         for i, history in enumerate(histories):
             history.append(_record(population.member((carry[0].step, total, scores), i), seconds))
             history[-1] = {"epoch": epoch, **history[-1]}
@@ -346,7 +346,7 @@ def train_group(
     return carry[0], at, results
 
 
-def tested(setting: Setting, states: TrainState) -> dict[str, Mean]:
+def score(setting: Setting, states: TrainState) -> dict[str, Mean]:
     """Average the metrics of every member over the test set, if there is one."""
     if setting.problem.test is None:
         return {}
