@@ -1,6 +1,6 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
-from fdl import data, interop, losses, metrics, nn, optim, random, tree
+from fdl import data, interop, losses, metrics, nn, optim, population, random, tree
 from fdl.checkpoint import inspect, load, load_torch, save, save_torch
 from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
@@ -25,6 +25,7 @@ __all__ = [
     "metrics",
     "nn",
     "optim",
+    "population",
     "random",
     "save",
     "save_torch",

@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Indices",
+    "bootstrap_indices",
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
@@ -217,6 +218,34 @@ def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool =
         )
     order = random.permutation(key, n)
     return _in_batches(order[: n - n % batch_size] if drop_last else order, batch_size)
+
+
+def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
+    """Draw n of the examples 0 to n − 1, with replacement, and cut them into batches.
+
+    About 63 % of the examples are among them, some several times. One key draws one sample: for
+    bagging every member of a population keeps its own (Breiman, 1996).
+
+    Args:
+        key: The key of this sample; the result is on its device.
+        n: How many examples there are, at least 1.
+        batch_size: Examples in a batch, at least 1; the last batch is filled up with index 0 and
+            mask False.
+
+    Returns:
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size].
+
+    Raises:
+        TypeError: `n` or `batch_size` is no int.
+        ValueError: `n` or `batch_size` is below 1.
+
+    >>> index, mask = bootstrap_indices(random.key(0), 1000, batch_size=100)
+    >>> index.shape, len(index.unique())
+    (torch.Size([10, 100]), 639)
+    """
+    _check_count("bootstrap_indices", "n", n)
+    _check_count("bootstrap_indices", "batch_size", batch_size)
+    return _in_batches(random.randint(key, (n,), 0, n), batch_size)
 
 
 def sequential_indices(

@@ -26,7 +26,7 @@ from cases_optim import OPTIM, SCHEDULES
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fdl import data, interop, losses, metrics, nn, optim, precision, random, tree
+from fdl import data, interop, losses, metrics, nn, optim, population, precision, random, tree
 from fdl.optim import schedules
 
 ROWS = 3  # of a batch for vmap
@@ -152,6 +152,7 @@ TABLE: dict[str, dict[str, Case]] = {
         ),
     },
     "data": {
+        "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
         "gather": Case(
             lambda x, y, index, mask: data.gather((x, y), (index, mask)),
@@ -159,6 +160,35 @@ TABLE: dict[str, dict[str, Case]] = {
         ),
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
+        ),
+    },
+    "population": {
+        "best": Case(population.best, lambda key: (draw(key, 4, 2), draw(key, 4))),
+        "create": Case(
+            lambda key, lr: population.create(
+                linear, optim.sgd(0.1), random.split(key, 3), {"lr": lr}
+            ),
+            lambda key: (key, draw(key, 3)),
+            grads=(1,),
+        ),
+        "ensemble": Case(
+            lambda params, x: population.ensemble(linear.apply, params, x),
+            lambda key: (
+                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
+                draw(random.fold_in(key, 2), 5, 3),
+            ),
+            grads=(0, 1),
+        ),
+        "in_turn": Case(
+            lambda w, x: population.in_turn(linear.apply, (0, None))(w, x),
+            lambda key: (
+                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
+                draw(random.fold_in(key, 2), 5, 3),
+            ),
+            grads=(0, 1),
+        ),
+        "member": Case(
+            population.member, lambda key: (draw(key, 4, 2), random.randint(key, (), 0, 4))
         ),
     },
 }
@@ -174,6 +204,7 @@ MODULES: dict[str, ModuleType] = {
     "precision": precision,
     "random": random,
     "data": data,
+    "population": population,
 }
 
 NO_ROW = {
@@ -206,6 +237,7 @@ NO_ROW = {
     "data.fashion_mnist": "reads files",
     "data.fashion_mnist_sample": "reads files",
     "data.sequential_indices": "takes ints, no tensor",
+    "population.size": "gives an int",
 }
 
 CASES = {f"{group}.{name}": case for group, rows in TABLE.items() for name, case in rows.items()}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import fdl
 from fdl import Checkpointer, TrainState, data, random, tree
 from train import config as configs
-from train import loop, recipes, report, saved, using
+from train import loop, recipes, report, saved, sweep, using
 from train.bench import measure
 
 COMMANDS: dict[str, Any] = {
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "data": configs.Data,
     "bench": configs.Bench,
     "inspect": configs.Inspect,
+    "sweep": configs.Sweep,
 }
 
 
@@ -66,12 +67,14 @@ def main() -> int:
             if isinstance(config, configs.Recipe) and config.resume is not None:
                 past = saved.read_run(config.resume)
                 config = saved.given_anew(name, config.resume, past, sys.argv[2:])
-            configs.check(config)
+            configs.check(config.recipe if isinstance(config, configs.Sweep) else config)
             match config:
                 case configs.Data():
                     return show_data(config)
                 case configs.Inspect():
                     return show_file(config)
+                case configs.Sweep():
+                    return sweep.run(config)
                 case configs.Bench():
                     return measure.run(config)
                 case configs.Eval():

@@ -1,14 +1,15 @@
 """What can be set from the command line: one frozen dataclass for each command."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import tyro
 
 __all__ = [
     "RECIPES",
+    "SWEEPS",
     "Bench",
     "Data",
     "Dropout",
@@ -23,6 +24,7 @@ __all__ = [
     "Predict",
     "Recipe",
     "Softmax",
+    "Sweep",
     "WayName",
     "WeightDecay",
     "WorkloadName",
@@ -154,6 +156,46 @@ RECIPES: dict[str, type[Recipe]] = {
     "lenet": LeNet,
     "lenet-bn": LeNetBN,
 }
+
+
+Grid = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(
+        metavar="NAME=VALUES",
+        help="An option and its values, once for each axis of the grid: lr=0.1:1.6:8log, "
+        "momentum=0:0.9:4lin, seed=0:8, weight-decay=0,0.001.",
+    ),
+]
+Gigabytes = Annotated[
+    float | None,
+    tyro.conf.arg(help="Gigabytes that a sweep may take; half of what is free by default."),
+]
+SWEEPS: dict[str, Any] = {
+    name: make_dataclass(
+        f"Sweep{kind.__name__}",
+        [("grid", Grid, ()), ("memory", Gigabytes, None)],  # type: ignore[list-item]
+        bases=(kind,),
+        frozen=True,
+        namespace={"__doc__": f"Sweep over: {kind.__doc__}"},
+    )
+    for name, kind in RECIPES.items()
+}
+"""The recipes, each with a grid."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every point of a grid of options, many models at once."""
+
+    recipe: tyro.conf.OmitArgPrefixes[
+        tyro.conf.OmitSubcommandPrefixes[
+            Union[  # noqa: UP007
+                tuple(  # type: ignore[valid-type]  # known only now
+                    Annotated[kind, tyro.conf.subcommand(name)] for name, kind in SWEEPS.items()
+                )
+            ]
+        ]
+    ]
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,16 @@ __all__ = [
     "Plan",
     "Programs",
     "Progress",
+    "chunks",
     "epochs",
     "evaluate",
     "make_programs",
+    "merge",
     "noticed",
     "plan",
+    "planned",
+    "step_of",
+    "timed",
 ]
 
 CHUNK_SECONDS = 0.5  # how long an interruption may have to wait
@@ -88,7 +93,16 @@ def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     )
     batch = data.gather(problem.train, (order.index[0], order.mask[0]))
     step = train_step(problem.loss, problem.opt)
-    seconds = min(_timed(lambda: step(state, batch), state.key.device) for _ in range(3))
+    seconds = min(timed(lambda: step(state, batch), state.key.device) for _ in range(3))
+    return planned(config, seconds, steps)
+
+
+def planned(config: Recipe, seconds: float, steps: int) -> Plan:
+    """Make the plan of a run whose epochs have so many steps, of so many seconds if eager.
+
+    >>> planned(Recipe(epochs=3), 0.01, 100)
+    Plan(compile=False, chunk=50, reason='all steps take about 3 s, too few to win compiling back')
+    """
     # A power of two: were it to follow each measurement, few runs would find the program of an
     # earlier one in the compiler's cache.
     chunks = 2 ** math.ceil(math.log2(max(1.0, steps * seconds / CHUNK_SECONDS)))
@@ -103,7 +117,8 @@ def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     return Plan(True, chunk, f"all steps would take about {total:.0f} s otherwise")
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Give the seconds that a call takes."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -111,25 +126,32 @@ def _timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def run_chunk(problem: Problem) -> Callable[..., tuple[Carry, Metrics]]:
-    """Make the compiled function `(carry, dataset, indices) -> (carry, metrics)`.
+def step_of(problem: Problem) -> Callable[[Carry, Dataset, Indices], tuple[Carry, Metrics]]:
+    """Make the step `(carry, dataset, row of indices) -> (carry, metrics)`.
 
     A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
     batch is all padding. So the last good state is what comes back.
     """
     step = train_step(problem.loss, problem.opt)
 
-    def chunk(carry: Carry, dataset: Dataset, indices: Indices) -> tuple[Carry, Metrics]:
-        def body(carry: Carry, row: Indices) -> tuple[Carry, Metrics]:
-            state, ok = carry
-            new, metrics = step(state, data.gather(dataset, row))
-            finite, real = metrics["loss"].total.isfinite(), row.mask.any()
-            taken = ok & finite & real
-            state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
-            metrics = tree.map(lambda m: torch.where(taken, m, 0.0), metrics)
-            return (state, ok & (finite | ~real)), metrics
+    def body(carry: Carry, dataset: Dataset, row: Indices) -> tuple[Carry, Metrics]:
+        state, ok = carry
+        new, metrics = step(state, data.gather(dataset, row))
+        finite, real = metrics["loss"].total.isfinite(), row.mask.any()
+        taken = ok & finite & real
+        state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
+        metrics = tree.map(lambda m: torch.where(taken, m, 0.0), metrics)
+        return (state, ok & (finite | ~real)), metrics
 
-        carry, metrics = scan(body, carry, indices)
+    return body
+
+
+def run_chunk(problem: Problem) -> Callable[..., tuple[Carry, Metrics]]:
+    """Make the compiled function `(carry, dataset, indices) -> (carry, metrics)` of many steps."""
+    step = step_of(problem)
+
+    def chunk(carry: Carry, dataset: Dataset, indices: Indices) -> tuple[Carry, Metrics]:
+        carry, metrics = scan(lambda carry, row: step(carry, dataset, row), carry, indices)
         return carry, {name: mean.sum() for name, mean in metrics.items()}
 
     return jit(chunk, donate=0)
@@ -230,7 +252,7 @@ def epochs(
                 progress = Progress(
                     progress.epoch,
                     min(progress.done + plan.chunk, steps),
-                    _merge(progress.total, metrics),
+                    merge(progress.total, metrics),
                     time.perf_counter() - start,
                 )
                 if not carry[1]:
@@ -251,7 +273,8 @@ def epochs(
             progress = epoch.next
 
 
-def _merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
+def merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
+    """Add the metrics of further steps to those so far, which are {} at first."""
     return {name: total[name] + mean if total else mean for name, mean in metrics.items()}
 
 

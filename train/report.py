@@ -26,6 +26,7 @@ __all__ = [
     "open_run",
     "sync_metrics",
     "write_config",
+    "write_sweep",
 ]
 
 
@@ -37,7 +38,10 @@ def open_run(out: Path | None, recipe: str) -> Path:
         OSError: the folder cannot be made.
     """
     folder = out or Path("runs") / recipe / datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
-    if (folder / "config.json").exists() or any(folder.glob("checkpoints/*.safetensors")):
+    marks = ("config.json", "sweep.json")
+    if any((folder / mark).exists() for mark in marks) or any(
+        folder.glob("checkpoints/*.safetensors")
+    ):
         raise ValueError(f"--out {folder} holds a run already; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -73,6 +77,21 @@ def write_config(
         "resumed": list(resumed),
     }
     _write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def write_sweep(folder: Path, recipe: str, config: Recipe, grid: Sequence[str], plan: Plan) -> None:
+    """Write `sweep.json`: every option of a sweep.
+
+    Args:
+        folder: of the sweep.
+        recipe: its name.
+        config: its options.
+        grid: the axes, as they were given.
+        plan: how it is executed.
+    """
+    options = dataclasses.asdict(config) | {"out": str(folder)}
+    record = {"recipe": recipe, "grid": grid, "options": options, "plan": plan._asdict()}
+    _write_text(folder / "sweep.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,0 +1,215 @@
+"""Many models at once: a population is a `TrainState` whose leaves have a first axis, the members.
+
+Nothing else about training changes: `vmap` of a step trains the population, a `scan` of that is its
+epoch, and `fdl.jit` makes one program of it.
+
+states = population.create(model, opt, random.split(random.key(0), 16), {"lr": rates})
+step   = torch.vmap(fdl.train_step(loss, opt), in_dims=(0, None))   # one batch, for all members
+epoch  = lambda states, batches: fdl.scan(step, states, batches)
+
+Members never meet: one whose loss overflows leaves the others as they are.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fdl import optim, tree
+from fdl._scan import scan
+from fdl.nn import Model, StatefulModel
+from fdl.optim import Optimizer
+from fdl.training import TrainState
+from fdl.tree import Tree
+
+__all__ = ["best", "create", "ensemble", "in_turn", "member", "size"]
+
+
+def create(
+    model: Model | StatefulModel,
+    opt: Optimizer,
+    keys: Tensor,
+    hyperparams: Mapping[str, Tensor] | None = None,
+) -> TrainState:
+    """Draw the parameters of every member: `TrainState.create` for each key, bit for bit.
+
+    Args:
+        model: what to train.
+        opt: what to train it with. A rate that is to be set must be in its state, so give it
+            another value than the number 0, which leaves it out.
+        keys: int64 [members, 2], as `random.split` gives them.
+        hyperparams: values by the names of `optim.hyperparams`: [members], or [] for all alike.
+
+    Returns:
+        A state in which every leaf has the first axis [members].
+
+    Raises:
+        TypeError: a hyperparameter that is not a tensor.
+        ValueError: keys or a hyperparameter of another shape, or a name that cannot be set (what
+            can be is listed).
+
+    >>> from fdl import nn, random
+    >>> keys = random.split(random.key(0), 3)
+    >>> rates = {"lr": torch.tensor([0.1, 0.2, 0.4])}
+    >>> states = create(nn.linear(2, 1), optim.sgd(0.1), keys, rates)
+    >>> states.params["weight"].shape, optim.hyperparams(states.opt_state)["lr"]
+    (torch.Size([3, 1, 2]), tensor([0.1000, 0.2000, 0.4000], dtype=torch.float64))
+    """
+    if keys.ndim != 2 or keys.shape[1] != 2 or not len(keys):
+        raise ValueError(
+            f"population.create: keys must have the shape [members, 2], got {list(keys.shape)}; "
+            "random.split(key, members) makes them"
+        )
+    values = dict(hyperparams or {})
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"population.create: {name!r} must be a tensor, got {value!r}")
+        if value.shape not in ((), keys.shape[:1]):
+            raise ValueError(
+                f"population.create: {name!r} must have the shape [{len(keys)}], a value for each "
+                f"key, or [], got {list(value.shape)}"
+            )
+    values = {name: value.to(keys.device).expand(len(keys)) for name, value in values.items()}
+
+    def one(key: Tensor, values: dict[str, Tensor]) -> TrainState:
+        state = TrainState.create(model, opt, key=key)
+        return state._replace(opt_state=optim.with_hyperparams(state.opt_state, **values))
+
+    states = vmap(one)(keys, values)
+    # What no key enters into, a bias of zeros, would be one row seen many times.
+    return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), states)
+
+
+def in_turn(
+    f: Callable[..., Tree], in_dims: tuple[int | None, ...] | int = 0
+) -> Callable[..., Tree]:
+    """Run `f` for one member after the other: `torch.vmap(f, in_dims)`, but as a `scan`.
+
+    With `fdl.jit` it is one program as well. Where a single model keeps the device busy nothing is
+    lost, memory for what lies in between is that of one member, and a convolution stays one: under
+    `vmap` it has groups, which takes a CPU about twice as long.
+
+    Args:
+        f: a pure function of trees of tensors.
+        in_dims: for each argument 0, where it has the first axis [members], or None where all
+            share it; one number for all.
+
+    Returns:
+        A function of the same arguments; every leaf of its result has the first axis [members].
+
+    Raises:
+        ValueError: an axis other than 0 or None, none that is 0, or a number of arguments other
+            than that of `in_dims` (at call).
+
+    >>> in_turn(torch.dot, (0, None))(torch.eye(2), torch.tensor([3.0, 4.0]))
+    tensor([3., 4.])
+    """
+    if isinstance(in_dims, tuple) and (0 not in in_dims or not {0, None}.issuperset(in_dims)):
+        raise ValueError(f"population.in_turn: in_dims must be 0 or None, one of them 0: {in_dims}")
+    if isinstance(in_dims, int) and in_dims != 0:
+        raise ValueError(f"population.in_turn: in_dims must be 0 or a tuple, got {in_dims}")
+
+    def call(*args: Tree) -> Tree:
+        dims = in_dims if isinstance(in_dims, tuple) else (0,) * len(args)
+        if len(dims) != len(args):
+            raise ValueError(
+                f"population.in_turn: in_dims has {len(dims)} entries for {len(args)} arguments"
+            )
+
+        def one(carry: Tree, row: list[Tree]) -> tuple[Tree, Tree]:
+            own = iter(row)
+            return carry, f(
+                *(arg if dim is None else next(own) for arg, dim in zip(args, dims, strict=True))
+            )
+
+        return scan(one, (), [arg for arg, dim in zip(args, dims, strict=True) if dim == 0])[1]
+
+    return call
+
+
+def size(states: Tree) -> int:
+    """Count the members.
+
+    Raises:
+        ValueError: no leaves, or leaves without one common first axis.
+
+    >>> size({"w": torch.zeros(3, 2), "b": torch.zeros(3)})
+    3
+    """
+    shapes = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(states).items()}
+    counts = {shape[0] if shape else None for shape in shapes.values()}
+    if len(counts) != 1 or None in counts:
+        raise ValueError(f"population: leaves need one common first axis, got {shapes}")
+    (count,) = counts
+    return int(count or 0)
+
+
+def member(states: Tree, index: int | Tensor) -> Tree:
+    """Take one member out of a population, or one row out of any stacked tree.
+
+    Args:
+        states: leaves [members, ...].
+        index: which; a 0-d int64 tensor works inside `jit` and `vmap` as well.
+
+    Raises:
+        IndexError: a number outside −members … members − 1.
+        ValueError: leaves without one common first axis.
+
+    >>> member({"w": torch.arange(3)}, 1)
+    {'w': tensor(1)}
+    """
+    count = size(states)
+    if isinstance(index, Tensor):
+        return tree.map(lambda leaf: leaf.index_select(0, index.reshape(1)).squeeze(0), states)
+    if not -count <= index < count:
+        raise IndexError(f"population.member: index {index}, but there are {count} members")
+    return tree.map(lambda leaf: leaf[index], states)
+
+
+def best(states: Tree, loss: Tensor) -> Tree:
+    """Take the member of the smallest loss; one whose loss is not finite is never preferred.
+
+    For what should be large, such as an accuracy, give it with a minus.
+
+    Args:
+        states: leaves [members, ...].
+        loss: [members].
+
+    Raises:
+        ValueError: `loss` of another shape, or leaves without one common first axis.
+
+    >>> best({"w": torch.arange(3)}, torch.tensor([0.5, float("nan"), 0.2]))
+    {'w': tensor(2)}
+    """
+    if loss.shape != (size(states),):
+        raise ValueError(
+            f"population.best: loss must have the shape [{size(states)}], a number for each "
+            f"member, got {list(loss.shape)}"
+        )
+    return member(states, torch.where(loss.isfinite(), loss, torch.inf).argmin())
+
+
+def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
+    """Average the probabilities that the members give: softmax of logits, then the mean.
+
+    Source: Lakshminarayanan et al., 2017. The log-probabilities of an ensemble are the logarithm
+    of this mean, not the mean of theirs.
+
+    Args:
+        apply: `(params, x) -> logits [batch, classes]`, that of a `Model`.
+        params: of the members, leaves [members, ...].
+        x: [batch, ...], the same for all.
+
+    Returns:
+        Probabilities [batch, classes].
+
+    >>> from fdl import nn, random
+    >>> model = nn.linear(2, 3)
+    >>> states = create(model, optim.sgd(0.1), random.split(random.key(0), 5))
+    >>> ensemble(model.apply, states.params, torch.ones(4, 2)).shape
+    torch.Size([4, 3])
+    """
+    return vmap(apply, (0, None))(params, x).softmax(-1).mean(0)

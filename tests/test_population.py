@@ -1,0 +1,205 @@
+"""Populations: every member equals the same model trained alone, and the small tools around it."""
+
+import math
+
+import pytest
+import torch
+from laws import unchanged
+from torch.func import vmap
+
+import fdl
+import models
+from fdl import data, losses, nn, optim, population, random, tree
+
+MEMBERS, STEPS, BATCH = 3, 50, 8
+KEYS = random.split(random.key(3), MEMBERS)
+RATES = {
+    "lr": torch.tensor([0.1, 0.3, 0.7]),
+    "momentum": torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64),
+    "weight_decay": torch.tensor(0.01),  # the same for all
+}
+MODELS = {
+    "dropout": nn.sequential(nn.linear(4, 8), nn.tanh, nn.dropout(0.3), nn.linear(8, 3)),
+    "conv": nn.sequential(
+        nn.conv2d(1, 2, 2, weight_init=nn.init.xavier_uniform()),
+        nn.tanh,
+        nn.flatten(),
+        nn.linear(2, 3),
+    ),
+}
+SHAPES = {"dropout": (4,), "conv": (1, 2, 2)}
+MODEL, OPT = MODELS["dropout"], optim.sgd(0.1, 0.9, weight_decay=0.1)
+
+
+def of_float64(state):
+    """Params and slots in float64: a trajectory then shows no rounding to speak of."""
+    return state._replace(
+        params=tree.cast(state.params, torch.float64),
+        opt_state=tree.cast(state.opt_state, torch.float64),
+    )
+
+
+def dataset(name):
+    x = random.normal(random.key(0), (40, *SHAPES[name]), torch.float64)
+    return x, random.randint(random.key(1), (40,), 0, 3)
+
+
+def alone(model, i):
+    """What everybody would write for one member."""
+    rates = {name: value if value.ndim == 0 else value[i] for name, value in RATES.items()}
+    state = fdl.TrainState.create(model, OPT, key=KEYS[i])
+    return state._replace(opt_state=optim.with_hyperparams(state.opt_state, **rates))
+
+
+def orders(key):
+    """Ten epochs of five batches: [50, 8]."""
+    epochs = [data.epoch_indices(random.fold_in(key, e), 40, BATCH) for e in range(STEPS // 5)]
+    return tree.map(lambda *parts: torch.cat(parts), *epochs)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "dropout", "conv"])
+def test_create_equals_train_state_create_bit_for_bit(name):
+    model = {"mlp": models.mlp(), "lenet": models.lenet()}.get(name) or MODELS[name]
+    with unchanged(KEYS, RATES):
+        states = population.create(model, OPT, KEYS, RATES)
+    assert tree.diff(tree.stack([alone(model, i) for i in range(MEMBERS)]), states) == []
+    assert all(leaf.is_contiguous() for leaf in tree.leaves(states))
+    weights = [leaf for leaf in tree.leaves(states.params) if leaf.ndim > 2]
+    assert weights and not any(torch.equal(leaf[0], leaf[1]) for leaf in weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("own_order", [False, True], ids=["one order", "own orders"])
+@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+def test_each_member_equals_the_model_trained_alone(name, own_order, each):
+    model, images = MODELS[name], dataset(name)
+    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
+    of_member = [orders(random.key(7 + i * own_order)) for i in range(MEMBERS)]
+
+    def one_step(state, row):
+        return step(state, data.gather(images, row))
+
+    if own_order:
+        rows = tree.map(lambda *parts: torch.stack(parts, 1), *of_member)  # [steps, members, batch]
+        many_steps = each(one_step)
+    else:
+        rows, many_steps = of_member[0], each(one_step, (0, None))
+    states, metrics = fdl.scan(
+        many_steps, of_float64(population.create(model, OPT, KEYS, RATES)), rows
+    )
+    for i in range(MEMBERS):
+        start = of_float64(alone(model, i))
+        state, found = fdl.scan(one_step, start, of_member[i])
+        got = population.member(states, i)
+        assert tree.diff(state, got, rtol=1e-9, atol=1e-12) == []
+        losses_of_i = metrics["loss"].value[:, i]
+        torch.testing.assert_close(losses_of_i, found["loss"].value, rtol=1e-9, atol=0)
+        assert any(
+            (a - b).abs().max() > 0.1
+            for a, b in zip(tree.leaves(start.params), tree.leaves(got.params), strict=True)
+        )
+
+
+@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+def test_an_epoch_of_a_population_compiles_to_one_program(each):
+    model, images = MODELS["conv"], tree.cast(dataset("conv"), torch.float32)
+    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
+
+    def epoch(states, images, rows):
+        def many_steps(states, row):
+            return each(step, (0, None))(states, data.gather(images, row))
+
+        return fdl.scan(many_steps, states, rows)
+
+    rows, states = orders(random.key(7)), population.create(model, OPT, KEYS, RATES)
+    jitted = fdl.jit(epoch)
+    got, expected = jitted(states, images, rows), epoch(states, images, rows)
+    assert tree.diff(expected, got, rtol=1e-4, atol=1e-5) == []
+    (report,) = jitted.report()
+    assert report.route == "one program"
+
+
+def test_a_member_that_overflows_leaves_the_others_as_they_are():
+    images, rows = dataset("dropout"), orders(random.key(7))
+    step = fdl.train_step(fdl.supervised(MODEL.apply, losses.cross_entropy), OPT)
+
+    def final(lr):
+        states = of_float64(population.create(MODEL, OPT, KEYS, {"lr": lr}))
+        return fdl.scan(
+            lambda s, row: vmap(step, (0, None))(s, data.gather(images, row)), states, rows
+        )
+
+    good, _ = final(torch.tensor([0.1, 0.1, 0.1]))
+    states, metrics = final(torch.tensor([0.1, 1e200, 0.1]))
+    assert not metrics["loss"].value[-1, 1].isfinite()
+    for i in (0, 2):
+        assert tree.diff(population.member(good, i), population.member(states, i)) == []
+    assert population.best(states, metrics["loss"].value[-1]).params["0"]["weight"].isfinite().all()
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    states = population.create(MODEL, OPT, KEYS)
+    x = dataset("dropout")[0].float()
+    got = population.ensemble(MODEL.apply, states.params, x)
+    each = [MODEL.apply(population.member(states.params, i), x).softmax(1) for i in range(MEMBERS)]
+    torch.testing.assert_close(got, sum(each) / MEMBERS)
+    torch.testing.assert_close(got.sum(1), torch.ones(len(x)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "index"),
+    [([3.0, 1.0, 2.0], 1), ([math.nan, 5.0, math.inf], 1), ([-math.inf, 0.0, -1.0], 2)],
+)
+def test_best_is_the_smallest_finite_loss(loss, index):
+    states = population.create(MODEL, OPT, KEYS)
+    found = population.best(states, torch.tensor(loss))
+    assert tree.diff(population.member(states, index), found) == []
+    assert tree.diff(population.member(states, torch.tensor(index)), found) == []
+    assert tree.diff(population.member(states, index - MEMBERS), found) == []
+    assert population.size(states) == MEMBERS
+
+
+def test_a_bootstrap_sample_draws_each_example_once_in_the_mean():
+    n, samples = 200, 400
+    drawn = vmap(lambda key: data.bootstrap_indices(key, n, 64).index)(
+        random.split(random.key(5), samples)
+    )
+    counts = drawn.flatten(1)[:, :n].flatten().bincount(minlength=n) / samples
+    assert drawn.shape == (samples, 4, 64)
+    assert (counts - 1).abs().max() < 5 / math.sqrt(samples)  # five standard deviations
+    there = torch.stack([row.bincount(minlength=n) > 0 for row in drawn.flatten(1)[:, :n]])
+    assert abs(there.double().mean() - (1 - 1 / math.e)) < 0.01
+    mask = data.bootstrap_indices(KEYS[0], n, 64).mask
+    assert mask.sum() == n and not mask[-1, n % 64 :].any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rates", "error", "text"),
+    [
+        (KEYS[0], {}, ValueError, r"keys must have the shape \[members, 2\], got \[2\]"),
+        (KEYS[:0], {}, ValueError, r"keys must have the shape \[members, 2\], got \[0, 2\]"),
+        (KEYS, {"lr": 0.1}, TypeError, "'lr' must be a tensor, got 0.1"),
+        (KEYS, {"lr": torch.ones(2)}, ValueError, r"'lr' must have the shape \[3\].*got \[2\]"),
+        (KEYS, {"rate": torch.ones(3)}, ValueError, "'rate' is not in this state; can be set: "),
+    ],
+)
+def test_create_says_what_is_wrong(keys, rates, error, text):
+    with pytest.raises(error, match=text):
+        population.create(MODEL, OPT, keys, rates)
+
+
+def test_the_other_functions_say_what_is_wrong():
+    states = {"w": torch.zeros(3), "b": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"one common first axis, got \{'w': \[3\], 'b': \[2\]\}"):
+        population.size(states)
+    with pytest.raises(ValueError, match="one common first axis"):
+        population.member({"w": torch.zeros(())}, 0)
+    with pytest.raises(IndexError, match="index 3, but there are 3 members"):
+        population.member({"w": torch.zeros(3)}, 3)
+    for dims in (1, (None, None), (0, 1)):
+        with pytest.raises(ValueError, match="in_dims must be 0 or"):
+            population.in_turn(torch.add, dims)
+    with pytest.raises(ValueError, match="in_dims has 2 entries for 1 arguments"):
+        population.in_turn(torch.add, (0, None))(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"loss must have the shape \[3\].*got \[2\]"):
+        population.best({"w": torch.zeros(3)}, torch.zeros(2))

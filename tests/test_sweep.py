@@ -1,0 +1,235 @@
+"""`python -m train sweep`: every point is the ordinary run with its options, and is kept as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fdl
+from fdl import tree
+from train import grid, sweep
+from train.__main__ import main
+from train.grid import Axis
+
+ROOT = Path(__file__).parent.parent
+LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
+DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
+LENET = ("lenet", *DROPOUT[1:])
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command; give its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
+        return main(), *capsys.readouterr()
+
+    return call
+
+
+def results(folder):
+    return [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
+
+
+def last(folder):
+    return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def close(got, expected, rtol=1e-5):
+    names = [name for name in expected if "second" not in name]
+    assert {"loss", "step", "epoch"} <= set(names)
+    for name in names:
+        torch.testing.assert_close(got[name], expected[name], rtol=rtol, atol=1e-9, msg=name)
+
+
+# ---------------------------------------------------------------------------------- the grid
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("lr=0.1:1.6:5log", Axis("lr", (0.1, 0.2, 0.4, 0.8, 1.6))),
+        ("momentum=0:0.9:4lin", Axis("momentum", (0.0, 0.3, 0.6, 0.9))),
+        ("seed=2:5", Axis("seed", (2, 3, 4))),
+        ("seed=7,3", Axis("seed", (7, 3))),
+        ("weight-decay=0,1e-3", Axis("weight_decay", (0, 0.001))),
+    ],
+)
+def test_an_axis_is_read(text, axis):
+    assert grid.parse([text]) == [axis]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([], "--grid must be given"),
+        (["lr"], "must be name=values"),
+        (["batch_size=1,2"], "'batch_size' cannot be swept.*lr, momentum, weight_decay, seed"),
+        (["lr=1,2", "lr=3,4"], "lr is given twice"),
+        (["lr=1,1"], "none twice"),
+        (["lr=0:1:3log"], "log needs positive ends"),
+        (["lr=1:2:1lin"], "an axis has 2 to 10000 values"),
+        (["lr=a,b"], "'a,b' is not of the form"),
+        (["seed=5:5"], "at least one value"),
+        (["seed=0.5"], "seeds are whole numbers"),
+    ],
+)
+def test_a_wrong_grid_is_refused(given, text):
+    with pytest.raises(ValueError, match=text):
+        grid.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--grid", "lr=-1,1"], "--lr must be finite and at least 0, got -1"),
+        (["--grid", "lr=1,2", "--memory", 0], "--memory must be positive"),
+        (["--grid", "lr=1,2", "--resume", "x"], "a sweep does not go on"),
+        (["--grid", "epochs=1,2"], "'epochs' cannot be swept"),
+    ],
+)
+def test_a_wrong_option_ends_with_2(run, options, text):
+    code, _, errors = run("sweep", *LINREG, *options)
+    assert code == 2 and text in errors
+
+
+# -------------------------------------------------------------------- as the ordinary runs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "axes", "points"),
+    [
+        (LINREG, ["lr=0.01,0.1", "seed=0:2", "momentum=0,0.5"], [(0.01, 1, 0), (0.1, 0, 0.5)]),
+        (DROPOUT, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4), (0.4, 3)]),
+        (LENET, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4)]),
+        (("weight-decay", "--epochs", 2, "--compile", "off"), ["weight_decay=0,3"], [(0,), (3,)]),
+    ],
+    ids=["linreg", "dropout", "lenet", "weight-decay"],
+)
+def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
+    options = [option for axis in axes for option in ("--grid", axis)]
+    code, out, _ = run("sweep", *recipe, *options, "--out", "sweep")
+    assert code == 0 and all(len(line) <= 80 for line in out.splitlines())
+    assert Path("sweep/sweep.png").stat().st_size > 5000
+    names = [axis.name for axis in grid.parse(axes)]
+    found = {tuple(row[name] for name in names): row for row in results("sweep")}
+    for i, point in enumerate(points):
+        at = [x for n, v in zip(names, point, strict=True) for x in (f"--{n.replace('_', '-')}", v)]
+        assert run(*recipe, *at, "--out", i)[0] == 0
+        close(found[point], last(str(i)))
+
+
+@pytest.mark.parametrize("axes", [["lr=0.03,0.003", "momentum=0,0.01", "weight_decay=0,9"]])
+@pytest.mark.parametrize("recipe", ["linreg", "weight-decay"])
+def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
+    options = [option for axis in axes for option in ("--grid", axis)]
+    assert (
+        run("sweep", recipe, "--epochs", 2, "--out", "sweep", *options, "--compile", "off")[0] == 0
+    )
+    best = json.loads(Path("sweep/best/config.json").read_text())["options"]
+    key = "test_loss" if recipe == "weight-decay" else "loss"
+    row = min(results("sweep"), key=lambda row: row[key])
+    assert {name: best[name] for name in ("lr", "momentum", "weight_decay")} == {
+        name: row[name] for name in ("lr", "momentum", "weight_decay")
+    }
+    code, out, _ = run("eval", "sweep/best")
+    shown = float(out.split("loss ")[1].split()[0])
+    assert code == 0 and (recipe == "linreg" or shown == pytest.approx(row[key], rel=1e-5))
+    assert run(recipe, "--resume", "sweep/best", "--epochs", 3)[0] == 0
+    same = [
+        x for n in ("lr", "momentum", "weight_decay") for x in (f"--{n.replace('_', '-')}", best[n])
+    ]
+    assert run(recipe, "--epochs", 3, *same, "--out", "whole")[0] == 0
+    whole, resumed = (fdl.load(f"{f}/params.safetensors") for f in ("whole", "sweep/best"))
+    assert tree.diff(whole, resumed, rtol=1e-4, atol=1e-5) == []
+
+
+def test_groups_that_fit_the_memory_give_what_one_gives(run):
+    axes = ["--grid", "lr=0.01:0.1:5log"]
+    _, whole, _ = run("sweep", *LINREG, *axes, "--out", "whole")
+    code, parts, _ = run("sweep", *LINREG, *axes, "--out", "parts", "--memory", 1e-5)
+    assert code == 0 and "all at once" in whole and "groups of" in parts
+    assert len(results("parts")) == 5
+    for one, other in zip(results("whole"), results("parts"), strict=True):
+        close(one, other)
+    one, other = (fdl.load(f"{f}/best/params.safetensors") for f in ("whole", "parts"))
+    assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
+
+
+def test_compiled_as_eager(run):
+    axes = ["--grid", "lr=0.01,0.1", "--grid", "seed=0:2"]
+    run("sweep", *LINREG, *axes, "--out", "eager")
+    code, out, _ = run("sweep", *LINREG[:-1], "on", *axes, "--out", "compiled")
+    assert code == 0 and "\ncompiled: as asked" in out
+    for one, other in zip(results("eager"), results("compiled"), strict=True):
+        close(one, other, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- how it may end
+
+
+def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
+    code, out, _ = run("sweep", *LINREG, "--grid", "lr=0.1,1e30", "--out", "sweep")
+    good, bad = results("sweep")
+    assert code == 0 and good["loss"] < 10 and "diverged at step" in out
+    assert set(bad) == {"lr", "diverged_at_step"}
+    assert run("sweep", *LINREG, "--grid", "lr=1e30,1e31", "--out", "none")[0] == 1
+    assert not Path("none/best").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
+    make, options = sweep.make_programs, ("--grid", "lr=0.1,0.4", "--grid", "momentum=0.1,0.5")
+    monkeypatch.setattr(fdl, "jit", lambda f, **_: f)
+
+    def ended(*args, **kwargs):
+        programs, left = make(*args, **kwargs), 2 + 2 + 4  # to plan, the first group, one epoch
+
+        def train(*args):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), number)
+            return programs.train(*args)
+
+        return programs._replace(train=train)
+
+    monkeypatch.setattr(sweep, "make_programs", ended)
+    found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 1e-5)
+    assert found[0] == code and "what was done is saved" in found[2]
+    assert 0 < len(results("sweep")) < 4
+    assert run("linreg", "--resume", "sweep/best")[0] == 0
+    assert last("sweep/best")["epoch"] == 9
+
+
+def test_it_runs_from_the_command_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "sweep",
+        "softmax",
+        "--data",
+        "sample",
+        "--epochs",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--grid", "lr=0.03:0.3:3log", "--out", tmp_path / "sweep", "--compile", "off"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "test_accuracy" in done.stdout
+    best = max(results(tmp_path / "sweep"), key=lambda row: row["test_accuracy"])
+    assert last(tmp_path / "sweep/best")["test_accuracy"] == best["test_accuracy"]

@@ -1,0 +1,194 @@
+"""What a sweep came to: its results, their table and heat map, and the best as an ordinary run."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fdl
+from fdl import Checkpointer, TrainState, optim
+from fdl.optim import Optimizer
+from fdl.tree import Tree
+from train import loop, report, saved
+from train.config import Recipe
+from train.grid import Axis, Value
+
+__all__ = ["Result", "append", "best_of", "draw", "only", "save_run", "table"]
+
+SHOWN = 30  # rows of the table
+
+
+class Result(NamedTuple):
+    """What one point came to.
+
+    >>> Result({"lr": 0.1}, True, 10, [{"loss": 2.0}, {"loss": 0.5}]).loss
+    0.5
+    """
+
+    point: dict[str, Value]
+    ok: bool  # was every loss finite?
+    step: int  # steps done
+    history: list[dict[str, Any]]  # the lines of its `metrics.jsonl`
+
+    @property
+    def loss(self) -> float:
+        """What is to be small: the test error, where there is none the test loss, or the loss."""
+        last = self.history[-1]
+        if not self.ok:
+            return math.inf
+        if "test_accuracy" in last:
+            return 1 - float(last["test_accuracy"])
+        return float(last.get("test_loss", last["loss"]))
+
+
+def best_of(results: Sequence[Result]) -> Result | None:
+    """Find the result of the smallest loss, None where every one diverged."""
+    finite = [result for result in results if math.isfinite(result.loss)]
+    return min(finite, key=lambda result: result.loss, default=None)
+
+
+def append(path: Path, result: Result) -> None:
+    """Append one line to `results.jsonl`."""
+    last = result.history[-1] if result.ok else {"diverged_at_step": result.step + 1}
+    with path.open("a") as file:
+        file.write(json.dumps({**result.point, **last}) + "\n")
+
+
+def table(axes: Sequence[Axis], results: Sequence[Result]) -> str:
+    """Tabulate results, the best first, in at most 80 columns.
+
+    >>> history = [{"loss": 0.5, "accuracy": 0.75, "test_loss": 0.6, "test_accuracy": 0.7}]
+    >>> diverged = Result({"lr": 9.0}, False, 3, [{"loss": 1.0}])
+    >>> print(table([Axis("lr", (9.0, 0.1))], [diverged, Result({"lr": 0.1}, True, 9, history)]))
+           lr      loss  accuracy  test_loss  test_accuracy
+          0.1       0.5      0.75        0.6            0.7
+            9  diverged at step 4
+    """
+    found = [result for result in results if result.ok]
+    last = found[0].history[-1] if found else {}
+    names = [n for n in ("loss", "accuracy", "test_loss", "test_accuracy") if n in last]
+    lines = ["  ".join([f"{_short(axis.name):>9}" for axis in axes] + [f"{n:>8}" for n in names])]
+    for result in sorted(results, key=lambda result: result.loss)[:SHOWN]:
+        cells = [f"{result.point[axis.name]:>9.4g}" for axis in axes]
+        if result.ok:
+            cells += [f"{result.history[-1][n]:>{max(8, len(n))}.4g}" for n in names]
+        else:
+            cells.append(f"diverged at step {result.step + 1}")
+        lines.append("  ".join(cells))
+    if len(results) > SHOWN:
+        lines.append(f"… and {len(results) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("weight_")  # so that four axes fit
+
+
+def draw(path: Path, recipe: str, axes: Sequence[Axis], results: Sequence[Result]) -> None:
+    """Draw the metric over the first two axes as a heat map, over one axis as a curve.
+
+    Where there are further axes each cell is the best of theirs; what diverged stays empty.
+    """
+    from matplotlib.figure import Figure  # a second to import, which --help need not wait for
+
+    last = results[0].history[-1]
+    name = next((n for n in ("test_accuracy", "test_loss") if n in last), "loss")
+    sign = -1 if name == "test_accuracy" else 1
+    x, y = axes[-1] if len(axes) < 3 else axes[1], axes[0]
+
+    def cell(**at: Value) -> float:
+        values = [
+            sign * float(result.history[-1][name])
+            for result in results
+            if result.ok and all(result.point[axis] == value for axis, value in at.items())
+        ]
+        return sign * min(values, default=math.nan)
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes_ = figure.subplots()
+    if len(axes) == 1:
+        axes_.plot(x.values, [cell(**{x.name: v}) for v in x.values], marker="o")
+        if min(x.values) > 0 and max(x.values) >= 10 * min(x.values) and x.name != "seed":
+            axes_.set_xscale("log")
+        axes_.set_ylabel(name)
+        axes_.grid(alpha=0.3)
+    else:
+        cells = [[cell(**{y.name: b, x.name: a}) for a in x.values] for b in y.values]
+        shown = axes_.imshow(
+            cells, aspect="auto", cmap="viridis" if sign < 0 else "viridis_r", origin="lower"
+        )
+        figure.colorbar(shown, label=name)
+        axes_.set_xticks(range(len(x.values)), [f"{v:.3g}" for v in x.values])
+        axes_.set_yticks(range(len(y.values)), [f"{v:.3g}" for v in y.values])
+        axes_.set_ylabel(y.name)
+        if len(x.values) <= 8 and len(y.values) <= 12:
+            for i, row in enumerate(cells):
+                for j, value in enumerate(row):
+                    text = "–" if math.isnan(value) else f"{value:.3f}"
+                    axes_.text(j, i, text, ha="center", va="center", fontsize=8).set_bbox(
+                        {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+                    )
+    axes_.set_xlabel(x.name)
+    axes_.set_title(f"{recipe}: {len(results)} models")
+    figure.savefig(path, dpi=110)
+
+
+def only(state: TrainState, opt: Optimizer) -> TrainState:
+    """Leave out of the optimizer's state what `opt`, one of whose rates is 0, has no place for.
+
+    >>> params = {"w": fdl.random.uniform(fdl.random.key(0), (1,))}
+    >>> key, step = fdl.random.key(0), fdl.random.key(0)[0]
+    >>> both = TrainState(params, {}, optim.sgd(0.1, 0.9).init(params), key, step)
+    >>> list(optim.hyperparams(only(both, optim.sgd(0.1)).opt_state))
+    ['lr']
+    """
+    return state._replace(opt_state=_only(state.opt_state, opt.init(state.params)))
+
+
+def _only(state: Tree, like: Tree) -> Tree:
+    if type(like) is not tuple:  # of one transformation; a tuple is a chain of them
+        return state
+    candidates, kept = iter(state), []
+    for part in like:
+        wanted = optim.hyperparams(part).keys()
+        match = next(s for s in candidates if wanted <= optim.hyperparams(s).keys())
+        kept.append(_only(match, part))
+    return tuple(kept)
+
+
+def save_run(
+    folder: Path,
+    name: str,
+    config: Recipe,
+    found: str,
+    plan: loop.Plan,
+    result: Result,
+    state: TrainState,
+    progress: loop.Progress,
+) -> None:
+    """Save one member as the ordinary run that it is, over one that is there.
+
+    Args:
+        folder: of the run.
+        name: of the recipe.
+        config: its options.
+        found: what the data are.
+        plan: how it was executed.
+        result: what it came to.
+        state: what it has learned.
+        progress: how far it is.
+    """
+    here = report.environment(state.key.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_config(folder, name, config, found, plan, here)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    for record in result.history:
+        report.append_metrics(folder, record)
+    with Checkpointer(folder / "checkpoints", keep=1) as checkpointer:
+        last = {k: v for k, v in result.history[-1].items() if isinstance(v, float)}
+        checkpointer.save(
+            state, metrics=last, config={"progress": saved.progress_as_json(progress)}
+        )
+    fdl.save(folder / "params.safetensors", state.params)
+    report.draw_curves(folder, f"{name}, {result.point}", result.history)
