@@ -1,6 +1,6 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
-from fdl import data, losses, metrics, nn, optim, random, tree
+from fdl import data, losses, metrics, nn, optim, random, transforms, tree
 from fdl.checkpoint import inspect, load, load_torch, save, save_torch
 from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
@@ -30,6 +30,7 @@ __all__ = [
     "scan",
     "supervised",
     "train_step",
+    "transforms",
     "tree",
     "with_policy",
 ]
