@@ -3,6 +3,7 @@
 from __future__ import annotations  # Dynamo would run those of nested functions
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -145,7 +146,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
     def blocks(params: Tree) -> Tree:
         check_floating(params, "hessian")
         leaves, spec = pytree.tree_flatten(params)
-        ends = torch.tensor([0, *(leaf.numel() for leaf in leaves)]).cumsum(0).tolist()
+        ends = [0, *accumulate(leaf.numel() for leaf in leaves)]
         numbers = torch.arange(ends[-1], device=leaves[0].device)
 
         def row(number: Tensor) -> Tree:

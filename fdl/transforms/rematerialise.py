@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from fdl.tree import Tree
 
 __all__ = ["checkpoint", "stop_gradient"]
 
-Flat = Callable[..., tuple[Tensor, ...]]  # floating tensors to floating tensors
+Flat = Callable[..., tuple[Tensor, ...]]  # tensors to floating tensors
 Named = tuple[str, Tensor]
 
 
@@ -74,14 +74,14 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
                 "differentiated by; the gradient would be lost: make it an argument"
             )
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        floats = [
-            i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()
-        ]
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors.sort(key=lambda i: not leaves[i].is_floating_point())
+        floats = sum(leaves[i].is_floating_point() for i in tensors)
         made: list[pytree.TreeSpec] = []
 
-        def flat(*chosen: Tensor) -> tuple[Tensor, ...]:
+        def flat(*given: Tensor) -> tuple[Tensor, ...]:
             whole = list(leaves)
-            for i, leaf in zip(floats, chosen, strict=True):
+            for i, leaf in zip(tensors, given, strict=True):
                 whole[i] = leaf
             args, kwargs = pytree.tree_unflatten(whole, spec)
             result = f(*args, **kwargs)
@@ -89,8 +89,8 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             found, made[:] = tree.leaves(result), [pytree.tree_structure(result)]
             return tuple(found)
 
-        results = _rematerialised(flat, *(leaves[i] for i in floats))
-        return pytree.tree_unflatten(results, made[0])
+        given = [leaves[i] for i in tensors]
+        return pytree.tree_unflatten(_rematerialised(flat, given[:floats], given[floats:]), made[0])
 
     return call
 
@@ -105,32 +105,36 @@ class _Remat(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(f: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(f: Flat, floats: int, *xs: Tensor) -> tuple[Tensor, ...]:
         return f(*xs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.f, *xs = inputs
+        ctx.f, ctx.floats, *xs = inputs
         ctx.save_for_backward(*xs)
         ctx.save_for_forward(*xs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        f, xs = ctx.f, ctx.saved_tensors
+        f, n, m = ctx.f, ctx.floats, ctx.floats + len(cotangents)
+        xs, others = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
 
         def pullback(*args: Tensor) -> tuple[Tensor, ...]:
-            return cast(tuple, vjp(f, *args[: len(xs)])[1](args[len(xs) :]))
+            return cast(tuple, vjp(lambda *xs: f(*xs, *args[m:]), *args[:n])[1](args[n:m]))
 
-        return None, *_rematerialised(pullback, *xs, *cotangents)
+        grads = _rematerialised(pullback, (*xs, *cotangents), others)
+        return None, None, *grads, *(None for _ in others)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return cast(tuple, jvp(ctx.f, ctx.saved_tensors, tangents)[1])
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        f, n = ctx.f, ctx.floats
+        xs, others = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        return cast(tuple, jvp(lambda *xs: f(*xs, *others), xs, tangents[:n])[1])
 
 
-def _rematerialised(f: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
-    """Call `f`, keeping only `xs` for its gradient."""
-    return cast(Any, _Remat.apply(f, *xs))
+def _rematerialised(f: Flat, xs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Call `f(*xs, *others)`, keeping only these for its gradient by `xs`, which are floating."""
+    return cast(Any, _Remat.apply(f, len(xs), *xs, *others))
 
 
 def _is_differentiated(x: Tensor) -> bool:
