@@ -22,10 +22,11 @@ from cases import (
     with_keys,
 )
 from cases_optim import OPTIM, SCHEDULES
+from cases_transforms import TRANSFORMATIONS
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fdl import data, losses, metrics, nn, optim, precision, random, tree
+from fdl import data, losses, metrics, nn, optim, precision, random, transforms, tree
 from fdl.optim import schedules
 
 ROWS = 3  # of a batch for vmap
@@ -131,6 +132,7 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
         ),
     },
+    "transforms": TRANSFORMATIONS,
     "data": {
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
         "gather": Case(
@@ -152,6 +154,7 @@ MODULES: dict[str, ModuleType] = {
     "optim.schedules": schedules,
     "precision": precision,
     "random": random,
+    "transforms": transforms,
     "data": data,
 }
 

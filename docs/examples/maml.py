@@ -103,7 +103,7 @@ def plot(learned, curves, path):
         left.plot(curve.mean(0), label=f"{name}, {shots} shots", **style)
     left.set(xlabel="gradient steps", ylabel="mean squared error", ylim=(0, None))
     left.set_title("600 new tasks")
-    left.legend()
+    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.4))
 
     x, y = draw_task(random.key(7), 405)
     order = x[5:, 0].argsort()
