@@ -103,7 +103,7 @@ def plot(learned, curves, path):
         left.plot(curve.mean(0), label=f"{name}, {shots} shots", **style)
     left.set(xlabel="gradient steps", ylabel="mean squared error", ylim=(0, None))
     left.set_title("600 new tasks")
-    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.4))
+    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.32))
 
     x, y = draw_task(random.key(7), 405)
     order = x[5:, 0].argsort()
@@ -136,7 +136,7 @@ def main(steps: int, path: Path) -> dict[tuple[str, int], Tensor]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=70_000, help="meta-steps; at least 1")
+    parser.add_argument("--steps", type=int, default=15_000, help="meta-steps; at least 1")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "maml.png")
     args = parser.parse_args()
     main(args.steps, args.out)

@@ -23,7 +23,8 @@ __all__ = ["gnvp", "hessian", "hutchinson_trace", "hvp"]
 def hvp(f: Callable[[Tree], Tensor], params: Tree, v: Tree) -> Tree:
     """Multiply the Hessian of `f` at `params` by `v`, without forming it (Pearlmutter, 1994).
 
-    The derivative of the gradient along v, forward over reverse: it costs about two gradients.
+    The gradient of the gradient's product with v, reverse over reverse: forward over reverse, which
+    takes as long, does not yet compile inside two `vmap`s.
 
     Args:
         f: from parameters to a scalar; close over the batch.
@@ -39,7 +40,7 @@ def hvp(f: Callable[[Tree], Tensor], params: Tree, v: Tree) -> Tree:
     """
     v = _like("hvp", params, v)
     scalar = scalar_of("hvp", "f", f)
-    return jvp(grad(scalar), (params,), (v,))[1]
+    return cast(Any, vjp(grad(scalar), params)[1])(v)[0]
 
 
 def gnvp(f: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree, v: Tree) -> Tree:
@@ -147,6 +148,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
         check_floating(params, "hessian")
         leaves, spec = pytree.tree_flatten(params)
         ends = [0, *accumulate(leaf.numel() for leaf in leaves)]
+        pull = cast(Any, vjp(grad(scalar), params)[1])
         numbers = torch.arange(ends[-1], device=leaves[0].device)
 
         def row(number: Tensor) -> Tree:
@@ -154,7 +156,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
                 (numbers[a:b] == number).to(leaf.dtype).reshape(leaf.shape)
                 for leaf, a, b in zip(leaves, ends, ends[1:], strict=False)
             ]
-            return jvp(grad(scalar), (params,), (pytree.tree_unflatten(unit, spec),))[1]
+            return pull(pytree.tree_unflatten(unit, spec))[0]
 
         rows = in_chunks(row, numbers, chunk)
         blocks_of = [
