@@ -47,7 +47,7 @@ TRANSFORMATIONS = {
     "hessian": Case(lambda p: transforms.hessian(f, 5)(p), lambda key: (weights(key),)),
     "hutchinson_trace": Case(
         lambda p, key: transforms.hutchinson_trace(
-            lambda v: transforms.hvp(f, p, v), p, key, samples=3, chunk=2
+            lambda v: transforms.hvp(f, p, v), p, key, samples=3
         ),
         lambda key: (weights(key), key),
     ),

@@ -52,9 +52,7 @@ def test_jvp_by_the_rate_equals_finite_differences():
 def test_gradients_by_where_training_starts_equal_finite_differences(momentum):
     v = tree.map(lambda p: draw(p.numel(), *p.shape), start)
     got = grad(after_training)(start, lr, momentum)
-    along = torch.stack(
-        [(g * u).sum() for g, u in zip(tree.leaves(got), tree.leaves(v), strict=True)]
-    )
+    along = sum((g * u).sum() for g, u in zip(tree.leaves(got), tree.leaves(v), strict=True))
 
     def moved(eps):
         return after_training(tree.map(lambda p, u: p + eps * u, start, v), lr, momentum)
@@ -115,8 +113,7 @@ def test_maml_learns_to_learn_in_one_step(maml, monkeypatch):
         maml.adaptation(p, 5, random.key(100), steps=1, tasks=100).mean(0)
         for p in (untrained, params)
     )
-    print(before, after)
-    assert after[1] < 0.8 * after[0] and after[1] < before[1]
+    assert after[1] / after[0] < 0.9 < before[1] / before[0]
 
 
 def test_the_gradient_of_maml_goes_through_the_inner_step(maml):

@@ -122,6 +122,7 @@ def backward(f):
     return run
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11's own
 @pytest.mark.parametrize(
     "way", [grad, backward, lambda f: fdl.jit(grad(f))], ids=["grad", "backward", "jit"]
 )

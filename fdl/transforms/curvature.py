@@ -148,7 +148,6 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
         check_floating(params, "hessian")
         leaves, spec = pytree.tree_flatten(params)
         ends = [0, *accumulate(leaf.numel() for leaf in leaves)]
-        pull = cast(Any, vjp(grad(scalar), params)[1])
         numbers = torch.arange(ends[-1], device=leaves[0].device)
 
         def row(number: Tensor) -> Tree:
@@ -156,7 +155,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
                 (numbers[a:b] == number).to(leaf.dtype).reshape(leaf.shape)
                 for leaf, a, b in zip(leaves, ends, ends[1:], strict=False)
             ]
-            return pull(pytree.tree_unflatten(unit, spec))[0]
+            return cast(Any, vjp(grad(scalar), params)[1])(pytree.tree_unflatten(unit, spec))[0]
 
         rows = in_chunks(row, numbers, chunk)
         blocks_of = [
