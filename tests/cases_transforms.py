@@ -44,12 +44,13 @@ TRANSFORMATIONS = {
         directions,
         grads=(0, 1),
     ),
-    "hessian": Case(lambda p: transforms.hessian(f, 5)(p), lambda key: (weights(key),)),
+    "hessian": Case(lambda p: transforms.hessian(f, 5)(p), lambda key: (weights(key),), grads=()),
     "hutchinson_trace": Case(
         lambda p, key: transforms.hutchinson_trace(
             lambda v: transforms.hvp(f, p, v), p, key, samples=3
         ),
         lambda key: (weights(key), key),
+        grads=(),  # third derivatives are long to trace: tests/test_curvature.py
     ),
     "hvp": Case(lambda p, v: transforms.hvp(f, p, v), directions, grads=(0, 1)),
     "per_sample_grads": Case(

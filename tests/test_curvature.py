@@ -136,6 +136,19 @@ def test_samples_are_a_mean_whatever_the_chunks():
     close(whole, torch.stack(values).mean())
 
 
+def test_a_third_derivative_equals_finite_differences():
+    def traces(p):
+        whole = hessian(f, 5)(p)["0"]["bias"]["0"]["bias"].trace()
+        product = lambda u: hvp(f, p, u)  # noqa: E731
+        return whole + hutchinson_trace(product, p, random.key(2), 3, 2)
+
+    eps = 1e-6
+    up, down = (traces(tree.map(lambda p, u, s=s: p + s * eps * u, params, v)) for s in (1, -1))
+    got = grad(traces)(params)
+    along = (ravel(got) * ravel(v)).sum()
+    close(along, (up - down) / (2 * eps), rtol=1e-6)
+
+
 def test_torch_has_jacobians_of_trees_in_chunks():
     """The reason why fdl has none."""
     got = jacrev(predict, chunk_size=5)(params)
