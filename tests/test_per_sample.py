@@ -17,7 +17,7 @@ net = nn.sequential(nn.linear(3, 5), nn.tanh, nn.linear(5, 4))
 params = tree.cast(net.init(random.key(0)), torch.float64)
 loss = fdl.supervised(net.apply, losses.cross_entropy)
 labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
-mask = torch.tensor([True, True, False, True, True, True, False])
+mask = torch.tensor([True, True, False, True, True, False, True])  # chunks repeat the last
 batch = Batch(draw(1, N, 3), labels)
 masked = batch._replace(mask=mask)
 each_chunk = pytest.mark.parametrize("chunk", CHUNKS)
