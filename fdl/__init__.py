@@ -1,6 +1,6 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
-from fdl import data, interop, losses, metrics, nn, optim, population, random, tree
+from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
 from fdl.checkpoint import inspect, load, load_torch, save, save_torch
 from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
@@ -32,6 +32,7 @@ __all__ = [
     "scan",
     "supervised",
     "train_step",
+    "transforms",
     "tree",
     "with_policy",
 ]

@@ -168,10 +168,11 @@ def supervised(
         value, found = score(prediction, batch)
         return value, (found, buffers)
 
-    return stateful if _takes_buffers(apply) else stateless
+    return stateful if takes_buffers(apply) else stateless
 
 
-def _takes_buffers(fn: Callable[..., Any]) -> bool:
+def takes_buffers(fn: Callable[..., Any]) -> bool:
+    """Say whether `apply` or a loss is one of a model with buffers, by its second parameter."""
     return list(inspect.signature(fn).parameters)[1:2] == ["buffers"]
 
 
@@ -200,7 +201,7 @@ def train_step(
     >>> state.step, sorted(metrics)
     (tensor(1), ['loss'])
     """
-    stateful = _takes_buffers(loss)
+    stateful = takes_buffers(loss)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = random.fold_in(state.key, state.step)
@@ -259,7 +260,7 @@ def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
     >>> metrics["loss"].value
     tensor(4., dtype=torch.float64)
     """
-    stateful = _takes_buffers(loss)
+    stateful = takes_buffers(loss)
 
     def step(state: TrainState, batch: Any) -> Metrics:
         if stateful:

@@ -23,10 +23,23 @@ from cases import (
     with_keys,
 )
 from cases_optim import OPTIM, SCHEDULES
+from cases_transforms import TRANSFORMATIONS
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fdl import data, interop, losses, metrics, nn, optim, population, precision, random, tree
+from fdl import (
+    data,
+    interop,
+    losses,
+    metrics,
+    nn,
+    optim,
+    population,
+    precision,
+    random,
+    transforms,
+    tree,
+)
 from fdl.optim import schedules
 
 ROWS = 3  # of a batch for vmap
@@ -151,6 +164,7 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
         ),
     },
+    "transforms": TRANSFORMATIONS,
     "data": {
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
@@ -203,6 +217,7 @@ MODULES: dict[str, ModuleType] = {
     "optim.schedules": schedules,
     "precision": precision,
     "random": random,
+    "transforms": transforms,
     "data": data,
     "population": population,
 }

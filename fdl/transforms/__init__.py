@@ -1,0 +1,22 @@
+"""Transformations of functions that torch.func has no name for.
+
+Gradients of single examples, products with curvature matrices that are never written down, and
+`checkpoint`, which trades time for memory. Like those of torch.func they take pure functions of
+trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
+"""
+
+from fdl.transforms.curvature import gnvp, hessian, hutchinson_trace, hvp
+from fdl.transforms.per_sample import clipped_grad_sum, per_sample_grads, per_sample_norms
+from fdl.transforms.rematerialise import checkpoint, stop_gradient
+
+__all__ = [
+    "checkpoint",
+    "clipped_grad_sum",
+    "gnvp",
+    "hessian",
+    "hutchinson_trace",
+    "hvp",
+    "per_sample_grads",
+    "per_sample_norms",
+    "stop_gradient",
+]
