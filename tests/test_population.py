@@ -26,8 +26,10 @@ MODELS = {
         nn.flatten(),
         nn.linear(2, 3),
     ),
+    # Without a bias, whose gradient before a norm is nothing but rounding.
+    "norm": nn.sequential(nn.linear(4, 8, bias=False), nn.batch_norm(8), nn.tanh, nn.linear(8, 3)),
 }
-SHAPES = {"dropout": (4,), "conv": (1, 2, 2)}
+SHAPES = {"dropout": (4,), "conv": (1, 2, 2), "norm": (4,)}
 MODEL, OPT = MODELS["dropout"], optim.sgd(0.1, 0.9, weight_decay=0.1)
 
 
@@ -35,6 +37,7 @@ def of_float64(state):
     """Params and slots in float64: a trajectory then shows no rounding to speak of."""
     return state._replace(
         params=tree.cast(state.params, torch.float64),
+        buffers=tree.cast(state.buffers, torch.float64),
         opt_state=tree.cast(state.opt_state, torch.float64),
     )
 
@@ -57,7 +60,7 @@ def orders(key):
     return tree.map(lambda *parts: torch.cat(parts), *epochs)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "dropout", "conv"])
+@pytest.mark.parametrize("name", ["mlp", "lenet", "dropout", "conv", "norm"])
 def test_create_equals_train_state_create_bit_for_bit(name):
     model = {"mlp": models.mlp(), "lenet": models.lenet()}.get(name) or MODELS[name]
     with unchanged(KEYS, RATES):

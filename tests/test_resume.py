@@ -28,6 +28,7 @@ RECIPES = {
     "mlp": ["--epochs", 5, "--data", "sample", "--momentum", 0.5],
     "dropout": ["--epochs", 5, "--data", "sample"],
     "lenet": ["--epochs", 5, "--data", "sample", "--batch-size", 200],
+    "lenet-bn": ["--epochs", 5, "--data", "sample", "--batch-size", 200],
 }
 
 
