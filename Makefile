@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
 
-.PHONY: lenet test test-oldest lint clean
+.PHONY: lenet test test-oldest lint notebooks clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
@@ -21,6 +21,10 @@ lint: $(VENV)/ready
 # The same tests on the oldest supported releases.
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2
+
+# Remake notebooks/*.ipynb from the texts beside them; one: make notebooks ARGS=06_mlp
+notebooks: $(VENV)/ready
+	$(VENV)/bin/python notebooks/execute.py $(ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
