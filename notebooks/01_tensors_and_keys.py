@@ -322,8 +322,8 @@ for device in devices:
 #
 # </details>
 #
-# **3.** With `rearrange`, cut an image `[1, 28, 28]` into 16 patches `[16, 49]`, and put it together
-# again.
+# **3.** With `rearrange`, cut an image `[1, 28, 28]` into 16 patches `[16, 49]`, and put it
+# together again.
 #
 # <details><summary>Answer</summary>
 #

@@ -86,10 +86,10 @@ assert grad(lambda x: x**2 + x**3)(torch.tensor(1.0)) == 5
 # Let g take ℝ² to ℝ³. Its derivative at x is the Jacobian J, a 3 × 2 matrix. It is rarely built;
 # two products with it are enough:
 #
-# | | asks | takes | gives | cost |
-# |---|---|---|---|---|
-# | `vjp` (reverse) | how does uᵀg change with each input? | u ∈ ℝ³, like the output | uᵀJ ∈ ℝ² | about 3 × g |
-# | `jvp` (forward) | how does each output change if x moves along v? | v ∈ ℝ², like the input | Jv ∈ ℝ³ | about 2 × g |
+# | | asks | takes | gives |
+# |---|---|---|---|
+# | `vjp`, backward | how does uᵀg change with each input? | u ∈ ℝ³, like the output | uᵀJ ∈ ℝ² |
+# | `jvp`, forward | how does g change if x moves along v? | v ∈ ℝ², like the input | Jv ∈ ℝ³ |
 #
 # `grad` is `vjp` for one output, with u = 1: however many inputs, one pass. That is why training
 # goes backwards.
@@ -251,8 +251,8 @@ assert tree.allclose(mean, grad(loss)(params, X, y), rtol=0, atol=1e-12)
 #
 # </details>
 #
-# **2.** What is the largest η with which plain gradient descent still goes down the `valley`? Say it
-# from the formula, then test it.
+# **2.** What is the largest η with which plain gradient descent still goes down the `valley`? Say
+# it from the formula, then test it.
 #
 # <details><summary>Answer</summary>
 #
@@ -266,8 +266,8 @@ assert tree.allclose(mean, grad(loss)(params, X, y), rtol=0, atol=1e-12)
 #
 # </details>
 #
-# **3.** The Hessian of `valley` is the diagonal matrix of 1 and 10. Get it from `grad` and `jacrev`,
-# and get the product H·v without building H.
+# **3.** The Hessian of `valley` is the diagonal matrix of 1 and 10. Get it from `grad` and
+# `jacrev`, and get the product H·v without building H.
 #
 # <details><summary>Answer</summary>
 #
