@@ -80,7 +80,7 @@ random.uniform(k[2], shape, -1.0, 1.0)          # torch.empty(1000, 4).uniform_(
 5.0 + 0.1 * random.normal(k[3], shape)          # torch.normal(5.0, 0.1, size=(1000, 4))
 random.permutation(k[4], 10)                    # torch.randperm(10)
 random.randint(k[5], shape, 0, 6)               # torch.randint(0, 6, (1000, 4))
-random.bernoulli(k[6], 0.3, shape)              # torch.bernoulli(torch.full((1000, 4), 0.3))
+random.bernoulli(k[6], 0.3, shape)              # torch.rand(1000, 4) < 0.3
 random.normal(k[7], like.shape, like.dtype)     # torch.randn_like(like)
 
 assert random.permutation(k[4], 10).sort().values.equal(torch.arange(10))
@@ -155,7 +155,7 @@ x, y = torch.arange(3.0), torch.ones(3)
 assert torch.equal(x + y, torch.add(x, y))
 assert torch.equal(x + y, x.add(y))
 z = x.clone()
-z.add_(y)                             # the underscore says: in place. So do z += y and out=z
+z.add_(y)                             # the underscore says: in place (as are += and out=)
 assert torch.equal(z, x + y)
 
 # %% [markdown]
@@ -231,7 +231,9 @@ assert torch.equal(A.t(), rearrange(A, "i j -> j i"))
 assert_close(torch.mm(A, B), einsum(A, B, "i k, k j -> i j"))
 assert_close(torch.addmm(A, A, B), A + A @ B)           # one call, one pass over memory
 assert_close(torch.dot(u, v), einsum(u, v, "i, i ->"))
-assert_close(torch.dot(torch.cross(u, v, dim=0), u), torch.zeros_like(u[0]))   # u × v ⊥ u
+across = torch.cross(u, v, dim=0)                       # at right angles to both
+assert_close(torch.stack([torch.dot(across, u), torch.dot(across, v)]),
+             torch.zeros(2, dtype=torch.float64))
 
 # %%
 As, Bs = torch.stack([A, B, A]), torch.stack([B, A, A])         # [3, 4, 4]

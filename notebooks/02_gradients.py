@@ -124,7 +124,8 @@ assert_close(leaf.grad, pull_back(u)[0], rtol=0, atol=1e-12)
 
 # %%
 keys = random.split(random.key(0), 3)
-X, y = random.normal(keys[0], (20, 3), torch.float64), random.normal(keys[1], (20,), torch.float64)
+X = random.normal(keys[0], (20, 3), torch.float64)
+y = random.normal(keys[1], (20,), torch.float64)
 params = {"w": random.normal(keys[2], (3,), torch.float64), "b": torch.zeros(())}
 
 def loss(params, X, y):

@@ -18,7 +18,7 @@ import fdl
 from fdl import data, losses, nn, optim, random, tree
 
 plt.style.use("fdl.mplstyle")
-DOUBLE = torch.float64      # so that two ways of computing one thing can be told from rounding
+DOUBLE = torch.float64      # so that a difference of two ways is no rounding
 
 # %% [markdown]
 # ## L1 From scratch
@@ -46,7 +46,8 @@ plt.show()
 
 # %%
 batch_size, lr, epochs = 10, 0.03, 3
-start = {"w": 0.01 * random.normal(init_key, (2,), DOUBLE), "b": torch.zeros((), dtype=DOUBLE)}
+start = {"w": 0.01 * random.normal(init_key, (2,), DOUBLE),
+         "b": torch.zeros((), dtype=DOUBLE)}
 orders = [data.epoch_indices(random.fold_in(shuffle_key, epoch), 1000, batch_size).index
           for epoch in range(epochs)]
 
@@ -155,7 +156,8 @@ net = torch.nn.Sequential(torch.nn.Linear(2, 1)).double()           # "0.weight"
 other = torch.nn.Sequential()
 other.add_module("linear", torch.nn.Linear(2, 1))                   # "linear.weight"
 third = torch.nn.Sequential(OrderedDict([("linear", torch.nn.Linear(2, 1))]))
-assert list(other.state_dict()) == list(third.state_dict()) == ["linear.weight", "linear.bias"]
+assert list(other.state_dict()) == ["linear.weight", "linear.bias"]
+assert list(third.state_dict()) == ["linear.weight", "linear.bias"]
 
 torch.nn.init.normal_(net[0].weight, mean=0.0, std=0.01)
 torch.nn.init.constant_(net[0].bias, 0.0)
@@ -276,7 +278,8 @@ def stepped(net):                     # the scheduler's step is hooked to the op
 
 schedule = optim.schedules.step(0.03, step_size=20, gamma=0.1)
 assert twins(stepped, optim.sgd(lr=schedule)) < 1e-12
-print({count: round(float(schedule(torch.tensor(count).double())), 6) for count in (0, 20, 40)})
+counts = torch.tensor([0.0, 20.0, 40.0], dtype=DOUBLE)
+print("rate after 0, 20 and 40 updates:", schedule(counts).tolist())
 
 # %%
 def drop_at_30(step, sgd, state):

@@ -44,7 +44,8 @@ plt.show()
 # *batch* becomes floats. That is a quarter of the memory, which a GPU hardly notices.
 
 # %%
-print(f"as uint8: {train.x.nbytes / 1e6:.0f} MB, as float32: {4 * train.x.nbytes / 1e6:.0f} MB")
+megabytes = train.x.nbytes / 1e6
+print(f"as uint8: {megabytes:.0f} MB, as float32: {4 * megabytes:.0f} MB")
 assert train.x.min() == 0 and train.x.max() == 255
 
 # %% [markdown]
@@ -54,7 +55,7 @@ assert train.x.min() == 0 and train.x.max() == 255
 
 # %%
 def torchvision_root():
-    packaged = Path("/usr/share/datasets/fashion-mnist")     # a Debian package puts them here
+    packaged = Path("/usr/share/datasets/fashion-mnist")     # where Debian puts them
     if not packaged.exists():
         return "data"
     raw = Path(tempfile.mkdtemp(), "FashionMNIST", "raw")
@@ -104,7 +105,7 @@ assert torch.equal(index[mask].sort().values, torch.arange(60_000))     # each e
 # %%
 print("examples in the last rows:", mask.sum(1)[-3:].tolist())
 
-values = train.x.float().mean((1, 2))           # any number per example: its mean brightness
+values = train.x.float().mean((1, 2))   # any number per example: its mean brightness
 means = [metrics.mean(values[i], m) for i, m in zip(index, mask, strict=True)]
 total = sum(means[1:], start=means[0])          # sums and counts add up, means do not
 assert abs(total.value - values.double().mean()) < 1e-9
@@ -133,7 +134,8 @@ def pass_over(batches):
     return time.perf_counter() - start, torch.stack(seen)
 
 imperative, loaded = pass_over(loader)
-functional, gathered = pass_over(data.gather(train, row) for row in zip(index, mask, strict=True))
+steps = zip(index, mask, strict=True)
+functional, gathered = pass_over(data.gather(train, row) for row in steps)
 assert torch.equal(loaded, gathered)
 print(f"the DataLoader took {imperative / functional:.0f} times as long as gather")
 
