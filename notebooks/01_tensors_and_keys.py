@@ -21,11 +21,14 @@ plt.style.use("fdl.mplstyle")
 # What is not random is the same in both worlds: a shape goes in, a tensor comes out.
 
 # %%
-torch.tensor([[1.0, 2.0], [3.0, 4.0]])    # from data: copies it, infers the dtype
-torch.zeros(2, 3), torch.ones(2, 3)       # float32 unless told otherwise
-torch.eye(3)                              # ones on the diagonal
-torch.arange(0, 10, 2)                    # like range: 0, 2, 4, 6, 8
-torch.linspace(0, 1, 5)                   # five points, both ends included
+made = [torch.tensor([[1, 2], [3, 4]]),    # from data: copies it, infers the dtype
+        torch.zeros(2, 2),                 # float32 unless told otherwise
+        torch.ones(2, 2),
+        torch.eye(2),                      # ones on the diagonal
+        torch.arange(0, 10, 2),            # like range, the end left out
+        torch.linspace(0, 1, 5)]           # five points, both ends included
+for x in made:
+    print(x.dtype, x.tolist())
 
 # %% [markdown]
 # Three more take something from a tensor that is there: `new_ones` its dtype and device,
@@ -283,8 +286,9 @@ for device in devices:
     assert torch.equal(drawn.cpu(), random.uniform(params["key"], (1000,)))
 
 # %% [markdown]
-# The last line is the promise that makes experiments portable: uniform numbers are the same bits on
-# the CPU and on a GPU, eager and compiled (normal ones to a few units in the last place).
+# The last line is the promise that makes experiments portable: uniform numbers are the same bits
+# on the CPU and on a GPU, eager and compiled (normal ones to a few units in the last place). If you
+# come from JAX: they are also the bits of `jax.random` for the same key.
 
 # %% [markdown]
 # ## Exercises

@@ -42,7 +42,7 @@ df = grad(f)
 at = torch.tensor([1.0, 2.0, 3.0])
 assert_close(df(at), x.grad, rtol=0, atol=1e-12)
 assert not at.requires_grad and not df(at).requires_grad
-gradient, value = grad_and_value(f)(at)      # both, from one pass forward and one back
+gradient, value = grad_and_value(f)(at)      # both at once (in JAX the value comes first)
 
 # %% [markdown]
 # ### Nothing to zero
@@ -109,7 +109,8 @@ assert_close(pushed, J @ v, rtol=0, atol=1e-12)
 assert_close(jacrev(g)(x), J, rtol=0, atol=1e-12)
 
 # %% [markdown]
-# **Imperative.** `backward(u)` on a vector is the same `vjp`. For `jvp` there is no such method.
+# **Imperative.** `backward(u)` on a vector is the same `vjp`. It has no sibling for `jvp`: forward
+# mode is another interface there (`torch.autograd.forward_ad`).
 
 # %%
 leaf = x.clone().requires_grad_()
@@ -224,7 +225,8 @@ assert_close(second, curves["h″ = grad(grad(h))"], rtol=0, atol=1e-12)
 
 # %% [markdown]
 # The sum works because point i does not reach output j. `vmap(grad(…))` needs no such argument, and
-# gives what `backward` cannot: the gradient of *each example's* loss by shared parameters.
+# gives what `backward` needs a loop for: the gradient of *each example's* loss by shared
+# parameters.
 
 # %%
 per_example = vmap(grad(loss), in_dims=(None, 0, 0))(params, X, y)

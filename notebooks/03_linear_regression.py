@@ -94,7 +94,7 @@ for index in torch.cat(orders):
 assert_close(functional, imperative, rtol=0, atol=1e-12)
 assert_close([params["w"], params["b"]], [w.detach(), b.detach()], rtol=0, atol=1e-12)
 assert_close(params["w"], true_w, rtol=0, atol=0.01)
-print("w:", params["w"].tolist(), " b:", params["b"].item())
+print("w:", [round(w, 4) for w in params["w"].tolist()], " b:", round(params["b"].item(), 4))
 
 # %% [markdown]
 # What it buys: `start` is still the start. Any step can be repeated, replayed from the middle or
@@ -237,6 +237,7 @@ def two_layers():
 model = nn.sequential(body=nn.linear(2, 4), head=nn.linear(4, 1))
 drawn = tree.cast(model.init(init_key), DOUBLE)
 
+# %%
 def twins(make_sgd, opt, between=lambda step, sgd, state: state):
     """Train both on the same batches; return the largest difference of any parameter."""
     net = two_layers()
@@ -279,7 +280,7 @@ def stepped(net):                     # the scheduler's step is hooked to the op
 schedule = optim.schedules.step(0.03, step_size=20, gamma=0.1)
 assert twins(stepped, optim.sgd(lr=schedule)) < 1e-12
 counts = torch.tensor([0.0, 20.0, 40.0], dtype=DOUBLE)
-print("rate after 0, 20 and 40 updates:", schedule(counts).tolist())
+print("rate after 0, 20 and 40 updates:", [f"{rate:g}" for rate in schedule(counts).tolist()])
 
 # %%
 def drop_at_30(step, sgd, state):

@@ -41,7 +41,7 @@ plt.show()
 
 # %% [markdown]
 # The images stay as they come, one byte a pixel, on the device where they will be used. Only a
-# *batch* becomes floats. That is a quarter of the memory, which a GPU hardly notices.
+# *batch* becomes floats. So the whole set takes a quarter of the memory.
 
 # %%
 megabytes = train.x.nbytes / 1e6
@@ -141,9 +141,10 @@ print(f"the DataLoader took {imperative / functional:.0f} times as long as gathe
 
 # %% [markdown]
 # What takes the time is Python, 60,000 times: one image, one PIL object, one transformation. Worker
-# processes spread that over cores, as `python -m train data` shows with four of them, and a GPU
-# still waits. If a data set fits in memory, indexing it is the whole of data loading. (If it does
-# not, a loader is right, and a step takes its batches as well as any: a `Batch` is two tensors.)
+# processes spread that over cores (`python -m train data` times a pass with four of them). In the
+# README's table a step of softmax regression takes 15.1 ms behind a `DataLoader` with four workers,
+# and 2.1 ms here, eager. If a data set fits in memory, indexing it is the whole of data loading.
+# (If it does not, a loader is right, and a step takes its batches as well: two tensors.)
 
 # %% [markdown]
 # ## Sampling with replacement
@@ -180,8 +181,8 @@ for ax, mean, label in zip(axes.flat, class_means, data.LABELS, strict=True):
 plt.show()
 
 # %% [markdown]
-# Trousers, bags and shoes are what they are; pullover, coat and shirt are nearly one grey shape,
-# and every model of this course will confuse them. As a first classifier, give a test image the
+# Trousers and bags have shapes of their own; pullover, coat and shirt are nearly one grey shape,
+# and models confuse them, as the next notebook shows. As a first classifier, give a test image the
 # class whose mean is nearest:
 
 # %%
