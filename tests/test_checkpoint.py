@@ -39,6 +39,7 @@ def assert_same(flat, expected):
     assert all(equal_bits(flat[path], expected[path]) for path in flat)
 
 
+@pytest.mark.curriculum("B6")
 def test_round_trip_is_bit_identical(path):
     with unchanged(EVERY_DTYPE):
         fdl.save(path, EVERY_DTYPE)
@@ -48,6 +49,7 @@ def test_round_trip_is_bit_identical(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.curriculum("B6")
 def test_the_clone_of_a_model_gives_the_same_outputs(path):
     model = fdl.nn.sequential(fdl.nn.conv2d(1, 2, 3), fdl.nn.flatten(), fdl.nn.linear(8, 2))
     params, x = model.init(fdl.random.key(0)), torch.ones(3, 1, 4, 4)

@@ -84,6 +84,7 @@ def same(got: data.Dataset, files: dict[str, bytes]) -> bool:
 # The files
 
 
+@pytest.mark.curriculum("D1")
 @needs_full_data
 @SPLITS
 def test_full_set_equals_torchvision(train: bool, tmp_path: Path) -> None:

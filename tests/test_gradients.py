@@ -90,6 +90,7 @@ def assert_equal(got: Any, expected: Any, rtol: float = 1e-10) -> None:
     assert not differences, "\n".join(differences)
 
 
+@pytest.mark.curriculum("A1")
 @each_case
 def test_gradient_equals_that_of_backward(case: Case) -> None:
     params, batch = params_of(case.model), case.batch()
@@ -128,6 +129,7 @@ def test_gradient_equals_central_differences(case: Case) -> None:
             )
 
 
+@pytest.mark.curriculum("L1")
 def test_linear_regression_has_its_closed_form() -> None:
     case = CASES["linreg"]
     params, (x, y, _) = params_of(case.model), case.batch()
@@ -151,6 +153,7 @@ def test_l2_penalty_has_the_weights_as_gradient() -> None:
     assert_equal(grad(losses.l2_penalty)(params), params)
 
 
+@pytest.mark.curriculum("A1")
 def test_detach_stops_a_gradient() -> None:
     def f(x: Tensor) -> Tensor:
         return x**2 + (x**3).detach()

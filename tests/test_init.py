@@ -150,6 +150,7 @@ def test_default_initialisation_is_that_of_the_module(layer, module, fan_in):
     assert first.abs().min() > 0
 
 
+@pytest.mark.curriculum("B3")
 def test_initializer_of_your_own():
     def sparse(key, shape, dtype=torch.float32):
         w = random.uniform(key, shape, -10, 10, dtype)

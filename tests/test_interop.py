@@ -72,6 +72,7 @@ def call(model, params, buffers, *inputs, **options):
     return model.apply(params, *inputs, **options), {}
 
 
+@pytest.mark.curriculum("B1")
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODULES)
 def test_output_gradients_and_buffers_are_the_modules(name, train):

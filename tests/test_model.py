@@ -31,6 +31,7 @@ def gradients(module, x):
 # ------------------------------------------------------------------------------ sequential
 
 
+@pytest.mark.curriculum("L2")
 @pytest.mark.parametrize(
     ("net", "module"),
     [
@@ -104,6 +105,7 @@ def test_nested_sequentials_split_their_own_key():
     assert torch.equal(y, nn.dropout(0.5).apply({}, x, train=True, key=key))
 
 
+@pytest.mark.curriculum("B5")
 def test_a_plain_function_is_a_layer():
     centre = nn.sequential(nn.linear(3, 8), lambda x: x - x.mean())
     y = centre.apply(double(centre), draw(0, 5, 3))
@@ -111,6 +113,7 @@ def test_a_plain_function_is_a_layer():
     close(y.mean(), torch.tensor(0.0).double(), atol=1e-15)
 
 
+@pytest.mark.curriculum("B5")
 def test_parameters_may_be_a_list():
     shapes = [(4, 4), (4, 4), (4, 4), (4, 1)]
 
@@ -169,6 +172,7 @@ def test_sequential_refuses(make, text):
 # ------------------------------------------------------------------------------ tied
 
 
+@pytest.mark.curriculum("B4")
 def test_tied_gradient_is_that_of_a_module_used_twice():
     shared = nn.linear(4, 4)
     net = nn.tied(nn.sequential(shared, nn.relu, shared), {"2": "0"})

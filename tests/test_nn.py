@@ -49,6 +49,7 @@ CONV = [
 ]
 
 
+@pytest.mark.curriculum("C1")
 @pytest.mark.parametrize("options", CONV, ids=str)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_conv2d(options):
@@ -58,6 +59,7 @@ def test_conv2d(options):
     same_as_module(layer, module, draw(0, 2, 2, 7, 6))
 
 
+@pytest.mark.curriculum("C1")
 def test_conv2d_halves_an_image():
     layer = nn.conv2d(1, 1, 3, padding=1, stride=2)
     same_as_module(layer, oo.Conv2d(1, 1, 3, padding=1, stride=2), draw(0, 1, 1, 8, 8))
@@ -140,6 +142,7 @@ def test_parameters_of_another_shape_raise(layer, params, text):
 # ------------------------------------------------------------------------------ dropout
 
 
+@pytest.mark.curriculum("M3")
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_the_mask_comes_from_the_key(rate):
     x = draw(0, 200, 100) + 3
@@ -161,6 +164,7 @@ def test_dropout_is_the_identity_in_evaluation():
     assert nn.dropout(0.5).init(KEY) == {}
 
 
+@pytest.mark.curriculum("M3")
 def test_dropout_under_vmap_over_keys_equals_the_loop():
     keys, x = random.split(KEY, 5), draw(0, 6, 7)
 
@@ -172,6 +176,7 @@ def test_dropout_under_vmap_over_keys_equals_the_loop():
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 5
 
 
+@pytest.mark.curriculum("M3")
 def test_dropout_without_a_key_names_the_fix():
     net = nn.sequential(body=nn.sequential(nn.relu, nn.dropout(0.5)))
     with pytest.raises(ValueError, match=r"pass key=fdl\.random\.key\(seed\) to apply") as error:

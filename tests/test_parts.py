@@ -61,6 +61,7 @@ def pick(leaves, paths):
 GROUPS = {"decay": WEIGHTS, "plain": BIASES}
 
 
+@pytest.mark.curriculum("L3")
 @pytest.mark.parametrize(
     "labels",
     [

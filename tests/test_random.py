@@ -54,6 +54,7 @@ def draw(sampler, seed, kwargs):
     return getattr(random, sampler)(random.key(seed), **kwargs)
 
 
+@pytest.mark.curriculum("T1")
 @pytest.mark.parametrize(
     "case", RECORDED["cases"], ids=lambda c: f"{c['sampler']}-{c['seed']}-{c['kwargs']}"
 )

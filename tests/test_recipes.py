@@ -25,7 +25,10 @@ RECIPES = {
     "mlp": config.Mlp(data="sample", batch_size=64),
     "dropout": config.Dropout(data="sample", batch_size=64),
     "lenet": config.LeNet(data="sample", batch_size=8),
+    "lenet-bn": config.LeNetBN(data="sample", batch_size=16),
 }
+# Batch normalisation subtracts what these add: their gradients are zero.
+CANCELLED = {"conv.0.bias", "conv.4.bias", "fc.0.bias", "fc.3.bias"}
 STEPS = 100
 Epoch = Callable[[TrainState, Any, data.Indices], Any]
 
@@ -88,11 +91,15 @@ def test_compiled_equals_eager(dtype: torch.dtype) -> None:
     for name, run in runs.items():
         state, metrics = run.epoch(*run[1:])
         moved = tree.map(lambda a, b: (a - b).abs().max(), state.params, run.state.params)
-        assert all(leaf > 1e-4 for leaf in tree.leaves(moved)), name
+        still = {path for path, leaf in tree.flatten_dict(moved).items() if leaf <= 1e-4}
+        assert still == (CANCELLED if name == "lenet-bn" else set()), name
         if dtype == torch.float64:
             agree(got[name], (state, metrics))
         else:
-            agree(got[name][1]["loss"].value, metrics["loss"].value, rtol=1e-5, atol=1e-5)
+            # Normalising by a small batch amplifies rounding from step to step.
+            first = 10 if name == "lenet-bn" else STEPS
+            losses = [m["loss"].value[:first] for m in (got[name][1], metrics)]
+            agree(*losses, rtol=1e-5, atol=1e-5)
 
 
 def by_steps(run: Run) -> Any:

@@ -60,6 +60,7 @@ def test_a_state_dict_becomes_nested_parameters(saved):
     assert all(equal_bits(flat[name], expected[name]) for name in flat)
 
 
+@pytest.mark.curriculum("C2")
 def test_parameters_become_a_state_dict_that_a_module_takes(path):
     source, target = net(), net()
     params = tree.unflatten_dict({name: draw(5, *x.shape).to(x.dtype) for name, x in
@@ -97,6 +98,7 @@ VALUES = {
 }
 
 
+@pytest.mark.curriculum("B6")
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_tensors_lists_and_dicts(path, value):
     fdl.save_torch(path, value)

@@ -42,6 +42,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.curriculum("L1")
 def test_linreg_recovers_the_weights_it_was_given(run, tmp_path):
     code, out, err = run("linreg", "--out", "it")
     assert code == 0 and not err
@@ -104,6 +105,7 @@ def test_lines_fit_80_columns(run):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.curriculum("G1")
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -146,6 +148,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_parameters(run, tmp_p
     assert record["step"] == step - 1 and np.isfinite(record["loss"])
 
 
+@pytest.mark.curriculum("D1")
 def test_data_draws_ten_images_and_times_a_pass(run, tmp_path):
     code, out, _ = run("data", "--data", "sample")
     assert code == 0 and "24 batches of 256" in out and "images/s" in out

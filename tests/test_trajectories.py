@@ -232,6 +232,7 @@ def assert_same_way(recipe: Recipe, params: Any, expected: Any, least: float = 1
 WAYS = {"eager": eagerly, "jit": step_by_step, "scan": in_one_scan}
 
 
+@pytest.mark.curriculum("L2", "S1", "M1", "C2")
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_recipe_moves_as_its_twin(way: str, name: str) -> None:
@@ -257,12 +258,14 @@ def test_sgd_option_moves_as_torch(way: str, name: str, request: pytest.FixtureR
     assert_same_way(recipe, WAYS[way](recipe)[0].params, expected)
 
 
+@pytest.mark.curriculum("M2")
 def test_decay_by_the_optimizer_equals_the_penalty_in_the_loss() -> None:
     recipes = [RECIPES[name]() for name in ("weight-decay", "l2-penalty")]
     one, two = (eagerly(recipe)[0].params for recipe in recipes)
     assert_same_way(recipes[0], one, two)
 
 
+@pytest.mark.curriculum("L4")
 def test_decay_ends_near_the_ridge() -> None:
     dataset = points([1.0, -1.0, 2.0], 5.0, 1000)
     recipe = RECIPES["linreg-decay"]()._replace(batches=in_batches(dataset, 50, 30 * 20))
@@ -301,6 +304,7 @@ def test_padded_last_batch_equals_the_short_one_of_the_twin(name: str, plain_bac
     assert metrics["loss"].sum().count == n
 
 
+@pytest.mark.curriculum("L3")
 def test_rate_changed_in_the_middle_moves_as_torch(plain_backend: None) -> None:
     recipe = RECIPES["linreg"]()
     twin = twins.set_params(recipe.twin, start(recipe).params)

@@ -71,6 +71,7 @@ def test_other_structures_raise_and_every_path_is_listed(operation, like, other,
 # ------------------------------------------------------------------------------ paths
 
 
+@pytest.mark.curriculum("B2")
 def test_paths_are_those_of_a_state_dict():
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(2, 2))
     state = module.state_dict()
@@ -251,6 +252,7 @@ def test_cast_touches_floats_alone():
     assert torch.equal(cast["w"], W.double())
 
 
+@pytest.mark.curriculum("T3")
 def test_to_moves_every_leaf():
     moved = tree.to({"w": W, "n": [torch.tensor(1)]}, "meta")
     assert [leaf.device.type for leaf in tree.leaves(moved)] == ["meta", "meta"]
@@ -261,6 +263,7 @@ def test_size_counts_elements():
     assert tree.size({}) == 0
 
 
+@pytest.mark.curriculum("B2")
 def test_summary_is_a_table():
     t = {"fc": [{"weight": torch.zeros(40, 50)}, torch.zeros(3, dtype=torch.bfloat16)]}
     t["step"] = torch.tensor(0)
