@@ -71,8 +71,8 @@ assert torch.equal(weights, random.uniform(a, (3,)))
 print(key, a, b, weights, sep="\n")
 
 # %% [markdown]
-# Every random function of torch has a counterpart that takes a key. What is left out is what can
-# be written: a normal with another mean and spread is `mean + std * normal`.
+# Each of torch's usual random functions has a counterpart that takes a key. What can be written in
+# one line is left out: a normal with another mean and spread is `mean + std * normal`.
 
 # %%
 k = random.split(random.key(1), 8)
