@@ -51,21 +51,22 @@ assert train.x.min() == 0 and train.x.max() == 255
 # %% [markdown]
 # **Imperative.** The usual way is an object that yields examples: torchvision's data set makes a
 # PIL image of each, transforms it to floats in [0, 1], and a `DataLoader` shuffles and stacks them.
-# (torchvision wants its files unpacked in a folder of its own; the function finds or makes it.)
+# (torchvision wants its files unpacked in a folder of its own, so the function makes one.)
 
 # %%
-def torchvision_root():
+def torchvision_set():
+    floats = torchvision.transforms.ToTensor()
     packaged = Path("/usr/share/datasets/fashion-mnist")     # where Debian puts them
     if not packaged.exists():
-        return "data"
-    raw = Path(tempfile.mkdtemp(), "FashionMNIST", "raw")
-    raw.mkdir(parents=True)
-    for path in packaged.glob("*.gz"):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return str(raw.parent.parent)
+        return torchvision.datasets.FashionMNIST("data", download=True, transform=floats)
+    with tempfile.TemporaryDirectory() as root:              # it reads them once
+        raw = Path(root, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
+        for path in packaged.glob("*.gz"):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        return torchvision.datasets.FashionMNIST(root, transform=floats)
 
-theirs = torchvision.datasets.FashionMNIST(
-    torchvision_root(), download=True, transform=torchvision.transforms.ToTensor())
+theirs = torchvision_set()
 image, label = theirs[0]
 print(type(theirs).__name__, list(image.shape), image.dtype, data.LABELS[label])
 
