@@ -11,9 +11,9 @@ LITERAL = re.compile(r"^Example::\n\n((?:    .*\n?|\n)+)", re.MULTILINE)
 
 
 def fenced(text: str) -> str:
-    """Put fences around the examples of a docstring.
+    r"""Put fences around the examples of a docstring.
 
-    >>> print(fenced("Add.\\n\\n>>> 1 + 1\\n2"))
+    >>> print(fenced("Add.\n\n>>> 1 + 1\n2"))
     Add.
     <BLANKLINE>
     ```pycon
@@ -21,7 +21,9 @@ def fenced(text: str) -> str:
     2
     ```
     """
-    text = LITERAL.sub(lambda m: f"```python\n{re.sub('(?m)^    ', '', m[1]).rstrip()}\n```\n", text)
+    text = LITERAL.sub(
+        lambda m: f"```python\n{re.sub('(?m)^    ', '', m[1]).rstrip()}\n```\n", text
+    )
     return DOCTEST.sub(lambda m: f"```pycon\n{m[0]}\n```", text)
 
 

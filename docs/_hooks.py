@@ -12,6 +12,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.structure.toc import get_toc
 
 import fdl
 
@@ -97,10 +98,31 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **kwargs: Any) -> 
     return re.sub(r"\[([^\]]*)\]\(\.\./(notebooks/\w+\.ipynb)\)", inside, markdown)
 
 
+def sibling(match: re.Match[str]) -> str:
+    """Link to another notebook, if it is there."""
+    name, anchor, text = match.groups(default="")
+    there = any(path.stem == name for path in NOTEBOOKS)
+    return f'<a href="../{name}/{anchor}">{text}</a>' if there else text
+
+
+def headings(html: str) -> list[Any]:
+    """List a notebook's headings, nested; those of mkdocs-jupyter lose the code in them."""
+    top: list[Any] = []
+    for level, anchor, text in re.findall(r'<h([1-3]) id="([^"]*)">(.*?)<a class="anchor', html):
+        name = re.sub("<[^>]*>", "", text)
+        found = {"level": int(level), "id": anchor, "name": name, "html": name, "children": []}
+        siblings = top
+        while siblings and siblings[-1]["level"] < found["level"]:
+            siblings = siblings[-1]["children"]
+        siblings.append({**found, "attrs": {}, "data-toc-label": ""})
+    return top
+
+
 def on_page_content(html: str, page: Page, **kwargs: Any) -> str:
     """Links among notebooks, and from them to pages, have the site's addresses."""
     if page.file.src_uri.endswith(".ipynb"):
-        html = re.sub(r'href="(\w+)\.ipynb(#[^"]*)?"', r'href="../\1/\2"', html)
+        page.toc = get_toc(headings(html))
+        html = re.sub(r'<a href="(\w+)\.ipynb(#[^"]*)?">(.*?)</a>', sibling, html)
         html = re.sub(r'href="\.\./docs/([\w/-]+)\.md(#[^"]*)?"', r'href="../../\1/\2"', html)
     # Wide tables scroll by themselves; the page does not.
     html = re.sub(r"<table(?![^>]*highlighttable)", r'<div class="scroll"><table', html)

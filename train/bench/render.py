@@ -157,7 +157,7 @@ def starts(workload: Record) -> str:
 
 
 def render(root: Path = ROOT) -> list[Path]:
-    """Remake docs/benchmark.md's part and the charts from docs/bench/*.json; return what was written.
+    """Remake the tables of docs/benchmark.md and the charts; return what was written.
 
     Raises:
         ValueError: there is no result, or the page lacks the markers.
@@ -177,12 +177,10 @@ def render(root: Path = ROOT) -> list[Path]:
 
 def replaced(page: str, documents: dict[Path, Record]) -> str:
     """Put the tables between the markers of a page."""
-    if (
-        page.count(BEGIN) != 1
-        or page.count(END) != 1
-        or page.index(BEGIN) > page.index(END)
-    ):
-        raise ValueError(f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each")
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(
+            f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each"
+        )
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     charts = [
