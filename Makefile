@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
 
-.PHONY: lenet test test-oldest lint notebooks clean
+.PHONY: lenet test test-oldest lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
@@ -11,7 +11,7 @@ lenet: $(VENV)/ready
 
 # Everything that must hold: lint, types, tests.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -26,6 +26,10 @@ test-oldest: $(OLDEST)/ready
 notebooks: $(VENV)/ready
 	$(VENV)/bin/python notebooks/execute.py $(ARGS)
 
+# The documentation site, in site/; ARGS=serve shows it at http://127.0.0.1:8000
+docs: $(VENV)/ready
+	$(VENV)/bin/python -m mkdocs $(or $(ARGS),build)
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
@@ -37,4 +41,4 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis site

@@ -3,9 +3,9 @@
 Nothing else about training changes: `vmap` of a step trains the population, a `scan` of that is its
 epoch, and `fdl.jit` makes one program of it.
 
-states = population.create(model, opt, random.split(random.key(0), 16), {"lr": rates})
-step   = torch.vmap(fdl.train_step(loss, opt), in_dims=(0, None))   # one batch, for all members
-epoch  = lambda states, batches: fdl.scan(step, states, batches)
+    states = population.create(model, opt, random.split(random.key(0), 16), {"lr": rates})
+    step   = torch.vmap(fdl.train_step(loss, opt), in_dims=(0, None))   # one batch, for all members
+    epoch  = lambda states, batches: fdl.scan(step, states, batches)
 
 Members never meet: one whose loss overflows leaves the others as they are.
 """

@@ -72,7 +72,7 @@ def test_a_table_on_the_terminal_says_everything_in_80_columns():
     assert "fdl-scan reaches 41.7%" in text
 
 
-def test_the_readme_gets_bold_medians_and_fates():
+def test_the_page_gets_bold_medians_and_fates():
     text = render.markdown(document())
     assert "| the compile-step (`compile-step`) | **80.0** |" in text
     assert "| the fdl-scan (`fdl-scan`) | 120 |" in text
@@ -92,33 +92,34 @@ def test_a_document_survives_its_file(tmp_path):
         record.read(tmp_path / "it.json")
 
 
-def test_render_remakes_readme_and_chart(tmp_path):
+def test_render_remakes_page_and_chart(tmp_path):
     with pytest.raises(ValueError, match="--render: no result in"):
         render.render(tmp_path)
     folder = tmp_path / "docs" / "bench"
     folder.mkdir(parents=True)
     record.write(document(), folder / "cpu.json")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n")
-    with pytest.raises(ValueError, match=r"README.md needs the markers"):
+    page = tmp_path / "docs" / "benchmark.md"
+    page.write_text("before\n")
+    with pytest.raises(ValueError, match=r"docs/benchmark.md needs the markers"):
         render.render(tmp_path)
-    assert readme.read_text() == "before\n"
-    readme.write_text(f"before\n{render.BEGIN}\nstale\n{render.END}\nafter\n")
+    assert page.read_text() == "before\n"
+    page.write_text(f"before\n{render.BEGIN}\nstale\n{render.END}\nafter\n")
     render.render(tmp_path)
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert "**80.0**" in text and "(docs/bench/cpu.png)" in text
+    assert "**80.0**" in text and "(bench/cpu.png)" in text
     first = (folder / "cpu.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     render.render(tmp_path)
-    assert readme.read_text() == text and (folder / "cpu.png").read_bytes() == first
+    assert page.read_text() == text and (folder / "cpu.png").read_bytes() == first
 
 
-def test_the_readme_holds_what_was_committed(tmp_path):
+def test_the_page_holds_what_was_committed(tmp_path):
     shutil.copytree(ROOT / "docs" / "bench", tmp_path / "docs" / "bench")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "benchmark.md", tmp_path / "docs")
     render.render(tmp_path)
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    made, committed = (root / "docs" / "benchmark.md" for root in (tmp_path, ROOT))
+    assert made.read_text() == committed.read_text()
     for path in (ROOT / "docs" / "bench").glob("*.json"):
         assert path.with_suffix(".png").exists() and len(path.read_text()) < 100_000
         for entry in record.read(path)["workloads"]:

@@ -1,14 +1,21 @@
 """The examples of the pages under docs/ run as they stand there, each page from top to bottom."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {page.name: page for page in DOCS.glob("*.md") if "```python" in page.read_text()}
+TEXTS = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"]
+PAGES = {
+    page.relative_to(DOCS).as_posix(): page
+    for page in sorted(DOCS.rglob("*.md"))
+    if "```python" in page.read_text()
+}
 
 
 @pytest.fixture
@@ -31,8 +38,20 @@ def test_examples_of_a_page_run(page, restored_jax):
         exec(block, names)
 
 
+def test_gradients_are_averaged_over_two_processes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, DOCS / "examples" / "data_parallel.py"],
+        env=os.environ | {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.count("as one process with the whole batch") == 2, done.stderr
+
+
 def test_links_between_pages_lead_somewhere():
     assert PAGES
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+    for page in TEXTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

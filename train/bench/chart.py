@@ -1,4 +1,4 @@
-"""The chart of the README: how many times the best way's step each way's takes."""
+"""The chart of docs/benchmark.md: how many times the best way's step each way's takes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Shows what was measured: a table on the terminal, tables in the README, a chart."""
+"""Shows what was measured: a table on the terminal, tables in docs/benchmark.md, a chart."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def status(way: Record) -> str:
 
 
 def markdown(document: Record) -> str:
-    """Make the README's tables of one document."""
+    """Make the tables of one document."""
     plain = [w for w in document["workloads"] if not w["scaled"]]
     scaled = [w for w in document["workloads"] if w["scaled"]]
     parts = [provenance(document)]
@@ -157,37 +157,35 @@ def starts(workload: Record) -> str:
 
 
 def render(root: Path = ROOT) -> list[Path]:
-    """Remake the README's part and the charts from docs/bench/*.json; return what was written.
+    """Remake the tables of docs/benchmark.md and the charts; return what was written.
 
     Raises:
-        ValueError: there is no result, or the README lacks the markers.
+        ValueError: there is no result, or the page lacks the markers.
     """
     sources = sorted((root / "docs/bench").glob("*.json"))
     if not sources:
         raise ValueError(f"--render: no result in {root / 'docs/bench'}")
     documents = {path: record.read(path) for path in sources}
-    readme, written = root / "README.md", []
-    text = replaced(readme.read_text(), documents)
+    page, written = root / "docs/benchmark.md", []
+    text = replaced(page.read_text(), documents)
     for path, document in documents.items():
         draw(document, path.with_suffix(".png"))
         written.append(path.with_suffix(".png"))
-    readme.write_text(text)
-    return [readme, *written]
+    page.write_text(text)
+    return [page, *written]
 
 
-def replaced(readme: str, documents: dict[Path, Record]) -> str:
-    """Put the tables between the markers of a README."""
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"--render: README.md needs the markers {BEGIN} and {END}, once each")
-    before, rest = readme.split(BEGIN)
+def replaced(page: str, documents: dict[Path, Record]) -> str:
+    """Put the tables between the markers of a page."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(
+            f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each"
+        )
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     charts = [
         f"{markdown(document)}\n\n![Time of a step, times that of the fastest way, "
-        f"{path.stem}](docs/bench/{path.stem}.png)"
+        f"{path.stem}](bench/{path.stem}.png)"
         for path, document in documents.items()
     ]
     return f"{before}{BEGIN}\n" + "\n\n".join(charts) + f"\n{END}{after}"

@@ -1,0 +1,129 @@
+"""Puts into the site what lies outside docs/: notebooks, reference pages, changelog."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.structure.toc import get_toc
+
+import fdl
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+ROOT_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+
+
+def documented() -> dict[str, ModuleType]:
+    """Map the modules that get a page: `fdl`, and those with a name that their package lacks."""
+    found = {"fdl": fdl}
+    for info in pkgutil.walk_packages(fdl.__path__, "fdl."):
+        if "._" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        package = importlib.import_module(info.name.rpartition(".")[0])
+        if set(module.__all__) - set(package.__all__):
+            found[info.name] = module
+    return found
+
+
+def reference(name: str, module: ModuleType) -> str:
+    """Write the page of a module: what it says of itself, then each of its names."""
+    parts = [f"# {name}", f"::: {name}\n    options: {{members: false, show_root_heading: false}}"]
+    parts += [entry(f"{name}.{each}", getattr(module, each)) for each in module.__all__]
+    return "\n\n".join(parts) + "\n"
+
+
+def entry(path: str, thing: Any) -> str:
+    """Write the entry of a name: mkdocstrings does, but for modules and for what is torch's."""
+    short = path.rpartition(".")[2]
+    if isinstance(thing, ModuleType):
+        return f"## {short} {{#{path}}}\n\nA module: [`{path}`]({path}.md)."
+    foreign = not getattr(thing, "__module__", "").startswith("fdl")
+    if inspect.isroutine(thing) and foreign:
+        return f"## {short} {{#{path}}}\n\nPyTorch's own `torch.nn.functional.{short}`."
+    return f"::: {path}"
+
+
+def on_config(config: Any) -> Any:
+    """Fill in the navigation."""
+    for section in config.nav:
+        if "Notebooks" in section:
+            section["Notebooks"] += [{title(path): f"notebooks/{path.name}"} for path in NOTEBOOKS]
+        if "Reference" in section:
+            section["Reference"] += [{name: f"reference/{name}.md"} for name in documented()]
+    return config
+
+
+def title(notebook: Path) -> str:
+    """Take a notebook's first heading."""
+    cells = json.loads(notebook.read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return heading[1].replace("`", "") if heading else notebook.stem
+
+
+@event_priority(100)  # before mkdocs-jupyter, which looks for notebooks among the files
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages."""
+    for uri, name in ROOT_PAGES.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / name)))
+    for path in NOTEBOOKS:
+        # Not File.generated: mkdocs-jupyter wraps the file, and then its content is not found.
+        site, pretty = config.site_dir, config.use_directory_urls
+        files.append(File(f"notebooks/{path.name}", str(ROOT), site, pretty))
+    for name, module in documented().items():
+        text = reference(name, module)
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, files: Files, **kwargs: Any) -> str:
+    """Links that lead out of docs/ on a disk lead to pages of the site here."""
+    if page.file.src_uri in ROOT_PAGES:
+        return markdown.replace("](docs/", "](").replace("](notebooks)", "](curriculum.md)")
+
+    def inside(match: re.Match[str]) -> str:
+        text, target = match[1], match[2]
+        # A notebook that is not there yet is named without a link.
+        return f"[{text}]({target})" if files.get_file_from_path(target) else text
+
+    return re.sub(r"\[([^\]]*)\]\(\.\./(notebooks/\w+\.ipynb)\)", inside, markdown)
+
+
+def sibling(match: re.Match[str]) -> str:
+    """Link to another notebook, if it is there."""
+    name, anchor, text = match.groups(default="")
+    there = any(path.stem == name for path in NOTEBOOKS)
+    return f'<a href="../{name}/{anchor}">{text}</a>' if there else text
+
+
+def headings(html: str) -> list[Any]:
+    """List a notebook's headings, nested; those of mkdocs-jupyter lose the code in them."""
+    top: list[Any] = []
+    for level, anchor, text in re.findall(r'<h([1-3]) id="([^"]*)">(.*?)<a class="anchor', html):
+        name = re.sub("<[^>]*>", "", text)
+        found = {"level": int(level), "id": anchor, "name": name, "html": name, "children": []}
+        siblings = top
+        while siblings and siblings[-1]["level"] < found["level"]:
+            siblings = siblings[-1]["children"]
+        siblings.append({**found, "attrs": {}, "data-toc-label": ""})
+    return top
+
+
+def on_page_content(html: str, page: Page, **kwargs: Any) -> str:
+    """Links among notebooks, and from them to pages, have the site's addresses."""
+    if page.file.src_uri.endswith(".ipynb"):
+        page.toc = get_toc(headings(html))
+        html = re.sub(r'<a href="(\w+)\.ipynb(#[^"]*)?">(.*?)</a>', sibling, html)
+        html = re.sub(r'href="\.\./docs/([\w/-]+)\.md(#[^"]*)?"', r'href="../../\1/\2"', html)
+    # Wide tables scroll by themselves; the page does not.
+    html = re.sub(r"<table(?![^>]*highlighttable)", r'<div class="scroll"><table', html)
+    return html.replace("</table>", "</table></div>")
