@@ -11,7 +11,7 @@ lenet: $(VENV)/ready
 
 # Everything that must hold: lint, types, tests.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,7 @@
 """The documentation site: built strictly, then read page by page in a browser."""
 
+import doctest
+import fcntl
 import functools
 import http.server
 import importlib.util
@@ -19,8 +21,6 @@ import test_docs
 
 ROOT = Path(__file__).parent.parent
 
-# The site is built once: with --dist loadgroup one worker of xdist has all of these tests.
-pytestmark = pytest.mark.xdist_group("site")
 for needed in ("mkdocs", "mkdocstrings", "mkdocs_jupyter", "material"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed", allow_module_level=True)
@@ -28,8 +28,17 @@ for needed in ("mkdocs", "mkdocstrings", "mkdocs_jupyter", "material"):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The folder of the built site."""
-    folder = tmp_path_factory.mktemp("site")
+    """The folder of the built site; workers of xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first one, then find its site
+        if not (base / "site").exists():
+            build(base / "unfinished").rename(base / "site")
+    return base / "site"
+
+
+def build(folder):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -100,7 +109,13 @@ def test_documented_names_are_the_public_names(pages):
             assert isinstance(thing, ModuleType) or id(thing) in objects, f"{name}.{each}"
 
 
-def test_examples_in_docstrings_are_blocks_of_code(site, pages):
+def test_examples_in_docstrings_are_blocks_of_code(site):
+    spec = importlib.util.spec_from_file_location("_docstrings", ROOT / "docs" / "_docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert doctest.testmod(module) == (0, 1)
+    text = "Add.\n\nExample::\n\n    a = 1\n\n    b = 2\n"
+    assert module.fenced(text) == "Add.\n\n```python\na = 1\n\nb = 2\n```\n"
     page = (site / "reference" / "fdl.random" / "index.html").read_text()
     assert page.count('class="language-pycon') >= 10 and "<blockquote>" not in page
 
