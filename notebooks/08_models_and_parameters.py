@@ -88,7 +88,8 @@ print(tree.summary(params))
 
 # %%
 wider = nn.sequential(hidden=nn.linear(20, 64), act=nn.relu, output=nn.linear(64, 10))
-for line in tree.diff(params, wider.init(random.key(0)), values=False):
+wide = tree.cast(wider.init(random.key(0)), DOUBLE)
+for line in tree.diff(params, wide, values=False):
     print(line)
 
 # %% [markdown]
@@ -129,7 +130,7 @@ def sparse_uniform(key, shape, dtype=torch.float32):
 
 w = nn.linear(20, 32, weight_init=sparse_uniform).init(random.key(0))["weight"]
 assert torch.all((w == 0) | (w.abs() >= 5)) and w.abs().max() < 10
-print(f"{(w == 0).double().mean():.0%} are 0; the first: {w[0, :4].tolist()}")
+print(f"{(w == 0).double().mean():.0%} are 0; the first: {[round(v, 2) for v in w[0, :4].tolist()]}")
 
 # %% [markdown]
 # **By name, afterwards.** Each path has its own key, so re-initialising one leaf does not move
@@ -157,7 +158,7 @@ with torch.no_grad():
     net.hidden.weight[0, 0] = 42
 
 # %% [markdown]
-# **Functional:** a new tree. `tree.map` changes all leaves, a nested dict display changes one. What
+# **Functional:** a new tree. `tree.map` changes all leaves; for a single one, copy the dicts on its path. What
 # is not changed is shared, not copied, and the old parameters are still there.
 
 # %%
