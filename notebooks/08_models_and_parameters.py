@@ -158,8 +158,8 @@ with torch.no_grad():
     net.hidden.weight[0, 0] = 42
 
 # %% [markdown]
-# **Functional:** a new tree. `tree.map` changes all leaves; for a single one, copy the dicts on its path. What
-# is not changed is shared, not copied, and the old parameters are still there.
+# **Functional:** a new tree. `tree.map` changes all leaves; for a single one, copy the dicts on
+# its path. What is not changed is shared, not copied, and the old parameters are still there.
 
 # %%
 shifted = tree.map(lambda leaf: leaf + 1, params)
@@ -228,8 +228,8 @@ assert_close(y, centered_net(x).detach(), rtol=0, atol=1e-12)
 print(f"mean {y.mean().abs().item():.0e}, parameters {list(tree.flatten_dict(p))}")
 
 # %% [markdown]
-# **With a list of parameters:** a chain of matrices 4×4, 4×4, 4×4, 4×1. **Imperative:** a plain list
-# would hide them from the optimizer, so there is a `ParameterList`.
+# **With a list of parameters:** a chain of matrices 4×4, 4×4, 4×4, 4×1. **Imperative:** a plain
+# list would hide them from the optimizer, so there is a `ParameterList`.
 
 # %%
 SHAPES = [(4, 4), (4, 4), (4, 4), (4, 1)]

@@ -155,9 +155,9 @@ except ValueError as error:
 # ## Stopped and resumed: the same bits
 # A net with dropout, trained by Adam on random batches. What does the next step depend on?
 #
-# **Imperative.** On the module, the optimizer and torch's generator, each of which keeps its state in
-# itself. All three have to be asked for it, and a generator that is forgotten goes unnoticed: the
-# resumed run is then another run.
+# **Imperative.** On the module, the optimizer and torch's generator, each of which keeps its
+# state in itself. All three have to be asked for it, and a generator that is forgotten goes
+# unnoticed: the resumed run is then another run.
 
 # %%
 def make():
@@ -189,21 +189,22 @@ def resume(with_generator):
     if with_generator:
         torch.set_rng_state(saved["generator"])
     train(net, adam, 13)
-    return dict(net.state_dict())
+    return tree.unflatten_dict(net.state_dict())
 
-assert not tree.diff(dict(whole.state_dict()), resume(with_generator=True))
-assert tree.diff(dict(whole.state_dict()), resume(with_generator=False))        # and no error
+expected = tree.unflatten_dict(whole.state_dict())
+assert not tree.diff(expected, resume(with_generator=True))
+assert tree.diff(expected, resume(with_generator=False))        # and no error
 
 # %% [markdown]
-# **Functional.** On its arguments. The state has parameters, optimizer state, key and step count, and
-# the batch follows from the step. So there is one thing to save, and nothing to forget.
+# **Functional.** On its arguments. The state has parameters, optimizer state, key and step count,
+# and the batch follows from the step. So there is one thing to save, and nothing to forget.
 
 # %%
 model = nn.sequential(nn.linear(4, 8), nn.dropout(0.5), nn.linear(8, 1))
 opt = optim.adam(0.01)
 step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
 start = fdl.TrainState.create(model, opt, key=random.key(0))
-print(list(tree.flatten_dict(start)))
+print(start._fields)
 
 # %%
 def run(state, until):
@@ -220,11 +221,11 @@ never_stopped = run(start, 20)
 
 # %%
 with fdl.Checkpointer("run", keep=2) as checkpointer:
+    state = start
     for until in (3, 5, 7):
-        state = run(start if until == 3 else state, until)
+        state = run(state, until)
         checkpointer.save(state, metrics={"loss": 1 / until})
 print(sorted(path.name for path in Path("run").glob("*.safetensors")))
-del state                                       # here the process ends
 
 # %%
 with fdl.Checkpointer("run") as checkpointer:

@@ -6,6 +6,7 @@
 # or a whole epoch, buys, measured on the machine that made this page.
 
 # %%
+import re
 import statistics
 import time
 
@@ -46,9 +47,9 @@ net = net.double()
 assert net[1].weight.dtype == torch.float64 and net[1].weight.device.type == device.type
 
 # %% [markdown]
-# **Functional.** `tree.to` and `tree.cast` return a moved tree: parameters, a whole training state, or
-# a data set. What is drawn or initialised is on the device of its key, so the device is said once,
-# where the key is made, and the same code runs on a CPU and on a GPU.
+# **Functional.** `tree.to` and `tree.cast` return a moved tree: parameters, a whole training
+# state, or a data set. What is drawn or initialised is on the device of its key, so the device is
+# said once, where the key is made, and the same code runs on a CPU and on a GPU.
 
 # %%
 model, opt = models.mlp(hidden=(64,)), optim.sgd(lr=0.1, momentum=0.9)
@@ -177,15 +178,16 @@ ax.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# A pure step costs more in eager mode, since `grad` and the new trees are Python too. Compiled, that
-# is gone: the trees exist while the program is made, and not when it runs. Compiling has to be won
-# back, though:
+# A pure step costs more in eager mode, since `grad` and the new trees are Python too. Compiled,
+# that is gone: the trees exist while the program is made, and not when it runs. Compiling has to
+# be won back, though. The compiler keeps its files on disk, and this notebook had run here
+# before; the README gives 7.4 s for a perceptron without them:
 
 # %%
 saved = median["nn.Module, eager"] - median["jit(scan(step))"]
-took = compiled_epoch.report()[0].seconds
-print(f"compiling took {took:.1f} s: won back after {took / saved:.0f} epochs of this size,")
-print(f"{took / saved / 10:.0f} of the full data set")
+here = compiled_epoch.report()[0].seconds
+for took, where in ((here, "here"), (7.4, "on a machine that compiles it for the first time")):
+    print(f"{took:.1f} s {where}: won back after {took / saved:.0f} epochs of 187 steps")
 
 # %% [markdown]
 # So a short run is better left eager (`python -m train --compile auto` times a few steps and
@@ -194,8 +196,8 @@ print(f"{took / saved / 10:.0f} of the full data set")
 
 # %% [markdown]
 # ## What compiles again, and what does not
-# There is one program for each structure, shape, stride, dtype and device of the arguments. Values are
-# free to change. A learning rate is a tensor in the state, hence a value:
+# There is one program for each structure, shape, stride, dtype and device of the arguments.
+# Values are free to change. A learning rate is a tensor in the state, hence a value:
 
 # %%
 slower = state._replace(opt_state=optim.with_hyperparams(state.opt_state, lr=0.01))
@@ -218,8 +220,8 @@ show(scale)
 assert len(scale.report()) == 2
 
 # %% [markdown]
-# A Python number would be baked into the program, and each new one would compile again. So `jit` takes
-# none:
+# A Python number would be baked into the program, and each new one would compile again. So `jit`
+# takes none:
 
 # %%
 try:
@@ -229,9 +231,9 @@ except TypeError as error:
 
 # %% [markdown]
 # ## Debugging
-# A jitted function is traced: it runs once, on tensors that have a shape and no values. To `print` a
-# value, step through with a debugger, or let Python decide by a value, switch the compiler off.
-# The function is the same one.
+# A jitted function is traced: it runs once, on tensors that have a shape and no values. To
+# `print` a value, step through with a debugger, or let Python decide by a value, switch the
+# compiler off. The function is the same one.
 
 # %%
 @fdl.jit
@@ -251,12 +253,12 @@ with fdl.disable_jit():
 try:
     suspicious(torch.tensor([1.0, 2.0, 0.5]))
 except Exception as error:
-    print(type(error).__name__, str(error).splitlines()[0], sep=": ")
+    print(re.sub(" at 0x[0-9a-f]+", "", error.__notes__[0]))
 
 # %% [markdown]
 # ## Exercises
-# **1.** `epoch_indices` fills the last batch up with padding and a mask, unless `drop_last=True`. Why
-# is that kinder to a compiler than a smaller last batch?
+# **1.** `epoch_indices` fills the last batch up with padding and a mask, unless `drop_last=True`.
+# Why is that kinder to a compiler than a smaller last batch?
 #
 # <details><summary>Answer</summary>
 #
@@ -291,14 +293,15 @@ except Exception as error:
 #
 # </details>
 #
-# **3.** Double the width of the hidden layer until `jit(scan(step))` is less than 1.5 times as fast as
-# the module. What takes the time then?
+# **3.** Double the width of the hidden layer until `jit(scan(step))` is less than 1.5 times as
+# fast as the module. What takes the time then?
 #
 # <details><summary>Answer</summary>
 #
 # The products of matrices, which both leave to the same libraries. Compiling removes what is around
-# them: Python, the starting of operations, and passes over memory that can be made as one. On one
-# core that happens at some hundred hidden units; with batches of 256 sooner than with 32.
+# them: Python, the starting of operations, and passes over memory that can be made as one. In the
+# README's table (256 hidden units, batches of 256) a step of the module takes 1,996 µs, and one of
+# the compiled epoch 1,639.
 #
 # </details>
 #
