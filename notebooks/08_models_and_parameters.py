@@ -130,7 +130,8 @@ def sparse_uniform(key, shape, dtype=torch.float32):
 
 w = nn.linear(20, 32, weight_init=sparse_uniform).init(random.key(0))["weight"]
 assert torch.all((w == 0) | (w.abs() >= 5)) and w.abs().max() < 10
-print(f"{(w == 0).double().mean():.0%} are 0; the first: {[round(v, 2) for v in w[0, :4].tolist()]}")
+first = [round(value, 2) for value in w[0, :4].tolist()]
+print(f"{(w == 0).double().mean():.0%} are 0; the first: {first}")
 
 # %% [markdown]
 # **By name, afterwards.** Each path has its own key, so re-initialising one leaf does not move
