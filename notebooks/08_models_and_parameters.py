@@ -88,7 +88,8 @@ print(tree.summary(params))
 
 # %%
 wider = nn.sequential(hidden=nn.linear(20, 64), act=nn.relu, output=nn.linear(64, 10))
-for line in tree.diff(params, wider.init(random.key(0)), values=False):
+wide = tree.cast(wider.init(random.key(0)), DOUBLE)
+for line in tree.diff(params, wide, values=False):
     print(line)
 
 # %% [markdown]
@@ -129,7 +130,8 @@ def sparse_uniform(key, shape, dtype=torch.float32):
 
 w = nn.linear(20, 32, weight_init=sparse_uniform).init(random.key(0))["weight"]
 assert torch.all((w == 0) | (w.abs() >= 5)) and w.abs().max() < 10
-print(f"{(w == 0).double().mean():.0%} are 0; the first: {w[0, :4].tolist()}")
+first = [round(value, 2) for value in w[0, :4].tolist()]
+print(f"{(w == 0).double().mean():.0%} are 0; the first: {first}")
 
 # %% [markdown]
 # **By name, afterwards.** Each path has its own key, so re-initialising one leaf does not move
@@ -157,8 +159,8 @@ with torch.no_grad():
     net.hidden.weight[0, 0] = 42
 
 # %% [markdown]
-# **Functional:** a new tree. `tree.map` changes all leaves, a nested dict display changes one. What
-# is not changed is shared, not copied, and the old parameters are still there.
+# **Functional:** a new tree. `tree.map` changes all leaves; for a single one, copy the dicts on
+# its path. What is not changed is shared, not copied, and the old parameters are still there.
 
 # %%
 shifted = tree.map(lambda leaf: leaf + 1, params)
@@ -227,8 +229,8 @@ assert_close(y, centered_net(x).detach(), rtol=0, atol=1e-12)
 print(f"mean {y.mean().abs().item():.0e}, parameters {list(tree.flatten_dict(p))}")
 
 # %% [markdown]
-# **With a list of parameters:** a chain of matrices 4×4, 4×4, 4×4, 4×1. **Imperative:** a plain list
-# would hide them from the optimizer, so there is a `ParameterList`.
+# **With a list of parameters:** a chain of matrices 4×4, 4×4, 4×4, 4×1. **Imperative:** a plain
+# list would hide them from the optimizer, so there is a `ParameterList`.
 
 # %%
 SHAPES = [(4, 4), (4, 4), (4, 4), (4, 1)]
