@@ -1,6 +1,18 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
-from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
+from fdl import (
+    data,
+    interop,
+    losses,
+    metrics,
+    nn,
+    optim,
+    parallel,
+    population,
+    random,
+    transforms,
+    tree,
+)
 from fdl.checkpoint import inspect, load, load_torch, save, save_torch
 from fdl.checkpointer import Checkpointer
 from fdl.compile import disable_jit, jit, scan
@@ -25,6 +37,7 @@ __all__ = [
     "metrics",
     "nn",
     "optim",
+    "parallel",
     "population",
     "random",
     "save",

@@ -329,7 +329,8 @@ def _in_batches(order: Tensor, batch_size: int) -> Indices:
     n = order.shape[0]
     steps = -(-n // batch_size)
     padding = torch.zeros(steps * batch_size - n, dtype=order.dtype, device=order.device)
-    mask = torch.arange(steps * batch_size, device=order.device) < n
-    return Indices(
-        torch.cat([order, padding]).reshape(steps, batch_size), mask.reshape(steps, batch_size)
-    )
+    index = torch.cat([order, padding])
+    # Compared with zeros like the index, which have its axes under vmap: torch 2.11's vmap fails
+    # on results that have none of them.
+    mask = torch.arange(n - len(index), n, device=order.device).flip(0) >= torch.zeros_like(index)
+    return Indices(index.reshape(steps, batch_size), mask.reshape(steps, batch_size))

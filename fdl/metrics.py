@@ -14,8 +14,8 @@ class Mean(NamedTuple):
     Means stacked by `scan` are merged by `.sum()`.
 
     >>> a, b = mean(torch.tensor([1.0, 2.0, 3.0])), mean(torch.tensor([10.0]))
-    >>> (a + b).value
-    tensor(4., dtype=torch.float64)
+    >>> (a + b).value, sum([a, b]).value
+    (tensor(4., dtype=torch.float64), tensor(4., dtype=torch.float64))
     """
 
     total: Tensor  # float64 []
@@ -28,6 +28,9 @@ class Mean(NamedTuple):
 
     def __add__(self, other: Any) -> "Mean":  # merges, where a tuple would concatenate
         return Mean(self.total + other.total, self.count + other.count)
+
+    def __radd__(self, other: Any) -> "Mean":  # what `sum` begins with
+        return self if other == 0 else NotImplemented
 
     def sum(self) -> "Mean":
         """Merge the means along the first axis, as `scan` stacks them."""

@@ -20,9 +20,12 @@ from nbformat import NotebookNode
 HERE = Path(__file__).parent
 TEXTS = {path.stem: path for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
 
-# A warning concerns the reader, so it stops a notebook; torch's and the kernel's are not ours.
+# A warning concerns the reader, so it stops a notebook; torch's and the kernel's are not ours,
+# nor is what torch logs of a CUDA toolkit without a GPU.
 STRICT = """\
+import logging
 import warnings
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 warnings.simplefilter("error")
 for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
     warnings.filterwarnings("ignore", category=category, module="torch|ipykernel")

@@ -7,7 +7,16 @@ import pytest
 
 import fdl
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_chinese_one_has_the_same_code_pictures_and_links():
+    code = re.compile(r"^```python\n(?:.*\n)*?```|^(?:    .*\n)+", re.M)
+    chinese = (ROOT / "README.zh.md").read_text()
+    assert code.findall(README) == code.findall(chinese) and len(code.findall(README)) >= 5
+    links = [sorted(re.findall(r"\]\(([^)]+)\)", text)) for text in (README, chinese)]
+    assert set(links[0]) ^ set(links[1]) == {"README.md", "README.zh.md"}
 
 
 def test_examples_run(monkeypatch, tmp_path):

@@ -1,44 +1,34 @@
-"""A step over several processes: each takes a part of the batch, gradients are averaged.
+"""Softmax regression over several processes, each with its part of every batch.
 
 torchrun --nproc-per-node 2 docs/examples/data_parallel.py
 """
 
-import torch
 import torch.distributed as dist
-from torch.func import grad_and_value
 
 import fdl
-from fdl import losses, nn, optim, random, tree
+from fdl import data, losses, nn, optim, parallel, random, tree
+
+dist.init_process_group("gloo")  # "nccl" for GPUs
+mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+model, opt = nn.sequential(nn.flatten(), nn.linear(784, 10)), optim.sgd(lr=0.1, momentum=0.9)
+loss = fdl.supervised(model.apply, losses.cross_entropy)
+step = parallel.train_step(loss, opt, mesh)  # instead of fdl.train_step(loss, opt)
+
+images = data.fashion_mnist_sample()
+rows = data.epoch_indices(random.key(1), n=len(images.x), batch_size=256)
+start = fdl.TrainState.create(model, opt, key=random.key(0))
+parallel.check_replicated({"state": start, "rows": rows}, mesh)
 
 
-def averaged(objective, has_aux):
-    """Differentiate as `grad_and_value` does, then average the gradients over all processes."""
-
-    def call(params):
-        grads, aux = grad_and_value(objective, has_aux=has_aux)(params)
-        for leaf in tree.leaves(grads):
-            dist.all_reduce(leaf)
-        return tree.map(lambda leaf: leaf / dist.get_world_size(), grads), aux
-
-    return call
+def epoch(step, rows):
+    """Scan a step over rows of indices."""
+    return fdl.scan(lambda s, row: step(s, data.gather(images, row)), start, rows)
 
 
-dist.init_process_group("gloo")
-rank, count = dist.get_rank(), dist.get_world_size()
+state, metrics = epoch(step, parallel.own_rows(rows, mesh))  # fdl.jit makes one program of it
+print(f"process {dist.get_rank()}: mean loss {metrics['loss'].sum().value:.6f}")
 
-model, opt = nn.sequential(nn.linear(4, 8), nn.tanh, nn.linear(8, 1)), optim.adam(0.01)
-loss = fdl.supervised(model.apply, losses.mse)
-step = fdl.train_step(loss, opt, grad_fn=averaged)
-alone = fdl.train_step(loss, opt)
-
-state = whole = fdl.TrainState.create(model, opt, key=random.key(0))  # the same in all processes
-for i in range(10):
-    x = random.normal(random.fold_in(random.key(1), i), (32, 4))
-    y = x.sum(1, keepdim=True)
-    state, _ = step(state, (x.chunk(count)[rank], y.chunk(count)[rank]))
-    whole, _ = alone(whole, (x, y))
-
+whole, _ = epoch(fdl.train_step(loss, opt), rows)  # what one process does alone
 assert tree.allclose(state.params, whole.params, rtol=1e-4, atol=1e-5)
-assert not torch.equal(state.params["0"]["weight"], model.init(random.key(0))["0"]["weight"])
-print(f"process {rank} of {count}: as one process with the whole batch")
 dist.destroy_process_group()

@@ -161,10 +161,11 @@ def _has_lr(node: Any) -> bool:
 def _map_lr(f: Any, state: Tree) -> Tree:
     """Change each free hyperparameter called lr."""
     nodes, spec = flatten_to_hyper(state)
-    return pytree.tree_unflatten(
-        [
-            node._replace(free={**node.free, "lr": f(node.free["lr"])}) if _has_lr(node) else node
-            for _, node in nodes
-        ],
-        spec,
-    )
+
+    def changed(node: Any) -> Any:
+        if not _has_lr(node):
+            return node
+        # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
+        return Hyper({**node.free, "lr": f(node.free["lr"])}, node.scheduled, node.count)
+
+    return pytree.tree_unflatten([changed(node) for _, node in nodes], spec)

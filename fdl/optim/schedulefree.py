@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fdl import tree
 from fdl.optim.base import Optimizer, State, chain, leafwise, root
-from fdl.optim.hyper import Rate, check_rate, is_zero, rates_of
+from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_of
 from fdl.optim.transforms import add_decayed_weights, scale
 from fdl.tree import Tree
 
@@ -102,7 +102,8 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
         lent = {**hyper.free, "old_beta": state.beta, "share": share}
         inner = state.steps._replace(hyper=hyper._replace(free=lent))
         updates, inner = steps.update(grads, inner, params)
-        inner = inner._replace(hyper=inner.hyper._replace(free=hyper.free))
+        # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
+        inner = State(Hyper(hyper.free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
         return updates, ScheduleFreeState(inner, total, lr_max, now["beta"].clone())
 
     return Optimizer(init, update)

@@ -1,0 +1,189 @@
+"""One process of several that train together: see test_parallel.py.
+
+`python tests/parallel_run.py FOLDER RANK SIZE`, each with the same FOLDER.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_trajectories import RECIPES
+from torch.distributed import _functional_collectives as collectives
+from torch.func import grad
+
+import fdl
+import models
+from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
+
+STEPS = 50
+EXACT = ["linreg", "linreg-decay", "weight-decay", "softmax", "mlp", "lenet"]
+
+
+def padded(batches, size):
+    """A mask, and rows to be skipped, so that the batch divides: the last process has fewer."""
+    steps, length = batches.x.shape[:2]
+    more = -length % size or size // 2
+    more += -(length + more) % size
+    mask = torch.ones(steps, length + more, dtype=torch.bool)
+    mask[:, length:] = False
+    rows = [torch.cat([leaf, leaf[:, :more]], 1) for leaf in (batches.x, batches.y)]
+    return data.Batch(*rows, mask)
+
+
+def prepare(model, opt):
+    state = TrainState.create(model, opt, key=random.key(0))
+    params = tree.cast(state.params, torch.float64)
+    buffers = tree.cast(state.buffers, torch.float64)
+    return state._replace(params=params, buffers=buffers, opt_state=opt.init(params))
+
+
+def trains_as_one_process(mesh):
+    """50 steps of each recipe that draws nothing, in parts of unequal length, against the whole."""
+    for name in EXACT:
+        recipe = RECIPES[name]()
+        loss = fdl.supervised(recipe.model.apply, recipe.loss)
+        start = prepare(recipe.model, recipe.opt)
+        whole = padded(recipe.batches, mesh.size())
+        alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
+        mine = parallel.own_rows(whole, mesh)
+        state, found = scan(parallel.train_step(loss, recipe.opt, mesh), start, mine)
+        parallel.check_replicated((state, found), mesh)
+        assert tree.diff(alone, state, rtol=1e-10, atol=1e-12) == [], name
+        assert tree.diff(expected, found, rtol=1e-10, atol=1e-12) == [], name
+        moved = tree.map(lambda a, b: (a - b).abs().max(), start.params, state.params)
+        assert min(tree.leaves(moved)) > 1e-6, name
+        scored = parallel.eval_step(loss, mesh)(state, tree.map(lambda leaf: leaf[0], mine))
+        every = fdl.eval_step(loss)(state, tree.map(lambda leaf: leaf[0], whole))
+        assert tree.diff(every, scored, rtol=1e-10, atol=1e-12) == [], name
+
+
+def draws_its_own_and_averages_statistics(mesh):
+    """Dropout and batch normalisation, against what one process computes part by part."""
+    net = nn.sequential(
+        nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
+    )
+    opt = optim.sgd(0.3, momentum=0.9)
+    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    size, rows = mesh.size(), 8
+    x = random.normal(random.key(1), (5, size * rows, 6), torch.float64)
+    y = random.randint(random.key(2), (5, size * rows), 0, 3)
+    mask = random.uniform(random.key(3), (5, size * rows)) < 0.8
+    batches = data.Batch(x, y, mask)
+    start = prepare(net, opt)
+    state, step = start, parallel.train_step(loss, opt, mesh)
+    for i in range(5):
+        state, found = step(
+            state, tree.map(lambda leaf, i=i: leaf[i], parallel.own_rows(batches, mesh))
+        )
+    parallel.check_replicated(state, mesh)
+
+    params, buffers, opt_state = start.params, start.buffers, start.opt_state
+    for i in range(5):
+        key, counts, grads, after = random.fold_in(start.key, torch.tensor(i)), [], [], []
+        for rank in range(size):
+            part = tree.map(lambda leaf, i=i, r=rank: leaf[i].chunk(size)[r], batches)
+
+            def objective(params, part=part, rank=rank, key=key, buffers=buffers):
+                value, aux = loss(params, buffers, part, random.fold_in(key, rank))
+                return value, aux
+
+            g, (found_there, new) = grad(objective, has_aux=True)(params)
+            counts.append(found_there["loss"].count)
+            grads.append(g)
+            after.append(new)
+        share = torch.stack(counts) / sum(counts)
+
+        def mean(*leaves, share=share):
+            if not leaves[0].is_floating_point():
+                return leaves[0]
+            return sum(s * leaf for s, leaf in zip(share, leaves, strict=True))
+
+        updates, opt_state = opt.update(tree.map(mean, *grads), opt_state, params)
+        params, buffers = optim.apply_updates(params, updates), tree.map(mean, *after)
+    assert tree.diff(params, state.params, rtol=1e-10, atol=1e-12) == []
+    assert tree.diff(buffers, state.buffers, rtol=1e-10, atol=1e-12) == []
+    assert found["accuracy"].count == mask[4].sum()
+
+
+def an_epoch_is_one_program(mesh):
+    model, opt = models.softmax_regression(), optim.sgd(0.1, momentum=0.9)
+    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    sample = data.fashion_mnist_sample()
+    rows = parallel.own_rows(data.epoch_indices(random.key(1), 500, 64), mesh)  # a short last batch
+
+    def epoch(state, images, rows):
+        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+
+    start = TrainState.create(model, opt, key=random.key(0))
+    expected = epoch(start, sample, rows)
+    compiled = jit(epoch, strict=True)
+    assert tree.diff(expected, compiled(start, sample, rows), rtol=1e-5, atol=1e-6) == []
+    (report,) = compiled.report()
+    assert report.route == "one program" and report.fallbacks == ()
+
+
+def sends_each_gradient_once(mesh):
+    sent = []
+
+    def counting(tensor, *args, real=collectives.all_reduce):
+        sent.append((tensor.dtype, tensor.numel() * tensor.element_size()))
+        return real(tensor, *args)
+
+    model, opt = models.mlp(), optim.sgd(0.1)
+    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    state = TrainState.create(model, opt, key=random.key(0))
+    collectives.all_reduce = counting
+    step(state, (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)))
+    gradients = 4 * tree.size(state.params)
+    assert dict(sent) == {torch.float32: gradients + 4, torch.float64: 16}  # value; total and count
+
+
+def refuses(mesh):
+    model = nn.linear(2, 1)
+    loss = fdl.supervised(model.apply, losses.mse)
+    state = TrainState.create(model, optim.sgd(0.1), key=random.key(dist.get_rank()))
+    with pytest.raises(ValueError, match=r"weight: float32\[1, 2\] with SHA-256 \w+ on rank 0"):
+        parallel.check_replicated(state, mesh)
+    with pytest.raises(ValueError, match=r"lr: 0 on rank 0, 1 on rank 1"):
+        parallel.check_replicated({"lr": dist.get_rank(), "seed": 3}, mesh)
+    with pytest.raises(ValueError, match=r"mask has the shape \[3, 7\].* by \d processes"):
+        parallel.own_rows(data.Indices(torch.zeros(3, 8), torch.zeros(3, 7)), mesh)
+    with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh.*got ProcessGroup"):
+        parallel.train_step(loss, optim.sgd(0.1), mesh.get_group())
+    square = dist.init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("a", "b"))
+    with pytest.raises(ValueError, match=r"one dimension, got \[1, \d\]"):
+        parallel.train_step(loss, optim.sgd(0.1), square)
+    parallel.train_step(loss, optim.sgd(0.1), square["b"])
+    batch = (torch.ones(2, 2), torch.ones(2, 1))
+    line_search = optim.lbfgs(1.0, line_search_fn="strong_wolfe")
+    state = TrainState.create(model, line_search, key=random.key(0))
+    with pytest.raises(NotImplementedError, match="the optimizer evaluates the loss itself"):
+        parallel.train_step(loss, line_search, mesh)(state, batch)
+    state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
+    with pytest.raises(KeyError, match=r"must give a metric 'loss'.*got \['other'\]"):
+        parallel.train_step(
+            lambda params, batch, key=None: (params["weight"].sum(), {"other": state.step}),
+            optim.sgd(0.1),
+            mesh,
+        )(state, batch)
+
+
+def main(folder: Path, rank: int, size: int) -> None:
+    store = f"file://{folder}/store-{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    mesh = dist.init_device_mesh("cpu", (size,))
+    trains_as_one_process(mesh)
+    if size == 2:
+        draws_its_own_and_averages_statistics(mesh)
+        sends_each_gradient_once(mesh)
+        refuses(mesh)
+        an_epoch_is_one_program(mesh)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
