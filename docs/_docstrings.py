@@ -11,16 +11,7 @@ LITERAL = re.compile(r"^Example::\n\n((?:    .*\n?|\n)+)", re.MULTILINE)
 
 
 def fenced(text: str) -> str:
-    r"""Put fences around the examples of a docstring.
-
-    >>> print(fenced("Add.\n\n>>> 1 + 1\n2"))
-    Add.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """Put fences around the examples of a docstring."""
     text = LITERAL.sub(
         lambda m: f"```python\n{re.sub('(?m)^    ', '', m[1]).rstrip()}\n```\n", text
     )
