@@ -353,7 +353,8 @@ print(f"gap between test and training loss: {gap[0]:.2f} without, {gap[1]:.2f} w
 #     return model.apply(p32, held_out.x[:20], train=True, key=key).softmax(1)
 # members = vmap(probabilities)(keys)               # [100, 20, 10]
 # average, spread = members.mean(0), members.std(0)
-# assert_close(average.sum(1), torch.ones(20)) and spread.max() > 0
+# assert_close(average.sum(1), torch.ones(20))
+# assert spread.max() > 0
 # ```
 #
 # </details>

@@ -38,8 +38,8 @@ for absent in ("cuda:99", "gpu"):
 
 # %% [markdown]
 # ## T3 Moving, between devices and dtypes
-# **Imperative.** A module is moved in place, an optimizer's state follows at its first step, and
-# tensors made inside `forward` have to be told where.
+# **Imperative.** A module is moved in place. The state of an optimizer that has made steps is not
+# moved with it, and tensors made inside `forward` have to be told where.
 
 # %%
 net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).to(device)
