@@ -131,12 +131,11 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         with mode:
             graph, constants = trace_flat(flat, fakes, paths(spec))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        error.add_note(
-            f"jit: {fn!r} asks for the value of a tensor (.item(), if, float, a boolean index, "
-            "x[i] with a 0-d i), but is traced, not run; use torch.where, x[i[None]][0], or "
-            "compute that value outside and close over it"
-        )
-        raise
+        raise RuntimeError(
+            f"jit: {getattr(fn, '__qualname__', fn)} asks for the value of a tensor (.item(), if, "
+            "float, a boolean index, x[i] with a 0-d i), but is traced, not run; use torch.where, "
+            "x[i[None]][0], or compute that value outside and close over it"
+        ) from error
     finally:
         _tracing.reset(token)
     mode.allow_scalar_outputs = True

@@ -111,9 +111,8 @@ def test_jit_errors(
 
 
 def test_jit_says_that_values_are_not_known_while_tracing() -> None:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="asks for the value of a tensor"):
         jit(lambda x: x if x.sum() > 0 else -x)(torch.ones(2))
-    assert "asks for the value of a tensor" in "".join(caught.value.__notes__)
 
 
 # ------------------------------------------------------------------------------------------ scan

@@ -311,9 +311,8 @@ def test_changing_what_it_has_not_made_raises(name: str) -> None:
     ids=["if", "closed over", "mask", "nonzero"],
 )
 def test_asking_for_values_raises(fn: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match=r"jit: \S*<lambda> asks for the value of a tensor"):
         jit(fn)(X)
-    assert "asks for the value of a tensor" in "".join(caught.value.__notes__)
 
 
 def test_a_literal_is_made_on_the_device_it_is_moved_to() -> None:
