@@ -106,7 +106,7 @@ for ax, (width, (model, params, right)) in zip(axes, fits.items(), strict=True):
     ax.contourf(line, line, p_inside.T, levels=10, cmap="RdBu_r", alpha=0.7)
     for label, marker, color in ((0, "x", "navy"), (1, "o", "darkred")):
         ax.plot(*points[inside == label][:100].T, marker, color=color, markersize=2.5)
-    ax.set(title=f"{width} hidden, {right:.0%} right", aspect="equal", xticks=[], yticks=[])
+    ax.set(title=f"{width} hidden: {right:.0%}", aspect="equal", xticks=[], yticks=[])
     ax.grid(False)
 plt.show()
 
@@ -218,7 +218,7 @@ assert_close(again["hidden0"], params["hidden"], rtol=0, atol=1e-12)
 # ## M1 Training on all of Fashion-MNIST
 # The loop over 235 batches is `fdl.scan`, and `fdl.jit` makes one program of it: Python is called
 # once for an epoch. `donate=0` lets the new state take the memory of the old one. The
-# program is compiled at the first call; the epochs after that take a fraction of a second each.
+# program is compiled at the first call; the epochs after that only run it.
 
 # %%
 train, test = data.fashion_mnist(), data.fashion_mnist(train=False)
@@ -253,7 +253,7 @@ axes[0].set(xlabel="epoch", ylabel="mean loss", xticks=range(2, 11, 2))
 axes[1].plot(epochs, train_curve, "o-", label="training, while it changes")
 axes[1].plot(epochs, test_curve, "s--", label="test, after the epoch")
 axes[1].set(xlabel="epoch", ylabel="accuracy", xticks=range(2, 11, 2))
-axes[1].legend()
+axes[1].legend(loc="center right")
 plt.show()
 
 # %% [markdown]
@@ -278,7 +278,7 @@ plt.show()
 # <details><summary>Answer</summary>
 #
 # With h = 0 the output weights get no gradient, and with output weights 0 nothing flows back to
-# the hidden layer. Only the last bias can learn. If all weights were the same number but 0, all
+# the hidden layer. Only the last bias can learn. If all weights were the same number other than 0, all
 # hidden units would stay copies of each other: random weights break that symmetry.
 #
 # ```python
@@ -311,7 +311,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# Nothing: the order of hidden units has no meaning, so each such network has 256! twins.
+# Nothing: the order of hidden units has no meaning, so each such network is one of 256! that compute the same.
 #
 # ```python
 # swap = random.permutation(random.key(3), 256)
