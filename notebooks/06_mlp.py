@@ -252,8 +252,8 @@ axes[0].plot(epochs, loss_curve, "o-")
 axes[0].set(xlabel="epoch", ylabel="mean loss", xticks=range(2, 11, 2))
 axes[1].plot(epochs, train_curve, "o-", label="training, while it changes")
 axes[1].plot(epochs, test_curve, "s--", label="test, after the epoch")
-axes[1].set(xlabel="epoch", ylabel="accuracy", xticks=range(2, 11, 2))
-axes[1].legend(loc="center right")
+axes[1].set(xlabel="epoch", ylabel="accuracy", xticks=range(2, 11, 2), ylim=(0.55, 0.9))
+axes[1].legend(loc="lower right")
 plt.show()
 
 # %% [markdown]

@@ -95,8 +95,25 @@ scale = (bound / transforms.per_sample_norms(loss)(params, (x, y))).clamp(max=1)
 by_hand = tree.map(lambda g: torch.einsum("n,n...->...", scale, g), grads)
 assert tree.allclose(clipped, by_hand, rtol=1e-4, atol=1e-5)
 
-noise = optim.add_noise(random.key(3), eta=(1.1 * bound / 256) ** 2, gamma=0)
-private = optim.chain(noise, optim.sgd(lr=0.5))       # an optimizer like any other
+# %% [markdown]
+# What the clipping promises: whoever leaves the data moves the sum by C at most. Noise of a multiple of
+# C then covers it, and descent goes on with what remains; the optimizer is one like any other.
+
+# %%
+without = transforms.clipped_grad_sum(loss, max_norm=bound, chunk=64)(params, (x[1:], y[1:]))
+moved = tree.map(lambda a, b: a - b, clipped, without)
+assert sum((leaf**2).sum() for leaf in tree.leaves(moved)).sqrt() <= bound * 1.001
+
+noise = optim.add_noise(random.key(3), eta=(1.1 * bound / 256) ** 2, gamma=0)    # a variance
+private = optim.chain(noise, optim.sgd(lr=0.5))
+now, opt_state = params, private.init(params)
+for _ in range(30):
+    total = transforms.clipped_grad_sum(loss, max_norm=bound, chunk=64)(now, (x, y))
+    mean = tree.map(lambda g: g / 256, total)
+    updates, opt_state = private.update(mean, opt_state, now)
+    now = optim.apply_updates(now, updates)
+print(f"loss {loss(params, (x, y))[0]:.2f}, after 30 private steps {loss(now, (x, y))[0]:.2f}")
+assert loss(now, (x, y))[0] < 0.75 * loss(params, (x, y))[0]
 
 # %% [markdown]
 # ## Curvature
@@ -126,7 +143,8 @@ assert tree.allclose(transforms.hvp(f64, p64, v64), difference, rtol=1e-4, atol=
 # %% [markdown]
 # ### The largest eigenvalue bounds the learning rate
 # Multiply by H again and again, and v turns to the direction of the largest curvature λ. A step of
-# gradient descent multiplies the distance along it by 1 − ηλ: beyond η = 2/λ it grows.
+# gradient descent multiplies the distance along it by 1 − ηλ. On a parabola it grows beyond η = 2/λ;
+# on a real loss λ changes on the way, so that is where trouble begins, not where training ends.
 
 # %%
 def normalised(v):
@@ -139,7 +157,7 @@ v = {name: random.normal(key, leaf.shape)
 v, _ = normalised(tree.unflatten_dict(v, like=params))
 for _ in range(40):
     v, largest = normalised(transforms.hvp(f, params, v))
-print(f"largest eigenvalue {largest:.2f}, so the limit is η = {2 / largest:.4f}")
+print(f"largest eigenvalue {largest:.2f}, so 2/λ is {2 / largest:.4f}")
 
 # %%
 def descend(eta, steps=60):
@@ -159,9 +177,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Below the limit the loss falls smoothly. Above it, it first jumps along the steepest direction; far
-# enough above it does not come back soon. (The limit is that of the start: curvature changes on the way,
-# so the line between the two is not sharp.)
+# Below 2/λ the loss falls at each step. At 1.5 × 2/λ it zigzags, and comes down all the same: the steep
+# direction flattens out as the weights leave the start. At 3 × 2/λ the first steps throw the weights far away, and
+# the loss swings for the rest of the picture.
 
 # %%
 assert (curves[0].diff() < 0).all() and curves[3].max() > 1.5 * curves[3][0]

@@ -1,7 +1,8 @@
 """Execute the notebooks: `python notebooks/execute.py [NAME …]` remakes `.ipynb` from `.py`.
 
 A notebook is written and reviewed as text, `NN_name.py` in jupytext's percent format; beside it
-lies the `.ipynb` that was made from it, with its outputs, for reading. It is never edited.
+lies the `.ipynb` that was made from it, with its outputs and the seconds it took, for reading.
+It is never edited.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ def main() -> int:
         parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(TEXTS)}")
     for name in names:
         start = time.monotonic()
-        nbformat.write(execute(read(TEXTS[name])), TEXTS[name].with_suffix(".ipynb"))
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        done = execute(read(TEXTS[name]))
+        done.metadata["seconds"] = round(time.monotonic() - start)
+        nbformat.write(done, TEXTS[name].with_suffix(".ipynb"))
+        print(f"{name}: {done.metadata['seconds']} s", flush=True)
     return 0
 
 

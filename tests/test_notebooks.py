@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ for needed in ("jupytext", "nbclient", "ipykernel"):
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
 execute = importlib.import_module("execute")
 
-SECONDS = 60  # on two free cores
-
 
 @pytest.mark.parametrize("name", execute.TEXTS)
 def test_a_notebook_runs_with_its_answers(name, tmp_path, monkeypatch):
@@ -26,10 +23,7 @@ def test_a_notebook_runs_with_its_answers(name, tmp_path, monkeypatch):
         except FileNotFoundError as error:
             pytest.skip(f"needs the full Fashion-MNIST: {error}")
     monkeypatch.setenv("PYTHONPATH", str(path.parent.parent))
-    start = time.monotonic()
     done = execute.execute(execute.answers(execute.read(path)))
-    # Three times as long only stops a notebook that outgrew its time, not a busy machine.
-    assert time.monotonic() - start < 3 * SECONDS, f"a notebook should take less than {SECONDS} s"
     streams = [o for c in done.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
     assert streams == [], "a notebook writes nothing to stderr"
 
@@ -45,3 +39,5 @@ def test_what_is_shown_was_made_from_the_text(name):
         (c.cell_type, c.source) for c in text.cells
     ], f"run `make notebooks` after changing {path.name}"
     assert all(c.execution_count for c in shown.cells if c.cell_type == "code")
+    # The time it took when it was made, on two free cores: a test's own clock measures the machine.
+    assert shown.metadata["seconds"] < 60
