@@ -17,8 +17,9 @@ from torch.func import grad_and_value
 
 from fdl import random, tree
 from fdl import training as _training
+from fdl._scan import scan
 from fdl.optim import Optimizer
-from fdl.training import Metrics, TrainState, takes_buffers
+from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
 
 __all__ = ["check_replicated", "eval_step", "own_rows", "train_step"]
@@ -30,8 +31,9 @@ Mesh = Any  # torch.distributed.device_mesh.DeviceMesh, whose import takes a sec
 def train_step(
     loss: Callable[..., Any],
     opt: Optimizer,
-    mesh: Mesh,
+    mesh: Mesh | None,
     grad_fn: Callable[..., Any] = grad_and_value,
+    parts: int | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make `fdl.train_step` for a batch of which each process of a mesh holds a part.
 
@@ -39,24 +41,31 @@ def train_step(
     in length or in mask; metrics are summed. Then the update is that of the whole batch, to
     rounding, and the new state is the same in every process, to the bit.
 
-    Two things are of a process alone, as in `DistributedDataParallel`: random numbers, whose key is
-    folded with the rank, so that no two parts drop the same units; and the statistics that batch
-    normalisation takes of a batch. The running statistics are averaged.
+    Two things belong to a part: random numbers, whose key is folded with the part's number, so that
+    no two parts drop the same units; and the statistics that batch normalisation takes of a batch,
+    whose running ones are averaged. As in `DistributedDataParallel`, there are as many parts as
+    processes, and another number of processes is another run.
+
+    With `parts`, it is the same run, to the bit: a batch is always cut into so many parts, each
+    process computes its share of them one after the other, and all are added in one fixed order.
+    Sums then travel to every process and not just around, N/2 times the bytes.
 
     Args:
         loss: as for `fdl.train_step`; its metrics have a `"loss"` whose count says how many
             examples there were, as those of `fdl.supervised` do.
         opt: an optimizer that does not evaluate the loss itself.
-        mesh: the processes, a `DeviceMesh` of one dimension.
-        grad_fn: how to differentiate within a process, as for `fdl.train_step`.
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
+        grad_fn: how to differentiate within a part, as for `fdl.train_step`.
+        parts: of a batch; a multiple of the number of processes by a power of two.
 
     Returns:
         The step `(state, batch) -> (state, metrics)`; every process must call it equally often.
 
     Raises:
         TypeError: `mesh` is no `DeviceMesh`.
-        ValueError: a mesh of several dimensions, or one that this process is not part of.
-        KeyError: the loss gives no metric `"loss"` (when the step is called).
+        ValueError: a mesh of several dimensions, or one that this process is not part of; `parts`
+            that cannot be shared out; a batch that cannot be cut so (when the step is called).
+        KeyError: the loss gives no metric `"loss"` (likewise).
         NotImplementedError: the optimizer evaluates the loss, as L-BFGS does (likewise).
 
     Source: Li et al., PyTorch Distributed, 2020, https://arxiv.org/abs/2006.15704
@@ -67,38 +76,62 @@ def train_step(
         step = parallel.train_step(loss, opt, mesh)                # as fdl.train_step(loss, opt)
         rows = parallel.own_rows(data.epoch_indices(key, 60_000, 256), mesh)    # [steps, 64]
         state, metrics = fdl.scan(lambda s, r: step(s, data.gather(images, r)), state, rows)
+
+    >>> from fdl import losses, nn, optim
+    >>> model, opt = nn.sequential(nn.dropout(0.5), nn.linear(2, 1)), optim.sgd(0.1)
+    >>> loss = _training.supervised(model.apply, losses.mse)
+    >>> step = train_step(loss, opt, None, parts=4)      # what 1, 2 and 4 processes compute alike
+    >>> state = TrainState.create(model, opt, key=random.key(0))
+    >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
+    >>> metrics["loss"].count
+    tensor(8., dtype=torch.float64)
     """
-    group, rank = _group(mesh, "train_step")
+    group, rank, size = _group(mesh, "train_step")
+    if mesh is None and parts is None:
+        return _training.train_step(loss, opt, grad_fn)
+    own = _own_parts(parts, size)
 
-    def averaged(objective: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-        def call(params: Tree) -> tuple[Tree, Any]:
-            grads, (value, (metrics, buffers)) = grad_fn(objective, has_aux=has_aux)(params)
-            count = _count(metrics)
-            weighted = tree.map(
-                lambda x: x * count.to(x.dtype) if x.is_floating_point() else x,
-                {"grads": grads, "value": value, "buffers": buffers},
+    def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
+        objective = _training.objective_of(loss, state, batch, key)
+        grads, (value, (metrics, buffers)) = _training.differentiate(objective, state, grad_fn)
+        count = _count(metrics)
+        weighted = tree.map(
+            lambda x: x * count.to(x.dtype) if x.is_floating_point() else x,
+            {"grads": grads, "value": value, "buffers": buffers},
+        )
+        return {"weighted": weighted, "metrics": metrics}
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = random.fold_in(state.key, state.step)
+        if parts is None:
+            found = of_part(state, batch, random.fold_in(key, rank))
+            total, metrics = _sum(found, group).values()
+        else:
+            keys = torch.stack([random.fold_in(key, rank * own + i) for i in range(own)])
+            _, each = scan(
+                lambda _, part: ((), of_part(state, *part)), (), (_cut(batch, own), keys)
             )
-            total, metrics = _sum({"weighted": weighted, "metrics": metrics}, group).values()
-            whole = _count(metrics).clamp(min=1)  # all padding: gradients of zero
-            mean = tree.map(lambda x: x / whole.to(x.dtype), total)
-            buffers = tree.map(
-                lambda new, own: new if own.is_floating_point() else own,
-                mean["buffers"],
-                buffers,
-            )
-            return mean["grads"], (mean["value"], (metrics, buffers))
+            found = tree.map(lambda leaf: leaf[0], each)
+            total, metrics = _sum_in_order(each, group, size).values()
+        whole = _count(metrics).clamp(min=1)  # all padding: gradients of zero
+        mean = tree.map(lambda x: x / whole.to(x.dtype), total)
+        buffers = tree.map(  # counts of batches are the same in every part
+            lambda new, one: new if one.is_floating_point() else one,
+            mean["buffers"],
+            found["weighted"]["buffers"],
+        )
+        new = _training.updated(opt, state, mean["grads"], buffers, mean["value"], _refuse)
+        return new, metrics
 
-        return call
-
-    return _training.train_step(_own_key(loss, rank), _without_value_fn(opt), averaged)
+    return step
 
 
-def eval_step(loss: Callable[..., Any], mesh: Mesh) -> Callable[[TrainState, Any], Metrics]:
+def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainState, Any], Metrics]:
     """Make `fdl.eval_step` for a batch of which each process holds a part; metrics are summed.
 
     Args:
         loss: as for `train_step`.
-        mesh: the processes, a `DeviceMesh` of one dimension.
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
 
     Raises:
         TypeError: `mesh` is no `DeviceMesh`.
@@ -108,19 +141,19 @@ def eval_step(loss: Callable[..., Any], mesh: Mesh) -> Callable[[TrainState, Any
 
         metrics = parallel.eval_step(loss, mesh)(state, own_part)    # the same in every process
     """
-    group, _ = _group(mesh, "eval_step")
+    group, _, _ = _group(mesh, "eval_step")
     step = _training.eval_step(loss)
     return lambda state, batch: _sum(step(state, batch), group)
 
 
-def own_rows(indices: T, mesh: Mesh) -> T:
+def own_rows(indices: T, mesh: Mesh | None) -> T:
     """Take this process's columns of `[steps, batch]`, or of any leaves with those two axes first.
 
     Rank r of N has columns r·batch/N to (r + 1)·batch/N: what all have together is the whole.
 
     Args:
         indices: leaves [steps, batch, …], such as those of `data.epoch_indices`.
-        mesh: the processes, a `DeviceMesh` of one dimension.
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
 
     Returns:
         Leaves [steps, batch / N, …].
@@ -132,8 +165,7 @@ def own_rows(indices: T, mesh: Mesh) -> T:
 
         rows = parallel.own_rows(data.epoch_indices(random.key(1), 60_000, 256), mesh)
     """
-    _, rank = _group(mesh, "own_rows")
-    size = mesh.size()
+    _, rank, size = _group(mesh, "own_rows")
 
     def part(path: str, leaf: Tensor) -> Tensor:
         if leaf.ndim < 2 or leaf.shape[1] % size:
@@ -148,7 +180,7 @@ def own_rows(indices: T, mesh: Mesh) -> T:
     return tree.unflatten_dict(parts, like=indices)
 
 
-def check_replicated(state: Tree, mesh: Mesh) -> None:
+def check_replicated(state: Tree, mesh: Mesh | None) -> None:
     """Compare a tree over the processes, and raise in each of them where any leaf differs.
 
     Call it once before training: a state made from another key or file in one process would train
@@ -156,7 +188,7 @@ def check_replicated(state: Tree, mesh: Mesh) -> None:
 
     Args:
         state: the tree that should be the same in every process: a `TrainState`, numbers, strings.
-        mesh: the processes, a `DeviceMesh` of one dimension.
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
 
     Raises:
         ValueError: the trees differ; each path is listed, with what each process has.
@@ -165,9 +197,11 @@ def check_replicated(state: Tree, mesh: Mesh) -> None:
 
         parallel.check_replicated({"state": state, "lr": 0.1, "batch": 256}, mesh)
     """
-    group, rank = _group(mesh, "check_replicated")
+    group, rank, size = _group(mesh, "check_replicated")
+    if group is None:
+        return
     mine = {path: _shown(leaf) for path, leaf in tree.flatten_dict(state).items()}
-    gathered: list[Any] = [None] * mesh.size()
+    gathered: list[Any] = [None] * size
     torch.distributed.all_gather_object(gathered, mine, group)
     lines = [
         f"{path}: " + ", ".join(f"{has.get(path, 'missing')} on rank {r}" for r, has in who)
@@ -195,14 +229,16 @@ def _shown(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} with SHA-256 {digest}"
 
 
-def _group(mesh: Mesh, caller: str) -> tuple[Any, int]:
-    """Return the process group of a mesh and the rank of this process in it."""
+def _group(mesh: Mesh | None, caller: str) -> tuple[Any, int, int]:
+    """Return the process group of a mesh, the rank of this process in it, and its size."""
+    if mesh is None:
+        return None, 0, 1
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"parallel.{caller}: mesh must be a DeviceMesh, as torch.distributed."
-            f"init_device_mesh('cpu', (processes,)) makes it, got {type(mesh).__name__}"
+            f"init_device_mesh('cpu', (processes,)) makes it, or None, got {type(mesh).__name__}"
         )
     if mesh.ndim != 1:
         raise ValueError(
@@ -211,7 +247,7 @@ def _group(mesh: Mesh, caller: str) -> tuple[Any, int]:
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"parallel.{caller}: this process is not part of the mesh")
-    return mesh.get_group(), mesh.get_local_rank()
+    return mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
 
 def _count(metrics: Metrics) -> Tensor:
@@ -223,47 +259,88 @@ def _count(metrics: Metrics) -> Tensor:
     return metrics["loss"].count
 
 
+def _own_parts(parts: int | None, size: int) -> int:
+    """Say how many parts of a batch a process takes."""
+    if parts is None:
+        return 1
+    own, rest = divmod(parts, size)
+    # Sums by pairs of neighbours are the same for all when each share is a whole branch.
+    if rest or own < 1 or (size > 1 and own & (own - 1)):
+        raise ValueError(
+            f"parallel.train_step: parts must be {size} processes times a power of two, so that "
+            f"each takes as many of them; got {parts}"
+        )
+    return own
+
+
+def _cut(batch: Any, count: int) -> Any:
+    """Cut the leaves [batch, …] of a process into [count, batch / count, …]."""
+
+    def cut(path: str, leaf: Tensor) -> Tensor:
+        if not leaf.ndim or leaf.shape[0] % count:
+            raise ValueError(
+                f"parallel.train_step: {path or 'the batch'} has the shape {list(leaf.shape)}; "
+                f"expected [batch, ...] with a batch divisible into {count} parts"
+            )
+        return leaf.unflatten(0, (count, -1))
+
+    flat = {path: cut(path, leaf) for path, leaf in tree.flatten_dict(batch).items()}
+    return tree.unflatten_dict(flat, like=batch)
+
+
 def _sum(summands: T, group: Any) -> T:
     """Sum every leaf over the processes, in one message for each dtype."""
+    if group is None:
+        return summands
     from torch.distributed._functional_collectives import all_reduce
 
-    flat = tree.flatten_dict(summands)
-    summed = {}
+    return _by_dtype(summands, lambda flat: all_reduce(flat, "sum", group), 0)
+
+
+def _sum_in_order(summands: T, group: Any, size: int) -> T:
+    """Sum leaves [own, …] over their first axis and the processes, in an order that fits any N."""
+    from torch.distributed import _functional_collectives as collectives
+
+    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
+    def total(flat: Tensor) -> Tensor:
+        flat = _by_pairs(flat)
+        if group is not None:
+            flat = _by_pairs(gather(flat, 0, group).view(size, -1))
+        return flat[0]
+
+    return _by_dtype(summands, total, 1)
+
+
+def _by_pairs(x: Tensor) -> Tensor:
+    """Sum [n, …] to [1, …]: neighbours, then neighbours of these sums, and so on.
+
+    >>> _by_pairs(torch.arange(5)[:, None])
+    tensor([[10]])
+    """
+    while len(x) > 1:
+        even = len(x) // 2 * 2
+        x = torch.cat([x[0:even:2] + x[1:even:2], x[even:]])
+    return x
+
+
+def _by_dtype(leaves: T, reduce: Callable[[Tensor], Tensor], first: int) -> T:
+    """Apply a function to all leaves of a dtype at once, their axes from `first` on as one."""
+    flat = tree.flatten_dict(leaves)
+    done = {}
     for dtype in dict.fromkeys(leaf.dtype for leaf in flat.values()):
-        leaves = {path: leaf for path, leaf in flat.items() if leaf.dtype == dtype}
-        whole = all_reduce(torch.cat([leaf.reshape(-1) for leaf in leaves.values()]), "sum", group)
-        parts = whole.split([leaf.numel() for leaf in leaves.values()])
-        for (path, leaf), part in zip(leaves.items(), parts, strict=True):
-            summed[path] = part.view(leaf.shape)
-    return tree.unflatten_dict({path: summed[path] for path in flat}, like=summands)
+        some = {path: leaf for path, leaf in flat.items() if leaf.dtype == dtype}
+        shapes = [leaf.shape[first:] for leaf in some.values()]
+        rows = [leaf.reshape(*leaf.shape[:first], -1) for leaf in some.values()]
+        pieces = reduce(torch.cat(rows, first)).split([shape.numel() for shape in shapes])
+        for path, shape, piece in zip(some, shapes, pieces, strict=True):
+            done[path] = piece.view(shape)
+    return tree.unflatten_dict({path: done[path] for path in flat}, like=leaves)
 
 
-def _own_key(loss: Callable[..., Any], rank: int) -> Callable[..., Any]:
-    """Fold the key that a loss gets with the rank."""
-
-    def own(key: random.Key | None) -> random.Key | None:
-        return None if key is None else random.fold_in(key, rank)
-
-    def stateful(params: Tree, buffers: Tree, batch: Any, key: random.Key | None = None) -> Any:
-        return loss(params, buffers, batch, own(key))
-
-    def stateless(params: Tree, batch: Any, key: random.Key | None = None) -> Any:
-        return loss(params, batch, own(key))
-
-    return stateful if takes_buffers(loss) else stateless
-
-
-def _without_value_fn(opt: Optimizer) -> Optimizer:
-    """Refuse to evaluate the loss of one process, which would part the processes' states."""
-
-    def refuse(params: Tree) -> Tensor:
-        raise NotImplementedError(
-            "parallel.train_step: the optimizer evaluates the loss itself (a line search), which "
-            "is known to each process for its own part alone; use an optimizer that goes by "
-            "gradients"
-        )
-
-    def update(grads: Tree, state: Tree, params: Tree, *, value: Tensor, value_fn: Any) -> Any:
-        return opt.update(grads, state, params, value=value, value_fn=refuse)
-
-    return Optimizer(opt.init, update)
+def _refuse(params: Tree) -> Tensor:
+    """Refuse to evaluate the loss of one part, which would part the processes' states."""
+    raise NotImplementedError(
+        "parallel.train_step: the optimizer evaluates the loss itself (a line search), which is "
+        "known to each process for its own part alone; use an optimizer that goes by gradients"
+    )

@@ -201,30 +201,52 @@ def train_step(
     >>> state.step, sorted(metrics)
     (tensor(1), ['loss'])
     """
-    stateful = takes_buffers(loss)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        key = random.fold_in(state.key, state.step)
-
-        def objective(params: Tree) -> tuple[Tensor, tuple[Metrics, Tree]]:
-            if stateful:
-                return loss(params, state.buffers, batch, key)
-            value, metrics = loss(params, batch, key)
-            return value, (metrics, state.buffers)
-
-        differentiate = _scaled(grad_fn, loss_scale_of(state.opt_state))
-        grads, (value, (metrics, buffers)) = differentiate(objective, has_aux=True)(state.params)
-        updates, opt_state = opt.update(
-            grads,
-            state.opt_state,
-            state.params,
-            value=value,
-            value_fn=lambda params: objective(params)[0],
-        )
-        params = apply_updates(state.params, updates)
-        return TrainState(params, buffers, opt_state, state.key, state.step + 1), metrics
+        objective = objective_of(loss, state, batch, random.fold_in(state.key, state.step))
+        grads, (value, (metrics, buffers)) = differentiate(objective, state, grad_fn)
+        new = updated(opt, state, grads, buffers, value, lambda params: objective(params)[0])
+        return new, metrics
 
     return step
+
+
+def objective_of(
+    loss: Callable[..., Any], state: TrainState, batch: Any, key: Tensor
+) -> Callable[[Tree], tuple[Tensor, tuple[Metrics, Tree]]]:
+    """Make a loss a function of the parameters alone: `params -> (scalar, (metrics, buffers))`."""
+    stateful = takes_buffers(loss)
+
+    def objective(params: Tree) -> tuple[Tensor, tuple[Metrics, Tree]]:
+        if stateful:
+            return loss(params, state.buffers, batch, key)
+        value, metrics = loss(params, batch, key)
+        return value, (metrics, state.buffers)
+
+    return objective
+
+
+def differentiate(
+    objective: Callable[..., Any], state: TrainState, grad_fn: Callable[..., Any]
+) -> tuple[Tree, Any]:
+    """Give `(grads, (value, aux))` at a state, the gradients scaled if its optimizer says so."""
+    return _scaled(grad_fn, loss_scale_of(state.opt_state))(objective, has_aux=True)(state.params)
+
+
+def updated(
+    opt: Optimizer,
+    state: TrainState,
+    grads: Tree,
+    buffers: Tree,
+    value: Tensor,
+    value_fn: Callable[[Tree], Tensor],
+) -> TrainState:
+    """Give the state after one update."""
+    updates, opt_state = opt.update(
+        grads, state.opt_state, state.params, value=value, value_fn=value_fn
+    )
+    params = apply_updates(state.params, updates)
+    return TrainState(params, buffers, opt_state, state.key, state.step + 1)
 
 
 def _scaled(grad_fn: Callable[..., Any], scale: Tensor | None) -> Callable[..., Any]:

@@ -107,6 +107,47 @@ def draws_its_own_and_averages_statistics(mesh):
     assert found["accuracy"].count == mask[4].sum()
 
 
+def in_parts_every_number_of_processes_is_the_same_run(mesh):
+    """Dropout and batch normalisation in float32: on one process and on several, bit for bit."""
+    net = nn.sequential(
+        nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
+    )
+    opt = optim.adam(0.1)
+    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    x = random.normal(random.key(1), (20, 32, 6))
+    y = random.randint(random.key(2), (20, 32), 0, 3)
+    mask = random.uniform(random.key(3), (20, 32)) < 0.8
+    whole = data.Batch(x, y, mask)
+    mine = parallel.own_rows(whole, mesh)
+    start = TrainState.create(net, opt, key=random.key(0))
+    alone, expected = scan(parallel.train_step(loss, opt, None, parts=8), start, whole)
+    step = parallel.train_step(loss, opt, mesh, parts=8)
+    assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
+    by_rank, _ = scan(parallel.train_step(loss, opt, mesh), start, mine)
+    assert tree.diff(alone.params, by_rank.params, rtol=1e-3, atol=1e-3) != []
+    if mesh.size() == 2:
+        compiled = jit(lambda state, batches: scan(step, state, batches), strict=True)
+        once = jit(
+            lambda state, batches: scan(
+                parallel.train_step(loss, opt, None, parts=8), state, batches
+            ),
+            strict=True,
+        )
+        assert tree.diff(once(start, whole), compiled(start, mine), rtol=0, atol=0) == []
+
+
+def in_parts_the_gradient_is_that_of_the_whole(mesh):
+    """What draws nothing does not care how it is cut."""
+    recipe = RECIPES["mlp"]()
+    loss = fdl.supervised(recipe.model.apply, recipe.loss)
+    start = prepare(recipe.model, recipe.opt)
+    whole = padded(recipe.batches, 8)
+    alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
+    mine = parallel.own_rows(whole, mesh)
+    found = scan(parallel.train_step(loss, recipe.opt, mesh, parts=8), start, mine)
+    assert tree.diff((alone, expected), found, rtol=1e-10, atol=1e-12) == []
+
+
 def an_epoch_is_one_program(mesh):
     model, opt = models.softmax_regression(), optim.sgd(0.1, momentum=0.9)
     step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
@@ -152,6 +193,12 @@ def refuses(mesh):
         parallel.own_rows(data.Indices(torch.zeros(3, 8), torch.zeros(3, 7)), mesh)
     with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh.*got ProcessGroup"):
         parallel.train_step(loss, optim.sgd(0.1), mesh.get_group())
+    for parts in (0, 3, 5, 6):
+        with pytest.raises(ValueError, match=rf"2 processes times a power of two.*got {parts}"):
+            parallel.train_step(loss, optim.sgd(0.1), mesh, parts=parts)
+    step = parallel.train_step(loss, optim.sgd(0.1), mesh, parts=4)
+    with pytest.raises(ValueError, match=r"0 has the shape \[3, 2\].*divisible into 2 parts"):
+        step(state, (torch.ones(3, 2), torch.ones(3, 1)))
     square = dist.init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("a", "b"))
     with pytest.raises(ValueError, match=r"one dimension, got \[1, \d\]"):
         parallel.train_step(loss, optim.sgd(0.1), square)
@@ -176,7 +223,9 @@ def main(folder: Path, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     mesh = dist.init_device_mesh("cpu", (size,))
     trains_as_one_process(mesh)
+    in_parts_every_number_of_processes_is_the_same_run(mesh)
     if size == 2:
+        in_parts_the_gradient_is_that_of_the_whole(mesh)
         draws_its_own_and_averages_statistics(mesh)
         sends_each_gradient_once(mesh)
         refuses(mesh)
