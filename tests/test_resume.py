@@ -62,8 +62,8 @@ def end_after(monkeypatch):
     make = loop.run_chunk
 
     def arrange(count, how):
-        def run_chunk(problem):
-            left, chunk = count, make(problem)
+        def run_chunk(problem, *several):
+            left, chunk = count, make(problem, *several)
 
             def counted(carry, dataset, indices):
                 nonlocal left
@@ -255,7 +255,7 @@ def test_another_environment_is_named(run, monkeypatch):
     assert f"threads {torch.get_num_threads()}, was 7" in err
     config = json.loads(Path("it/config.json").read_text())
     assert config["environment"]["torch"] == "2.0" and config["options"]["epochs"] == 2
-    assert config["resumed"] == [{"step": 100, "environment": here}]
+    assert config["resumed"] == [{"step": 100, "environment": here | {"processes": 1}}]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"recipe": "linreg", "options": {"x": 1}}'])

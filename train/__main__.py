@@ -1,5 +1,6 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,13 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 import tyro
 from tqdm import tqdm
 
 import fdl
-from fdl import Checkpointer, TrainState, data, random, tree
+from fdl import Checkpointer, TrainState, data, parallel, random, tree
+from fdl._sharded import on_all, on_first
 from train import config as configs
-from train import loop, recipes, report, saved, sweep, using
+from train import loop, processes, recipes, report, saved, sweep, using
 from train.bench import measure
 
 COMMANDS: dict[str, Any] = {
@@ -42,6 +45,8 @@ class Run(NamedTuple):
     plan: loop.Plan
     folder: Path
     checkpointer: Checkpointer
+    mesh: Any  # the processes that train together, None where this is the only one
+    first: bool  # is this the process that writes?
     progress: loop.Progress = loop.START
     records: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl
 
@@ -61,12 +66,10 @@ def main() -> int:
         choice, prog="python -m train", description="The recipes of the course, in pure functions."
     )
     name = next(name for name, kind in COMMANDS.items() if type(config) is kind)
-    past = None
     try:
+        if isinstance(config, configs.Recipe):
+            return run_recipe(name, config)
         try:
-            if isinstance(config, configs.Recipe) and config.resume is not None:
-                past = saved.read_run(config.resume)
-                config = saved.given_anew(name, config.resume, past, sys.argv[2:])
             configs.check(config.recipe if isinstance(config, configs.Sweep) else config)
             match config:
                 case configs.Data():
@@ -81,7 +84,28 @@ def main() -> int:
                     return using.evaluate(config)
                 case configs.Predict():
                     return using.predict(config)
-            run = prepare(name, config, past)
+            raise AssertionError(f"no command for {config!r}")
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run_recipe(name: str, config: configs.Recipe) -> int:
+    """Train, alone or with the processes that `torchrun` has started; give the exit code."""
+    others = processes.started()
+    with processes.joined(others) as mesh:
+        past = None
+        try:
+            config = processes.after_restart(config, others)
+            if config.resume is not None:
+                past = saved.read_run(config.resume)
+                config = saved.given_anew(name, config.resume, past, sys.argv[2:])
+            configs.check(config)
+            processes.check_shares(config, others)
+            run = prepare(name, config, past, others, mesh)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -95,26 +119,37 @@ def main() -> int:
                 file=sys.stderr,
             )
             return os.EX_IOERR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
-def prepare(name: str, config: configs.Recipe, past: saved.Saved | None) -> Run:
+def prepare(
+    name: str,
+    config: configs.Recipe,
+    past: saved.Saved | None,
+    others: processes.Processes,
+    mesh: Any,
+) -> Run:
     """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
     device = recipes.find_device(config.device)
+    if mesh is not None and device.type == "cuda":
+        device = torch.device("cuda", others.local_rank)
     problem, state, data_key = recipes.set_up(config, device)
-    folder = config.resume or report.open_run(config.out, name)
-    print(f"{name}: {problem.data}; {device}, seed {config.seed}")
-    plan = past.plan if past else loop.plan(problem, config, state)
-    here = report.environment(device)
+    group = mesh and mesh.get_group()
+    options = dataclasses.asdict(config) | {"device": device.type}
+    parallel.check_replicated({"option": options, "state": state, "data": problem.data}, mesh)
+    folder = config.resume or on_first(group, lambda: report.open_run(config.out, name))
+    several = f", {others.size} processes" if mesh is not None else ""
+    print(f"{name}: {problem.data}; {device}, seed {config.seed}{several}")
+    plan = past.plan if past else on_first(group, lambda: loop.plan(problem, config, state))
+    here = report.environment(device) | {"processes": others.size}
     with ExitStack() as stack:  # lets go of the folder where something is wrong
         checkpointer = stack.enter_context(
-            Checkpointer(folder / "checkpoints", every=config.save_every)
+            Checkpointer(folder / "checkpoints", every=config.save_every, group=group)
         )
-        run = Run(name, config, problem, state, data_key, plan, folder, checkpointer)
-        if past is None:
+        first = others.rank == 0
+        run = Run(name, config, problem, state, data_key, plan, folder, checkpointer, mesh, first)
+        if past is None and first:
             report.write_config(folder, name, config, problem.data, plan, here)
+        if past is None:
             print(f"{'compiled' if plan.compile else 'not compiled'}: {plan.reason}")
         else:
             run = resume(run, past, here)
@@ -135,12 +170,16 @@ def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
     begun = progress.epoch if progress.done else progress.epoch - 1
     if begun > config.epochs:
         raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
-    records = report.cut_metrics(folder, progress.epoch - 1)
+    group, epochs = run.mesh and run.mesh.get_group(), progress.epoch - 1
+    records = on_first(group, lambda: report.cut_metrics(folder, epochs))
     resumed = past.resumed
-    if changes := saved.differences(past.environment, here):
+    if changes := saved.differences({"processes": 1} | past.environment, here):
         print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
         resumed = [*resumed, {"step": int(state.step), "environment": here}]
-    report.write_config(folder, run.name, config, past.data, past.plan, past.environment, resumed)
+    if run.first:
+        report.write_config(
+            folder, run.name, config, past.data, past.plan, past.environment, resumed
+        )
     print(f"continues after step {int(state.step)}")
     return run._replace(state=state, progress=progress, records=records)
 
@@ -149,6 +188,7 @@ def train(run: Run) -> int:
     """Train to the end, or to a signal or a loss that is not finite, and keep what was done."""
     config, folder = run.config, run.folder
     records, epoch = list(run.records), None
+    group = run.mesh and run.mesh.get_group()
     with run.checkpointer as checkpointer, loop.noticed(signal.SIGTERM) as terminated:
         programs = make_programs(run)
         with (
@@ -157,10 +197,11 @@ def train(run: Run) -> int:
         ):
 
             def stopped() -> bool:
-                return interrupted() or terminated()
+                return any(on_all(group, lambda: interrupted() or terminated()))
 
             def save(state: TrainState, progress: loop.Progress, metrics: dict[str, float]) -> None:
-                report.sync_metrics(folder)  # before a checkpoint that counts on its lines
+                # Before a checkpoint that counts on its lines.
+                on_first(group, lambda: report.sync_metrics(folder))
                 config = {"progress": saved.progress_as_json(progress)}
                 checkpointer.save(state, metrics=metrics, config=config)
 
@@ -186,7 +227,8 @@ def train(run: Run) -> int:
             ):
                 if epoch.examples:  # none where the first step of an epoch diverged
                     records.append(record_of(epoch))
-                    report.append_metrics(folder, records[-1])
+                    if run.first:
+                        report.append_metrics(folder, records[-1])
                     bar.write(line(records[-1], config.epochs))
                 last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
                 if epoch.end != "diverged" and (last or checkpointer.due()):
@@ -200,7 +242,7 @@ def make_programs(run: Run) -> loop.Programs:
     """Compile, if the plan says so and something is left to do."""
     start, left = time.perf_counter(), run.progress.epoch <= run.config.epochs
     plan = run.plan._replace(compile=run.plan.compile and left)
-    programs = loop.make_programs(run.problem, run.config, plan, run.state)
+    programs = loop.make_programs(run.problem, run.config, plan, run.state, run.mesh)
     if plan.compile:
         print(f"compiling took {time.perf_counter() - start:.1f} s")
     return programs
@@ -220,9 +262,10 @@ def record_of(epoch: loop.Epoch) -> dict[str, Any]:
 def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
     """Keep what a run came to, and say how it ended; no `epoch` where nothing was left to do."""
     folder, state = run.folder, epoch.state if epoch else run.state
-    # As in a state_dict, buffers lie among the parameters: evaluation needs both.
-    fdl.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
-    if records:
+    if run.first:
+        # As in a state_dict, buffers lie among the parameters: evaluation needs both.
+        fdl.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
+    if records and run.first:
         report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
     if epoch and epoch.end == "diverged":
         print(

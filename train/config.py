@@ -46,6 +46,9 @@ class Recipe:
     """Momentum of SGD."""
     weight_decay: float = 0.0
     """λ of the penalty λ · ½ Σ w²."""
+    parts: int | None = None
+    """Cut each batch into so many parts, each with its own dropout and batch statistics: the
+    parameters are then the same to the bit on one process and, under torchrun, on several."""
     seed: int = 0
     """Of parameters, data order and dropout."""
     device: str = "auto"
@@ -291,7 +294,7 @@ class Inspect:
     """A .safetensors file, of fdl or of another writer."""
 
 
-AT_LEAST_ONE = ("epochs", "batch_size", "examples", "rounds", "steps")
+AT_LEAST_ONE = ("parts", "epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
@@ -304,7 +307,7 @@ def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
     """
     for field in fields(config):
         value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        if field.name in AT_LEAST_ONE and value < 1:
+        if field.name in AT_LEAST_ONE and value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
         if field.name in NOT_NEGATIVE and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{option} must be finite and at least 0, got {value}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl import TrainState, data, disable_jit, eval_step, jit, random, scan, train_step, tree
+from fdl import TrainState, data, disable_jit, jit, parallel, random, scan, train_step, tree
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
 from fdl.training import Metrics
@@ -126,18 +126,20 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def step_of(problem: Problem) -> Callable[[Carry, Dataset, Indices], tuple[Carry, Metrics]]:
+def step_of(
+    problem: Problem, parts: int | None = None, mesh: Any = None
+) -> Callable[[Carry, Dataset, Indices], tuple[Carry, Metrics]]:
     """Make the step `(carry, dataset, row of indices) -> (carry, metrics)`.
 
     A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
     batch is all padding. So the last good state is what comes back.
     """
-    step = train_step(problem.loss, problem.opt)
+    step = parallel.train_step(problem.loss, problem.opt, mesh, parts=parts)
 
     def body(carry: Carry, dataset: Dataset, row: Indices) -> tuple[Carry, Metrics]:
         state, ok = carry
         new, metrics = step(state, data.gather(dataset, row))
-        finite, real = metrics["loss"].total.isfinite(), row.mask.any()
+        finite, real = metrics["loss"].total.isfinite(), metrics["loss"].count > 0
         taken = ok & finite & real
         state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
         metrics = tree.map(lambda m: torch.where(taken, m, 0.0), metrics)
@@ -146,9 +148,11 @@ def step_of(problem: Problem) -> Callable[[Carry, Dataset, Indices], tuple[Carry
     return body
 
 
-def run_chunk(problem: Problem) -> Callable[..., tuple[Carry, Metrics]]:
+def run_chunk(
+    problem: Problem, parts: int | None = None, mesh: Any = None
+) -> Callable[..., tuple[Carry, Metrics]]:
     """Make the compiled function `(carry, dataset, indices) -> (carry, metrics)` of many steps."""
-    step = step_of(problem)
+    step = step_of(problem, parts, mesh)
 
     def chunk(carry: Carry, dataset: Dataset, indices: Indices) -> tuple[Carry, Metrics]:
         carry, metrics = scan(lambda carry, row: step(carry, dataset, row), carry, indices)
@@ -157,9 +161,9 @@ def run_chunk(problem: Problem) -> Callable[..., tuple[Carry, Metrics]]:
     return jit(chunk, donate=0)
 
 
-def run_evaluation(problem: Problem) -> Callable[..., Metrics]:
+def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]:
     """Make the compiled function `(state, dataset, indices) -> metrics`."""
-    step = eval_step(problem.loss)
+    step = parallel.eval_step(problem.loss, mesh)
 
     def evaluate(state: TrainState, dataset: Dataset, indices: Indices) -> Metrics:
         _, metrics = scan(lambda _, row: ((), step(state, data.gather(dataset, row))), (), indices)
@@ -182,20 +186,24 @@ def chunks(indices: Indices, length: int) -> list[Indices]:
 
 
 class Programs(NamedTuple):
-    """The two functions a run is made of."""
+    """The two functions a run is made of, and the processes they are for, None if one."""
 
     train: Callable[..., tuple[Carry, Metrics]]  # (carry, dataset, indices)
     evaluate: Callable[..., Metrics]  # (state, dataset, indices)
+    mesh: Any = None
 
 
-def make_programs(problem: Problem, config: Recipe, plan: Plan, state: TrainState) -> Programs:
+def make_programs(
+    problem: Problem, config: Recipe, plan: Plan, state: TrainState, mesh: Any = None
+) -> Programs:
     """Make the functions of a run and, if the plan says so, compile them now.
 
     A chunk of nothing but padding changes nothing, and has them compiled.
     """
-    programs = Programs(run_chunk(problem), run_evaluation(problem))
+    programs = Programs(run_chunk(problem, config.parts, mesh), run_evaluation(problem, mesh), mesh)
     if plan.compile:
-        shape, device = (plan.chunk, config.batch_size), state.key.device
+        size = 1 if mesh is None else mesh.size()
+        shape, device = (plan.chunk, config.batch_size // size), state.key.device
         padding = Indices(
             torch.zeros(shape, dtype=torch.int64, device=device),
             torch.zeros(shape, dtype=torch.bool, device=device),
@@ -248,7 +256,8 @@ def epochs(
             )
             steps, end = len(order.index), "done"
             for part in chunks(order, plan.chunk)[math.ceil(progress.done / plan.chunk) :]:
-                carry, metrics = programs.train(carry, problem.train, part)
+                rows = parallel.own_rows(part, programs.mesh)
+                carry, metrics = programs.train(carry, problem.train, rows)
                 progress = Progress(
                     progress.epoch,
                     min(progress.done + plan.chunk, steps),
@@ -280,8 +289,10 @@ def merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
 
 def evaluate(programs: Programs, state: TrainState, dataset: Dataset) -> dict[str, float]:
     """Average the metrics of a state over a data set."""
-    rows = data.sequential_indices(len(dataset.x), EVAL_BATCH, device=dataset.x.device)
-    found = programs.evaluate(state, dataset, rows)
+    size = 1 if programs.mesh is None else programs.mesh.size()
+    batch = math.ceil(EVAL_BATCH / size) * size
+    rows = data.sequential_indices(len(dataset.x), batch, device=dataset.x.device)
+    found = programs.evaluate(state, dataset, parallel.own_rows(rows, programs.mesh))
     return {name: mean.value.item() for name, mean in found.items()}
 
 

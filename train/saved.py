@@ -88,13 +88,15 @@ def given_anew(recipe: str, folder: Path, saved: Saved, arguments: Sequence[str]
     config = tyro.cli(type(saved.config), default=saved.config, args=arguments)
     for field in dataclasses.fields(config):
         was, now = getattr(saved.config, field.name), getattr(config, field.name)
+        if field.name == "out" and now == folder:
+            continue  # the command that began the run, repeated
         if field.name not in MAY_CHANGE and was != now:
             option = "--" + field.name.replace("_", "-")
             raise ValueError(
                 f"{option} is {was} in {folder}, got {now}: a run goes on as it began; "
                 f"leave {option} out, or start another run"
             )
-    return config
+    return dataclasses.replace(config, resume=folder, out=None)
 
 
 def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> str:

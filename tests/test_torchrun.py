@@ -1,0 +1,110 @@
+"""`torchrun -m train`: the run of one process, to the bit, also where a process is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+OPTIONS = ["--data", "sample", "--epochs", "3", "--batch-size", "200", "--parts", "4"]
+
+
+def command(processes, *options, restarts=0):
+    one = [sys.executable, "-m", "train"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    several = [*run, f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "-m", "train"]
+    return [*(one if processes == 1 else several), *map(str, options)]
+
+
+def launch(arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def outcome(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def metrics(folder):
+    """The lines, but for how long they took."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds", "examples_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same run on one process."""
+    folder = tmp_path_factory.mktemp("torchrun") / "one"
+    code, output = outcome(launch(command(1, "dropout", *OPTIONS, "--out", folder)))
+    assert code == 0, output
+    return folder
+
+
+def check_equal(folder, whole):
+    found, expected = metrics(folder), metrics(whole)
+    for one, other in zip(found, expected, strict=True):
+        # Tests are not cut into parts: their mean is summed in another order.
+        assert one.pop("test_loss") == pytest.approx(other.pop("test_loss"), rel=1e-6)
+    assert found == expected
+    name = "params.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_two_processes_give_the_run_of_one_to_the_bit(tmp_path, whole):
+    folder = tmp_path / "two"
+    code, output = outcome(launch(command(2, "dropout", *OPTIONS, "--out", folder)))
+    assert code == 0, output
+    check_equal(folder, whole)
+    assert output.count("continues") == 0 and output.count("epoch 3/3") == 1, output
+
+
+def workers_of(launcher):
+    """The training processes that a torchrun has started."""
+    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    children = {int(pid) for task in tasks for pid in task.read_text().split()}
+    return sorted(pid for pid in children if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_killed_process_loses_nothing_and_repeats_nothing(tmp_path, whole):
+    folder = tmp_path / "killed"
+    options = [*OPTIONS, "--save-every", "0", "--out", folder]
+    launcher = launch(command(2, "dropout", *options, restarts=5))
+    for after in (1, 2):  # lines of metrics there are when one of the two is killed
+        deadline = time.monotonic() + 120
+        path = folder / "metrics.jsonl"
+        while not path.exists() or len(path.read_text().splitlines()) < after:
+            assert launcher.poll() is None and time.monotonic() < deadline, outcome(launcher)[1]
+            time.sleep(0.01)
+        if workers := workers_of(launcher):
+            os.kill(workers[after % len(workers)], signal.SIGKILL)
+    code, output = outcome(launcher)
+    assert code == 0, output
+    assert "continues after step" in output  # it was restarted
+    check_equal(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "restarts", "message"),
+    [
+        (["--batch-size", "7"], 0, "--batch-size must be divisible by 2, the number of processes"),
+        (["--epochs", "1"], 1, "--out or --resume is needed with torchrun --max-restarts 1"),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_clearly(options, restarts, message):
+    code, output = outcome(launch(command(2, "linreg", *options, restarts=restarts)))
+    assert code
+    assert output.count(f"error: {message}") == restarts + 1, output

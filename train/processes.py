@@ -1,0 +1,124 @@
+"""Several processes that train one model together, as `torchrun` starts them."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from train.config import Recipe
+
+__all__ = ["Processes", "after_restart", "check_shares", "joined", "started"]
+
+
+class Processes(NamedTuple):
+    """What `torchrun` tells a process of itself and the others."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+    restarts: int = 0  # so far
+    max_restarts: int = 0
+
+
+ALONE = Processes()
+
+
+def started(environ: Mapping[str, str] = os.environ) -> Processes:
+    """Read what `torchrun` has set, if it has started this process.
+
+    >>> started({})
+    Processes(rank=0, size=1, local_rank=0, local_size=1, restarts=0, max_restarts=0)
+    >>> torchrun = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "WORLD_SIZE": "2"}
+    >>> started(torchrun | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    Processes(rank=1, size=2, local_rank=1, local_size=2, restarts=0, max_restarts=0)
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elastic = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    return Processes(*(int(environ.get(name, 0)) for name in names + elastic))
+
+
+@contextmanager
+def joined(here: Processes) -> Iterator[Any]:
+    """Give the mesh of all processes, None for one alone; only the first of them says anything.
+
+    An error that is nobody's expectation is still shown, by whichever process it befalls.
+    """
+    if here == ALONE:
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if here.local_size == here.size:
+        # torchrun keeps one store over its restarts, in which the addresses of processes that are
+        # gone would be found: https://github.com/pytorch/pytorch/issues/135712
+        store = next(rendezvous("env://"))[0]
+        store = PrefixStore(f"restart {here.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+    else:  # machines count their restarts apart
+        dist.init_process_group(backend)
+    try:
+        with ExitStack() as stack:
+            if here.rank:
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            yield init_device_mesh(device, (here.size,))
+        # torchrun ends the others as soon as one has ended with an error: let all say theirs.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def after_restart(config: Recipe, here: Processes) -> Recipe:
+    """Let a command that `torchrun` repeats, after a process was lost, go on with its run.
+
+    Raises:
+        ValueError: `--max-restarts` without a folder in which the repeated command finds its run.
+
+    >>> after_restart(Recipe(), ALONE._replace(max_restarts=3))
+    Traceback (most recent call last):
+    ValueError: --out or --resume is needed with torchrun --max-restarts 3: a restart repeats the \
+command, and must find the run that it began
+    """
+    if not here.max_restarts or config.resume is not None:
+        return config
+    if config.out is None:
+        raise ValueError(
+            f"--out or --resume is needed with torchrun --max-restarts {here.max_restarts}: a "
+            "restart repeats the command, and must find the run that it began"
+        )
+    begun = here.restarts > 0 and (config.out / "config.json").exists()
+    return dataclasses.replace(config, resume=config.out) if begun else config
+
+
+def check_shares(config: Recipe, here: Processes) -> None:
+    """Check that a batch can be cut into parts, and shared out.
+
+    Raises:
+        ValueError: it cannot.
+
+    >>> check_shares(Recipe(batch_size=10), ALONE._replace(size=4))
+    Traceback (most recent call last):
+    ValueError: --batch-size must be divisible by 4, the number of processes, got 10
+    """
+    count, what = (
+        (here.size, "the number of processes")
+        if config.parts is None
+        else (config.parts, "--parts")
+    )
+    if config.batch_size % count:
+        raise ValueError(
+            f"--batch-size must be divisible by {count}, {what}, got {config.batch_size}"
+        )
