@@ -7,7 +7,7 @@ How a `scan` runs depends on where it is called:
 - inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import tree
+from fdl._dtensors import is_spread
 from fdl._dynamo import assume_constant_result
+from fdl._flat import flatten, unflatten
 from fdl._trace import (
     LOOP,
     NEEDS_Y,
@@ -70,7 +72,8 @@ def scan(
         The last carry, and the `y`s stacked along a new first axis.
 
     Raises:
-        TypeError: a leaf of `init`, `xs` or `y` is not a tensor (every path is listed).
+        TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or one of `xs` or `y` a DTensor
+            (every path is listed).
         ValueError: `xs` has no common first axis, or `f` changed the form of the carry (every
             path is listed).
 
@@ -79,6 +82,7 @@ def scan(
     """
     for name, part in [("init", init), ("xs", xs)]:
         check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
+    _check_whole(xs, "xs")
     length = _scan_length(xs, length)
     if in_transform():  # the operator has no rules for grad, vmap and jvp
         return _scan_as_loop(f, init, xs, length)
@@ -108,8 +112,8 @@ def _row(xs: Tree, i: int) -> Tree:
     return tree.map(lambda leaf: leaf[i], xs)
 
 
-def _check_carry(init: Tree, carry: Tree) -> list[Tensor]:
-    """Return the leaves of `carry` in the order of `init`, having compared their forms."""
+def _checked_carry(init: Tree, carry: Tree) -> Tree:
+    """Return `carry` with its leaves in the order of `init`, having compared their forms."""
     found = tree.match(init, carry, "scan: the carry that f returned")
     check_tensors(found, carry, "scan: every leaf of the carry that f returned")
     for before, after in zip(tree.leaves(init), found, strict=True):
@@ -118,33 +122,53 @@ def _check_carry(init: Tree, carry: Tree) -> list[Tensor]:
             raise ValueError(
                 "scan: f must return a carry of the form it was given:\n  " + "\n  ".join(lines)
             )
-    return found
+        if _placements(before) != _placements(after):
+            raise ValueError(
+                "scan: f must return a carry that is spread as it was given: expected "
+                f"{_placements(before)}, got {_placements(after)}, shape {list(after.shape)}"
+            )
+    return pytree.tree_unflatten(found, pytree.tree_structure(init))
+
+
+def _check_whole(part: Tree, name: str) -> None:
+    spread = [path for path, leaf in tree.flatten_dict(part).items() if is_spread(leaf)]
+    if spread:
+        raise TypeError(
+            f"scan: {name} must be whole, got leaves spread over processes: {', '.join(spread)}; "
+            "gather them (fdl.parallel.gather), or keep them in the carry"
+        )
+
+
+def _placements(leaf: Any) -> Any:
+    return leaf.placements if is_spread(leaf) else None
 
 
 def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
-    carry, spec, ys = init, pytree.tree_structure(init), []
+    carry, ys = init, []
     for i in range(length):
         new, y = f(carry, _row(xs, i))
-        carry = pytree.tree_unflatten(_check_carry(init, new), spec)
+        carry = _checked_carry(init, new)
         check_tensors(tree.leaves(y), y, "scan: every leaf of y")
+        _check_whole(y, "y")
         ys.append(y)
     return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
 
 
 def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     """Write the loop into the graph that `jit` is tracing, as one node with the body's graph."""
-    init_leaves, carry_spec = pytree.tree_flatten(init)
-    xs_leaves, x_spec = pytree.tree_flatten(xs)
-    y_specs: list[pytree.TreeSpec] = []
+    init_leaves, carry_spec = flatten(init)
+    xs_leaves, x_spec = flatten(xs)
+    y_specs: list[Hashable] = []
     n, m = len(init_leaves), len(xs_leaves)
 
     def flat(*leaves: Tensor) -> list[Tensor]:
-        carry = pytree.tree_unflatten(list(leaves[:n]), carry_spec)
-        new, y = f(carry, pytree.tree_unflatten(list(leaves[n:]), x_spec))
-        ys, y_spec = pytree.tree_flatten(y)
+        carry = unflatten(leaves[:n], carry_spec)
+        new, y = f(carry, unflatten(leaves[n:], x_spec))
+        ys, y_spec = flatten(y)
         check_tensors(ys, y, "scan: every leaf of y")
+        _check_whole(y, "y")
         y_specs.append(y_spec)
-        return [*_check_carry(init, new), *ys]
+        return [*flatten(_checked_carry(init, new))[0], *ys]
 
     # With one order in memory throughout, a view in the body is one at each step.
     init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
@@ -191,9 +215,9 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         walked = [leaf.unflatten(0, (length // times, times)).clone() for leaf in walked]
     out = LOOP(step, carried, walked, tuple(constant))
     new = dict(zip(moving, out, strict=False)) | {i: init_leaves[i] for i in still}
-    carry = pytree.tree_unflatten([new[i] for i in range(n)], carry_spec)
+    carry = unflatten([new[i] for i in range(n)], carry_spec)
     ys = [y if times == 1 else y.flatten(0, 1) for y in out[len(carried) :]]
-    return carry, pytree.tree_unflatten(ys[: y_specs[0].num_leaves], y_specs[0])
+    return carry, unflatten(ys, y_specs[0])
 
 
 def _steps_at_once(body: GraphModule, length: int) -> int:

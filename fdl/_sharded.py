@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fdl._dtensors import is_spread
 from fdl._durable import sync_folder
 from fdl._fit import differences, places
 from fdl._structure import describe
@@ -30,15 +31,6 @@ from fdl.tree import Tree, flatten_dict, unflatten_dict
 T = TypeVar("T")
 
 ABOUT, SHARDS = "about.safetensors", "shards"
-
-
-def is_spread(leaf: Any) -> bool:
-    """Say whether a leaf is a DTensor, without importing what defines them.
-
-    >>> is_spread(torch.ones(1))
-    False
-    """
-    return type(leaf).__module__.startswith("torch.distributed")
 
 
 def on_all(group: ProcessGroup | None, act: Callable[[], T]) -> list[T]:

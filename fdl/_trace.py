@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import tree
+from fdl._dtensors import are_spread
 from fdl._flat import flatten, paths, unflatten
 from fdl.tree import Tree
 
@@ -73,6 +74,8 @@ class _Tracing(TorchDispatchMode):
         return self.fakes[id(leaf)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if are_spread(types):
+            return NotImplemented  # come back with the parts of which it is made
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
         return func(*args, **kwargs or {})

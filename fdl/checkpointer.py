@@ -35,8 +35,9 @@ from fdl._checkpoints import (
     restore_newest,
     serial_of,
 )
+from fdl._dtensors import is_spread
 from fdl._lock import Lock
-from fdl._sharded import is_spread, on_first, save_shards
+from fdl._sharded import on_first, save_shards
 from fdl.checkpoint import save
 from fdl.training import TrainState
 from fdl.tree import Tree

@@ -8,21 +8,24 @@ Every process runs the same program on the same state, from the same files with 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fdl import random, tree
+from fdl import _dtensors, random, tree
 from fdl import training as _training
+from fdl._collectives import sum_in_order, sum_over
+from fdl._dtensors import is_spread
 from fdl._scan import scan
 from fdl.optim import Optimizer
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
 
-__all__ = ["check_replicated", "eval_step", "own_rows", "train_step"]
+__all__ = ["check_replicated", "eval_step", "gather", "own_rows", "shard", "train_step"]
 
 T = TypeVar("T", bound=Tree)
 Mesh = Any  # torch.distributed.device_mesh.DeviceMesh, whose import takes a second
@@ -102,26 +105,28 @@ def train_step(
         return {"weighted": weighted, "metrics": metrics}
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        _check_spread(state, mesh)
         key = random.fold_in(state.key, state.step)
+        full = _whole(state)
         if parts is None:
-            found = of_part(state, batch, random.fold_in(key, rank))
-            total, metrics = _sum(found, group).values()
+            found = of_part(full, batch, random.fold_in(key, rank))
+            total, metrics = sum_over(found, group, _like(found, state)).values()
         else:
             keys = torch.stack([random.fold_in(key, rank * own + i) for i in range(own)])
-            _, each = scan(
-                lambda _, part: ((), of_part(state, *part)), (), (_cut(batch, own), keys)
-            )
+            _, each = scan(lambda _, part: ((), of_part(full, *part)), (), (_cut(batch, own), keys))
             found = tree.map(lambda leaf: leaf[0], each)
-            total, metrics = _sum_in_order(each, group, size).values()
+            total = sum_in_order(each, group, size)
+            total, metrics = _dtensors.as_before(total, _like(found, state)).values()
         whole = _count(metrics).clamp(min=1)  # all padding: gradients of zero
-        mean = tree.map(lambda x: x / whole.to(x.dtype), total)
-        buffers = tree.map(  # counts of batches are the same in every part
-            lambda new, one: new if one.is_floating_point() else one,
-            mean["buffers"],
-            found["weighted"]["buffers"],
-        )
-        new = _training.updated(opt, state, mean["grads"], buffers, mean["value"], _refuse)
-        return new, metrics
+        with _dtensors.replicating(tree.leaves(state)):
+            mean = tree.map(lambda x: x / whole.to(x.dtype), total)
+            buffers = tree.map(  # counts of batches are the same in every part
+                lambda new, one: new if one.is_floating_point() else one,
+                mean["buffers"],
+                found["weighted"]["buffers"],
+            )
+            new = _training.updated(opt, state, mean["grads"], buffers, mean["value"], _refuse)
+            return _dtensors.as_before(new, state), metrics
 
     return step
 
@@ -143,7 +148,122 @@ def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainSta
     """
     group, _, _ = _group(mesh, "eval_step")
     step = _training.eval_step(loss)
-    return lambda state, batch: _sum(step(state, batch), group)
+    return lambda state, batch: sum_over(step(_whole(state), batch), group)
+
+
+def shard(params: T, mesh: Mesh | None, rules: Mapping[str, int | None]) -> T:
+    """Spread parameters over the processes of a mesh: each keeps a slice, as a `DTensor`.
+
+    What an optimizer keeps for a parameter is spread with it, since it is made like it. The step of
+    `train_step` gathers the parameters, sums the gradients so that each process receives its
+    slice of the sum, and updates that slice. What is kept between steps takes 1/N of the memory
+    (ZeRO), and as many bytes are sent as by an all-reduce of the gradients. The result is that of
+    whole parameters, to rounding: rules say where memory is, and nothing else.
+
+    `fdl.jit`, `fdl.scan` in its carry, `fdl.tree`, optimizers and a `Checkpointer` with a group
+    take such leaves as they are. Models are applied to `gather(params)`: torch has no rules for
+    most layers.
+
+    Args:
+        params: the same whole tree in every process (see `check_replicated`).
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone, for
+            which nothing changes.
+        rules: a glob on dotted paths -> the dimension along which to cut what it matches, None for
+            leaves that stay whole. The first that matches counts. Slices are as
+            `torch.chunk` makes them, so the last processes may have less, or nothing.
+
+    Raises:
+        ValueError: a leaf that no rule matches, a rule that matches no leaf, a dimension that a
+            leaf does not have (each path is listed).
+        TypeError: a leaf is no plain tensor (likewise).
+
+    Source: Rajbhandari et al., ZeRO, 2020, https://arxiv.org/abs/1910.02054
+
+    Example::
+
+        params = parallel.shard(model.init(key), mesh, {"*.weight": 0, "*": None})
+        state = fdl.TrainState.create(model, opt, key=key, params=params)
+        state, metrics = parallel.train_step(loss, opt, mesh)(state, own_part)
+
+    >>> shard({"weight": torch.ones(4, 2)}, None, {"*": 1})["weight"].shape
+    torch.Size([4, 2])
+    """
+    flat = tree.flatten_dict(params)
+    dims = _dims(flat, rules)
+    if _group(mesh, "shard")[0] is None:
+        return params
+    from torch.distributed.tensor import Shard
+
+    def cut(leaf: Tensor, dim: int) -> Any:
+        part, how = _dtensors.apart(_dtensors.spread_as(leaf, mesh, [Shard(dim)]))
+        return _dtensors.together(part.clone(), how)  # not a view of the whole
+
+    cuts = {p: leaf if (d := dims[p]) is None else cut(leaf, d) for p, leaf in flat.items()}
+    return tree.unflatten_dict(cuts, like=params)
+
+
+def _dims(flat: Mapping[str, Any], rules: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Say along which dimension each leaf is to be cut."""
+    wrong = [
+        f"{path}: expected a plain tensor, got {type(leaf).__name__}"
+        for path, leaf in flat.items()
+        if type(leaf) is not Tensor
+    ]
+    if wrong:
+        raise TypeError("parallel.shard:\n  " + "\n  ".join(wrong))
+    found = {path: [g for g in rules if fnmatchcase(path, g)] for path in flat}
+    lines = [
+        f"{glob}: a rule that matches no leaf"
+        for glob in rules
+        if not any(glob in globs for globs in found.values())
+    ]
+    for path, globs in found.items():
+        dim, ndim = rules[globs[0]] if globs else None, flat[path].ndim
+        if not globs:
+            lines.append(f"{path}: no rule matches it; add '*': None for what stays whole")
+        elif dim is not None and not 0 <= dim < ndim:
+            lines.append(f"{path}: has {ndim} dimensions, and {globs[0]!r} says to cut {dim}")
+    if lines:
+        raise ValueError("parallel.shard:\n  " + "\n  ".join(lines))
+    return {path: rules[globs[0]] for path, globs in found.items()}
+
+
+def gather(spread: T) -> T:
+    """Make a tree whole in every process again: DTensors become plain tensors.
+
+    Every process must call it. A tree without DTensors is returned as it is.
+
+    Args:
+        spread: what `shard` made, or anything with such leaves.
+
+    Example::
+
+        prediction = model.apply(parallel.gather(state.params), x)
+
+    >>> gather({"weight": torch.ones(2)})
+    {'weight': tensor([1., 1.])}
+    """
+    return _dtensors.gather(spread)
+
+
+def _check_spread(state: TrainState, mesh: Mesh | None) -> None:
+    for path, leaf in tree.flatten_dict(state).items():
+        if is_spread(leaf) and leaf.device_mesh != mesh:
+            raise ValueError(
+                f"parallel.train_step: {path} is spread over {leaf.device_mesh}, the step is one "
+                f"of {mesh}; make both for the same mesh"
+            )
+
+
+def _whole(state: TrainState) -> TrainState:
+    """Gather what a loss needs."""
+    return state._replace(params=gather(state.params), buffers=gather(state.buffers))
+
+
+def _like(found: Tree, state: TrainState) -> Tree:
+    """Say how each of the sums over processes is to be spread: gradients as their parameters."""
+    grads = {"grads": state.params}
+    return {"weighted": {**found["weighted"], **grads}, "metrics": found["metrics"]}
 
 
 def own_rows(indices: T, mesh: Mesh | None) -> T:
@@ -286,56 +406,6 @@ def _cut(batch: Any, count: int) -> Any:
 
     flat = {path: cut(path, leaf) for path, leaf in tree.flatten_dict(batch).items()}
     return tree.unflatten_dict(flat, like=batch)
-
-
-def _sum(summands: T, group: Any) -> T:
-    """Sum every leaf over the processes, in one message for each dtype."""
-    if group is None:
-        return summands
-    from torch.distributed._functional_collectives import all_reduce
-
-    return _by_dtype(summands, lambda flat: all_reduce(flat, "sum", group), 0)
-
-
-def _sum_in_order(summands: T, group: Any, size: int) -> T:
-    """Sum leaves [own, …] over their first axis and the processes, in an order that fits any N."""
-    from torch.distributed import _functional_collectives as collectives
-
-    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-
-    def total(flat: Tensor) -> Tensor:
-        flat = _by_pairs(flat)
-        if group is not None:
-            flat = _by_pairs(gather(flat, 0, group).view(size, -1))
-        return flat[0]
-
-    return _by_dtype(summands, total, 1)
-
-
-def _by_pairs(x: Tensor) -> Tensor:
-    """Sum [n, …] to [1, …]: neighbours, then neighbours of these sums, and so on.
-
-    >>> _by_pairs(torch.arange(5)[:, None])
-    tensor([[10]])
-    """
-    while len(x) > 1:
-        even = len(x) // 2 * 2
-        x = torch.cat([x[0:even:2] + x[1:even:2], x[even:]])
-    return x
-
-
-def _by_dtype(leaves: T, reduce: Callable[[Tensor], Tensor], first: int) -> T:
-    """Apply a function to all leaves of a dtype at once, their axes from `first` on as one."""
-    flat = tree.flatten_dict(leaves)
-    done = {}
-    for dtype in dict.fromkeys(leaf.dtype for leaf in flat.values()):
-        some = {path: leaf for path, leaf in flat.items() if leaf.dtype == dtype}
-        shapes = [leaf.shape[first:] for leaf in some.values()]
-        rows = [leaf.reshape(*leaf.shape[:first], -1) for leaf in some.values()]
-        pieces = reduce(torch.cat(rows, first)).split([shape.numel() for shape in shapes])
-        for path, shape, piece in zip(some, shapes, pieces, strict=True):
-            done[path] = piece.view(shape)
-    return tree.unflatten_dict({path: done[path] for path in flat}, like=leaves)
 
 
 def _refuse(params: Tree) -> Tensor:

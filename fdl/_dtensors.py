@@ -1,0 +1,116 @@
+"""DTensors, leaves that are spread over processes: taken apart for programs, put together again."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+from fdl.tree import Tree
+
+__all__ = [
+    "Spread",
+    "apart",
+    "are_spread",
+    "as_before",
+    "gather",
+    "is_spread",
+    "replicating",
+    "spread_as",
+    "sum_to_shards",
+    "together",
+]
+
+T = TypeVar("T", bound=Tree)
+
+
+class Spread(NamedTuple):
+    """How a leaf is spread: all there is of a DTensor beside this process's part of it."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size  # of the whole
+    stride: tuple[int, ...]
+
+
+def is_spread(leaf: Any) -> bool:
+    """Say whether a leaf is a DTensor, without importing what defines them.
+
+    >>> is_spread(torch.ones(1))
+    False
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")  # there is none before that is imported
+    return tensors is not None and isinstance(leaf, tensors.DTensor)
+
+
+def are_spread(kinds: Iterable[type]) -> bool:
+    """Say whether DTensor is among some types.
+
+    >>> are_spread([Tensor])
+    False
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in kinds)
+
+
+def apart(leaf: Any) -> tuple[Tensor, Spread]:
+    """Take a DTensor apart: this process's part of it, and how it is spread."""
+    part = leaf.to_local() if leaf.requires_grad else leaf._local_tensor  # not an alias
+    return part, Spread(leaf.device_mesh, tuple(leaf.placements), leaf.shape, leaf.stride())
+
+
+def together(part: Tensor, how: Spread) -> Any:
+    """Make a DTensor of a part: nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements, shape, stride = how
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def gather(spread: T) -> T:
+    """Give a tree whose DTensors are whole in every process."""
+    return tree.map(lambda leaf: leaf.full_tensor() if is_spread(leaf) else leaf, spread)
+
+
+def spread_as(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
+    """Spread a tensor that every process has: each keeps its part of it."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same.redistribute(mesh, placements)
+
+
+def sum_to_shards(summand: Tensor, like: Any) -> Any:
+    """Sum a tensor over the processes, each of which receives its part of the sum: as `like` is."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = like.device_mesh
+    parts = DTensor.from_local(summand, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+    return parts.redistribute(mesh, like.placements)
+
+
+def as_before(after: T, before: Tree) -> T:
+    """Spread each leaf as the one at its path was before: operations may have gathered it."""
+
+    def settle(new: Any, old: Any) -> Any:
+        if not is_spread(new):
+            return spread_as(new, old.device_mesh, old.placements) if is_spread(old) else new
+        if not is_spread(old):
+            return new.full_tensor()
+        return new.redistribute(old.device_mesh, old.placements)
+
+    return tree.map(settle, after, before)
+
+
+def replicating(leaves: Iterable[Any]) -> Any:
+    """Let plain tensors, which are the same in every process, meet DTensors, if there are any."""
+    if not any(is_spread(leaf) for leaf in leaves):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
