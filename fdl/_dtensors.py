@@ -3,8 +3,9 @@
 from __future__ import annotations  # Dynamo would run those of nested functions
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,10 +108,14 @@ def as_before(after: T, before: Tree) -> T:
     return tree.map(settle, after, before)
 
 
-def replicating(leaves: Iterable[Any]) -> Any:
+@contextmanager
+def replicating(leaves: Iterable[Any]) -> Iterator[None]:
     """Let plain tensors, which are the same in every process, meet DTensors, if there are any."""
     if not any(is_spread(leaf) for leaf in leaves):
-        return nullcontext()
+        yield
+        return
     from torch.distributed.tensor.experimental import implicit_replication
 
-    return implicit_replication()
+    with implicit_replication(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found a non-scalar tensor with numel=1", UserWarning)
+        yield

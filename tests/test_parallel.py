@@ -1,25 +1,23 @@
-"""Training on several processes equals training on one; parallel_run.py is one of them."""
+"""Training on several processes equals training on one; …_run.py is one of the processes."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import parallel_run
 import pytest
 import torch.distributed as dist
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_together_train_as_one(size, tmp_path):
-    """All checks of parallel_run.py, in one group of processes: each would start torch anew."""
-    tests = Path(parallel_run.__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+def together(script, folder, size):
+    """All checks of a script, in one group of processes: each would start torch anew."""
+    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, parallel_run.__file__, str(tmp_path), str(rank), str(size)],
+            [sys.executable, TESTS / script, str(folder), str(rank), str(size)],
             stderr=subprocess.PIPE,
             text=True,
             env=env,
@@ -28,3 +26,13 @@ def test_processes_together_train_as_one(size, tmp_path):
     ]
     texts = [process.communicate(timeout=300)[1] for process in processes]
     assert [p.returncode for p in processes] == [0] * size, "\n".join(texts)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_together_train_as_one(size, tmp_path):
+    together("parallel_run.py", tmp_path, size)
+
+
+def test_a_state_that_is_shared_out_is_the_same_state(tmp_path):
+    for size in (4, 2):  # each reads what the one before has saved
+        together("sharded_run.py", tmp_path, size)

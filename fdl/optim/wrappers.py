@@ -6,6 +6,7 @@ optimizer is computed in every update, and where it should not have run its resu
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ def all_finite(grads: Tree, device: torch.device) -> Tensor:
     tensor(False)
     """
     flags = [torch.isfinite(g).all() for g in tree.leaves(grads) if g is not None]
-    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+    return reduce(torch.logical_and, flags, torch.ones((), dtype=torch.bool, device=device))
 
 
 class FiniteState(NamedTuple):
