@@ -16,6 +16,7 @@ from torch.func import grad
 import fdl
 import models
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
+from train.scaling import all_reduce_bytes, sent_bytes
 
 STEPS = 50
 EXACT = ["linreg", "linreg-decay", "weight-decay", "softmax", "mlp", "lenet"]
@@ -181,6 +182,21 @@ def sends_each_gradient_once(mesh):
     assert dict(sent) == {torch.float32: gradients + 4, torch.float64: 16}  # value; total and count
 
 
+def sends_what_theory_says(mesh):
+    """By the kernel's own count of the bytes that left this process."""
+    model, opt = models.mlp(), optim.sgd(0.1)
+    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    state = TrainState.create(model, opt, key=random.key(0))
+    batch = (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
+    state, _ = step(state, batch)  # connects
+    before = sent_bytes()
+    for _ in range(5):
+        state, _ = step(state, batch)
+    dist.barrier()
+    expected = all_reduce_bytes(mesh.size(), 4 * (tree.size(state.params) + 1))
+    assert (sent_bytes() - before) / 5 == pytest.approx(expected, rel=0.005)
+
+
 def refuses(mesh):
     model = nn.linear(2, 1)
     loss = fdl.supervised(model.apply, losses.mse)
@@ -224,6 +240,8 @@ def main(folder: Path, rank: int, size: int) -> None:
     mesh = dist.init_device_mesh("cpu", (size,))
     trains_as_one_process(mesh)
     in_parts_every_number_of_processes_is_the_same_run(mesh)
+    if sys.platform == "linux":
+        sends_what_theory_says(mesh)
     if size == 2:
         in_parts_the_gradient_is_that_of_the_whole(mesh)
         draws_its_own_and_averages_statistics(mesh)
