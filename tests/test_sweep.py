@@ -91,7 +91,7 @@ def test_a_wrong_grid_is_refused(given, text):
     [
         (["--grid", "lr=-1,1"], "--lr must be finite and at least 0, got -1"),
         (["--grid", "lr=1,2", "--memory", 0], "--memory must be positive"),
-        (["--grid", "lr=1,2", "--resume", "x"], "a sweep does not go on"),
+        (["--grid", "lr=1,2", "--resume", "x"], "x holds no sweep: there is no x/sweep.json"),
         (["--grid", "epochs=1,2"], "'epochs' cannot be swept"),
     ],
 )
@@ -207,6 +207,38 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
     assert 0 < len(results("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0
     assert last("sweep/best")["epoch"] == 9
+    monkeypatch.setattr(sweep, "make_programs", make)
+    code, out, _ = run("sweep", "linreg", "--resume", "sweep")
+    assert code == 0 and "groups of 2, as it began" in out
+    assert run("sweep", *LINREG, "--epochs", 9, *options, "--out", "whole")[0] == 0
+    same("sweep", "whole")
+
+
+def same(folder, whole):
+    """Have two sweeps come to the same?"""
+    for one, other in zip(results(folder), results(whole), strict=True):
+        close(one, other)
+    one, other = (fdl.load(Path(f, "best", "params.safetensors")) for f in (folder, whole))
+    assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("mlp", "--resume", "sweep"), "sweep is a run of linreg, got mlp"),
+        (("linreg", "--resume", "sweep", "--epochs", 5), "--epochs is 2 in sweep, got 5"),
+        (("linreg", "--resume", "sweep", "--grid", "lr=1,2"), "--grid is"),
+        (("linreg", "--out", "sweep", "--grid", "lr=1,2"), "sweep holds a run already"),
+    ],
+)
+def test_a_sweep_goes_on_as_it_began(run, args, message):
+    assert run("sweep", *LINREG, "--grid", "lr=0.01,0.1", "--out", "sweep")[0] == 0
+    before = Path("sweep/results.jsonl").read_text()
+    code, _, errors = run("sweep", *args)
+    assert code == 2 and message in errors
+    code, out, _ = run("sweep", "linreg", "--resume", "sweep", "--memory", 1)
+    assert code == 0 and "1 of 1 groups are done" in out  # nothing is trained anew
+    assert Path("sweep/results.jsonl").read_text() == before
 
 
 def test_it_runs_from_the_command_line(tmp_path):

@@ -97,6 +97,36 @@ def test_a_killed_process_loses_nothing_and_repeats_nothing(tmp_path, whole):
     check_equal(folder, whole)
 
 
+SWEEP = ["sweep", "dropout", *OPTIONS[:2], "--epochs", "8", "--compile", "off"]
+SWEEP += ["--grid", "lr=0.01:0.4:4log", "--grid", "momentum=0.3,0.6", "--memory", "1e-6"]
+
+
+def results(folder):
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "several"
+    code, output = outcome(launch(command(1, *SWEEP, "--out", whole)))
+    assert code == 0, output
+    launcher = launch(command(2, *SWEEP, "--out", folder, restarts=2))
+    deadline = time.monotonic() + 120
+    while not (done := sorted(folder.glob("groups/[0-9]*/results.json"))):
+        assert launcher.poll() is None and time.monotonic() < deadline, outcome(launcher)[1]
+        time.sleep(0.01)
+    os.kill(workers_of(launcher)[0], signal.SIGKILL)
+    written = {path: path.stat().st_mtime_ns for path in done}
+    code, output = outcome(launcher)
+    assert code == 0, output
+    assert "of 8 groups are done" in output and "8 of 8" not in output
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert len(results(folder)) == 8 and results(folder) == results(whole)
+    name = "best/params.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "restarts", "message"),
     [

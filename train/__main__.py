@@ -70,14 +70,14 @@ def main() -> int:
         if isinstance(config, configs.Recipe):
             return run_recipe(name, config)
         try:
-            configs.check(config.recipe if isinstance(config, configs.Sweep) else config)
+            if isinstance(config, configs.Sweep):
+                return sweep.run(config)
+            configs.check(config)
             match config:
                 case configs.Data():
                     return show_data(config)
                 case configs.Inspect():
                     return show_file(config)
-                case configs.Sweep():
-                    return sweep.run(config)
                 case configs.Bench():
                     return measure.run(config)
                 case configs.Eval():

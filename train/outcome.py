@@ -2,19 +2,34 @@
 
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fdl
 from fdl import Checkpointer, TrainState, optim
+from fdl._durable import sync_folder, write_whole
 from fdl.optim import Optimizer
 from fdl.tree import Tree
 from train import loop, report, saved
 from train.config import Recipe
 from train.grid import Axis, Value
 
-__all__ = ["Result", "append", "best_of", "draw", "only", "save_run", "table"]
+__all__ = [
+    "Result",
+    "best_of",
+    "draw",
+    "finished",
+    "group_folder",
+    "merge",
+    "only",
+    "results_in",
+    "save_run",
+    "table",
+    "write_results",
+]
 
 SHOWN = 30  # rows of the table
 
@@ -48,11 +63,68 @@ def best_of(results: Sequence[Result]) -> Result | None:
     return min(finite, key=lambda result: result.loss, default=None)
 
 
-def append(path: Path, result: Result) -> None:
-    """Append one line to `results.jsonl`."""
-    last = result.history[-1] if result.ok else {"diverged_at_step": result.step + 1}
-    with path.open("a") as file:
-        file.write(json.dumps({**result.point, **last}) + "\n")
+@contextmanager
+def group_folder(sweep: Path, number: int) -> Iterator[Path]:
+    """Give a folder to write what a group came to, which is then there at once and whole."""
+    path = sweep / "groups" / f"{number:04}"
+    temporary = path.with_name(f".{number:04}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(path, ignore_errors=True)  # of one that was interrupted
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def write_results(folder: Path, results: Sequence[Result], finished: bool) -> None:
+    """Write `results.json`: what each point of a group came to, and whether it came to its end."""
+    record = {"finished": finished, "results": [result._asdict() for result in results]}
+    (folder / "results.json").write_text(json.dumps(record))
+
+
+def _groups_in(sweep: Path) -> dict[int, dict[str, Any]]:
+    files = sorted(sweep.glob("groups/[0-9]*/results.json"))
+    return {int(file.parent.name): json.loads(file.read_text()) for file in files}
+
+
+def finished(sweep: Path) -> list[int]:
+    """List the groups that need not be trained again.
+
+    >>> finished(Path("nowhere"))
+    []
+    """
+    return [number for number, group in _groups_in(sweep).items() if group["finished"]]
+
+
+def results_in(sweep: Path) -> list[Result]:
+    """List what all groups of a sweep came to, in the order of the grid.
+
+    >>> results_in(Path("nowhere"))
+    []
+    """
+    return [Result(**row) for group in _groups_in(sweep).values() for row in group["results"]]
+
+
+def merge(sweep: Path) -> list[Result]:
+    """Make `results.jsonl` and `best` of what all groups came to; give their results."""
+    results = results_in(sweep)
+    lines = []
+    for result in results:
+        last = result.history[-1] if result.ok else {"diverged_at_step": result.step + 1}
+        lines.append(json.dumps({**result.point, **last}) + "\n")
+
+    def write(file: BinaryIO) -> None:
+        file.write("".join(lines).encode())
+
+    write_whole(sweep / "results.jsonl", write)
+    best = best_of(results)
+    for number, group in _groups_in(sweep).items():
+        if best is not None and best._asdict() in group["results"]:
+            folder = sweep / "groups" / f"{number:04}" / "best"
+            shutil.rmtree(sweep / "best", ignore_errors=True)
+            shutil.copytree(folder, sweep / "best", ignore=shutil.ignore_patterns("lock"))
+            break
+    return results
 
 
 def table(axes: Sequence[Axis], results: Sequence[Result]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +46,14 @@ def started(environ: Mapping[str, str] = os.environ) -> Processes:
 
 
 @contextmanager
-def joined(here: Processes) -> Iterator[Any]:
+def joined(here: Processes, patience: timedelta | None = None) -> Iterator[Any]:
     """Give the mesh of all processes, None for one alone; only the first of them says anything.
 
     An error that is nobody's expectation is still shown, by whichever process it befalls.
+
+    Args:
+        here: what `torchrun` says.
+        patience: how long one may wait for another, torch's default if None.
     """
     if here == ALONE:
         yield None
@@ -65,9 +70,9 @@ def joined(here: Processes) -> Iterator[Any]:
         # gone would be found: https://github.com/pytorch/pytorch/issues/135712
         store = next(rendezvous("env://"))[0]
         store = PrefixStore(f"restart {here.restarts}", store)
-        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+        dist.init_process_group(backend, None, patience, here.size, here.rank, store)
     else:  # machines count their restarts apart
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     try:
         with ExitStack() as stack:
             if here.rank:
@@ -99,7 +104,8 @@ command, and must find the run that it began
             f"--out or --resume is needed with torchrun --max-restarts {here.max_restarts}: a "
             "restart repeats the command, and must find the run that it began"
         )
-    begun = here.restarts > 0 and (config.out / "config.json").exists()
+    marks = [config.out / mark for mark in ("config.json", "sweep.json")]
+    begun = here.restarts > 0 and any(mark.exists() for mark in marks)
     return dataclasses.replace(config, resume=config.out) if begun else config
 
 

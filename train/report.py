@@ -79,18 +79,27 @@ def write_config(
     _write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def write_sweep(folder: Path, recipe: str, config: Recipe, grid: Sequence[str], plan: Plan) -> None:
+def write_sweep(
+    folder: Path, recipe: str, config: Recipe, found: str, plan: Plan, size: int
+) -> None:
     """Write `sweep.json`: every option of a sweep.
 
     Args:
         folder: of the sweep.
         recipe: its name.
-        config: its options.
-        grid: the axes, as they were given.
+        config: its options, the grid among them.
+        found: what the data are.
         plan: how it is executed.
+        size: members of a group.
     """
-    options = dataclasses.asdict(config) | {"out": str(folder)}
-    record = {"recipe": recipe, "grid": grid, "options": options, "plan": plan._asdict()}
+    options = dataclasses.asdict(config) | {"out": str(folder), "resume": None}
+    record = {
+        "recipe": recipe,
+        "options": options,
+        "data": found,
+        "plan": plan._asdict(),
+        "size": size,
+    }
     _write_text(folder / "sweep.json", json.dumps(record, indent=2, default=str) + "\n")
 
 

@@ -11,18 +11,22 @@ import tyro
 from torch import Tensor
 
 from fdl.metrics import Mean
-from train.config import RECIPES, Recipe
+from train.config import RECIPES, SWEEPS, Recipe
 from train.loop import Plan, Progress
 
 __all__ = [
+    "SWEEP_MAY_CHANGE",
     "Saved",
+    "SavedSweep",
     "differences",
     "given_anew",
     "progress_as_json",
     "progress_from_json",
     "read_run",
+    "read_sweep",
 ]
 
+SWEEP_MAY_CHANGE = ("device", "data", "memory", "resume")
 MAY_CHANGE = ("epochs", "device", "data", "save_every", "resume")
 
 
@@ -52,11 +56,7 @@ def read_run(folder: Path) -> Saved:
         raise ValueError(f"{folder} holds no run: there is no {path}")
     try:
         record = json.loads(path.read_text())
-        options: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in record["options"].items()
-        }
-        config = RECIPES[record["recipe"]](**options | {"out": None})
+        config = RECIPES[record["recipe"]](**_options(record))
         return Saved(
             record["recipe"],
             config,
@@ -71,7 +71,54 @@ def read_run(folder: Path) -> Saved:
         ) from error
 
 
-def given_anew(recipe: str, folder: Path, saved: Saved, arguments: Sequence[str]) -> Recipe:
+class SavedSweep(NamedTuple):
+    """What `sweep.json` says of a sweep."""
+
+    recipe: str
+    config: Recipe  # with its grid
+    data: str
+    plan: Plan
+    size: int  # members of a group
+
+
+def read_sweep(folder: Path) -> SavedSweep:
+    """Read `sweep.json` of a sweep.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+
+    >>> read_sweep(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere holds no sweep: there is no nowhere/sweep.json
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no sweep: there is no {path}")
+    try:
+        record = json.loads(path.read_text())
+        config = SWEEPS[record["recipe"]](**_options(record))
+        return SavedSweep(
+            record["recipe"], config, record["data"], Plan(**record["plan"]), record["size"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not that of a sweep of this version of fdl "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _options(record: Mapping[str, Any]) -> dict[str, Any]:
+    options = record["options"].items()
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in options} | {"out": None}
+
+
+def given_anew(
+    recipe: str,
+    folder: Path,
+    saved: Saved | SavedSweep,
+    arguments: Sequence[str],
+    may_change: Sequence[str] = MAY_CHANGE,
+) -> Recipe:
     """Take the options of a run, and over them those on the command line.
 
     Args:
@@ -79,24 +126,32 @@ def given_anew(recipe: str, folder: Path, saved: Saved, arguments: Sequence[str]
         folder: of the run.
         saved: what it says.
         arguments: after the name of the recipe.
+        may_change: options that leave it the same run.
 
     Raises:
         ValueError: an option differs that would make it another run.
     """
     if saved.recipe != recipe:
         raise ValueError(f"--resume {folder} is a run of {saved.recipe}, got {recipe}")
-    config = tyro.cli(type(saved.config), default=saved.config, args=arguments)
+    default: Any = saved.config
+    grid = {"grid": default.grid} if hasattr(default, "grid") else {}
+    if grid:  # which the command line would add to
+        default = dataclasses.replace(default, **dict.fromkeys(grid, ()))
+    config: Any = tyro.cli(type(default), default=default, args=arguments)
+    if grid and not config.grid:
+        config = dataclasses.replace(config, **grid)
     for field in dataclasses.fields(config):
         was, now = getattr(saved.config, field.name), getattr(config, field.name)
         if field.name == "out" and now == folder:
             continue  # the command that began the run, repeated
-        if field.name not in MAY_CHANGE and was != now:
+        if field.name not in may_change and was != now:
             option = "--" + field.name.replace("_", "-")
             raise ValueError(
                 f"{option} is {was} in {folder}, got {now}: a run goes on as it began; "
                 f"leave {option} out, or start another run"
             )
-    return dataclasses.replace(config, resume=folder, out=None)
+    going_on: Recipe = dataclasses.replace(config, resume=folder, out=None)
+    return going_on
 
 
 def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> str:
