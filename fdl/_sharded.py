@@ -60,7 +60,7 @@ def on_all(group: ProcessGroup | None, act: Callable[[], T]) -> list[T]:
         raise error
     for rank, (_, elsewhere) in enumerate(answers):
         if elsewhere:
-            raise OSError(f"Checkpointer: in process {rank} of the group: {elsewhere}")
+            raise OSError(f"in process {rank} of the group: {elsewhere}")
     return [result for result, _ in answers]
 
 

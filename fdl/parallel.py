@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fdl import _dtensors, random, tree
+from fdl import _dtensors, _once, random, tree
 from fdl import training as _training
 from fdl._collectives import sum_in_order, sum_over
 from fdl._dtensors import is_spread
@@ -25,7 +25,15 @@ from fdl.optim import Optimizer
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
 
-__all__ = ["check_replicated", "eval_step", "gather", "own_rows", "shard", "train_step"]
+__all__ = [
+    "check_replicated",
+    "eval_step",
+    "gather",
+    "load_once",
+    "own_rows",
+    "shard",
+    "train_step",
+]
 
 T = TypeVar("T", bound=Tree)
 Mesh = Any  # torch.distributed.device_mesh.DeviceMesh, whose import takes a second
@@ -298,6 +306,33 @@ def own_rows(indices: T, mesh: Mesh | None) -> T:
     flat = tree.flatten_dict(indices)
     parts = {path: part(path, leaf) for path, leaf in flat.items()}
     return tree.unflatten_dict(parts, like=indices)
+
+
+def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
+    """Load data in one process of each host, for all of its processes: they share the memory.
+
+    The tensors are files in memory (where it has no room for them, in the temporary folder), which
+    all processes map, and which have no name from then on: they go with the last process.
+
+    Args:
+        load: reads the data, a tree of tensors on the CPU and of anything that can be pickled.
+        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
+
+    Returns:
+        What `load` returned, to be read only. Writing in place is seen by nobody else.
+
+    Raises:
+        Exception: what `load` raised; an `OSError` that says so in processes that did not call it.
+
+    Example::
+
+        images = parallel.load_once(lambda: data.fashion_mnist(train=True), mesh)
+
+    >>> load_once(lambda: {"x": torch.ones(2), "name": "ones"}, None)
+    {'x': tensor([1., 1.]), 'name': 'ones'}
+    """
+    group, _, _ = _group(mesh, "load_once")
+    return load() if group is None else _once.load_once(load, group)
 
 
 def check_replicated(state: Tree, mesh: Mesh | None) -> None:

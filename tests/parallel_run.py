@@ -197,6 +197,34 @@ def sends_what_theory_says(mesh):
     assert (sent_bytes() - before) / 5 == pytest.approx(expected, rel=0.005)
 
 
+def loads_once(mesh, folder):
+    """One of them reads; all of them have it, in the same memory."""
+    tensors = {"x": torch.arange(2.0**16).view(256, 256), "y": (torch.tensor([True, False]), [])}
+    tensors |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, 3)}
+
+    def load():
+        (folder / f"loaded-{mesh.size()}-{dist.get_rank()}").touch()
+        return tensors | {"name": "some"}
+
+    found = parallel.load_once(load, mesh)
+    assert found["name"] == "some" and tree.diff(found, tensors | {"name": "some"}) == []
+    assert [p.name for p in folder.glob(f"loaded-{mesh.size()}-*")] == [f"loaded-{mesh.size()}-0"]
+    if sys.platform == "linux":
+        mapped = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if "fdl-" in line
+        ]
+        assert len(mapped) == 3 and all("(deleted)" in line for line in mapped)
+        places: list = [None] * mesh.size()
+        dist.all_gather_object(places, {line.split()[4] for line in mapped})  # inodes
+        assert all(place == places[0] for place in places)
+    found["x"].zero_()  # is seen by nobody else
+    dist.barrier()
+    assert found["x"].sum() == 0
+    error, text = (FileNotFoundError, "nowhere") if dist.get_rank() == 0 else (OSError, "process 0")
+    with pytest.raises(error, match=text):
+        parallel.load_once(lambda: Path("nowhere").read_bytes(), mesh)
+
+
 def refuses(mesh):
     model = nn.linear(2, 1)
     loss = fdl.supervised(model.apply, losses.mse)
@@ -246,6 +274,7 @@ def main(folder: Path, rank: int, size: int) -> None:
         in_parts_the_gradient_is_that_of_the_whole(mesh)
         draws_its_own_and_averages_statistics(mesh)
         sends_each_gradient_once(mesh)
+        loads_once(mesh, folder)
         refuses(mesh)
         an_epoch_is_one_program(mesh)
     dist.barrier()

@@ -132,7 +132,7 @@ def prepare(
     device = recipes.find_device(config.device)
     if mesh is not None and device.type == "cuda":
         device = torch.device("cuda", others.local_rank)
-    problem, state, data_key = recipes.set_up(config, device)
+    problem, state, data_key = recipes.set_up(config, device, mesh)
     group = mesh and mesh.get_group()
     options = dataclasses.asdict(config) | {"device": device.type}
     parallel.check_replicated({"option": options, "state": state, "data": problem.data}, mesh)
@@ -304,7 +304,8 @@ def line(record: dict[str, Any], epochs: int) -> str:
 def show_data(config: configs.Data) -> int:
     """Draw ten images with their labels, and time one pass over the training set."""
     device = recipes.find_device(config.device)
-    train_set, _, found = recipes.load_images(config.data, device)
+    train_set, _, found = recipes.load_images(config.data)
+    train_set = tree.to(train_set, device)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "images.png"
     report.draw_images(path, train_set)

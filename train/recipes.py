@@ -16,6 +16,7 @@ from fdl import (
     losses,
     metrics,
     optim,
+    parallel,
     random,
     supervised,
     tree,
@@ -62,8 +63,12 @@ class Problem(NamedTuple):
     verdict: Callable[[Tree], str]  # what the final parameters say
 
 
-def set_up(config: Recipe, device: torch.device) -> tuple[Problem, TrainState, Tensor]:
+def set_up(
+    config: Recipe, device: torch.device, mesh: Any = None
+) -> tuple[Problem, TrainState, Tensor]:
     """Make the problem of a recipe, the state it starts from, and the key of the data's order.
+
+    Processes of a mesh load images once for all on their host.
 
     >>> problem, state, data_key = set_up(Linreg(), torch.device("cpu"))
     >>> state.step, data_key.shape
@@ -71,11 +76,11 @@ def set_up(config: Recipe, device: torch.device) -> tuple[Problem, TrainState, T
     """
     set_precision(config, device)
     state_key, data_key, problem_key = random.split(random.key(config.seed, device), 3)
-    problem = build(config, problem_key)
+    problem = build(config, problem_key, mesh)
     return problem, TrainState.create(problem.model, problem.opt, key=state_key), data_key
 
 
-def build(config: Recipe, key: Tensor) -> Problem:
+def build(config: Recipe, key: Tensor, mesh: Any = None) -> Problem:
     """Make the problem of a recipe; random data are drawn from `key`, on its device.
 
     >>> build(Linreg(), random.key(0)).train.x.shape
@@ -89,7 +94,7 @@ def build(config: Recipe, key: Tensor) -> Problem:
         case WeightDecay():
             return _weight_decay(config, key)
         case Images():
-            return _images(config, key.device)
+            return _images(config, key.device, mesh)
     raise TypeError(f"no recipe for {config!r}")
 
 
@@ -173,8 +178,10 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
     )
 
 
-def _images(config: Images, device: torch.device) -> Problem:
-    return image_problem(config, *load_images(config.data, device))
+def _images(config: Images, device: torch.device, mesh: Any) -> Problem:
+    train, test, found = parallel.load_once(lambda: load_images(config.data), mesh)
+    train, test = tree.to((train, test), device)
+    return image_problem(config, train, test, found)
 
 
 def image_problem(config: Images, train: Dataset, test: Dataset | None, found: str) -> Problem:
@@ -222,20 +229,20 @@ def image_model(config: Images) -> Model | StatefulModel:
     return model
 
 
-def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str]:
+def load_images(where: str) -> tuple[Dataset, Dataset, str]:
     """Load Fashion-MNIST for training and testing, and say what was found.
 
     Raises:
         FileNotFoundError: a folder was named, and the files are nowhere.
         ValueError: a file is damaged.
 
-    >>> train, test, found = load_images("sample", torch.device("cpu"))
+    >>> train, test, found = load_images("sample")
     >>> len(train.x), len(test.x)
     (6000, 1000)
     """
     if where == "auto":
         try:
-            return _both(data.fashion_mnist, device, "Fashion-MNIST, 60,000 + 10,000 images")
+            return _both(data.fashion_mnist, "Fashion-MNIST, 60,000 + 10,000 images")
         except FileNotFoundError as error:
             reason = f"{error}\n"
     elif where == "sample":
@@ -245,7 +252,6 @@ def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str
     else:
         return _both(
             lambda train: data.fashion_mnist(where, train=train, download=False),
-            device,
             "Fashion-MNIST, 60,000 + 10,000 images",
         )
     line = "!" * 79
@@ -254,9 +260,7 @@ def load_images(where: str, device: torch.device) -> tuple[Dataset, Dataset, str
         f"Fashion-MNIST:\naccuracies will be lower than published ones.\n{line}",
         file=sys.stderr,
     )
-    return _both(
-        data.fashion_mnist_sample, device, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images"
-    )
+    return _both(data.fashion_mnist_sample, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images")
 
 
 def set_precision(config: Recipe, device: torch.device) -> None:
@@ -277,11 +281,8 @@ def set_precision(config: Recipe, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _both(
-    read: Callable[..., Dataset], device: torch.device, found: str
-) -> tuple[Dataset, Dataset, str]:
-    train, test = (tree.to(read(train=part), device) for part in (True, False))
-    return train, test, found
+def _both(read: Callable[..., Dataset], found: str) -> tuple[Dataset, Dataset, str]:
+    return read(train=True), read(train=False), found
 
 
 def find_device(name: str) -> torch.device:

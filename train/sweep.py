@@ -43,7 +43,8 @@ PATIENCE = timedelta(days=30)  # that the first to end may have for the last
 class Share(NamedTuple):
     """The processes that a sweep is shared out to, and this one's place among them."""
 
-    group: Any  # of torch.distributed, None for one alone
+    mesh: Any
+    group: Any  # of the mesh, None for one alone
     here: processes.Processes
 
 
@@ -55,7 +56,7 @@ def run(sweep: Sweep) -> int:
     """
     here = processes.started()
     with processes.joined(here, PATIENCE) as mesh:
-        share = Share(mesh and mesh.get_group(), here)
+        share = Share(mesh, mesh and mesh.get_group(), here)
         try:
             setting, base, axes, groups, size = prepare(sweep, share)
         except (ValueError, OSError) as error:
@@ -96,7 +97,7 @@ def prepare(
         device = torch.device("cuda", share.here.local_rank)
     # With the largest values: a rate of 0 would be left out of the state.
     config = grid.at(base, {axis.name: max(axis.values) for axis in axes})
-    problem, state, _ = recipes.set_up(config, device)
+    problem, state, _ = recipes.set_up(config, device, share.mesh)
     if past is not None and past.data != problem.data:
         raise ValueError(f"--resume {options.resume}: it was on {past.data}, got {problem.data}")
     own_order = any(axis.name == "seed" for axis in axes)

@@ -89,7 +89,7 @@ def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
     images: Dataset | None = None
     workloads, data, pairs = find(setting.config), "synthetic data", []
     if any(workload.model != "linreg" for workload in workloads):
-        images, _, data = recipes.load_images(setting.config.data, torch.device("cpu"))
+        images, _, data = recipes.load_images(setting.config.data)
     for workload in workloads:
         most = len(images.x) if images and workload.scaled else None
         if most is not None and workload.recipe.batch_size > most:
