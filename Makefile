@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
 
-.PHONY: lenet test test-oldest lint notebooks docs clean
+.PHONY: lenet test test-oldest kills lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
@@ -17,6 +17,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# 25 times SIGKILL to one of two processes that train together.
+kills: $(VENV)/ready
+	FDL_KILLS=25 $(VENV)/bin/python -m pytest tests/test_torchrun.py -k killed
 
 # The same tests on the oldest supported releases.
 test-oldest: $(OLDEST)/ready
