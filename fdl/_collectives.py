@@ -12,9 +12,35 @@ from fdl import tree
 from fdl._dtensors import is_spread, sum_to_shards
 from fdl.tree import Tree
 
-__all__ = ["sum_in_order", "sum_over"]
+__all__ = ["group_of", "sum_in_order", "sum_over"]
 
 T = TypeVar("T", bound=Tree)
+
+
+def group_of(mesh: Any | None, caller: str) -> tuple[Any, int, int]:
+    """Return the process group of a mesh, the rank of this process in it, and its size."""
+    if mesh is None:
+        return None, 0, 1
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"parallel.{caller}: mesh must be a DeviceMesh, as torch.distributed."
+            f"init_device_mesh('cpu', (processes,)) makes it, or None, got {type(mesh).__name__}"
+        )
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(
+            f"parallel.{caller}: no process group is initialised; start with torchrun, and call "
+            "torch.distributed.init_process_group before making the mesh"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"parallel.{caller}: mesh must have one dimension, got {list(mesh.shape)}; take one of "
+            f"its dimensions, mesh['name']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"parallel.{caller}: this process is not part of the mesh")
+    return mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
 
 def sum_over(summands: T, group: Any, like: Tree | None = None) -> T:

@@ -8,8 +8,7 @@ Every process runs the same program on the same state, from the same files with 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
 import hashlib
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +17,10 @@ from torch.func import grad_and_value
 
 from fdl import _dtensors, _once, random, tree
 from fdl import training as _training
-from fdl._collectives import sum_in_order, sum_over
+from fdl._collectives import group_of, sum_in_order, sum_over
 from fdl._dtensors import is_spread
 from fdl._scan import scan
+from fdl._shard import gather, shard
 from fdl.optim import Optimizer
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
@@ -97,7 +97,7 @@ def train_step(
     >>> metrics["loss"].count
     tensor(8., dtype=torch.float64)
     """
-    group, rank, size = _group(mesh, "train_step")
+    group, rank, size = group_of(mesh, "train_step")
     if mesh is None and parts is None:
         return _training.train_step(loss, opt, grad_fn)
     own = _own_parts(parts, size)
@@ -154,104 +154,9 @@ def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainSta
 
         metrics = parallel.eval_step(loss, mesh)(state, own_part)    # the same in every process
     """
-    group, _, _ = _group(mesh, "eval_step")
+    group, _, _ = group_of(mesh, "eval_step")
     step = _training.eval_step(loss)
     return lambda state, batch: sum_over(step(_whole(state), batch), group)
-
-
-def shard(params: T, mesh: Mesh | None, rules: Mapping[str, int | None]) -> T:
-    """Spread parameters over the processes of a mesh: each keeps a slice, as a `DTensor`.
-
-    What an optimizer keeps for a parameter is spread with it, since it is made like it. The step of
-    `train_step` gathers the parameters, sums the gradients so that each process receives its
-    slice of the sum, and updates that slice. What is kept between steps takes 1/N of the memory
-    (ZeRO), and as many bytes are sent as by an all-reduce of the gradients. The result is that of
-    whole parameters, to rounding: rules say where memory is, and nothing else.
-
-    `fdl.jit`, `fdl.scan` in its carry, `fdl.tree`, optimizers and a `Checkpointer` with a group
-    take such leaves as they are. Models are applied to `gather(params)`: torch has no rules for
-    most layers.
-
-    Args:
-        params: the same whole tree in every process (see `check_replicated`).
-        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone, for
-            which nothing changes.
-        rules: a glob on dotted paths -> the dimension along which to cut what it matches, None for
-            leaves that stay whole. The first that matches counts. Slices are as
-            `torch.chunk` makes them, so the last processes may have less, or nothing.
-
-    Raises:
-        ValueError: a leaf that no rule matches, a rule that matches no leaf, a dimension that a
-            leaf does not have (each path is listed).
-        TypeError: a leaf is no plain tensor (likewise).
-
-    Source: Rajbhandari et al., ZeRO, 2020, https://arxiv.org/abs/1910.02054
-
-    Example::
-
-        params = parallel.shard(model.init(key), mesh, {"*.weight": 0, "*": None})
-        state = fdl.TrainState.create(model, opt, key=key, params=params)
-        state, metrics = parallel.train_step(loss, opt, mesh)(state, own_part)
-
-    >>> shard({"weight": torch.ones(4, 2)}, None, {"*": 1})["weight"].shape
-    torch.Size([4, 2])
-    """
-    flat = tree.flatten_dict(params)
-    dims = _dims(flat, rules)
-    if _group(mesh, "shard")[0] is None:
-        return params
-    from torch.distributed.tensor import Shard
-
-    def cut(leaf: Tensor, dim: int) -> Any:
-        part, how = _dtensors.apart(_dtensors.spread_as(leaf, mesh, [Shard(dim)]))
-        return _dtensors.together(part.clone(), how)  # not a view of the whole
-
-    cuts = {p: leaf if (d := dims[p]) is None else cut(leaf, d) for p, leaf in flat.items()}
-    return tree.unflatten_dict(cuts, like=params)
-
-
-def _dims(flat: Mapping[str, Any], rules: Mapping[str, int | None]) -> dict[str, int | None]:
-    """Say along which dimension each leaf is to be cut."""
-    wrong = [
-        f"{path}: expected a plain tensor, got {type(leaf).__name__}"
-        for path, leaf in flat.items()
-        if type(leaf) is not Tensor
-    ]
-    if wrong:
-        raise TypeError("parallel.shard:\n  " + "\n  ".join(wrong))
-    found = {path: [g for g in rules if fnmatchcase(path, g)] for path in flat}
-    lines = [
-        f"{glob}: a rule that matches no leaf"
-        for glob in rules
-        if not any(glob in globs for globs in found.values())
-    ]
-    for path, globs in found.items():
-        dim, ndim = rules[globs[0]] if globs else None, flat[path].ndim
-        if not globs:
-            lines.append(f"{path}: no rule matches it; add '*': None for what stays whole")
-        elif dim is not None and not 0 <= dim < ndim:
-            lines.append(f"{path}: has {ndim} dimensions, and {globs[0]!r} says to cut {dim}")
-    if lines:
-        raise ValueError("parallel.shard:\n  " + "\n  ".join(lines))
-    return {path: rules[globs[0]] for path, globs in found.items()}
-
-
-def gather(spread: T) -> T:
-    """Make a tree whole in every process again: DTensors become plain tensors.
-
-    Every process must call it. A tree without DTensors is returned as it is.
-
-    Args:
-        spread: what `shard` made, or anything with such leaves.
-
-    Example::
-
-        prediction = model.apply(parallel.gather(state.params), x)
-
-    >>> gather({"weight": torch.ones(2)})
-    {'weight': tensor([1., 1.])}
-    """
-    return _dtensors.gather(spread)
 
 
 def _check_spread(state: TrainState, mesh: Mesh | None) -> None:
@@ -293,7 +198,7 @@ def own_rows(indices: T, mesh: Mesh | None) -> T:
 
         rows = parallel.own_rows(data.epoch_indices(random.key(1), 60_000, 256), mesh)
     """
-    _, rank, size = _group(mesh, "own_rows")
+    _, rank, size = group_of(mesh, "own_rows")
 
     def part(path: str, leaf: Tensor) -> Tensor:
         if leaf.ndim < 2 or leaf.shape[1] % size:
@@ -331,7 +236,7 @@ def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
     >>> load_once(lambda: {"x": torch.ones(2), "name": "ones"}, None)
     {'x': tensor([1., 1.]), 'name': 'ones'}
     """
-    group, _, _ = _group(mesh, "load_once")
+    group, _, _ = group_of(mesh, "load_once")
     return load() if group is None else _once.load_once(load, group)
 
 
@@ -352,7 +257,7 @@ def check_replicated(state: Tree, mesh: Mesh | None) -> None:
 
         parallel.check_replicated({"state": state, "lr": 0.1, "batch": 256}, mesh)
     """
-    group, rank, size = _group(mesh, "check_replicated")
+    group, rank, size = group_of(mesh, "check_replicated")
     if group is None:
         return
     mine = {path: _shown(leaf) for path, leaf in tree.flatten_dict(state).items()}
@@ -382,27 +287,6 @@ def _shown(leaf: Any) -> str:
     raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:8]
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} with SHA-256 {digest}"
-
-
-def _group(mesh: Mesh | None, caller: str) -> tuple[Any, int, int]:
-    """Return the process group of a mesh, the rank of this process in it, and its size."""
-    if mesh is None:
-        return None, 0, 1
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(
-            f"parallel.{caller}: mesh must be a DeviceMesh, as torch.distributed."
-            f"init_device_mesh('cpu', (processes,)) makes it, or None, got {type(mesh).__name__}"
-        )
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"parallel.{caller}: mesh must have one dimension, got {list(mesh.shape)}; take one of "
-            f"its dimensions, mesh['name']"
-        )
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"parallel.{caller}: this process is not part of the mesh")
-    return mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
 
 def _count(metrics: Metrics) -> Tensor:

@@ -279,6 +279,8 @@ def main(folder: Path, rank: int, size: int) -> None:
         an_epoch_is_one_program(mesh)
     dist.barrier()
     dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match=r"parallel\.own_rows: no process group is initialised"):
+        parallel.own_rows(torch.zeros(1, size), mesh)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_a_wrong_grid_is_refused(given, text):
     [
         (["--grid", "lr=-1,1"], "--lr must be finite and at least 0, got -1"),
         (["--grid", "lr=1,2", "--memory", 0], "--memory must be positive"),
+        (["--grid", "lr=1,2", "--parts", 3], "--batch-size must be divisible by 3, --parts"),
         (["--grid", "lr=1,2", "--resume", "x"], "x holds no sweep: there is no x/sweep.json"),
         (["--grid", "epochs=1,2"], "'epochs' cannot be swept"),
     ],
@@ -110,8 +111,9 @@ def test_a_wrong_option_ends_with_2(run, options, text):
         (DROPOUT, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4), (0.4, 3)]),
         (LENET, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4)]),
         (("weight-decay", "--epochs", 2, "--compile", "off"), ["weight_decay=0,3"], [(0,), (3,)]),
+        ((*DROPOUT, "--parts", 3), ["lr=0.1,0.4"], [(0.4,)]),
     ],
-    ids=["linreg", "dropout", "lenet", "weight-decay"],
+    ids=["linreg", "dropout", "lenet", "weight-decay", "in parts"],
 )
 def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
     options = [option for axis in axes for option in ("--grid", axis)]

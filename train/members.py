@@ -59,13 +59,20 @@ class Setting(NamedTuple):
 
 
 def make_programs(
-    problem: recipes.Problem, *, convolves: bool, own_data: bool, own_order: bool
+    problem: recipes.Problem,
+    parts: int | None,
+    *,
+    convolves: bool,
+    own_data: bool,
+    own_order: bool,
 ) -> loop.Programs:
     """Make the functions of `loop.Programs` for a population: a scan of the vmapped step."""
     # Many models' convolutions are one in groups, which takes the CPU twice as long.
     each = population.in_turn if convolves and not problem.train.x.is_cuda else vmap
     # What all members share has no axis, so that it is read and looked up once.
-    step = each(loop.step_of(problem), (0, 0 if own_data else None, 0 if own_order else None))
+    step = each(
+        loop.step_of(problem, parts), (0, 0 if own_data else None, 0 if own_order else None)
+    )
     score = each(fdl.eval_step(problem.loss), (0, None))
 
     def chunk(carry: loop.Carry, dataset: Dataset, rows: Indices) -> tuple[loop.Carry, Metrics]:

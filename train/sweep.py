@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import fdl
-from fdl import TrainState, data, population, tree
+from fdl import TrainState, data, parallel, population, tree
 from fdl._sharded import on_all, on_first
 from fdl.data import Indices
 from train import config as configs
@@ -84,6 +84,7 @@ def prepare(
         past = saved.read_sweep(options.resume)
         options = saved.given_anew(name, options.resume, past, sys.argv[3:], saved.SWEEP_MAY_CHANGE)
     configs.check(options)
+    processes.check_shares(options, processes.Processes())  # a member trains in one process
     if options.memory is not None and not 0 < options.memory < math.inf:
         raise ValueError(f"--memory must be positive, got {options.memory}")
     axes = grid.parse(options.grid)
@@ -100,6 +101,7 @@ def prepare(
     problem, state, _ = recipes.set_up(config, device, share.mesh)
     if past is not None and past.data != problem.data:
         raise ValueError(f"--resume {options.resume}: it was on {past.data}, got {problem.data}")
+    parallel.check_replicated({"option": dataclasses.asdict(options)}, share.mesh)
     own_order = any(axis.name == "seed" for axis in axes)
     size, line = on_first(
         share.group, lambda: fit(problem, config, state, len(points), options.memory, share.here)
@@ -113,6 +115,7 @@ def prepare(
     own_data = own_order and not isinstance(config, Images)
     programs = make_programs(
         problem,
+        base.parts,
         convolves=any(leaf.ndim == 4 for leaf in tree.leaves(state.params)),
         own_data=own_data,
         own_order=own_order,
@@ -147,7 +150,10 @@ def fit(
     index, mask = data.sequential_indices(
         min(config.batch_size, len(problem.train.x)), config.batch_size, device=state.key.device
     )
-    step, ok = loop.step_of(problem), torch.ones((), dtype=torch.bool, device=state.key.device)
+    step, ok = (
+        loop.step_of(problem, config.parts),
+        torch.ones((), dtype=torch.bool, device=state.key.device),
+    )
     with _Counting() as counting:
         step((state, ok), problem.train, Indices(index[0], mask[0]))
     each = counting.bytes + 3 * sum(leaf.nbytes for leaf in tree.leaves(state))
