@@ -60,8 +60,18 @@ def are_spread(kinds: Iterable[type]) -> bool:
 
 
 def apart(leaf: Any) -> tuple[Tensor, Spread]:
-    """Take a DTensor apart: this process's part of it, and how it is spread."""
-    part = leaf.to_local() if leaf.requires_grad else leaf._local_tensor  # not an alias
+    """Take a DTensor apart: this process's part of it, and how it is spread.
+
+    Raises:
+        NotImplementedError: it requires grad.
+    """
+    if leaf.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"jit: a DTensor of shape {list(leaf.shape)} requires grad, and backward() does not go "
+            "through a jitted function of DTensors; take gradients inside, of whole parameters, as "
+            "fdl.parallel.train_step does, or detach it"
+        )
+    part = leaf._local_tensor  # the very tensor, where to_local() may give an alias
     return part, Spread(leaf.device_mesh, tuple(leaf.placements), leaf.shape, leaf.stride())
 
 

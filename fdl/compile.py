@@ -118,6 +118,7 @@ def jit(
         ValueError: `donate` names an absent argument, a tensor is donated and also passed or
             closed over, something is donated though an argument requires grad, `fn` closes over a
             tensor that requires grad, or changes in place what it has not made (at call).
+        NotImplementedError: an argument is a DTensor that requires grad (at call).
         RuntimeError: a slower way was to be taken, and `strict` (at call).
 
     >>> double = jit(lambda params: {"w": params["w"] * 2})

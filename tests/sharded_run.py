@@ -202,6 +202,8 @@ def refuses(mesh):
             run(lambda w: scan(lambda w, _: (w.redistribute(mesh, [Shard(0)]), ()), w, length=3))
         with pytest.raises(TypeError, match="y must be whole"):
             run(lambda w: scan(lambda w, _: (w, {"w": w}), w, length=3))
+    with pytest.raises(NotImplementedError, match=r"DTensor of shape \[4, 2\] requires grad"):
+        jit(lambda w: w * 2)(leaf.detach().requires_grad_())
     model, opt = nn.linear(2, 4), optim.sgd(0.1)
     loss = fdl.supervised(model.apply, losses.mse)
     state = TrainState.create(model, opt, key=random.key(0))

@@ -75,16 +75,23 @@ def test_two_processes_give_the_run_of_one_to_the_bit(tmp_path, whole):
 
 
 def workers_of(launcher):
-    """The training processes that a torchrun has started."""
+    """The training processes that a torchrun has started: those to which it has given a rank."""
     tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
     children = {int(pid) for task in tasks for pid in task.read_text().split()}
-    return sorted(pid for pid in children if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(pid for pid in children if b"\0RANK=" in b"\0" + environment_of(pid))
+
+
+def environment_of(pid):
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it is gone
+        return b""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
     """SIGKILL to one of the two, at random moments after they have started."""
-    draws, epochs = random.Random(0), str(8 * KILLS)
+    draws, epochs = random.Random(0), str(5 * KILLS)
     options = [*OPTIONS[:3], epochs, *OPTIONS[4:], "--compile", "off"]
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     code, output = outcome(launch(command(1, "dropout", *options, "--out", whole)))

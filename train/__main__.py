@@ -137,8 +137,11 @@ def prepare(
     options = dataclasses.asdict(config) | {"device": device.type}
     parallel.check_replicated({"option": options, "state": state, "data": problem.data}, mesh)
     folder = config.resume or on_first(group, lambda: report.open_run(config.out, name))
-    several = f", {others.size} processes" if mesh is not None else ""
-    print(f"{name}: {problem.data}; {device}, seed {config.seed}{several}")
+    print(f"{name}: {problem.data}; {device}, seed {config.seed}")
+    if mesh is not None:
+        print(
+            f"{others.size} processes, {config.batch_size // others.size} examples of a batch each"
+        )
     plan = past.plan if past else on_first(group, lambda: loop.plan(problem, config, state))
     here = report.environment(device) | {"processes": others.size}
     with ExitStack() as stack:  # lets go of the folder where something is wrong

@@ -256,8 +256,8 @@ def load_images(where: str) -> tuple[Dataset, Dataset, str]:
         )
     line = "!" * 79
     print(
-        f"{line}\n{reason}Using the embedded SAMPLE of 6,000 + 1,000 images, not the whole of "
-        f"Fashion-MNIST:\naccuracies will be lower than published ones.\n{line}",
+        f"{line}\n{reason}Using the embedded SAMPLE of 6,000 + 1,000 images, not the whole of\n"
+        f"Fashion-MNIST: accuracies will be lower than published ones.\n{line}",
         file=sys.stderr,
     )
     return _both(data.fashion_mnist_sample, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images")
