@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,21 +24,25 @@ def command(processes, *options, restarts=0):
     return [*(one if processes == 1 else several), *map(str, options)]
 
 
-def launch(arguments, **options):
+def launch(arguments):
+    """Start it; what it says goes to a file: a pipe that nobody reads would stop it when full."""
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (outcome reads it)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    process = subprocess.Popen(arguments, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    return process, said
 
 
-def outcome(process):
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
+def outcome(process, said):
+    code = process.wait(timeout=600)
+    said.seek(0)
+    return code, said.read()
+
+
+def still_runs(process, said, deadline):
+    if process.poll() is None and time.monotonic() < deadline:
+        return True
+    process.kill()
+    pytest.fail(outcome(process, said)[1])
 
 
 def metrics(folder):
@@ -51,7 +56,7 @@ def metrics(folder):
 def whole(tmp_path_factory):
     """The same run on one process."""
     folder = tmp_path_factory.mktemp("torchrun") / "one"
-    code, output = outcome(launch(command(1, "dropout", *OPTIONS, "--out", folder)))
+    code, output = outcome(*launch(command(1, "dropout", *OPTIONS, "--out", folder)))
     assert code == 0, output
     return folder
 
@@ -68,7 +73,7 @@ def check_equal(folder, whole):
 
 def test_two_processes_give_the_run_of_one_to_the_bit(tmp_path, whole):
     folder = tmp_path / "two"
-    code, output = outcome(launch(command(2, "dropout", *OPTIONS, "--out", folder)))
+    code, output = outcome(*launch(command(2, "dropout", *OPTIONS, "--out", folder)))
     assert code == 0, output
     check_equal(folder, whole)
     assert output.count("continues") == 0 and output.count("epoch 3/3") == 1, output
@@ -94,20 +99,20 @@ def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
     draws, epochs = random.Random(0), str(5 * KILLS)
     options = [*OPTIONS[:3], epochs, *OPTIONS[4:], "--compile", "off"]
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    code, output = outcome(launch(command(1, "dropout", *options, "--out", whole)))
+    code, output = outcome(*launch(command(1, "dropout", *options, "--out", whole)))
     assert code == 0, output
     options += ["--save-every", "0", "--out", folder]
-    launcher = launch(command(2, "dropout", *options, restarts=KILLS))
+    launcher, said = launch(command(2, "dropout", *options, restarts=KILLS))
     known: set[int] = set()
     for _ in range(KILLS):
         deadline = time.monotonic() + 60
         while len(workers := [pid for pid in workers_of(launcher) if pid not in known]) < 2:
-            assert launcher.poll() is None and time.monotonic() < deadline, outcome(launcher)[1]
+            assert still_runs(launcher, said, deadline)
             time.sleep(0.01)
         known.update(workers)
         time.sleep(draws.uniform(0, LONGEST))
         os.kill(draws.choice(workers), signal.SIGKILL)
-    code, output = outcome(launcher)
+    code, output = outcome(launcher, said)
     assert code == 0, output
     assert "continues after step" in output  # it was restarted
     check_equal(folder, whole)
@@ -125,16 +130,16 @@ def results(folder):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "several"
-    code, output = outcome(launch(command(1, *SWEEP, "--out", whole)))
+    code, output = outcome(*launch(command(1, *SWEEP, "--out", whole)))
     assert code == 0, output
-    launcher = launch(command(2, *SWEEP, "--out", folder, restarts=2))
+    launcher, said = launch(command(2, *SWEEP, "--out", folder, restarts=2))
     deadline = time.monotonic() + 120
     while not (done := sorted(folder.glob("groups/[0-9]*/results.json"))):
-        assert launcher.poll() is None and time.monotonic() < deadline, outcome(launcher)[1]
+        assert still_runs(launcher, said, deadline)
         time.sleep(0.01)
     os.kill(workers_of(launcher)[0], signal.SIGKILL)
     written = {path: path.stat().st_mtime_ns for path in done}
-    code, output = outcome(launcher)
+    code, output = outcome(launcher, said)
     assert code == 0, output
     assert "of 8 groups are done" in output and "8 of 8" not in output
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
@@ -151,6 +156,6 @@ def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_once_and_clearly(options, restarts, message):
-    code, output = outcome(launch(command(2, "linreg", *options, restarts=restarts)))
+    code, output = outcome(*launch(command(2, "linreg", *options, restarts=restarts)))
     assert code
     assert output.count(f"error: {message}") == restarts + 1, output

@@ -1,6 +1,6 @@
 """How training scales over processes: what is sent, how long it takes, and what to expect of more.
 
-`python -m train.scaling` measures on this machine, and writes docs/bench/scaling.json and the
+`python -m train.scaling` measures on this machine, and writes docs/scaling.json and the
 tables of docs/scaling.md, which has the formulas.
 """
 
@@ -25,9 +25,9 @@ from fdl import TrainState, losses, optim, parallel, random, tree
 __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simulate"]
 
 ROOT = Path(__file__).parent.parent
-RESULT, PAGE = Path("docs/bench/scaling.json"), Path("docs/scaling.md")
+RESULT, PAGE = Path("docs/scaling.json"), Path("docs/scaling.md")
 BATCH, STEPS, ROUNDS, SIZES = 64, 40, 6, (1, 2, 3, 4)
-TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the option, and where in its answer they stand
+TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the option; where, with bytes sent again, they stand
 
 
 class Link(NamedTuple):
@@ -152,7 +152,8 @@ def sent_bytes() -> int:
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256)
-            total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+            sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+            total += sent - again
         except (OSError, struct.error):  # closed by now; not TCP
             continue
     return total
@@ -209,9 +210,11 @@ def worker() -> None:
     whole, compute, small, large = measured
     everywhere: list[list[float]] = [[] for _ in range(size)]
     dist.all_gather_object(everywhere, compute)
+    dist.barrier()  # nothing is under way
     before = sent_bytes()
     for _ in range(STEPS):
         step(state, batch)
+    dist.barrier()
     sent = (sent_bytes() - before) / STEPS
     if dist.get_rank() == 0:
         rounds = 2 * (size - 1)
