@@ -1,15 +1,17 @@
 """One process of several that train together: see test_parallel.py.
 
-`python tests/parallel_run.py FOLDER RANK SIZE`, each with the same FOLDER.
+`python tests/parallel_run.py FOLDER RANK SIZE DEVICE`, each with the same FOLDER; DEVICE is cpu or
+cuda.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_trajectories import RECIPES
+from test_trajectories import RECIPES, images
 from torch.distributed import _functional_collectives as collectives
 from torch.func import grad
 
@@ -33,8 +35,23 @@ def padded(batches, size):
     return data.Batch(*rows, mask)
 
 
-def prepare(model, opt):
-    state = TrainState.create(model, opt, key=random.key(0))
+def join(folder, rank, size, device):
+    """The mesh of all processes, by NCCL where each has a GPU of its own."""
+    nccl = device == "cuda" and torch.cuda.device_count() >= size
+    store = f"file://{folder}/store-{size}"
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    return dist.init_device_mesh(device, (size,))
+
+
+def on(mesh, values):
+    """The same values, on the device of this process."""
+    return tree.to(values, mesh.device_type)
+
+
+def prepare(model, opt, mesh):
+    state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     params = tree.cast(state.params, torch.float64)
     buffers = tree.cast(state.buffers, torch.float64)
     return state._replace(params=params, buffers=buffers, opt_state=opt.init(params))
@@ -45,8 +62,8 @@ def trains_as_one_process(mesh):
     for name in EXACT:
         recipe = RECIPES[name]()
         loss = fdl.supervised(recipe.model.apply, recipe.loss)
-        start = prepare(recipe.model, recipe.opt)
-        whole = padded(recipe.batches, mesh.size())
+        start = prepare(recipe.model, recipe.opt, mesh)
+        whole = on(mesh, padded(recipe.batches, mesh.size()))
         alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
         mine = parallel.own_rows(whole, mesh)
         state, found = scan(parallel.train_step(loss, recipe.opt, mesh), start, mine)
@@ -71,8 +88,8 @@ def draws_its_own_and_averages_statistics(mesh):
     x = random.normal(random.key(1), (5, size * rows, 6), torch.float64)
     y = random.randint(random.key(2), (5, size * rows), 0, 3)
     mask = random.uniform(random.key(3), (5, size * rows)) < 0.8
-    batches = data.Batch(x, y, mask)
-    start = prepare(net, opt)
+    batches = on(mesh, data.Batch(x, y, mask))
+    start = prepare(net, opt, mesh)
     state, step = start, parallel.train_step(loss, opt, mesh)
     for i in range(5):
         state, found = step(
@@ -82,7 +99,7 @@ def draws_its_own_and_averages_statistics(mesh):
 
     params, buffers, opt_state = start.params, start.buffers, start.opt_state
     for i in range(5):
-        key, counts, grads, after = random.fold_in(start.key, torch.tensor(i)), [], [], []
+        key, counts, grads, after = random.fold_in(start.key, i), [], [], []
         for rank in range(size):
             part = tree.map(lambda leaf, i=i, r=rank: leaf[i].chunk(size)[r], batches)
 
@@ -118,9 +135,9 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
     x = random.normal(random.key(1), (20, 32, 6))
     y = random.randint(random.key(2), (20, 32), 0, 3)
     mask = random.uniform(random.key(3), (20, 32)) < 0.8
-    whole = data.Batch(x, y, mask)
+    whole = on(mesh, data.Batch(x, y, mask))
     mine = parallel.own_rows(whole, mesh)
-    start = TrainState.create(net, opt, key=random.key(0))
+    start = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
     alone, expected = scan(parallel.train_step(loss, opt, None, parts=8), start, whole)
     step = parallel.train_step(loss, opt, mesh, parts=8)
     assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
@@ -137,12 +154,30 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
         assert tree.diff(once(start, whole), compiled(start, mine), rtol=0, atol=0) == []
 
 
+def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
+    """The rest of the recipes: 50 steps in float64, on one process and on several."""
+    dropout = RECIPES["dropout"]()
+    found = {
+        "dropout": (dropout.model, dropout.opt, dropout.batches),
+        "lenet-bn": (models.lenet_bn(), optim.sgd(0.9), images(16)),
+    }
+    for name, (model, opt, batches) in found.items():
+        loss = fdl.supervised(model.apply, losses.cross_entropy)
+        begin, batches = prepare(model, opt, mesh), on(mesh, batches)
+        alone = scan(parallel.train_step(loss, opt, None, parts=4), begin, batches)
+        step = parallel.train_step(loss, opt, mesh, parts=4)
+        together = scan(step, begin, parallel.own_rows(batches, mesh))
+        assert tree.diff(alone, together, rtol=1e-10, atol=1e-12) == [], name
+        moved = tree.map(lambda a, b: (a - b).abs().max(), begin.params, alone[0].params)
+        assert max(tree.leaves(moved)) > 1e-3, name
+
+
 def in_parts_the_gradient_is_that_of_the_whole(mesh):
     """What draws nothing does not care how it is cut."""
     recipe = RECIPES["mlp"]()
     loss = fdl.supervised(recipe.model.apply, recipe.loss)
-    start = prepare(recipe.model, recipe.opt)
-    whole = padded(recipe.batches, 8)
+    start = prepare(recipe.model, recipe.opt, mesh)
+    whole = on(mesh, padded(recipe.batches, 8))
     alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
     mine = parallel.own_rows(whole, mesh)
     found = scan(parallel.train_step(loss, recipe.opt, mesh, parts=8), start, mine)
@@ -152,13 +187,14 @@ def in_parts_the_gradient_is_that_of_the_whole(mesh):
 def an_epoch_is_one_program(mesh):
     model, opt = models.softmax_regression(), optim.sgd(0.1, momentum=0.9)
     step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
-    sample = data.fashion_mnist_sample()
-    rows = parallel.own_rows(data.epoch_indices(random.key(1), 500, 64), mesh)  # a short last batch
+    sample = on(mesh, data.fashion_mnist_sample())
+    indices = data.epoch_indices(random.key(1, mesh.device_type), 500, 64)  # a short last batch
+    rows = parallel.own_rows(indices, mesh)
 
     def epoch(state, images, rows):
         return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
 
-    start = TrainState.create(model, opt, key=random.key(0))
+    start = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     expected = epoch(start, sample, rows)
     compiled = jit(epoch, strict=True)
     assert tree.diff(expected, compiled(start, sample, rows), rtol=1e-5, atol=1e-6) == []
@@ -175,9 +211,9 @@ def sends_each_gradient_once(mesh):
 
     model, opt = models.mlp(), optim.sgd(0.1)
     step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
-    state = TrainState.create(model, opt, key=random.key(0))
+    state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     collectives.all_reduce = counting
-    step(state, (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)))
+    step(state, on(mesh, (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))))
     gradients = 4 * tree.size(state.params)
     assert dict(sent) == {torch.float32: gradients + 4, torch.float64: 16}  # value; total and count
 
@@ -186,7 +222,7 @@ def sends_what_theory_says(mesh):
     """By the kernel's own count of the bytes that left this process."""
     model, opt = models.mlp(), optim.sgd(0.1)
     step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
-    state = TrainState.create(model, opt, key=random.key(0))
+    state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     batch = (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
     state, _ = step(state, batch)  # connects
     dist.barrier()  # nothing is under way
@@ -263,22 +299,26 @@ def refuses(mesh):
         )(state, batch)
 
 
-def main(folder: Path, rank: int, size: int) -> None:
-    store = f"file://{folder}/store-{size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    torch.set_num_threads(1)
-    mesh = dist.init_device_mesh("cpu", (size,))
-    trains_as_one_process(mesh)
-    in_parts_every_number_of_processes_is_the_same_run(mesh)
-    if sys.platform == "linux":
-        sends_what_theory_says(mesh)
-    if size == 2:
-        in_parts_the_gradient_is_that_of_the_whole(mesh)
-        draws_its_own_and_averages_statistics(mesh)
-        sends_each_gradient_once(mesh)
-        loads_once(mesh, folder)
-        refuses(mesh)
-        an_epoch_is_one_program(mesh)
+def main(folder: Path, rank: int, size: int, device: str) -> None:
+    mesh = join(folder, rank, size, device)
+    checks = [
+        trains_as_one_process,
+        recipes_that_draw_or_take_statistics_are_the_same_in_parts,
+        in_parts_every_number_of_processes_is_the_same_run,
+    ]
+    if sys.platform == "linux" and device == "cpu":
+        checks.append(sends_what_theory_says)
+    if size == 2 or device == "cuda":
+        checks += [
+            in_parts_the_gradient_is_that_of_the_whole,
+            draws_its_own_and_averages_statistics,
+            sends_each_gradient_once,
+            an_epoch_is_one_program,
+        ]
+    if size == 2 and device == "cpu":
+        checks += [partial(loads_once, folder=folder), refuses]
+    for check in checks:
+        check(mesh)
     dist.barrier()
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match=r"parallel\.own_rows: no process group is initialised"):
@@ -286,4 +326,4 @@ def main(folder: Path, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

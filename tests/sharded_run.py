@@ -1,6 +1,7 @@
 """One process of several that share out a state: see test_parallel.py.
 
-`python tests/sharded_run.py FOLDER RANK SIZE`, each with the same FOLDER.
+`python tests/sharded_run.py FOLDER RANK SIZE DEVICE`, each with the same FOLDER; DEVICE is cpu or
+cuda.
 """
 
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from optimizer_cases import CASES, default_dtype, start
-from parallel_run import EXACT, padded, prepare
+from parallel_run import EXACT, join, on, padded, prepare
 from test_trajectories import RECIPES
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -54,8 +55,8 @@ def trains_as_when_it_is_whole(mesh):
     for name in EXACT:
         recipe = RECIPES[name]()
         loss = fdl.supervised(recipe.model.apply, recipe.loss)
-        begin = prepare(recipe.model, recipe.opt)
-        mine = parallel.own_rows(padded(recipe.batches, mesh.size()), mesh)
+        begin = prepare(recipe.model, recipe.opt, mesh)
+        mine = parallel.own_rows(on(mesh, padded(recipe.batches, mesh.size())), mesh)
         step = parallel.train_step(loss, recipe.opt, mesh)
         expected, history = scan(step, begin, mine)
         for rules in (ROWS, EVERY):
@@ -98,13 +99,12 @@ def every_optimizer_updates_shards(mesh):
     opts = {case.id: (case.ours(), case.shapes) for case in CASES}
     opts |= {name: (opt, None) for name, opt in more.items()}
     x = random.normal(random.key(5), (4, 2 * mesh.size(), 3), torch.float64)
-    mine = parallel.own_rows((x, x), mesh)
+    mine = parallel.own_rows(on(mesh, (x, x)), mesh)
     with default_dtype(torch.float64):
         for name, (opt, shapes) in opts.items():
-            params = start(shapes=shapes)
-            begin = TrainState(
-                params, {}, opt.init(params), random.key(0), torch.zeros((), dtype=torch.int64)
-            )
+            params = on(mesh, start(shapes=shapes))
+            key, none = on(mesh, (random.key(0), torch.zeros((), dtype=torch.int64)))
+            begin = TrainState(params, {}, opt.init(params), key, none)
             step = parallel.train_step(loss, opt, mesh)
             rules = {"scalar": None, "*": 0} if "scalar" in params else {"*": 0}
             spread = shared_out(begin, opt, mesh, rules)
@@ -120,7 +120,7 @@ def every_optimizer_updates_shards(mesh):
 def keeps_a_part_only(mesh):
     """What stays between steps, in bytes: 1/N of what is spread, rounded up to whole rows."""
     model, opt = nn.linear(64, 10 * mesh.size()), optim.adam(0.1)
-    state = TrainState.create(model, opt, key=random.key(0))
+    state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     spread = shared_out(state, opt, mesh, EVERY)
 
     def kept(state):
@@ -140,7 +140,8 @@ def in_parts_it_is_the_same_run_to_the_bit(mesh):
     loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
     x = random.normal(random.key(1), (10, 32, 6))
     y = random.randint(random.key(2), (10, 32), 0, 3)
-    begin = TrainState.create(net, opt, key=random.key(0))
+    x, y = on(mesh, (x, y))
+    begin = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
     alone = scan(parallel.train_step(loss, opt, None, parts=8), begin, (x, y))
     step = parallel.train_step(loss, opt, mesh, parts=8)
     found = scan(step, shared_out(begin, opt, mesh, ROWS), parallel.own_rows((x, y), mesh))
@@ -151,13 +152,14 @@ def an_epoch_is_one_program(mesh):
     model = nn.sequential(nn.flatten(), nn.linear(784, 30), nn.relu, nn.linear(30, 10))
     opt = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(1e-3))
     step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
-    images = data.fashion_mnist_sample()
-    rows = parallel.own_rows(data.epoch_indices(random.key(1), 500, 64), mesh)
+    images = on(mesh, data.fashion_mnist_sample())
+    rows = data.epoch_indices(random.key(1, mesh.device_type), 500, 64)
+    rows = parallel.own_rows(rows, mesh)
 
     def epoch(state, rows):
         return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
 
-    begin = TrainState.create(model, opt, key=random.key(0))
+    begin = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     spread = shared_out(begin, opt, mesh, ROWS)
     expected = epoch(begin, rows)
     compiled = jit(epoch, strict=True)
@@ -215,7 +217,7 @@ def refuses(mesh):
 
 def is_saved_for_any_number_of_processes(mesh, folder):
     """On 4, 2 and 1, all written, the last one read by each: the same to the bit."""
-    state = whole_state()
+    state = on(mesh, whole_state())
     spread = shared_out(state, ADAM, mesh, EVERY)
 
     def distribute(leaf, like):
@@ -247,20 +249,18 @@ def whole_state():
     return state._replace(opt_state=slots)
 
 
-def main(folder: Path, rank: int, size: int) -> None:
-    store = f"file://{folder}/store-{size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    torch.set_num_threads(1)
-    mesh = dist.init_device_mesh("cpu", (size,))
+def main(folder: Path, rank: int, size: int, device: str) -> None:
+    mesh = join(folder, rank, size, device)
     checks = [trains_as_when_it_is_whole]
-    if size == 2:
+    if size == 2 or device == "cuda":
         checks += [
             every_optimizer_updates_shards,
             keeps_a_part_only,
             in_parts_it_is_the_same_run_to_the_bit,
             an_epoch_is_one_program,
-            refuses,
         ]
+    if size == 2 and device == "cpu":
+        checks.append(refuses)
     for check in [*checks, partial(is_saved_for_any_number_of_processes, folder=folder / "saved")]:
         check(mesh)
     dist.barrier()
@@ -268,4 +268,4 @@ def main(folder: Path, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -12,12 +12,12 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 TESTS = Path(__file__).parent
 
 
-def together(script, folder, size):
+def together(script, folder, size, device="cpu"):
     """All checks of a script, in one group of processes: each would start torch anew."""
     env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, TESTS / script, str(folder), str(rank), str(size)],
+            [sys.executable, TESTS / script, str(folder), str(rank), str(size), device],
             stderr=subprocess.PIPE,
             text=True,
             env=env,
