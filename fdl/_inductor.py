@@ -1,6 +1,7 @@
 """From a graph to a program: the one place that knows Inductor, torch's compiler."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
@@ -30,12 +31,31 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     if on_cpu:
         rewrite_for_cpu(graph)
-    with config.patch(_options(on_cpu)), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+    with (
+        config.patch(_options(on_cpu)),
+        tracing(TracingContext(mode)),
+        V.set_fake_mode(mode),
+        warnings.catch_warnings(),
+    ):
+        # Float32 products are float32 unless somebody asks for less.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        _keep_strides(graph)
         joint_graph_passes(graph)
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
     return cast(Compiled, compiled)
+
+
+def _keep_strides(graph: GraphModule) -> None:
+    """Have results laid out as they were traced, since the next step of a loop takes them.
+
+    Otherwise those of convolutions, or their weights, may come with channels last.
+    """
+    (output,) = graph.graph.find_nodes(op="output")
+    strides = [node.meta["val"].stride() for node in output.args[0]]
+    output.meta["original_output_strides"] = strides
+    output.meta["user_visible_output_idxs"] = list(range(len(strides)))
 
 
 def _options(on_cpu: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from optimizer_cases import CASES, default_dtype, start
-from parallel_run import EXACT, join, on, padded, prepare
+from parallel_run import EXACT, ROUTES, join, on, padded, prepare
 from test_trajectories import RECIPES
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -78,7 +78,7 @@ def every_optimizer_updates_shards(mesh):
     def loss(params, batch, key=None):
         x, _ = batch
         wave = sum(((leaf - 0.3) * x.mean()).sin().pow(2).sum() for leaf in tree.leaves(params))
-        count = torch.tensor(float(len(x)), dtype=torch.float64)
+        count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
         return wave, {"loss": metrics.Mean(wave.detach() * count, count)}
 
     more = {
@@ -166,7 +166,7 @@ def an_epoch_is_one_program(mesh):
     found = compiled(spread, rows)
     equal(expected, found, rtol=1e-4, atol=1e-6)
     (report,) = compiled.report()
-    assert report.route == "one program" and report.fallbacks == ()
+    assert report.route == ROUTES[mesh.device_type] and report.fallbacks == ()
     compiled(found[0], rows)
     assert len(compiled.report()) == 1  # of the same form
     donating = jit(epoch, strict=True, donate=0)

@@ -9,11 +9,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Graphs, assert_equal
+from laws import Graphs, assert_equal, close
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from fdl import _scan, disable_jit, jit, scan, tree
+import models
+from fdl import (
+    TrainState,
+    _inductor,
+    _loops,
+    _scan,
+    _trace,
+    disable_jit,
+    jit,
+    losses,
+    optim,
+    random,
+    scan,
+    supervised,
+    train_step,
+    tree,
+)
+from fdl._flat import flatten
 
 pytestmark = pytest.mark.usefixtures("real_loops")
 
@@ -212,6 +229,23 @@ def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.Monkey
     xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
     fn = jit(SCANS["several"], strict=True)
     assert_equal(fn(init, xs), SCANS["several"](init, xs), rtol=1e-5)
+
+
+def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor prefers channels last, on GPUs, and the next step takes what comes out."""
+    options = _inductor._options
+    no_cache = {"fx_graph_cache": False}  # it does not look at layouts
+    monkeypatch.setattr(_inductor, "_options", lambda on_cpu: options(on_cpu=False) | no_cache)
+
+    model, opt = models.lenet(), optim.sgd(0.1)
+    step = train_step(supervised(model.apply, losses.cross_entropy), opt)
+    state = TrainState.create(model, opt, key=random.key(0))
+    x, y = random.normal(random.key(1), (2, 16, 1, 28, 28)), torch.zeros(2, 16, dtype=torch.int64)
+    leaves, spec = flatten(((state, (x, y)), {}))
+    program = _loops.compile_bodies(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
+    got, (expected, _) = program(leaves), flatten(scan(step, state, (x, y)))
+    close(got, expected, rtol=1e-4, atol=1e-6)
+    assert [x.stride() for x in got] == [x.stride() for x in expected]
 
 
 def test_derivatives_through_scan_are_those_of_the_sum() -> None:

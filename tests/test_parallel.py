@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -36,3 +37,10 @@ def test_processes_together_train_as_one(size, tmp_path):
 def test_a_state_that_is_shared_out_is_the_same_state(tmp_path):
     for size in (4, 2):  # each reads what the one before has saved
         together("sharded_run.py", tmp_path, size)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("script", ["parallel_run.py", "sharded_run.py"])
+def test_by_nccl_with_a_process_for_each_gpu(script, tmp_path):
+    together(script, tmp_path, torch.cuda.device_count(), "cuda")

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -96,7 +95,7 @@ def main() -> int:
 def run_recipe(name: str, config: configs.Recipe) -> int:
     """Train, alone or with the processes that `torchrun` has started; give the exit code."""
     others = processes.started()
-    with processes.joined(others) as mesh:
+    with processes.joined(others, config.device) as mesh:
         past = None
         try:
             config = processes.after_restart(config, others)
@@ -129,9 +128,7 @@ def prepare(
     mesh: Any,
 ) -> Run:
     """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
-    device = recipes.find_device(config.device)
-    if mesh is not None and device.type == "cuda":
-        device = torch.device("cuda", others.local_rank)
+    device = processes.own_device(recipes.find_device(config.device), others)
     problem, state, data_key = recipes.set_up(config, device, mesh)
     group = mesh and mesh.get_group()
     options = dataclasses.asdict(config) | {"device": device.type}

@@ -12,7 +12,7 @@ import torch
 
 from train.config import Recipe
 
-__all__ = ["Processes", "after_restart", "check_shares", "joined", "started"]
+__all__ = ["Processes", "after_restart", "check_shares", "joined", "own_device", "started"]
 
 
 class Processes(NamedTuple):
@@ -46,13 +46,14 @@ def started(environ: Mapping[str, str] = os.environ) -> Processes:
 
 
 @contextmanager
-def joined(here: Processes, patience: timedelta | None = None) -> Iterator[Any]:
+def joined(here: Processes, device: str, patience: timedelta | None = None) -> Iterator[Any]:
     """Give the mesh of all processes, None for one alone; only the first of them says anything.
 
     An error that is nobody's expectation is still shown, by whichever process it befalls.
 
     Args:
         here: what `torchrun` says.
+        device: the option; where there are too few GPUs, `own_device` is to say so.
         patience: how long one may wait for another, torch's default if None.
     """
     if here == ALONE:
@@ -63,8 +64,8 @@ def joined(here: Processes, patience: timedelta | None = None) -> Iterator[Any]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    gpus = device != "cpu" and torch.cuda.device_count() >= here.local_size
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     if here.local_size == here.size:
         # torchrun keeps one store over its restarts, in which the addresses of processes that are
         # gone would be found: https://github.com/pytorch/pytorch/issues/135712
@@ -79,11 +80,31 @@ def joined(here: Processes, patience: timedelta | None = None) -> Iterator[Any]:
                 nowhere = stack.enter_context(Path(os.devnull).open("w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
-            yield init_device_mesh(device, (here.size,))
+            yield init_device_mesh("cuda" if gpus else "cpu", (here.size,))
         # torchrun ends the others as soon as one has ended with an error: let all say theirs.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def own_device(device: torch.device, here: Processes) -> torch.device:
+    """Give each process of a machine a GPU of its own.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+
+    >>> own_device(torch.device("cpu"), ALONE._replace(local_size=2))
+    device(type='cpu')
+    """
+    if here == ALONE or device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if here.local_size > count:
+        raise ValueError(
+            f"--nproc-per-node {here.local_size}: each process needs a GPU of its own, and this "
+            f"machine has {count}; start fewer, or use --device cpu"
+        )
+    return torch.device("cuda", here.local_rank)
 
 
 def after_restart(config: Recipe, here: Processes) -> Recipe:

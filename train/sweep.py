@@ -55,7 +55,7 @@ def run(sweep: Sweep) -> int:
         An exit code, see `main`.
     """
     here = processes.started()
-    with processes.joined(here, PATIENCE) as mesh:
+    with processes.joined(here, sweep.recipe.device, PATIENCE) as mesh:
         share = Share(mesh, mesh and mesh.get_group(), here)
         try:
             setting, base, axes, groups, size = prepare(sweep, share)
@@ -93,9 +93,7 @@ def prepare(
     points = grid.points(axes)
     for point in points:
         grid.at(base, point)  # raises where one is out of its range
-    device = recipes.find_device(base.device)
-    if share.group is not None and device.type == "cuda":
-        device = torch.device("cuda", share.here.local_rank)
+    device = processes.own_device(recipes.find_device(base.device), share.here)
     # With the largest values: a rate of 0 would be left out of the state.
     config = grid.at(base, {axis.name: max(axis.values) for axis in axes})
     problem, state, _ = recipes.set_up(config, device, share.mesh)
