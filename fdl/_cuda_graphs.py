@@ -5,6 +5,7 @@ the program owns and its results out of them; large arguments, a data set say, a
 are, for as long as they stay there.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -149,8 +150,11 @@ def _capture(run: Callable[[], list[Tensor]]) -> _Graph:
         # another thread may use CUDA meanwhile ("thread_local").
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
+            warnings.catch_warnings(),
             torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
+            # It is where recording fails, of which more is said than that.
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
             results = run()
     finally:
         torch._C._cuda_clearCublasWorkspaces()

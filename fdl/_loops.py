@@ -25,6 +25,7 @@ def loop_in_python(
 ) -> list[Tensor]:
     """Run `[*carry, *row, *constants] -> [*carry, *y]` over the rows of xs; stack the ys."""
     carry, ys = init, []
+    xs = [x.contiguous() for x in xs]  # rows are traced so
     for i in range(len(xs[0])):
         out = body([*carry, *(x[i] for x in xs), *constants])
         carry = list(out[: len(init)])

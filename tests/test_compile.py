@@ -240,7 +240,8 @@ def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.Monk
     model, opt = models.lenet(), optim.sgd(0.1)
     step = train_step(supervised(model.apply, losses.cross_entropy), opt)
     state = TrainState.create(model, opt, key=random.key(0))
-    x, y = random.normal(random.key(1), (2, 16, 1, 28, 28)), torch.zeros(2, 16, dtype=torch.int64)
+    x = random.normal(random.key(1), (16, 2, 1, 28, 28)).transpose(0, 1)  # rows lie apart
+    y = torch.zeros(2, 16, dtype=torch.int64)
     leaves, spec = flatten(((state, (x, y)), {}))
     program = _loops.compile_bodies(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
     got, (expected, _) = program(leaves), flatten(scan(step, state, (x, y)))

@@ -134,7 +134,7 @@ def inputs(device="cpu"):
     return (
         torch.tensor(2**33 + 11, device=device),
         torch.tensor([0.1, 0.5, 0.9, 1.0], device=device),
-        torch.arange(180.0, device=device).reshape(60, 3).sin(),
+        torch.arange(180.0).reshape(60, 3).sin().to(device),  # a GPU has sines of its own
         torch.tensor([-3, 0, -(2**62), -(2**63), 5], device=device),
         torch.tensor([10, 2**20, 2**62 + 12345, 2**63 - 1, 5], device=device),
     )
