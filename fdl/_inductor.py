@@ -23,10 +23,12 @@ RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
     """Compile a graph of primitives for fake `inputs`; its last nodes may write to its inputs."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._inductor.virtualized import V
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch about itself
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch._inductor.virtualized import V
 
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     if on_cpu:

@@ -144,6 +144,10 @@ def assert_same_draws(ours, reference):
     for name, value in reference[0].items():
         assert torch.equal(ours[0][name], value), name
     for name, value in reference[1].items():
+        if name == "uniform":  # a GPU multiplies and adds with one rounding, of the bounds' size
+            eps = torch.finfo(value.dtype).eps
+            assert (ours[1][name] - value).abs().max() <= eps * value.abs().max()
+            continue
         # The distribution function is flat where |x| is large: bounds cost a few digits there.
         limit = 64 if name == "truncated_normal" else 4
         assert units_apart(ours[1][name], value) <= limit, name

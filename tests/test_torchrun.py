@@ -33,9 +33,10 @@ def launch(arguments):
 
 
 def outcome(process, said):
-    code = process.wait(timeout=600)
-    said.seek(0)
-    return code, said.read()
+    with said:
+        code = process.wait(timeout=600)
+        said.seek(0)
+        return code, said.read()
 
 
 def still_runs(process, said, deadline):

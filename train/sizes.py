@@ -140,7 +140,8 @@ def resnet(device: str, batch: int = 256, pixels: int = 224) -> tuple[float, int
     x = random.normal(random.key(1, device), (batch, 3, pixels, pixels))
     y = random.randint(random.key(2, device), (batch,), 0, 1000)
     step = fdl.train_step(fdl.supervised(apply, losses.cross_entropy), opt)
-    return step_seconds(step, state, (x, y), device), tree.size(state.params)
+    size = tree.size(state.params)
+    return step_seconds(step, state, (x, y), device), size
 
 
 def billion(
@@ -153,7 +154,8 @@ def billion(
     step = fdl.train_step(lambda params, tokens, key: next_token(model, params, tokens), opt)
     state = TrainState.create(full, opt, key=random.key(0, device))
     tokens = random.randint(random.key(1, device), (batch, length + 1), 0, sizes.vocabulary)
-    return step_seconds(step, state, tokens, device), tree.size(state.params)
+    size = tree.size(state.params)
+    return step_seconds(step, state, tokens, device), size
 
 
 def step_seconds(step: Callable[..., Any], state: TrainState, batch: Any, device: str) -> float:
@@ -169,17 +171,14 @@ def step_seconds(step: Callable[..., Any], state: TrainState, batch: Any, device
 
 def main() -> None:
     """Measure, and write down."""
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "steps": {},
-    }
+    steps: dict[str, Any] = {}
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}
     for measure in (lenet, resnet, billion):
         torch.cuda.empty_cache()
         seconds, size = measure("cuda")
-        found["steps"][measure.__name__] = {"seconds": seconds, "params": size}
+        steps[measure.__name__] = {"seconds": seconds, "params": size}
         print(f"{measure.__name__}: {seconds * 1e3:.3g} ms a step, {size:,} parameters", flush=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
