@@ -250,7 +250,10 @@ def test_evaluation_drops_nothing_at_random():
     assert first == second != problem.loss(state.params, batch, random.key(0))[0]
 
 
-@pytest.mark.parametrize("name", ["config", "loop", "recipes", "report", "saved", "using"])
+MODULES = "__main__ config grid loop outcome processes recipes report saved scaling sizes sweep using"
+
+
+@pytest.mark.parametrize("name", MODULES.split())
 def test_examples_in_docstrings_run(name):
     found = doctest.testmod(importlib.import_module(f"train.{name}"))
     assert found.attempted and not found.failed

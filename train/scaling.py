@@ -1,7 +1,7 @@
 """How training scales over processes: what is sent, how long it takes, and what to expect of more.
 
 `python -m train.scaling` measures on this machine, and writes docs/scaling.json and the
-tables of docs/scaling.md, which has the formulas.
+tables of docs/scaling.md, which has the formulas. What GPUs compute is measured by train.sizes.
 """
 
 import json
@@ -21,6 +21,7 @@ import torch
 
 import fdl
 from fdl import TrainState, losses, optim, parallel, random, tree
+from train import sizes
 
 __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simulate"]
 
@@ -37,22 +38,13 @@ class Link(NamedTuple):
     bandwidth: float  # bytes/s
 
 
-class Case(NamedTuple):
-    """A model on a GPU, for the planning table."""
-
-    name: str
-    params: float
-    compute: float  # seconds of a step without communication
-
-
-# Assumptions of the planning table, none of them measured here.
-NVLINK, NETWORK = Link(2e-6, 450e9), Link(5e-6, 50e9)  # H100: each way; 400 Gbit/s for each GPU
-PEAK = 989e12  # its bfloat16 FLOP/s
-CASES = [
-    Case("LeNet, 256 images", 44_426, 100e-6),
-    Case("ResNet-50, 256 images", 25.6e6, 3 * 8.2e9 * 256 / (0.35 * PEAK)),
-    Case("1 B parameters, 16 384 tokens", 1e9, 6 * 1e9 * 16_384 / (0.40 * PEAK)),
-]
+# Assumptions of the planning table, for one GPU was at hand: H100, each way; 400 Gbit/s for each.
+NVLINK, NETWORK = Link(2e-6, 450e9), Link(5e-6, 50e9)
+CASES = {
+    "lenet": ("LeNet", 256, "images"),
+    "resnet": ("ResNet-50", 256, "images"),
+    "billion": ("1 B parameters", 8 * 2048, "tokens"),
+}
 GPUS, PER_NODE, JITTER = (8, 64, 512), 8, 0.01
 
 
@@ -277,25 +269,28 @@ def measured_table(points: Sequence[dict[str, Any]]) -> str:
 
 
 def planning_table() -> str:
-    """Show what to expect of GPUs, with the assumptions above."""
+    """Show what to expect of GPUs, from what one computes and the assumptions above."""
     heads = " | ".join(f"{count} GPUs" for count in GPUS)
-    lines = [f"| | gradients | computing, ms | {heads} |", "|---" * (3 + len(GPUS)) + "|"]
-    for case in CASES:
+    lines = [f"| | gradients | computing | {heads} |", "|---" * (3 + len(GPUS)) + "|"]
+    measured = json.loads((ROOT / sizes.RESULT).read_text())["steps"]
+    for name, (label, number, unit) in CASES.items():
+        each, payload = measured[name]["seconds"], 4 * measured[name]["params"]
         cells = []
         for count in GPUS:
             draws = np.random.default_rng(0)
 
             def compute(
-                shape: tuple[int, int], case: Case = case, draws: Any = draws
+                shape: tuple[int, int], each: float = each, draws: Any = draws
             ) -> np.ndarray:
-                return case.compute * draws.normal(1.0, JITTER, shape)
+                return each * draws.normal(1.0, JITTER, shape)
 
             where = (count // PER_NODE, PER_NODE, NVLINK, NETWORK)
-            sums = all_reduce_seconds(4 * case.params, *where)
-            seconds = simulate(compute, [4 * case.params], *where)
-            cells.append(f"{sums * 1e3:.3g} ms, {case.compute / seconds:.0%}")
-        size = f"{4 * case.params / 1e6:,.4g} MB"
-        lines.append(f"| {case.name} | {size} | {case.compute * 1e3:.3g} | {' | '.join(cells)} |")
+            sums = all_reduce_seconds(payload, *where)
+            seconds = simulate(compute, [payload], *where)
+            cells.append(f"{sums * 1e3:.3g} ms, {each / seconds:.0%}")
+        size = f"{payload / 1e6:,.4g} MB"
+        pace = f"{each * 1e3:.3g} ms, {number / each:,.0f} {unit}/s"
+        lines.append(f"| {label}, {number:,} {unit} | {size} | {pace} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

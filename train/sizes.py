@@ -24,7 +24,7 @@ from fdl.training import Metrics
 __all__ = ["RESULT", "Transformer", "transformer"]
 
 RESULT = Path("docs/sizes.json")
-REPEATS, LENET_STEPS = 10, 200
+WARM_UP, REPEATS, LENET_STEPS = 3, 10, 200
 
 
 class Transformer(NamedTuple):
@@ -96,16 +96,16 @@ def next_token(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metri
     return mean, {"loss": Mean(mean.detach() * count, count)}
 
 
-def seconds_of(act: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
-    """Give the median over repeats of a call, after three that warm up."""
+def seconds_of(act: Callable[[], Any], device: str) -> float:
+    """Give the median over repeats of a call, after some that warm up."""
     found = []
-    for _ in range(repeats + 3):
+    for _ in range(WARM_UP + REPEATS):
         start = time.perf_counter()
         act()
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
-    return statistics.median(found[3:])
+    return statistics.median(found[WARM_UP:])
 
 
 def lenet(device: str, batch: int = 256, steps: int = LENET_STEPS) -> tuple[float, int]:
