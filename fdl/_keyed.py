@@ -55,6 +55,8 @@ class Keyed(TorchFunctionMode):
             )
         if name in _RECURRENT:
             return _recurrent(self, func, *args)
+        if name in _WITH_STATISTICS:
+            return _normalised(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -205,6 +207,26 @@ def _opened(f: Any) -> Callable[..., Any]:
 
 
 # ----------------------------------------------------------------------------------- recurrent
+
+
+_WITH_STATISTICS = {"batch_norm", "instance_norm"}
+
+
+def _normalised(
+    func: Any,
+    input: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Have scale and shift in the running statistics' dtype, which a `Policy` leaves alone."""
+    if mean is not None:
+        weight, bias = (x if x is None else x.to(mean.dtype) for x in (weight, bias))
+    found: Tensor = func(input, mean, var, weight, bias, *args, **kwargs)
+    return found
 
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}

@@ -55,8 +55,18 @@ def fork(work: Callable[[int], Any]) -> tuple[int, int]:
     return child, reading
 
 
+def seconds_of_a_save(folder: Path) -> float:
+    """What it takes at present: other work on this machine slows it down."""
+    start = time.perf_counter()
+    with Checkpointer(folder, keep=2) as checkpointer:
+        for step in range(10):
+            checkpointer.save(make(step))
+    return (time.perf_counter() - start) / 10
+
+
 def saving(folder: Path, kills: int) -> dict[str, Any]:
     """Kill a process that saves again and again; what it has reported as saved is there."""
+    longest = 3 * seconds_of_a_save(folder.with_name("pace"))
 
     def work(report: int) -> None:
         with Checkpointer(folder, keep=2) as checkpointer:
@@ -71,7 +81,7 @@ def saving(folder: Path, kills: int) -> dict[str, Any]:
     for _ in range(kills):
         child, reading = fork(work)
         os.read(reading, 8)
-        time.sleep(draw.uniform(0, 0.02))
+        time.sleep(draw.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with open(reading, "rb") as pipe:

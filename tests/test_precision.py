@@ -97,6 +97,24 @@ def test_buffers_keep_their_precision():
     close(new.buffers["mean"], 0.19 * X.mean(0), rtol=1e-2, atol=1e-3)
 
 
+def test_a_module_with_batch_norm_computes_as_under_autocast():
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+    )
+    model, params, buffers = fdl.interop.from_module(module)
+    x = draw(2, 6, 2, 9, 9).float()
+    y, new = with_policy(model, Policy(compute=torch.bfloat16)).apply(
+        params, buffers, x, train=True
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = module(x).float()
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(new["1"]["running_var"], module[1].running_var, rtol=1e-2, atol=1e-3)
+    assert {leaf.dtype for leaf in tree.leaves(new)} == {torch.float32, torch.int64}
+    assert (new["1"]["running_var"] - buffers["1"]["running_var"]).abs().min() > 1e-3
+
+
 def test_parameters_and_slots_stay_in_32_bits_so_that_small_steps_add_up():
     scale = nn.Model(
         lambda key: {"w": torch.ones(1)},

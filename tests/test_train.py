@@ -250,7 +250,9 @@ def test_evaluation_drops_nothing_at_random():
     assert first == second != problem.loss(state.params, batch, random.key(0))[0]
 
 
-MODULES = "__main__ config grid loop outcome processes recipes report saved scaling sizes sweep using"
+MODULES = (
+    "__main__ config grid loop outcome processes recipes report saved scaling sizes sweep using"
+)
 
 
 @pytest.mark.parametrize("name", MODULES.split())

@@ -123,23 +123,13 @@ def resnet(device: str, batch: int = 256, pixels: int = 224) -> tuple[float, int
     """Time a step of torchvision's ResNet-50, computing in bfloat16."""
     import torchvision
 
-    model: Any = interop.from_module(torchvision.models.resnet50())[0]
-
-    def cast(
-        path: str, leaf: Tensor
-    ) -> Tensor:  # but for normalisation, which torch has in float32
-        return leaf if ".bn" in f".{path}" or "downsample.1" in path else leaf.bfloat16()
-
-    def apply(params: Any, buffers: Any, x: Tensor, **options: Any) -> tuple[Tensor, Any]:
-        low = {path: cast(path, leaf) for path, leaf in tree.flatten_dict(params).items()}
-        y, new = model.apply(tree.unflatten_dict(low), buffers, x.bfloat16(), **options)
-        return y.float(), new
-
+    found: Any = interop.from_module(torchvision.models.resnet50())[0]
+    model = fdl.with_policy(found, Policy(compute=torch.bfloat16))
     opt = optim.sgd(0.1, momentum=0.9)
     state = TrainState.create(model, opt, key=random.key(0, device))
     x = random.normal(random.key(1, device), (batch, 3, pixels, pixels))
     y = random.randint(random.key(2, device), (batch,), 0, 1000)
-    step = fdl.train_step(fdl.supervised(apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
     size = tree.size(state.params)
     return step_seconds(step, state, (x, y), device), size
 
