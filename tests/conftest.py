@@ -1,7 +1,12 @@
 """What all test files share."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
+
+# One thread for each process, before torch asks, and for all that tests start: threads of several
+# processes on a few cores mostly wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -9,7 +14,6 @@ from torch import Tensor
 
 from fdl import _cuda_graphs, _inductor, _programs
 
-# On tensors this small several threads mostly wait for each other, the more so with `pytest -n`.
 torch.set_num_threads(1)
 
 

@@ -42,7 +42,7 @@ def test_the_example_of_several_processes_runs():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, DOCS / "examples" / "data_parallel.py"],
-        env=os.environ | {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(DOCS.parent)},
         capture_output=True,
         text=True,
         timeout=300,

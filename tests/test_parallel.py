@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 def together(script, folder, size, device="cpu"):
     """All checks of a script, in one group of processes: each would start torch anew."""
     path = os.pathsep.join(map(str, [TESTS.parent, TESTS, os.environ.get("PYTHONPATH", "")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [sys.executable, TESTS / script, str(folder), str(rank), str(size), device],

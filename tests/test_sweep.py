@@ -258,7 +258,6 @@ def test_it_runs_from_the_command_line(tmp_path):
     done = subprocess.run(
         [*command, "--grid", "lr=0.03:0.3:3log", "--out", tmp_path / "sweep", "--compile", "off"],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

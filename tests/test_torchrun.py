@@ -27,8 +27,7 @@ def command(processes, *options, restarts=0):
 def launch(arguments):
     """Start it; what it says goes to a file: a pipe that nobody reads would stop it when full."""
     said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (outcome reads it)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(arguments, stdout=said, stderr=subprocess.STDOUT)
     return process, said
 
 
