@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from fdl._passes import rewrite_for_cpu
+from fdl._trace import nodes_of, results_of
 
 __all__ = ["Compiled", "kernels_written", "lower", "missing_compiler"]
 
@@ -54,8 +55,8 @@ def _keep_strides(graph: GraphModule) -> None:
 
     Otherwise those of convolutions, or their weights, may come with channels last.
     """
-    (output,) = graph.graph.find_nodes(op="output")
-    strides = [node.meta["val"].stride() for node in output.args[0]]
+    (output,) = nodes_of(graph.graph, "output")
+    strides = [node.meta["val"].stride() for node in results_of(graph.graph)]
     output.meta["original_output_strides"] = strides
     output.meta["user_visible_output_idxs"] = list(range(len(strides)))
 

@@ -206,7 +206,7 @@ def _opened(f: Any) -> Callable[..., Any]:
     return rule
 
 
-# ----------------------------------------------------------------------------------- recurrent
+# ------------------------------------------------------------------------------- normalisation
 
 
 _WITH_STATISTICS = {"batch_norm", "instance_norm"}
@@ -227,6 +227,9 @@ def _normalised(
         weight, bias = (x if x is None else x.to(mean.dtype) for x in (weight, bias))
     found: Tensor = func(input, mean, var, weight, bias, *args, **kwargs)
     return found
+
+
+# ----------------------------------------------------------------------------------- recurrent
 
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdl import _cuda_graphs, _inductor, _programs
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # should a plugin have imported it before
 
 
 @pytest.fixture

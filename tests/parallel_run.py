@@ -37,10 +37,9 @@ def padded(batches, size):
 
 
 def join(folder, rank, size, device):
-    """The mesh of all processes, by NCCL where each has a GPU of its own."""
-    nccl = device == "cuda" and torch.cuda.device_count() >= size
+    """The mesh of all processes; on CUDA each has a GPU of its own."""
     store = f"file://{folder}/store-{size}"
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
     torch.set_num_threads(1)
     return dist.init_device_mesh(device, (size,))

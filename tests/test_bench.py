@@ -95,6 +95,7 @@ def test_a_way_trains_as_the_reference_does(way, name, references):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of torch.compile
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # of reduce-overhead
 @pytest.mark.parametrize("way", registry.ways_for("cuda", (), scaling=False))
 def test_a_way_trains_on_cuda_as_the_reference_does(way, references):

@@ -11,7 +11,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import torch
 
 import fdl
 from fdl import TrainState, losses, optim, parallel, random, tree
-from train import sizes
+from train import loop, sizes
 
 __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simulate"]
 
@@ -41,9 +40,9 @@ class Link(NamedTuple):
 # Assumptions of the planning table, for one GPU was at hand: H100, each way; 400 Gbit/s for each.
 NVLINK, NETWORK = Link(2e-6, 450e9), Link(5e-6, 50e9)
 CASES = {
-    "lenet": ("LeNet", 256, "images"),
-    "resnet": ("ResNet-50", 256, "images"),
-    "billion": ("1 B parameters", 8 * 2048, "tokens"),
+    "lenet": ("LeNet", sizes.IMAGES, "images"),
+    "resnet": ("ResNet-50", sizes.IMAGES, "images"),
+    "billion": ("1 B parameters", sizes.SEQUENCES * sizes.LENGTH, "tokens"),
 }
 GPUS, PER_NODE, JITTER = (8, 64, 512), 8, 0.01
 
@@ -165,13 +164,8 @@ def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
 
 def times(act: Callable[[], Any], count: int = STEPS) -> list[float]:
     """Time some calls, after as many as it takes to warm up."""
-    seconds = []
-    for i in range(count + 5):
-        start = time.perf_counter()
-        act()
-        if i >= 5:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+    cpu = torch.device("cpu")
+    return [loop.timed(act, cpu) for _ in range(count + 5)][5:]
 
 
 def worker() -> None:
@@ -272,7 +266,7 @@ def planning_table() -> str:
     """Show what to expect of GPUs, from what one computes and the assumptions above."""
     heads = " | ".join(f"{count} GPUs" for count in GPUS)
     lines = [f"| | gradients | computing | {heads} |", "|---" * (3 + len(GPUS)) + "|"]
-    measured = json.loads((ROOT / sizes.RESULT).read_text())["steps"]
+    measured = json.loads(sizes.RESULT.read_text())["steps"]
     for name, (label, number, unit) in CASES.items():
         each, payload = measured[name]["seconds"], 4 * measured[name]["params"]
         cells = []

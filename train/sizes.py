@@ -5,7 +5,6 @@
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,12 @@ from fdl import Policy, TrainState, interop, losses, optim, random, scan, tree
 from fdl.metrics import Mean
 from fdl.nn import Model
 from fdl.training import Metrics
+from train import loop
 
-__all__ = ["RESULT", "Transformer", "transformer"]
+__all__ = ["IMAGES", "LENGTH", "RESULT", "SEQUENCES", "Transformer", "transformer"]
 
-RESULT = Path("docs/sizes.json")
+RESULT = Path(__file__).parent.parent / "docs/sizes.json"
+IMAGES, SEQUENCES, LENGTH = 256, 8, 2048  # in a batch; tokens of a sequence
 WARM_UP, REPEATS, LENET_STEPS = 3, 10, 200
 
 
@@ -34,6 +35,9 @@ class Transformer(NamedTuple):
     width: int = 2048
     heads: int = 16
     vocabulary: int = 32_768
+
+
+BILLION = Transformer()
 
 
 def transformer(sizes: Transformer) -> Model:
@@ -98,17 +102,11 @@ def next_token(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metri
 
 def seconds_of(act: Callable[[], Any], device: str) -> float:
     """Give the median over repeats of a call, after some that warm up."""
-    found = []
-    for _ in range(WARM_UP + REPEATS):
-        start = time.perf_counter()
-        act()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
+    found = [loop.timed(act, torch.device(device)) for _ in range(WARM_UP + REPEATS)]
     return statistics.median(found[WARM_UP:])
 
 
-def lenet(device: str, batch: int = 256, steps: int = LENET_STEPS) -> tuple[float, int]:
+def lenet(device: str, batch: int = IMAGES, steps: int = LENET_STEPS) -> tuple[float, int]:
     """Time a step of LeNet within one compiled program of many."""
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
@@ -119,7 +117,7 @@ def lenet(device: str, batch: int = 256, steps: int = LENET_STEPS) -> tuple[floa
     return seconds_of(lambda: run(state, (x, y)), device) / steps, tree.size(state.params)
 
 
-def resnet(device: str, batch: int = 256, pixels: int = 224) -> tuple[float, int]:
+def resnet(device: str, batch: int = IMAGES, pixels: int = 224) -> tuple[float, int]:
     """Time a step of torchvision's ResNet-50, computing in bfloat16."""
     import torchvision
 
@@ -130,33 +128,32 @@ def resnet(device: str, batch: int = 256, pixels: int = 224) -> tuple[float, int
     x = random.normal(random.key(1, device), (batch, 3, pixels, pixels))
     y = random.randint(random.key(2, device), (batch,), 0, 1000)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
-    size = tree.size(state.params)
-    return step_seconds(step, state, (x, y), device), size
+    return step_seconds(step, state, (x, y), device)
 
 
 def billion(
-    device: str, batch: int = 8, length: int = 2048, sizes: Transformer | None = None
+    device: str, batch: int = SEQUENCES, length: int = LENGTH, sizes: Transformer = BILLION
 ) -> tuple[float, int]:
     """Time a step of a transformer of a billion parameters, computing in bfloat16."""
-    sizes = sizes or Transformer()
     full = transformer(sizes)
     model, opt = fdl.with_policy(full, Policy(compute=torch.bfloat16)), optim.sgd(0.1, momentum=0.9)
     step = fdl.train_step(lambda params, tokens, key: next_token(model, params, tokens), opt)
     state = TrainState.create(full, opt, key=random.key(0, device))
     tokens = random.randint(random.key(1, device), (batch, length + 1), 0, sizes.vocabulary)
-    size = tree.size(state.params)
-    return step_seconds(step, state, tokens, device), size
+    return step_seconds(step, state, tokens, device)
 
 
-def step_seconds(step: Callable[..., Any], state: TrainState, batch: Any, device: str) -> float:
-    """Time a step that is compiled, its state donated."""
-    run = fdl.jit(step, donate=0)
+def step_seconds(
+    step: Callable[..., Any], state: TrainState, batch: Any, device: str
+) -> tuple[float, int]:
+    """Time a step that is compiled, its state donated; count the parameters."""
+    run, size = fdl.jit(step, donate=0), tree.size(state.params)
 
     def act() -> None:
         nonlocal state
         state, _ = run(state, batch)
 
-    return seconds_of(act, device)
+    return seconds_of(act, device), size
 
 
 def main() -> None:
