@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdl.optim.base import Optimizer, leafwise, root
+from fdl._numerics import root
+from fdl.optim.base import Optimizer, leafwise
 from fdl.optim.hyper import Rate
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations  # Dynamo would run those of nested functions
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
+import torch  # noqa: F401  # the examples use it
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -123,28 +123,6 @@ def leafwise(
 def _lift(x: Tensor, leaf: Tensor) -> Tensor:
     """Give what belongs to a 0-d leaf an axis, so that a float64 rate does not promote it."""
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
-
-
-def root(x: Tensor) -> Tensor:
-    """Take the square root with derivative 0 at 0, where that of `torch.sqrt` is infinite.
-
-    A leaf whose gradient has been 0 so far would otherwise turn the derivative of a whole training
-    run into NaN.
-
-    >>> torch.func.grad(root)(torch.tensor(0.0)), torch.func.grad(root)(torch.tensor(4.0))
-    (tensor(0.), tensor(0.2500))
-    """
-    none = x <= 0  # of a NaN, which stays one, this is false
-    return torch.where(none, 0.0, torch.where(none, 1.0, x).sqrt())
-
-
-def at_least_32_bits(x: Tensor) -> torch.dtype:
-    """Give the dtype in which to sum what would not fit into 16 bits.
-
-    >>> at_least_32_bits(torch.ones(1).bfloat16()), at_least_32_bits(torch.ones(1).double())
-    (torch.float32, torch.float64)
-    """
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:

@@ -10,8 +10,9 @@ from __future__ import annotations  # Dynamo would run those of nested functions
 import torch
 from torch import Tensor
 
+from fdl._numerics import norm, root
 from fdl.optim.adaptive import scale_by_adam
-from fdl.optim.base import Optimizer, chain, leafwise, root
+from fdl.optim.base import Optimizer, chain, leafwise
 from fdl.optim.hyper import Rate, check_rate, is_zero
 from fdl.optim.parts import masked
 from fdl.optim.transforms import add_decayed_weights, scale, scale_by_learning_rate, trace
@@ -20,16 +21,6 @@ from fdl.tree import Where
 __all__ = ["adan", "lamb", "lars", "lion", "scale_by_adan", "scale_by_lion", "scale_by_trust_ratio"]
 
 Result = tuple[Tensor, dict[str, Tensor]]
-
-
-def norm(x: Tensor) -> Tensor:
-    """Take the Euclidean norm of all elements: float64 [], with derivative 0 at 0.
-
-    >>> norm(torch.tensor([[3.0], [4.0]]))
-    tensor(5., dtype=torch.float64)
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision sums badly
-    return root((x * x).sum().double())
 
 
 # ------------------------------------------------------------------------------ atoms
@@ -81,7 +72,7 @@ def scale_by_trust_ratio(trust_coefficient: Rate = 1.0, eps: Rate = 0.0) -> Opti
     """
 
     def rule(g: Tensor, p: Tensor, t: Tensor, trust_coefficient: Tensor, eps: Tensor) -> Result:
-        weight, update = norm(p), norm(g)
+        weight, update = norm(p).double(), norm(g).double()
         known = (weight > 0) & (update > 0)
         ratio = trust_coefficient * weight / torch.where(known, update + eps, 1.0)
         return torch.where(known, ratio, 1.0) * g, {}

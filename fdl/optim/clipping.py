@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl.optim.base import Optimizer, State, at_least_32_bits, leafwise, map_grads
+from fdl._numerics import global_norm, norm
+from fdl.optim.base import Optimizer, State, leafwise, map_grads
 from fdl.optim.hyper import Rate, check_rate, init_hyper, next_hyper, rates_of
 from fdl.tree import Tree
 
@@ -68,8 +69,7 @@ def clip_by_global_norm(max_norm: Rate) -> Optimizer:
         if not found:
             return grads, next_state
         limit = rates_of(state.hyper)["max_norm"]
-        norms = torch.stack([_norm(g).double() for g in found])
-        factor = (limit / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
+        factor = (limit / (global_norm(found) + 1e-6)).clamp(max=1.0)
         return map_grads(lambda g: g * factor.to(g.dtype), grads), next_state
 
     return Optimizer(init, update)
@@ -107,9 +107,4 @@ def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
 
 def _unit_norms(x: Tensor) -> Tensor:
     """Take the norm over all axes but the first, of a vector over all."""
-    return _norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=True)
-
-
-def _norm(x: Tensor, **options: Any) -> Tensor:
-    """Take a norm in 32 bits at least: squares leave the range of float16."""
-    return torch.linalg.vector_norm(x, dtype=at_least_32_bits(x), **options)
+    return norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=True)

@@ -9,7 +9,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl.optim.base import Optimizer, State, at_least_32_bits, map_grads, match_grads
+from fdl._numerics import at_least_32_bits
+from fdl.optim.base import Optimizer, State, map_grads, match_grads
 from fdl.optim.wrappers import (
     FiniteState,
     all_finite,

@@ -14,7 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl.optim.base import Optimizer, State, chain, leafwise, root
+from fdl._numerics import root
+from fdl.optim.base import Optimizer, State, chain, leafwise
 from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_of
 from fdl.optim.transforms import add_decayed_weights, scale
 from fdl.tree import Tree

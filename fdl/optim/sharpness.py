@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fdl import tree
-from fdl.optim.beyond import norm
+from fdl._numerics import global_norm
 from fdl.tree import Tree
 
 __all__ = ["sam"]
@@ -74,10 +74,7 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
 def _climb(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
     """Go ρ far along the gradient, in the metric of the parameters' sizes if adaptive."""
     scaled = tree.map(lambda p, g: p.abs() * g, params, grads) if adaptive else grads
-    norms = [norm(s) for s in tree.leaves(scaled)]
-    if not norms:
-        return params
-    length = norm(torch.stack(norms))
+    length = global_norm(scaled)
     factor = torch.where(length > 0, rho / torch.where(length > 0, length, 1.0), 0.0)
 
     def move(p: Tensor, s: Tensor) -> Tensor:

@@ -9,16 +9,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import random, tree
+from fdl._numerics import at_least_32_bits, root
 from fdl._random import check_key
 from fdl.optim.base import (
     Optimizer,
     State,
-    at_least_32_bits,
     check_floating,
     leafwise,
     map_grads,
     match_grads,
-    root,
 )
 from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, is_zero, next_hyper, rates_of
 from fdl.optim.parts import masked_for

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._numerics import at_least_32_bits
 from fdl.optim.base import (
     Optimizer,
     State,
-    at_least_32_bits,
     check_floating,
     map_grads,
     match_grads,

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import random, tree
+from fdl._numerics import global_norm
 from fdl._random import check_key
 from fdl._scan import scan
 from fdl._trace import check_tensors
 from fdl.data import Batch
-from fdl.optim.base import at_least_32_bits, check_floating
+from fdl.optim.base import check_floating
 from fdl.training import takes_buffers
 from fdl.transforms._chunks import check_chunk, check_scalar, cut, in_chunks
 from fdl.tree import Tree
@@ -60,10 +61,11 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
 
 
 def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tensor]:
-    """Make the norm of the gradient of each example: `(params, batch, key=None) -> norms [batch]`.
+    """Make the norm of the gradient of each example: `(params, batch, key=None) -> norms`.
 
-    The norm is over all leaves together; it is 0 where `batch.mask` is False. With `chunk` no more
-    gradients than those of a chunk exist at a time. Keys and errors as for `per_sample_grads`.
+    Norms are float64 `[batch]`, over all leaves together; 0 where `batch.mask` is False. With
+    `chunk` no more gradients than those of a chunk exist at a time. Keys and errors as for
+    `per_sample_grads`.
 
     Args:
         loss: as for `per_sample_grads`.
@@ -72,13 +74,13 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
     >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
     >>> per_sample_norms(loss)({"w": torch.ones(1)}, batch)
-    tensor([2., 8.])
+    tensor([2., 8.], dtype=torch.float64)
     """
     one = _example_grad("per_sample_norms", loss, chunk)
 
     def norms(params: Tree, batch: Any, key: Tensor | None = None) -> Tensor:
         rows = _rows("per_sample_norms", params, batch, key)
-        return in_chunks(lambda row: _norm(one(params, row)), rows, chunk)
+        return in_chunks(lambda row: global_norm(one(params, row)), rows, chunk)
 
     return norms
 
@@ -118,7 +120,7 @@ def clipped_grad_sum(
 
     def clipped(params: Tree, row: Any) -> Tree:
         g = one(params, row)
-        over = (_norm(g) / max_norm).clamp(min=1)
+        over = (global_norm(g) / max_norm).clamp(min=1)
         return tree.map(lambda leaf: leaf / over.to(leaf.dtype), g)
 
     def total(params: Tree, batch: Any, key: Tensor | None = None) -> Tree:
@@ -183,9 +185,3 @@ def _rows(caller: str, params: Tree, batch: Any, key: Tensor | None) -> tuple[Tr
     check_key(caller, key)
     numbers = torch.arange(n, device=key.device)
     return batch.x, batch.y, batch.mask, vmap(random.fold_in, (None, 0))(key, numbers)
-
-
-def _norm(grads: Tree) -> Tensor:
-    """Take the norm over all leaves, in 32 bits at least."""
-    norms = [torch.linalg.vector_norm(g, dtype=at_least_32_bits(g)) for g in tree.leaves(grads)]
-    return torch.linalg.vector_norm(torch.stack(norms))

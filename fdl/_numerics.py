@@ -1,0 +1,90 @@
+"""Numerics that the whole library shares: the norm, what is left out, the precision of sums.
+
+Each has one home, so that a rule found out the hard way holds everywhere:
+
+- A norm has a derivative of every order at 0, and neither overflows nor vanishes where its value
+  would not: `norm`, `global_norm`, never `torch.linalg.vector_norm`.
+- What does not count is replaced, never multiplied by 0: 0 · NaN is NaN. `keep`.
+- Sums are taken in at least 32 bits: `at_least_32_bits`.
+"""
+
+from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fdl._paths import Tree
+
+__all__ = ["at_least_32_bits", "global_norm", "keep", "norm", "root"]
+
+
+def root(x: Tensor) -> Tensor:
+    """Take the square root with derivative 0 at 0, where that of `torch.sqrt` is infinite.
+
+    A leaf whose gradient has been 0 so far would otherwise turn the derivative of a whole training
+    run into NaN.
+
+    >>> torch.func.grad(root)(torch.tensor(0.0)), torch.func.grad(root)(torch.tensor(4.0))
+    (tensor(0.), tensor(0.2500))
+    """
+    none = x <= 0  # False for NaN, so that NaN stays NaN
+    return torch.where(none, 0.0, torch.where(none, 1.0, x).sqrt())
+
+
+def at_least_32_bits(x: Tensor) -> torch.dtype:
+    """Return the dtype in which to compute what would be lost in 16 bits.
+
+    >>> at_least_32_bits(torch.ones(1).bfloat16()), at_least_32_bits(torch.ones(1).double())
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def norm(x: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+    """Take the Euclidean norm, in at least 32 bits; its derivatives of every order are 0 at 0.
+
+    `torch.linalg.vector_norm` has NaN for a second derivative at 0, and loses up to 0.6 % of the
+    norm of a few million numbers. Squares are added in float64, in which those of float32 neither
+    overflow nor vanish.
+
+    Args:
+        x: floating, any shape.
+        dim: the axes to reduce; all of them if None.
+        keepdim: keep those axes with the size 1.
+
+    >>> norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=1)
+    tensor([5., 0.])
+    >>> norm(torch.full((4,), 1e30))
+    tensor(2.0000e+30)
+    """
+    wide = x.double()
+    axes = tuple(range(x.ndim)) if dim is None else dim
+    return root((wide * wide).sum(axes, keepdim=keepdim)).to(at_least_32_bits(x))
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """Take the norm over all leaves of a tree together: float64 []; None leaves are left out.
+
+    >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0), "frozen": None})
+    tensor(5., dtype=torch.float64)
+    """
+    norms = [norm(leaf).double() for leaf in pytree.tree_leaves(tree) if leaf is not None]
+    return norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+
+
+def keep(counts: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
+    """Keep the rows of `x` `[batch, ...]` that count, and put `other` where they do not.
+
+    The rows left out may hold anything, NaN as well: neither values nor derivatives see them.
+
+    Args:
+        counts: `[batch]`, bool, or numbers of which 0 leaves a row out.
+        x: `[batch, ...]`.
+        other: a number, or a tensor that broadcasts against `x`.
+
+    >>> keep(torch.tensor([True, False]), torch.tensor([[1.0], [torch.nan]]))
+    tensor([[1.],
+            [0.]])
+    """
+    return torch.where((counts != 0).view(-1, *[1] * (x.ndim - 1)), x, other)
