@@ -34,11 +34,54 @@ def documented() -> dict[str, ModuleType]:
     return found
 
 
+# The names of a long page, in the order in which a reader looks for them; others are alphabetical.
+GROUPS = {
+    "fdl": {
+        "Training": "TrainState supervised train_step eval_step",
+        "Compiling": "jit scan disable_jit",
+        "Precision": "Policy with_policy",
+        "Files": "save load inspect load_torch save_torch Checkpointer",
+        "Modules": "nn losses metrics optim data random tree transforms population parallel"
+        " interop",
+    },
+    "fdl.optim": {
+        "Optimizers of torch.optim": "sgd adam adamw adamax nadam radam adagrad adadelta rmsprop"
+        " rprop asgd adafactor muon lbfgs",
+        "Optimizers beyond torch": "lion lamb lars adan schedule_free_sgd schedule_free_adamw sam",
+        "Composing": "chain masked freeze multi_transform leafwise",
+        "Transformations of gradients": "trace scale scale_by_learning_rate add_decayed_weights"
+        " scale_by_adam scale_by_adamax scale_by_nadam scale_by_radam scale_by_adagrad"
+        " scale_by_adadelta scale_by_rms scale_by_muon scale_by_lion scale_by_adan"
+        " scale_by_trust_ratio clip clip_by_global_norm adaptive_clip centralize add_noise",
+        "Around an optimizer": "accumulate apply_if_finite lookahead loss_scale loss_scale_of"
+        " reduce_on_plateau ema schedule_free schedule_free_params",
+        "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
+        " Schedule schedules from_torch to_torch",
+    },
+}
+
+
 def reference(name: str, module: ModuleType) -> str:
-    """Write the page of a module: what it says of itself, then each of its names."""
+    """Write the page of a module: its docstring, a line for each of its names, and each of them."""
+    groups = {title: names.split() for title, names in GROUPS.get(name, {}).items()}
+    groups = groups or {"": list(module.__all__)}
     parts = [f"# {name}", f"::: {name}\n    options: {{members: false, show_root_heading: false}}"]
-    parts += [entry(f"{name}.{each}", getattr(module, each)) for each in module.__all__]
+    parts += [table(name, module, title, names) for title, names in groups.items()]
+    parts += [
+        entry(f"{name}.{each}", getattr(module, each))
+        for names in groups.values()
+        for each in names
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def table(name: str, module: ModuleType, title: str, names: list[str]) -> str:
+    """Write a table of names, each with the first line of its docstring."""
+    rows = [f"| {title or 'name'} | |", "|---|---|"]
+    for each in names:
+        summary = (inspect.getdoc(getattr(module, each)) or "").partition("\n")[0]
+        rows.append(f"| [`{each}`](#{name}.{each}) | {summary.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
 
 
 def entry(path: str, thing: Any) -> str:
@@ -102,7 +145,7 @@ def sibling(match: re.Match[str]) -> str:
     """Link to another notebook, if it is there."""
     name, anchor, text = match.groups(default="")
     there = any(path.stem == name for path in NOTEBOOKS)
-    return f'<a href="../{name}/{anchor}">{text}</a>' if there else text
+    return f'<a href="{name}.html{anchor}">{text}</a>' if there else text
 
 
 def headings(html: str) -> list[Any]:
@@ -123,7 +166,7 @@ def on_page_content(html: str, page: Page, **kwargs: Any) -> str:
     if page.file.src_uri.endswith(".ipynb"):
         page.toc = get_toc(headings(html))
         html = re.sub(r'<a href="(\w+)\.ipynb(#[^"]*)?">(.*?)</a>', sibling, html)
-        html = re.sub(r'href="\.\./docs/([\w/-]+)\.md(#[^"]*)?"', r'href="../../\1/\2"', html)
+        html = re.sub(r'href="\.\./docs/([\w/-]+)\.md(#[^"]*)?"', r'href="../\1.html\2"', html)
     # Wide tables scroll by themselves; the page does not.
     html = re.sub(r"<table(?![^>]*highlighttable)", r'<div class="scroll"><table', html)
     return html.replace("</table>", "</table></div>")

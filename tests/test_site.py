@@ -66,7 +66,7 @@ def pages(site):
     """Map the address of each page to what is in it; 404.html is for servers."""
     found = {}
     for path in sorted(site.rglob("*.html")):
-        address = path.relative_to(site).as_posix().removesuffix("index.html")
+        address = path.relative_to(site).as_posix()
         if address != "404.html":
             found[address] = Found(path.read_text())
     return found
@@ -80,8 +80,7 @@ def test_every_link_leads_somewhere(site, pages):
                 continue  # another host's, or data
             target, anchor = urldefrag(urljoin(f"/{address}", link))
             target = unquote(target).lstrip("/")
-            path = site / target
-            exists = path.is_file() or (path / "index.html").is_file()
+            exists = (site / target).is_file()  # as without a server
             known = target not in pages or not anchor or unquote(anchor) in pages[target].anchors
             if not (exists and known):
                 broken.append(f"{address}: {link}")
@@ -89,7 +88,10 @@ def test_every_link_leads_somewhere(site, pages):
 
 
 def test_documented_names_are_the_public_names(pages):
-    reference = {a.split("/")[1]: p for a, p in pages.items() if a.startswith("reference/")}
+    reference = {
+        address.removeprefix("reference/").removesuffix(".html"): page
+        for address, page in pages.items() if address.startswith("reference/")
+    }  # fmt: skip
     anchors = {
         name: {a for a in page.anchors if re.fullmatch(rf"{re.escape(name)}\.\w+", a)}
         for name, page in reference.items()
@@ -115,7 +117,7 @@ def test_examples_in_docstrings_are_blocks_of_code(site):
     assert module.fenced("Add.\n\n>>> 1 + 1\n2") == "Add.\n\n```pycon\n>>> 1 + 1\n2\n```"
     text = "Add.\n\nExample::\n\n    a = 1\n\n    b = 2\n"
     assert module.fenced(text) == "Add.\n\n```python\na = 1\n\nb = 2\n```\n"
-    page = (site / "reference" / "fdl.random" / "index.html").read_text()
+    page = (site / "reference" / "fdl.random.html").read_text()
     assert page.count('class="language-pycon') >= 10 and "<blockquote>" not in page
 
 
@@ -179,8 +181,20 @@ def test_search_finds_vmap(tab, host):
     assert "vmap" in tab.inner_text(".md-search-result__list") and not tab.wrong
 
 
+def test_the_site_works_when_opened_as_a_file(browser, site):
+    tab = browser.new_page(viewport={"width": 1280, "height": 800})
+    tab.goto(f"file://{site}/index.html")
+    tab.click(".md-content a[href='ideas.html']")
+    assert tab.url == f"file://{site}/ideas.html" and "ideas" in tab.title()
+    tab.click("input.md-search__input")
+    tab.keyboard.type("vmap", delay=50)
+    tab.wait_for_selector(".md-search-result__link", timeout=20_000)
+    assert "vmap" in tab.inner_text(".md-search-result__list")
+    tab.close()
+
+
 def test_code_can_be_copied_and_the_palette_changed(tab, host):
-    tab.goto(host + "ideas/")
+    tab.goto(host + "ideas.html")
     blocks = tab.locator(".md-content .highlight").count()
     tab.wait_for_selector("button[data-md-type=copy]", state="attached")
     assert tab.locator("button[data-md-type=copy]").count() == blocks > 5
