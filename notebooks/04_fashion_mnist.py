@@ -142,10 +142,10 @@ print(f"the DataLoader took {imperative / functional:.0f} times as long as gathe
 
 # %% [markdown]
 # What takes the time is Python, 60,000 times: one image, one PIL object, one transformation. Worker
-# processes spread that over cores (`python -m train data` times a pass with four of them). In the
-# README's table a step of softmax regression takes 15.1 ms behind a `DataLoader` with four workers,
-# and 2.1 ms here, eager. If a data set fits in memory, indexing it is the whole of data loading.
-# (If it does not, a loader is right, and a step takes its batches as well: two tensors.)
+# processes spread that over cores: behind a `DataLoader` with four of them a step of softmax
+# regression takes 15.1 ms, and here, eagerly, 2.1 ms ([benchmark](../docs/benchmark.md)). If a data
+# set fits in memory, indexing it is all there is to loading. (If it does not, use a loader; a step
+# takes its batches just as well: two tensors.)
 
 # %% [markdown]
 # ## Sampling with replacement

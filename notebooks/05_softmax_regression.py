@@ -153,7 +153,10 @@ assert_close(state.params["1"]["weight"], params["weight"], rtol=0, atol=1e-12)
 
 # %% [markdown]
 # ## S1 The epoch loop
-# Now all 60,000 images, in float32, for ten epochs. `fdl.scan` runs a step along the rows of an
+# Now all 60,000 images, in float32, for ten epochs. Do not be surprised when the accuracy on
+# training images is the lower one at first: it is the mean over an epoch *during* which the model
+# was still learning, while the test images are seen by the model at the end of it.
+# `fdl.scan` runs a step along the rows of an
 # index array and stacks what it returns; `.sum()` merges the means of 235 batches into the mean
 # over all examples. Evaluation is the same walk without a key, so that a model could tell it from
 # training.

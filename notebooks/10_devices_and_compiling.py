@@ -299,8 +299,8 @@ except RuntimeError as error:
 #
 # The products of matrices, which both leave to the same libraries. Compiling removes what is around
 # them: Python, the starting of operations, and passes over memory that can be made as one. In the
-# README's table (256 hidden units, batches of 256) a step of the module takes 1,996 µs, and one of
-# the compiled epoch 1,639.
+# [benchmark](../docs/benchmark.md) (256 hidden units, batches of 256) a step of the module takes
+# 1,996 µs, and one of the compiled epoch 1,639.
 #
 # </details>
 #

@@ -139,6 +139,10 @@ assert not tree.allclose(state.params, start, rtol=0, atol=1e-2)
 # ## Training, and the sleep at the start
 # The recipe of the course: SGD with rate 0.9, batches of 256, Xavier's initialisation. The epoch is one
 # compiled program. Beside it, the same network with batch normalisation.
+#
+# Sigmoids pass little gradient on, so LeNet sleeps for an epoch or two, and after ten it is not ahead
+# of softmax regression (0.811 and 0.829 on test images, means of three seeds). After twenty it is:
+# LENET20.
 
 # %%
 def run(model, epochs, opt=opt):

@@ -25,7 +25,7 @@ def figure(value: float) -> str:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Draw a panel of bars for each workload but the scaled ones."""
+    """Draw a panel of dots for each workload but the scaled ones."""
     from matplotlib.figure import Figure  # a second to import, which nothing else need wait for
 
     workloads = [w for w in document["workloads"] if ratios(w) and not w["scaled"]]
@@ -45,16 +45,25 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def draw_panel(axes: Any, workload: dict[str, Any], names: list[str]) -> None:
-    """Draw the bars of one workload, in the order that all panels share, ours in colour."""
+    """Draw the dots of one workload, in the order that all panels share, ours in colour.
+
+    Dots, because a bar on a logarithmic axis begins nowhere.
+    """
     found = ratios(workload)
     most = max(found.values())
     for place, name in enumerate(names):
         if name not in found:
             continue
         ours = name.startswith("fdl-")
-        axes.barh(place, found[name], left=0, color=OURS if ours else THEIRS, height=0.75)
-        axes.text(found[name] * 1.06, place, figure(found[name]), va="center", fontsize=7.5)
+        axes.plot(found[name], place, "o", color=OURS if ours else THEIRS, markersize=5)
+        axes.annotate(
+            figure(found[name]), (found[name], place), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=7.5,
+        )  # fmt: skip
     axes.set_xscale("log")
+    axes.axvline(1, color="0.85", linewidth=1, zorder=0)
+    axes.grid(axis="y", color="0.93", zorder=0)
+    axes.tick_params(axis="y", length=0)
     axes.set_xlim(0.8, max(2.0, most) * 2.2)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
