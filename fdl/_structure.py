@@ -14,11 +14,12 @@ import math
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from fdl._json import MAX_DEPTH
 from fdl.data import Batch, Dataset, Indices
 from fdl.metrics import Mean
 from fdl.optim.base import State
@@ -56,8 +57,6 @@ KINDS: dict[str, type] = {
     )
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
-
-MAX_DEPTH = 100  # containers in each other; well below what Python and its JSON can take
 
 
 def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
@@ -108,6 +107,7 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         raise TypeError(
             f"{caller}: expected a dict, list, tuple, NamedTuple, tensor, None, bool, int, float "
             f"or str, got {type(node).__name__} at {path!r}"
+            + ("; make it a dict" if isinstance(node, Mapping) else "")
         )
 
     return visit(tree, "", 0), tensors

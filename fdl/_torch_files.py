@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fdl._durable import write_whole
+from fdl._files import expanded
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
 _ALLOWED = re.compile(
@@ -51,7 +52,8 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     ...     load_torch(f"{folder}/it.pt").keys()
     dict_keys(['weight', 'bias'])
     """
-    where = f"load_torch: cannot read {os.fspath(path)}"
+    path = expanded(path)
+    where = f"load_torch: cannot read {path}"
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -65,7 +67,7 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
                         _check_pickle(content)
         loaded = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"load_torch: no such file: {os.fspath(path)}") from error
+        raise FileNotFoundError(f"load_torch: no such file: {path}") from error
     except Exception as error:  # what a damaged pickle raises is any of them
         raise ValueError(f"{where}: {error or type(error).__name__}") from error
     return _nested(loaded, "")
