@@ -7,7 +7,7 @@ difference between a text and a number counts, their places are kept beside them
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 MAX_DEPTH = 100  # containers in each other; well below what Python and its JSON can take
@@ -52,8 +52,12 @@ def as_texts(value: Any) -> tuple[Any, list[Place]]:
     return (made if isinstance(value, Mapping) else list(made.values())), places
 
 
-def as_numbers(value: Any, places: Sequence[Place]) -> Any:
+def as_numbers(value: Any, places: Any) -> Any:
     """Undo `as_texts`, in place.
+
+    Args:
+        value: what `as_texts` made, perhaps by way of a file.
+        places: the places that it listed; whatever else a file may have for them is an error.
 
     Raises:
         ValueError: there is no such text at one of the places.
@@ -64,14 +68,15 @@ def as_numbers(value: Any, places: Sequence[Place]) -> Any:
     root = [value]
     try:
         for place in places:
-            node, last = root, 0
-            for name in place:
-                node, last = node[last], name
+            node: Any = root
+            *way, last = [0, *place]
+            for name in way:
+                node = node[name]
             if node[last] not in ("NaN", "Infinity", "-Infinity"):
-                raise ValueError(f"{node[last]!r} stands for no number")
+                raise ValueError(f"{node[last]!r} is no number"[:200])
             node[last] = float(node[last])
     except (LookupError, TypeError) as error:
-        raise ValueError(f"no number at {place!r}"[:200]) from error
+        raise ValueError(f"there is no such place: {error}"[:200]) from error
     return root[0]
 
 

@@ -5,8 +5,8 @@ of it to a batch. Nothing is shuffled, copied or cached behind the caller's back
 """
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -82,27 +82,35 @@ class Indices(NamedTuple):
 
 
 def fashion_mnist(
-    root: str | Path | None = None, *, train: bool = True, download: bool = True
+    root: str | os.PathLike[str] | None = None, *, train: bool = True, download: bool = True
 ) -> Dataset:
     """Read Fashion-MNIST: 28×28 grey images of clothes in ten classes (see `LABELS`).
 
-    Each file, gzipped or unpacked, comes from the first of these folders that has it: `root`,
-    `root/FashionMNIST/raw`, `data/FashionMNIST/raw` below the working directory (where torchvision
-    is usually told to put it), and `/usr/share/datasets/fashion-mnist` (the Debian package
-    `dataset-fashion-mnist`). What is in none of them torchvision downloads, into `root` or else
-    `data`. Contents are verified, so every folder gives the same bytes or an error.
+    It comes from the first of these places that has it: `root`, `data/FashionMNIST/raw` below the
+    working directory (where torchvision is usually told to put it), and
+    `/usr/share/datasets/fashion-mnist` (the Debian package `dataset-fashion-mnist`). If none has
+    it, torchvision downloads it, into `root` or else `data`.
+
+    `root` may hold the four IDX files, gzipped or not, itself or in `FashionMNIST/raw`; a `.npz`
+    file with x_train, y_train, x_test and y_test; or Parquet files as Hugging Face serves them
+    (`pip install 'fdl[parquet]'`). Contents are verified, so all give the same tensors or an error.
 
     Args:
-        root: A folder that holds the files, or that torchvision is or was given as its `root`.
+        root: A folder that holds the images, or that torchvision is or was given as its `root`, or
+            the `.npz` file itself.
         train: The 60,000 training images if true, the 10,000 test images if false.
-        download: Whether to download what is in none of the folders.
+        download: Whether to download what is in none of the places. If false, a `root` that holds
+            nothing but other files is an error.
 
     Returns:
         `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
 
     Raises:
-        FileNotFoundError: A file is in none of the folders and was not downloaded.
-        ValueError: A file that was found is truncated or damaged; no other folder is tried then.
+        FileNotFoundError: The images are in none of the places and were not downloaded, or `root`
+            holds only other files; the error lists them, and what can be read.
+        ValueError: A file that was found is damaged, or holds other images; no other place is
+            tried then.
+        ImportError: They are in Parquet files, and pyarrow is not installed.
 
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, https://arxiv.org/abs/1708.07747
 

@@ -162,9 +162,9 @@ def test_checkpoints_in_a_linked_folder(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "run").symlink_to("far")
     a_checkpoint(tmp_path / "run")
-    with Checkpointer(tmp_path / "run"):  # the lock is that of the folder, by either name
-        with pytest.raises(BlockingIOError):
-            Checkpointer(tmp_path / "far")
+    # The lock is that of the folder, by either name.
+    with Checkpointer(tmp_path / "run"), pytest.raises(BlockingIOError):
+        Checkpointer(tmp_path / "far")
     assert [found.step for found in checkpointer.checkpoints(tmp_path / "far")] == [0]
 
 
