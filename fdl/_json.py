@@ -69,7 +69,8 @@ def as_numbers(value: Any, places: Any) -> Any:
     try:
         for place in places:
             node: Any = root
-            *way, last = [0, *place]
+            way: list[Any] = [0, *place]
+            last = way.pop()
             for name in way:
                 node = node[name]
             if node[last] not in ("NaN", "Infinity", "-Infinity"):

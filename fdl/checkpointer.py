@@ -300,7 +300,8 @@ def _number(name: str, value: Any) -> float:
     try:
         if isinstance(value, str):  # float would parse it
             raise TypeError
-        return float(value.value if isinstance(value, Mean) else value)
+        number = value.value if isinstance(value, Mean) else value
+        return float(number.item() if hasattr(number, "item") else number)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(
             f"Checkpointer.save: metrics[{name!r}] must be one number, or a tensor or Mean of one, "
