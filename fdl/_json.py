@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_DEPTH = 100  # containers in each other; well below what Python and its JSON can take
-_DIGITS = 4000  # of an integer; Python reads up to 4,300
+MAX_INTEGER = 10**4000 - 1  # Python reads up to 4,300 digits
 
 Place = list[str | int]  # the keys and indices that lead to a number
 
@@ -101,17 +101,17 @@ got tuple; make it a list
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{caller}: {path}: more than {MAX_DEPTH} containers in each other")
-    if type(value) is dict:
+    if isinstance(value, dict):
         for name, child in value.items():
-            if type(name) is not str:
+            if not isinstance(name, str):
                 raise TypeError(f"{caller}: {path}: a key must be a str, got {name!r}")
             check(child, f"{path}[{name!r}]", caller, depth + 1)
     elif type(value) is list:
         for i, child in enumerate(value):
             check(child, f"{path}[{i}]", caller, depth + 1)
     elif type(value) is int:
-        if abs(value) >= 10**_DIGITS:
-            raise ValueError(f"{caller}: {path}: an integer of more than {_DIGITS} digits")
+        if abs(value) > MAX_INTEGER:
+            raise ValueError(f"{caller}: {path}: an integer of more than 4,000 digits")
     elif value is not None and type(value) not in (bool, float, str):
         raise TypeError(
             f"{caller}: {path}: expected a dict, list, str, int, float, bool or None, "

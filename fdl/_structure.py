@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fdl._json import MAX_DEPTH
+from fdl._json import MAX_DEPTH, MAX_INTEGER
 from fdl.data import Batch, Dataset, Indices
 from fdl.metrics import Mean
 from fdl.optim.base import State
@@ -68,7 +68,8 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
 
     Raises:
         TypeError: a container or a leaf of a kind that has no place in a file.
-        ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
+        ValueError: a dict key that is empty or holds a dot, too deep a nesting, or an integer of
+            thousands of digits.
 
     >>> describe({"w": Mean(1, None)}, "here")
     ({'w': ['namedtuple', 'fdl.Mean', {'total': 1, 'count': None}]}, {})
@@ -90,6 +91,8 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         if isinstance(node, Tensor):
             tensors[path] = node
             return ["tensor"]
+        if type(node) is int and abs(node) > MAX_INTEGER:
+            raise ValueError(f"{caller}: an integer of more than 4,000 digits at {path!r}")
         if node is None or type(node) in (bool, int, str):
             return node
         if type(node) is float:

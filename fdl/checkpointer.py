@@ -279,7 +279,7 @@ def _remove(path: Path) -> None:
         path.rename(hidden)
         shutil.rmtree(hidden)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _another(group: ProcessGroup) -> ProcessGroup:

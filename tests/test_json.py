@@ -4,9 +4,10 @@ import ast
 import json
 import math
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "tensor": (torch.tensor(1.0), r"got Tensor; take its .tolist\(\)"),
     "tuple": ((1, 2), "got tuple; make it a list"),
     "set": ({1}, "got set; make it a list"),
-    "mapping": (OrderedDict(a=1), "got OrderedDict; make it a dict"),
+    "mapping": (MappingProxyType({}), "got mappingproxy; make it a dict"),
     "dataclass": (Options(), "got Options; take its dataclasses.asdict"),
     "function": (len, "got builtin_function_or_method"),
     "bytes": (b"x", "got bytes"),
@@ -201,11 +202,18 @@ def test_odd_metadata_and_config_are_refused_at_once_by_their_path(
     assert it.latest() is not None
 
 
+def test_dicts_of_other_classes_are_dicts_in_metadata(tmp_path: Path) -> None:
+    fdl.save(tmp_path / "it", {}, metadata={"a": OrderedDict(b=defaultdict(int, c=1))})
+    assert fdl.inspect(tmp_path / "it").metadata == {"a": {"b": {"c": 1}}}
+
+
 def test_a_number_of_thousands_of_digits_is_refused(it: Checkpointer) -> None:
     it.save(STATE, config={"n": 10**3999})
     it.wait()
-    with pytest.raises(ValueError, match=r"config\['n'\]: an integer of more than 4000 digits"):
+    with pytest.raises(ValueError, match=r"config\['n'\]: an integer of more than 4,000 digits"):
         it.save(STATE, config={"n": -(10**4000)})
+    with pytest.raises(ValueError, match="an integer of more than 4,000 digits at 'buffers.n'"):
+        it.save(STATE._replace(buffers={"n": 10**4000}))
 
 
 @pytest.mark.parametrize("config", [Options(), [1], "text"])
@@ -267,7 +275,12 @@ def test_metrics_that_are_no_number_are_refused_at_once(value: Any, it: Checkpoi
     ("state", "kind", "message"),
     [
         (STATE._replace(buffers={"a": np.ones(2)}), TypeError, "got ndarray at 'buffers.a'"),
-        (STATE._replace(buffers={"a": OrderedDict}), TypeError, "at 'buffers.a'"),
+        (STATE._replace(buffers={"a": int}), TypeError, "got type at 'buffers.a'"),
+        (
+            STATE._replace(buffers={"a": MappingProxyType({})}),
+            TypeError,
+            "got mappingproxy at 'buffers.a'; make it a dict",
+        ),
         (STATE._replace(buffers={"a.b": torch.ones(1)}), ValueError, "must not hold a dot"),
         (STATE._replace(buffers={"a": torch.ones(1).to_sparse()}), TypeError, "make it dense"),
         (STATE._replace(buffers={"a": torch.ones(1, device="meta")}), TypeError, "meta"),
