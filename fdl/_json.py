@@ -26,7 +26,10 @@ def dumps(value: Any, **options: Any) -> str:
     >>> dumps({"loss": float("nan"), "clip": [float("-inf"), 1.0]})
     '{"loss": "NaN", "clip": ["-Infinity", 1.0]}'
     """
-    return json.dumps(as_texts(value)[0], allow_nan=False, **options)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # a number that is not finite, which is rare; looking for it takes longer
+        return json.dumps(as_texts(value)[0], allow_nan=False, **options)
 
 
 def as_texts(value: Any) -> tuple[Any, list[Place]]:

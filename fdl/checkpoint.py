@@ -6,8 +6,8 @@ is one of each tensor; whatever is read is verified, and lies in memory of its o
 """
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,29 +53,12 @@ def save(
     ...     load(f"{folder}/it.safetensors")
     {'fc': [tensor([1., 1.]), None], 'rate': 0.1}
     """
-    write_whole(path, prepared(tree, metadata, "save"))
-
-
-def prepared(
-    tree: Tree, metadata: Mapping[str, Any] | None, caller: str
-) -> Callable[[BinaryIO], None]:
-    """Check what is to be saved, and return the function that writes it to an open file.
-
-    Args:
-        tree: as of `save`.
-        metadata: as of `save`.
-        caller: how an error begins.
-
-    Raises:
-        TypeError: as of `save`.
-        ValueError: as of `save`.
-    """
-    structure, tensors = describe(tree, caller)
-    _check_storable(tensors, caller)
+    structure, tensors = describe(tree, "save")
+    check_storable(tensors, "save")
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"{caller}: metadata must be a dict, got {type(metadata).__name__}")
+        raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
     extra = dict(metadata or {})
-    check(extra, "metadata", caller)
+    check(extra, "metadata", "save")
     extra, places = as_texts(extra)
     first: dict[Any, str] = {}
     names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
@@ -88,14 +71,23 @@ def prepared(
         **({"fdl.floats": _json(places)} if places else {}),
     }
     stored = {name: tensors[name] for name in first.values()}
-    return lambda file: write_tensors(file, stored, meta)
+    write_whole(path, lambda file: write_tensors(file, stored, meta))
 
 
 def _json(value: Any) -> str:
     return dumps(value, separators=(",", ":"))
 
 
-def _check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
+def check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
+    """Refuse tensors of a kind that the format does not know.
+
+    Args:
+        tensors: by path.
+        caller: how an error begins.
+
+    Raises:
+        TypeError: there are some (each is listed with its path).
+    """
     lines = []
     for path, leaf in tensors.items():
         if type(leaf) not in (Tensor, torch.nn.Parameter):

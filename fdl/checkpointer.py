@@ -40,7 +40,8 @@ from fdl._dtensors import is_spread
 from fdl._files import expanded
 from fdl._lock import Lock
 from fdl._sharded import check_summed, on_first, save_shards
-from fdl.checkpoint import prepared, save
+from fdl._structure import describe
+from fdl.checkpoint import check_storable, save
 from fdl.metrics import Mean
 from fdl.training import TrainState
 from fdl.tree import Tree
@@ -169,7 +170,7 @@ class Checkpointer:
             "versions": _versions(),
         }
         # All that can be wrong is found here, not in the thread: there it would be raised late.
-        on_first(self._group, lambda: _check(state, metadata))
+        _check(state)
         copied = _on_host(state, self._group)
         self._saved = time.monotonic()
         self._pending = self._pool.submit(self._write, copied, metadata)
@@ -321,11 +322,13 @@ def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return copy.deepcopy(copied)
 
 
-def _check(state: Tree, metadata: Mapping[str, Any]) -> None:
-    """Refuse a state that could not be written; of spread leaves only the sums are looked at."""
-    check_summed({at: x for at, x in tree.flatten_dict(state).items() if is_spread(x)})
-    rest = tree.map(lambda leaf: None if is_spread(leaf) else leaf, state)
-    prepared(rest, metadata, "Checkpointer.save")
+def _check(state: Tree) -> None:
+    """Refuse a state that could not be written; all processes of a group find the same."""
+    _, tensors = describe(state, "Checkpointer.save")
+    spread = {at: leaf for at, leaf in tensors.items() if is_spread(leaf)}
+    check_summed(spread)
+    whole = {at: leaf for at, leaf in tensors.items() if at not in spread}
+    check_storable(whole, "Checkpointer.save")
 
 
 def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:

@@ -212,7 +212,7 @@ def test_a_number_of_thousands_of_digits_is_refused(it: Checkpointer) -> None:
     it.wait()
     with pytest.raises(ValueError, match=r"config\['n'\]: an integer of more than 4,000 digits"):
         it.save(STATE, config={"n": -(10**4000)})
-    with pytest.raises(ValueError, match="an integer of more than 4,000 digits at 'buffers.n'"):
+    with pytest.raises(ValueError, match=r"an integer of more than 4,000 digits at 'buffers.n'"):
         it.save(STATE._replace(buffers={"n": 10**4000}))
 
 
