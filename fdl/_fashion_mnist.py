@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import os
-import shutil
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -38,6 +37,7 @@ _SAMPLE = {
 }
 _SAMPLE_FOLDER = Path(__file__).parent / "fashion_mnist_sample"
 _SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_DEBIAN = Path("/etc/debian_version")  # Ubuntu has it too
 _TORCHVISION_ROOT = Path("data")
 _TORCHVISION_RAW = Path("FashionMNIST", "raw")
 
@@ -117,7 +117,7 @@ def _check_nothing_else(root: Path) -> None:
 
 def _way_to_get_it(option: str = "") -> str:
     """Say how to install the files, in the words of this system."""
-    if shutil.which("apt"):
+    if _DEBIAN.exists():
         sudo = "" if os.geteuid() == 0 else "sudo "
         return f"`{sudo}apt install {option}dataset-fashion-mnist` provides it"
     return "`torchvision.datasets.FashionMNIST('data', download=True)` provides it"

@@ -21,7 +21,7 @@ Read = Callable[[], tuple[Part, Part]]  # images and labels
 
 ACCEPTED = """\
   train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte,
-    each gzipped (.gz) or not; also in FashionMNIST/raw, where torchvision puts them
+    each gzipped (.gz) or not; also in FashionMNIST/raw, where torchvision puts them, or raw
   a .npz file with x_train, y_train, x_test and y_test, as Keras has them
   train-*.parquet and test-*.parquet with the columns image (PNG) and label, as Hugging Face serves
     them; also in fashion_mnist or data"""
@@ -65,8 +65,8 @@ def idx_names(train: bool) -> tuple[str, str]:
 
 
 def find_idx(folder: Path, train: bool) -> Read | None:
-    """Look for the two IDX files of a split, in torchvision's sub-folder as well."""
-    for place in (folder, folder / "FashionMNIST" / "raw"):
+    """Look for the two IDX files of a split, in torchvision's sub-folders as well."""
+    for place in (folder, folder / "FashionMNIST" / "raw", folder / "raw"):
         files = [
             next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
             for name in idx_names(train)
@@ -224,5 +224,5 @@ def _pixels(path: Path, image: object) -> np.ndarray:
             if png.size != (_SIDE, _SIDE) or png.mode != "L":
                 raise wrong(path, f"grey images of {_SIDE} × {_SIDE}", f"{png.mode} {png.size}")
             return np.asarray(png)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise wrong(path, "PNG bytes in each row of image", str(error)) from error

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import os
-import shutil
 import warnings
 from http.client import IncompleteRead
 from pathlib import Path
@@ -129,7 +128,7 @@ def test_labels_are_torchvisions_in_lower_case() -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "gz"])
-@pytest.mark.parametrize("folder", ["mine", f"mine/{RAW}", f"data/{RAW}", "system"])
+@pytest.mark.parametrize("folder", ["mine", f"mine/{RAW}", "mine/raw", f"data/{RAW}", "system"])
 def test_every_place_is_searched(folder: str, zipped: bool, small: dict[str, bytes]) -> None:
     put(Path(folder), small, zipped=zipped)
     assert same(read_test("mine"), small)
@@ -158,15 +157,15 @@ def test_arrays_can_be_written_to_without_warning(small: dict[str, bytes]) -> No
 
 
 @pytest.mark.parametrize(
-    ("apt", "user", "command"),
+    ("debian", "user", "command"),
     [
-        ("/usr/bin/apt", 0, "apt install dataset-fashion-mnist"),
-        ("/usr/bin/apt", 1000, "sudo apt install dataset-fashion-mnist"),
-        (None, 0, "torchvision.datasets.FashionMNIST('data', download=True)"),
+        ("/", 0, "apt install dataset-fashion-mnist"),
+        ("/", 1000, "sudo apt install dataset-fashion-mnist"),
+        ("/absent", 0, "torchvision.datasets.FashionMNIST('data', download=True)"),
     ],
 )
 def test_absent_images_name_the_places_and_the_way_to_get_them(
-    apt: str | None,
+    debian: str,
     user: int,
     command: str,
     small: dict[str, bytes],
@@ -174,7 +173,7 @@ def test_absent_images_name_the_places_and_the_way_to_get_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: apt)
+    monkeypatch.setattr(_fashion_mnist, "_DEBIAN", Path(debian))
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with pytest.raises(FileNotFoundError) as info:
         read_test("mine")
