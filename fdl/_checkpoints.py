@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.distributed import ProcessGroup
 
+from fdl._files import expanded
+from fdl._numerics import best_index
 from fdl._safetensors import read_header, read_tensors
 from fdl._sharded import ABOUT, check_shards, load_shards, on_first
 from fdl.checkpoint import inspect, load
@@ -63,7 +65,7 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
     ...     checkpoints(folder)
     []
     """
-    return list(readable(files_in(Path(folder))))
+    return list(readable(files_in(expanded(folder))))
 
 
 def restore(
@@ -93,7 +95,7 @@ def restore(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     restore(folder)
     """
-    return restore_newest(Path(folder), checkpoint, like, device, None)
+    return restore_newest(expanded(folder), checkpoint, like, device, None)
 
 
 def restore_newest(
@@ -140,7 +142,7 @@ def readable(files: list[Path]) -> Iterator[Checkpoint]:
             about = inspect(path / ABOUT if path.is_dir() else path).metadata
             metrics = {name: float(text) for name, text in about["metrics"].items()}
             yield Checkpoint(path, about["step"], metrics, about["config"], about["versions"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             _warn(path, error)
 
 
@@ -167,10 +169,10 @@ def _is_intact(path: Path, group: ProcessGroup | None) -> bool:
 
 
 def best_of(found: Iterator[Checkpoint], metric: str, mode: Mode) -> Checkpoint | None:
-    """Of equal ones, the newest."""
-    with_it = [c for c in found if c.metrics.get(metric, float("nan")) == c.metrics.get(metric)]
-    choose = min if mode == "min" else max
-    return choose(with_it, key=lambda c: c.metrics[metric], default=None)
+    """Find the best one by `best_index`; of equal ones, the newest."""
+    with_it = [checkpoint for checkpoint in found if metric in checkpoint.metrics]
+    i = best_index([checkpoint.metrics[metric] for checkpoint in with_it], mode)
+    return None if i is None else with_it[i]
 
 
 def check_mode(what: str, mode: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fdl._files import expanded
 from fdl._opened import opened_file
 from fdl._structure import leaf_value, opened, walk
 from fdl.tree import Tree
@@ -93,7 +94,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
             for at, node in walk(file.structure)
             if opened(node, at) is None
         }
-        return Contents(Path(path), leaves, file.metadata, file.ties)
+        return Contents(expanded(path), leaves, file.metadata, file.ties)
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:

@@ -1,13 +1,13 @@
-"""The files of Fashion-MNIST: where they are, how to get them, and reading them with verification.
+"""Fashion-MNIST: where it may be, how to get it, and whether it is what it should be.
 
-The public functions are in `fdl.data`.
+The public functions are in `fdl.data`, the formats in `fdl._image_files`.
 """
 
-import gzip
+import contextlib
 import hashlib
-import math
-import zlib
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 
@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdl import _image_files
+from fdl._files import expanded
+from fdl._image_files import Part, Read
+
 Pair = tuple[Tensor, Tensor]  # images uint8 [n, 28, 28] and labels int64 [n]
 
-# MD5 of the unpacked files, so that a recompressed copy passes too. They belong to the archives
-# whose own MD5s torchvision lists as `FashionMNIST.resources`.
+# MD5 of the unpacked IDX files: of any other format those bytes are made again. They belong to the
+# archives whose own MD5s torchvision lists as `FashionMNIST.resources`.
 _FULL = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -33,57 +37,90 @@ _SAMPLE = {
 }
 _SAMPLE_FOLDER = Path(__file__).parent / "fashion_mnist_sample"
 _SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_DEBIAN = Path("/etc/debian_version")  # Ubuntu has it too
 _TORCHVISION_ROOT = Path("data")
 _TORCHVISION_RAW = Path("FashionMNIST", "raw")
 
 
-def load(root: str | Path | None, train: bool, download: bool) -> Pair:
-    """Read the whole set from the first folder that has it; see `fdl.data.fashion_mnist`."""
-    home = _TORCHVISION_ROOT if root is None else Path(root).expanduser()
-    own = () if root is None else (home, home / _TORCHVISION_RAW)
-    folders = (*own, _TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
-    names = _file_names(train)
+def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pair:
+    """Read the whole set from the first place that has it; see `fdl.data.fashion_mnist`."""
+    home = _TORCHVISION_ROOT if root is None else expanded(root)
+    usual = (_TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
+    read = _image_files.find(home, train) if root is not None else None
+    if read is None and root is not None and (home.is_file() or not download):
+        _check_nothing_else(home)
+    for place in usual:  # in IDX files alone: nobody named these places
+        read = read or _image_files.find_idx(place, train)
     failure = None
-    if download and any(_find(name, folders) is None for name in names):
+    if read is None and download:
         failure = _download(home)
-    advice = (
-        "`apt install dataset-fashion-mnist` (with --reinstall if it is damaged) provides it, and "
-        f"so does `torchvision.datasets.FashionMNIST({str(home)!r}, download=True)`"
-    )
-    paths = []
-    for name in names:
-        path = _find(name, folders)
-        if path is None:
-            searched = "".join(f"\n  {folder}" for folder in folders)
-            reason = f"\ndownloading it failed: {failure}" if failure else ""
-            raise FileNotFoundError(
-                f"fashion_mnist: expected {name} or {name}.gz in one of these folders, got it in "
-                f"none:{searched}{reason}\n{advice}; or pass the folder that holds it as root"
-            ) from failure
-        paths.append(path)
-    return _read(paths, _FULL, f"remove it and get it anew: {advice}")
+        read = _image_files.find_idx(home, train)
+    if read is None:
+        searched = ", ".join(str(place) for place in (() if root is None else (home,)) + usual)
+        why = f"; downloading it failed: {_one_line(failure)}" if failure else ""
+        raise FileNotFoundError(
+            f"fashion_mnist: found nothing in {searched}{why}\n"
+            f"{_way_to_get_it()}, or pass as root the folder that holds it"
+        ) from failure
+    return _verified(read, train, _FULL, f"remove it; {_way_to_get_it('--reinstall ')}")
 
 
 def load_sample(train: bool) -> Pair:
     """Read the sample in this package; see `fdl.data.fashion_mnist_sample`."""
     advice = "install fdl again to get it back"
-    paths = [_SAMPLE_FOLDER / f"{name}.gz" for name in _file_names(train)]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"fashion_mnist_sample: expected {path}, got no such file; {advice}"
-            )
-    return _read(paths, _SAMPLE, advice)
+    read = _image_files.find_idx(_SAMPLE_FOLDER, train)
+    if read is None:
+        names = " and ".join(f"{name}.gz" for name in _image_files.idx_names(train))
+        raise FileNotFoundError(
+            f"fashion_mnist_sample: expected {names} in {_SAMPLE_FOLDER}, got no such files; "
+            f"{advice}"
+        )
+    return _verified(read, train, _SAMPLE, advice)
 
 
-def _file_names(train: bool) -> tuple[str, str]:
-    split = "train" if train else "t10k"
-    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+def _verified(read: Read, train: bool, digests: Mapping[str, str], advice: str) -> Pair:
+    """Read, and compare with the MD5 of the IDX files, whatever format the arrays come from."""
+    try:
+        images, labels = read()
+        for name, part in zip(_image_files.idx_names(train), (images, labels), strict=True):
+            _compare(part, digests[name])
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    # Copied, since what was read from bytes cannot be written to.
+    return torch.from_numpy(images[1].copy()), torch.from_numpy(labels[1].astype(np.int64))
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path | None:
-    candidates = (folder / file for folder in folders for file in (name, f"{name}.gz"))
-    return next((path for path in candidates if path.is_file()), None)
+def _compare(part: Part, md5: str) -> None:
+    path, array = part
+    header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
+    got = hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest()
+    if got != md5:
+        what = "images" if array.ndim == 3 else "labels"
+        raise _image_files.wrong(
+            path, f"the {what} with the MD5 {md5}", f"{len(array)} with the MD5 {got}"
+        )
+
+
+def _check_nothing_else(root: Path) -> None:
+    """Raise if the root that was named holds other things, which are then not what was meant."""
+    if root.is_dir():
+        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    else:
+        found = [root.name] if root.exists() else []
+    if found:
+        shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if found[10:] else "")
+        raise FileNotFoundError(
+            f"fashion_mnist: found no images that can be read in {root}: {shown}\n"
+            f"what can be read is\n{_image_files.ACCEPTED}"
+        )
+
+
+def _way_to_get_it(option: str = "") -> str:
+    """Say how to install the files, in the words of this system."""
+    if _DEBIAN.exists():
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        return f"`{sudo}apt install {option}dataset-fashion-mnist` provides it"
+    return "`torchvision.datasets.FashionMNIST('data', download=True)` provides it"
 
 
 def _download(root: Path) -> Exception | None:
@@ -91,39 +128,15 @@ def _download(root: Path) -> Exception | None:
     from torchvision.datasets import FashionMNIST
 
     try:
-        FashionMNIST(root, download=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each address that it tries
+            FashionMNIST(root, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         return error
     return None
 
 
-def _read(paths: Sequence[Path], digests: Mapping[str, str], advice: str) -> Pair:
-    images, labels = (_read_idx(p, digests[p.name.removesuffix(".gz")], advice) for p in paths)
-    return (images, labels.to(torch.int64))
-
-
-def _read_idx(path: Path, md5: str, advice: str) -> Tensor:
-    """Read a file of bytes in the IDX format: a magic number, the sizes, the bytes."""
-
-    def damaged(expected: str, got: str) -> ValueError:
-        return ValueError(f"{path} is damaged: expected {expected}, got {got}; {advice}")
-
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise damaged("a whole gzip file", f"{len(content)} bytes ({error})") from error
-    ndim = 3 if "idx3" in path.name else 1
-    start = 4 * (1 + ndim)
-    if len(content) < start:
-        raise damaged(f"a header of {start} bytes", f"only {len(content)} bytes")
-    magic, *shape = np.frombuffer(content, ">u4", count=1 + ndim).tolist()
-    if magic != 0x0800 + ndim:  # 08: unsigned bytes; then the number of dimensions
-        raise damaged(f"the magic number {0x0800 + ndim:#010x}", f"{magic:#010x}")
-    if len(content) != start + math.prod(shape):
-        raise damaged(f"{start + math.prod(shape)} bytes for shape {shape}", f"{len(content)}")
-    got = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if got != md5:
-        raise damaged(f"the MD5 {md5}", got)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+def _one_line(error: Exception) -> str:
+    """Say why a download failed: the reason that torchvision gives last, for its last address."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return last.removeprefix("<urlopen error ").removesuffix(">") if "urlopen" in last else last

@@ -4,12 +4,13 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fdl._files import expanded
+from fdl._json import as_numbers
 from fdl._safetensors import Header, parse_json, read_header, read_tensors
 from fdl._structure import Node, rebuild, walk
 from fdl.tree import Tree, unflatten_dict
@@ -65,9 +66,10 @@ class File(NamedTuple):
 
 @contextmanager
 def opened_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
-    where = f"{caller}: cannot read {os.fspath(path)}"
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{caller}: no such file: {os.fspath(path)}")
+    path = expanded(path)
+    where = f"{caller}: cannot read {path}"
+    if not path.exists():
+        raise FileNotFoundError(f"{caller}: no such file: {path}")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{where}: it is not a file")
     descriptor = os.open(path, os.O_RDONLY)
@@ -92,6 +94,11 @@ def _told(header: Header, where: str) -> tuple[Node, dict[str, str], bool, dict[
         )
         if not isinstance(ties, dict) or not isinstance(metadata, dict):
             raise ValueError(f"{where}: fdl.ties and fdl.metadata must be objects")
+        places = parse_json(header.metadata.get("fdl.floats", "[]"), f"{where}: fdl.floats")
+        try:
+            as_numbers(metadata, places)
+        except ValueError as error:
+            raise ValueError(f"{where}: fdl.floats: {error}") from error
     else:
         structure, ties, metadata = None, {}, dict(header.metadata)
     try:

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from fdl._json import dumps
+
 FORMAT = "2"  # under "fdl" in the metadata; "1" had names alone, and no digests
 MAX_HEADER = 2**25  # bytes; 100,000 tensors need about 20 MB. Parsing takes some 20 times as much
 MAX_ELEMENTS = 2**63
@@ -124,7 +126,7 @@ def _header(
             "data_offsets": [start, stop],
         }
         start = stop
-    text = json.dumps(layout, separators=(",", ":")).encode()
+    text = dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     raw = len(text).to_bytes(8, "little") + text
     at = 8 + len(_OPENING)
@@ -165,7 +167,8 @@ def read_header(descriptor: int, where: str) -> Header:
     layout = parse_json(raw[8:], f"{where}: header")
     if not isinstance(layout, dict):
         raise ValueError(f"{where}: the header is not an object")
-    metadata = layout.pop("__metadata__", {})
+    metadata = layout.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null: MLX writes it, safetensors reads it
     if not (
         isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
     ):

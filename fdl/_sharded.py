@@ -98,7 +98,7 @@ def save_shards(
     """
     leaves = flatten_dict(state)
     spread = {at: leaf for at, leaf in leaves.items() if is_spread(leaf)}
-    _check_summed(spread)
+    check_summed(spread)
     temporary = path.with_name(f".{path.name}")
     shards = temporary / SHARDS
 
@@ -223,7 +223,15 @@ def _place(like: Any, device: torch.device | str | None) -> torch.device | str:
     return like.device if isinstance(like, Tensor) and like.device.type != "meta" else "cpu"
 
 
-def _check_summed(spread: Mapping[str, Any]) -> None:
+def check_summed(spread: Mapping[str, Any]) -> None:
+    """Refuse DTensors with sums that are still to be made.
+
+    Args:
+        spread: leaves by path.
+
+    Raises:
+        TypeError: there are some (each path is listed).
+    """
     partial = [at for at, leaf in spread.items() if any(p.is_partial() for p in leaf.placements)]
     if partial:
         raise TypeError(

@@ -14,11 +14,12 @@ import math
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from fdl._json import MAX_DEPTH, MAX_INTEGER
 from fdl.data import Batch, Dataset, Indices
 from fdl.metrics import Mean
 from fdl.optim.base import State
@@ -57,8 +58,6 @@ KINDS: dict[str, type] = {
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 
-MAX_DEPTH = 100  # containers in each other; well below what Python and its JSON can take
-
 
 def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
     """Take a tree apart: its structure as JSON, and its tensors by dotted path.
@@ -69,7 +68,8 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
 
     Raises:
         TypeError: a container or a leaf of a kind that has no place in a file.
-        ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
+        ValueError: a dict key that is empty or holds a dot, too deep a nesting, or an integer of
+            thousands of digits.
 
     >>> describe({"w": Mean(1, None)}, "here")
     ({'w': ['namedtuple', 'fdl.Mean', {'total': 1, 'count': None}]}, {})
@@ -91,6 +91,8 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         if isinstance(node, Tensor):
             tensors[path] = node
             return ["tensor"]
+        if type(node) is int and abs(node) > MAX_INTEGER:
+            raise ValueError(f"{caller}: an integer of more than 4,000 digits at {path!r}")
         if node is None or type(node) in (bool, int, str):
             return node
         if type(node) is float:
@@ -108,6 +110,7 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         raise TypeError(
             f"{caller}: expected a dict, list, tuple, NamedTuple, tensor, None, bool, int, float "
             f"or str, got {type(node).__name__} at {path!r}"
+            + ("; make it a dict" if isinstance(node, Mapping) else "")
         )
 
     return visit(tree, "", 0), tensors

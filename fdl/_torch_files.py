@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fdl._durable import write_whole
+from fdl._files import expanded
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
 _ALLOWED = re.compile(
@@ -33,8 +34,14 @@ _BEYOND = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}  # torch writes 
 def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Tree:
     """Read what `torch.save` wrote: a `state_dict` becomes nested parameters, bit by bit.
 
-    Dotted names of dicts become nested dicts; lists, tuples, numbers and texts stay. The zip
-    format and the one before it are read, with `weights_only=True`; no code in a file is run.
+    Dotted names of dicts become nested dicts; lists, tuples, numbers and texts stay. So does a dict
+    with integers for keys, which `torch.optim` has in its `state_dict`: the optimizer of a file
+    `{"model": …, "optimizer": …, "epoch": 3}` is what `load_state_dict` of one takes, and
+    `optim.from_torch` then goes on from there. The parameters of a `DataParallel` are under
+    "module", those of a compiled module under "_orig_mod".
+
+    The zip format and the one before it are read, with `weights_only=True`; no code in a file is
+    run.
 
     Args:
         path: the file.
@@ -43,7 +50,7 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, compressed, or names anything but tensors and containers.
-        TypeError: a key that is not a str, or a leaf of another kind (with its path).
+        TypeError: a key that is no str or int, or a leaf of another kind (with its path).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +58,8 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     ...     load_torch(f"{folder}/it.pt").keys()
     dict_keys(['weight', 'bias'])
     """
-    where = f"load_torch: cannot read {os.fspath(path)}"
+    path = expanded(path)
+    where = f"load_torch: cannot read {path}"
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -65,7 +73,7 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
                         _check_pickle(content)
         loaded = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"load_torch: no such file: {os.fspath(path)}") from error
+        raise FileNotFoundError(f"load_torch: no such file: {path}") from error
     except Exception as error:  # what a damaged pickle raises is any of them
         raise ValueError(f"{where}: {error or type(error).__name__}") from error
     return _nested(loaded, "")
@@ -99,7 +107,9 @@ def _check_pickle(content: Any) -> None:
         if opcode.name in _NAMING and not _ALLOWED.fullmatch(name):
             raise ValueError(
                 f"its pickle names {name.replace(' ', '.')[:200]!r}, "
-                "where only tensors in dicts, lists and tuples are read"
+                "where only tensors in dicts, lists and tuples are read; of a file that you trust "
+                "save the part you need again: "
+                "torch.save(torch.load(path, weights_only=False)['model'], other)"
             )
 
 
@@ -109,23 +119,35 @@ def _nested(node: Any, path: str) -> Tree:
     if node is None or type(node) in (bool, int, float, str):
         return node
     if isinstance(node, dict):
-        for name in node:
-            if not isinstance(name, str) or not all(name.split(".")):
-                kind = ValueError if isinstance(name, str) else TypeError
-                raise kind(
-                    f"load_torch: a key at {path!r} must be a str with dots between names, "
-                    f"got {name!r}"
-                )
-        children = {
-            name: _nested(x, f"{path}.{name}" if path else name) for name, x in node.items()
-        }
-        return unflatten_dict(children)
-    if type(node) in (list, tuple):
-        return type(node)(_nested(x, f"{path}.{i}" if path else str(i)) for i, x in enumerate(node))
+        _check_keys(node, path)
+        children = {name: _nested(x, _below(path, name)) for name, x in node.items()}
+        if any(type(name) is int for name in node):
+            return children  # the state of an optimizer, by the number of the parameter
+        try:
+            return unflatten_dict(children)
+        except ValueError as error:
+            raise ValueError(f"load_torch: at {path!r}: {error}") from error
+    if type(node) in (list, tuple, torch.Size):
+        kind = list if type(node) is list else tuple
+        return kind(_nested(x, _below(path, i)) for i, x in enumerate(node))
     raise TypeError(
         f"load_torch: expected a dict, list, tuple, tensor, None, bool, int, float or str, "
         f"got {type(node).__name__} at {path!r}"
     )
+
+
+def _below(path: str, name: str | int) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _check_keys(node: dict[Any, Any], path: str) -> None:
+    for name in node:
+        if type(name) is not int and not (isinstance(name, str) and all(name.split("."))):
+            kind = ValueError if isinstance(name, str) else TypeError
+            raise kind(
+                f"load_torch: a key at {path!r} must be a str with dots between names, or an int, "
+                f"got {name!r}"
+            )
 
 
 def save_torch(path: str | os.PathLike[str], params: Tree) -> None:

@@ -5,7 +5,6 @@ and which of its tensors are one and the same. It begins with a SHA-256 of its h
 is one of each tensor; whatever is read is verified, and lies in memory of its own.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 from fdl._contents import Contents, inspect
 from fdl._durable import write_whole
 from fdl._fit import differences, places, without_containers
+from fdl._json import as_texts, check, dumps
 from fdl._opened import opened_file
 from fdl._safetensors import FORMAT, NAMES, write_tensors
-from fdl._structure import MAX_DEPTH, describe, leaf_value, walk
+from fdl._structure import describe, leaf_value, walk
 from fdl._torch_files import load_torch, save_torch
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -35,15 +35,17 @@ def save(
     after `load`. Devices, strides and `requires_grad` are not kept.
 
     Args:
-        path: the file; an old one is replaced.
+        path: the file; an old one is replaced and gives the new one its permissions. Through a
+            symbolic link the file it points to is written.
         tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str.
-        metadata: what else to keep, for `inspect` to give back: anything that JSON can say.
+        metadata: what else to keep, for `inspect` to return: dicts, lists and what JSON has, and
+            NaN and the infinities as well.
 
     Raises:
         TypeError: something else in the tree or in the metadata, or tensors of a kind that the
             format does not know (each is listed with its path).
         ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
-        OSError: the folder cannot be written.
+        OSError: the file or its folder cannot be written, or `path` is not a regular file.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -52,11 +54,12 @@ def save(
     {'fc': [tensor([1., 1.]), None], 'rate': 0.1}
     """
     structure, tensors = describe(tree, "save")
-    _check_storable(tensors)
+    check_storable(tensors, "save")
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
     extra = dict(metadata or {})
-    _check_json(extra, "metadata", 0)
+    check(extra, "metadata", "save")
+    extra, places = as_texts(extra)
     first: dict[Any, str] = {}
     names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
     meta = {
@@ -65,16 +68,26 @@ def save(
         "fdl.tree": _json(structure),
         "fdl.ties": _json({at: name for at, name in names.items() if at != name}),
         "fdl.metadata": _json(extra),
+        **({"fdl.floats": _json(places)} if places else {}),
     }
     stored = {name: tensors[name] for name in first.values()}
     write_whole(path, lambda file: write_tensors(file, stored, meta))
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return dumps(value, separators=(",", ":"))
 
 
-def _check_storable(tensors: Mapping[str, Tensor]) -> None:
+def check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
+    """Refuse tensors of a kind that the format does not know.
+
+    Args:
+        tensors: by path.
+        caller: how an error begins.
+
+    Raises:
+        TypeError: there are some (each is listed with its path).
+    """
     lines = []
     for path, leaf in tensors.items():
         if type(leaf) not in (Tensor, torch.nn.Parameter):
@@ -90,25 +103,7 @@ def _check_storable(tensors: Mapping[str, Tensor]) -> None:
         elif path == "__metadata__":
             lines.append(f"{path}: the format has another use for this name")
     if lines:
-        raise TypeError("save: these tensors cannot be stored:\n  " + "\n  ".join(lines))
-
-
-def _check_json(value: Any, path: str, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"save: {path}: more than {MAX_DEPTH} containers in each other")
-    if isinstance(value, dict):
-        for name, child in value.items():
-            if not isinstance(name, str):
-                raise TypeError(f"save: {path}: a key must be a str, got {name!r}")
-            _check_json(child, f"{path}[{name!r}]", depth + 1)
-    elif type(value) is list:
-        for i, child in enumerate(value):
-            _check_json(child, f"{path}[{i}]", depth + 1)
-    elif value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(
-            f"save: {path}: expected a dict, list, str, int, float, bool or None, "
-            f"got {type(value).__name__}"
-        )
+        raise TypeError(f"{caller}: these tensors cannot be stored:\n  " + "\n  ".join(lines))
 
 
 def _identity(leaf: Tensor) -> Any:

@@ -7,6 +7,7 @@ with fdl.Checkpointer("run/checkpoints") as checkpointer:
     checkpointer.save(state, metrics={"loss": 0.1})
 """
 
+import copy
 import os
 import shutil
 import time
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fdl import tree
+from fdl import _json, tree
 from fdl._checkpoints import (
     Checkpoint,
     Mode,
@@ -36,9 +37,12 @@ from fdl._checkpoints import (
     serial_of,
 )
 from fdl._dtensors import is_spread
+from fdl._files import expanded
 from fdl._lock import Lock
-from fdl._sharded import on_first, save_shards
-from fdl.checkpoint import save
+from fdl._sharded import check_summed, on_first, save_shards
+from fdl._structure import describe
+from fdl.checkpoint import check_storable, save
+from fdl.metrics import Mean
 from fdl.training import TrainState
 from fdl.tree import Tree
 
@@ -57,12 +61,14 @@ class Checkpointer:
         folder: made if absent; locked, so that no other process saves there until `close`.
         keep: how many of the newest stay, at least 1.
         every: seconds between checkpoints, by which `due` answers.
-        best: a metric and "min" or "max": its best checkpoint stays as well.
+        best: a metric and "min" or "max": its best checkpoint stays as well; NaN and the
+            infinities are never the best.
         group: the processes that save one state together, `torch.distributed.group.WORLD` say: each
             of them makes this object and calls it alike. Leaves that are DTensors are written by
             all, each its part, everything else by the first.
 
     Raises:
+        TypeError: `keep` is not an int, or `best` not a pair.
         ValueError: `keep`, `every` or `best` is out of range.
         BlockingIOError: another process, or another `Checkpointer`, has the folder.
         OSError: the folder cannot be made or written.
@@ -90,13 +96,20 @@ class Checkpointer:
         best: tuple[str, Mode] | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
+        if not isinstance(keep, int):
+            raise TypeError(f"Checkpointer: keep must be an int, got {keep!r}")
         if keep < 1:
             raise ValueError(f"Checkpointer: keep must be at least 1, got {keep}")
         if not every >= 0:
             raise ValueError(f"Checkpointer: every must be at least 0 seconds, got {every}")
         if best is not None:
+            if not isinstance(best, tuple) or len(best) != 2:
+                raise TypeError(
+                    f'Checkpointer: best must be a metric and a mode, ("loss", "min") say, '
+                    f"got {best!r}"
+                )
             check_mode("Checkpointer: best", best[1])
-        self.folder = Path(folder)
+        self.folder = expanded(folder).absolute()  # the thread writes, wherever the process goes
         self._keep, self._every, self._best = keep, every, best
         self._group, self._writers = group, group and _another(group)
         self._lock: Lock | None = None
@@ -129,27 +142,38 @@ class Checkpointer:
 
         Args:
             state: what to save, whole, on any devices.
-            metrics: numbers by name, for `best`.
-            config: what else is needed to go on from here: anything that JSON can say.
+            metrics: numbers by name, for `best`: Python's, NumPy's, tensors of one element, or the
+                `Mean`s that a step returns.
+            config: what else is needed to go on from here: dicts, lists and what JSON has, NaN and
+                the infinities.
 
         Raises:
-            TypeError: a DTensor, and no `group` was given; or one whose parts are yet to be summed.
+            TypeError: something in `state`, `metrics` or `config` that cannot be saved (its path is
+                named); a DTensor, and no `group` was given, or one whose parts are yet to be
+                summed. Nothing is queued then.
             OSError: the checkpoint before could not be written; there is none of it.
-            ValueError: this one is closed.
+            ValueError: this one is closed, or the state cannot be saved, see `fdl.save`.
         """
         if self._closed:
             raise ValueError(f"Checkpointer: {self.folder} is closed; make a new one")
         self.wait()
-        copy = _on_host(state, self._group)
-        self._saved = time.monotonic()
+        if not isinstance(getattr(state, "step", None), Tensor):
+            raise TypeError(
+                f"Checkpointer.save: state must be a TrainState, got {type(state).__name__} "
+                "without a tensor .step; fdl.save takes any tree"
+            )
         metadata = {
-            "step": int(copy.step.max()),  # of a population they are one
+            "step": int(state.step.max()),  # of a population they are one
             # As text, which has NaN and infinities, unlike JSON.
-            "metrics": {name: str(float(value)) for name, value in (metrics or {}).items()},
-            "config": dict(config or {}),
+            "metrics": {name: str(_number(name, value)) for name, value in (metrics or {}).items()},
+            "config": _config(config),
             "versions": _versions(),
         }
-        self._pending = self._pool.submit(self._write, copy, metadata)
+        # All that can be wrong is found here, not in the thread: there it would be raised late.
+        _check(state)
+        copied = _on_host(state, self._group)
+        self._saved = time.monotonic()
+        self._pending = self._pool.submit(self._write, copied, metadata)
 
     def _write(self, state: TrainState, metadata: dict[str, Any]) -> None:
         if self._writers is None:
@@ -192,7 +216,8 @@ class Checkpointer:
         """Find, among the checkpoints that are there, the one where a metric is best.
 
         Args:
-            metric: its name; a checkpoint without it, or with NaN, does not count.
+            metric: its name; a checkpoint without it, or where it is NaN or infinite, does not
+                count.
             mode: "min" or "max".
 
         Raises:
@@ -255,7 +280,7 @@ def _remove(path: Path) -> None:
         path.rename(hidden)
         shutil.rmtree(hidden)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _another(group: ProcessGroup) -> ProcessGroup:
@@ -267,6 +292,43 @@ def _another(group: ProcessGroup) -> ProcessGroup:
     made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
     assert isinstance(made, ProcessGroup)  # this process is one of them
     return made
+
+
+def _number(name: str, value: Any) -> float:
+    """Take a metric as a number of the host."""
+    if type(name) is not str:
+        raise TypeError(f"Checkpointer.save: a name of metrics must be a str, got {name!r}")
+    try:
+        if isinstance(value, str):  # float would parse it
+            raise TypeError
+        number = value.value if isinstance(value, Mean) else value
+        return float(number.item() if hasattr(number, "item") else number)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"Checkpointer.save: metrics[{name!r}] must be one number, or a tensor or Mean of one, "
+            f"got {type(value).__name__}"
+        ) from error
+
+
+def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Copy what JSON can say, and refuse everything else."""
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(
+            f"Checkpointer.save: config must be a dict, got {type(config).__name__}; "
+            "of a dataclass take dataclasses.asdict"
+        )
+    copied = dict(config or {})
+    _json.check(copied, "config", "Checkpointer.save")
+    return copy.deepcopy(copied)
+
+
+def _check(state: Tree) -> None:
+    """Refuse a state that could not be written; all processes of a group find the same."""
+    _, tensors = describe(state, "Checkpointer.save")
+    spread = {at: leaf for at, leaf in tensors.items() if is_spread(leaf)}
+    check_summed(spread)
+    whole = {at: leaf for at, leaf in tensors.items() if at not in spread}
+    check_storable(whole, "Checkpointer.save")
 
 
 def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:

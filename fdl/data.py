@@ -5,14 +5,14 @@ of it to a batch. Nothing is shuffled, copied or cached behind the caller's back
 """
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fdl import _fashion_mnist, random
+from fdl import _fashion_mnist, _rows, random, tree
 
 __all__ = [
     "LABELS",
@@ -25,8 +25,11 @@ __all__ = [
     "fashion_mnist_sample",
     "gather",
     "sequential_indices",
+    "split",
     "synthetic_linear",
 ]
+
+T = TypeVar("T")
 
 LABELS = (
     "t-shirt/top",
@@ -79,27 +82,35 @@ class Indices(NamedTuple):
 
 
 def fashion_mnist(
-    root: str | Path | None = None, *, train: bool = True, download: bool = True
+    root: str | os.PathLike[str] | None = None, *, train: bool = True, download: bool = True
 ) -> Dataset:
     """Read Fashion-MNIST: 28×28 grey images of clothes in ten classes (see `LABELS`).
 
-    Each file, gzipped or unpacked, comes from the first of these folders that has it: `root`,
-    `root/FashionMNIST/raw`, `data/FashionMNIST/raw` below the working directory (where torchvision
-    is usually told to put it), and `/usr/share/datasets/fashion-mnist` (the Debian package
-    `dataset-fashion-mnist`). What is in none of them torchvision downloads, into `root` or else
-    `data`. Contents are verified, so every folder gives the same bytes or an error.
+    It comes from the first of these places that has it: `root`, `data/FashionMNIST/raw` below the
+    working directory (where torchvision is usually told to put it), and
+    `/usr/share/datasets/fashion-mnist` (the Debian package `dataset-fashion-mnist`). If none has
+    it, torchvision downloads it, into `root` or else `data`.
+
+    `root` may hold the four IDX files, gzipped or not, itself or in `FashionMNIST/raw`; a `.npz`
+    file with x_train, y_train, x_test and y_test; or Parquet files as Hugging Face serves them
+    (`pip install 'fdl[parquet]'`). Contents are verified, so all give the same tensors or an error.
 
     Args:
-        root: A folder that holds the files, or that torchvision is or was given as its `root`.
+        root: A folder that holds the images, or that torchvision is or was given as its `root`, or
+            the `.npz` file itself.
         train: The 60,000 training images if true, the 10,000 test images if false.
-        download: Whether to download what is in none of the folders.
+        download: Whether to download what is in none of the places. If false, a `root` that holds
+            nothing but other files is an error.
 
     Returns:
         `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
 
     Raises:
-        FileNotFoundError: A file is in none of the folders and was not downloaded.
-        ValueError: A file that was found is truncated or damaged; no other folder is tried then.
+        FileNotFoundError: The images are in none of the places and were not downloaded, or `root`
+            holds only other files; the error lists them, and what can be read.
+        ValueError: A file that was found is damaged, or holds other images; no other place is
+            tried then.
+        ImportError: They are in Parquet files, and pyarrow is not installed.
 
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, https://arxiv.org/abs/1708.07747
 
@@ -272,6 +283,41 @@ def sequential_indices(
     _check_count("sequential_indices", "n", n)
     _check_count("sequential_indices", "batch_size", batch_size)
     return _in_batches(torch.arange(n, device=device), batch_size)
+
+
+def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
+    """Split a data set at random into two, to train on the first and to validate on the second.
+
+    Each example is in exactly one of them. The second holds the first round(fraction · n) entries
+    of `random.permutation(key, n)`, the first holds the others.
+
+    Args:
+        key: A key, on the device of the data set.
+        dataset: A `Dataset`, or any tree of tensors [n, ...] with one row for each example.
+        fraction: The share of the second, between 0 and 1; rounding must leave no part empty.
+
+    Returns:
+        Two trees of the structure of `dataset`; they are copies.
+
+    Raises:
+        TypeError: `dataset` holds something other than tensors, or `fraction` is not a float.
+        ValueError: The tensors differ in length or device, or a part would be empty.
+
+    >>> train, validation = split(random.key(0), fashion_mnist_sample(), 0.1)
+    >>> train.x.shape, validation.x.shape
+    (torch.Size([5400, 28, 28]), torch.Size([600, 28, 28]))
+    """
+    n = _rows.count("split", key, dataset)
+    if not isinstance(fraction, float):
+        raise TypeError(f"split: fraction must be a float between 0 and 1, got {fraction!r}")
+    held_out = round(fraction * n) if 0 < fraction < 1 else 0
+    if not 0 < held_out < n:
+        raise ValueError(
+            f"split: fraction must leave at least one of the {n} examples in each part, "
+            f"got {fraction}"
+        )
+    second, first = random.permutation(key, n).tensor_split([held_out])
+    return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
 
 
 def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Batch:

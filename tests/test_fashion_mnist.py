@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import warnings
 from http.client import IncompleteRead
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from fdl import _fashion_mnist, data
+from fdl import _fashion_mnist, _image_files, data
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 RAW = Path("FashionMNIST", "raw")
@@ -54,7 +55,11 @@ def isolated(
 
     def no_network(self: FashionMNIST) -> None:
         calls.append(str(self.root))
-        raise RuntimeError("Error downloading: no network")
+        reason = "<urlopen error Temporary failure in name resolution>"
+        print(f"Downloading http://one/{IMAGES}.gz")
+        print(f"Failed to download (trying next):\n{reason}")
+        hosts = "".join(f"Tried http://{host}/, got:\n{reason}\n" for host in ("one", "two"))
+        raise RuntimeError(f"Error downloading {IMAGES}.gz:\n{hosts}")
 
     monkeypatch.setattr(FashionMNIST, "download", no_network)
     monkeypatch.chdir(tmp_path)
@@ -123,7 +128,7 @@ def test_labels_are_torchvisions_in_lower_case() -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["unpacked", "gz"])
-@pytest.mark.parametrize("folder", ["mine", f"mine/{RAW}", f"data/{RAW}", "system"])
+@pytest.mark.parametrize("folder", ["mine", f"mine/{RAW}", "mine/raw", f"data/{RAW}", "system"])
 def test_every_place_is_searched(folder: str, zipped: bool, small: dict[str, bytes]) -> None:
     put(Path(folder), small, zipped=zipped)
     assert same(read_test("mine"), small)
@@ -138,7 +143,7 @@ def test_root_comes_before_the_other_places(small: dict[str, bytes]) -> None:
         put(folder, small)  # found before everything that is broken
         assert same(read_test("mine"), small)
         put(folder, broken)
-        with pytest.raises(ValueError, match=rf"^{folder}/t10k-images-idx3-ubyte is damaged"):
+        with pytest.raises(ValueError, match=rf"^{folder}/t10k-images-idx3-ubyte is dam"):
             read_test("mine")
 
 
@@ -151,19 +156,55 @@ def test_arrays_can_be_written_to_without_warning(small: dict[str, bytes]) -> No
     assert same(read_test("mine"), small)
 
 
-def test_absent_file_names_itself_the_places_and_the_way_to_get_it(
-    small: dict[str, bytes], isolated: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("debian", "user", "command"),
+    [
+        ("/", 0, "apt install dataset-fashion-mnist"),
+        ("/", 1000, "sudo apt install dataset-fashion-mnist"),
+        ("/absent", 0, "torchvision.datasets.FashionMNIST('data', download=True)"),
+    ],
+)
+def test_absent_images_name_the_places_and_the_way_to_get_them(
+    debian: str,
+    user: int,
+    command: str,
+    small: dict[str, bytes],
+    isolated: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put(Path("mine"), {IMAGES: small[IMAGES]})
-    with pytest.raises(FileNotFoundError, match="expected t10k-labels-idx1-ubyte or t10k") as info:
+    monkeypatch.setattr(_fashion_mnist, "_DEBIAN", Path(debian))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(FileNotFoundError) as info:
         read_test("mine")
-    text = str(info.value)
-    for folder in ("mine", f"mine/{RAW}", f"data/{RAW}", tmp_path / "system"):
-        assert f"\n  {folder}\n" in text
-    assert "`apt install dataset-fashion-mnist`" in text
-    assert "FashionMNIST('mine', download=True)" in text
-    assert "downloading" not in text
+    found, way = str(info.value).splitlines()
+    assert found == f"fashion_mnist: found nothing in mine, data/{RAW}, {tmp_path / 'system'}"
+    assert way == (f"`{command}` provides it, or pass as root the folder that holds it")
     assert isolated == []
+
+
+def test_a_root_with_other_things_is_an_error_that_lists_them_and_what_can_be_read(
+    small: dict[str, bytes], tmp_path: Path
+) -> None:
+    put(Path("system"), small)  # what was not asked for does not replace it
+    put(Path("mine"), {"photo.jpg": b"", LABELS: small[LABELS], ".hidden": b""})
+    np.savez("mine/mine.npz", x=np.zeros(3), y=np.zeros(3))
+    with pytest.raises(FileNotFoundError) as info:
+        read_test("mine")
+    found, what, *accepted = str(info.value).splitlines()
+    assert found == (
+        "fashion_mnist: found no images that can be read in mine: mine.npz, photo.jpg, " + LABELS
+    )
+    assert what == "what can be read is"
+    assert "\n".join(accepted) == _image_files.ACCEPTED
+    for name in ("t10k-labels-idx1-ubyte", ".npz", "train-*.parquet", "FashionMNIST/raw"):
+        assert name in _image_files.ACCEPTED
+    with pytest.raises(FileNotFoundError, match=r"in mine/photo.jpg: photo.jpg\n"):
+        read_test("mine/photo.jpg", download=True)
+    for i in range(20):
+        Path("mine", f"{i}.jpg").touch()
+    with pytest.raises(FileNotFoundError, match=r"\.jpg and 13 more\n"):
+        read_test("mine")
 
 
 @pytest.mark.parametrize("error", [PermissionError, TimeoutError, IncompleteRead])
@@ -174,16 +215,22 @@ def test_any_failure_of_a_download_is_reported(
         raise error(b"what went wrong")
 
     monkeypatch.setattr(FashionMNIST, "download", download)
-    with pytest.raises(FileNotFoundError, match=r"(?s)got it in none:.*downloading it failed: "):
+    with pytest.raises(FileNotFoundError, match=r"system; downloading it failed: \S"):
         read_test(download=True)
 
 
 @pytest.mark.parametrize(("root", "goes_to"), [(None, "data"), ("mine", "mine")])
 def test_absent_offline_says_that_downloading_failed(
-    root: str | None, goes_to: str, small: dict[str, bytes], isolated: list[str]
+    root: str | None,
+    goes_to: str,
+    small: dict[str, bytes],
+    isolated: list[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="failed: Error downloading: no network") as info:
+    with pytest.raises(FileNotFoundError, match="it failed: Temporary failure in name") as info:
         read_test(root, download=True)
+    assert len(str(info.value).splitlines()) == 2
+    assert capfd.readouterr() == ("", "")
     assert isinstance(info.value.__cause__, RuntimeError)
     assert isolated == [goes_to]
 
@@ -210,7 +257,10 @@ def flip(content: bytes) -> bytes:
 
 
 BROKEN = {
-    "flipped byte": (flip, "expected the MD5 [0-9a-f]{32}, got [0-9a-f]{32};"),
+    "flipped byte": (
+        flip,
+        "expected the images with the MD5 [0-9a-f]{32}, got 20 with the MD5 [0-9a-f]{32};",
+    ),
     "truncated": (lambda c: c[:-7], "expected 15696 bytes for shape .20, 28, 28., got 15689;"),
     "too long": (lambda c: c + b"\0", "expected 15696 bytes for shape .20, 28, 28., got 15697;"),
     "magic": (lambda c: b"\0\0\x0d" + c[3:], "magic number 0x00000803, got 0x00000d03;"),
@@ -226,7 +276,9 @@ def test_damaged_content(damage, message, zipped, small, isolated) -> None:
     put(Path("mine"), small | {IMAGES: damage(small[IMAGES])}, zipped=zipped)
     put(Path("system"), small)  # a good copy elsewhere must not hide the damage
     name = f"mine/{IMAGES}" + (".gz" if zipped else "")
-    with pytest.raises(ValueError, match=rf"^{name} is damaged: .*{message} .*apt install"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} is damaged, or not .*: .*{message} remove it; .*provides it"
+    ):
         read_test("mine", download=True)
     assert isolated == []
 
@@ -246,7 +298,9 @@ def test_damaged_archive(damage, small) -> None:
     put(Path("mine"), small, zipped=True)
     path = Path("mine", f"{IMAGES}.gz")
     path.write_bytes(damage(path.read_bytes()))
-    message = rf"^{path} is damaged: expected a whole gzip file, got \d+ bytes \(.+\); remove it"
+    message = (
+        rf"^{path} is damaged, .*: expected a whole gzip file, got \d+ bytes \(.+\); remove it"
+    )
     with pytest.raises(ValueError, match=message):
         read_test("mine")
 
@@ -299,9 +353,9 @@ def test_broken_sample_says_to_install_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_fashion_mnist, "_SAMPLE_FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"expected .*/t10k-images.*install fdl again"):
+    with pytest.raises(FileNotFoundError, match=r"expected t10k-images.*install fdl again"):
         data.fashion_mnist_sample(train=False)
     for path in SAMPLE.glob("*.gz"):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"t10k-images.* is damaged: .*; install fdl again"):
+    with pytest.raises(ValueError, match=r"t10k-images.* is damaged, .*; install fdl again"):
         data.fashion_mnist_sample(train=False)
