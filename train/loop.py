@@ -30,6 +30,7 @@ __all__ = [
     "Programs",
     "Progress",
     "chunks",
+    "epoch_order",
     "epochs",
     "evaluate",
     "make_programs",
@@ -38,6 +39,7 @@ __all__ = [
     "plan",
     "planned",
     "step_of",
+    "steps_of",
     "timed",
 ]
 
@@ -87,7 +89,7 @@ class Plan(NamedTuple):
 
 def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     """Time a few eager steps, and choose from that whether to compile and how long a chunk is."""
-    steps = math.ceil(len(problem.train.x) / config.batch_size)
+    steps = steps_of(problem, config)
     order = data.sequential_indices(
         len(problem.train.x), config.batch_size, device=state.key.device
     )
@@ -172,6 +174,30 @@ def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]
     return jit(evaluate)
 
 
+def steps_of(problem: Problem, config: Recipe) -> int:
+    """Return how many steps an epoch has."""
+    return problem.passes * math.ceil(problem.train.x.shape[0] / config.batch_size)
+
+
+def epoch_order(problem: Problem, config: Recipe, data_key: Tensor, epoch: int) -> Indices:
+    """Shuffle the examples of an epoch, anew for each pass over the training set.
+
+    An epoch of ten passes has the order of ten epochs of one.
+
+    Args:
+        problem: has the training set, and the number of passes.
+        config: has the batch size.
+        data_key: pass p of the run, counted from 0, is shuffled by `fold_in(data_key, p)`.
+        epoch: from 1.
+    """
+    n, first = problem.train.x.shape[0], (epoch - 1) * problem.passes
+    passes = [
+        data.epoch_indices(random.fold_in(data_key, first + i), n, config.batch_size)
+        for i in range(problem.passes)
+    ]
+    return tree.map(lambda *rows: torch.cat(rows), *passes)
+
+
 def chunks(indices: Indices, length: int) -> list[Indices]:
     """Cut an epoch into chunks of one length, the last filled with steps of padding only.
 
@@ -249,11 +275,7 @@ def epochs(
     with nullcontext() if plan.compile else disable_jit():
         while progress.epoch <= config.epochs:
             start = time.perf_counter() - progress.seconds
-            order = data.epoch_indices(
-                random.fold_in(data_key, progress.epoch - 1),
-                len(problem.train.x),
-                config.batch_size,
-            )
+            order = epoch_order(problem, config, data_key, progress.epoch)
             steps, end = len(order.index), "done"
             for part in chunks(order, plan.chunk)[math.ceil(progress.done / plan.chunk) :]:
                 rows = parallel.own_rows(part, programs.mesh)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,12 +109,10 @@ def gather(setting: Setting, points: Sequence[Point]) -> Members:
 
 def order(setting: Setting, data_keys: Tensor, epoch: int) -> list[Indices]:
     """Cut the order of an epoch into chunks: rows [steps, batch], or [steps, members, batch]."""
-    n = setting.problem.train.x.shape[0]
     keys = data_keys if setting.own_order else data_keys[:1]
     chunks = [
         loop.chunks(
-            data.epoch_indices(random.fold_in(key, epoch - 1), n, setting.config.batch_size),
-            setting.plan.chunk,
+            loop.epoch_order(setting.problem, setting.config, key, epoch), setting.plan.chunk
         )
         for key in keys
     ]
@@ -142,7 +139,7 @@ def train_group(
     """Train the members of a group; give their states, how far they are, and their results."""
     members = gather(setting, points)
     carry, histories = first_carry(members.states), [list[dict[str, Any]]() for _ in points]
-    steps = math.ceil(setting.problem.train.x.shape[0] / config.batch_size)
+    steps = loop.steps_of(setting.problem, config)
     bar.reset(steps * config.epochs)
     for epoch in range(1, config.epochs + 1):
         start, done, total = time.perf_counter(), 0, dict[str, Mean]()

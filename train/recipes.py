@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+EXAMPLES = 60_000  # in an epoch of images: one pass over Fashion-MNIST, ten over the sample
+
+
 class Problem(NamedTuple):
     """What a recipe trains, on one device."""
 
@@ -61,6 +64,7 @@ class Problem(NamedTuple):
     test: Dataset | None
     data: str  # what the data set is, for the record
     verdict: Callable[[Tree], str]  # what the final parameters say
+    passes: int = 1  # over the training set in an epoch
 
 
 def set_up(
@@ -181,7 +185,7 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
 def _images(config: Images, device: torch.device, mesh: Any) -> Problem:
     train, test, found = parallel.load_once(lambda: load_images(config.data), mesh)
     train, test = tree.to((train, test), device)
-    return image_problem(config, train, test, found)
+    return image_problem(config, train, test, found)._replace(passes=EXAMPLES // len(train.x))
 
 
 def image_problem(config: Images, train: Dataset, test: Dataset | None, found: str) -> Problem:

@@ -197,7 +197,7 @@ def plan_of(setting: Setting, config: Recipe, points: Sequence[Point], groups: i
             )
             for _ in range(2)
         )
-    steps = math.ceil(setting.problem.train.x.shape[0] / config.batch_size)
+    steps = loop.steps_of(setting.problem, config)
     return loop.planned(config, seconds * groups, steps)._replace(
         chunk=loop.planned(config, seconds, steps).chunk
     )
