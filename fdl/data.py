@@ -7,12 +7,12 @@ of it to a batch. Nothing is shuffled, copied or cached behind the caller's back
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fdl import _fashion_mnist, random
+from fdl import _fashion_mnist, _rows, random, tree
 
 __all__ = [
     "LABELS",
@@ -25,8 +25,11 @@ __all__ = [
     "fashion_mnist_sample",
     "gather",
     "sequential_indices",
+    "split",
     "synthetic_linear",
 ]
+
+T = TypeVar("T")
 
 LABELS = (
     "t-shirt/top",
@@ -272,6 +275,41 @@ def sequential_indices(
     _check_count("sequential_indices", "n", n)
     _check_count("sequential_indices", "batch_size", batch_size)
     return _in_batches(torch.arange(n, device=device), batch_size)
+
+
+def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
+    """Split a data set at random into two, to train on the first and to validate on the second.
+
+    Each example is in exactly one of them. The second holds the first round(fraction · n) entries
+    of `random.permutation(key, n)`, the first holds the others.
+
+    Args:
+        key: A key, on the device of the data set.
+        dataset: A `Dataset`, or any tree of tensors [n, ...] with one row for each example.
+        fraction: The share of the second, between 0 and 1; rounding must leave no part empty.
+
+    Returns:
+        Two trees of the structure of `dataset`; they are copies.
+
+    Raises:
+        TypeError: `dataset` holds something other than tensors, or `fraction` is not a float.
+        ValueError: The tensors differ in length or device, or a part would be empty.
+
+    >>> train, validation = split(random.key(0), fashion_mnist_sample(), 0.1)
+    >>> train.x.shape, validation.x.shape
+    (torch.Size([5400, 28, 28]), torch.Size([600, 28, 28]))
+    """
+    n = _rows.count("split", key, dataset)
+    if not isinstance(fraction, float):
+        raise TypeError(f"split: fraction must be a float between 0 and 1, got {fraction!r}")
+    held_out = round(fraction * n) if 0 < fraction < 1 else 0
+    if not 0 < held_out < n:
+        raise ValueError(
+            f"split: fraction must leave at least one of the {n} examples in each part, "
+            f"got {fraction}"
+        )
+    second, first = random.permutation(key, n).tensor_split([held_out])
+    return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
 
 
 def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Batch:

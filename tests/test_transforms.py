@@ -172,6 +172,7 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda x, y, index, mask: data.gather((x, y), (index, mask)),
             lambda key: (draw(key, 6, 2), *labelled_rows(key)),
         ),
+        "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
         ),
