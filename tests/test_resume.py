@@ -18,6 +18,7 @@ from train import loop, report
 from train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_pass")
 
 # Of 10 to 30 steps an epoch and 60 chunks in all: ended within epochs and between them.
 RECIPES = {
