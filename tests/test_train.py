@@ -264,8 +264,8 @@ def test_evaluation_drops_nothing_at_random():
 
 
 MODULES = (
-    "config grid loop options outcome pictures processes recipes records report run saved scaling "
-    "sizes sweep"
+    "__main__ config grid loop options outcome pictures processes recipes records report run "
+    "saved scaling sizes sweep"
 )
 
 

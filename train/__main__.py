@@ -1,85 +1,42 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+import os
 import sys
-import time
 import warnings
+from collections.abc import MutableMapping
 
-from fdl import data, inspect, random, tree
-from train import config as configs
-from train import options, recipes, records, report, run, saved, sweep, using
-from train.bench import measure
+SPINS = "1000"  # some 20 µs; the default of GNU's OpenMP is 300 times that
+ABOUT_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+def wait_without_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's threads sleep soon when they wait for each other, unless the user has decided.
+
+    By default they spin for milliseconds, which costs nothing alone on a machine and stops
+    everybody where two runs share its cores. OpenMP reads this when torch is imported.
+
+    >>> environ = {}
+    >>> wait_without_spinning(environ)
+    >>> environ
+    {'GOMP_SPINCOUNT': '1000'}
+    """
+    if not any(name in environ for name in ABOUT_WAITING):
+        environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def main() -> int:
-    """Run one command.
-
-    Returns:
-        0 done; 1 diverged; 2 an option is wrong; 74 a result could not be written; 75 ended by
-        SIGTERM, all saved: start it again with --resume; 130 interrupted.
-    """
-    name, config = options.parse(sys.argv[1:])
+    """Run one command; give its exit code, see `commands.main`."""
     try:
-        if isinstance(config, configs.Recipe):
-            return run.run(name, config)
-        try:
-            if isinstance(config, configs.Sweep):
-                return sweep.run(config)
-            configs.check(config)
-            match config:
-                case configs.Data():
-                    return show_data(config)
-                case configs.Inspect():
-                    return show_file(config)
-                case configs.Bench():
-                    return measure.run(config)
-                case configs.Eval():
-                    return using.evaluate(config)
-                case configs.Predict():
-                    return using.predict(config)
-            raise AssertionError(f"no command for {config!r}")
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        from train import commands  # torch, which takes seconds
+
+        return commands.main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def show_data(config: configs.Data) -> int:
-    """Draw ten images with their labels, and time one pass over the training set."""
-    device = recipes.find_device(config.device)
-    train_set, _, found = recipes.load_images(config.data)
-    train_set = tree.to(train_set, device)
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "images.png"
-    report.draw_images(path, train_set)
-    print(f"{found}; {device}\nten images with their labels: {path}")
-    start = time.perf_counter()
-    n = len(train_set.x)
-    order = data.epoch_indices(random.key(config.seed, device), n, config.batch_size)
-    for row in zip(*order, strict=True):
-        batch = data.gather(train_set, row)
-    float(batch.x.sum())  # on CUDA, wait for the last one
-    seconds = time.perf_counter() - start
-    print(
-        f"one pass, shuffled, in {len(order.index)} batches of {config.batch_size}: "
-        f"{seconds:.3f} s, {n / seconds:,.0f} images/s"
-    )
-    return 0
-
-
-def show_file(config: configs.Inspect) -> int:
-    """Print the table of a saved tree, and what was saved beside it."""
-    path = config.file
-    if path.is_dir():
-        path = saved.newest(path) / "params.safetensors"
-    contents = inspect(path)
-    print(contents)
-    if contents.metadata:
-        print("metadata", records.to_json(contents.metadata, indent=2))
-    return 0
-
-
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if sys.argv[1:2] != ["bench"]:  # which measures torch as it is
+        wait_without_spinning()
     sys.exit(main())

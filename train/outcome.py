@@ -211,8 +211,9 @@ def draw(path: Path, recipe: str, axes: Sequence[Axis], results: Sequence[Result
         axes_.plot(x.values, [cell(**{x.name: v}) for v in x.values], marker="o")
         if min(x.values) > 0 and max(x.values) >= 10 * min(x.values) and x.name != "seed":
             axes_.set_xscale("log")
-        axes_.set_xticks(x.values, [f"{value:g}" for value in x.values])
-        axes_.minorticks_off()  # ticks are the values that were tried
+        if len(x.values) <= 12:  # else their labels would overlap
+            axes_.set_xticks(x.values, [f"{value:g}" for value in x.values])
+            axes_.minorticks_off()
         axes_.set_ylabel(_said(name))
         axes_.grid(alpha=0.3)
     else:

@@ -62,23 +62,25 @@ def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
 
 
 def _gray(image: Image.Image) -> tuple[Image.Image, int]:
-    """Make 8 bits of grey, and find the level of the background in the corners."""
+    """Make 8 bits of grey, and find the level of the background: it fills the corners."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    gray = image.convert("L")
     if image.has_transparency_data:
-        image = _on_contrast(image.convert("RGBA"))
-    image = image.convert("L")
-    pixels, side = np.asarray(image), max(1, min(image.size) // 10)
+        shown = np.asarray(image.convert("RGBA").getchannel("A")) / 255
+        if (shown < 1).any():
+            return _on_contrast(np.asarray(gray), shown)
+    pixels, side = np.asarray(gray), max(1, min(gray.size) // 10)
     ends = np.r_[:side, -side:0]
-    return image, int(np.median(pixels[ends][:, ends]))
+    return gray, int(np.median(pixels[ends][:, ends]))
 
 
-def _on_contrast(image: Image.Image) -> Image.Image:
-    """Put a picture that is transparent on black or on white, from which it stands out more."""
-    alpha, gray = np.asarray(image.getchannel("A")) / 255, np.asarray(image.convert("L"))
-    mean = (alpha * gray).sum() / max(alpha.sum(), 1)
-    color = "black" if mean > 127 else "white"
-    return Image.alpha_composite(Image.new("RGBA", image.size, color), image)
+def _on_contrast(gray: np.ndarray, shown: np.ndarray) -> tuple[Image.Image, int]:
+    """Put what is shown, 0 to 1, on black or on white, from which it stands out more."""
+    mean = (shown * gray).sum() / max(shown.sum(), 1)
+    background = 0 if mean > 127 else 255
+    pixels = shown * gray + (1 - shown) * background
+    return Image.fromarray(pixels.round().astype(np.uint8)), background
 
 
 def _square(image: Image.Image, background: int) -> Image.Image:

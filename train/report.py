@@ -205,10 +205,12 @@ def draw_curves(folder: Path, title: str, records: Sequence[dict[str, Any]]) -> 
         for part, label in PARTS.items():
             values = [record.get(part + name, math.nan) for record in records]
             if any(map(math.isfinite, values)):
-                axes.plot(epochs, values, marker="o", markersize=3, label=label)
+                axes.plot(
+                    epochs, values, marker="o", markersize=3 if epochs[1:] else 6, label=label
+                )
                 drawn += filter(math.isfinite, values)
         axes.set(xlabel="epoch", ylabel=name, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if name == "loss" and drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
