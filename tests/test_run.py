@@ -11,9 +11,9 @@ import torch
 import fdl
 from fdl import checkpointer, data, random, tree
 from fdl.data import Dataset
-from train import loop, recipes
+from train import loop, recipes, usual
 from train.__main__ import main
-from train.config import Linreg, Softmax, WeightDecay
+from train.config import RECIPES, Images, Linreg, Softmax, WeightDecay
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,3 +179,52 @@ def test_json_is_written_in_one_place():
     own |= {f"train/{name}" for name in pipes}
     for path in (ROOT / "train").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in own or "json.dump" not in path.read_text(), path
+
+
+def test_the_end_says_what_is_usual_for_default_options_alone(run, monkeypatch):
+    monkeypatch.setitem(usual.USUAL, ("softmax", 6000, 1), (0.7, 0.82, 0.81))
+    options = ["softmax", "--data", "sample", "--epochs", 1, "--compile", "off"]
+    _, out, _ = run(*options, "--out", "it")
+    found = records(Path("it"))[-1]["test_accuracy"]
+    expected = f"test accuracy {found:.3f}; usual after 1 epochs is 0.700 to 0.820"
+    assert expected in out.splitlines()
+    for other in (["--lr", 0.2], ["--validation", 0.1], ["--batch-size", 1000]):
+        assert "usual" not in run(*options, *other)[1]
+
+
+def test_what_is_usual_is_what_the_readme_says():
+    """Its table has every seed, on the whole set, after ten epochs."""
+    rows = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines()]
+    for row in rows:
+        known = row[1:] and usual.USUAL.get((row[1].strip(" `"), 60_000, 10))
+        if known:
+            assert [float(text) for text in row[6].split(",")] == list(known)
+    assert {recipe for recipe, *_ in usual.USUAL} == {
+        name for name, kind in RECIPES.items() if issubclass(kind, Images)
+    }
+
+
+def test_an_older_run_on_the_sample_goes_on_with_one_pass_an_epoch(run, monkeypatch):
+    """Its config.json says nothing of passes and validation."""
+    options = ["softmax", "--data", "sample", "--compile", "off"]
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "EXAMPLES", 6_000)
+        assert run(*options, "--epochs", 2, "--out", "whole")[0] == 0
+        assert run(*options, "--epochs", 1, "--out", "old")[0] == 0
+    record = json.loads(Path("old/config.json").read_text())
+    assert record.pop("passes") == 1 and record["options"].pop("validation") == 0
+    Path("old/config.json").write_text(json.dumps(record))
+    assert run("softmax", "--resume", "old", "--epochs", 2)[0] == 0
+    whole, old = (fdl.load(f"{folder}/params.safetensors") for folder in ("whole", "old"))
+    assert not tree.diff(whole, old) and records(Path("old"))[-1]["step"] == 48
+    assert run("eval", "old")[0] == 0
+
+
+def test_ten_passes_an_epoch_are_resumed_exactly(run):
+    options = ["softmax", "--data", "sample", "--compile", "off"]
+    assert run(*options, "--epochs", 2, "--out", "whole")[0] == 0
+    assert run(*options, "--epochs", 1, "--out", "cut")[0] == 0
+    assert run("softmax", "--resume", "cut", "--epochs", 2)[0] == 0
+    whole, cut = (fdl.load(f"{folder}/params.safetensors") for folder in ("whole", "cut"))
+    assert not tree.diff(whole, cut)
+    assert json.loads(Path("cut/config.json").read_text())["passes"] == 10

@@ -1,7 +1,10 @@
 """The command line: what it prints, leaves behind, and says of bad options."""
 
+import ast
 import doctest
 import importlib
+import inspect
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,8 +16,8 @@ import fdl
 import models
 from fdl import data, random, tree
 from fdl.data import Dataset
-from train import loop, recipes
-from train.__main__ import main
+from train import config, loop, recipes, report
+from train.__main__ import main, wait_without_spinning
 from train.config import Dropout, Linreg, LinregDecay, Softmax
 
 ROOT = Path(__file__).parent.parent
@@ -273,6 +276,47 @@ MODULES = (
 def test_examples_in_docstrings_run(name):
     found = doctest.testmod(importlib.import_module(f"train.{name}"))
     assert found.attempted and not found.failed
+
+
+def test_help_of_an_option_is_one_line_of_the_source():
+    """What follows a line break there starts a new line of the help, wherever the first ended."""
+    classes = [c for c in ast.parse(inspect.getsource(config)).body if isinstance(c, ast.ClassDef)]
+    for kind in classes:
+        for before, text in itertools.pairwise(kind.body):
+            if isinstance(before, ast.AnnAssign):
+                said = ast.literal_eval(text.value) if isinstance(text, ast.Expr) else "inherited."
+                assert "\n" not in said and said.endswith((".", "…")), (kind.name, said)
+
+
+@pytest.mark.parametrize(
+    ("args", "command", "said"),
+    [
+        (["softmax", "--epoch", 2], "softmax", "--epochs INT"),
+        (["linreg", "--lr", "fast"], "linreg", "could not convert"),
+        (["sweep", "mlp", "--grid", "lr", 0.1], "sweep mlp", "0.1"),
+        (["eval"], "eval", "PATH"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_points_at_the_help_of_its_own_command(run, args, command, said):
+    code, _, err = run(*args)
+    others = set(config.RECIPES) - {command, "linreg"}
+    assert code == 2 and said in err and f"python -m train {command} --help" in err
+    assert not any(f"{other} --help" in err for other in others if not command.endswith(other))
+    assert max(map(len, err.splitlines())) <= 80
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [report.open_run(None, "linreg").name for _ in range(3)]
+    assert len(set(names)) == 3 and {len(name) for name in names} <= {17, 24}
+
+
+def test_threads_wait_as_the_user_says():
+    for name, value in [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")]:
+        environ = {name: value}
+        wait_without_spinning(environ)
+        assert environ == {name: value}
 
 
 def test_inspect_prints_a_saved_tree(run, tmp_path):

@@ -47,11 +47,9 @@ class Recipe:
     weight_decay: float = 0.0
     """λ of the penalty λ · ½ Σ w²."""
     parts: int | None = None
-    """Cut each batch into this many parts, each with its own dropout and batch statistics: the
-    parameters are then the same to the bit on one process and, under torchrun, on several."""
+    """Cut batches into this many parts, so that torchrun gives the bits of one process."""
     validation: float = 0.0
-    """Share of the training examples to hold out and evaluate on after each epoch, from 0 to 1;
-    the same examples whatever the seed."""
+    """Share of the training examples, 0 to 1, to hold out and evaluate on after each epoch."""
     seed: int = 0
     """Seed of the first parameters, the order of the data, and dropout."""
     device: str = "auto"
@@ -61,8 +59,7 @@ class Recipe:
     out: Path | None = None
     """Folder for the results, which must not hold a run yet; runs/RECIPE/TIME by default."""
     resume: Path | None = None
-    """Folder of a run to continue, or runs/RECIPE for the newest there. It keeps its options;
-    only --epochs, --device, --data and --save-every may change."""
+    """Folder of a run to continue, or runs/RECIPE for its newest; it keeps its options."""
     save_every: float = 30.0
     """Seconds between checkpoints; another is saved at the end, and on Ctrl-C or SIGTERM."""
 
@@ -106,14 +103,11 @@ class Images(Recipe):
     """What every recipe on Fashion-MNIST has."""
 
     epochs: int = 10
-    """Passes over Fashion-MNIST; where the sample of a tenth of it stands in, ten passes over that
-    are an epoch, so that it has as many steps."""
+    """Passes over Fashion-MNIST; ten over the sample of a tenth of it count as one."""
     data: str = "auto"
-    """Where Fashion-MNIST is: a folder; sample, for the tenth of it that comes with fdl; or auto,
-    which looks in the usual places, then downloads it, and without a network takes the sample."""
+    """Where Fashion-MNIST is: a folder, auto (find or download it), or sample (a tenth of it)."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """What the model computes in. tf32 rounds the factors of products to 10 bits (GPU only);
-    with bfloat16, parameters, loss and optimizer stay in float32."""
+    """What the model computes in; tf32 is for GPUs. Parameters and loss stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +231,9 @@ class Predict:
     run: tyro.conf.Positional[Path]
     """A run's folder, runs/RECIPE/TIME, or runs/RECIPE for the newest there."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
-    """PNG, JPEG or WebP files. One that is not 28 × 28 is cropped to what it shows, made square
-    and resized."""
+    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized to 28 × 28."""
     invert: Literal["auto", "on", "off"] = "auto"
-    """Whether to swap light and dark: Fashion-MNIST is light on black. auto swaps where the corners
-    are light."""
+    """Swap light and dark, since Fashion-MNIST is light on black; auto looks at the corners."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
 
@@ -306,8 +298,7 @@ class Bench:
     out: Path | None = None
     """The JSON file to write, which must not exist; runs/bench/TIME.json by default."""
     render: bool = False
-    """Measure nothing: write the tables of docs/benchmark.md and the charts anew from
-    docs/bench/*.json."""
+    """Measure nothing; write the tables of docs/benchmark.md and the charts anew."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +306,7 @@ class Inspect:
     """List what a saved file holds (path, shape, dtype, bytes) without loading it."""
 
     file: tyro.conf.Positional[Path]
-    """A .safetensors file, written by fdl or not, or a run's folder, for its params.safetensors."""
+    """A .safetensors file, or a run's folder, which stands for its params.safetensors."""
 
 
 AT_LEAST_ONE = ("parts", "epochs", "batch_size", "examples", "rounds", "steps")
