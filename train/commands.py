@@ -1,5 +1,6 @@
 """The commands of `python -m train`."""
 
+import logging
 import sys
 import time
 
@@ -18,6 +19,8 @@ def main() -> int:
         0 done; 1 diverged; 2 an option is wrong; 74 a result could not be written; 75 ended by
         SIGTERM, all saved: start it again with --resume; 130 interrupted.
     """
+    # Of a machine with CUDA's compiler and no GPU, which the first line says anyway.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     name, config = options.parse(sys.argv[1:])
     if isinstance(config, configs.Recipe):
         return run.run(name, config)

@@ -119,14 +119,16 @@ def planned(config: Recipe, seconds: float, steps: int) -> Plan:
     if total < COMPILE_SECONDS:
         about = f"about {total:.0f} s" if total > 1 else "less than 1 s"
         return Plan(False, chunk, f"{about} in all, too short to pay for compiling")
-    return Plan(True, chunk, f"all steps would take about {total:.0f} s without")
+    return Plan(True, chunk, f"eager steps would take about {total:.0f} s")
 
 
 def describe(plan: Plan) -> str:
     """Say before it happens how a run is executed.
 
-    >>> describe(Plan(False, 1, "--compile off"))
-    'not compiled: --compile off'
+    >>> print(describe(planned(Recipe(), 0.05, 240)))
+    compiling, 10 to 20 s the first time (eager steps would take about 120 s) …
+    >>> print(describe(planned(Recipe(compile="off"), 0.05, 240)))
+    not compiled: --compile off
     """
     if plan.compile:
         return f"compiling, 10 to 20 s the first time ({plan.reason}) …"

@@ -77,7 +77,7 @@ def _found_instead(folder: Path, mark: str) -> str:
     if (folder.parent / mark).is_file():
         return f"it is part of one, {folder.parent}"
     if (folder / "sweep.json").is_file():
-        return f"it is a sweep, whose best run is {folder / 'best'}"
+        return "it is a sweep without a best run"
     if (folder / "config.json").is_file():
         return f"it is a run of {read_run(folder).recipe}"
     return f"there is no {folder / mark}" + _such_as(folder, mark)
