@@ -13,9 +13,10 @@ import torch
 
 import fdl
 from fdl import data, random, tree
-from train import grid, sweep
+from train import grid, outcome, sweep
 from train.__main__ import main
 from train.grid import Axis
+from train.outcome import Result
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_pass")
@@ -269,6 +270,30 @@ def test_a_sweep_chooses_by_images_that_no_member_trained_on_and_tests_the_best_
         accuracy = (logits.argmax(1) == y).double().mean().item()
         assert best[f"{part}_accuracy"] == pytest.approx(accuracy, abs=2e-3)
     assert max(row["validation_accuracy"] for row in rows) == best["validation_accuracy"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0])
+def test_what_a_sweep_chooses_by(share):
+    """The lowest training loss, the best of the test set and of the validation set differ."""
+    names = ("loss", "test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
+    rows = [(0.1, 0.7, 1.3, 0.7, 1.3), (0.2, 0.9, 1.2, 0.6, 1.2), (0.3, 0.8, 1.1, 0.8, 1.1)]
+    rows.append((float("nan"), float("nan"), 0.0, float("nan"), 0.0))
+    found = [Result({"seed": i}, True, 1, [dict(zip(names, row, strict=True))])
+             for i, row in enumerate(rows)]  # fmt: skip
+    if not share:
+        found = [r._replace(history=[dict(list(r.history[0].items())[:3])]) for r in found]
+    assert outcome.best_of(found).point == {"seed": 2 if share else 1}
+
+
+def test_a_sweep_stands_for_its_best_run(run):
+    for folder in ("sweeps/a", "sweeps/b"):
+        run("sweep", *LINREG, "--grid", "lr=0.01,0.1", "--out", folder)
+    for folder in ("sweeps/a", "sweeps"):
+        code, out, _ = run("eval", folder)
+        best = "sweeps/a/best" if folder == "sweeps/a" else "sweeps/b/best"
+        assert code == 0 and f"the newest run in {folder}: {best}" in out
+    code, out, _ = run("sweep", "linreg", "--resume", "sweeps")
+    assert code == 0 and "the newest sweep in sweeps: sweeps/b" in out
 
 
 def test_without_a_validation_set_the_choice_is_said_to_flatter(run):

@@ -48,7 +48,7 @@ def newest(folder: Path, what: str = "run") -> Path:
     """Return the folder itself where it is a run, or the newest run in it, and say which.
 
     Args:
-        folder: of a run, or of the runs of a recipe, such as runs/lenet.
+        folder: of a run, or of the runs of a recipe, such as runs/lenet, or of a sweep or sweeps.
         what: "run" or "sweep".
 
     Raises:
@@ -61,7 +61,8 @@ def newest(folder: Path, what: str = "run") -> Path:
     mark = MARKS[what]
     if (folder / mark).is_file():
         return folder
-    marks = sorted(folder.glob(f"*/{mark}"), key=lambda path: path.stat().st_mtime)
+    found = [*folder.glob(f"*/{mark}"), *folder.glob(f"*/best/{mark}")]  # of a sweep, its best
+    marks = sorted(found, key=lambda path: path.stat().st_mtime)
     if not marks:
         raise ValueError(f"{folder} holds no {what}: {_found_instead(folder, mark)}")
     print(f"the newest {what} in {folder}: {marks[-1].parent}")
