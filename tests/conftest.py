@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl import _cuda_graphs, _inductor, _programs
+from train import recipes
 
 torch.set_num_threads(1)  # should a plugin have imported it before
 
@@ -54,6 +55,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
     monkeypatch.setattr(_cuda_graphs, "_one_at_a_time", lambda device: nullcontext())
     monkeypatch.setattr(_programs, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
     return graphs
+
+
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an epoch on the sample of Fashion-MNIST be one pass, as on the whole set, not ten."""
+    monkeypatch.setattr(recipes, "EXAMPLES", 6_000)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 import fdl
-from fdl import tree
-from train import grid, sweep
+from fdl import data, random, tree
+from train import grid, outcome, sweep
 from train.__main__ import main
 from train.grid import Axis
+from train.outcome import Result
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_pass")
 LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
 DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
 LENET = ("lenet", *DROPOUT[1:])
@@ -92,7 +95,9 @@ def test_a_wrong_grid_is_refused(given, text):
         (["--grid", "lr=-1,1"], "--lr must be finite and at least 0, got -1"),
         (["--grid", "lr=1,2", "--memory", 0], "--memory must be positive"),
         (["--grid", "lr=1,2", "--parts", 3], "--batch-size must be divisible by 3, --parts"),
-        (["--grid", "lr=1,2", "--resume", "x"], "x holds no sweep: there is no x/sweep.json"),
+        (["--grid", "lr=1,2", "--resume", "x"], "x holds no sweep: there is no such folder"),
+        (["--grid", "lr=1,2", "--validation", 1], "--validation must be at least 0 and below 1"),
+        (["--grid", "lr=1,2", "--validation", 0.01], "--validation 0.01 of 40 examples leaves"),
         (["--grid", "epochs=1,2"], "'epochs' cannot be swept"),
     ],
 )
@@ -124,8 +129,12 @@ def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
     found = {tuple(row[name] for name in names): row for row in results("sweep")}
     for i, point in enumerate(points):
         at = [x for n, v in zip(names, point, strict=True) for x in (f"--{n.replace('_', '-')}", v)]
-        assert run(*recipe, *at, "--out", i)[0] == 0
-        close(found[point], last(str(i)))
+        assert run(*recipe, *at, "--validation", 0.1, "--out", i)[0] == 0
+        ordinary = last(str(i))
+        for name in ("test_loss", "test_accuracy"):  # which a sweep does not look at
+            assert name not in found[point]
+            ordinary.pop(name, None)
+        close(found[point], ordinary)
 
 
 @pytest.mark.parametrize("axes", [["lr=0.03,0.003", "momentum=0,0.01", "weight_decay=0,9"]])
@@ -136,19 +145,22 @@ def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
         run("sweep", recipe, "--epochs", 2, "--out", "sweep", *options, "--compile", "off")[0] == 0
     )
     best = json.loads(Path("sweep/best/config.json").read_text())["options"]
-    key = "test_loss" if recipe == "weight-decay" else "loss"
-    row = min(results("sweep"), key=lambda row: row[key])
+    row = min(results("sweep"), key=lambda row: row["validation_loss"])
     assert {name: best[name] for name in ("lr", "momentum", "weight_decay")} == {
         name: row[name] for name in ("lr", "momentum", "weight_decay")
     }
     code, out, _ = run("eval", "sweep/best")
-    shown = float(out.split("loss ")[1].split()[0])
-    assert code == 0 and (recipe == "linreg" or shown == pytest.approx(row[key], rel=1e-5))
+    shown = dict(line.rsplit(" ", 1) for line in out.splitlines()[1:])
+    assert code == 0
+    assert float(shown["validation loss"]) == pytest.approx(row["validation_loss"], rel=1e-5)
+    if recipe == "weight-decay":
+        tested = last("sweep/best")["test_loss"]
+        assert float(shown["test loss"]) == pytest.approx(tested, rel=1e-5)
     assert run(recipe, "--resume", "sweep/best", "--epochs", 3)[0] == 0
     same = [
         x for n in ("lr", "momentum", "weight_decay") for x in (f"--{n.replace('_', '-')}", best[n])
     ]
-    assert run(recipe, "--epochs", 3, *same, "--out", "whole")[0] == 0
+    assert run(recipe, "--epochs", 3, "--validation", 0.1, *same, "--out", "whole")[0] == 0
     whole, resumed = (fdl.load(f"{f}/params.safetensors") for f in ("whole", "sweep/best"))
     assert tree.diff(whole, resumed, rtol=1e-4, atol=1e-5) == []
 
@@ -169,7 +181,7 @@ def test_compiled_as_eager(run):
     axes = ["--grid", "lr=0.01,0.1", "--grid", "seed=0:2"]
     run("sweep", *LINREG, *axes, "--out", "eager")
     code, out, _ = run("sweep", *LINREG[:-1], "on", *axes, "--out", "compiled")
-    assert code == 0 and "\ncompiled: as asked" in out
+    assert code == 0 and "\ncompiling, 10 to 20 s the first time (--compile on)" in out
     for one, other in zip(results("eager"), results("compiled"), strict=True):
         close(one, other, rtol=1e-4)
 
@@ -243,6 +255,89 @@ def test_a_sweep_goes_on_as_it_began(run, args, message):
     assert Path("sweep/results.jsonl").read_text() == before
 
 
+def test_a_sweep_chooses_by_images_that_no_member_trained_on_and_tests_the_best_alone(run):
+    """Its accuracies are those of the parameters it has saved, on the images documented."""
+    options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep"]
+    code, out, _ = run("sweep", "softmax", *options)
+    rows, best = results("sweep"), last("sweep/best")
+    assert code == 0 and "600 of the training examples are held out for validation" in out
+    assert not any("test_accuracy" in row for row in rows) and "test_accuracy" in best
+    params = fdl.load("sweep/best/params.safetensors")["1"]
+    train, test = (data.fashion_mnist_sample(train=train) for train in (True, False))
+    _, validation = data.split(random.key(0), train, 0.1)
+    for part, (x, y) in {"validation": validation, "test": test}.items():
+        logits = x.reshape(len(x), -1) / 255 @ params["weight"].T + params["bias"]
+        accuracy = (logits.argmax(1) == y).double().mean().item()
+        assert best[f"{part}_accuracy"] == pytest.approx(accuracy, abs=2e-3)
+    assert max(row["validation_accuracy"] for row in rows) == best["validation_accuracy"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0])
+def test_what_a_sweep_chooses_by(share):
+    """The lowest training loss, the best of the test set and of the validation set differ."""
+    names = ("loss", "test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
+    rows = [(0.1, 0.7, 1.3, 0.7, 1.3), (0.2, 0.9, 1.2, 0.6, 1.2), (0.3, 0.8, 1.1, 0.8, 1.1)]
+    rows.append((float("nan"), float("nan"), 0.0, float("nan"), 0.0))
+    found = [Result({"seed": i}, True, 1, [dict(zip(names, row, strict=True))])
+             for i, row in enumerate(rows)]  # fmt: skip
+    if not share:
+        found = [r._replace(history=[dict(list(r.history[0].items())[:3])]) for r in found]
+    assert outcome.best_of(found).point == {"seed": 2 if share else 1}
+
+
+def test_a_sweep_stands_for_its_best_run(run):
+    for folder in ("sweeps/a", "sweeps/b"):
+        run("sweep", *LINREG, "--grid", "lr=0.01,0.1", "--out", folder)
+    for folder in ("sweeps/a", "sweeps"):
+        code, out, _ = run("eval", folder)
+        best = "sweeps/a/best" if folder == "sweeps/a" else "sweeps/b/best"
+        assert code == 0 and f"the newest run in {folder}: {best}" in out
+    code, out, _ = run("sweep", "linreg", "--resume", "sweeps")
+    assert code == 0 and "the newest sweep in sweeps: sweeps/b" in out
+
+
+def test_without_a_validation_set_the_choice_is_said_to_flatter(run):
+    options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--validation", 0]
+    code, out, _ = run("sweep", "softmax", *options)
+    best = max(results("sweep"), key=lambda row: row["test_accuracy"])
+    assert code == 0 and f"best by test accuracy: lr = {best['lr']:g}\n" in out
+    assert "which flatters it" in out
+
+
+def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
+    """Its options name none, its numbers may be NaN, and an epoch was one pass."""
+    options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--memory", 1e-5]
+    assert run("sweep", "softmax", *options, "--validation", 0)[0] == 0
+    whole = results("sweep")
+    record = json.loads(Path("sweep/sweep.json").read_text())
+    del record["options"]["validation"], record["passes"]
+    Path("sweep/sweep.json").write_text(json.dumps(record))
+    group = Path("sweep/groups/0000/results.json")
+    group.write_text(group.read_text().replace('"epoch": 1', '"epoch": 1, "old": NaN'))
+    shutil.rmtree("sweep/groups/0001")
+    code, out, _ = run("sweep", "softmax", "--resume", "sweep")
+    assert code == 0 and "1 of 2 groups are done" in out and "held out" not in out
+    rows = results("sweep")
+    assert rows[0].pop("old") is None
+    for row, other in zip(rows, whole, strict=True):
+        close(row, other)
+    assert run("eval", "sweep/best")[0] == 0
+
+
+def test_statistics_of_batch_norm_are_saved_with_the_best(run):
+    options = ["--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off"]
+    assert run("sweep", "lenet-bn", *options, "--grid", "lr=0.1", "--out", "sweep")[0] == 0
+    assert "running_var" in fdl.load("sweep/best/params.safetensors")["fc"]["1"]
+
+
+def test_each_seed_is_scored_on_its_own_data_where_data_are_drawn(run):
+    options = ["weight-decay", "--epochs", 2, "--compile", "off", "--validation", 0]
+    assert run("sweep", *options, "--grid", "seed=0:3", "--out", "sweep")[0] == 0
+    for row in results("sweep"):
+        assert run(*options, "--seed", row["seed"], "--out", row["seed"])[0] == 0
+        close(row, last(str(row["seed"])))
+
+
 def test_it_runs_from_the_command_line(tmp_path):
     command = [
         sys.executable,
@@ -263,6 +358,9 @@ def test_it_runs_from_the_command_line(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "test_accuracy" in done.stdout
-    best = max(results(tmp_path / "sweep"), key=lambda row: row["test_accuracy"])
-    assert last(tmp_path / "sweep/best")["test_accuracy"] == best["test_accuracy"]
+    assert "Traceback" not in done.stderr and "val_accuracy" in done.stdout
+    best = max(results(tmp_path / "sweep"), key=lambda row: row["validation_accuracy"])
+    found = last(tmp_path / "sweep/best")
+    assert found["validation_accuracy"] == best["validation_accuracy"]
+    said = f"no part in the choice: test accuracy {found['test_accuracy']:.4g}\n"
+    assert said in done.stdout and "best by validation accuracy: lr = " in done.stdout

@@ -14,7 +14,7 @@ import pytest
 
 KILLS = int(os.environ.get("FDL_KILLS", 3))  # make kills: 25
 LONGEST = 9.0  # seconds from the start of two processes to the death of one; training begins at 4
-OPTIONS = ["--data", "sample", "--epochs", "3", "--batch-size", "200", "--parts", "4"]
+OPTIONS = ["--data", "sample", "--epochs", "3", "--batch-size", "2000", "--parts", "4"]  # 30 steps
 
 
 def command(processes, *options, restarts=0):
@@ -118,7 +118,7 @@ def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
     check_equal(folder, whole)
 
 
-SWEEP = ["sweep", "dropout", *OPTIONS[:2], "--epochs", "8", "--compile", "off"]
+SWEEP = ["sweep", "dropout", *OPTIONS[:2], "--epochs", "1", "--compile", "off"]
 SWEEP += ["--grid", "lr=0.01:0.4:4log", "--grid", "momentum=0.3,0.6", "--memory", "1e-6"]
 
 

@@ -1,12 +1,14 @@
 """The command line: what it prints, leaves behind, and says of bad options."""
 
+import ast
 import doctest
 import importlib
+import inspect
+import itertools
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ import fdl
 import models
 from fdl import data, random, tree
 from fdl.data import Dataset
-from train import loop, recipes
-from train.__main__ import main
+from train import config, loop, recipes, report
+from train.__main__ import main, wait_without_spinning
 from train.config import Dropout, Linreg, LinregDecay, Softmax
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,7 @@ def test_linreg_recovers_the_weights_it_was_given(run, tmp_path):
     assert records(tmp_path / "it")[-1]["loss"] < 1e-4  # ½ σ² = 5e-5
 
 
+@pytest.mark.usefixtures("one_pass")
 def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_path):
     assert run("softmax", "--data", "sample", "--epochs", 2, "--lr", 0.2, "--out", "it")[0] == 0
     folder = tmp_path / "it"
@@ -71,6 +74,7 @@ def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_p
     assert (guesses == test.y).double().mean().item() == pytest.approx(last["test_accuracy"])
 
 
+@pytest.mark.usefixtures("one_pass")
 def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
     options = ["--data", "sample", "--epochs", 2, "--batch-size", 500, "--compile", "off"]
     assert run("lenet-bn", *options, "--out", "it")[0] == 0
@@ -86,23 +90,47 @@ def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
     assert code == 0 and f"test accuracy {accuracy:.6g}" in out
 
 
-def test_sample_is_announced_loudly(run):
-    _, out, err = run("softmax", "--data", "sample", "--epochs", 1, "--out", "it")
-    assert "SAMPLE of 6,000 + 1,000 images" in err and "SAMPLE" in out
+def test_the_sample_that_was_asked_for_is_named_and_no_warning(run):
+    _, out, err = run("softmax", "--data", "sample", "--epochs", 1, "--compile", "off")
+    first, second, *_ = out.splitlines()
+    assert first == "softmax: a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images; cpu, seed 0"
+    assert second.startswith("an epoch is 10 passes over it") and not err
 
 
-def test_auto_falls_back_to_the_sample_and_says_why(run, monkeypatch):
+def test_auto_falls_back_to_the_sample_and_says_why_in_two_lines(run, monkeypatch):
     def absent(*args, **kwargs):
-        raise FileNotFoundError("no train-images anywhere")
+        raise FileNotFoundError("here\nor there") from OSError("no network " * 20)
 
     monkeypatch.setattr(data, "fashion_mnist", absent)
-    code, _, err = run("softmax", "--epochs", 1, "--out", "it")
-    assert code == 0 and "no train-images anywhere" in err and "SAMPLE" in err
+    code, _, err = run("softmax", "--epochs", 1, "--compile", "off")
+    assert code == 0
+    why, what = err.splitlines()
+    assert why.startswith("no Fashion-MNIST on this machine: no network no") and "sample" in what
+    assert max(len(why), len(what)) <= 80
 
 
-def test_lines_fit_80_columns(run):
-    _, out, _ = run("weight-decay", "--epochs", 2, "--out", "it")
-    assert max(map(len, out.splitlines())) <= 80
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["weight-decay", "--epochs", 2],
+        ["linreg-decay", "--validation", 0.1],
+        ["softmax", "--data", "sample", "--epochs", 10, "--validation", 0.1],
+    ],
+    ids=lambda args: args[0],
+)
+@pytest.mark.usefixtures("one_pass")
+def test_lines_fit_80_columns_and_the_end_says_what_to_do_next(run, args):
+    code, out, err = run(*args, "--compile", "off")
+    lines = out.splitlines()
+    assert code == 0 and not err and max(map(len, lines)) <= 80
+    folder = Path(lines[lines.index("next, for example:") - 1].strip())
+    assert (folder / "params.safetensors").is_file()
+    commands = out[out.index("next, for example:") :].replace("\\\n", " ").splitlines()[1:]
+    for command in commands:
+        words = command.split()
+        assert words[:3] == ["python", "-m", "train"] and str(folder) in words
+        if "predict" not in words:
+            assert run(*words[3:])[0] == 0
 
 
 @pytest.mark.curriculum("G1")
@@ -134,18 +162,6 @@ def test_a_finished_run_is_not_overwritten(run):
     assert run("linreg", "--epochs", 1, "--out", "it")[0] == 0
     code, _, err = run("linreg", "--epochs", 1, "--out", "it")
     assert code == 2 and "holds a run already" in err
-
-
-def test_divergence_names_the_step_and_keeps_the_last_good_parameters(run, tmp_path):
-    code, _, err = run("linreg", "--lr", 1e6, "--out", "it")
-    assert code == 1 and "the loss is not finite" in err
-    step = int(err.split()[1])
-    assert 2 < step < 100
-    params = fdl.load(tmp_path / "it" / "params.safetensors")
-    assert all(leaf.isfinite().all() for leaf in tree.leaves(params))
-    # One step fewer ends without a complaint, at those parameters.
-    (record,) = records(tmp_path / "it")
-    assert record["step"] == step - 1 and np.isfinite(record["loss"])
 
 
 @pytest.mark.curriculum("D1")
@@ -251,7 +267,8 @@ def test_evaluation_drops_nothing_at_random():
 
 
 MODULES = (
-    "__main__ config grid loop outcome processes recipes report saved scaling sizes sweep using"
+    "__main__ config grid loop options outcome pictures processes recipes records report run "
+    "saved scaling sizes sweep"
 )
 
 
@@ -259,6 +276,47 @@ MODULES = (
 def test_examples_in_docstrings_run(name):
     found = doctest.testmod(importlib.import_module(f"train.{name}"))
     assert found.attempted and not found.failed
+
+
+def test_help_of_an_option_is_one_line_of_the_source():
+    """What follows a line break there starts a new line of the help, wherever the first ended."""
+    classes = [c for c in ast.parse(inspect.getsource(config)).body if isinstance(c, ast.ClassDef)]
+    for kind in classes:
+        for before, text in itertools.pairwise(kind.body):
+            if isinstance(before, ast.AnnAssign):
+                said = ast.literal_eval(text.value) if isinstance(text, ast.Expr) else "inherited."
+                assert "\n" not in said and said.endswith((".", "…")), (kind.name, said)
+
+
+@pytest.mark.parametrize(
+    ("args", "command", "said"),
+    [
+        (["softmax", "--epoch", 2], "softmax", "--epochs INT"),
+        (["linreg", "--lr", "fast"], "linreg", "could not convert"),
+        (["sweep", "mlp", "--grid", "lr", 0.1], "sweep mlp", "0.1"),
+        (["eval"], "eval", "PATH"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_points_at_the_help_of_its_own_command(run, args, command, said):
+    code, _, err = run(*args)
+    others = set(config.RECIPES) - {command, "linreg"}
+    assert code == 2 and said in err and f"python -m train {command} --help" in err
+    assert not any(f"{other} --help" in err for other in others if not command.endswith(other))
+    assert max(map(len, err.splitlines())) <= 80
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [report.open_run(None, "linreg").name for _ in range(3)]
+    assert len(set(names)) == 3 and {len(name) for name in names} <= {17, 24}
+
+
+def test_threads_wait_as_the_user_says():
+    for name, value in [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")]:
+        environ = {name: value}
+        wait_without_spinning(environ)
+        assert environ == {name: value}
 
 
 def test_inspect_prints_a_saved_tree(run, tmp_path):

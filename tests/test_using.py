@@ -1,20 +1,18 @@
 """`python -m train eval` and `predict`: what a run has saved, put to use."""
 
 import json
-import struct
+import os
+import shutil
 import sys
-import zlib
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import fdl
 from fdl import data
 from fdl.data import LABELS
 from train.__main__ import main
-from train.using import read_image
 
 
 @pytest.fixture(scope="module")
@@ -81,94 +79,14 @@ def test_predict_gives_the_probabilities_of_the_model(run, runs, tmp_path):
             assert found[label] == pytest.approx(p, abs=1e-4)
 
 
-def grid(width=28, height=28):
-    return np.arange(width * height).reshape(height, width).astype(np.uint8)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "16 bits"])
-def test_images_of_every_kind_are_the_same_grey(tmp_path, mode):
-    path, pixels = tmp_path / "it.png", grid()
-    if mode == "16 bits":
-        Image.fromarray(pixels.astype(np.uint16) * 257).save(path)
-    elif mode == "1":
-        pixels = np.where(pixels > 99, 255, 0).astype(np.uint8)
-        Image.fromarray(pixels).convert("1").save(path)
-    else:
-        Image.fromarray(pixels).convert(mode).save(path)
-    image, note = read_image(path)
-    assert image.dtype == torch.uint8 and note == ""
-    assert np.array_equal(image.numpy(), pixels)
-
-
-def test_what_is_transparent_is_black(tmp_path):
-    white = np.full((28, 28, 4), 255, np.uint8)
-    white[:14, :, 3] = 0
-    Image.fromarray(white).save(tmp_path / "it.png")
-    image, _ = read_image(tmp_path / "it.png")
-    assert (image[:14] == 0).all() and (image[14:] == 255).all()
-
-
-def test_another_size_is_resized_and_said(run, tmp_path):
-    path = tmp_path / "it.png"
-    Image.fromarray(np.full((300, 56), 80, np.uint8)).save(path)
-    image, _ = read_image(path)
-    assert image.shape == (28, 28) and (image == 80).all()
-    _, out, _ = run("predict", "softmax", path)
-    assert "(resized from 56 × 300 to 28 × 28)" in out.splitlines()[0]
-
-
-def enormous(path):
-    """Write a PNG file of a few bytes that claims 50,000 × 50,000 pixels."""
-    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            for kind, body in chunks
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("absent", "it.png: no such file"),
-        ("folder", "it.png: no such file"),
-        ("empty", "it.png is not a PNG file"),
-        ("jpeg", "it.png is not a PNG file"),
-        ("cut", "it.png cannot be read: "),
-        ("flipped", "it.png cannot be read: "),
-        ("enormous", "it.png is too large: "),
-    ],
-)
-def test_what_is_no_image_is_one_clear_message(run, tmp_path, what, message):
-    path = tmp_path / "it.png"
-    noise = np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)
-    if what == "folder":
-        path.mkdir()
-    elif what == "empty":
-        path.write_bytes(b"")
-    elif what == "jpeg":
-        Image.fromarray(noise).save(path, format="JPEG")
-    elif what == "enormous":
-        enormous(path)
-    elif what != "absent":
-        Image.fromarray(noise).save(path)
-        content = bytearray(path.read_bytes())
-        content[60] ^= 1
-        path.write_bytes(content[:-200] if what == "cut" else content)
-    code, out, err = run("predict", "softmax", path)
-    assert code == 2 and message in err and not out
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         (["predict", "linreg", "it.png"], "predict needs a run on images, linreg is one of linreg"),
         (["predict", "nowhere", "it.png"], "nowhere holds no run"),
+        (["predict", "softmax", "it.png", "--device", "gpu"], "--device must be auto, cpu, cuda"),
         (["predict", "softmax"], "predict needs at least one image"),
-        (["eval", "nowhere"], "nowhere holds no run: there is no nowhere/config.json"),
+        (["eval", "nowhere"], "nowhere holds no run: there is no such folder; there is bfloat16, "),
         (["eval", "linreg", "--data", "sample"], "--data: linreg is a run of linreg, on drawn"),
         (["eval", "softmax", "--data", "nowhere"], "--data must be auto, sample or a folder"),
         (["eval", "softmax", "--device", "gpu"], "--device must be auto, cpu, cuda"),
@@ -186,3 +104,54 @@ def test_a_run_without_a_checkpoint(run, runs):
     code, _, err = run("eval", "linreg")
     hidden.rename(runs / "linreg" / "checkpoints")
     assert code == 2 and "linreg holds no checkpoint yet" in err
+
+
+# ------------------------------------------------------------------ a folder that is no run
+
+
+@pytest.fixture
+def folders(run, runs, tmp_path, monkeypatch):
+    """Two runs of softmax in runs/softmax, the newer one first by name, and one of linreg."""
+    for name, source, age in [("b", "softmax", 9), ("a", "softmax", 1), ("it", "linreg", 5)]:
+        recipe = source
+        shutil.copytree(runs / source, tmp_path / "runs" / recipe / name)
+        mark = tmp_path / "runs" / recipe / name / "config.json"
+        then = mark.stat().st_mtime - 60 * age
+        os.utime(mark, (then, then))
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_the_folder_of_a_recipe_stands_for_its_newest_run(folders):
+    for command in (["eval"], ["inspect"], ["softmax", "--epochs", 3, "--resume"]):
+        code, out, _ = folders(*command, "runs/softmax")
+        assert code == 0 and "the newest run in runs/softmax: runs/softmax/a" in out
+    assert "after step 480" in folders("eval", "runs/softmax/b")[1]
+    assert "after step 720" in folders("eval", "runs/softmax/a")[1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("runs", "there is no runs/config.json; there is runs/linreg, runs/softmax"),
+        ("runs/sofmax", "there is no such folder; there is runs/linreg, runs/softmax"),
+        ("runs/softmax/c", "there is no such folder; there is runs/softmax/a, runs/softmax/b"),
+        ("runs/softmax/a/config.json", "it is a file; give the folder of a run"),
+        ("runs/softmax/a/checkpoints", "it is part of one, runs/softmax/a"),
+    ],
+)
+def test_what_is_there_instead_is_named(folders, folder, message):
+    for command in (["eval"], ["predict"], ["softmax", "--resume"]):
+        image = ["it.png"] if command == ["predict"] else []
+        code, out, err = folders(*command, folder, *image)
+        assert code == 2 and not out and err == f"error: {folder} holds no run: {message}\n"
+
+
+def test_home_is_expanded(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folders("eval", "~/runs/softmax/a")[0] == 0
+    assert folders("linreg", "--epochs", 1, "--out", "~/mine")[0] == 0
+    assert folders("linreg", "--epochs", 2, "--resume", "~/mine", "--out", "~/mine")[0] == 0
+    assert "no such folder" in folders("softmax", "--data", "~/images")[2]
+    assert str(tmp_path / "images") in folders("softmax", "--data", "~/images")[2]
+    assert (tmp_path / "mine/config.json").is_file() and not Path("~").exists()

@@ -47,21 +47,21 @@ class Recipe:
     weight_decay: float = 0.0
     """λ of the penalty λ · ½ Σ w²."""
     parts: int | None = None
-    """Cut each batch into so many parts, each with its own dropout and batch statistics: the
-    parameters are then the same to the bit on one process and, under torchrun, on several."""
+    """Cut batches into this many parts, so that torchrun gives the bits of one process."""
+    validation: float = 0.0
+    """Share of the training examples, 0 to 1, to hold out and evaluate on after each epoch."""
     seed: int = 0
-    """Of parameters, data order and dropout."""
+    """Seed of the first parameters, the order of the data, and dropout."""
     device: str = "auto"
-    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto compiles where the run is long enough to win back the time."""
+    """Whether to compile; auto compiles runs that are long enough to pay for it."""
     out: Path | None = None
     """Folder for the results, which must not hold a run yet; runs/RECIPE/TIME by default."""
     resume: Path | None = None
-    """Folder of a run to continue with its options, as if it had never ended; given anew may be
-    --epochs, --device, --data and --save-every."""
+    """Folder of a run to continue, or runs/RECIPE for its newest; it keeps its options."""
     save_every: float = 30.0
-    """Seconds between checkpoints; one more is made at the end, by Ctrl-C and by SIGTERM."""
+    """Seconds between checkpoints; another is saved at the end, and on Ctrl-C or SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class WeightDecay(Recipe):
 class Images(Recipe):
     """What every recipe on Fashion-MNIST has."""
 
+    epochs: int = 10
+    """Passes over Fashion-MNIST; ten over the sample of a tenth of it count as one."""
     data: str = "auto"
-    """A folder that holds Fashion-MNIST; `sample` for the embedded tenth of it; auto looks in the
-    usual places, downloads, and offline takes the sample."""
+    """Where Fashion-MNIST is: a folder, auto (find or download it), or sample (a tenth of it)."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """What the model computes in: tf32 rounds the factors of products to 10 bits (CUDA only);
-    with bfloat16 parameters, loss and optimizer stay in float32."""
+    """What the model computes in; tf32 is for GPUs. Parameters and loss stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,29 @@ Grid = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="NAME=VALUES",
-        help="An option and its values, once for each axis of the grid: lr=0.1:1.6:8log, "
-        "momentum=0:0.9:4lin, seed=0:8, weight-decay=0,0.001.",
+        help="An option and the values to try, such as lr=0.1:1.6:8log, momentum=0:0.9:4lin, "
+        "seed=0:8 or weight-decay=0,0.001. Give it once for each axis of the grid.",
     ),
 ]
 Gigabytes = Annotated[
     float | None,
-    tyro.conf.arg(help="Gigabytes that a sweep may take; half of what is free by default."),
+    tyro.conf.arg(help="Gigabytes of memory to use at most; by default half of what is free."),
+]
+Validation = Annotated[
+    float,
+    tyro.conf.arg(
+        help="Share of the training examples to hold out and to choose by, from 0 to 1; the same "
+        "examples for every point. 0 chooses by the test set, which flatters the winner."
+    ),
 ]
 SWEEPS: dict[str, Any] = {
     name: make_dataclass(
         f"Sweep{kind.__name__}",
-        [("grid", Grid, ()), ("memory", Gigabytes, None)],  # type: ignore[list-item]
+        [  # type: ignore[list-item]
+            ("grid", Grid, ()),
+            ("memory", Gigabytes, None),
+            ("validation", Validation, 0.1),
+        ],
         bases=(kind,),
         frozen=True,
         namespace={"__doc__": f"Sweep over: {kind.__doc__}"},
@@ -203,24 +214,28 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate what a run has saved."""
+    """Evaluate a saved run."""
 
     run: tyro.conf.Positional[Path]
-    """Its folder."""
+    """A run's folder, runs/RECIPE/TIME, or runs/RECIPE for the newest there."""
     device: str = "auto"
-    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str | None = None
-    """As for the recipes; that of the run by default."""
+    """Where Fashion-MNIST is: auto, sample or a folder; by default where the run had it."""
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Say what is on images, by what a run has saved."""
+    """Classify images with a saved run."""
 
     run: tyro.conf.Positional[Path]
-    """Its folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """PNG files, light on black as in Fashion-MNIST; colours become grey, other sizes 28 × 28."""
+    """A run's folder, runs/RECIPE/TIME, or runs/RECIPE for the newest there."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
+    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized to 28 × 28."""
+    invert: Literal["auto", "on", "off"] = "auto"
+    """Swap light and dark, since Fashion-MNIST is light on black; auto looks at the corners."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
 
 
 @dataclass(frozen=True)
@@ -230,11 +245,11 @@ class Data:
     batch_size: int = 256
     """Examples in a batch."""
     seed: int = 0
-    """Of the order."""
+    """Seed of the shuffle."""
     device: str = "auto"
-    """auto (CUDA if present), cpu, cuda, cuda:1 …"""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str = "auto"
-    """As for the recipes."""
+    """Where Fashion-MNIST is: auto, sample or a folder."""
     out: Path = Path("runs/data")
     """Folder for images.png."""
 
@@ -265,33 +280,33 @@ class Bench:
     workloads: tuple[WorkloadName, ...] = get_args(WorkloadName)
     """What to train; lenet-scaling is LeNet with each of the batch sizes."""
     ways: tuple[WayName, ...] = ()
-    """Only these ways; all by default."""
+    """The ways to time; all of them by default."""
     batch_sizes: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
-    """Of lenet-scaling."""
+    """Batch sizes of lenet-scaling."""
     rounds: int = 5
-    """In a round every way is timed once."""
+    """How many rounds; each times every way once."""
     steps: int = 100
-    """Steps in one call of a way, fewer where an epoch or a scaled batch has fewer."""
+    """Steps in one call of a way; fewer where an epoch or a scaled batch has fewer."""
     seconds: float = 0.3
-    """A round repeats the call for at least so long."""
+    """Repeat the call in a round for at least this long."""
     seed: int = 0
-    """Of parameters, data order and dropout."""
+    """Seed of the first parameters, the order of the data, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is CUDA if present."""
+    """auto (a GPU if there is one), cpu or cuda."""
     data: str = "auto"
-    """As for the recipes."""
+    """Where Fashion-MNIST is: auto, sample or a folder."""
     out: Path | None = None
     """The JSON file to write, which must not exist; runs/bench/TIME.json by default."""
     render: bool = False
-    """Measure nothing: remake the tables of the README and the charts from docs/bench/*.json."""
+    """Measure nothing; write the tables of docs/benchmark.md and the charts anew."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a saved file holds, path, shape, dtype and bytes, without loading it."""
+    """List what a saved file holds (path, shape, dtype, bytes) without loading it."""
 
     file: tyro.conf.Positional[Path]
-    """A .safetensors file, of fdl or of another writer."""
+    """A .safetensors file, or a run's folder, which stands for its params.safetensors."""
 
 
 AT_LEAST_ONE = ("parts", "epochs", "batch_size", "examples", "rounds", "steps")
@@ -311,6 +326,8 @@ def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
             raise ValueError(f"{option} must be at least 1, got {value}")
         if field.name in NOT_NEGATIVE and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{option} must be finite and at least 0, got {value}")
+        if field.name == "validation" and not 0 <= value < 1:
+            raise ValueError(f"{option} must be at least 0 and below 1, got {value}")
         if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
             raise ValueError(f"{option} must be in [0, 1), got {value}")
         if field.name == "images" and not value:

@@ -29,15 +29,21 @@ __all__ = [
     "Plan",
     "Programs",
     "Progress",
+    "advance",
     "chunks",
+    "describe",
+    "epoch_order",
     "epochs",
     "evaluate",
+    "evaluate_eagerly",
+    "held_out",
     "make_programs",
     "merge",
     "noticed",
     "plan",
     "planned",
     "step_of",
+    "steps_of",
     "timed",
 ]
 
@@ -54,7 +60,7 @@ class Progress(NamedTuple):
     epoch: int  # the one to work on, from 1
     done: int  # steps of it that are done: whole chunks, or all
     total: dict[str, Mean]  # its metrics so far
-    seconds: float  # it has taken so far
+    seconds: float  # of training so far: no evaluation, no compiling, no checkpoint
 
 
 START = Progress(1, 0, {}, 0.0)
@@ -65,7 +71,7 @@ class Epoch(NamedTuple):
 
     state: TrainState
     metrics: dict[str, float]
-    progress: Progress  # within this epoch; its seconds are of training alone
+    progress: Progress  # within this epoch
     examples: int
     end: str  # "done", "interrupted" or "diverged"
 
@@ -87,7 +93,7 @@ class Plan(NamedTuple):
 
 def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     """Time a few eager steps, and choose from that whether to compile and how long a chunk is."""
-    steps = math.ceil(len(problem.train.x) / config.batch_size)
+    steps = steps_of(problem, config)
     order = data.sequential_indices(
         len(problem.train.x), config.batch_size, device=state.key.device
     )
@@ -101,7 +107,7 @@ def planned(config: Recipe, seconds: float, steps: int) -> Plan:
     """Make the plan of a run whose epochs have so many steps, of so many seconds if eager.
 
     >>> planned(Recipe(epochs=3), 0.01, 100)
-    Plan(compile=False, chunk=50, reason='all steps take about 3 s, too few to win compiling back')
+    Plan(compile=False, chunk=50, reason='about 3 s in all, too short to pay for compiling')
     """
     # A power of two: were it to follow each measurement, few runs would find the program of an
     # earlier one in the compiler's cache.
@@ -109,12 +115,24 @@ def planned(config: Recipe, seconds: float, steps: int) -> Plan:
     chunk = math.ceil(steps / min(chunks, steps))
     total = seconds * steps * config.epochs
     if config.compile != "auto":
-        return Plan(config.compile == "on", chunk, "as asked")
+        return Plan(config.compile == "on", chunk, f"--compile {config.compile}")
     if total < COMPILE_SECONDS:
-        return Plan(
-            False, chunk, f"all steps take about {total:.0f} s, too few to win compiling back"
-        )
-    return Plan(True, chunk, f"all steps would take about {total:.0f} s otherwise")
+        about = f"about {total:.0f} s" if total > 1 else "less than 1 s"
+        return Plan(False, chunk, f"{about} in all, too short to pay for compiling")
+    return Plan(True, chunk, f"eager steps would take about {total:.0f} s")
+
+
+def describe(plan: Plan) -> str:
+    """Say before it happens how a run is executed.
+
+    >>> print(describe(planned(Recipe(), 0.05, 240)))
+    compiling, 10 to 20 s the first time (eager steps would take about 120 s) …
+    >>> print(describe(planned(Recipe(compile="off"), 0.05, 240)))
+    not compiled: --compile off
+    """
+    if plan.compile:
+        return f"compiling, 10 to 20 s the first time ({plan.reason}) …"
+    return f"not compiled: {plan.reason}"
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -132,7 +150,7 @@ def step_of(
     """Make the step `(carry, dataset, row of indices) -> (carry, metrics)`.
 
     A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
-    batch is all padding. So the last good state is what comes back.
+    batch is all padding. `advance` finds the last good state from what comes back.
     """
     step = parallel.train_step(problem.loss, problem.opt, mesh, parts=parts)
 
@@ -172,6 +190,30 @@ def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]
     return jit(evaluate)
 
 
+def steps_of(problem: Problem, config: Recipe) -> int:
+    """Return how many steps an epoch has."""
+    return problem.passes * math.ceil(problem.train.x.shape[0] / config.batch_size)
+
+
+def epoch_order(problem: Problem, config: Recipe, data_key: Tensor, epoch: int) -> Indices:
+    """Shuffle the examples of an epoch, anew for each pass over the training set.
+
+    An epoch of ten passes has the order of ten epochs of one.
+
+    Args:
+        problem: has the training set, and the number of passes.
+        config: has the batch size.
+        data_key: pass p of the run, counted from 0, is shuffled by `fold_in(data_key, p)`.
+        epoch: from 1.
+    """
+    n, first = problem.train.x.shape[0], (epoch - 1) * problem.passes
+    passes = [
+        data.epoch_indices(random.fold_in(data_key, first + i), n, config.batch_size)
+        for i in range(problem.passes)
+    ]
+    return tree.map(lambda *rows: torch.cat(rows), *passes)
+
+
 def chunks(indices: Indices, length: int) -> list[Indices]:
     """Cut an epoch into chunks of one length, the last filled with steps of padding only.
 
@@ -209,8 +251,8 @@ def make_programs(
             torch.zeros(shape, dtype=torch.bool, device=device),
         )
         programs.train(_first_carry(tree.map(torch.clone, state)), problem.train, padding)
-        if problem.test is not None:
-            evaluate(programs, state, problem.test)
+        for _, dataset in held_out(problem):
+            evaluate(programs, state, dataset)
     return programs
 
 
@@ -245,41 +287,78 @@ def epochs(
         on_chunk: told after each chunk the state, how far it is, the steps of an epoch, the loss.
             The state is given away afterwards.
     """
-    carry = _first_carry(state)
     with nullcontext() if plan.compile else disable_jit():
         while progress.epoch <= config.epochs:
-            start = time.perf_counter() - progress.seconds
-            order = data.epoch_indices(
-                random.fold_in(data_key, progress.epoch - 1),
-                len(problem.train.x),
-                config.batch_size,
-            )
+            order = epoch_order(problem, config, data_key, progress.epoch)
             steps, end = len(order.index), "done"
             for part in chunks(order, plan.chunk)[math.ceil(progress.done / plan.chunk) :]:
-                rows = parallel.own_rows(part, programs.mesh)
-                carry, metrics = programs.train(carry, problem.train, rows)
+                state, metrics, seconds, sound = advance(problem, programs, state, part)
                 progress = Progress(
                     progress.epoch,
                     min(progress.done + plan.chunk, steps),
                     merge(progress.total, metrics),
-                    time.perf_counter() - start,
+                    progress.seconds + seconds,
                 )
-                if not carry[1]:
+                if not sound:
                     end = "diverged"
                     break
-                on_chunk(carry[0], progress, steps, metrics["loss"].value.item())
+                on_chunk(state, progress, steps, metrics["loss"].value.item())
                 if stopped():
                     end = "interrupted"
                     break
             found = {name: mean.value.item() for name, mean in progress.total.items()}
-            if end == "done" and problem.test is not None:
-                tested = evaluate(programs, carry[0], problem.test)
-                found |= {f"test_{name}": value for name, value in tested.items()}
-            epoch = Epoch(carry[0], found, progress, int(progress.total["loss"].count), end)
+            if end == "done":
+                for part_name, dataset in held_out(problem):
+                    tested = evaluate(programs, state, dataset)
+                    found |= {f"{part_name}_{name}": value for name, value in tested.items()}
+            epoch = Epoch(state, found, progress, int(progress.total["loss"].count), end)
             yield epoch
             if end != "done":
                 return
             progress = epoch.next
+
+
+def advance(
+    problem: Problem, programs: Programs, state: TrainState, part: Indices
+) -> tuple[TrainState, Metrics, float, bool]:
+    """Train on one chunk; the state is donated.
+
+    An update that destroys the weights shows in the loss of the step after it. Then the chunk is
+    done again without that update, and what comes back is the last state of a finite loss.
+
+    Returns:
+        The state, the metrics of the steps that led to it, the seconds they took, and whether it
+        is sound: whether the chunk was done to its end, to a finite loss.
+    """
+    before, rows = tree.map(torch.clone, state), parallel.own_rows(part, programs.mesh)
+    start = time.perf_counter()
+    (after, ok), metrics = programs.train(_first_carry(state), problem.train, rows)
+    finite = bool(ok)  # waits for the device
+    seconds = time.perf_counter() - start
+    last = int(part.mask.any(1).sum()) - 1  # no padding but at the end
+    if finite and _is_sound(problem, programs, after, Indices(rows.index[last], rows.mask[last])):
+        return after, metrics, seconds, True
+    good = max(0, int(after.step - before.step) - 1)
+    mask = rows.mask.clone()
+    mask[good:] = False
+    again = programs.train(_first_carry(before), problem.train, Indices(rows.index, mask))
+    (after, _), metrics = again
+    return after, metrics, seconds, False
+
+
+def _is_sound(problem: Problem, programs: Programs, state: TrainState, row: Indices) -> bool:
+    """Find out whether the loss on a batch, parameters and buffers are finite."""
+    with disable_jit():
+        batch = data.gather(problem.train, row)
+        loss = parallel.eval_step(problem.loss, programs.mesh)(state, batch)["loss"]
+    leaves = tree.leaves((state.params, state.buffers))
+    return bool(torch.stack([x.isfinite().all() for x in [loss.value, *leaves]]).all())
+
+
+def held_out(problem: Problem) -> list[tuple[str, Dataset]]:
+    """List what a problem has to evaluate on, by name."""
+    both = [("validation", problem.validation), ("test", problem.test)]
+    return [(name, dataset) for name, dataset in both if dataset is not None]
 
 
 def merge(total: dict[str, Mean], metrics: Metrics) -> dict[str, Mean]:
@@ -294,6 +373,12 @@ def evaluate(programs: Programs, state: TrainState, dataset: Dataset) -> dict[st
     rows = data.sequential_indices(len(dataset.x), batch, device=dataset.x.device)
     found = programs.evaluate(state, dataset, parallel.own_rows(rows, programs.mesh))
     return {name: mean.value.item() for name, mean in found.items()}
+
+
+def evaluate_eagerly(problem: Problem, state: TrainState, dataset: Dataset) -> dict[str, float]:
+    """Average the metrics of a state over a data set, once: compiling would not pay."""
+    with disable_jit():
+        return evaluate(Programs(run_chunk(problem), run_evaluation(problem)), state, dataset)
 
 
 @contextmanager

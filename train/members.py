@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ __all__ = [
     "gather",
     "make_programs",
     "order",
+    "scored_on",
     "train_group",
 ]
 
@@ -43,6 +43,7 @@ class Members(NamedTuple):
     states: TrainState
     data_keys: Tensor  # [members, 2]
     dataset: Dataset  # [members, …] where data are drawn, for each seed its own
+    scored: Dataset  # by what they are chosen, likewise
 
 
 class Setting(NamedTuple):
@@ -70,18 +71,17 @@ def make_programs(
     # Many models' convolutions are one in groups, which takes the CPU twice as long.
     each = population.in_turn if convolves and not problem.train.x.is_cuda else vmap
     # What all members share has no axis, so that it is read and looked up once.
-    step = each(
-        loop.step_of(problem, parts), (0, 0 if own_data else None, 0 if own_order else None)
-    )
-    score = each(fdl.eval_step(problem.loss), (0, None))
+    own = 0 if own_data else None
+    step = each(loop.step_of(problem, parts), (0, own, 0 if own_order else None))
+    evaluated = fdl.eval_step(problem.loss)
+    score = each(lambda s, dataset, row: evaluated(s, data.gather(dataset, row)), (0, own, None))
 
     def chunk(carry: loop.Carry, dataset: Dataset, rows: Indices) -> tuple[loop.Carry, Metrics]:
         carry, metrics = fdl.scan(lambda carry, row: step(carry, dataset, row), carry, rows)
         return carry, _total(metrics)
 
     def evaluate(states: TrainState, dataset: Dataset, rows: Indices) -> Metrics:
-        found = fdl.scan(lambda _, row: ((), score(states, data.gather(dataset, row))), (), rows)[1]
-        return _total(found)
+        return _total(fdl.scan(lambda _, row: ((), score(states, dataset, row)), (), rows)[1])
 
     return loop.Programs(fdl.jit(chunk, donate=0), fdl.jit(evaluate))
 
@@ -101,21 +101,26 @@ def gather(setting: Setting, points: Sequence[Point]) -> Members:
         for name in points[0]
         if name != "seed"
     }
-    problem, dataset = setting.problem, setting.problem.train
+    problem = setting.problem
+    both = problem.train, scored_on(problem)[1]
     if setting.own_data:
-        dataset = tree.stack([recipes.build(setting.config, key).train for key in keys[:, 2]])
+        drawn = [recipes.build(setting.config, key) for key in keys[:, 2]]
+        both = tree.stack([(each.train, scored_on(each)[1]) for each in drawn])
     states = population.create(problem.model, problem.opt, keys[:, 0], rates)
-    return Members(states, keys[:, 1], dataset)
+    return Members(states, keys[:, 1], *both)
+
+
+def scored_on(problem: recipes.Problem) -> tuple[str, Dataset]:
+    """Return by what a sweep chooses: validation set, else test set, else training set."""
+    return [*loop.held_out(problem), ("train", problem.train)][0]
 
 
 def order(setting: Setting, data_keys: Tensor, epoch: int) -> list[Indices]:
     """Cut the order of an epoch into chunks: rows [steps, batch], or [steps, members, batch]."""
-    n = setting.problem.train.x.shape[0]
     keys = data_keys if setting.own_order else data_keys[:1]
     chunks = [
         loop.chunks(
-            data.epoch_indices(random.fold_in(key, epoch - 1), n, setting.config.batch_size),
-            setting.plan.chunk,
+            loop.epoch_order(setting.problem, setting.config, key, epoch), setting.plan.chunk
         )
         for key in keys
     ]
@@ -142,7 +147,7 @@ def train_group(
     """Train the members of a group; give their states, how far they are, and their results."""
     members = gather(setting, points)
     carry, histories = first_carry(members.states), [list[dict[str, Any]]() for _ in points]
-    steps = math.ceil(setting.problem.train.x.shape[0] / config.batch_size)
+    steps = loop.steps_of(setting.problem, config)
     bar.reset(steps * config.epochs)
     for epoch in range(1, config.epochs + 1):
         start, done, total = time.perf_counter(), 0, dict[str, Mean]()
@@ -155,10 +160,12 @@ def train_group(
             if stopped() or not carry[1].any():
                 break
         seconds = time.perf_counter() - start
-        scores = score(setting, carry[0])
+        scores = score(setting, carry[0], members.scored)
+        # An update that destroys the weights shows in the loss after it.
+        carry = (carry[0], carry[1] & scores["loss"].value.isfinite())
         for i, history in enumerate(histories):
-            history.append(_record(population.member((carry[0].step, total, scores), i), seconds))
-            history[-1] = {"epoch": epoch, **history[-1]}
+            row = population.member((carry[0].step, total, scores), i)
+            history.append({"epoch": epoch, **_record(setting, row, seconds)})
         if stopped() or not carry[1].any():
             break
     # On a divergence nobody asks how far a run is.
@@ -176,22 +183,23 @@ def train_group(
     return carry[0], at, results
 
 
-def score(setting: Setting, states: TrainState) -> dict[str, Mean]:
-    """Average the metrics of every member over the test set, if there is one."""
-    if setting.problem.test is None:
-        return {}
-    n, device = len(setting.problem.test.x), states.key.device
+def score(setting: Setting, states: TrainState, dataset: Dataset) -> dict[str, Mean]:
+    """Average the metrics of every member over what they are chosen by."""
+    n, device = scored_on(setting.problem)[1].x.shape[0], states.key.device
     rows = data.sequential_indices(n, loop.EVAL_BATCH, device=device)
-    found = setting.programs.evaluate(states, setting.problem.test, rows)
-    return {f"test_{name}": mean for name, mean in found.items()}
+    return setting.programs.evaluate(states, dataset, rows)
 
 
-def _record(row: tuple[Tensor, dict[str, Mean], dict[str, Mean]], seconds: float) -> dict[str, Any]:
+def _record(
+    setting: Setting, row: tuple[Tensor, dict[str, Mean], dict[str, Mean]], seconds: float
+) -> dict[str, Any]:
     """Make a member's line of `metrics.jsonl`, its seconds those of the whole group."""
-    step, total, tested = row
+    step, total, scores = row
+    part = scored_on(setting.problem)[0]
+    named = {f"{part}_{name}": mean for name, mean in scores.items() if part != "train"}
     return {
         "step": int(step),
-        **{name: mean.value.item() for name, mean in (total | tested).items()},
+        **{name: mean.value.item() for name, mean in (total | named).items()},
         "seconds": seconds,
         "examples_per_second": total["loss"].count.item() / seconds,
     }

@@ -1,7 +1,7 @@
 """What a run leaves behind: a folder with its configuration, metrics, curves and parameters."""
 
 import dataclasses
-import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,8 @@ from fdl._durable import write_whole
 from fdl.data import LABELS, Dataset
 from train.config import Recipe
 from train.loop import Plan
+from train.recipes import Problem
+from train.records import from_json, to_json
 
 __all__ = [
     "append_metrics",
@@ -30,6 +32,14 @@ __all__ = [
 ]
 
 
+PARTS = {
+    "": "train, mean over the epoch",
+    "validation_": "validation, after it",
+    "test_": "test, after it",
+}
+"""What begins the name of a metric, and how a legend says on which data it was measured."""
+
+
 def open_run(out: Path | None, recipe: str) -> Path:
     """Make the folder of a new run: `out`, or `runs/RECIPE/TIME`.
 
@@ -37,7 +47,9 @@ def open_run(out: Path | None, recipe: str) -> Path:
         ValueError: `out` holds a run already, which would be overwritten.
         OSError: the folder cannot be made.
     """
-    folder = out or Path("runs") / recipe / datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
+    if out is None:
+        return _own_folder(Path("runs") / recipe)
+    folder = out
     marks = ("config.json", "sweep.json")
     if any((folder / mark).exists() for mark in marks) or any(
         folder.glob("checkpoints/*.safetensors")
@@ -47,11 +59,26 @@ def open_run(out: Path | None, recipe: str) -> Path:
     return folder
 
 
+def _own_folder(runs: Path) -> Path:
+    """Make a folder named by the time; by microseconds too where another run began this second."""
+    runs.mkdir(parents=True, exist_ok=True)
+    now = datetime.now()
+    for form in ("%Y-%m-%d-%H%M%S", "%Y-%m-%d-%H%M%S-%f"):
+        folder = runs / now.strftime(form)
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            if "%f" in form:
+                raise
+    return folder
+
+
 def write_config(
     folder: Path,
     recipe: str,
     config: Recipe,
-    found: str,
+    problem: Problem,
     plan: Plan,
     here: Mapping[str, Any],
     resumed: Sequence[Mapping[str, Any]] = (),
@@ -62,7 +89,7 @@ def write_config(
         folder: of the run.
         recipe: its name.
         config: its options.
-        found: what the data are.
+        problem: says what the data are, and how many passes over them an epoch is.
         plan: how it is executed.
         here: the `environment` it began in.
         resumed: at which step it went on in which other environment.
@@ -71,16 +98,17 @@ def write_config(
     record = {
         "recipe": recipe,
         "options": options,
-        "data": found,
+        "data": problem.data,
+        "passes": problem.passes,
         "plan": plan._asdict(),
         "environment": here,
         "resumed": list(resumed),
     }
-    _write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    _write_text(folder / "config.json", to_json(record, indent=2, default=str) + "\n")
 
 
 def write_sweep(
-    folder: Path, recipe: str, config: Recipe, found: str, plan: Plan, size: int
+    folder: Path, recipe: str, config: Recipe, problem: Problem, plan: Plan, size: int
 ) -> None:
     """Write `sweep.json`: every option of a sweep.
 
@@ -88,7 +116,7 @@ def write_sweep(
         folder: of the sweep.
         recipe: its name.
         config: its options, the grid among them.
-        found: what the data are.
+        problem: says what the data are, and how many passes over them an epoch is.
         plan: how it is executed.
         size: members of a group.
     """
@@ -96,11 +124,12 @@ def write_sweep(
     record = {
         "recipe": recipe,
         "options": options,
-        "data": found,
+        "data": problem.data,
+        "passes": problem.passes,
         "plan": plan._asdict(),
         "size": size,
     }
-    _write_text(folder / "sweep.json", json.dumps(record, indent=2, default=str) + "\n")
+    _write_text(folder / "sweep.json", to_json(record, indent=2, default=str) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -134,7 +163,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Append one line to `metrics.jsonl`."""
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(to_json(record) + "\n")
 
 
 def sync_metrics(folder: Path) -> None:
@@ -153,7 +182,7 @@ def cut_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines[:epochs]]
+    records = [from_json(line) for line in lines[:epochs]]
     if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
         raise ValueError(
             f"{path} must have a line for each of the {epochs} epochs in the checkpoint, "
@@ -166,24 +195,27 @@ def cut_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
 def draw_curves(folder: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
     """Draw `curves.png`: loss, and accuracy where there is one, over epochs."""
     from matplotlib.figure import Figure  # a second to import, which --help need not wait for
+    from matplotlib.ticker import MaxNLocator
 
-    panels = [("loss", "test_loss")]
-    if "accuracy" in records[0]:
-        panels.append(("accuracy", "test_accuracy"))
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    names = [name for name in ("loss", "accuracy") if name in records[0]]
     epochs = [record["epoch"] for record in records]
-    for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, label in zip(names, ("train", "test"), strict=True):
-            if name in records[0]:
-                values = [record.get(name, float("nan")) for record in records]
-                axes.plot(epochs, values, marker="o", markersize=3, label=label)
-        axes.set(xlabel="epoch", ylabel=names[0])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        losses = [r[n] for r in records for n in names if n in r]
-        if names[0] == "loss" and min(losses) > 0 and max(losses) > 20 * min(losses):
+    figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        drawn: list[float] = []
+        for part, label in PARTS.items():
+            values = [record.get(part + name, math.nan) for record in records]
+            if any(map(math.isfinite, values)):
+                axes.plot(
+                    epochs, values, marker="o", markersize=3 if epochs[1:] else 6, label=label
+                )
+                drawn += filter(math.isfinite, values)
+        axes.set(xlabel="epoch", ylabel=name, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if name == "loss" and drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if drawn:
+            axes.legend()
     figure.suptitle(title)
     figure.savefig(folder / "curves.png", dpi=120)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
 from fdl.metrics import Mean
 from train.config import RECIPES, SWEEPS, Recipe
 from train.loop import Plan, Progress
+from train.options import read
 
 __all__ = [
     "SWEEP_MAY_CHANGE",
@@ -20,12 +20,14 @@ __all__ = [
     "SavedSweep",
     "differences",
     "given_anew",
+    "newest",
     "progress_as_json",
     "progress_from_json",
     "read_run",
     "read_sweep",
 ]
 
+MARKS = {"run": "config.json", "sweep": "sweep.json"}
 SWEEP_MAY_CHANGE = ("device", "data", "memory", "resume")
 MAY_CHANGE = ("epochs", "device", "data", "save_every", "resume")
 
@@ -36,24 +38,69 @@ class Saved(NamedTuple):
     recipe: str
     config: Recipe
     data: str
+    passes: int
     plan: Plan
     environment: dict[str, Any]
     resumed: list[dict[str, Any]]
+
+
+def newest(folder: Path, what: str = "run") -> Path:
+    """Return the folder itself where it is a run, or the newest run in it, and say which.
+
+    Args:
+        folder: of a run, or of the runs of a recipe, such as runs/lenet, or of a sweep or sweeps.
+        what: "run" or "sweep".
+
+    Raises:
+        ValueError: there is no run; what there is instead is named.
+
+    >>> newest(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere holds no run: there is no such folder
+    """
+    mark = MARKS[what]
+    if (folder / mark).is_file():
+        return folder
+    found = [*folder.glob(f"*/{mark}"), *folder.glob(f"*/best/{mark}")]  # of a sweep, its best
+    marks = sorted(found, key=lambda path: path.stat().st_mtime)
+    if not marks:
+        raise ValueError(f"{folder} holds no {what}: {_found_instead(folder, mark)}")
+    print(f"the newest {what} in {folder}: {marks[-1].parent}")
+    return marks[-1].parent
+
+
+def _found_instead(folder: Path, mark: str) -> str:
+    """Say what is there, and what to give instead."""
+    if not folder.exists():
+        return "there is no such folder" + _such_as(folder.parent, mark)
+    if not folder.is_dir():
+        return "it is a file; give the folder of a run"
+    if (folder.parent / mark).is_file():
+        return f"it is part of one, {folder.parent}"
+    if (folder / "sweep.json").is_file():
+        return "it is a sweep without a best run"
+    if (folder / "config.json").is_file():
+        return f"it is a run of {read_run(folder).recipe}"
+    return f"there is no {folder / mark}" + _such_as(folder, mark)
+
+
+def _such_as(folder: Path, mark: str) -> str:
+    """Name the runs in a folder, and the folders of runs."""
+    runs = {path.parent for path in folder.glob(f"*/{mark}")}
+    runs |= {path.parent.parent for path in folder.glob(f"*/*/{mark}")}
+    names = sorted(str(run) for run in runs)
+    more = ", …" if len(names) > 3 else ""
+    return f"; there is {', '.join(names[:3])}{more}" if names else ""
 
 
 def read_run(folder: Path) -> Saved:
     """Read `config.json` of a run.
 
     Raises:
-        ValueError: there is none, or it is not one of ours.
-
-    >>> read_run(Path("nowhere"))
-    Traceback (most recent call last):
-    ValueError: nowhere holds no run: there is no nowhere/config.json
+        ValueError: it is not one of ours.
+        OSError: there is none.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {path}")
     try:
         record = json.loads(path.read_text())
         config = RECIPES[record["recipe"]](**_options(record))
@@ -61,6 +108,7 @@ def read_run(folder: Path) -> Saved:
             record["recipe"],
             config,
             record["data"],
+            record.get("passes", 1),  # which older runs do not say
             Plan(**record["plan"]),
             record["environment"],
             record["resumed"],
@@ -77,6 +125,7 @@ class SavedSweep(NamedTuple):
     recipe: str
     config: Recipe  # with its grid
     data: str
+    passes: int
     plan: Plan
     size: int  # members of a group
 
@@ -85,20 +134,20 @@ def read_sweep(folder: Path) -> SavedSweep:
     """Read `sweep.json` of a sweep.
 
     Raises:
-        ValueError: there is none, or it is not one of ours.
-
-    >>> read_sweep(Path("nowhere"))
-    Traceback (most recent call last):
-    ValueError: nowhere holds no sweep: there is no nowhere/sweep.json
+        ValueError: it is not one of ours.
+        OSError: there is none.
     """
     path = folder / "sweep.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no sweep: there is no {path}")
     try:
         record = json.loads(path.read_text())
         config = SWEEPS[record["recipe"]](**_options(record))
         return SavedSweep(
-            record["recipe"], config, record["data"], Plan(**record["plan"]), record["size"]
+            record["recipe"],
+            config,
+            record["data"],
+            record.get("passes", 1),
+            Plan(**record["plan"]),
+            record["size"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -108,8 +157,9 @@ def read_sweep(folder: Path) -> SavedSweep:
 
 
 def _options(record: Mapping[str, Any]) -> dict[str, Any]:
-    options = record["options"].items()
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in options} | {"out": None}
+    """Read options; those of runs and sweeps from before there was a validation set have none."""
+    options = {"validation": 0.0} | record["options"] | {"out": None}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
 
 
 def given_anew(
@@ -137,7 +187,8 @@ def given_anew(
     grid = {"grid": default.grid} if hasattr(default, "grid") else {}
     if grid:  # which the command line would add to
         default = dataclasses.replace(default, **dict.fromkeys(grid, ()))
-    config: Any = tyro.cli(type(default), default=default, args=arguments)
+    command = f"sweep {recipe}" if grid else recipe
+    config: Any = read(type(default), command, arguments, default)
     if grid and not config.grid:
         config = dataclasses.replace(config, **grid)
     for field in dataclasses.fields(config):

@@ -21,6 +21,7 @@ import torch
 import fdl
 from fdl import TrainState, losses, optim, parallel, random, tree
 from train import loop, sizes
+from train.records import to_json
 
 __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simulate"]
 
@@ -303,7 +304,7 @@ def main() -> None:
         worker()
         return
     points = measure()
-    (ROOT / RESULT).write_text(json.dumps(points, indent=1) + "\n")
+    (ROOT / RESULT).write_text(to_json(points, indent=1) + "\n")
     page = ROOT / PAGE
     page.write_text(rendered(page.read_text(), points))
 

@@ -3,7 +3,6 @@
 `python -m train.sizes` measures, and writes docs/sizes.json; it takes a GPU of 80 GB.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from fdl.metrics import Mean
 from fdl.nn import Model
 from fdl.training import Metrics
 from train import loop
+from train.records import to_json
 
 __all__ = ["IMAGES", "LENGTH", "RESULT", "SEQUENCES", "Transformer", "transformer"]
 
@@ -165,7 +165,7 @@ def main() -> None:
         seconds, size = measure("cuda")
         steps[measure.__name__] = {"seconds": seconds, "params": size}
         print(f"{measure.__name__}: {seconds * 1e3:.3g} ms a step, {size:,} parameters", flush=True)
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        RESULT.write_text(to_json(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from train.config import RECIPES, SWEEPS, Images, Recipe, Sweep
 from train.grid import Axis
 from train.members import Point, Setting, first_carry, gather, make_programs, order, train_group
 from train.outcome import Result
+from train.run import next_commands
 
 __all__ = ["run"]
 
@@ -81,8 +82,10 @@ def prepare(
     name = next(name for name, kind in SWEEPS.items() if type(options) is kind)
     past = None
     if options.resume is not None:
-        past = saved.read_sweep(options.resume)
-        options = saved.given_anew(name, options.resume, past, sys.argv[3:], saved.SWEEP_MAY_CHANGE)
+        given = options.resume
+        folder = on_first(share.group, lambda: saved.newest(given, "sweep"))
+        past = saved.read_sweep(folder)
+        options = saved.given_anew(name, folder, past, sys.argv[3:], saved.SWEEP_MAY_CHANGE)
     configs.check(options)
     processes.check_shares(options, processes.Processes())  # a member trains in one process
     if options.memory is not None and not 0 < options.memory < math.inf:
@@ -99,6 +102,8 @@ def prepare(
     problem, state, _ = recipes.set_up(config, device, share.mesh)
     if past is not None and past.data != problem.data:
         raise ValueError(f"--resume {options.resume}: it was on {past.data}, got {problem.data}")
+    if past is not None:
+        problem = problem._replace(passes=past.passes)
     parallel.check_replicated({"option": dataclasses.asdict(options)}, share.mesh)
     own_order = any(axis.name == "seed" for axis in axes)
     size, line = on_first(
@@ -121,14 +126,15 @@ def prepare(
     plan = past.plan if past else loop.Plan(False, 1, "")
     setting = Setting(name, config, problem, own_order, own_data, plan, folder, programs)
     several = f", {share.here.size} processes" if share.group is not None else ""
-    print(f"sweep of {name}: {len(points)} points; {problem.data}; {device}{several}\n{line}")
+    print(f"sweep of {name}: {len(points)} points; {problem.data}; {device}{several}")
+    print(*recipes.notes(problem), line, sep="\n")
     if past is None:
         turns = math.ceil(len(groups) / share.here.size)
         plan = on_first(share.group, lambda: plan_of(setting, base, groups[0], turns))
         setting = setting._replace(plan=plan)
         if share.here.rank == 0:
-            report.write_sweep(folder, name, options, problem.data, plan, size)
-    print(f"{'compiled' if plan.compile else 'not compiled'}: {plan.reason}")
+            report.write_sweep(folder, name, options, problem, plan, size)
+    print(loop.describe(plan))
     return setting, base, axes, groups, size
 
 
@@ -197,7 +203,7 @@ def plan_of(setting: Setting, config: Recipe, points: Sequence[Point], groups: i
             )
             for _ in range(2)
         )
-    steps = math.ceil(setting.problem.train.x.shape[0] / config.batch_size)
+    steps = loop.steps_of(setting.problem, config)
     return loop.planned(config, seconds * groups, steps)._replace(
         chunk=loop.planned(config, seconds, steps).chunk
     )
@@ -259,9 +265,17 @@ def conclude(setting: Setting, axes: list[Axis]) -> None:
     """Show what all groups came to."""
     results = outcome.merge(setting.folder)
     print(outcome.table(axes, results))
-    if any(result.ok for result in results):
-        outcome.draw(setting.folder / "sweep.png", setting.name, axes, results)
-        print(f"results.jsonl, sweep.png and the best as an ordinary run in {setting.folder}")
+    best = outcome.best_of(results)
+    if best is None:
+        return
+    outcome.draw(setting.folder / "sweep.png", setting.name, axes, results)
+    folder = setting.folder / "best"
+    print(outcome.verdict(best, outcome.last_line(folder)))
+    print(
+        f"results.jsonl, sweep.png and the best, as an ordinary run, are in\n    {setting.folder}"
+    )
+    print("next, for example:")
+    print(*next_commands(setting.name, saved.read_run(folder).config, folder), sep="\n")
 
 
 def save_best(
@@ -272,9 +286,17 @@ def save_best(
     state: TrainState,
     progress: loop.Progress,
 ) -> None:
-    """Save the best of a group, with the state an ordinary run of it has."""
-    config = grid.at(base, best.point)
-    if 0 in best.point.values():
-        state = outcome.only(state, recipes.set_up(config, state.key.device)[0].opt)
-    found, plan = setting.problem.data, setting.plan
-    outcome.save_run(folder, setting.name, config, found, plan, best, state, progress)
+    """Save the best of a group, with the state an ordinary run of it has, and test it.
+
+    The test set had no part in the choice, unless there is no validation set.
+    """
+    config, problem = grid.at(base, best.point), setting.problem
+    if 0 in best.point.values() or setting.own_data:
+        problem = recipes.set_up(config, state.key.device)[0]
+        state = outcome.only(state, problem.opt)
+    if problem.validation is not None and problem.test is not None:
+        tested = loop.evaluate_eagerly(problem, state, problem.test)
+        last = best.history[-1] | {f"test_{name}": value for name, value in tested.items()}
+        best = best._replace(history=[*best.history[:-1], last])
+    problem = problem._replace(passes=setting.problem.passes)
+    outcome.save_run(folder, setting.name, config, problem, setting.plan, best, state, progress)

@@ -1,0 +1,80 @@
+"""The commands of `python -m train`."""
+
+import logging
+import sys
+import time
+
+from fdl import data, inspect, random, tree
+from train import config as configs
+from train import options, recipes, records, report, run, saved, sweep, using
+from train.bench import measure
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 1 diverged; 2 an option is wrong; 74 a result could not be written; 75 ended by
+        SIGTERM, all saved: start it again with --resume; 130 interrupted.
+    """
+    # Of a machine with CUDA's compiler and no GPU, which the first line says anyway.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    name, config = options.parse(sys.argv[1:])
+    if isinstance(config, configs.Recipe):
+        return run.run(name, config)
+    try:
+        if isinstance(config, configs.Sweep):
+            return sweep.run(config)
+        configs.check(config)
+        match config:
+            case configs.Data():
+                return show_data(config)
+            case configs.Inspect():
+                return show_file(config)
+            case configs.Bench():
+                return measure.run(config)
+            case configs.Eval():
+                return using.evaluate(config)
+            case configs.Predict():
+                return using.predict(config)
+        raise AssertionError(f"no command for {config!r}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def show_data(config: configs.Data) -> int:
+    """Draw ten images with their labels, and time one pass over the training set."""
+    device = recipes.find_device(config.device)
+    train_set, _, found = recipes.load_images(config.data)
+    train_set = tree.to(train_set, device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "images.png"
+    report.draw_images(path, train_set)
+    print(f"{found}; {device}\nten images with their labels: {path}")
+    start = time.perf_counter()
+    n = len(train_set.x)
+    order = data.epoch_indices(random.key(config.seed, device), n, config.batch_size)
+    for row in zip(*order, strict=True):
+        batch = data.gather(train_set, row)
+    float(batch.x.sum())  # on CUDA, wait for the last one
+    seconds = time.perf_counter() - start
+    print(
+        f"one pass, shuffled, in {len(order.index)} batches of {config.batch_size}: "
+        f"{seconds:.3f} s, {n / seconds:,.0f} images/s"
+    )
+    return 0
+
+
+def show_file(config: configs.Inspect) -> int:
+    """Print the table of a saved tree, and what was saved beside it."""
+    path = config.file
+    if path.is_dir():
+        path = saved.newest(path) / "params.safetensors"
+    contents = inspect(path)
+    print(contents)
+    if contents.metadata:
+        print("metadata", records.to_json(contents.metadata, indent=2))
+    return 0

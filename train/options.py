@@ -1,0 +1,67 @@
+"""From the command line to a configuration."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from train import config as configs
+
+__all__ = ["parse", "read"]
+
+PROGRAM = "python -m train"
+COMMANDS: dict[str, Any] = {
+    **configs.RECIPES,
+    "eval": configs.Eval,
+    "predict": configs.Predict,
+    "data": configs.Data,
+    "bench": configs.Bench,
+    "inspect": configs.Inspect,
+    "sweep": configs.Sweep,
+}
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Any]:
+    """Read a whole command line; give the name of the command and its configuration.
+
+    Raises:
+        SystemExit: help was asked for, or an argument is wrong; either has been printed.
+
+    >>> parse(["linreg", "--epochs", "5"])[1].epochs
+    5
+    """
+    match list(arguments):  # of one command alone, so that errors speak of no other
+        case ["sweep", recipe, *rest] if recipe in configs.SWEEPS:
+            return "sweep", configs.Sweep(read(configs.SWEEPS[recipe], f"sweep {recipe}", rest))
+        case [name, *rest] if name in COMMANDS and name != "sweep":
+            return name, read(COMMANDS[name], name, rest)
+    choice: Any = None
+    for name, kind in COMMANDS.items():
+        command = Annotated[kind, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
+        choice = command if choice is None else choice | command
+    text = "Recipes of deep learning as pure functions, and what to do with what they have learned."
+    found: Any = tyro.cli(choice, prog=PROGRAM, description=text, args=arguments)
+    return next(name for name, kind in COMMANDS.items() if type(found) is kind), found
+
+
+def read(kind: Any, command: str, arguments: Sequence[str], default: Any = None) -> Any:
+    """Read the options of one command; `~` in paths is the home folder.
+
+    >>> str(read(configs.Eval, "eval", ["~/it"]).run) == os.path.expanduser("~/it")
+    True
+    """
+    given = {} if default is None else {"default": default}
+    config = tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **given)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: _at_home(name, v) for name, v in values.items()})
+
+
+def _at_home(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_at_home(name, part) for part in value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if name == "data" and value else value

@@ -1,0 +1,291 @@
+"""One run of a recipe: set up, trained, kept and summed up."""
+
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+import fdl
+from fdl import Checkpointer, TrainState, parallel, random, tree
+from fdl._sharded import on_all, on_first
+from train import config as configs
+from train import loop, processes, recipes, report, saved, usual
+
+__all__ = ["line", "next_commands", "run"]
+
+WIDTH = 80  # columns of a terminal
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+
+
+class Run(NamedTuple):
+    """A run that is set up: whatever was wrong with the options has been said by now."""
+
+    name: str
+    config: configs.Recipe
+    problem: recipes.Problem
+    state: TrainState
+    data_key: random.Key
+    plan: loop.Plan
+    folder: Path
+    checkpointer: Checkpointer
+    mesh: Any  # the processes that train together, None where this is the only one
+    first: bool  # is this the process that writes?
+    progress: loop.Progress = loop.START
+    records: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl
+
+
+def run(name: str, config: configs.Recipe) -> int:
+    """Train, alone or with the processes that `torchrun` has started; give the exit code."""
+    others = processes.started()
+    with processes.joined(others, config.device) as mesh:
+        past = None
+        try:
+            config = processes.after_restart(config, others)
+            if config.resume is not None:
+                given, group = config.resume, mesh and mesh.get_group()
+                folder = on_first(group, lambda: saved.newest(given))
+                past = saved.read_run(folder)
+                config = saved.given_anew(name, folder, past, sys.argv[2:])
+            configs.check(config)
+            processes.check_shares(config, others)
+            prepared = prepare(name, config, past, others, mesh)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            return train(prepared)
+        except OSError as error:
+            print(
+                f"error: cannot write to {prepared.folder}: {error}\n"
+                "what was saved before is intact; to continue, once there is room:\n"
+                f"{command(name, '--resume', prepared.folder)}",
+                file=sys.stderr,
+            )
+            return os.EX_IOERR
+
+
+def prepare(
+    name: str,
+    config: configs.Recipe,
+    past: saved.Saved | None,
+    others: processes.Processes,
+    mesh: Any,
+) -> Run:
+    """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
+    device = processes.own_device(recipes.find_device(config.device), others)
+    problem, state, data_key = recipes.set_up(config, device, mesh)
+    if past is not None:
+        problem = problem._replace(passes=past.passes)
+    group = mesh and mesh.get_group()
+    options = dataclasses.asdict(config) | {"device": device.type}
+    parallel.check_replicated({"option": options, "state": state, "data": problem.data}, mesh)
+    folder = config.resume or on_first(group, lambda: report.open_run(config.out, name))
+    print(
+        f"{name}: {problem.data}; {device}, seed {config.seed}", *recipes.notes(problem), sep="\n"
+    )
+    if mesh is not None:
+        print(
+            f"{others.size} processes, {config.batch_size // others.size} examples of a batch each"
+        )
+    plan = past.plan if past else on_first(group, lambda: loop.plan(problem, config, state))
+    here = report.environment(device) | {"processes": others.size}
+    with ExitStack() as stack:  # lets go of the folder where something is wrong
+        checkpointer = stack.enter_context(
+            Checkpointer(folder / "checkpoints", every=config.save_every, group=group)
+        )
+        first = others.rank == 0
+        run = Run(name, config, problem, state, data_key, plan, folder, checkpointer, mesh, first)
+        if past is None and first:
+            report.write_config(folder, name, config, problem, plan, here)
+        if past is not None:
+            run = resume(run, past, here)
+        stack.pop_all()
+    return run
+
+
+def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
+    """Go to where the newest checkpoint of a run is, or to its start where it has none yet."""
+    config, folder, state, progress = run.config, run.folder, run.state, run.progress
+    if run.problem.data != past.data:
+        raise ValueError(f"--data: {folder} was trained on {past.data}, got {run.problem.data}")
+    device = state.key.device
+    found = run.checkpointer.restore(like=state, device=device)
+    if found is not None:
+        state = found.state
+        progress = saved.progress_from_json(found.checkpoint.config["progress"], device)
+    begun = progress.epoch if progress.done else progress.epoch - 1
+    if begun > config.epochs:
+        raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
+    group, epochs = run.mesh and run.mesh.get_group(), progress.epoch - 1
+    records = on_first(group, lambda: report.cut_metrics(folder, epochs))
+    resumed = past.resumed
+    if changes := saved.differences({"processes": 1} | past.environment, here):
+        print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
+        resumed = [*resumed, {"step": int(state.step), "environment": here}]
+    if run.first:
+        report.write_config(
+            folder, run.name, config, run.problem, past.plan, past.environment, resumed
+        )
+    print(f"continues after step {int(state.step)}")
+    return run._replace(state=state, progress=progress, records=records)
+
+
+def train(run: Run) -> int:
+    """Train to the end, or to a signal or a loss that is not finite, and keep what was done."""
+    config, folder = run.config, run.folder
+    records, epoch = list(run.records), None
+    group = run.mesh and run.mesh.get_group()
+    with run.checkpointer as checkpointer, loop.noticed(signal.SIGTERM) as terminated:
+        programs = make_programs(run)
+        if run.problem.test is not None and run.progress.epoch <= config.epochs:
+            print("train: mean over the epoch, while the model learns; test: after the epoch")
+        with (
+            loop.noticed(signal.SIGINT) as interrupted,  # there is something to save from now on
+            tqdm(leave=False, disable=None, ncols=WIDTH - 1, bar_format=BAR) as bar,
+        ):
+
+            def stopped() -> bool:
+                return any(on_all(group, lambda: interrupted() or terminated()))
+
+            def save(state: TrainState, progress: loop.Progress, metrics: dict[str, float]) -> None:
+                # Before a checkpoint that counts on its lines.
+                on_first(group, lambda: report.sync_metrics(folder))
+                config = {"progress": saved.progress_as_json(progress)}
+                checkpointer.save(state, metrics=metrics, config=config)
+
+            def on_chunk(
+                state: TrainState, progress: loop.Progress, steps: int, loss: float
+            ) -> None:
+                bar.total, bar.n = steps, progress.done
+                bar.set_description(f"epoch {progress.epoch}/{config.epochs}", refresh=False)
+                left = progress.seconds * (steps / progress.done - 1)
+                bar.set_postfix_str(
+                    "stopping" if stopped() else f"loss {loss:.4f}, {left:.0f} s left"
+                )
+                if checkpointer.due() and not stopped():  # which saves anyway
+                    save(state, progress, {})
+
+            for epoch in loop.epochs(
+                run.problem,
+                config,
+                run.plan,
+                programs,
+                run.state,
+                run.data_key,
+                run.progress,
+                stopped=stopped,
+                on_chunk=on_chunk,
+            ):
+                if epoch.examples:  # none where the first step of an epoch diverged
+                    records.append(record_of(epoch))
+                    if run.first:
+                        report.append_metrics(folder, records[-1])
+                    bar.write(line(records[-1], config.epochs))
+                last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
+                if epoch.end != "diverged" and (last or checkpointer.due()):
+                    save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
+        checkpointer.wait()
+        code = finish(run, epoch, records)
+        return os.EX_TEMPFAIL if code == 130 and terminated() else code
+
+
+def make_programs(run: Run) -> loop.Programs:
+    """Compile, if the plan says so and something is left to do."""
+    start, left = time.perf_counter(), run.progress.epoch <= run.config.epochs
+    plan = run.plan._replace(compile=run.plan.compile and left)
+    if left:
+        print(loop.describe(plan), flush=True)
+    programs = loop.make_programs(run.problem, run.config, plan, run.state, run.mesh)
+    if plan.compile:
+        print(f"compiled in {time.perf_counter() - start:.1f} s")
+    return programs
+
+
+def record_of(epoch: loop.Epoch) -> dict[str, Any]:
+    """Make the line of `metrics.jsonl`."""
+    return {
+        "epoch": epoch.progress.epoch,
+        "step": int(epoch.state.step),
+        **epoch.metrics,
+        "seconds": epoch.progress.seconds,
+        "examples_per_second": epoch.examples / epoch.progress.seconds,
+    }
+
+
+def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
+    """Keep what a run came to, and say how it ended; no `epoch` where nothing was left to do."""
+    folder, state = run.folder, epoch.state if epoch else run.state
+    if run.first:
+        # As in a state_dict, buffers lie among the parameters: evaluation needs both.
+        fdl.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
+    if records and run.first:
+        report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
+    if epoch and epoch.end == "diverged":
+        print(
+            f"step {int(state.step) + 1} (epoch {epoch.progress.epoch}): the loss is not finite; "
+            "a smaller --lr may help\n"
+            f"the parameters from before that step are in\n    {folder / 'params.safetensors'}",
+            file=sys.stderr,
+        )
+        return 1
+    print(run.problem.verdict(state.params))
+    if epoch and epoch.end == "interrupted":
+        print(f"interrupted after step {int(state.step)}; to continue:")
+        print(command(run.name, "--resume", folder))
+        return 130
+    if records and (compared := usual.compare(run.name, run.config, run.problem, records[-1])):
+        print(compared)
+    print(f"config.json, metrics.jsonl, curves.png and params.safetensors are in\n    {folder}")
+    print("next, for example:", *next_commands(run.name, run.config, folder), sep="\n")
+    return 0
+
+
+def next_commands(name: str, config: configs.Recipe, folder: Path) -> list[str]:
+    """Give the commands that go on from a run that is done."""
+    commands = [command("eval", folder)]
+    if isinstance(config, configs.Images):
+        commands.append(command("predict", folder, "IMAGE.png"))
+    return [*commands, command(name, "--epochs", 2 * config.epochs, "--resume", folder)]
+
+
+def command(*arguments: Any) -> str:
+    """Write a command to be copied, on two lines where it is longer than one.
+
+    >>> print(command("eval", Path("runs/my lenet")))
+        python -m train eval 'runs/my lenet'
+    """
+    words = ["    python -m train", *(shlex.quote(str(argument)) for argument in arguments)]
+    whole = " ".join(words)
+    if len(whole) <= WIDTH:
+        return whole
+    return f"{' '.join(words[:-2])} \\\n        {' '.join(words[-2:])}"
+
+
+def line(record: dict[str, Any], epochs: int) -> str:
+    """Say an epoch in one line; the speed of training stands at its end where there is room.
+
+    >>> line({"epoch": 1, "loss": 0.5, "examples_per_second": 1e4}, 10)
+    'epoch  1/10  loss       0.5  10,000/s'
+    """
+    parts = [f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}", f"loss {record['loss']:9.4g}"]
+    labels = {
+        "accuracy": "train acc",
+        "validation_accuracy": "val acc",
+        "test_accuracy": "test acc",
+    }
+    if "accuracy" not in record:
+        labels = {"validation_loss": "val loss", "test_loss": "test loss"}
+    for name, label in labels.items():
+        if name in record:
+            parts.append(f"{label} {record[name]:.4{'g' if 'loss' in name else 'f'}}")
+    speed = f"{record['examples_per_second']:,.0f}/s"
+    room = WIDTH - len("  ".join([*parts, ""]))
+    return "  ".join([*parts, speed] if len(speed) <= room else parts)
