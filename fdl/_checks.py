@@ -3,7 +3,7 @@
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def as_batch(caller: str, batch: Any) -> Batch:
     if names in ({"x", "y"}, {"x", "y", "mask"}):
         batch = Batch(**batch)
     elif names is None and isinstance(batch, tuple | list) and len(batch) in (2, 3):
-        batch = Batch(*batch)
+        batch = Batch(batch[0], batch[1], batch[2] if len(batch) == 3 else ())
     else:
         got = f"the entries {list(batch)}" if names is not None else kind(batch)
         raise TypeError(

@@ -1,7 +1,7 @@
 """What is masked does not count: the one way in which the library leaves rows of a batch out.
 
-Rows are replaced, never multiplied by 0, since 0 · NaN is NaN; and they are replaced before anything
-is computed from them, since the derivative of what a mask hides may be NaN even where its value is not.
+Rows are replaced, never multiplied by 0, since 0 · NaN is NaN. They are replaced before anything is
+computed from them, because 0 times the derivative of what a mask hides may be NaN as well.
 """
 
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions

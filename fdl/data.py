@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 class Indices(NamedTuple):
     """Which examples each step of an epoch takes; `scan` and `zip(*indices)` walk over the steps.
 
-    The mask has the width 0 where no step holds padding: `gather` then makes batches without a mask,
-    which whole batches need not pay for.
+    Where no step holds padding the mask has the width 0, and `gather` makes batches without one:
+    a model computes faster without a mask, and one that takes none can be trained.
 
     >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
     ...     print(index.tolist(), mask.tolist())

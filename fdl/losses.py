@@ -1,7 +1,7 @@
 """Losses as pure functions of predictions and targets.
 
-A row of weight 0 may hold anything, in the prediction and in the target: it reaches neither the loss
-nor a gradient. Numbers of 16 bits are computed with and added up in more, and the mean is rounded once.
+A row of weight 0 may hold anything, NaN as well: it reaches neither the loss nor a gradient. Losses
+of 16-bit numbers are computed in float32, added up in float64, and rounded once, at the end.
 """
 
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
@@ -149,13 +149,13 @@ def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
 def _mean(
     caller: str, f: Callable[..., Tensor], rows: tuple[Tensor, ...], weights: Tensor | None
 ) -> Tensor:
-    """Average `f(*rows)` `[batch, ...]` in the dtype of `rows`; a row of weight 0 may be anything."""
+    """Average `f(*rows)` `[batch, ...]`, to the dtype of `rows`; a row of weight 0 is ignored."""
     dtype = torch.result_type(rows[0], rows[-1])
     if weights is not None:
         check_weights(caller, rows[0], weights)
         counts = weights != 0
         if weights.is_floating_point():
-            # The derivative with respect to a weight that is 0 is the loss of its row, if it has one.
+            # The derivative with respect to a weight of 0 is the loss of its row, where finite.
             counts = counts | per_row(f(*rows).detach()).isfinite()
         rows = tuple(keep(counts, row) for row in rows)
     return weighted_mean(f(*rows), weights).to(dtype if dtype.is_floating_point else torch.float32)

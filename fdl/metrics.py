@@ -97,5 +97,6 @@ def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> M
     tensor(0.5000, dtype=torch.float64)
     """
     check_labels("accuracy", logits, labels)
-    hits = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)  # argmax takes NaN for largest
+    # To argmax a NaN is the largest number.
+    hits = (torch.argmax(logits, -1) == labels) & ~logits.isnan().any(-1)
     return mean(hits, weights)

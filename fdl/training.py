@@ -17,6 +17,7 @@ from torch.func import grad_and_value
 
 from fdl import random, tree
 from fdl._checks import as_batch, check_apply, check_loss, check_opt, check_result, kind, length
+from fdl._update_bn import update_bn
 from fdl.data import Batch
 from fdl.losses import weighted_mean
 from fdl.metrics import Mean
@@ -25,7 +26,7 @@ from fdl.nn.model import check_takes_mask
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
 from fdl.tree import Tree
 
-__all__ = ["TrainState", "eval_step", "supervised", "train_step"]
+__all__ = ["TrainState", "eval_step", "supervised", "train_step", "update_bn"]
 
 Metrics = dict[str, Mean]
 
@@ -146,11 +147,10 @@ def supervised(
     takes_weights = "weights" in inspect.signature(loss).parameters
 
     def score(prediction: Any, batch: Batch) -> tuple[Tensor, Metrics]:
-        mask = batch.mask if isinstance(batch.mask, Tensor) else None
-        some = None if mask is None else (mask != 0).any()
+        n, mask = length(batch), batch.mask if isinstance(batch.mask, Tensor) else None
         if takes_weights:
             # All rows where none counts, so that no loss divides by a sum of 0.
-            weights = None if mask is None else torch.where(some, mask, torch.ones_like(mask))
+            weights = None if mask is None else torch.where(mask.any(), mask, mask == 0)
             value = loss(prediction, batch.y, weights)
             if not isinstance(value, Tensor) or value.ndim:
                 raise TypeError(
@@ -158,11 +158,11 @@ def supervised(
                 )
         else:
             value = _averaged(loss(prediction, batch.y), prediction, batch, loss)
-        n = length(batch)
         if mask is not None:
-            value, count = torch.where(some, value, 0), mask.sum(dtype=torch.float64)
+            value = torch.where(mask.any(), value, 0)
+            count = mask.sum(dtype=torch.float64)
         else:
-            value = value if n else torch.where(torch.zeros_like(value).bool(), value, 0)
+            value = value if n else torch.where(torch.zeros_like(value) != 0, value, 0)
             count = torch.full_like(value.detach().double(), n)
         found = {"loss": Mean(value.detach().double() * count, count)}
         prediction = tree.map(Tensor.detach, prediction)
@@ -247,7 +247,6 @@ def train_step(
     >>> state.step, sorted(metrics)
     (tensor(1), ['loss'])
     """
-
     check_loss("train_step", loss)
     check_opt("train_step", opt)
 

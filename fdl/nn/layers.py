@@ -167,7 +167,7 @@ def _pair(name: str, what: str, size: Size, least: int = 1) -> tuple[int, int]:
         raise ValueError(
             f"{name}: {what} must be an int or (height, width), at least {least}, got {size!r}"
         )
-    return tuple(pair)
+    return pair[0], pair[1]
 
 
 def _check_sizes(name: str, *sizes: int) -> None:

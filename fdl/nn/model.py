@@ -186,8 +186,8 @@ def _check_layer(name: str, layer: Any) -> None:
         return
     if isinstance(layer, torch.nn.Module):
         raise TypeError(
-            f"{caller} is the torch module {type(layer).__name__}, whose parameters and mode would be "
-            "lost; interop.from_module makes a model of it"
+            f"{caller} is the torch module {type(layer).__name__}, whose parameters and mode would "
+            "be lost; interop.from_module makes a model of it"
         )
     if isinstance(layer, type) or not callable(layer):
         raise TypeError(f"{caller} must be a Model or a function x -> y, got {layer!r}")

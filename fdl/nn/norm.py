@@ -27,10 +27,10 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
     Szegedy, 2015.
 
     Buffers: `running_mean` and `running_var` `[features]`, `num_batches_tracked` int64 `[]`.
-    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, whatever they
-    hold, so that a batch filled up with padding has the statistics of the examples in it. One value
-    per feature has no unbiased variance, and none has no mean either: where fewer than two count,
-    all buffers stay as they are, and one value is normalised with the variance 0.
+    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, whatever
+    they hold, so that a batch filled up with padding has the statistics of the examples in it.
+    A single value per feature has no unbiased variance: unless at least two count, the buffers
+    stay as they are, all of them. (A single value is normalised with the variance 0.)
 
     Args:
         features: the size of the second axis.
@@ -97,7 +97,8 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
         }
         moved["num_batches_tracked"] = count
         if mask is not None:
-            moved = {path: torch.where(n > 1, new, buffers[path]) for path, new in moved.items()}
+            enough = torch.as_tensor(n > 1)
+            moved = {path: torch.where(enough, x, buffers[path]) for path, x in moved.items()}
         return y, moved
 
     return StatefulModel(init, apply)
