@@ -6,8 +6,8 @@ of it to a batch. Nothing is shuffled, copied or cached behind the caller's back
 
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Indices",
+    "batches",
     "bootstrap_indices",
     "epoch_indices",
     "fashion_mnist",
@@ -69,7 +70,10 @@ class Batch(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """Which examples each step of an epoch takes; `zip(*indices)` walks over the steps.
+    """Which examples each step of an epoch takes; `scan` and `zip(*indices)` walk over the steps.
+
+    Where no step holds padding the mask has the width 0, and `gather` makes batches without one:
+    a model computes faster without a mask, and one that takes none can be trained.
 
     >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
     ...     print(index.tolist(), mask.tolist())
@@ -78,7 +82,7 @@ class Indices(NamedTuple):
     """
 
     index: Tensor  # type: ignore[assignment]  # int64 [steps, batch], rows of a data set
-    mask: Tensor  # bool [steps, batch], False where `index` is padding
+    mask: Tensor  # bool [steps, batch], False where `index` is padding; [steps, 0] if none is
 
 
 def fashion_mnist(
@@ -198,7 +202,8 @@ def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool =
     """Shuffle the examples 0 to n − 1 and cut them into the batches of one epoch.
 
     Where `batch_size` does not divide n, the last batch is filled up with index 0 and mask False:
-    means over the mask are then exact, and every step has the same shape.
+    means over the mask are then exact, and every step has the same shape. Where it does, or with
+    `drop_last`, there is no mask.
 
     Args:
         key: The key of this epoch, `fold_in(data_key, epoch)`; the result is on its device.
@@ -208,7 +213,7 @@ def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool =
 
     Returns:
         `index` int64 and `mask` bool [steps, batch_size], with steps = ⌈n / batch_size⌉, or
-        ⌊n / batch_size⌋ if `drop_last`.
+        ⌊n / batch_size⌋ if `drop_last`; `mask` is [steps, 0] where nothing is filled up.
 
     Raises:
         TypeError: `n` or `batch_size` is no int.
@@ -244,7 +249,8 @@ def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
             mask False.
 
     Returns:
-        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size].
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] where
+        `batch_size` divides n.
 
     Raises:
         TypeError: `n` or `batch_size` is no int.
@@ -271,7 +277,8 @@ def sequential_indices(
         device: Where the result is to be; torch's default device if None.
 
     Returns:
-        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size].
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] where
+        `batch_size` divides n.
 
     Raises:
         TypeError: `n` or `batch_size` is no int.
@@ -320,7 +327,7 @@ def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
     return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
 
 
-def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Batch:
+def gather(dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any]) -> Batch:
     """Take the examples of one step out of a data set, images as floats.
 
     uint8 images [n, height, width] or [n, channels, height, width] become float32 in [0, 1] with a
@@ -328,31 +335,32 @@ def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Ba
 
     Args:
         dataset: A `Dataset`, or any pair of x [n, ...] and y [n, ...].
-        indices: One row of `Indices`, index int64 [batch] and mask bool [batch], on the device of
-            the data set.
+        indices: An index, int64 [batch], on the device of the data set; or one row of `Indices`,
+            such an index and its mask, bool [batch], or [0] or () where all of them count.
 
     Returns:
-        `x` [batch, ...], `y` [batch, ...] and the row's `mask`.
+        `x` [batch, ...], `y` [batch, ...] and the row's `mask`, () if it has none.
 
     Raises:
-        TypeError: The index is not int64.
-        ValueError: x and y differ in length, or data and index are on different devices.
+        TypeError: The index is not an int64 tensor.
+        ValueError: x and y differ in length, data and index are on different devices, or the mask
+            has another shape than the index.
 
     >>> sample = fashion_mnist_sample(train=False)
     >>> for row in zip(*sequential_indices(len(sample.x), batch_size=300)):
     ...     batch = gather(sample, row)
     >>> batch.x.shape, batch.x.dtype, batch.mask.sum()
     (torch.Size([300, 1, 28, 28]), torch.float32, tensor(100))
+    >>> gather(sample, torch.tensor([5, 7])).mask
+    ()
     """
     x, y = dataset
-    index, mask = indices
+    index, mask = _index_and_mask(indices)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"gather: dataset must have as many rows in y as in x, got {x.shape[0]} in x and "
             f"{y.shape[0]} in y"
         )
-    if index.dtype != torch.int64:
-        raise TypeError(f"gather: the index must be int64, got {index.dtype}; cast it")
     if not x.device == y.device == index.device:
         raise ValueError(
             "gather: dataset and index must be on one device, got "
@@ -362,6 +370,48 @@ def gather(dataset: tuple[Tensor, Tensor], indices: tuple[Tensor, Tensor]) -> Ba
     if x.dtype == torch.uint8 and x.ndim in (3, 4):
         rows = (rows if x.ndim == 4 else rows.unsqueeze(-3)).to(torch.float32) / 255
     return Batch(rows, y[index], mask)
+
+
+def batches(
+    dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any]
+) -> Iterator[Batch]:
+    """Iterate over the batches of an epoch, in a Python loop: `gather` for each step.
+
+    Args:
+        dataset: As for `gather`.
+        indices: `Indices`, or an index of all steps, int64 [steps, batch].
+
+    Raises:
+        TypeError: The index is not an int64 tensor.
+        ValueError: As for `gather`.
+
+    >>> points = Dataset(torch.arange(5.0), torch.arange(5))
+    >>> [batch.y.tolist() for batch in batches(points, sequential_indices(5, batch_size=2))]
+    [[0, 1], [2, 3], [4, 0]]
+    """
+    rows = indices if isinstance(indices, Tensor) else zip(*indices, strict=True)
+    return (gather(dataset, row) for row in rows)
+
+
+def _index_and_mask(indices: Any) -> tuple[Tensor, Tensor | tuple[()]]:
+    alone = isinstance(indices, Tensor)
+    if not alone and not (isinstance(indices, tuple | list) and len(indices) == 2):
+        raise TypeError(
+            "gather: indices must be an index, int64 [batch], or a pair of one and its mask, got "
+            f"{type(indices).__name__}"
+        )
+    index, mask = (indices, ()) if alone else indices
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"gather: the index must be int64, got {got}; cast it")
+    if not isinstance(mask, Tensor) or (mask.shape[-1:] == (0,) and index.shape[-1:] != (0,)):
+        return index, ()
+    if mask.shape != index.shape:
+        raise ValueError(
+            f"gather: the mask must have the shape {list(index.shape)} of the index, got "
+            f"{list(mask.shape)}"
+        )
+    return index, mask
 
 
 def _check_count(caller: str, name: str, value: int) -> None:
@@ -379,4 +429,7 @@ def _in_batches(order: Tensor, batch_size: int) -> Indices:
     # Compared with zeros like the index, which have its axes under vmap: torch 2.11's vmap fails
     # on results that have none of them.
     mask = torch.arange(n - len(index), n, device=order.device).flip(0) >= torch.zeros_like(index)
-    return Indices(index.reshape(steps, batch_size), mask.reshape(steps, batch_size))
+    width = batch_size if len(padding) else 0
+    return Indices(
+        index.reshape(steps, batch_size), mask.reshape(steps, batch_size)[:, :width].contiguous()
+    )

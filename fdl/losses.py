@@ -1,10 +1,20 @@
-"""Losses as pure functions of predictions and targets."""
+"""Losses as pure functions of predictions and targets.
+
+A row of weight 0 may hold anything, NaN as well: it reaches neither the loss nor a gradient. Losses
+of 16-bit numbers are computed in float32, added up in float64, and rounded once, at the end.
+"""
+
+from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fdl import tree
+from fdl._masks import per_row, sums
+from fdl._numerics import at_least_32_bits, keep
 from fdl.metrics import check_labels, check_weights
 from fdl.tree import Tree
 
@@ -43,7 +53,12 @@ def mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Te
     tensor(5.)
     """
     _check_same_shape("mse", prediction, target)
-    return weighted_mean((prediction - target) ** 2, weights)
+
+    def squares(prediction: Tensor, target: Tensor) -> Tensor:
+        wide = at_least_32_bits(prediction)  # 300² overflows float16, the mean need not
+        return (prediction.to(wide) - target) ** 2
+
+    return _mean("mse", squares, (prediction, target), weights)
 
 
 def cross_entropy(
@@ -60,28 +75,44 @@ def cross_entropy(
 
     Args:
         logits: `[batch, classes]`.
-        labels: int64 `[batch]`, class indices.
+        labels: class indices `[batch]`, of any integer dtype; any number where the weight is 0,
+            such as the −100 that torch's `ignore_index` stands for.
         weights: `[batch]`, a bool mask or numbers; the mean is Σ wᵢ lossᵢ / Σ wᵢ, and 0 if all
             weights are 0. 1 if None. (Per example, where torch's `weight` is per class.)
         label_smoothing: ε in [0, 1].
 
     Raises:
-        ValueError: shapes that do not fit, ε outside [0, 1].
-        TypeError: labels that are not int64.
+        ValueError: shapes that do not fit, ε outside [0, 1]; run eagerly on the CPU, a label that
+            is no class and has a weight.
+        TypeError: labels that are not integers.
 
     >>> cross_entropy(torch.tensor([[0.0, 0.0], [0.0, 1000.0]]), torch.tensor([0, 1]))
     tensor(0.3466)
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: labels must be int64 class indices, got {labels.dtype}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"cross_entropy: labels must be integers, got {labels.dtype}")
     check_labels("cross_entropy", logits, labels)
-    log_p = F.log_softmax(logits, -1)
-    losses = -log_p.gather(1, labels[:, None])[:, 0]
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(1)
-    return weighted_mean(losses, weights)
+    labels, classes = labels.long(), logits.shape[1]
+    if weights is not None:
+        check_weights("cross_entropy", logits, weights)
+        labels = keep((weights != 0) | ((labels >= 0) & (labels < classes)), labels)
+
+    def surprises(logits: Tensor) -> Tensor:
+        log_p = F.log_softmax(logits, -1, dtype=at_least_32_bits(logits))
+        try:
+            losses = -log_p.gather(1, labels[:, None])[:, 0]
+        except RuntimeError as error:
+            raise ValueError(
+                f"cross_entropy: labels must be from 0 to {classes - 1}, one of {classes} classes; "
+                f"give rows to leave out the weight 0 ({error})"
+            ) from None
+        if label_smoothing:
+            losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(1)
+        return losses
+
+    return _mean("cross_entropy", surprises, (logits,), weights)
 
 
 def l2_penalty(params: Tree) -> Tensor:
@@ -102,16 +133,32 @@ def l2_penalty(params: Tree) -> Tensor:
 def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
     """Average `[batch, ...]` in its own dtype by `weights` `[batch]`; 0 if all weights are 0.
 
+    A loss of weight 0 may be anything, but what it was computed from gets 0 times its derivative,
+    which may be NaN: replace that before, as `mse`, `cross_entropy` and `supervised` do.
+
     >>> weighted_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor(1.5000)
     """
-    if weights is None:
-        return losses.mean()
-    check_weights("losses", losses, weights)
-    per_example = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-    weights = weights.to(losses.dtype)
-    total = weights.sum()
-    return (weights * per_example).sum() / torch.where(total == 0, 1, total)
+    if weights is not None:
+        check_weights("losses", losses, weights)
+    total, count = sums(losses, weights)
+    mean = total / torch.where(count == 0, 1, count)
+    return mean.to(losses.dtype if losses.is_floating_point() else torch.float32)
+
+
+def _mean(
+    caller: str, f: Callable[..., Tensor], rows: tuple[Tensor, ...], weights: Tensor | None
+) -> Tensor:
+    """Average `f(*rows)` `[batch, ...]`, to the dtype of `rows`; a row of weight 0 is ignored."""
+    dtype = torch.result_type(rows[0], rows[-1])
+    if weights is not None:
+        check_weights(caller, rows[0], weights)
+        counts = weights != 0
+        if weights.is_floating_point():
+            # The derivative with respect to a weight of 0 is the loss of its row, where finite.
+            counts = counts | per_row(f(*rows).detach()).isfinite()
+        rows = tuple(keep(counts, row) for row in rows)
+    return weighted_mean(f(*rows), weights).to(dtype if dtype.is_floating_point else torch.float32)
 
 
 def _check_same_shape(caller: str, prediction: Tensor, target: Tensor) -> None:

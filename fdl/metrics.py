@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fdl._masks import sums
+
 __all__ = ["Mean", "accuracy", "mean"]
 
 
@@ -42,7 +44,8 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
 
     Args:
         values: `[batch, ...]`; further axes are averaged as well.
-        weights: `[batch]`, the weight of each example, 1 if None.
+        weights: `[batch]`, the weight of each example, 1 if None; a value of weight 0 may be
+            anything, NaN as well.
 
     Raises:
         ValueError: `weights` does not have the shape `[batch]`.
@@ -50,14 +53,9 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
     >>> mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False])).value
     tensor(1.5000, dtype=torch.float64)
     """
-    values = values.double().flatten(1).mean(1) if values.ndim > 1 else values.double()
-    if weights is None:
-        return Mean(values.sum(), torch.full_like(values, 1.0).sum())
-    check_weights("metrics.mean", values, weights)
-    # A masked value may be anything, NaN as well, so 0 · value would not do.
-    return Mean(
-        torch.where(weights != 0, weights * values, 0.0).sum(), weights.to(values.dtype).sum()
-    )
+    if weights is not None:
+        check_weights("metrics.mean", values, weights)
+    return Mean(*sums(values, weights))
 
 
 def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
@@ -85,11 +83,11 @@ def check_labels(caller: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Mean:
-    """Count how often the largest logit is that of the label.
+    """Count how often the largest logit is that of the label; a row with a NaN counts as wrong.
 
     Args:
         logits: `[batch, classes]`.
-        labels: int64 `[batch]`.
+        labels: `[batch]`, of any integer dtype.
         weights: `[batch]`, a bool mask or numbers; 1 if None.
 
     Raises:
@@ -99,4 +97,6 @@ def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> M
     tensor(0.5000, dtype=torch.float64)
     """
     check_labels("accuracy", logits, labels)
-    return mean(logits.argmax(-1) == labels, weights)
+    # To argmax a NaN is the largest number.
+    hits = (torch.argmax(logits, -1) == labels) & ~logits.isnan().any(-1)
+    return mean(hits, weights)

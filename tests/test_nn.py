@@ -100,9 +100,12 @@ def test_layer_norm(shape):
     [
         (lambda: nn.linear(0, 1), r"linear\(0, 1\): every size must be at least 1"),
         (lambda: nn.linear(1, -1), "every size must be at least 1"),
-        (lambda: nn.conv2d(1, 1, (3, 0)), r"conv2d\(1, 1, \(3, 0\)\): every size"),
-        (lambda: nn.conv2d(1, 1, 3, stride=0), "every size must be at least 1"),
-        (lambda: nn.conv2d(1, 1, 3, dilation=(1, 0)), "every size must be at least 1"),
+        (
+            lambda: nn.conv2d(1, 1, (3, 0)),
+            r"conv2d\(1, 1, \(3, 0\)\): kernel_size must be .*, at least 1, got \(3, 0\)",
+        ),
+        (lambda: nn.conv2d(1, 1, 3, stride=0), "stride must be an int or .* at least 1, got 0"),
+        (lambda: nn.conv2d(1, 1, 3, dilation=(1, 0)), r"dilation must be .* got \(1, 0\)"),
         (lambda: nn.conv2d(3, 4, 3, groups=2), "groups=2 must divide both channel counts"),
         (lambda: nn.conv2d(4, 3, 3, groups=2), "groups=2 must divide both channel counts"),
         (lambda: nn.conv2d(1, 1, 3, padding="sane"), "padding must be 'same', 'valid'.*'sane'"),

@@ -223,7 +223,9 @@ def chunks(indices: Indices, length: int) -> list[Indices]:
     steps, batch = indices.index.shape
     missing = -steps % length
     index = torch.cat([indices.index, indices.index.new_zeros(missing, batch)])
-    mask = torch.cat([indices.mask, indices.mask.new_zeros(missing, batch)])
+    # Whole batches come without a mask; steps of padding need one.
+    mask = indices.mask if indices.mask.numel() else torch.ones_like(indices.index).bool()
+    mask = torch.cat([mask, mask.new_zeros(missing, batch)])
     return [Indices(*pair) for pair in zip(index.split(length), mask.split(length), strict=True)]
 
 

@@ -1,7 +1,8 @@
 """Initializers: pure functions `(key, shape, dtype) -> tensor`, the schemes of `torch.nn.init`.
 
 A weight has shape `[out, in, *kernel]`; its fan-in is `in · prod(kernel)`, its fan-out
-`out · prod(kernel)`. Write your own as any function of that signature:
+`out · prod(kernel)`; of a convolution in groups, whose weight is `[out, in / groups, *kernel]`, the
+fan-out counts all groups, as in torch. Write your own as any function of that signature:
 
 >>> def sparse_uniform(key, shape, dtype=torch.float32):
 ...     w = random.uniform(key, shape, -10, 10, dtype)

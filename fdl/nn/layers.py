@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, leaky_relu, log_softmax, relu, silu, softmax, softplus
 
 from fdl import random
+from fdl._numerics import at_least_32_bits
 from fdl.nn.init import Initializer, kaiming_uniform, ones, uniform, zeros
 from fdl.nn.model import Model
 from fdl.tree import Tree
@@ -111,28 +112,35 @@ def conv2d(
         stride: step between output pixels.
         padding: zeros around the image, or `"same"` or `"valid"`.
         dilation: distance between kernel elements.
-        groups: channel groups that do not see each other; divides `inputs` and `outputs`.
+        groups: channel groups that do not see each other; divides `inputs` and `outputs`. As in
+            torch, an initializer that goes by the fan-out (Xavier's, `mode="fan_out"`) counts the
+            outputs of all groups, though an input reaches only `outputs / groups` of them.
         bias: learn one number per output channel.
         weight_init: initializer of `[outputs, inputs / groups, *kernel_size]`; U(±1/√fan_in) if
             None.
         bias_init: initializer of `[outputs]`; U(±1/√fan_in) if None.
 
     Raises:
-        ValueError: a size below 1, `groups` that does not divide, an unknown padding, `"same"` with
-            a stride; parameters of another shape (at apply).
+        ValueError: a size below 1 or not one or two numbers, `groups` that does not divide, a
+            negative or unknown padding, `"same"` with a stride; parameters of another shape (at
+            apply).
 
     >>> layer = conv2d(1, 1, 3, padding=1, stride=2)
     >>> layer.apply(layer.init(random.key(0)), torch.ones(1, 1, 8, 8)).shape
     torch.Size([1, 1, 4, 4])
     """
-    height, width = _pair(kernel_size)
     name = f"conv2d({inputs}, {outputs}, {kernel_size})"
-    _check_sizes(name, inputs, outputs, height, width, *_pair(stride), *_pair(dilation), groups)
+    height, width = _pair(name, "kernel_size", kernel_size)
+    steps = _pair(name, "stride", stride)
+    _pair(name, "dilation", dilation)
+    _check_sizes(name, inputs, outputs, groups)
     if inputs % groups or outputs % groups:
         raise ValueError(f"{name}: groups={groups} must divide both channel counts")
-    if isinstance(padding, str) and padding not in ("same", "valid"):
+    if not isinstance(padding, str):
+        _pair(name, "padding", padding, least=0)
+    elif padding not in ("same", "valid"):
         raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
-    if padding == "same" and _pair(stride) != (1, 1):
+    elif padding == "same" and steps != (1, 1):
         raise ValueError(f"{name}: padding='same' needs stride=1, got {stride}")
     bound = 1 / math.sqrt(inputs // groups * height * width)
 
@@ -148,8 +156,18 @@ def conv2d(
     )
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def _pair(name: str, what: str, size: Size, least: int = 1) -> tuple[int, int]:
+    """Make (height, width) of one number or two, each at least `least`."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(n, int) and n >= least for n in pair)
+    ):
+        raise ValueError(
+            f"{name}: {what} must be an int or (height, width), at least {least}, got {size!r}"
+        )
+    return pair[0], pair[1]
 
 
 def _check_sizes(name: str, *sizes: int) -> None:
@@ -180,6 +198,14 @@ def _affine(
     return Model(init, apply, draws=False)
 
 
+def _check_window(name: str, kernel_size: Size, stride: Size | None, padding: Size) -> None:
+    sizes = _pair(name, "kernel_size", kernel_size)
+    if stride is not None:
+        _pair(name, "stride", stride)
+    if any(2 * p > k for p, k in zip(_pair(name, "padding", padding, least=0), sizes, strict=True)):
+        raise ValueError(f"{name}: padding {padding} is more than half the window {kernel_size}")
+
+
 def max_pool2d(
     kernel_size: Size, stride: Size | None = None, padding: Size = 0
 ) -> Callable[[Tensor], Tensor]:
@@ -190,9 +216,14 @@ def max_pool2d(
         stride: step between windows; `kernel_size` if None.
         padding: −∞ around the image, at most half the window.
 
+    Raises:
+        ValueError: a size below 1 or not one or two numbers, a padding below 0 or above half the
+            window.
+
     >>> max_pool2d(2)(torch.arange(16.0).view(1, 1, 4, 4)).flatten()
     tensor([ 5.,  7., 13., 15.])
     """
+    _check_window("max_pool2d", kernel_size, stride, padding)
     return lambda x: F.max_pool2d(x, kernel_size, stride, padding)
 
 
@@ -204,11 +235,16 @@ def avg_pool2d(
     Args:
         kernel_size: height and width of the window, or one number for both; likewise below.
         stride: step between windows; `kernel_size` if None.
-        padding: zeros around the image.
+        padding: zeros around the image, at most half the window.
+
+    Raises:
+        ValueError: a size below 1 or not one or two numbers, a padding below 0 or above half the
+            window.
 
     >>> avg_pool2d(2)(torch.arange(16.0).view(1, 1, 4, 4)).flatten()
     tensor([ 2.5000,  4.5000, 10.5000, 12.5000])
     """
+    _check_window("avg_pool2d", kernel_size, stride, padding)
     return lambda x: F.avg_pool2d(x, kernel_size, stride, padding)
 
 
@@ -258,11 +294,15 @@ def dropout(rate: float) -> Model:
 def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     """Normalise over the last axes, of sizes `shape`, then scale and shift; `torch.nn.LayerNorm`.
 
-    y = (x − mean) / √(variance + eps) · weight + bias. Source: Ba et al., 2016.
+    y = (x − mean) / √(variance + eps) · weight + bias, with derivatives of every order, forward and
+    reverse. Source: Ba et al., 2016.
 
     Args:
         shape: the sizes of the axes normalised over, or one number for the last axis alone.
         eps: added to the variance.
+
+    Raises:
+        ValueError: a size below 1; x whose last axes have other sizes (at apply).
 
     >>> layer = layer_norm(3)
     >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 2.0, 3.0]]))
@@ -280,6 +320,12 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         weight, bias = (_param(params, p, sizes, name) for p in ("weight", "bias"))
-        return F.layer_norm(x, sizes, weight, bias, eps)
+        if x.shape[-len(sizes) :] != sizes:
+            raise ValueError(f"{name}: expected x [..., {str(sizes)[1:-1]}], got {list(x.shape)}")
+        # Written out: the derivatives of F.layer_norm's own derivative are wrong (third orders, and
+        # forward over reverse). Compiled, it is the same program.
+        wide = x.to(at_least_32_bits(x))
+        var, mean = torch.var_mean(wide, list(range(-len(sizes), 0)), correction=0, keepdim=True)
+        return ((wide - mean) * (var + eps).rsqrt() * weight + bias).to(x.dtype)
 
     return Model(init, apply, draws=False)

@@ -30,6 +30,10 @@ class Model(NamedTuple):
     apply: Callable[..., Tensor]  # (params, x, *, train=False, key=None) -> y
     draws: bool = True  # may `apply` draw from its key? If not, none is made for it
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: a model is not called, its `apply` is."""
+        raise TypeError("a Model is two functions: call model.apply(params, x), not model(x)")
+
 
 class StatefulModel(NamedTuple):
     """A model with buffers, such as running statistics: they go in and come out.
@@ -46,6 +50,12 @@ class StatefulModel(NamedTuple):
 
     init: Callable[[Tensor], tuple[Tree, Tree]]  # key -> (params, buffers)
     apply: Callable[..., tuple[Tensor, Tree]]  # (params, buffers, x, *, ...) -> (y, buffers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: a model is not called, its `apply` is."""
+        raise TypeError(
+            "a StatefulModel is two functions: call model.apply(params, buffers, x), not model(x)"
+        )
 
 
 Layer = Model | Callable[[Tensor], Tensor]
@@ -81,7 +91,9 @@ def sequential(*layers: Any, **named: Any) -> Any:
     ['running_mean', 'running_var', 'num_batches_tracked']
 
     Raises:
-        TypeError: both positional and named layers, or a layer that cannot be called.
+        TypeError: both positional and named layers; a layer that cannot be called, a module of
+            torch, or a function that makes layers where the layer is meant (`nn.flatten` without
+            its brackets).
         ValueError: a name with a dot; `params` or `buffers` has an entry that is no layer, or a
             mask comes to a layer with buffers that takes none (at apply).
     """
@@ -91,10 +103,7 @@ def sequential(*layers: Any, **named: Any) -> Any:
     for name, layer in children.items():
         if "." in name:
             raise ValueError(f"sequential: a name must not hold a dot, got {name!r}; nest instead")
-        if not (isinstance(layer, Model | StatefulModel) or callable(layer)):
-            raise TypeError(
-                f"sequential: layer {name!r} must be a Model or a function x -> y, got {layer!r}"
-            )
+        _check_layer(name, layer)
 
     stateful = any(isinstance(layer, StatefulModel) for layer in children.values())
     draws = any(getattr(layer, "draws", True) for layer in children.values() if _is_model(layer))
@@ -135,6 +144,8 @@ def sequential(*layers: Any, **named: Any) -> Any:
             try:
                 if not _is_model(layer):
                     x = layer(x)
+                    if callable(x) and not isinstance(x, Tensor):
+                        raise TypeError(f"{layer!r} gave a function or model; was it to be called?")
                     continue
                 options = {"train": train, "key": None if child_keys is None else child_keys[i]}
                 own = params.get(name, {})
@@ -166,6 +177,25 @@ def sequential(*layers: Any, **named: Any) -> Any:
         return run(params, buffers, x, train, key, mask)
 
     return StatefulModel(init, apply_stateful) if stateful else Model(init, apply, draws)
+
+
+def _check_layer(name: str, layer: Any) -> None:
+    """Raise unless a layer is a model or can be a function x -> y."""
+    caller = f"sequential: layer {name!r}"
+    if _is_model(layer):
+        return
+    if isinstance(layer, torch.nn.Module):
+        raise TypeError(
+            f"{caller} is the torch module {type(layer).__name__}, whose parameters and mode would "
+            "be lost; interop.from_module makes a model of it"
+        )
+    if isinstance(layer, type) or not callable(layer):
+        raise TypeError(f"{caller} must be a Model or a function x -> y, got {layer!r}")
+    module, path = (getattr(layer, part, "") for part in ("__module__", "__qualname__"))
+    if module.startswith("fdl.nn.") and path.isidentifier():
+        raise TypeError(
+            f"{caller} is the function nn.{path}, which makes a layer: call it, nn.{path}(...)"
+        )
 
 
 def _is_model(layer: Any) -> bool:

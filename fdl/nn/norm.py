@@ -2,9 +2,13 @@
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
+import math
+
 import torch
 from torch import Tensor
 
+from fdl._masks import filled
+from fdl._numerics import at_least_32_bits
 from fdl.nn.init import ones, zeros
 from fdl.nn.layers import _check_sizes, _param
 from fdl.nn.model import StatefulModel
@@ -23,9 +27,10 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
     Szegedy, 2015.
 
     Buffers: `running_mean` and `running_var` `[features]`, `num_batches_tracked` int64 `[]`.
-    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, so that a
-    batch filled up with padding has the statistics of the examples in it (of one value alone the
-    variance is 0).
+    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, whatever
+    they hold, so that a batch filled up with padding has the statistics of the examples in it.
+    A single value per feature has no unbiased variance: unless at least two count, the buffers
+    stay as they are, all of them. (A single value is normalised with the variance 0.)
 
     Args:
         features: the size of the second axis.
@@ -34,7 +39,7 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
 
     Raises:
         ValueError: `features` below 1, x of another number of features or of fewer than 2 axes,
-            or one value per feature to train on (at apply).
+            or a batch of one value per feature to train on (at apply).
 
     >>> layer = batch_norm(1, eps=0.0)
     >>> params, buffers = layer.init(torch.tensor([0, 0]))
@@ -72,14 +77,15 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
             raise ValueError(f"{name}: expected x [batch, {features}, ...], got {list(x.shape)}")
         if train and x.numel() == features:
             raise ValueError(f"{name}: one value per feature has no variance to train on")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums of bfloat16 lose too much
-        mean, var, n = _statistics(wide, mask) if train else (old_mean, old_var, 1)
-        columns = (1, features, *[1] * (x.ndim - 2))
-        scale = weight * (var + eps).rsqrt()
-        y = (wide - mean.view(columns)) * scale.view(columns) + bias.view(columns)
-        y = y.to(x.dtype)
+        wide = x.to(at_least_32_bits(x))  # sums of bfloat16 lose too much
         if not train:
-            return y, buffers
+            return _normalised(wide, old_mean, old_var + eps, weight, bias).to(x.dtype), buffers
+        if not x.shape[0]:
+            mask = torch.ones(0, dtype=torch.bool, device=x.device)  # no rows, no statistics
+        if mask is not None:
+            wide = filled(mask, wide)
+        mean, var, n = _statistics(wide, mask)
+        y = _normalised(wide, mean, var + eps, weight, bias).to(x.dtype)
 
         count = buffers["num_batches_tracked"] + 1
         rate = 1 / count.double() if momentum is None else momentum
@@ -89,9 +95,18 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
             path: (old + rate * (batch.detach() - old)).to(old.dtype)
             for path, (old, batch) in new.items()
         }
-        return y, {**moved, "num_batches_tracked": count}
+        moved["num_batches_tracked"] = count
+        if mask is not None:
+            enough = torch.as_tensor(n > 1)
+            moved = {path: torch.where(enough, x, buffers[path]) for path, x in moved.items()}
+        return y, moved
 
     return StatefulModel(init, apply)
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    columns = (1, -1, *[1] * (x.ndim - 2))
+    return (x - mean.view(columns)) * (weight * var.rsqrt()).view(columns) + bias.view(columns)
 
 
 def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
@@ -100,9 +115,9 @@ def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor 
     if mask is None:
         var, mean = torch.var_mean(x, axes, correction=0)
         return mean, var, x.numel() // x.shape[1]
-    weights = mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-    n = weights.sum() * (x.numel() // (x.shape[0] * x.shape[1]))
-    n = n.clamp(min=1)  # a batch of nothing but padding stays finite
-    mean = (x * weights).sum(axes) / n
-    centred = (x - mean.view(1, -1, *[1] * (x.ndim - 2))) * weights
-    return mean, (centred * centred).sum(axes) / n, n
+    counts = (mask != 0).view(-1, *[1] * (x.ndim - 1))
+    n = counts.sum(dtype=x.dtype) * math.prod(x.shape[2:])
+    most = n.clamp(min=1)  # a batch of nothing but padding stays finite
+    mean = torch.where(counts, x, 0).sum(axes) / most
+    centred = torch.where(counts, x - mean.view(1, -1, *[1] * (x.ndim - 2)), 0)
+    return mean, (centred * centred).sum(axes) / most, n

@@ -1,0 +1,80 @@
+"""What is masked does not count: the one way in which the library leaves rows of a batch out.
+
+Rows are replaced, never multiplied by 0, since 0 · NaN is NaN. They are replaced before anything is
+computed from them, because 0 times the derivative of what a mask hides may be NaN as well.
+"""
+
+from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fdl._numerics import keep
+from fdl._paths import Tree
+
+__all__ = ["filled", "per_row", "sums"]
+
+
+def filled(mask: Tensor, x: Tree) -> Tree:
+    """Replace the rows that do not count by copies of the first one that does.
+
+    A model that takes logarithms or divides by norms is as safe on a copy as on the row itself; on
+    zeros it would not be. If no row counts, floating leaves are filled with 1 and others with 0.
+
+    Args:
+        mask: `[batch]`, bool, or numbers of which 0 leaves a row out.
+        x: leaves `[batch, ...]` of any dtype; others stay as they are.
+
+    >>> filled(torch.tensor([False, True]), torch.tensor([[torch.nan], [3.0]]))
+    tensor([[3.],
+            [3.]])
+    """
+    if not mask.shape[0]:
+        return x
+    counts = mask != 0
+    first = counts.to(torch.int32).argmax().reshape(1)
+
+    def fill(leaf: Tensor) -> Tensor:
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != mask.shape:
+            return leaf
+        row = leaf.index_select(0, first)
+        no_row = torch.full_like(row, 1 if leaf.is_floating_point() else 0)
+        return keep(counts, leaf, torch.where(counts.any(), row, no_row))
+
+    return pytree.tree_map(fill, x)
+
+
+def per_row(values: Tensor) -> Tensor:
+    """Average `[batch, ...]` over all axes but the first: float64 `[batch]`.
+
+    >>> per_row(torch.tensor([[1.0, 3.0], [4.0, 4.0]]))
+    tensor([2., 4.], dtype=torch.float64)
+    """
+    return values.flatten(1).mean(1, dtype=torch.float64) if values.ndim > 1 else values.double()
+
+
+def sums(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Add up `[batch, ...]`, averaged over further axes, and the weights: float64 `[]` each.
+
+    A value of weight 0 may be anything, NaN as well. The derivative with respect to a floating
+    weight is the value, if that is finite, also where the weight is 0.
+
+    Args:
+        values: `[batch, ...]`, of any real dtype.
+        weights: `[batch]`, a bool mask or numbers; 1 if None.
+
+    >>> sums(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+    (tensor(1., dtype=torch.float64), tensor(1., dtype=torch.float64))
+    """
+    each = per_row(values)
+    if weights is None:
+        total = each.sum()
+        return total, torch.full_like(total, values.shape[0])
+    counts = weights != 0
+    if weights.is_floating_point():
+        counts = counts | each.isfinite()
+    each = keep(counts, each)
+    if weights.dtype != torch.bool:
+        each = each * weights
+    return each.sum(), weights.sum(dtype=torch.float64)
