@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import root
-from fdl.optim.base import Optimizer, State, chain, leafwise
-from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_of
+from fdl.optim.base import Optimizer, State, chain, in_32_bits, leafwise
+from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_now
 from fdl.optim.transforms import add_decayed_weights, scale
 from fdl.tree import Tree
 
@@ -86,28 +86,24 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
         return ScheduleFreeState(inner, zero, zero.clone(), torch.ones_like(zero))
 
     def update(
-        grads: Tree,
-        state: ScheduleFreeState,
-        params: Tree,
-        *,
-        value: Any = None,
-        value_fn: Any = None,
+        grads: Tree, state: ScheduleFreeState, params: Tree, **extra: Any
     ) -> tuple[Tree, ScheduleFreeState]:
         hyper = state.steps.hyper
-        now = rates_of(hyper)
+        now = rates_now(rates, hyper)
         lr_max = torch.maximum(state.lr_max, now["lr"])
         weight = lr_max ** now["weight_lr_power"]
         total = state.weight_sum + weight
         share = weight / torch.where(total > 0, total, 1.0)  # all 0 while the lr is
         # To the rule these two are rates like the others, but they are not the user's to set.
-        lent = {**hyper.free, "old_beta": state.beta, "share": share}
-        inner = state.steps._replace(hyper=hyper._replace(free=lent))
+        lent = {"old_beta": state.beta, "share": share}
+        inner = state.steps._replace(hyper=hyper._replace(free=hyper.free | lent))
         updates, inner = steps.update(grads, inner, params)
+        free = {name: value for name, value in inner.hyper.free.items() if name not in lent}
         # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
-        inner = State(Hyper(hyper.free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
+        inner = State(Hyper(free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
         return updates, ScheduleFreeState(inner, total, lr_max, now["beta"].clone())
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def _average(y: Tensor, z: Tensor, beta: Tensor) -> Tensor:
