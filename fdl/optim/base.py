@@ -28,9 +28,9 @@ __all__ = ["Optimizer", "State", "apply_updates", "chain", "leafwise", "slots"]
 class Optimizer(NamedTuple):
     """A transformation of gradients, or a chain of them, as two pure functions.
 
-    `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is the
-    loss, `value_fn` maps parameters to it, and `count` says how many examples the loss is the mean
-    of. What has no use for them ignores them, and an `update` of your own without a parameter
+    `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is
+    the loss, `value_fn` maps parameters to it, and `count` says how many examples the loss is the
+    mean of. What has no use for them ignores them, and an `update` of your own without a parameter
     `count` is not given it. A gradient may be `None`: that leaf and its slots stay as they are.
 
     Updates have the dtypes of the parameters. For parameters of 16 bits everything is computed and
@@ -132,9 +132,7 @@ def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
 
 
-def in_32_bits(
-    init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, Tree]]
-) -> Optimizer:
+def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, Tree]]) -> Optimizer:
     """Make an optimizer that sees parameters and gradients of 16 bits as float32.
 
     So what it computes and remembers is in 32 bits, and its updates are rounded once, to the dtypes
@@ -171,7 +169,7 @@ def is_narrow(x: Any) -> bool:
     >>> is_narrow(torch.ones(1).half()), is_narrow(torch.ones(1)), is_narrow(None)
     (True, False, False)
     """
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize < 4
+    return isinstance(x, Tensor) and torch.is_floating_point(x) and x.dtype.itemsize < 4
 
 
 def lift(x: Any) -> Any:

@@ -157,7 +157,6 @@ def freeze(opt: Optimizer, where: Where) -> Optimizer:
     >>> opt.update(params, opt.init(params), params)[0]
     {'body': None, 'head': tensor([-0.1000])}
     """
-
     update_of("freeze", opt)
 
     def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:

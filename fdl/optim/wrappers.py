@@ -193,9 +193,7 @@ def apply_if_finite(opt: Optimizer) -> Optimizer:
         finite = all_finite(grads, device)
         if value is not None:
             finite = finite & torch.isfinite(as_value("apply_if_finite", value, finite))
-        updates, inner = step(
-            zero_unless(finite, grads), state.inner, params, value=value, **extra
-        )
+        updates, inner = step(zero_unless(finite, grads), state.inner, params, value=value, **extra)
         finite = finite & stays_finite(params, updates, device)
         return zero_unless(finite, updates), FiniteState(
             keep(finite, inner, state.inner), state.skipped + ~finite
