@@ -102,6 +102,10 @@ def lbfgs(
     which takes long to compile: lower `max_iter` there. The state holds 2 m n numbers from the
     start.
 
+    To a line search a value that is not finite, or whose gradient is not, counts as too high: it
+    stays within the domain of the function, where torch's may leave it. From a point outside the
+    domain nothing moves.
+
     Rounding grows along the way, in torch as well: on ill-conditioned or non-convex problems two
     runs of torch, started one rounding apart, part as fast as a run of this from one of torch.
 

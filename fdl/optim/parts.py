@@ -25,8 +25,9 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
             several, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
 
     Raises:
+        TypeError: one of `opts` is not an optimizer.
         ValueError: labels other than those of `opts`; (at init) a leaf that no label covers, or
-            more than one, or a glob that matches no path; each path is listed.
+            more than one, or a label that covers none; each path is listed.
 
     >>> import torch
     >>> from fdl import optim
@@ -100,10 +101,12 @@ def masked(opt: Optimizer, where: Where) -> Optimizer:
     Args:
         opt: what to apply to them.
         where: as in `tree.partition`: a glob on dotted paths, several, or a predicate
-            `(path, leaf)` on parameters.
+            `(path, leaf)` on parameters, which sees stacked leaves as they are: see
+            `add_decayed_weights`.
 
     Raises:
-        ValueError: a glob matches no path (at init).
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
 
     >>> import torch
     >>> from fdl import optim
@@ -139,16 +142,18 @@ def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
 def freeze(opt: Optimizer, where: Where) -> Optimizer:
     """Leave the parameters that `where` selects as they are, and optimize the others.
 
-    Frozen leaves have no slots in the state, and their updates are `None`. Their gradients are not
-    looked at, but were computed: to save that as well, `tree.partition` the parameters and
-    differentiate by one part.
+    Frozen leaves have no slots in the state, and their updates are `None`. They neither decay nor
+    go on by their momentum, and their gradients are not in a norm that `opt` clips by; put clipping
+    inside, `freeze(chain(clip, sgd), where)`. Those gradients were computed: to save that as well,
+    `tree.partition` the parameters and differentiate by one part.
 
     Args:
         opt: optimizes the others.
         where: as in `tree.partition`.
 
     Raises:
-        ValueError: a glob matches no path (at init).
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
 
     >>> import torch
     >>> from fdl import optim

@@ -42,7 +42,9 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
     γₘₐₓ the largest lr so far, so that steps while it warms up count for less. Leave momentum out
     of the chain: β is in its place. Slot: `z`.
 
-    x is not stored but recomputed as (y − (1−β)z)/β; in half precision the mean soon stops moving.
+    x is not stored but recomputed as (y − (1−β)z)/β; with parameters of 16 bits, which hold y, the
+    mean soon stops moving. The running statistics of batch normalization belong to y: recompute
+    them for x before you evaluate it.
     `optax.contrib.schedule_free` (0.2.8) takes w from the lr of the step after, which differs while
     it warms up, and sums w in the dtype of the parameters.
 
@@ -166,6 +168,9 @@ def schedule_free_sgd(
 ) -> Optimizer:
     """SGD without a schedule: steps −lr · (g + λy), averaged; evaluate `schedule_free_params`.
 
+    Statistics of batch normalization belong to the parameters of training, y: recompute them for
+    those averaged.
+
     Source: Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_sgd` have these defaults; see `schedule_free`, also for where
     optax differs while the lr warms up.
@@ -200,7 +205,9 @@ def schedule_free_adamw(
 ) -> Optimizer:
     """AdamW without a schedule: averaged steps −lr · (g / (√v̂ + ε) + λy).
 
-    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Source:
+    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Statistics
+    of batch normalization belong to the parameters of training, y: recompute them for those
+    averaged. Source:
     Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_adamw` have these defaults; see `schedule_free`, also for where
     optax differs while the lr warms up. Slots: `exp_avg_sq` v, `z`.

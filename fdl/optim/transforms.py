@@ -76,10 +76,12 @@ def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimi
     Args:
         weight_decay: λ: a number, a 0-d tensor or a schedule.
         mask: which parameters decay, as in `tree.partition`: a glob on dotted paths, several, or a
-            predicate `(path, leaf)`; all if None.
+            predicate `(path, leaf)`; all if None. Where members or layers are stacked along a first
+            axis, and `vmap` is not around, a predicate sees the stacked leaf: `leaf.ndim > 1` then
+            also decays biases. Select by path there.
 
     Raises:
-        ValueError: `weight_decay` is negative or not finite; a glob matches no path (at init).
+        ValueError: `weight_decay` is negative or not finite; (at init) a mask that selects nothing.
 
     >>> params = {"weight": torch.tensor([2.0]), "bias": torch.tensor([2.0])}
     >>> opt = add_decayed_weights(0.5, mask="weight")
@@ -219,6 +221,10 @@ def ema(decay: Rate) -> Optimizer:
     it last in a chain, and inside what skips updates (`accumulate(chain(sgd, ema), k)`). The
     average is the slot `ema`: `optim.slots(state)["ema"]`. Where a gradient is `None` it
     approaches the parameter that stays.
+
+    The average of 16-bit parameters is kept in float32: `tree.cast` it to evaluate it as they are.
+    The running statistics of batch normalization belong to the parameters of training: recompute
+    them for the average before you evaluate it.
 
     Args:
         decay: a number, a 0-d tensor or a schedule.
