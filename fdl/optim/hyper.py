@@ -51,7 +51,8 @@ def check_rate(caller: str, name: str, rate: Rate) -> None:
     Args:
         caller: opens the message.
         name: of the hyperparameter, which also says its range: at least 0 if nothing else.
-        rate: of a schedule the values are not looked at, nor of a tensor that is being traced.
+        rate: not looked at are the values of a schedule, and of a tensor that is traced or in a
+            transformation.
 
     >>> check_rate("sgd", "lr", 0.1)
     """
@@ -82,16 +83,16 @@ def check_range(caller: str, name: str, *values: float) -> None:
 
 
 def known_values(x: Tensor) -> list[float]:
-    """List the values of a tensor, of all members under `vmap`; none where it is being traced.
+    """List the values of a tensor; none where it is traced, or in a transformation such as `vmap`.
 
     >>> known_values(torch.tensor([1.0, 2.0]))
     [1.0, 2.0]
     """
     if torch.compiler.is_compiling() or is_tracing():
         return []
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return [] if x.is_meta or isinstance(x, FakeTensor) else x.detach().reshape(-1).tolist()
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, FakeTensor) or x.is_meta:
+        return []
+    return x.detach().reshape(-1).tolist()
 
 
 def is_zero(rate: Rate) -> bool:
