@@ -42,6 +42,28 @@ def without_containers(found: Mapping[str, str]) -> dict[str, str]:
     return {p: what for p, what in found.items() if what.removeprefix("empty ") not in _CONTAINERS}
 
 
+def narrow_slots(structure: Node, wanted: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
+    """List slots of optimizers that a file of an earlier version has in 16 bits, today in 32.
+
+    Args:
+        structure: what is expected.
+        wanted: what is expected at each path.
+        got: what is there.
+
+    >>> wanted, got = {"slots.m": "float32[2]"}, {"slots.m": "bfloat16[2]"}
+    >>> narrow_slots(["namedtuple", "fdl.State", {"slots": {"m": ["tensor"]}}], wanted, got)
+    ['slots.m']
+    """
+    return [
+        at
+        for path, node in walk(structure)
+        if (inner := opened(node, path)) and inner[0] in ("fdl.State", "fdl.LBFGSState")
+        for at, _ in walk(node, path)
+        if wanted.get(at, "").startswith("float32")
+        and got.get(at, "").removeprefix("b") == wanted[at].replace("32", "16", 1)
+    ]
+
+
 def differences(wanted: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
     """List the paths where two trees differ; what only contains other lines is left out.
 

@@ -193,6 +193,21 @@ def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
         yield from walk(child, _join(path, name))
 
 
+def later_fields(structure: Node) -> dict[str, Tensor]:
+    """Give the tensors that files of earlier versions lack, by path: fields with a default.
+
+    >>> later_fields(["namedtuple", "fdl.AccumulateState", {}])
+    {'surplus': tensor(0., dtype=torch.float64)}
+    """
+    return {
+        _join(path, name): default.clone()
+        for path, node in walk(structure)
+        if (found := opened(node, path)) and found[0] in KINDS
+        for name, default in KINDS[found[0]]._field_defaults.items()  # type: ignore[attr-defined]
+        if isinstance(default, Tensor)
+    }
+
+
 def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree:
     """Put a tree together again.
 
@@ -224,6 +239,9 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
             "pass like=, a tree with that NamedTuple in its place"
         )
     fields = KINDS[kind]._fields  # type: ignore[attr-defined]
+    for name, default in KINDS[kind]._field_defaults.items():  # type: ignore[attr-defined]
+        if name not in children:  # a file of an earlier version
+            children[name] = default.clone() if isinstance(default, Tensor) else default
     if fields != tuple(children):
         raise ValueError(
             f"{path!r} is a {kind} with fields {list(children)}, here it has {list(fields)}: "

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fdl._contents import Contents, inspect
 from fdl._durable import write_whole
-from fdl._fit import differences, places, without_containers
+from fdl._fit import differences, narrow_slots, places, without_containers
 from fdl._json import as_texts, check, dumps
 from fdl._opened import opened_file
 from fdl._safetensors import FORMAT, NAMES, write_tensors
-from fdl._structure import describe, leaf_value, walk
+from fdl._structure import describe, later_fields, leaf_value, walk
 from fdl._torch_files import load_torch, save_torch
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -153,8 +153,12 @@ def load(
         structure, expected = describe(like, "load: like")
         present = file.tensors()
         wanted, got = places(structure, expected), places(file.structure, present)
+        later = {at: new for at, new in later_fields(structure).items() if at not in got}
+        wanted = {at: what for at, what in wanted.items() if at not in later}
         if not file.told:
             wanted, got = without_containers(wanted), without_containers(got)
+        narrow = narrow_slots(structure, wanted, got)
+        got |= {at: wanted[at] for at in narrow}
         lines = differences(wanted, got)
         if lines and strict:
             raise ValueError(
@@ -162,8 +166,13 @@ def load(
                 "(strict=False would load what does):\n  " + "\n  ".join(lines)
             )
         leaves = flatten_dict(like)
-        fitting = {at: leaf for at, leaf in leaves.items() if wanted[at] == got.get(at)}
+        fitting = {
+            at: leaf for at, leaf in leaves.items() if at in wanted and wanted[at] == got.get(at)
+        }
         new: dict[str, Any] = {
+            at: default.to(device or _device(leaves[at]) or "cpu") for at, default in later.items()
+        }
+        new |= {
             at: leaf_value(node)
             for at, node in walk(file.structure)
             if at in fitting and at not in expected
@@ -171,6 +180,7 @@ def load(
         new |= file.read(
             {at: device or _device(leaf) for at, leaf in fitting.items() if at in expected}
         )
+        new |= {at: new[at].float() for at in narrow}
         loaded = unflatten_dict(leaves | new, like=like)
         return loaded if strict else (loaded, lines)
 

@@ -24,6 +24,7 @@ from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
 from fdl.nn.model import check_takes_mask
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
+from fdl.optim.base import update_of
 from fdl.tree import Tree
 
 __all__ = ["TrainState", "eval_step", "supervised", "train_step", "update_bn"]
@@ -253,7 +254,8 @@ def train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         objective = objective_of(loss, state, batch, random.fold_in(state.key, state.step))
         grads, (value, (metrics, buffers)) = differentiate(objective, state, grad_fn)
-        new = updated(opt, state, grads, buffers, value, lambda params: objective(params)[0])
+        value_fn = lambda params: objective(params)[0]  # noqa: E731
+        new = updated(opt, state, grads, buffers, value, value_fn, count_of(metrics))
         return new, metrics
 
     return step
@@ -291,13 +293,20 @@ def updated(
     buffers: Tree,
     value: Tensor,
     value_fn: Callable[[Tree], Tensor],
+    count: Tensor | None = None,
 ) -> TrainState:
     """Give the state after one update."""
-    updates, opt_state = opt.update(
-        grads, state.opt_state, state.params, value=value, value_fn=value_fn
+    updates, opt_state = update_of("train_step", opt)(
+        grads, state.opt_state, state.params, value=value, value_fn=value_fn, count=count
     )
     params = apply_updates(state.params, updates)
     return TrainState(params, buffers, opt_state, state.key, state.step + 1)
+
+
+def count_of(metrics: Metrics) -> Tensor | None:
+    """Say how many examples a loss is the mean of, if its metrics tell."""
+    found = metrics.get("loss") if isinstance(metrics, dict) else None
+    return found.count if isinstance(found, Mean) else None
 
 
 def _scaled(grad_fn: Callable[..., Any], scale: Tensor | None) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ starts a rounding away.
 
 import copy
 import inspect
+import math
 from functools import partial
 
 import pytest
@@ -156,30 +157,74 @@ def test_searches_of_every_shape_equal_torch(max_eval, lr):
     assert compared > 30
 
 
-def test_a_search_that_leaves_the_domain_equals_torch():
-    """NaN compares false, which decides what a search does next."""
-    waves, compared, lost = draw(60, 3, 3), 0, 0
+def test_a_search_equals_torch_until_it_leaves_the_domain_and_stays_in_it():
+    """Where a value is NaN torch goes there; here it counts as too high."""
+    waves, compared, left = draw(60, 3, 3), 0, 0
     kwargs = {"lr": 1.0, "max_iter": 5, "max_eval": 4, **SEARCH}
     opt = optim.lbfgs(**kwargs)
+    seen = []
 
     def f(p):
-        return 1.5 * p["x"].sum() - p["x"].log().sum() + 0.1 * torch.sin(3 * waves @ p["x"]).sum()
+        value = 1.5 * p["x"].sum() - p["x"].log().sum() + 0.1 * torch.sin(3 * waves @ p["x"]).sum()
+        seen.append(bool(value.isfinite()))
+        return value
 
     for seed in range(60, 100):
         params, slots = {"x": draw(seed, 3).abs() + 0.05}, {}
         for _ in range(3):
+            seen.clear()
             try:
                 expected, new_slots = torch_step(f, kwargs, params, slots)
             except IndexError:  # where torch looks for the second of one trial
                 break
             got, state = step(f, opt, params, _lbfgs_from_torch(slots, opt.init(params)))
+            assert f(got).isfinite()
+            if not all(seen):
+                left += 1
+                break
             assert moved(got, expected) < 1e-9
             same_slots(state, new_slots)
             params, slots, compared = expected, new_slots, compared + 1
-            if f(params).isnan():
-                lost += 1
-                break
-    assert compared > 60 and lost > 3
+    assert compared > 20 and left > 5
+
+
+DOMAINS = {  # the function, the least value
+    "root": (lambda w: (w * w.sqrt() - w).sum(), -4 / 27 * 3),
+    "logarithm": (lambda w: (w - w.log()).sum(), 3.0),
+    "power": (lambda w: (w**1.5 + 1 / w.sqrt()).sum(), 3 * (3**-0.75 + 3**0.25)),
+    "barrier": (lambda w: -(w - 1).log().sum() - (5 - w).log().sum(), -6 * math.log(2)),
+    "entropy": (lambda w: (w * w.log()).sum(), -3 / math.e),
+}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_search_finds_the_minimum_of_a_function_with_a_domain(name):
+    f, least = DOMAINS[name]
+    opt = optim.lbfgs(max_iter=50, line_search_fn="strong_wolfe")
+    for seed in range(20):
+        low, high = (1.0, 5.0) if name == "barrier" else (0.0, 20.0)
+        start = low + (high - low) * draw(seed, 3).sigmoid()
+        params, value_fn = {"w": start}, lambda p: f(p["w"])
+        state = opt.init(params)
+        for _ in range(3):
+            params, state = step(value_fn, opt, params, state)
+            assert torch.isfinite(params["w"]).all(), (seed, params)
+        close(value_fn(params), torch.tensor(least).double(), rtol=1e-6)
+
+
+def test_one_update_from_9_reaches_the_minimum_or_stays_in_the_domain():
+    opt, params = optim.lbfgs(line_search_fn="strong_wolfe"), {"w": torch.tensor([9.0]).double()}
+    params, _ = step(
+        lambda p: (p["w"] * p["w"].sqrt() - p["w"]).sum(), opt, params, opt.init(params)
+    )
+    close(params["w"], torch.tensor([4 / 9]).double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [math.nan, -1.0])
+def test_from_outside_of_the_domain_the_parameters_stay(start):
+    opt, params = optim.lbfgs(line_search_fn="strong_wolfe"), {"w": torch.tensor([start, 4.0])}
+    after, _ = step(lambda p: (p["w"] * p["w"].sqrt()).sum(), opt, params, opt.init(params))
+    assert equal_bits(after["w"], params["w"])
 
 
 def test_a_straight_line_is_followed_as_far_as_allowed():

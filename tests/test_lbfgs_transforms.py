@@ -174,7 +174,9 @@ def test_dtypes_and_forms_stay(dtype):
         after, new_state = step(lambda p: flat(p).square().sum(), opt, params, state)
         assert tree.diff(params, after, values=False) == []
         assert tree.diff(state, new_state, values=False) == []
-        assert flat(after).norm() < 0.5 * flat(params).norm() or lr < 1
+        # With values of eight bits a search knows little of how far to go.
+        far = 0.5 if dtype == torch.float32 else 0.6
+        assert flat(after).norm() < far * flat(params).norm() or lr < 1
         params, state = after, new_state
 
 

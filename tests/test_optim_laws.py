@@ -182,6 +182,25 @@ def test_a_leaf_without_gradient_stays(name):
         close(tree.flatten_dict(after)[path], leaf)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_centered_rmsprop_stays_where_rounding_leaves_no_variance(dtype):
+    """The variance of a constant gradient is (1 − αᵗ) αᵗ g²; rounding ends that at v's last bit."""
+    opt, params = (
+        optim.scale_by_rms(0.9, eps=1e-12, centered=True),
+        {"w": torch.zeros(3, dtype=dtype)},
+    )
+    g = {"w": torch.tensor([3.0, -0.7, 1e-3], dtype=dtype)}
+    state, most = opt.init(params), 1 / torch.finfo(dtype).eps ** 0.5
+    for step in range(1, 1000):
+        updates, state = opt.update(g, state, params)
+        ratio = updates["w"] / g["w"].sign()
+        assert (ratio > 0).all() and (ratio < 1.01 * most * (1 - 0.9**step) ** -0.5).all()
+        if step < 20:  # as the formula says, as long as it can be computed
+            exact = ((1 - 0.9**step) * 0.9**step) ** -0.5
+            close(ratio, torch.full_like(ratio, exact), rtol=1e-3, atol=0.0)
+    # With a variance to speak of it is torch's, in the very configurations of the table.
+
+
 def test_several_of_them_in_one_compiled_scan():
     """One program, whose rates change from call to call; each by itself: test_transforms.py."""
     names = ["adam", "nadam", "adafactor", "rprop"]

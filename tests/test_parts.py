@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Graphs, close, draw, trees, unchanged
+from optimizer_cases import default_dtype
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
@@ -303,3 +304,140 @@ def test_what_does_not_fit_raises(name):
         opt.update(PARAMS, optim.sgd().init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match=rf"^{name}: expected the states of .*, got \['a'\]"):
         opt.update(PARAMS, {"a": ()}, PARAMS)
+
+
+# ------------------------------------------------------------------------------ what is frozen
+
+
+def frozen_run(opt, absent_from=0, steps=6):
+    """Steps in which the gradient of "b" is None from some step on."""
+    params = {"a": draw(1, 3), "b": draw(2, 2)}
+    state = opt.init(params)
+    for step in range(steps):
+        grads = {k: (step + 2) * draw(step + 3, *p.shape) for k, p in params.items()}
+        if step >= absent_from:
+            grads["b"] = None
+        updates, state = opt.update(grads, state, params)
+        params = optim.apply_updates(params, updates)
+    return params
+
+
+def torch_run(make, absent_from=0, steps=6, max_norm=1.0):
+    a, b = (draw(i, n).requires_grad_() for i, n in ((1, 3), (2, 2)))
+    optimizer = make([a, b])
+    for step in range(steps):
+        b.requires_grad_(step < absent_from)
+        for leaf in (a, b):
+            leaf.grad = (step + 2) * draw(step + 3, *leaf.shape) if leaf.requires_grad else None
+        torch.nn.utils.clip_grad_norm_([a, b], max_norm)
+        optimizer.step()
+    return {"a": a.detach(), "b": b.detach()}
+
+
+FROZEN = {
+    "sgd": (
+        optim.sgd(0.1, 0.9, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1),
+    ),
+    "adamw": (
+        optim.adamw(0.1, weight_decay=0.5),
+        lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.5),
+    ),
+    "nadam": (
+        optim.nadam(0.1, weight_decay=0.1),
+        lambda p: torch.optim.NAdam(p, 0.1, weight_decay=0.1),
+    ),
+    "asgd": (optim.asgd(0.1, 0.5), lambda p: torch.optim.ASGD(p, 0.1, 0.5)),
+}
+
+
+@pytest.mark.parametrize("absent_from", [0, 3])
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_leaf_is_out_of_the_norm_and_stays_as_in_torch(name, absent_from):
+    """Neither its gradient counts, nor does it decay, nor go on by its momentum."""
+    ours, theirs = FROZEN[name]
+    opt = optim.chain(optim.clip_by_global_norm(1.0), ours)
+    got = frozen_run(opt, absent_from)
+    with default_dtype(torch.float64):  # in which torch keeps its counts
+        expected = torch_run(theirs, absent_from)
+    close(got, expected)
+    if not absent_from:
+        whole = optim.freeze(opt, "b")
+        params = {"a": draw(1, 3), "b": draw(2, 2)}
+        state = whole.init(params)
+        for step in range(6):
+            grads = {k: (step + 2) * draw(step + 3, *p.shape) for k, p in params.items()}
+            updates, state = whole.update(grads, state, params)
+            params = optim.apply_updates(params, updates)
+        close(params, expected)
+
+
+# ------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: optim.chain(optim.clip_by_global_norm, optim.sgd()),
+            r"chain: part 0 must be an Optimizer, got <function clip_by_global_norm .*; call it: "
+            r"clip_by_global_norm\(...\)",
+        ),
+        (lambda: optim.chain(optim.sgd(), None), "chain: part 1 must be an Optimizer, got None"),
+        (lambda: optim.chain([optim.sgd()]), r"chain: part 0 must be an Optimizer, got \[Optim"),
+        (lambda: optim.masked(optim.sgd, "a"), "masked: opt must be an Optimizer, .* call it: sgd"),
+        (
+            lambda: optim.freeze(optim.adam, "a"),
+            "freeze: opt must be an Optimizer, .* call it: adam",
+        ),
+        (
+            lambda: optim.multi_transform({"x": optim.sgd(), "y": 3}, {"x": "a", "y": "b"}),
+            r"multi_transform: opts\['y'\] must be an Optimizer, got 3",
+        ),
+        (lambda: optim.loss_scale(optim.sgd), "loss_scale: opt must be an Optimizer"),
+        (lambda: optim.reduce_on_plateau(optim.sgd), "reduce_on_plateau: opt must be an Optim"),
+        (lambda: optim.apply_if_finite(optim.sgd), "apply_if_finite: opt must be an Optimizer"),
+        (lambda: optim.lookahead(optim.sgd), "lookahead: opt must be an Optimizer"),
+        (lambda: optim.accumulate(torch.optim.SGD, 2), "accumulate: opt must be an Optimizer"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_by_name(make, text):
+    with pytest.raises(TypeError, match=f"^{text}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda where: optim.add_decayed_weights(0.1, mask=where),
+        lambda where: optim.masked(optim.sgd(), where),
+        lambda where: optim.freeze(optim.sgd(), where),
+        lambda where: optim.multi_transform(
+            {"x": optim.sgd(), "y": optim.sgd()}, {"x": where, "y": "*"}
+        ),
+        lambda where: optim.lion(weight_decay=0.1, mask=where),
+        lambda where: optim.adan(weight_decay=0.1, mask=where),
+        lambda where: optim.lamb(0.1, weight_decay=0.1, mask=where),
+        lambda where: optim.lamb(0.1, trust_mask=where),
+        lambda where: optim.lars(0.1, weight_decay=0.1, mask=where),
+        lambda where: optim.lars(0.1, trust_mask=where),
+    ],
+)
+def test_a_function_that_selects_nothing_is_refused_as_a_glob_is(make):
+    params = {"a": torch.ones(3), "b": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"selects no path; there are \['a', 'b'\]"):
+        make(lambda path, leaf: leaf.ndim > 1).init(params)
+    with pytest.raises(ValueError, match=r"matches no path; there are \['a', 'b'\]"):
+        make("c").init(params)
+
+
+def test_a_mask_by_path_is_the_same_for_stacked_leaves_and_one_by_rank_is_not():
+    params = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    stacked = tree.stack([params, params])
+    zeros = tree.map(torch.zeros_like, stacked)
+    for mask, decays in (("weight", False), (lambda path, leaf: leaf.ndim > 1, True)):
+        opt = optim.add_decayed_weights(0.1, mask)
+        outside = opt.update(zeros, opt.init(stacked), stacked)[0]
+        inside = torch.vmap(lambda g, p, opt=opt: opt.update(g, opt.init(p), p)[0])(zeros, stacked)
+        assert not inside["bias"].any() and bool(outside["bias"].any()) == decays
+        assert torch.equal(inside["weight"], outside["weight"])

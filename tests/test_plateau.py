@@ -72,7 +72,7 @@ def test_every_rate_is_that_of_torch(options):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(-10, 10) | st.just(math.nan) | st.just(math.inf), min_size=20, max_size=60),
+    st.lists(st.floats(0, 10) | st.just(math.nan) | st.just(math.inf), min_size=20, max_size=60),
     st.sampled_from(["min", "max"]),
     st.sampled_from(["rel", "abs"]),
     st.floats(0.1, 0.9),
@@ -93,6 +93,47 @@ def test_also_with_values_that_are_not_finite(
     }
     opt = optim.reduce_on_plateau(optim.sgd(0.3), **options)
     assert rates(opt, values) == torch_rates(values, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-10, 10), min_size=20, max_size=60),
+    st.sampled_from([-1, 1]),
+    st.sampled_from([0.0, 1e-4, 0.5, 2.0]),
+)
+def test_a_relative_margin_is_a_fraction_of_the_size_of_the_best_value(values, sign, threshold):
+    """A loop of its own; and to maximize is to minimize the negative, whatever the sign."""
+    mode = {-1: "min", 1: "max"}[sign]
+    opt = optim.reduce_on_plateau(
+        optim.sgd(0.3), mode, patience=0, factor=0.5, eps=0.0, threshold=threshold
+    )
+    lr, best, expected = 0.3, None, []
+    for value in values:
+        if best is None or sign * (value - best) > threshold * abs(best):
+            best = value
+        else:
+            lr /= 2
+        expected.append([lr])
+    assert rates(opt, values) == expected
+    other = optim.reduce_on_plateau(
+        optim.sgd(0.3),
+        {-1: "max", 1: "min"}[sign],
+        patience=0,
+        factor=0.5,
+        eps=0.0,
+        threshold=threshold,
+    )
+    assert rates(other, [-value for value in values]) == expected
+
+
+def test_a_negative_loss_that_stands_still_lowers_the_rate():
+    """A log-likelihood: torch's bound is −9.999, so that −10 beats itself."""
+    (found,) = {
+        tuple(map(tuple, rates(optim.reduce_on_plateau(optim.sgd(1.0), mode), [-10.0] * 30)))
+        for mode in ("min", "max")
+    }
+    assert [found[i] for i in (10, 11, 22)] == [(1.0,), (0.1,), (0.1 * 0.1,)]
+    assert torch_rates([-10.0] * 30, mode="min")[-1] == [0.3]
 
 
 @pytest.mark.parametrize("every", [2, 7])

@@ -190,7 +190,13 @@ def test_the_parameters_become_the_slow_ones_to_the_last_bit(dtype):
         opt, [(x.to(dtype), y.to(dtype)) for x, y in cut(10)], tree.cast(PARAMS, dtype)
     )
     slow = optim.slots(state)["slow"]
-    assert all(equal_bits(p, s) for p, s in zip(*map(tree.leaves, (got[-1], slow)), strict=True))
+    for p, s in zip(*map(tree.leaves, (got[-1], slow)), strict=True):
+        assert s.dtype == torch.float32  # more than the parameters hold if these have 16 bits
+        assert (
+            equal_bits(p, s)
+            if dtype == torch.float32
+            else (p - s).abs().max() <= 2**-8 * s.abs().max()
+        )
 
 
 def test_the_slow_step_is_a_hyperparameter():
@@ -292,7 +298,11 @@ def test_wrappers_stack_and_train_as_one_scan(plain_backend):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: optim.accumulate(optim.sgd, 2), TypeError, "accumulate: opt must be an Optimizer"),
+        (
+            lambda: optim.accumulate(optim.sgd, 2),
+            TypeError,
+            r"accumulate: opt must be an Optimizer, got <function sgd .*; call it: sgd\(...\)",
+        ),
         (lambda: optim.lookahead(None), TypeError, "lookahead: opt must be an Optimizer, got None"),
         (lambda: optim.apply_if_finite(1), TypeError, "apply_if_finite: opt must be .* got 1"),
         (lambda: optim.accumulate(optim.sgd(), 0), ValueError, "accumulate: k .* least 1, got 0"),

@@ -89,9 +89,10 @@ def judge(
         The search, whether it has ended (bool []), the point it then ends at, and the next trial
         (float64 []) if it has not.
     """
+    new = _known(new)
     origin, before, zooming = search.origin, search.a, search.zooming
     low, high = choose(search.low_is_b, (search.b, search.a), (search.a, search.b))
-    too_high = new.f > origin.f + C1 * new.t * origin.slope
+    too_high = (new.f > origin.f + C1 * new.t * origin.slope) | new.f.isposinf()
     rises = too_high | ((new.f >= low.f) & (zooming | (search.trials > 1)))
     flat = new.slope.abs() <= -C2 * origin.slope
     closes = ~zooming & (rises | (new.slope >= 0))  # the minimum lies between `before` and `new`
@@ -120,9 +121,23 @@ def judge(
     return Search(origin, a, b, low_is_b, zooming, crowded, search.trials + 1), ended, best, t
 
 
+def _known(new: Point) -> Point:
+    """Count a point where the value, or a derivative, is not finite as infinitely high.
+
+    It lies outside of the domain of the function, or in a corner of it from where nothing leads on.
+    """
+    known = torch.isfinite(new.f) & torch.isfinite(new.slope) & torch.isfinite(new.g).all()
+    f, slope = torch.where(known, new.f, torch.inf), torch.where(known, new.slope, 0.0)
+    return Point(new.t, f, slope, new.g)
+
+
 def _cubic_minimum(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
-    """Minimise the cubic through two values and slopes, within bounds (Nocedal & Wright, 3.59)."""
-    p, q = a[:3], b[:3]
+    """Minimise the cubic through two values and slopes, within bounds (Nocedal & Wright, 3.59).
+
+    Where a value is infinite there is no cubic, and the middle is taken.
+    """
+    finite = ~(a.f.isinf() | b.f.isinf())
+    p, q = ((x.t, torch.where(finite, x.f, 0.0), x.slope) for x in (a, b))
     (t1, f1, slope1), (t2, f2, slope2) = choose(a.t <= b.t, (p, q), (q, p))
     # Under `grad` a value that is not selected must be finite as well, so nothing divides by zero.
     mean = slope1 + slope2 - 3 * (f1 - f2) / torch.where(t1 == t2, -1, t1 - t2)
@@ -134,7 +149,7 @@ def _cubic_minimum(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
     t = torch.minimum(torch.maximum(t, least), most)
     middle = (least + most) / 2
     downhill = torch.where(above < 0, most, torch.where(above > 0, least, middle))
-    return torch.where(square >= 0, torch.where(straight, downhill, t), middle)
+    return torch.where(finite & (square >= 0), torch.where(straight, downhill, t), middle)
 
 
 def _off_the_ends(t: Tensor, least: Tensor, most: Tensor, crowded: Tensor) -> tuple[Tensor, Tensor]:

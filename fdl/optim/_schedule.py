@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.optim.hyper import known_values
+
 Value = float | Tensor  # a finite number of at least 0, or a 0-d tensor
 
 
 def check_values(caller: str, **values: Value) -> None:
-    """Raise unless each is a finite number of at least 0 or a 0-d tensor.
+    """Raise unless each is a finite number of at least 0, or a 0-d tensor of such a number.
 
     >>> check_values("step", value=0.1)
     """
     for name, value in values.items():
-        if not isinstance(value, Tensor):
-            check_numbers(caller, **{name: value})
-        elif value.ndim:
+        if isinstance(value, Tensor) and value.ndim:
             raise ValueError(
                 f"schedules.{caller}: {name} must be a number or a 0-d tensor, got "
                 f"{list(value.shape)}"
             )
+        for number in known_values(value) if isinstance(value, Tensor) else [value]:
+            check_numbers(caller, **{name: number})
 
 
 def check_numbers(caller: str, low: float = 0.0, high: float = math.inf, **numbers: float) -> None:

@@ -257,6 +257,9 @@ def scale_by_rms(alpha: Rate = 0.99, eps: Rate = 1e-8, centered: bool = False) -
     v ← αv + (1−α)g²; the result is g / (√v + ε), or, centered, with the variance v − m² for v,
     where m ← αm + (1−α)g (Graves, 2013). Slots: `square_avg` v, and centered `grad_avg` m.
 
+    While a gradient does not change, its variance goes to 0 as αᵗ, and a centered step grows up to
+    g/ε, 1e8 times the gradient: take a larger ε where that may happen.
+
     Args:
         alpha: α.
         eps: ε, outside the root.
@@ -280,7 +283,8 @@ def scale_by_rms(alpha: Rate = 0.99, eps: Rate = 1e-8, centered: bool = False) -
         slots = {"square_avg": v}
         if grad_avg is not None:
             m = slots["grad_avg"] = alpha * grad_avg + (1 - alpha) * g
-            v = v - m * m
+            # No less than what rounding alone makes of v − m²: below that nothing is known of it.
+            v = torch.maximum(v - m * m, torch.finfo(v.dtype).eps * v)
         return g / (root(v) + eps), slots
 
     names = ("square_avg", *(["grad_avg"] if centered else []))

@@ -3,19 +3,23 @@
 `init(params) -> state`, `update(grads, state, params) -> (updates, state)`, and
 `apply_updates(params, updates)` adds the updates. Nothing is mutated, so an optimizer can be
 differentiated, vmapped and compiled. `leafwise` makes a transformation of the maths of one leaf.
+
+Everything is computed and remembered in at least 32 bits: `in_32_bits` lifts parameters of 16 bits
+on the way in and rounds their updates once, on the way out of the outermost optimizer.
 """
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch  # noqa: F401  # the examples use it
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_of
+from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
 
 __all__ = ["Optimizer", "State", "apply_updates", "chain", "leafwise", "slots"]
@@ -24,9 +28,13 @@ __all__ = ["Optimizer", "State", "apply_updates", "chain", "leafwise", "slots"]
 class Optimizer(NamedTuple):
     """A transformation of gradients, or a chain of them, as two pure functions.
 
-    `update` takes `(grads, state, params, *, value=None, value_fn=None)`, where `value` is the loss
-    and `value_fn` maps parameters to it; what has no use for them ignores them. A gradient may be
-    `None`: that leaf and its slots stay as they are.
+    `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is
+    the loss, `value_fn` maps parameters to it, and `count` says how many examples the loss is the
+    mean of. What has no use for them ignores them, and an `update` of your own without a parameter
+    `count` is not given it. A gradient may be `None`: that leaf and its slots stay as they are.
+
+    Updates have the dtypes of the parameters. For parameters of 16 bits everything is computed and
+    remembered in float32, and the updates are rounded once, at the end.
 
     >>> from fdl import optim
     >>> opt = optim.sgd(lr=0.1)
@@ -94,35 +102,91 @@ def leafwise(
             init_hyper(rates, params), {name: tree.map(f, params) for name, f in first.items()}
         )
 
-    def update(
-        grads: Tree, state: State, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, State]:
+    def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
         leaves, spec = pytree.tree_flatten(params)
         columns = {
             name: tree.match(params, state.slots[name], f"{caller}: {name}") for name in first
         }
-        rates_now = rates_of(state.hyper)
+        now = rates_now(rates, state.hyper)
         t = (state.hyper.count + 1).double()
         updates: list[Tensor | None] = []
         for i, (g, p) in enumerate(zip(match_grads(grads, params, caller), leaves, strict=True)):
             if g is None:
                 updates.append(None)
                 continue
-            old = {name: column[i] for name, column in columns.items()}
-            lifted = {name: _lift(slot, p) for name, slot in old.items()}
-            u, new = rule(_lift(g.to(p.dtype), p), _lift(p, p), t, **lifted, **rates_now)
+            # Slots that an earlier version kept in 16 bits go on in 32.
+            old = {name: lift(column[i]) for name, column in columns.items()}
+            with_axis = {name: _with_axis(slot, p) for name, slot in old.items()}
+            u, new = rule(_with_axis(g.to(p.dtype), p), _with_axis(p, p), t, **with_axis, **now)
             updates.append(u.to(p.dtype).reshape(p.shape))
             for name, slot in old.items():
                 columns[name][i] = new[name].to(slot.dtype).reshape(slot.shape)
         slots = {name: pytree.tree_unflatten(column, spec) for name, column in columns.items()}
         return pytree.tree_unflatten(updates, spec), State(next_hyper(rates, state.hyper), slots)
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
-def _lift(x: Tensor, leaf: Tensor) -> Tensor:
+def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
     """Give what belongs to a 0-d leaf an axis, so that a float64 rate does not promote it."""
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
+
+
+def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, Tree]]) -> Optimizer:
+    """Make an optimizer that sees parameters and gradients of 16 bits as float32.
+
+    So what it computes and remembers is in 32 bits, and its updates are rounded once, to the dtypes
+    of the parameters. Optimizers inside see float32, and so round nothing.
+
+    Args:
+        init: of the optimizer, for floating parameters of at least 32 bits.
+        update: likewise; it is given every keyword that comes.
+
+    >>> opt = in_32_bits(lambda params: params, lambda grads, state, params, **_: (grads, state))
+    >>> params = {"w": torch.ones(1).half()}
+    >>> opt.update(params, opt.init(params), params)
+    ({'w': tensor([1.], dtype=torch.float16)}, {'w': tensor([1.])})
+    """
+
+    def start(params: Tree) -> Tree:
+        return init(_lifted(params))
+
+    def step(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
+        if not any(map(is_narrow, pytree.tree_leaves((grads, params)))):
+            return update(grads, state, params, **extra)
+        value_fn = extra.get("value_fn")
+        if value_fn is not None:
+            extra["value_fn"] = lambda wide: value_fn(tree.map(_rounded, wide, params))
+        updates, state = update(_lifted(grads), state, _lifted(params), **extra)
+        return tree.map(lambda p, u: u if u is None else _rounded(u, p), params, updates), state
+
+    return Optimizer(start, step)
+
+
+def is_narrow(x: Any) -> bool:
+    """Say whether a leaf is a floating tensor of less than 32 bits.
+
+    >>> is_narrow(torch.ones(1).half()), is_narrow(torch.ones(1)), is_narrow(None)
+    (True, False, False)
+    """
+    return isinstance(x, Tensor) and torch.is_floating_point(x) and x.dtype.itemsize < 4
+
+
+def lift(x: Any) -> Any:
+    """Turn a floating tensor of less than 32 bits into float32; all else stays as it is.
+
+    >>> lift(torch.ones(1).bfloat16()), lift(torch.ones(1).double()), lift(None)
+    (tensor([1.]), tensor([1.], dtype=torch.float64), None)
+    """
+    return x.float() if is_narrow(x) else x
+
+
+def _lifted(params: Tree) -> Tree:
+    return tree.map(lift, params)
+
+
+def _rounded(wide: Tensor, like: Tensor) -> Tensor:
+    return wide.to(like.dtype) if is_narrow(like) else wide
 
 
 def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
@@ -182,32 +246,60 @@ def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
     return tree.map(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
 
 
+def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[Tree, Tree]]:
+    """Take the update of an optimizer as a function that may be given any keyword of `Optimizer`.
+
+    Args:
+        caller: how an error begins.
+        opt: what a function was given for an optimizer.
+        name: of that argument.
+
+    Raises:
+        TypeError: it is something else.
+
+    >>> from fdl import optim
+    >>> params = {"w": torch.ones(1)}
+    >>> update_of("here", optim.scale(2.0))(params, (), params, count=3)[0]
+    {'w': tensor([2.])}
+    """
+    if not isinstance(opt, Optimizer):
+        hint = f"; call it: {opt.__name__}(...)" if inspect.isfunction(opt) else ""
+        raise TypeError(f"{caller}: {name} must be an Optimizer, got {opt!r}{hint}")
+    kinds = inspect.signature(opt.update).parameters
+    if "count" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values()):
+        return opt.update
+    return lambda *args, count=None, **extra: opt.update(*args, **extra)
+
+
 def chain(*parts: Optimizer) -> Optimizer:
     """Apply transformations one after the other; the state is the tuple of their states.
+
+    Raises:
+        TypeError: a part is not an optimizer.
+        ValueError: the state has another number of parts (at update).
 
     >>> from fdl import optim
     >>> opt = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(lr=0.1))
     >>> optim.hyperparams(opt.init({"w": torch.ones(1)}))["max_norm"]
     tensor(1., dtype=torch.float64)
     """
+    steps = [update_of("chain", part, f"part {i}") for i, part in enumerate(parts)]
 
     def init(params: Tree) -> Tree:
         return tuple(part.init(params) for part in parts)
 
-    def update(
-        grads: Tree, state: Tree, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, Tree]:
+    def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         if len(state) != len(parts):
             raise ValueError(
                 f"chain: expected the states of {len(parts)} transformations, got {len(state)}"
             )
         states = []
-        for part, old in zip(parts, state, strict=True):
-            grads, new = part.update(grads, old, params, value=value, value_fn=value_fn)
+        for step, old in zip(steps, state, strict=True):
+            grads, new = step(grads, old, params, **extra)
             states.append(new)
         return grads, tuple(states)
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -220,7 +312,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     ...               {"w": torch.ones(1), "frozen": None})
     {'w': tensor([2.]), 'frozen': tensor([1.])}
     """
-    return tree.map(lambda p, u: p if u is None else p + u.to(p.dtype), params, updates)
+    return tree.map(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
 
 
 def slots(state: Tree) -> dict[str, Tree]:

@@ -91,7 +91,9 @@ def asgd(
 
     w ← (1 − λη)w − ηg, η = lr / (1 + λ·lr·t)^α; the average a ← a + (w − a)μ, μ = 1/max(1, t − t0),
     is for evaluation: `slots(state)["ax"]`. Slots: `ax` a, and for the next update `eta` η, `mu` μ
-    (float64 []). Source: Polyak & Juditsky, 1992.
+    (float64 []). As in torch, η of an update comes from the lr of the update before: one that is
+    set or scheduled anew counts an update later. Statistics of batch normalization belong to w.
+    Source: Polyak & Juditsky, 1992.
 
     Args:
         lr: the learning rate.

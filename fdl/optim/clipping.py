@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import global_norm, norm
-from fdl.optim.base import Optimizer, State, leafwise, map_grads
-from fdl.optim.hyper import Rate, check_rate, init_hyper, next_hyper, rates_of
+from fdl.optim.base import Optimizer, State, in_32_bits, leafwise, map_grads
+from fdl.optim.hyper import Rate, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
 
 __all__ = ["adaptive_clip", "clip", "clip_by_global_norm"]
@@ -61,18 +61,16 @@ def clip_by_global_norm(max_norm: Rate) -> Optimizer:
     def init(params: Tree) -> State:
         return State(init_hyper(rates, params), {})
 
-    def update(
-        grads: Tree, state: State, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, State]:
+    def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
         found = [g for g in tree.leaves(grads) if g is not None]
         next_state = State(next_hyper(rates, state.hyper), {})
         if not found:
             return grads, next_state
-        limit = rates_of(state.hyper)["max_norm"]
+        limit = rates_now(rates, state.hyper)["max_norm"]
         factor = (limit / (global_norm(found) + 1e-6)).clamp(max=1.0)
         return map_grads(lambda g: g * factor.to(g.dtype), grads), next_state
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:

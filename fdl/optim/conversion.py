@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._numerics import at_least_32_bits
 from fdl.optim.base import Optimizer, State
 from fdl.optim.classic import asgd, rprop
 from fdl.optim.hyper import rates_of
@@ -288,6 +289,6 @@ def _put_slots(
             value = tree.flatten_dict(slot)[path].detach()
             if value.numel() or not leaf.numel():  # adafactor leaves slots empty
                 # torch keeps numbers that belong to a leaf in its default dtype.
-                dtype = value.dtype if value.dtype == leaf.dtype else scalar
+                dtype = leaf.dtype if value.dtype == at_least_32_bits(leaf) else scalar
                 slots[name] = value.to(dtype, copy=True)
     return slots

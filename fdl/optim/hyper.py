@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fdl import tree
+from fdl._trace import is_tracing
 from fdl.tree import Tree
 
 __all__ = ["Hyper", "Schedule", "hyperparams", "with_hyperparams"]
@@ -26,7 +28,7 @@ class Hyper(NamedTuple):
     """
 
     free: dict[str, Tensor]  # float64 []; with_hyperparams replaces them
-    scheduled: dict[str, Tensor]  # float64 []; what the schedules say for the next update
+    scheduled: dict[str, Tensor]  # float64 []; what the schedules say of the next update, to read
     count: Tensor  # type: ignore[assignment]  # int64 [], updates done
 
 
@@ -49,24 +51,48 @@ def check_rate(caller: str, name: str, rate: Rate) -> None:
     Args:
         caller: opens the message.
         name: of the hyperparameter, which also says its range: at least 0 if nothing else.
-        rate: only of a number is the value looked at.
+        rate: not looked at are the values of a schedule, and of a tensor that is traced or in a
+            transformation.
 
     >>> check_rate("sgd", "lr", 0.1)
     """
-    if isinstance(rate, (int, float)):
-        words, allowed = _RANGES.get(name, ("at least 0", lambda x: x >= 0))
-        if not (-math.inf < rate < math.inf and allowed(rate)):  # NaN is in no range
-            raise ValueError(f"{caller}: {name} must be finite and {words}, got {rate}")
-    elif isinstance(rate, Tensor):
+    if isinstance(rate, Tensor):
         if rate.ndim:
             raise ValueError(
                 f"{caller}: {name} must be a number or a 0-d tensor, got {list(rate.shape)}; for "
                 "a population, vmap over the states"
             )
+        check_range(caller, name, *known_values(rate))
+    elif isinstance(rate, (int, float)):
+        check_range(caller, name, rate)
     elif not callable(rate):
         raise TypeError(
             f"{caller}: {name} must be a number, a 0-d tensor or a schedule, got {rate!r}"
         )
+
+
+def check_range(caller: str, name: str, *values: float) -> None:
+    """Raise unless each value is finite and in the range of its name.
+
+    >>> check_range("sgd", "lr", 0.1, 0.2)
+    """
+    words, allowed = _RANGES.get(name, ("at least 0", lambda x: x >= 0))
+    for value in values:
+        if not (-math.inf < value < math.inf and allowed(value)):  # NaN is in no range
+            raise ValueError(f"{caller}: {name} must be finite and {words}, got {value}")
+
+
+def known_values(x: Tensor) -> list[float]:
+    """List the values of a tensor; none where it is traced, or in a transformation such as `vmap`.
+
+    >>> known_values(torch.tensor([1.0, 2.0]))
+    [1.0, 2.0]
+    """
+    if torch.compiler.is_compiling() or is_tracing():
+        return []
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, FakeTensor) or x.is_meta:
+        return []
+    return x.detach().reshape(-1).tolist()
 
 
 def is_zero(rate: Rate) -> bool:
@@ -85,13 +111,8 @@ def init_hyper(rates: Mapping[str, Rate], params: Tree) -> Hyper:
     {'lr': tensor(0.1000, dtype=torch.float64)}
     """
     device = device_of(params)
-    free = {
-        name: torch.as_tensor(rate, dtype=torch.float64, device=device).clone()
-        for name, rate in rates.items()
-        if not callable(rate)
-    }
     count = torch.zeros((), dtype=torch.int64, device=device)
-    return Hyper(free, _scheduled(rates, count), count)
+    return Hyper(_as_tensors(rates, device), _scheduled(rates, count), count)
 
 
 def device_of(params: Tree) -> torch.device:
@@ -104,7 +125,7 @@ def device_of(params: Tree) -> torch.device:
 
 
 def rates_of(hyper: Hyper) -> dict[str, Tensor]:
-    """Read every rate for the next update, free or scheduled.
+    """Read every rate as the state reports it, free or scheduled.
 
     >>> rates_of(init_hyper({"lr": 0.5}, {}))
     {'lr': tensor(0.5000, dtype=torch.float64)}
@@ -112,15 +133,44 @@ def rates_of(hyper: Hyper) -> dict[str, Tensor]:
     return {**hyper.free, **hyper.scheduled}
 
 
+def rates_now(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
+    """Give every rate for this update: numbers from the state, schedules at its count.
+
+    What the state reports of a schedule is not used, as it may be another one's: that of a run
+    which is resumed with a longer schedule, say.
+
+    >>> hyper = init_hyper({"lr": lambda count: 0.1 * 0.5**count}, {})
+    >>> rates_now({"lr": lambda count: 0.3 * 0.5**count}, hyper)
+    {'lr': tensor(0.3000, dtype=torch.float64)}
+    """
+    return {**_numbers(rates, hyper), **_scheduled(rates, hyper.count)}
+
+
 def next_hyper(rates: Mapping[str, Rate], hyper: Hyper) -> Hyper:
-    """Count one update more and read the schedules for the next one.
+    """Count one update more, and report what the schedules say for the next one.
 
     >>> rates = {"lr": lambda count: 0.1 * 0.5**count}
     >>> next_hyper(rates, init_hyper(rates, {})).scheduled
     {'lr': tensor(0.0500, dtype=torch.float64)}
     """
     count = hyper.count + 1
-    return Hyper(hyper.free, _scheduled(rates, count), count)
+    return Hyper(_numbers(rates, hyper), _scheduled(rates, count), count)
+
+
+def _numbers(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
+    """Take the numbers of the state, and the code's where the state had a schedule."""
+    free = {name: value for name, value in hyper.free.items() if not callable(rates.get(name))}
+    return free | _as_tensors(
+        {name: rate for name, rate in rates.items() if name not in free}, hyper.count.device
+    )
+
+
+def _as_tensors(rates: Mapping[str, Rate], device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.as_tensor(rate, dtype=torch.float64, device=device).clone()
+        for name, rate in rates.items()
+        if not callable(rate)
+    }
 
 
 def _scheduled(rates: Mapping[str, Rate], count: Tensor) -> dict[str, Tensor]:
@@ -171,7 +221,8 @@ def hyperparams(state: Tree) -> dict[str, Tensor]:
     """Read every hyperparameter of an optimizer's state: float64 0-d tensors by name.
 
     A name that occurs more than once is given with its path in the state. What a schedule drives
-    is its value for the next update.
+    is its value for the next update, as of the update that made this state: another schedule takes
+    effect at once, and is reported from then on. The tensors are copies.
 
     >>> from fdl import optim
     >>> hyperparams(optim.sgd(lr=0.1).init({"w": torch.ones(1)}))
@@ -180,7 +231,7 @@ def hyperparams(state: Tree) -> dict[str, Tensor]:
     >>> list(hyperparams(two.init({"w": torch.ones(1)})))
     ['0.weight_decay', '1.weight_decay']
     """
-    return {name: value for name, (_, _, value, _) in _names(state).items()}
+    return {name: value.clone() for name, (_, _, value, _) in _names(state).items()}
 
 
 def with_hyperparams(state: Tree, **values: float | Tensor) -> Tree:
@@ -215,6 +266,7 @@ def with_hyperparams(state: Tree, **values: float | Tensor) -> Tree:
                 f"with_hyperparams: {name!r} has the shape {list(old.shape)}, got "
                 f"{list(value.shape)}; for a population, vmap over the states"
             )
+        check_range("with_hyperparams", bare, *known_values(value))
         # A copy: what the state holds may be donated, and must not be the caller's.
         new[path, bare] = value.to(dtype=old.dtype, device=old.device, copy=True)
     nodes, spec = flatten_to_hyper(state)

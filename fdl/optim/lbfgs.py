@@ -18,8 +18,8 @@ from fdl import tree
 from fdl._scan import is_eager, scan
 from fdl.optim._line_search import Point, Search, choose, judge, start, when
 from fdl.optim._quasi_newton import direction, products, remember
-from fdl.optim.base import Optimizer
-from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_of
+from fdl.optim.base import Optimizer, in_32_bits, lift
+from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
 
 __all__ = ["lbfgs"]
@@ -102,6 +102,10 @@ def lbfgs(
     which takes long to compile: lower `max_iter` there. The state holds 2 m n numbers from the
     start.
 
+    To a line search a value that is not finite, or whose gradient is not, counts as too high: it
+    stays within the domain of the function, where torch's may leave it. From a point outside the
+    domain nothing moves.
+
     Rounding grows along the way, in torch as well: on ill-conditioned or non-convex problems two
     runs of torch, started one rounding apart, part as fast as a run of this from one of torch.
 
@@ -167,7 +171,13 @@ def lbfgs(
         )
 
     def update(
-        grads: Tree, state: LBFGSState, params: Tree, *, value: Any = None, value_fn: Any = None
+        grads: Tree,
+        state: LBFGSState,
+        params: Tree,
+        *,
+        value: Any = None,
+        value_fn: Any = None,
+        **extra: Any,
     ) -> tuple[Tree, LBFGSState]:
         if value_fn is None:
             raise ValueError(
@@ -186,18 +196,18 @@ def lbfgs(
             searches,
             objective=lambda x: sign * value_fn(_unflatten(x, params, found, leaves)),
             moves=_join(torch.full_like(p, g is not None, dtype=torch.bool) for g, p in pairs),
-            rate=rates_of(hyper)["lr"],
+            rate=rates_now(rates, hyper)["lr"],
             n_iter=state.n_iter,
             func_evals=state.func_evals,
         )
         f = sign * torch.as_tensor(value_fn(params) if value is None else value).double()
         g = sign * _join(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in pairs)
-        end, state = _minimise(task, state, x, f, g, turns)
+        end, state = _minimise(task, tree.map(lift, state), x, f, g, turns)
         updates = _unflatten(end - x, params, found, [None] * len(found))
         # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
         return updates, LBFGSState(next_hyper(rates, hyper), *state[1:])
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def _check_count(name: str, count: int) -> None:
@@ -240,11 +250,11 @@ def _begin(task: _Task, state: LBFGSState, walk: _Walk, f: Tensor, g: Tensor) ->
     """Begin an inner iteration where the value is f and the gradient g."""
     state, above = remember(state, walk.products, g)
     d = torch.where(task.moves, direction(state, above, g), 0)
-    shrink = 1 / torch.linalg.vector_norm(g, 1).double().clamp(min=1)
+    shrink = 1 / g.abs().sum(dtype=torch.float64).clamp(min=1)
     t = task.rate * torch.where(state.n_iter == 0, shrink, 1)
     slope = (g @ d).double()
     state = state._replace(d=d, t=t, prev_flat_grad=g, prev_loss=f, n_iter=state.n_iter + 1)
-    done = slope > -task.tolerance_change
+    done = ~(slope <= -task.tolerance_change) | ~torch.isfinite(slope)
     return state, _Walk(walk.x, above, start(f, slope, g), done)
 
 

@@ -9,20 +9,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._numerics import at_least_32_bits
-from fdl.optim.base import Optimizer, State, map_grads, match_grads
+from fdl.optim.base import Optimizer, State, lift, map_grads, match_grads, update_of
 from fdl.optim.wrappers import (
     FiniteState,
     all_finite,
-    check_inner,
     check_whole,
     keep,
     scalar,
+    stays_finite,
     zero_unless,
 )
 from fdl.tree import Tree
 
 __all__ = ["loss_scale", "loss_scale_of"]
+
+
+LEAST_SCALE = 2.0**-24
 
 
 class LossScaleState(NamedTuple):
@@ -42,10 +44,12 @@ def loss_scale(
 ) -> Optimizer:
     """Multiply the loss before it is differentiated, so that float16 gradients do not underflow.
 
-    The gradients are divided by the scale before `opt` sees them. If one is not finite the update
-    is 0, the state of `opt` stays, and the scale falls by `backoff_factor`; after `growth_interval`
-    finite ones in a row it grows by `growth_factor`, unless it would leave float32: the rules of
-    `torch.amp.GradScaler`. `train_step` multiplies the loss itself; a loop of your own
+    The gradients are divided by the scale, in float32, before `opt` sees them. If one is not finite
+    then, or a parameter would no longer be, the update is 0, the state of `opt` stays, and the
+    scale falls by `backoff_factor`; after `growth_interval` finite ones in a row it grows by
+    `growth_factor`, unless it would leave float32: the rules of `torch.amp.GradScaler`, except that
+    the scale does not fall below 2⁻²⁴ (or `init`, if that is less), the least number of float16,
+    while torch's falls to 0. `train_step` multiplies the loss itself; a loop of your own
     differentiates `value * optim.loss_scale_of(state)` and passes the plain `value`.
 
     Clipping and all else that looks at gradients belongs inside: `loss_scale(chain(clip, sgd))`.
@@ -70,7 +74,7 @@ def loss_scale(
     >>> opt.update({"w": torch.tensor([torch.inf])}, state, params)[1].scale
     tensor(2.)
     """
-    check_inner("loss_scale", opt)
+    step = update_of("loss_scale", opt)
     check_whole("loss_scale", "growth_interval", growth_interval, least=1)
     largest = torch.finfo(torch.float32).max
     for name, number, low, high in (
@@ -90,20 +94,20 @@ def loss_scale(
         scale, good = scalar(params, init, torch.float32), scalar(params, 0, torch.int64)
         return LossScaleState(inner, scale, good)
 
+    floor = min(LEAST_SCALE, init)
+
     def update(
-        grads: Tree, state: LossScaleState, params: Tree, *, value: Any = None, value_fn: Any = None
+        grads: Tree, state: LossScaleState, params: Tree, **extra: Any
     ) -> tuple[Tree, LossScaleState]:
         match_grads(grads, params, "loss_scale")
-        finite = all_finite(grads, state.scale.device)
-        plain = map_grads(
-            lambda g: (g.to(at_least_32_bits(g)) / state.scale).to(g.dtype),
-            zero_unless(finite, grads),
-        )
-        updates, inner = opt.update(plain, state.inner, params, value=value, value_fn=value_fn)
-        grows = state.good + 1 == growth_interval
+        plain = map_grads(lambda g: lift(g) / state.scale, grads)
+        finite = all_finite(plain, state.scale.device)
+        updates, inner = step(zero_unless(finite, plain), state.inner, params, **extra)
+        finite = finite & stays_finite(params, updates, state.scale.device)
+        grows = state.good + 1 >= growth_interval
         grown = (state.scale.double() * growth_factor).float()
         grown = torch.where(grows & torch.isfinite(grown), grown, state.scale)
-        shrunk = (state.scale.double() * backoff_factor).float()
+        shrunk = (state.scale.double() * backoff_factor).clamp(min=floor).float()
         return zero_unless(finite, updates), LossScaleState(
             keep(finite, inner, state.inner),
             torch.where(finite, grown, shrunk),
@@ -148,4 +152,4 @@ def loss_scale_of(state: Tree) -> Tensor | None:
                 "inside loss_scale(...)"
             )
         scale = node.scale
-    return scale
+    return None if scale is None else scale.clone()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._numerics import norm
 from fdl.optim.base import Optimizer, chain, leafwise
 from fdl.optim.hyper import Rate, check_rate, is_zero
 from fdl.optim.transforms import add_decayed_weights, scale, scale_by_learning_rate
@@ -97,7 +98,7 @@ def adafactor(
 
 def _rms(x: Tensor) -> Tensor:
     """Root mean square as float64 [], so that it scales a leaf of any dtype."""
-    return torch.linalg.vector_norm(x).double() / x.numel() ** 0.5
+    return norm(x).double() / x.numel() ** 0.5
 
 
 def _at_least(x: Tensor, low: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def _orthogonalize(
     tall = x.shape[0] > x.shape[1]
     x = x.to(torch.bfloat16)
     x = x.T if tall else x
-    x = x / x.norm().clamp(min=eps)
+    x = x / norm(x).to(x.dtype).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

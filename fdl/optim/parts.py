@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fdl import tree
-from fdl.optim.base import Optimizer
+from fdl.optim.base import Optimizer, update_of
 from fdl.tree import Tree, Where
 
 __all__ = ["freeze", "masked", "multi_transform"]
@@ -25,8 +25,9 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
             several, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
 
     Raises:
+        TypeError: one of `opts` is not an optimizer.
         ValueError: labels other than those of `opts`; (at init) a leaf that no label covers, or
-            more than one, or a glob that matches no path; each path is listed.
+            more than one, or a label that covers none; each path is listed.
 
     >>> import torch
     >>> from fdl import optim
@@ -51,7 +52,7 @@ def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict
         found = {path: [labels(path, leaf)] for path, leaf in tree.flatten_dict(params).items()}
     else:
         chosen = {
-            label: tree.select(params, where, f"multi_transform: {label}")
+            label: selected(params, where, f"multi_transform: {label}")
             for label, where in labels.items()
         }
         found = {
@@ -71,6 +72,27 @@ def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict
     return {path: label for path, (label,) in found.items()}
 
 
+def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
+    """Say for each path whether `where` selects it, which it must do for one at least.
+
+    Args:
+        params: the parameters.
+        where: as in `tree.partition`.
+        caller: how an error begins.
+
+    Raises:
+        ValueError: a glob, or the function, selects no path.
+
+    >>> import torch
+    >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
+    {'w': True, 'b': False}
+    """
+    chosen = tree.select(params, where, caller)
+    if chosen and callable(where) and not any(chosen.values()):
+        raise ValueError(f"{caller}: {where!r} selects no path; there are {list(chosen)}")
+    return chosen
+
+
 def masked(opt: Optimizer, where: Where) -> Optimizer:
     """Transform only the gradients that `where` selects; the others pass unchanged.
 
@@ -79,10 +101,12 @@ def masked(opt: Optimizer, where: Where) -> Optimizer:
     Args:
         opt: what to apply to them.
         where: as in `tree.partition`: a glob on dotted paths, several, or a predicate
-            `(path, leaf)` on parameters.
+            `(path, leaf)` on parameters, which sees stacked leaves as they are: see
+            `add_decayed_weights`.
 
     Raises:
-        ValueError: a glob matches no path (at init).
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
 
     >>> import torch
     >>> from fdl import optim
@@ -109,7 +133,7 @@ def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
     """
 
     def label_paths(params: Tree) -> dict[str, str]:
-        chosen = tree.select(params, where, caller)
+        chosen = selected(params, where, caller)
         return {path: "masked" if chosen[path] else "" for path in chosen}
 
     return _by_label(caller, {"masked": opt}, label_paths)
@@ -118,16 +142,18 @@ def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
 def freeze(opt: Optimizer, where: Where) -> Optimizer:
     """Leave the parameters that `where` selects as they are, and optimize the others.
 
-    Frozen leaves have no slots in the state, and their updates are `None`. Their gradients are not
-    looked at, but were computed: to save that as well, `tree.partition` the parameters and
-    differentiate by one part.
+    Frozen leaves have no slots in the state, and their updates are `None`. They neither decay nor
+    go on by their momentum, and their gradients are not in a norm that `opt` clips by; put clipping
+    inside, `freeze(chain(clip, sgd), where)`. Those gradients were computed: to save that as well,
+    `tree.partition` the parameters and differentiate by one part.
 
     Args:
         opt: optimizes the others.
         where: as in `tree.partition`.
 
     Raises:
-        ValueError: a glob matches no path (at init).
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
 
     >>> import torch
     >>> from fdl import optim
@@ -136,14 +162,13 @@ def freeze(opt: Optimizer, where: Where) -> Optimizer:
     >>> opt.update(params, opt.init(params), params)[0]
     {'body': None, 'head': tensor([-0.1000])}
     """
+    update_of("freeze", opt)
 
-    def update(
-        grads: Tree, state: Tree, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, Tree]:
+    def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         return tree.map(lambda g: None, grads), state
 
     def label_paths(params: Tree) -> dict[str, str]:
-        chosen = tree.select(params, where, "freeze")
+        chosen = selected(params, where, "freeze")
         return {path: "frozen" if chosen[path] else "trained" for path in chosen}
 
     opts = {"frozen": Optimizer(lambda params: (), update), "trained": opt}
@@ -154,6 +179,10 @@ def _by_label(
     caller: str, opts: dict[str, Optimizer], label_paths: Callable[[Tree], dict[str, str]]
 ) -> Optimizer:
     """Apply to each leaf the optimizer of its label; what has another label passes unchanged."""
+    steps = {
+        label: update_of(caller, opt, f"opts[{label!r}]" if len(opts) > 1 else "opt")
+        for label, opt in opts.items()
+    }
 
     def part(whole: Tree, labels: dict[str, str], label: str) -> Tree:
         return tree.partition(whole, lambda path, leaf: labels[path] == label)[0]
@@ -163,7 +192,7 @@ def _by_label(
         return {label: opt.init(part(params, labels, label)) for label, opt in opts.items()}
 
     def update(
-        grads: Tree, state: Tree, params: Tree, *, value: Any = None, value_fn: Any = None
+        grads: Tree, state: Tree, params: Tree, *, value_fn: Any = None, **extra: Any
     ) -> tuple[Tree, Tree]:
         if not isinstance(state, dict) or state.keys() != opts.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
@@ -177,13 +206,13 @@ def _by_label(
             return value_fn(tree.unflatten_dict(flat | tree.flatten_dict(moved), like=params))
 
         found, states = tree.flatten_dict(grads), {}
-        for label, opt in opts.items():
-            updates, states[label] = opt.update(
+        for label, step in steps.items():
+            updates, states[label] = step(
                 part(grads, labels, label),
                 state[label],
                 part(params, labels, label),
-                value=value,
                 value_fn=None if value_fn is None else of_part,
+                **extra,
             )
             found |= tree.flatten_dict(updates)
         return tree.unflatten_dict(found, like=params), states

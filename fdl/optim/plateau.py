@@ -9,9 +9,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl.optim.base import Optimizer
+from fdl.optim.base import Optimizer, update_of
 from fdl.optim.hyper import Hyper, flatten_to_hyper
-from fdl.optim.wrappers import as_value, check_inner, check_whole, keep, scalar
+from fdl.optim.wrappers import (
+    NOTHING,
+    as_value,
+    check_whole,
+    keep,
+    scalar,
+    surplus_of,
+    times,
+)
 from fdl.tree import Tree
 
 __all__ = ["reduce_on_plateau"]
@@ -24,8 +32,10 @@ class PlateauState(NamedTuple):
     best: Tensor  # float64 [], the best value so far
     bad: Tensor  # int64 [], looks without a better one
     cooldown: Tensor  # int64 [], looks that are still to be ignored
-    total: Tensor  # float64 [], Σ of the values since the last look
-    seen: Tensor  # int64 [], how many they are, below `every`
+    total: Tensor  # float64 [], Σ count · value since the last look
+    seen: Tensor  # int64 [], how many values they are, below `every`
+    # float64 [], Σ (count − 1) of them; files of earlier versions, where each counted 1, lack it
+    surplus: Tensor = NOTHING
 
 
 def reduce_on_plateau(
@@ -52,12 +62,13 @@ def reduce_on_plateau(
         factor: in [0, 1).
         patience: how many looks in a row may bring nothing better.
         threshold: by how much a value must be better than the best one to count.
-        threshold_mode: as a fraction of the best one ("rel") or as a difference ("abs").
+        threshold_mode: as a fraction of the size of the best one ("rel"), which also serves values
+            below 0, or as a difference ("abs").
         cooldown: after a reduction, so many looks without improvement do not count.
         min_lr: lr falls no further.
         eps: lr stays where it would fall by no more than this.
-        every: look after so many updates, at the mean of their values; for one look an epoch,
-            the number of its batches.
+        every: look after so many updates, at the mean of their values, each of which weighs as
+            many examples as `count` says; for one look an epoch, the number of its batches.
 
     Raises:
         TypeError: `opt` is not an optimizer.
@@ -72,7 +83,7 @@ def reduce_on_plateau(
     >>> optim.hyperparams(state)
     {'lr': tensor(0.1000, dtype=torch.float64)}
     """
-    check_inner("reduce_on_plateau", opt)
+    step = update_of("reduce_on_plateau", opt)
     for name, word, words in (
         ("mode", mode, ("min", "max")),
         ("threshold_mode", threshold_mode, ("rel", "abs")),
@@ -110,26 +121,32 @@ def reduce_on_plateau(
             cooldown=scalar(params, 0, torch.int64),
             total=scalar(params, 0, torch.float64),
             seen=scalar(params, 0, torch.int64),
+            surplus=scalar(params, 0, torch.float64),
         )
 
     def update(
-        grads: Tree, state: PlateauState, params: Tree, *, value: Any = None, value_fn: Any = None
+        grads: Tree,
+        state: PlateauState,
+        params: Tree,
+        *,
+        value: Any = None,
+        count: Any = None,
+        **extra: Any,
     ) -> tuple[Tree, PlateauState]:
         if value is None:
             raise ValueError(
                 "reduce_on_plateau: update needs the loss, update(grads, state, params, "
                 "value=loss), as train_step passes it"
             )
-        updates, inner = opt.update(grads, state.inner, params, value=value, value_fn=value_fn)
-        total = state.total + as_value("reduce_on_plateau", value, state.total)
-        seen = state.seen + 1
-        looks = seen == every
+        updates, inner = step(grads, state.inner, params, value=value, count=count, **extra)
+        found = as_value("reduce_on_plateau", value, state.total)
+        total, seen = state.total + times(count, found), state.seen + 1
+        surplus = state.surplus + surplus_of("reduce_on_plateau", count, total)
+        weight = seen + surplus
+        looks = (seen >= every) & (weight > 0)  # at the mean of no examples there is nothing to see
 
-        current = total / every
-        if threshold_mode == "rel":
-            bound = state.best * (1 + sign * threshold)
-        else:
-            bound = state.best + sign * threshold
+        current = total / torch.where(weight > 0, weight, 1.0)
+        bound = _bound(state.best, sign * threshold, threshold_mode)
         better = current > bound if mode == "max" else current < bound
         cooling = state.cooldown > 0
         bad = torch.where(better | cooling, 0, state.bad + 1)
@@ -140,8 +157,9 @@ def reduce_on_plateau(
             torch.where(reduces, cooldown, state.cooldown - cooling.long()),
             torch.zeros_like(total),
             torch.zeros_like(seen),
+            torch.zeros_like(total),
         )
-        before_one = (state.best, state.bad, state.cooldown, total, seen)
+        before_one = (state.best, state.bad, state.cooldown, total, seen, surplus)
 
         def reduced(lr: Tensor) -> Tensor:
             lower = (lr * factor).clamp(min=min_lr)
@@ -152,6 +170,18 @@ def reduce_on_plateau(
         )
 
     return Optimizer(init, update)
+
+
+def _bound(best: Tensor, margin: float, mode: str) -> Tensor:
+    """Say what a value must pass to be better than the best one, which at first is infinite.
+
+    Relative, the margin is a fraction of |best|: of a best value below 0, best · (1 + margin) would
+    lie on the wrong side.
+    """
+    if mode == "abs":
+        return best + margin
+    relative = best * torch.where(best < 0, 1 - margin, 1 + margin)
+    return torch.where(best.isinf(), best, relative)
 
 
 def _has_lr(node: Any) -> bool:

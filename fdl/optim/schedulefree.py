@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import root
-from fdl.optim.base import Optimizer, State, chain, leafwise
-from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_of
+from fdl.optim.base import Optimizer, State, chain, in_32_bits, leafwise
+from fdl.optim.hyper import Hyper, Rate, check_rate, is_zero, rates_now
 from fdl.optim.transforms import add_decayed_weights, scale
 from fdl.tree import Tree
 
@@ -42,7 +42,9 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
     γₘₐₓ the largest lr so far, so that steps while it warms up count for less. Leave momentum out
     of the chain: β is in its place. Slot: `z`.
 
-    x is not stored but recomputed as (y − (1−β)z)/β; in half precision the mean soon stops moving.
+    x is not stored but recomputed as (y − (1−β)z)/β; with parameters of 16 bits, which hold y, the
+    mean soon stops moving. The running statistics of batch normalization belong to y: recompute
+    them for x before you evaluate it.
     `optax.contrib.schedule_free` (0.2.8) takes w from the lr of the step after, which differs while
     it warms up, and sums w in the dtype of the parameters.
 
@@ -86,28 +88,24 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
         return ScheduleFreeState(inner, zero, zero.clone(), torch.ones_like(zero))
 
     def update(
-        grads: Tree,
-        state: ScheduleFreeState,
-        params: Tree,
-        *,
-        value: Any = None,
-        value_fn: Any = None,
+        grads: Tree, state: ScheduleFreeState, params: Tree, **extra: Any
     ) -> tuple[Tree, ScheduleFreeState]:
         hyper = state.steps.hyper
-        now = rates_of(hyper)
+        now = rates_now(rates, hyper)
         lr_max = torch.maximum(state.lr_max, now["lr"])
         weight = lr_max ** now["weight_lr_power"]
         total = state.weight_sum + weight
         share = weight / torch.where(total > 0, total, 1.0)  # all 0 while the lr is
         # To the rule these two are rates like the others, but they are not the user's to set.
-        lent = {**hyper.free, "old_beta": state.beta, "share": share}
-        inner = state.steps._replace(hyper=hyper._replace(free=lent))
+        lent = {"old_beta": state.beta, "share": share}
+        inner = state.steps._replace(hyper=hyper._replace(free=hyper.free | lent))
         updates, inner = steps.update(grads, inner, params)
+        free = {name: value for name, value in inner.hyper.free.items() if name not in lent}
         # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
-        inner = State(Hyper(hyper.free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
+        inner = State(Hyper(free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
         return updates, ScheduleFreeState(inner, total, lr_max, now["beta"].clone())
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def _average(y: Tensor, z: Tensor, beta: Tensor) -> Tensor:
@@ -170,6 +168,9 @@ def schedule_free_sgd(
 ) -> Optimizer:
     """SGD without a schedule: steps −lr · (g + λy), averaged; evaluate `schedule_free_params`.
 
+    Statistics of batch normalization belong to the parameters of training, y: recompute them for
+    those averaged.
+
     Source: Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_sgd` have these defaults; see `schedule_free`, also for where
     optax differs while the lr warms up.
@@ -204,7 +205,9 @@ def schedule_free_adamw(
 ) -> Optimizer:
     """AdamW without a schedule: averaged steps −lr · (g / (√v̂ + ε) + λy).
 
-    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Source:
+    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Statistics
+    of batch normalization belong to the parameters of training, y: recompute them for those
+    averaged. Source:
     Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_adamw` have these defaults; see `schedule_free`, also for where
     optax differs while the lr warms up. Slots: `exp_avg_sq` v, `z`.

@@ -12,6 +12,8 @@ from torch.func import grad_and_value
 
 from fdl import tree
 from fdl._numerics import global_norm
+from fdl.optim.base import lift
+from fdl.optim.hyper import known_values
 from fdl.tree import Tree
 
 __all__ = ["sam"]
@@ -55,8 +57,9 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
             f"sam: rho must be a number or a 0-d tensor, got {rho!r}; it has no state to count "
             "steps in, so a schedule of it is the caller's"
         )
-    elif not 0 <= rho < math.inf:
-        raise ValueError(f"sam: rho must be finite and at least 0, got {rho}")
+    for value in known_values(rho) if isinstance(rho, Tensor) else [rho]:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"sam: rho must be finite and at least 0, got {value}")
 
     def grad_fn(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
         differentiate = grad_and_value(f, has_aux=has_aux)
@@ -73,11 +76,13 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
 
 def _climb(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
     """Go ρ far along the gradient, in the metric of the parameters' sizes if adaptive."""
-    scaled = tree.map(lambda p, g: p.abs() * g, params, grads) if adaptive else grads
+    wide, scaled = tree.map(lift, params), tree.map(lift, grads)
+    if adaptive:
+        scaled = tree.map(lambda p, g: p.abs() * g, wide, scaled)
     length = global_norm(scaled)
     factor = torch.where(length > 0, rho / torch.where(length > 0, length, 1.0), 0.0)
 
-    def move(p: Tensor, s: Tensor) -> Tensor:
-        return p + (factor * (p.abs() * s if adaptive else s)).to(p.dtype)
+    def move(p: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return (w + (factor * (w.abs() * s if adaptive else s)).to(w.dtype)).to(p.dtype)
 
-    return tree.map(move, params, scaled)
+    return tree.map(move, params, wide, scaled)

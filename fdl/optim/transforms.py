@@ -9,17 +9,19 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import random, tree
-from fdl._numerics import at_least_32_bits, root
+from fdl._numerics import root
 from fdl._random import check_key
 from fdl.optim.base import (
     Optimizer,
     State,
     check_floating,
+    in_32_bits,
     leafwise,
+    lift,
     map_grads,
     match_grads,
 )
-from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, is_zero, next_hyper, rates_of
+from fdl.optim.hyper import Hyper, Rate, check_rate, init_hyper, is_zero, next_hyper, rates_now
 from fdl.optim.parts import masked_for
 from fdl.tree import Tree, Where
 
@@ -41,12 +43,10 @@ def scale(factor: float) -> Optimizer:
     ({'w': tensor([-2.])}, ())
     """
 
-    def update(
-        grads: Tree, state: Tree, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, Tree]:
+    def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         return map_grads(lambda g: g * factor, grads), state
 
-    return Optimizer(lambda params: (), update)
+    return in_32_bits(lambda params: (), update)
 
 
 def scale_by_learning_rate(lr: Rate) -> Optimizer:
@@ -76,10 +76,12 @@ def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimi
     Args:
         weight_decay: λ: a number, a 0-d tensor or a schedule.
         mask: which parameters decay, as in `tree.partition`: a glob on dotted paths, several, or a
-            predicate `(path, leaf)`; all if None.
+            predicate `(path, leaf)`; all if None. Where members or layers are stacked along a first
+            axis, and `vmap` is not around, a predicate sees the stacked leaf: `leaf.ndim > 1` then
+            also decays biases. Select by path there.
 
     Raises:
-        ValueError: `weight_decay` is negative or not finite; a glob matches no path (at init).
+        ValueError: `weight_decay` is negative or not finite; (at init) a mask that selects nothing.
 
     >>> params = {"weight": torch.tensor([2.0]), "bias": torch.tensor([2.0])}
     >>> opt = add_decayed_weights(0.5, mask="weight")
@@ -190,10 +192,10 @@ def add_noise(key: Tensor, eta: Rate, gamma: Rate = 0.55) -> Optimizer:
         return NoiseState(hyper, key.to(hyper.count.device, copy=True))
 
     def update(
-        grads: Tree, state: NoiseState, params: Tree, *, value: Any = None, value_fn: Any = None
+        grads: Tree, state: NoiseState, params: Tree, **extra: Any
     ) -> tuple[Tree, NoiseState]:
         found = match_grads(grads, params, "add_noise")
-        now = rates_of(state.hyper)
+        now = rates_now(rates, state.hyper)
         deviation = root(now["eta"] / (1 + state.hyper.count).double() ** now["gamma"])
         of_update = random.fold_in(state.key, state.hyper.count)
         paths = list(tree.flatten_dict(params))
@@ -203,13 +205,12 @@ def add_noise(key: Tensor, eta: Rate, gamma: Rate = 0.55) -> Optimizer:
                 noisy.append(None)
                 continue
             of_leaf = random.fold_in(of_update, sorted(paths).index(path))
-            # A 16-bit draw would have no tails.
-            drawn = random.normal(of_leaf, g.shape, at_least_32_bits(g))
+            drawn = random.normal(of_leaf, g.shape, g.dtype)
             noisy.append(g + (deviation * drawn).to(g.dtype))
         updates = pytree.tree_unflatten(noisy, pytree.tree_structure(params))
         return updates, NoiseState(next_hyper(rates, state.hyper), state.key)
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
 
 
 def ema(decay: Rate) -> Optimizer:
@@ -220,6 +221,10 @@ def ema(decay: Rate) -> Optimizer:
     it last in a chain, and inside what skips updates (`accumulate(chain(sgd, ema), k)`). The
     average is the slot `ema`: `optim.slots(state)["ema"]`. Where a gradient is `None` it
     approaches the parameter that stays.
+
+    The average of 16-bit parameters is kept in float32: `tree.cast` it to evaluate it as they are.
+    The running statistics of batch normalization belong to the parameters of training: recompute
+    them for the average before you evaluate it.
 
     Args:
         decay: a number, a 0-d tensor or a schedule.
@@ -243,18 +248,16 @@ def ema(decay: Rate) -> Optimizer:
         check_floating(params, "ema")
         return State(init_hyper(rates, params), {"ema": tree.map(torch.clone, params)})
 
-    def update(
-        grads: Tree, state: State, params: Tree, *, value: Any = None, value_fn: Any = None
-    ) -> tuple[Tree, State]:
+    def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
         match_grads(grads, params, "ema")
-        kept = rates_of(state.hyper)["decay"]
+        kept = rates_now(rates, state.hyper)["decay"]
         first = state.hyper.count == 0
 
         def average(a: Tensor, p: Tensor, u: Tensor | None) -> Tensor:
             w = p if u is None else p + u.to(p.dtype)
             return torch.where(first, w, (a + (1 - kept) * (w - a)).to(a.dtype))
 
-        averages = tree.map(average, state.slots["ema"], params, grads)
+        averages = tree.map(average, tree.map(lift, state.slots["ema"]), params, grads)
         return grads, State(next_hyper(rates, state.hyper), {"ema": averages})
 
-    return Optimizer(init, update)
+    return in_32_bits(init, update)
