@@ -6,9 +6,14 @@ Each has one home, so that a rule found out the hard way holds everywhere:
   would not: `norm`, `global_norm`, never `torch.linalg.vector_norm`.
 - What does not count is replaced, never multiplied by 0: 0 · NaN is NaN. `keep`.
 - Sums are taken in at least 32 bits: `at_least_32_bits`.
+- NaN and the infinities are never the best of some numbers: `best_index`, `best_row`.
 """
 
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+
+import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from fdl._paths import Tree
 
-__all__ = ["at_least_32_bits", "global_norm", "keep", "norm", "root"]
+__all__ = ["at_least_32_bits", "best_index", "best_row", "global_norm", "keep", "norm", "root"]
 
 
 def root(x: Tensor) -> Tensor:
@@ -88,3 +93,36 @@ def keep(counts: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
             [0.]])
     """
     return torch.where((counts != 0).view(-1, *[1] * (x.ndim - 1)), x, other)
+
+
+def best_index(values: Sequence[float], mode: Literal["min", "max"] = "min") -> int | None:
+    """Return the index of the best number, the first of equals; None where none is finite.
+
+    NaN, +inf and -inf never win, in neither mode: each is what a run that diverged reports.
+
+    Args:
+        values: numbers of the host.
+        mode: whether the smallest or the largest is the best.
+
+    >>> best_index([0.5, float("nan"), 0.2, float("-inf")]), best_index([float("inf")], "max")
+    (2, None)
+    """
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    choose = min if mode == "min" else max
+    return choose(finite, key=lambda i: values[i], default=None)
+
+
+def best_row(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index of the smallest finite number, and whether there is one; see `best_index`.
+
+    Args:
+        values: floating `[n]`, n at least 1.
+
+    Returns:
+        int64 [], which is 0 where no number is finite, and bool [].
+
+    >>> best_row(torch.tensor([0.5, torch.nan, 0.2, -torch.inf]))
+    (tensor(2), tensor(True))
+    """
+    finite = values.isfinite()
+    return torch.where(finite, values, torch.inf).argmin(), finite.any()
