@@ -206,7 +206,8 @@ def own_rows(indices: T, mesh: Mesh | None) -> T:
                 f"parallel.own_rows: {path or 'indices'} has the shape {list(leaf.shape)}; "
                 f"expected [steps, batch, ...] with a batch divisible by {size} processes"
             )
-        return leaf.chunk(size, dim=1)[rank].contiguous()
+        own = leaf.chunk(size, dim=1)[rank]
+        return own if size == 1 else own.clone(memory_format=torch.contiguous_format)
 
     flat = tree.flatten_dict(indices)
     parts = {path: part(path, leaf) for path, leaf in flat.items()}
