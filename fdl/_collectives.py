@@ -1,4 +1,8 @@
-"""Sums over the processes of a group, of all leaves of a tree at once."""
+"""Sums over the processes of a group, of all leaves of a tree at once.
+
+Leaves are sent in the order of their sorted paths, since the same dict may have been filled in
+another order in another process.
+"""
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
@@ -53,7 +57,7 @@ def sum_over(summands: T, group: Any, like: Tree | None = None) -> T:
     from torch.distributed._functional_collectives import all_reduce
 
     flat, likes = tree.flatten_dict(summands), tree.flatten_dict(summands if like is None else like)
-    spread = {p: sum_to_shards(x, likes[p]) for p, x in flat.items() if is_spread(likes[p])}
+    spread = {p: sum_to_shards(flat[p], likes[p]) for p in sorted(flat) if is_spread(likes[p])}
     rest = {path: leaf for path, leaf in flat.items() if path not in spread}
     rest = _by_dtype(rest, lambda flat: all_reduce(flat, "sum", group), 0)
     return tree.unflatten_dict(rest | spread, like=summands)
@@ -90,7 +94,7 @@ def _by_dtype(
     flat: dict[str, Tensor], reduce: Callable[[Tensor], Tensor], first: int
 ) -> dict[str, Tensor]:
     """Apply a function to all leaves of a dtype at once, their axes from `first` on as one."""
-    done = {}
+    done, flat = {}, {path: flat[path] for path in sorted(flat)}
     for dtype in dict.fromkeys(leaf.dtype for leaf in flat.values()):
         some = {path: leaf for path, leaf in flat.items() if leaf.dtype == dtype}
         shapes = [leaf.shape[first:] for leaf in some.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations  # Dynamo would run those of nested functions
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._paths import in_order
 from fdl.tree import Tree
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "as_before",
     "gather",
     "is_spread",
+    "map_in_order",
     "replicating",
     "spread_as",
     "sum_to_shards",
@@ -85,7 +87,18 @@ def together(part: Tensor, how: Spread) -> Any:
 
 def gather(spread: T) -> T:
     """Give a tree whose DTensors are whole in every process."""
-    return tree.map(lambda leaf: leaf.full_tensor() if is_spread(leaf) else leaf, spread)
+    return map_in_order(lambda leaf: leaf.full_tensor() if is_spread(leaf) else leaf, spread)
+
+
+def map_in_order(f: Callable[..., Any], first: T, *rest: Tree) -> T:
+    """Call `tree.map` in the order of sorted paths: every process sends the same leaves in turn.
+
+    >>> map_in_order(lambda leaf: print(leaf), {"b": 1, "a": 2})
+    2
+    1
+    {'b': None, 'a': None}
+    """
+    return tree.map(lambda _, leaf: leaf, first, tree.map(f, in_order(first), *rest))
 
 
 def spread_as(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
@@ -115,7 +128,7 @@ def as_before(after: T, before: Tree) -> T:
             return new.full_tensor()
         return new.redistribute(old.device_mesh, old.placements)
 
-    return tree.map(settle, after, before)
+    return map_in_order(settle, after, before)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Dotted paths: the names of the leaves of a tree; `fdl.tree` is where to import them from."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +25,24 @@ def flatten_dict(tree: Tree) -> dict[str, Any]:
     """
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return {dotted(entries): leaf for entries, leaf in pairs}
+
+
+def in_order(tree: Tree) -> Tree:
+    """Sort the keys of every dict in a tree, which is how several processes agree on an order.
+
+    A tree is the same in whatever order its dicts were filled. What is sent leaf by leaf, or added
+    over leaves, has to go in one order everywhere.
+
+    >>> in_order({"w": 0, "b": [{"y": 1, "x": 2}]})
+    {'b': [{'x': 2, 'y': 1}], 'w': 0}
+    """
+    if type(tree) in (dict, OrderedDict):
+        return type(tree)((key, in_order(tree[key])) for key in sorted(tree))
+    if type(tree) in (list, tuple):
+        return type(tree)(in_order(child) for child in tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(in_order(child) for child in tree))
+    return tree
 
 
 def dotted(entries: Sequence[Any]) -> str:

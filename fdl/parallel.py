@@ -19,8 +19,11 @@ from fdl import _dtensors, _once, random, tree
 from fdl import training as _training
 from fdl._collectives import group_of, sum_in_order, sum_over
 from fdl._dtensors import is_spread
+from fdl._numerics import at_least_32_bits
+from fdl._paths import in_order
 from fdl._scan import scan
 from fdl._shard import gather, shard
+from fdl.metrics import Mean
 from fdl.optim import Optimizer
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
@@ -49,13 +52,15 @@ def train_step(
     """Make `fdl.train_step` for a batch of which each process of a mesh holds a part.
 
     Gradients are averaged by the number of examples that each process counted, so parts may differ
-    in length or in mask; metrics are summed. Then the update is that of the whole batch, to
-    rounding, and the new state is the same in every process, to the bit.
+    in length or in mask, or have no examples at all; metrics are summed. Then the update is that of
+    the whole batch, to rounding, and the new state is the same in every process, to the bit. Leaves
+    are matched by their paths, whatever the order in which dicts were filled.
 
     Two things belong to a part: random numbers, whose key is folded with the part's number, so that
     no two parts drop the same units; and the statistics that batch normalisation takes of a batch,
-    whose running ones are averaged. As in `DistributedDataParallel`, there are as many parts as
-    processes, and another number of processes is another run.
+    whose running ones are averaged over the examples, and stay as they were where none counts. As
+    in `DistributedDataParallel`, there are as many parts as processes, and another number of
+    processes is another run.
 
     With `parts`, it is the same run, to the bit: a batch is always cut into so many parts, each
     process computes its share of them one after the other, and all are added in one fixed order.
@@ -106,11 +111,9 @@ def train_step(
         objective = _training.objective_of(loss, state, batch, key)
         grads, (value, (metrics, buffers)) = _training.differentiate(objective, state, grad_fn)
         count = _count(metrics)
-        weighted = tree.map(
-            lambda x: x * count.to(x.dtype) if x.is_floating_point() else x,
-            {"grads": grads, "value": value, "buffers": buffers},
-        )
-        return {"weighted": weighted, "metrics": metrics}
+        sums = {"grads": grads, "value": value, "buffers": buffers}
+        sums = tree.map(lambda x: _weighted(x, count), sums)
+        return {**sums, "parts": (count != 0).to(count.dtype), "metrics": _counted(metrics)}
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         _check_spread(state, mesh)
@@ -118,23 +121,26 @@ def train_step(
         full = _whole(state)
         if parts is None:
             found = of_part(full, batch, random.fold_in(key, rank))
-            total, metrics = sum_over(found, group, _like(found, state)).values()
+            total = sum_over(found, group, {**found, "grads": state.params})
         else:
             keys = torch.stack([random.fold_in(key, rank * own + i) for i in range(own)])
             _, each = scan(lambda _, part: ((), of_part(full, *part)), (), (_cut(batch, own), keys))
-            found = tree.map(lambda leaf: leaf[0], each)
             total = sum_in_order(each, group, size)
-            total, metrics = _dtensors.as_before(total, _like(found, state)).values()
-        whole = _count(metrics).clamp(min=1)  # all padding: gradients of zero
+            total = _dtensors.as_before(total, {**total, "grads": state.params})
+        count = _count(total["metrics"])
         with _dtensors.replicating(tree.leaves(state)):
-            mean = tree.map(lambda x: x / whole.to(x.dtype), total)
-            buffers = tree.map(  # counts of batches are the same in every part
-                lambda new, one: new if one.is_floating_point() else one,
-                mean["buffers"],
-                found["weighted"]["buffers"],
+            grads, value = tree.map(lambda x: _mean(x, count), (total["grads"], total["value"]))
+            grads = tree.map(lambda g, p: g.to(p.dtype), grads, state.params)
+            buffers = tree.map(
+                lambda x, old: _buffer(x, count, total["parts"], old),
+                total["buffers"],
+                full.buffers,
             )
-            new = _training.updated(opt, state, mean["grads"], buffers, mean["value"], _refuse)
-            return _dtensors.as_before(new, state), metrics
+            # A norm over all leaves is a sum over them: to the bit the same only in one order.
+            ordered, grads, buffers = in_order((state, grads, buffers))
+            new = _training.updated(opt, ordered, grads, buffers, value, _refuse)
+            new = _dtensors.as_before(new, ordered)
+            return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
 
     return step
 
@@ -156,7 +162,7 @@ def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainSta
     """
     group, _, _ = group_of(mesh, "eval_step")
     step = _training.eval_step(loss)
-    return lambda state, batch: sum_over(step(_whole(state), batch), group)
+    return lambda state, batch: sum_over(_counted(step(_whole(state), batch)), group)
 
 
 def _check_spread(state: TrainState, mesh: Mesh | None) -> None:
@@ -171,12 +177,6 @@ def _check_spread(state: TrainState, mesh: Mesh | None) -> None:
 def _whole(state: TrainState) -> TrainState:
     """Gather what a loss needs."""
     return state._replace(params=gather(state.params), buffers=gather(state.buffers))
-
-
-def _like(found: Tree, state: TrainState) -> Tree:
-    """Say how each of the sums over processes is to be spread: gradients as their parameters."""
-    grads = {"grads": state.params}
-    return {"weighted": {**found["weighted"], **grads}, "metrics": found["metrics"]}
 
 
 def own_rows(indices: T, mesh: Mesh | None) -> T:
@@ -206,7 +206,8 @@ def own_rows(indices: T, mesh: Mesh | None) -> T:
                 f"parallel.own_rows: {path or 'indices'} has the shape {list(leaf.shape)}; "
                 f"expected [steps, batch, ...] with a batch divisible by {size} processes"
             )
-        return leaf.chunk(size, dim=1)[rank].contiguous()
+        own = leaf.chunk(size, dim=1)[rank]
+        return own if size == 1 else own.clone(memory_format=torch.contiguous_format)
 
     flat = tree.flatten_dict(indices)
     parts = {path: part(path, leaf) for path, leaf in flat.items()}
@@ -298,6 +299,41 @@ def _count(metrics: Metrics) -> Tensor:
     return metrics["loss"].count
 
 
+def _counted(metrics: Metrics) -> Metrics:
+    """Leave out what counts nothing: the total of no examples may be NaN."""
+    return {
+        name: Mean(torch.where(mean.count != 0, mean.total, 0), mean.count)
+        if isinstance(mean, Mean)
+        else mean
+        for name, mean in metrics.items()
+    }
+
+
+def _weighted(x: Tensor, count: Tensor) -> Tensor:
+    """Weigh what a part found by how many examples it counted; of none it may be NaN.
+
+    Integers are the same in every part that counts, and are added as they are.
+    """
+    if not x.is_floating_point():
+        return torch.where(count != 0, x, 0).to(torch.int64)
+    x = x.to(at_least_32_bits(x))
+    return torch.where(count != 0, x * count.to(x.dtype), 0)
+
+
+def _mean(x: Tensor, count: Tensor) -> Tensor:
+    """Divide a sum over parts by how many examples they counted; nothing but padding gives 0."""
+    return x / torch.where(count > 0, count, 1).to(x.dtype)
+
+
+def _buffer(x: Tensor, count: Tensor, parts: Tensor, old: Tensor) -> Tensor:
+    """Average a buffer over the parts that count; it stays as it was where there are none."""
+    if x.is_floating_point():
+        mean = _mean(x, count)
+    else:
+        mean = x // torch.where(parts > 0, parts, 1).to(x.dtype)
+    return torch.where(count > 0, mean, old).to(old.dtype)
+
+
 def _own_parts(parts: int | None, size: int) -> int:
     """Say how many parts of a batch a process takes."""
     if parts is None:
@@ -321,7 +357,7 @@ def _cut(batch: Any, count: int) -> Any:
                 f"parallel.train_step: {path or 'the batch'} has the shape {list(leaf.shape)}; "
                 f"expected [batch, ...] with a batch divisible into {count} parts"
             )
-        return leaf.unflatten(0, (count, -1))
+        return leaf.unflatten(0, (count, leaf.shape[0] // count))
 
     flat = {path: cut(path, leaf) for path, leaf in tree.flatten_dict(batch).items()}
     return tree.unflatten_dict(flat, like=batch)

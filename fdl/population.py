@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import optim, tree
-from fdl._scan import scan
+from fdl._numerics import at_least_32_bits, best_row
+from fdl._scan import is_eager, scan
+from fdl._trace import check_tensors
 from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
 from fdl.training import TrainState
@@ -101,12 +103,15 @@ def in_turn(
         A function of the same arguments; every leaf of its result has the first axis [members].
 
     Raises:
-        ValueError: an axis other than 0 or None, none that is 0, or a number of arguments other
-            than that of `in_dims` (at call).
+        TypeError: `in_dims` is neither an int nor a tuple; a mapped leaf is no tensor (at call).
+        ValueError: an axis other than 0 or None, or none that is 0; at call, a number of arguments
+            other than that of `in_dims`, or mapped leaves without one common first axis.
 
     >>> in_turn(torch.dot, (0, None))(torch.eye(2), torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
+    if not isinstance(in_dims, (tuple, int)):
+        raise TypeError(f"population.in_turn: in_dims must be 0 or a tuple, got {in_dims!r}")
     if isinstance(in_dims, tuple) and (0 not in in_dims or not {0, None}.issuperset(in_dims)):
         raise ValueError(f"population.in_turn: in_dims must be 0 or None, one of them 0: {in_dims}")
     if isinstance(in_dims, int) and in_dims != 0:
@@ -119,13 +124,25 @@ def in_turn(
                 f"population.in_turn: in_dims has {len(dims)} entries for {len(args)} arguments"
             )
 
+        mapped = {str(i): arg for i, arg in enumerate(args) if dims[i] == 0}
+        check_tensors(tree.leaves(mapped), mapped, "population.in_turn: every mapped leaf")
+        shapes = {f"args.{p}": list(leaf.shape) for p, leaf in tree.flatten_dict(mapped).items()}
+        if (
+            len({tuple(shape[:1]) for shape in shapes.values()} - {()}) != 1
+            or [] in shapes.values()
+        ):
+            raise ValueError(
+                "population.in_turn: mapped arguments need one common first axis, the members, got "
+                f"{shapes}; in_dims says which are mapped (0) and which all share (None)"
+            )
+
         def one(carry: Tree, row: list[Tree]) -> tuple[Tree, Tree]:
             own = iter(row)
             return carry, f(
                 *(arg if dim is None else next(own) for arg, dim in zip(args, dims, strict=True))
             )
 
-        return scan(one, (), [arg for arg, dim in zip(args, dims, strict=True) if dim == 0])[1]
+        return scan(one, (), list(mapped.values()))[1]
 
     return call
 
@@ -148,7 +165,7 @@ def size(states: Tree) -> int:
 
 
 def member(states: Tree, index: int | Tensor) -> Tree:
-    """Take one member out of a population, or one row out of any stacked tree.
+    """Take one member out of a population, or one row out of any stacked tree, as a copy.
 
     Args:
         states: leaves [members, ...].
@@ -166,20 +183,25 @@ def member(states: Tree, index: int | Tensor) -> Tree:
         return tree.map(lambda leaf: leaf.index_select(0, index.reshape(1)).squeeze(0), states)
     if not -count <= index < count:
         raise IndexError(f"population.member: index {index}, but there are {count} members")
-    return tree.map(lambda leaf: leaf[index], states)
+    return tree.map(lambda leaf: leaf[index].clone(), states)
 
 
 def best(states: Tree, loss: Tensor) -> Tree:
-    """Take the member of the smallest loss; one whose loss is not finite is never preferred.
+    """Take the member of the smallest loss, the first of equals, as a copy.
+
+    A member whose loss is NaN or infinite, of either sign, is never the best. Where no loss is
+    finite there is no best: that is an error, or, inside `jit` and `torch.func` transformations,
+    which cannot raise for a value, a member whose floating leaves are all NaN.
 
     For what should be large, such as an accuracy, give it with a minus.
 
     Args:
         states: leaves [members, ...].
-        loss: [members].
+        loss: [members], floating.
 
     Raises:
-        ValueError: `loss` of another shape, or leaves without one common first axis.
+        ValueError: `loss` of another shape, leaves without one common first axis, or no loss that
+            is finite.
 
     >>> best({"w": torch.arange(3)}, torch.tensor([0.5, float("nan"), 0.2]))
     {'w': tensor(2)}
@@ -189,17 +211,25 @@ def best(states: Tree, loss: Tensor) -> Tree:
             f"population.best: loss must have the shape [{size(states)}], a number for each "
             f"member, got {list(loss.shape)}"
         )
-    return member(states, torch.where(loss.isfinite(), loss, torch.inf).argmin())
+    index, found = best_row(loss)
+    if is_eager() and not found:
+        raise ValueError(f"population.best: no loss is finite, got {loss.tolist()}")
+    return tree.map(
+        lambda leaf: torch.where(found, leaf, torch.nan) if leaf.is_floating_point() else leaf,
+        member(states, index),
+    )
 
 
 def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
     """Average the probabilities that the members give: softmax of logits, then the mean.
 
-    Source: Lakshminarayanan et al., 2017. The log-probabilities of an ensemble are the logarithm
-    of this mean, not the mean of theirs.
+    A member that gives NaN for an example is left out of the mean for it; where all do, the mean is
+    NaN. The log-probabilities of an ensemble are the logarithm of this mean, not the mean of
+    theirs. Source: Lakshminarayanan et al., 2017.
 
     Args:
-        apply: `(params, x) -> logits [batch, classes]`, that of a `Model`.
+        apply: `(params, x) -> logits [batch, classes]`, that of a `Model`. For a model with buffers
+            `lambda both, x: model.apply(*both, x)[0]`, with `(params, buffers)` as `params`.
         params: of the members, leaves [members, ...].
         x: [batch, ...], the same for all.
 
@@ -212,4 +242,7 @@ def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
     >>> ensemble(model.apply, states.params, torch.ones(4, 2)).shape
     torch.Size([4, 3])
     """
-    return vmap(apply, (0, None))(params, x).softmax(-1).mean(0)
+    logits = vmap(apply, (0, None))(params, x)
+    each = logits.softmax(-1, dtype=at_least_32_bits(logits))
+    counts = each.isfinite().all(-1, keepdim=True)
+    return (torch.where(counts, each, 0).sum(0) / counts.sum(0)).to(logits.dtype)

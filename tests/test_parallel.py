@@ -40,6 +40,10 @@ def test_a_state_that_is_shared_out_is_the_same_state(tmp_path):
         together("sharded_run.py", tmp_path, size)
 
 
+def test_dicts_filled_in_another_order_and_processes_that_count_nothing_change_nothing(tmp_path):
+    together("order_run.py", tmp_path, 2)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("script", ["parallel_run.py", "sharded_run.py"])

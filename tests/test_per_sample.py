@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from laws import close, draw, unchanged
 from torch.func import grad, vmap
 
@@ -176,3 +178,137 @@ def test_the_bound_must_be_a_positive_number():
             clipped_grad_sum(loss, bad)
     with pytest.raises(ValueError, match=r"max_norm must be a number or a 0-d tensor, got \[2\]"):
         clipped_grad_sum(loss, torch.ones(2))
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="max_norm must be positive and finite"):
+            clipped_grad_sum(loss, torch.tensor(bad))
+
+
+def test_a_bound_that_is_not_positive_makes_the_sum_0_where_its_value_is_not_known(plain_backend):
+    total = fdl.jit(lambda bound: clipped_grad_sum(loss, bound)(params, batch))
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        assert not any(leaf.any() for leaf in tree.leaves(total(torch.tensor(bad))))
+    close(total(torch.tensor(1.5)), clipped_grad_sum(loss, 1.5)(params, batch))
+
+
+# ------------------------------------------------------------------------- the bound of DP-SGD
+
+
+def inner(p, batch, key=None):
+    """A loss whose gradient by `w` is the row itself, and by `b` the label."""
+    return (p["w"] * batch.x).sum() + (p["b"] * batch.y).sum()
+
+
+def at_origin(dtype, features=3):
+    return {"w": torch.zeros(features, dtype=dtype), "b": torch.zeros((), dtype=dtype)}
+
+
+def flat64(sums):
+    return torch.cat([leaf.double().flatten() for leaf in tree.leaves(sums)])
+
+
+hostile = st.sampled_from(
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -3.0,
+        1e-45,
+        1e-25,
+        1e-10,
+        1e10,
+        1e30,
+        -3e38,
+        1e300,
+        *map(float, ["inf", "nan"]),
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(hostile, min_size=4, max_size=4),
+    st.sampled_from([1e-3, 1.0, 40.0]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([None, 1, 2]),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_no_row_moves_the_sum_by_more_than_the_bound(row, bound, dtype, chunk, place, jitted):
+    others = draw(5, 3, 4).to(dtype)
+    whole = torch.cat([others[:place], torch.tensor([row], dtype=dtype), others[place:]])
+    total = clipped_grad_sum(inner, bound, chunk)
+    # What is traced takes another way than what is eager; `vmap` is traced from within.
+    run = (lambda p, b: tree.map(lambda x: x[0], vmap(total, (None, 0))(p, b))) if jitted else total
+    stack = (lambda b: tree.map(lambda x: x[None], b)) if jitted else (lambda b: b)
+    start = at_origin(dtype)
+    with_row = flat64(run(start, stack((whole[:, :3], whole[:, 3]))))
+    without = flat64(run(start, stack((others[:, :3], others[:, 3]))))
+    moved = (with_row - without).norm().item()
+    assert moved <= bound * (1 + 1e-6)
+    norm = torch.tensor(row, dtype=dtype).double().norm().item()
+    if norm < 1e37 * bound:  # what is finite counts as much as it may
+        assert moved == pytest.approx(min(norm, bound), rel=1e-5, abs=1e-6 * bound)
+    elif not norm < 1e38 * bound:
+        assert moved <= 1e-6 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_sixteen_bits_are_rounded_once(dtype, chunk):
+    rows = draw(6, 50, 3).mul(300).to(dtype)
+    rows = (rows, torch.zeros(50, dtype=dtype))
+    got = clipped_grad_sum(inner, 1.0, chunk)(at_origin(dtype), rows)["w"]
+    exact = torch.nn.functional.normalize(rows[0].double(), dim=1).sum(0)
+    assert got.dtype == dtype and torch.equal(got, exact.float().to(dtype))
+    for i in range(50):
+        one = tree.map(lambda leaf, i=i: leaf[i : i + 1], rows)
+        assert clipped_grad_sum(inner, 1.0, chunk)(at_origin(dtype), one)["w"].double().norm() <= (
+            1 + torch.finfo(dtype).eps / 2
+        )
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_three_thousand_ones_in_sixteen_bits(chunk):
+    ones = (torch.ones(3000, 1).half(), torch.zeros(3000).half())
+    got = clipped_grad_sum(inner, 1.0, chunk)(at_origin(torch.float16, 1), ones)
+    assert got["w"] == 3000
+
+
+@each_chunk
+@pytest.mark.parametrize("make", [per_sample_grads, per_sample_norms], ids=["grads", "norms"])
+def test_padding_may_hold_anything(make, chunk):
+    """Labels that are none and inputs that are not finite, and derivatives do not see them."""
+    padded = masked._replace(
+        x=torch.where(mask[:, None], masked.x, torch.inf), y=torch.where(mask, labels, -100)
+    )
+
+    def total(p, b):
+        return sum(leaf.square().sum() for leaf in tree.leaves(make(loss, chunk)(p, b)))
+
+    close(make(loss, chunk)(params, padded), make(loss, chunk)(params, masked))
+    close(grad(total)(params, padded), grad(total)(params, masked))
+    close(
+        clipped_grad_sum(loss, 1.0, chunk)(params, padded),
+        clipped_grad_sum(loss, 1.0, chunk)(params, masked),
+    )
+    nothing = padded._replace(mask=torch.zeros(N, dtype=torch.bool), x=masked.x, y=labels)
+    assert not any(leaf.any() for leaf in tree.leaves(make(loss, chunk)(params, nothing)))
+    assert not any(
+        leaf.any() for leaf in tree.leaves(clipped_grad_sum(loss, 1.0, chunk)(params, nothing))
+    )
+
+
+@each_chunk
+@pytest.mark.parametrize("key", [None, random.key(0)], ids=["no key", "key"])
+@pytest.mark.parametrize("form", [batch, masked], ids=["plain", "masked"])
+def test_no_rows_give_no_rows_and_a_sum_of_0(chunk, key, form, plain_backend):
+    none = tree.map(lambda leaf: leaf[:0], form)
+    args = (params, none) if key is None else (params, none, key)
+    for jitted in (False, True):
+        run = (lambda f: fdl.jit(f)) if jitted else (lambda f: f)
+        rows = run(per_sample_grads(loss, chunk))(*args)
+        assert tree.diff(tree.map(lambda p: p.new_zeros(0, *p.shape), params), rows) == []
+        norms = run(per_sample_norms(loss, chunk))(*args)
+        assert norms.shape == (0,) and norms.dtype == torch.float64
+        sums = run(clipped_grad_sum(loss, 1.0, chunk))(*args)
+        assert tree.diff(tree.map(torch.zeros_like, params), sums) == []

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from laws import unchanged
+from laws import close, unchanged
 from torch.func import vmap
 
 import fdl
 import models
-from fdl import data, losses, nn, optim, population, random, tree
+from fdl import _numerics, data, losses, nn, optim, population, random, tree
 
 MEMBERS, STEPS, BATCH = 3, 50, 8
 KEYS = random.split(random.key(3), MEMBERS)
@@ -206,3 +206,88 @@ def test_the_other_functions_say_what_is_wrong():
         population.in_turn(torch.add, (0, None))(torch.zeros(3))
     with pytest.raises(ValueError, match=r"loss must have the shape \[3\].*got \[2\]"):
         population.best({"w": torch.zeros(3)}, torch.zeros(2))
+    with pytest.raises(TypeError, match=r"in_dims must be 0 or a tuple, got \[0, None\]"):
+        population.in_turn(torch.add, [0, None])
+    state, batch = {"w": torch.zeros(3, 2)}, torch.zeros(5)
+    for f, args, text in [
+        (torch.add, (torch.tensor(1.0), batch), r"got \{'args.0': \[\], 'args.1': \[5\]\}"),
+        (lambda s, b: s, (state, batch), r"'args.0.w': \[3, 2\], 'args.1': \[5\].*in_dims says"),
+        (lambda: (), (), r"got \{\}"),
+        (lambda s: s, ({},), r"got \{\}"),
+    ]:
+        with pytest.raises(ValueError, match=rf"population.in_turn: mapped arguments.*{text}"):
+            population.in_turn(f)(*args)
+    with pytest.raises(TypeError, match=r"(?s)population.in_turn: every mapped leaf.*0.lr.: 0.1"):
+        population.in_turn(lambda s: s)({"lr": 0.1})
+
+
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_best_is_finite_or_there_is_none(bad, dtype, plain_backend):
+    states = {"w": torch.arange(3.0), "n": torch.arange(3)}
+    loss = torch.tensor([0.5, bad, 0.25], dtype=dtype)
+    for f in (population.best, fdl.jit(population.best)):
+        assert tree.diff({"w": torch.tensor(2.0), "n": torch.tensor(2)}, f(states, loss)) == []
+        huge = torch.tensor([bad, torch.finfo(dtype).max, bad], dtype=dtype)
+        assert f(states, huge)["n"] == 1
+    none = torch.tensor(BAD, dtype=dtype)
+    with pytest.raises(ValueError, match=r"no loss is finite, got \[nan, inf, -inf\]"):
+        population.best(states, none)
+    assert fdl.jit(population.best)(states, none)["w"].isnan()
+    both = vmap(population.best, (None, 0))(states, torch.stack([loss, none]))
+    assert both["n"][0] == 2 and both["w"][1].isnan()
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_rule_of_the_host_is_that_of_tensors(bad, mode):
+    sign = {"min": 1, "max": -1}[mode]
+    for values in ([0.5, bad, 0.25, 0.25, 0.75], [bad, 3.0], [3.0, bad], [bad, -0.0, 0.0]):
+        index, found = _numerics.best_row(sign * torch.tensor(values))
+        assert found and _numerics.best_index(values, mode) == index
+        assert math.isfinite(values[index])
+    assert _numerics.best_index([bad, bad], mode) is _numerics.best_index([], mode) is None
+    assert not _numerics.best_row(torch.tensor([bad, bad]))[1]
+
+
+def test_one_member_that_diverged_is_left_out_of_the_ensemble():
+    model = nn.linear(2, 3)
+    params = population.create(model, OPT, KEYS).params
+    x = random.normal(random.key(5), (4, 2))
+    others = tree.map(lambda leaf: leaf[[0, 2]], params)
+    expected = vmap(model.apply, (0, None))(others, x).softmax(-1).mean(0)
+    for bad in BAD:
+        broken = tree.map(lambda leaf, bad=bad: leaf.index_fill(0, torch.tensor(1), bad), params)
+        close(population.ensemble(model.apply, broken, x), expected, rtol=1e-6)
+        nobody = tree.map(lambda leaf, bad=bad: torch.full_like(leaf, bad), params)
+        assert population.ensemble(model.apply, nobody, x).isnan().all()
+    # For one example alone; and a class that is excluded is no divergence.
+    logits = torch.tensor([[[0.0, -torch.inf], [torch.nan, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    got = population.ensemble(lambda p, x: p, logits, x)
+    assert torch.equal(got, torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
+
+
+def test_an_ensemble_of_a_model_with_buffers():
+    model, x = MODELS["norm"], random.normal(random.key(5), (4, 4))
+    states = population.create(model, OPT, KEYS)
+    both = (states.params, states.buffers)
+    got = population.ensemble(lambda both, x: model.apply(*both, x)[0], both, x)
+    each = [model.apply(*one, x)[0].softmax(-1) for one in tree.unstack(both)]
+    close(got, torch.stack(each).mean(0), rtol=1e-6)
+
+
+TAKE = {
+    "number": lambda states: population.member(states, 1),
+    "tensor": lambda states: population.member(states, torch.tensor(1)),
+    "best": lambda states: population.best(states, torch.tensor([2.0, 1.0, 3.0])),
+}
+
+
+@pytest.mark.parametrize("how", TAKE)
+def test_a_member_has_memory_of_its_own(how):
+    states = {"w": torch.arange(6.0).reshape(3, 2)}
+    TAKE[how](states)["w"].fill_(9)
+    assert torch.equal(states["w"], torch.arange(6.0).reshape(3, 2))

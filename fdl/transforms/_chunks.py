@@ -1,4 +1,4 @@
-"""`vmap` a chunk at a time, so that no more than a chunk is in memory; and what is checked."""
+"""Rows a chunk at a time, so that no more than a chunk is in memory; and what is checked."""
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from fdl import tree
 from fdl._scan import scan
@@ -17,14 +16,23 @@ __all__ = ["check_chunk", "check_positive", "check_scalar", "cut", "in_chunks"]
 
 
 def in_chunks(f: Callable[[Tree], Tree], rows: Tree, chunk: int | None) -> Tree:
-    """Compute `vmap(f)(rows)`, `chunk` rows at a time; equals `jax.lax.map(batch_size=chunk)`.
+    """Compute `f(rows)`, `chunk` rows at a time; equals `jax.lax.map(batch_size=chunk)`.
 
-    A scan, so that a compiled program holds one copy of `f`, which `vmap(chunk_size=)` unrolls.
+    A scan, so that a compiled program holds one copy of `f`, which `vmap(chunk_size=)` unrolls. Of
+    no rows the result has no rows either; a row of zeros says which form they would have.
+
+    Args:
+        f: from rows to as many rows, each for itself: `vmap` of something.
+        rows: leaves `[rows, ...]`.
+        chunk: how many rows at once; all if None.
     """
+    n = len(tree.leaves(rows)[0])
+    if n == 0:
+        zero = tree.map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), rows)
+        return tree.map(lambda leaf: leaf[:0], f(zero))
     if chunk is None:
-        return vmap(f)(rows)
-    n = tree.leaves(rows)[0].shape[0]
-    found = scan(lambda carry, rows: (carry, vmap(f)(rows)), (), cut(rows, chunk)[0])[1]
+        return f(rows)
+    found = scan(lambda carry, rows: (carry, f(rows)), (), cut(rows, chunk)[0])[1]
     return tree.map(lambda leaf: leaf.flatten(0, 1)[:n], found)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp, vjp, vmap
 
 from fdl import random, tree
 from fdl._random import check_key
@@ -121,7 +121,7 @@ def hutchinson_trace(
         products = tree.map(lambda a, b: (a * b).sum(), z, image)
         return torch.stack(tree.leaves(products)).sum()
 
-    return in_chunks(one, torch.arange(samples, device=key.device), chunk).mean()
+    return in_chunks(vmap(one), torch.arange(samples, device=key.device), chunk).mean()
 
 
 def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[Tree], Tree]:
@@ -157,7 +157,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
             ]
             return cast(Any, vjp(grad(scalar), params)[1])(pytree.tree_unflatten(unit, spec))[0]
 
-        rows = in_chunks(row, numbers, chunk)
+        rows = in_chunks(vmap(row), numbers, chunk)
         blocks_of = [
             tree.map(
                 lambda r, p=p, a=a, b=b: r[a:b].unflatten(0, p.shape) if p.ndim else r[a], rows
