@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from fdl import tree
 from fdl._arrays import from_jax, from_numpy, to_jax, to_numpy
-from fdl._keyed import Keyed, tell_dynamo
+from fdl._keyed import Keyed, register_with_dynamo
+from fdl._written_out import under_vmap
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -83,23 +85,24 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     shells = {train: _shell(module, train) for train in (False, True)}
 
     def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
-        flat: dict[str, Tensor] = {}
-        for kind, given, expected in zip(("params", "buffers"), values, shapes, strict=True):
-            found = flatten_dict(given)
+        flat = [_flat(given) for given in values]
+        for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
-            # A module writes to its buffers: let it have copies.
-            flat |= {
-                f"module.{path}": x.clone() if kind == "buffers" else x for path, x in found.items()
-            }
+        owned = {"params": flat[0], "input": inputs, "option": options}
+        # A module writes to its buffers: let it have copies.
+        flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
+        named = {f"module.{path}": x for found in flat for path, x in found.items()}
         shell = shells[train]
-        if torch.compiler.is_compiling():  # Dynamo could follow neither of the checks below
-            tell_dynamo()
+        if torch.compiler.is_compiling():  # Dynamo could follow none of the checks below
+            register_with_dynamo()
+            if parametrize._cache_enabled:
+                raise ValueError("apply: cannot be compiled inside parametrize.cached()")
             with Keyed(key):
-                return functional_call(shell, flat, inputs, options)
-        with _unchanged(shell):
+                return functional_call(shell, named, inputs, options)
+        with _unchanged(shell), _own_cache():
             try:
-                with Keyed(key):
-                    return functional_call(shell, flat, inputs, options)
+                with Keyed(key, owned):
+                    return functional_call(shell, named, inputs, options)
             except Exception as error:
                 error.add_note(_whereabouts(error, shell))
                 raise
@@ -156,7 +159,7 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
     for kind, given, own in pairs:
-        found = flatten_dict(given)
+        found = _flat(given)
         for path, x in found.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
@@ -177,7 +180,12 @@ class _Shell(nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         """Call the module."""
-        return self.module(*inputs, **options), dict(self.module.named_buffers())
+        params = dict(self.module.named_parameters())
+        y = self.module(*inputs, **options)
+        for path, p in self.module.named_parameters():
+            if params.get(path) is not p:
+                raise ValueError(f"apply: the forward replaces the parameter {path!r}")
+        return y, dict(self.module.named_buffers())
 
 
 def _shell(module: nn.Module, train: bool) -> nn.Module:
@@ -188,6 +196,26 @@ def _shell(module: nn.Module, train: bool) -> nn.Module:
     shell = _Shell(copy.deepcopy(module, stand_ins))
     # Where only parts are in eval mode, they were frozen: `train` leaves the flags as they are.
     return shell if train and module.training else shell.train(train)
+
+
+def _flat(values: Tree) -> dict[str, Any]:
+    """Map paths to values; `dict(module.named_parameters())`, flat already, is taken as it is."""
+    if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
+        return dict(values)
+    return flatten_dict(values)
+
+
+def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:
+    """Copy buffers; under `vmap` they have the axes of all that may be written to them."""
+    copies = {path: x.clone() for path, x in buffers.items()}
+    if not (others and copies and under_vmap()):
+        return copies
+    # A 0 made by a tensor has its axes of `vmap`.
+    leaves = [x for x in tree.leaves(others) if isinstance(x, Tensor)]
+    return {
+        path: sum((x.new_zeros((), dtype=copy.dtype) for x in leaves), copy)
+        for path, copy in copies.items()
+    }
 
 
 def _nested(flat: Mapping[str, Tensor]) -> Tree:
@@ -264,6 +292,17 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
             "apply: a forward must change nothing but buffers (register_buffer), which apply "
             "returns:\n  " + "\n  ".join(changed)
         )
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep the weights that a caller's `parametrize.cached()` remembers out of the call."""
+    theirs = parametrize._cache
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = theirs
 
 
 def _inside(path: str) -> str:
