@@ -114,13 +114,11 @@ def _targets(func: Any, name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
     into_first = (
         name in _IN_PLACE
         or kwargs.get("inplace")
-        or kwargs.get("max_norm") is not None  # embeddings scale their weights then
         or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
         or (name == "__set__" and func.__self__ is Tensor.data)
     )
     if into_first:
-        given = [*args[:2], *kwargs.values()] if "max_norm" in kwargs else args[:1]
-        yield from pytree.tree_leaves(given or kwargs.get("input", kwargs.get("tensor")))
+        yield from pytree.tree_leaves(args[:1] or kwargs.get("input", kwargs.get("tensor")))
     if "out" in kwargs:
         yield from pytree.tree_leaves(kwargs["out"])
 

@@ -4,11 +4,13 @@ from __future__ import annotations  # Dynamo would run those of nested functions
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import _written_out, random
@@ -177,7 +179,7 @@ def _recurrent(func: Any) -> Callable[..., Any]:
         names = _PACKED if packed else _PADDED
         given = dict(zip(names, args, strict=False)) | kwargs
         if given["dropout"] == 0 or not given["train"]:
-            return func(*(given[name] for name in names))
+            return _decomposed(func, *(given[name] for name in names))
         if packed:
             raise NotImplementedError(
                 f"{func.__name__}: dropout between layers of a packed sequence cannot follow a "
@@ -208,11 +210,43 @@ def _one_by_one(
         rows = slice(i * directions, (i + 1) * directions)
         start = hidden[rows] if isinstance(hidden, Tensor) else [h[rows] for h in hidden]
         here = weights[i * width : (i + 1) * width]
-        x, *end = func(x, start, here, bias, 1, 0.0, train, two_way, batch_first)
+        x, *end = _decomposed(func, x, start, here, bias, 1, 0.0, train, two_way, batch_first)
         last.append(end)
         if i < layers - 1:
             x = _dropout(mode, x, rate)
     return x, *(torch.cat(ends) for ends in zip(*last, strict=True))
+
+
+def _decomposed(func: Any, x: Tensor, hidden: Any, *args: Any) -> Any:
+    """Call a recurrent function; where its kernels do not serve, in the operations it is made of.
+
+    Torch takes it apart where a derivative may be asked for, as under `vjp`, but for the kernels of
+    oneDNN and cuDNN, which have no second derivatives.
+    """
+    if not _written_out.lacks_kernels():
+        return func(x, hidden, *args)
+    none = x.new_zeros(())  # has the axes of `vmap` that torch then adds to the hidden state
+    hidden = pytree.tree_map(lambda h: h + none if h.is_floating_point() else h, hidden)
+    with _without_kernels():
+        return torch.func.vjp(lambda x: func(x, hidden, *args), x)[0]
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def _cell(func: Any) -> Callable[..., Any]:
+    def rule(mode: Keyed, input: Tensor, hx: Any, *args: Any, **kwargs: Any) -> Any:
+        return _decomposed(lambda x, h: func(x, h, *args, **kwargs), input, hx)
+
+    return rule
 
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -233,5 +267,9 @@ RULES: dict[str, Callable[..., Any]] = {
     **{
         f"torch.{name}": _recurrent(getattr(torch, name))
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    },
+    **{
+        f"torch.{name}": _cell(getattr(torch, name))
+        for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
     },
 }

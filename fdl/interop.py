@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fdl import tree
 from fdl._arrays import from_jax, from_numpy, to_jax, to_numpy
+from fdl._flax import from_flax, to_flax
 from fdl._keyed import Keyed, register_with_dynamo
 from fdl._written_out import under_vmap
 from fdl.nn import Model, StatefulModel
@@ -318,71 +319,3 @@ def _whereabouts(error: Exception, shell: nn.Module) -> str:
         if id(part) in names:
             found = f"in {_inside(names[id(part)])} ({type(part).__name__})"
     return found
-
-
-def from_flax(layer: Mapping[str, Tensor], image: tuple[int, int, int] | None = None) -> Tree:
-    """Convert the parameters of one Flax layer to torch's names and layouts.
-
-    `kernel`, `[in, out]` or `[*window, in, out]` (HWIO), becomes `weight`, `[out, in]` or
-    `[out, in, *window]` (OIHW); the `scale` of a normalisation becomes its `weight`; the rest
-    stays. First `from_jax`, then this for each layer:
-
-    >>> flax = {"Dense_0": {"kernel": torch.zeros(4, 3), "bias": torch.zeros(3)}}
-    >>> params = {"fc": from_flax(flax["Dense_0"])}
-    >>> params["fc"]["weight"].shape
-    torch.Size([3, 4])
-
-    Args:
-        layer: the dict of one layer.
-        image: `(channels, height, width)` of what is flattened right before a dense layer: Flax
-            flattens height first, torch channels first, so the inputs change their order.
-
-    Raises:
-        ValueError: a kernel whose inputs are not as many as `image` says.
-    """
-    names = {"kernel": "weight", "scale": "weight"}
-    found = dict(layer)
-    if "kernel" in found:
-        kernel = found["kernel"]
-        if image is not None:
-            channels, height, width = _check_image("from_flax", image, kernel.shape[0])
-            rows = kernel.unflatten(0, (height, width, channels))
-            kernel = rows.movedim(2, 0).flatten(0, 2)
-        found["kernel"] = kernel.movedim((-1, -2), (0, 1)).contiguous()
-    return {names.get(name, name): x for name, x in found.items()}
-
-
-def to_flax(layer: Mapping[str, Tensor], image: tuple[int, int, int] | None = None) -> Tree:
-    """Convert the parameters of one layer to Flax's names and layouts; the inverse of `from_flax`.
-
-    Args:
-        layer: `weight` and perhaps `bias`, of a linear layer, a convolution or, where `weight`
-            has one axis, a normalisation.
-        image: as for `from_flax`.
-
-    Raises:
-        ValueError: a weight whose inputs are not as many as `image` says.
-
-    >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)})["kernel"].shape
-    torch.Size([5, 5, 6, 16])
-    """
-    found = dict(layer)
-    weight = found.pop("weight")
-    if weight.ndim == 1:
-        return {"scale": weight, **found}
-    kernel = weight.movedim((0, 1), (-1, -2))
-    if image is not None:
-        channels, height, width = _check_image("to_flax", image, kernel.shape[0])
-        rows = kernel.unflatten(0, (channels, height, width))
-        kernel = rows.movedim(0, 2).flatten(0, 2)
-    return {"kernel": kernel.contiguous(), **found}
-
-
-def _check_image(caller: str, image: tuple[int, int, int], inputs: int) -> tuple[int, int, int]:
-    channels, height, width = image
-    if channels * height * width != inputs:
-        raise ValueError(
-            f"{caller}: image={image}, (channels, height, width), has "
-            f"{channels * height * width} numbers, but the layer takes {inputs}"
-        )
-    return image
