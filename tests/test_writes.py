@@ -53,7 +53,7 @@ WRITES = {
     "view": (lambda self, x: self.linear.weight[0].mul_(2), "params '0.linear.weight'"),
     "init": (lambda self, x: oo.init.zeros_(self.linear.weight), "params '0.linear.weight'"),
     "normal": (lambda self, x: oo.init.normal_(self.linear.weight), "params '0.linear.weight'"),
-    "foreach": (lambda self, x: torch._foreach_mul_([*self.parameters()], 2), "linear.weight'"),
+    "foreach": (lambda self, x: torch._foreach_mul_([*self.parameters()], 2), "params '0.linear.weight'"),
     "out": (lambda self, x: torch.add(x, 1, out=x), "input '0'"),
     "relu": (lambda self, x: F.relu(x, inplace=True), "input '0'"),
     "relu, by position": (lambda self, x: F.relu(x, True), "input '0'"),
