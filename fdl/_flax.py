@@ -36,6 +36,7 @@ def from_flax(
 
     First `from_jax`, then this:
 
+    >>> import torch
     >>> flax = {"Dense_0": {"kernel": torch.zeros(4, 3), "bias": torch.zeros(3)}}
     >>> params = {"fc": from_flax(flax["Dense_0"])}
     >>> params["fc"]["weight"].shape
@@ -73,6 +74,7 @@ def to_flax(layer: Mapping[str, Any], image: Image | None = None, kind: str | No
         ValueError: a weight whose inputs are not as many as `image` says, `image` or `kind` with a
             tree of several layers, or a kind without a rule (with its path).
 
+    >>> import torch
     >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)})["kernel"].shape
     torch.Size([5, 5, 6, 16])
     """

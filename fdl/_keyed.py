@@ -103,10 +103,8 @@ def _place(func: Any) -> str:
 # -------------------------------------------------------------------------------------- writes
 
 
-_IN_PLACE = {
-    f"__i{name}__"
-    for name in ("add sub mul div truediv floordiv mod pow and or xor lshift rshift".split())
-} | {"__setitem__"}
+_OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
+_IN_PLACE = {f"__i{name}__" for name in _OPERATORS.split(" ")} | {"__setitem__"}
 
 
 def _targets(func: Any, name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -28,7 +28,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # --------------------------------------------------------------------- draws, rounded to a dtype
 
 
-def _uniform(key: Tensor, shape: Any, dtype: torch.dtype, low: Any = 0.0, high: Any = 1.0) -> Tensor:
+def _uniform(
+    key: Tensor, shape: Any, dtype: torch.dtype, low: Any = 0.0, high: Any = 1.0
+) -> Tensor:
     """Draw from [low, high): what rounds to `high` becomes the number before it."""
     wide = _wide(dtype)
     x = random.uniform(key, tuple(shape), low, high, wide).to(dtype)

@@ -16,207 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fdl._dynamo import assume_constant_result
-from fdl._numerics import at_least_32_bits, norm
+from fdl import _levels, _written_out_norms
 
-__all__ = ["RULES", "attention", "beyond_first", "lacks_kernels", "under_vmap"]
-
-
-@assume_constant_result  # Dynamo has the same transformations active while it traces
-def beyond_first() -> bool:
-    """Say whether derivatives beyond the first in reverse mode may be asked for."""
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
-        return True
-    return _active().count("Grad") > 1
-
-
-@assume_constant_result
-def under_vmap() -> bool:
-    """Say whether a `vmap` is active."""
-    return "Vmap" in _active()
-
-
-def lacks_kernels() -> bool:
-    """Say whether a fused kernel without a rule for `vmap` must not be used."""
-    return beyond_first() or under_vmap()
-
-
-def _active() -> list[str]:
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return [str(level.key()).rpartition(".")[2] for level in stack]
-
-
-# ------------------------------------------------------------------------------- normalisation
-
-
-def _normalised(x: Tensor, dims: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over `dims`, divide by the deviation; return both statistics as well."""
-    wide = x.to(at_least_32_bits(x))
-    mean = wide.mean(dims, keepdim=True)
-    centred = wide - mean
-    var = (centred * centred).mean(dims, keepdim=True)
-    return centred * (var + eps).rsqrt(), mean, var
-
-
-def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any) -> Tensor:
-    if weight is not None:
-        y = y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
-
-
-def _move(running: Tensor | None, value: Tensor, momentum: float) -> None:
-    if running is not None:
-        running.copy_((1 - momentum) * running + momentum * value.detach())
-
-
-def _in_stats_dtype(mean: Tensor | None, *values: Tensor | None) -> list[Tensor | None]:
-    """Have scale and shift in the running statistics' dtype, which a `Policy` leaves alone."""
-    return [x if x is None or mean is None else x.to(mean.dtype) for x in values]
-
-
-def _with_running(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float
-) -> Tensor:
-    columns = (1, -1, *[1] * (x.ndim - 2))
-    y = (x.to(at_least_32_bits(x)) - mean.view(columns)) * (var + eps).rsqrt().view(columns)
-    return _scaled(y, weight, bias, columns).to(x.dtype)
-
-
-def _with_batch_statistics(
-    x: Tensor, dims: Any, mean: Any, var: Any, weight: Any, bias: Any, momentum: float, eps: float
-) -> Tensor:
-    y, now_mean, now_var = _normalised(x, dims, eps)
-    n = x.numel() // now_mean.numel()
-    # An instance's statistics are averaged over the batch.
-    now_mean, now_var = (s.reshape(s.shape[:2]).mean(0) for s in (now_mean, now_var))
-    _move(mean, now_mean, momentum)
-    _move(var, now_var * (n / max(n - 1, 1)), momentum)
-    return _scaled(y, weight, bias, (1, -1, *[1] * (x.ndim - 2))).to(x.dtype)
-
-
-def _own_gradient_layout(y: Tensor) -> Tensor:
-    """Have the gradient in plain layout where torch's kernel misreads others: a batch of one."""
-    return y.reshape(-1).view(y.shape)
-
-
-def _batch_norm(
-    mode: Any,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Ioffe and Szegedy, 2015."""
-    weight, bias = _in_stats_dtype(running_mean, weight, bias)
-    values = (input, running_mean, running_var, weight, bias)
-    if not beyond_first():
-        y = F.batch_norm(*values, training, momentum, eps)
-        return _own_gradient_layout(y) if input.shape[0] == 1 else y
-    if not training:
-        return _with_running(*values, eps)  # type: ignore[arg-type]
-    if input.numel() == input.shape[1]:
-        raise ValueError(f"batch_norm: one value per channel has no variance: {list(input.shape)}")
-    dims = [0, *range(2, input.ndim)]
-    return _with_batch_statistics(input, dims, *values[1:], momentum, eps)
-
-
-def _instance_norm(
-    mode: Any,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Ulyanov et al., 2016."""
-    weight, bias = _in_stats_dtype(running_mean, weight, bias)
-    values = (input, running_mean, running_var, weight, bias)
-    if not lacks_kernels():
-        return _own_gradient_layout(F.instance_norm(*values, use_input_stats, momentum, eps))
-    if not use_input_stats:
-        return _with_running(*values, eps)  # type: ignore[arg-type]
-    if input.numel() == input.shape[0] * input.shape[1]:
-        raise ValueError(f"instance_norm: one value per channel has no variance: {input.shape}")
-    return _with_batch_statistics(input, [*range(2, input.ndim)], *values[1:], momentum, eps)
-
-
-def _layer_norm(
-    mode: Any,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    """Ba et al., 2016."""
-    if not beyond_first():
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    y, _, _ = _normalised(input, [*range(-len(normalized_shape), 0)], eps)
-    return _scaled(y, weight, bias, normalized_shape).to(input.dtype)
-
-
-def _group_norm(
-    mode: Any,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    """Wu and He, 2018."""
-    if not beyond_first():
-        return F.group_norm(input, num_groups, weight, bias, eps)
-    grouped = input.reshape(input.shape[0], num_groups, -1)
-    y = _normalised(grouped, [2], eps)[0].view(input.shape)
-    return _scaled(y, weight, bias, (1, -1, *[1] * (input.ndim - 2))).to(input.dtype)
-
-
-def _rms_norm(
-    mode: Any,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    """Zhang and Sennrich, 2019."""
-    if not beyond_first():
-        return F.rms_norm(input, normalized_shape, weight, eps)
-    wide = input.to(at_least_32_bits(input))
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    square = (wide * wide).mean([*range(-len(normalized_shape), 0)], keepdim=True)
-    return _scaled(wide * (square + eps).rsqrt(), weight, None, normalized_shape).to(input.dtype)
-
-
-def _weight_norm(mode: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Salimans and Kingma, 2016."""
-    if not lacks_kernels():
-        return torch._weight_norm(v, g, dim)
-    others = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else [*range(v.ndim)]
-    return v * (g / norm(v, tuple(others), keepdim=True).to(v.dtype))
-
-
-def _normalize(
-    mode: Any,
-    input: Tensor,
-    p: float = 2.0,
-    dim: Any = 1,
-    eps: float = 1e-12,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Copy to `out`, as `spectral_norm` does to its vectors: constants to every derivative."""
-    y = F.normalize(input, p, dim, eps)
-    return y if out is None else out.copy_(y.detach())
+__all__ = ["RULES", "attention"]
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -268,7 +71,7 @@ def _embedding(
     """Look rows up; gradients are dense, and that of the padding row is 0 in every mode."""
     _check_embedding("embedding", max_norm, scale_grad_by_freq)
     y = F.embedding(input, weight, padding_idx)
-    if padding_idx is None or not beyond_first():
+    if padding_idx is None or not _levels.beyond_first():
         return y
     padding = input == padding_idx % weight.shape[0]
     return torch.where(padding.unsqueeze(-1), y.detach(), y)
@@ -290,7 +93,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     _check_embedding("embedding_bag", max_norm, scale_grad_by_freq)
-    if beyond_first():
+    if _levels.beyond_first():
         _refuse("embedding_bag", "use embedding and a sum")
     return F.embedding_bag(
         input, weight, offsets, None, 2.0, False, mode, False, per_sample_weights,
@@ -314,51 +117,81 @@ def _check_embedding(name: str, max_norm: float | None, by_frequency: bool) -> N
 
 
 def _glu(mode: Any, input: Tensor, dim: int = -1) -> Tensor:
-    if not beyond_first():
+    if not _levels.beyond_first():
         return F.glu(input, dim)
     a, b = input.chunk(2, dim)
     return a * b.sigmoid()
 
 
 def _hardsigmoid(mode: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    if not beyond_first():
+    if not _levels.beyond_first():
         return F.hardsigmoid(input, inplace)
     y = F.relu6(input + 3) / 6
     return input.copy_(y) if inplace else y
 
 
-def _loss(
-    kernel: Callable[..., Tensor], formula: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """Make the rule of a loss of `input` and `target` that is a mean of `formula`."""
-
-    def rule(mode: Any, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Tensor:
-        reduction = options.get("reduction", "mean")
-        plain = not args and not (options.keys() - {"reduction", "delta"})
-        if not beyond_first():
-            return kernel(input, target, *args, **options)
-        if not plain and any(x is not None for x in (*args, *_rest(options))):
-            _refuse(kernel.__name__, "call it with reduction= alone")
-        each = formula(input, target, **{k: v for k, v in options.items() if k == "delta"})
-        return {"none": lambda x: x, "mean": Tensor.mean, "sum": Tensor.sum}[reduction](each)
-
-    return rule
+def _mse_loss(
+    mode: Any,
+    input: Tensor,
+    target: Tensor,
+    size_average: None = None,
+    reduce: None = None,
+    reduction: str = "mean",
+    **weight: Any,
+) -> Tensor:
+    if not _levels.beyond_first():
+        return F.mse_loss(input, target, size_average, reduce, reduction, **weight)
+    _check_plain("mse_loss", size_average, reduce, *weight.values())
+    return _reduced((input - target) ** 2, reduction)
 
 
-def _rest(options: dict[str, Any]) -> list[Any]:
-    return [x for name, x in options.items() if name not in ("reduction", "delta")]
-
-
-def _huber(input: Tensor, target: Tensor, delta: float = 1.0) -> Tensor:
+def _huber_loss(
+    mode: Any,
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    **weight: Any,
+) -> Tensor:
+    """Huber, 1964."""
+    if not _levels.beyond_first():
+        return F.huber_loss(input, target, reduction, delta, **weight)
+    _check_plain("huber_loss", *weight.values())
     error = (input - target).abs()
-    return torch.where(error <= delta, error * error / 2, delta * (error - delta / 2))
+    each = torch.where(error <= delta, error * error / 2, delta * (error - delta / 2))
+    return _reduced(each, reduction)
+
+
+def _soft_margin_loss(
+    mode: Any,
+    input: Tensor,
+    target: Tensor,
+    size_average: None = None,
+    reduce: None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if not _levels.beyond_first():
+        return F.soft_margin_loss(input, target, size_average, reduce, reduction)
+    _check_plain("soft_margin_loss", size_average, reduce)
+    return _reduced(F.softplus(-target * input), reduction)
+
+
+def _check_plain(name: str, *options: Any) -> None:
+    if any(option is not None for option in options):
+        _refuse(name, "unless it is called without weight, size_average and reduce")
+
+
+def _reduced(each: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return each
+    return each.mean() if reduction == "mean" else each.sum()
 
 
 def _first_only(kernel: Callable[..., Tensor], instead: str) -> Callable[..., Tensor]:
     """Make the rule of a function that has a first derivative and no other."""
 
     def rule(mode: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if beyond_first():
+        if _levels.beyond_first():
             _refuse(kernel.__name__, instead)
         return kernel(*args, **kwargs)
 
@@ -372,38 +205,17 @@ def _refuse(name: str, instead: str) -> None:
 
 
 RULES: dict[str, Callable[..., Any]] = {
-    "F.batch_norm": _batch_norm,
-    "F.instance_norm": _instance_norm,
-    "F.layer_norm": _layer_norm,
-    "F.group_norm": _group_norm,
-    "F.rms_norm": _rms_norm,
-    "F.normalize": _normalize,
+    **_written_out_norms.RULES,
     "F.embedding": _embedding,
     "F.embedding_bag": _embedding_bag,
     "F.glu": _glu,
     "F.hardsigmoid": _hardsigmoid,
-    "F.mse_loss": _loss(F.mse_loss, lambda input, target: (input - target) ** 2),
-    "F.huber_loss": _loss(F.huber_loss, _huber),
-    "F.soft_margin_loss": _loss(F.soft_margin_loss, lambda x, target: F.softplus(-target * x)),
+    "F.mse_loss": _mse_loss,
+    "F.huber_loss": _huber_loss,
+    "F.soft_margin_loss": _soft_margin_loss,
     "F.ctc_loss": _first_only(F.ctc_loss, "torch has no others"),
     "F.multi_margin_loss": _first_only(F.multi_margin_loss, "write it out"),
     "F.multilabel_margin_loss": _first_only(F.multilabel_margin_loss, "write it out"),
-    "torch.layer_norm": _layer_norm,
-    "torch.group_norm": _group_norm,
-    "torch.rms_norm": _rms_norm,
-    "torch._weight_norm": _weight_norm,
-    "torch.batch_norm": (
-        lambda mode, input, weight, bias, running_mean, running_var, training, momentum, eps,
-        cudnn_enabled: _batch_norm(
-            mode, input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    ),
-    "torch.instance_norm": (
-        lambda mode, input, weight, bias, running_mean, running_var, use_input_stats, momentum,
-        eps, cudnn_enabled: _instance_norm(
-            mode, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
-    ),
     "torch.embedding": (
         lambda mode, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False:
         _embedding(

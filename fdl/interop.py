@@ -22,7 +22,7 @@ from fdl import tree
 from fdl._arrays import from_jax, from_numpy, to_jax, to_numpy
 from fdl._flax import from_flax, to_flax
 from fdl._keyed import Keyed, register_with_dynamo
-from fdl._written_out import under_vmap
+from fdl._levels import under_vmap
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -48,14 +48,19 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     `named_buffers()`; a tied parameter is there once, and its gradient is the sum over all uses.
 
     `apply(params, *inputs, train=False, key=None, **options)` calls the module with `inputs` and
-    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`.
+    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`. Both may
+    come flat, as `dict(module.named_parameters())` does.
 
     - *Mode*: `train=False` evaluates every submodule. `train=True` trains, but for submodules
       that were in eval mode while the module itself was not: those were frozen on purpose.
     - *Randomness*: the n-th random call inside, be it dropout, attention's, an LSTM's, stochastic
       depth or `torch.rand`, draws from `fold_in(key, n)`. Torch's generator is never used.
-    - *`init(key)`* gives the module's own values on the key's device, whatever the key: how a
-      module draws its parameters stands in its constructor, which is over. For `TrainState.create`.
+    - *Derivatives*: of every order, in either mode and under `vmap`. Where torch's kernels have
+      none, as those of normalisation and attention beyond the first, they are not used.
+    - *Writes*: a forward may write to buffers, of which it has copies, and to nothing else that
+      comes from outside. `ReLU(inplace=True)` on the input is an error.
+    - *`init(key)`* gives the module's own values on the key's device, whatever the key: a module
+      draws its parameters in its constructor, which has run. For `TrainState.create`.
     - *`requires_grad`* does not count: `grad` differentiates by what it is given; `optim.freeze`
       keeps parameters as they are.
 
@@ -67,8 +72,10 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         TypeError: no `nn.Module`, or one that is compiled to TorchScript.
         ValueError: a submodule has hooks, lazy parameters that are not there yet, or tensors on
             several devices (each is listed); parameters or buffers of other paths or shapes, a
-            random function without a key, or a forward that sets attributes (at apply).
-        NotImplementedError: a random function that cannot follow a key (at apply).
+            random function without a key, a forward that sets attributes or writes to parameters
+            or inputs (at apply).
+        NotImplementedError: a random function that cannot follow a key, or a derivative that a
+            function does not have (at apply).
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     >>> model, params, buffers = from_module(net)

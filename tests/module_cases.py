@@ -109,7 +109,8 @@ CASES: dict[str, Case] = {
     "CosineEmbeddingLoss": loss(oo.CosineEmbeddingLoss, draw(6, 3, 4), SIGNS),
     "CrossEntropyLoss": loss(oo.CrossEntropyLoss, LABELS, label_smoothing=0.1),
     "CTCLoss": loss(
-        lambda: LogSoftmax(oo.CTCLoss()), torch.tensor([[1, 2], [2, 1]]), torch.tensor([5, 5]), torch.tensor([2, 2]),
+        lambda: LogSoftmax(oo.CTCLoss()),
+        torch.tensor([[1, 2], [2, 1]]), torch.tensor([5, 5]), torch.tensor([2, 2]),
         x=draw(7, 5, 2, 4),
     ),
     "GaussianNLLLoss": Case(lambda: oo.GaussianNLLLoss(), (V, draw(6, 3, 4), draw(7, 3, 4).exp())),

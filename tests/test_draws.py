@@ -34,7 +34,8 @@ DRAWS = {
         lambda d: torch.nn.init.uniform_(one(d), -3, -1), -2, 3**-0.5, (-3, -1), 2.98,
     ),
     "init.kaiming_uniform_": (
-        lambda d: torch.nn.init.kaiming_uniform_(one(d).view(-1, 2)), 0, 1, (-(3**0.5), 3**0.5), 1.72,
+        lambda d: torch.nn.init.kaiming_uniform_(one(d).view(-1, 2)),
+        0, 1, (-(3**0.5), 3**0.5), 1.72,
     ),
     "torch.randn": (lambda d: torch.randn(N, dtype=d), 0, 1, (-6, 6), 3.7),
     "torch.randn_like": (lambda d: torch.randn_like(one(d)), 0, 1, (-6, 6), 3.7),
@@ -97,7 +98,7 @@ def test_mean_variance_and_extremes(name, dtype):
     assert (x.std() / std - 1).abs() < 0.01 + step or std < 0.05
     assert low <= x.min() and x.max() <= high
     assert (x.abs() >= tail * (1 - step)).any()
-    if "rand" in name and high == 1 or "uniform" in name:
+    if ("rand" in name and high == 1) or "uniform" in name:
         assert x.max() < high
 
 
@@ -105,9 +106,7 @@ def test_mean_variance_and_extremes(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_exponential_number_is_never_0_nor_infinite(dtype, u, monkeypatch):
     """At the ends of the uniform draw that it is made of; float32 meets 0 once in 8 million."""
-    monkeypatch.setattr(
-        random, "uniform", lambda *_, dtype, **__: torch.full((3,), u, dtype=dtype)
-    )
+    monkeypatch.setattr(random, "uniform", lambda *_, dtype, **__: torch.full((3,), u, dtype=dtype))
     with Keyed(KEY):
         x = torch.empty(3, dtype=dtype).exponential_()
         huge_rate = torch.empty(3, dtype=dtype).exponential_(1e30)
@@ -145,7 +144,11 @@ def test_float32_draws_are_those_of_the_key():
     with Keyed(KEY):
         got = torch.rand(5), torch.randn(5), torch.empty(5).uniform_()
     keys = [random.fold_in(KEY, i) for i in range(3)]
-    expected = random.uniform(keys[0], (5,)), random.normal(keys[1], (5,)), random.uniform(keys[2], (5,))
+    expected = (
+        random.uniform(keys[0], (5,)),
+        random.normal(keys[1], (5,)),
+        random.uniform(keys[2], (5,)),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -156,7 +156,9 @@ def test_a_tree_of_layers_is_converted_by_its_names():
     close(found["params"], each, rtol=0, atol=0)
     assert found["params"]["hr"]["weight"].shape == (2, 3)
     kernel = variables["params"]["ConvTranspose_0"]["kernel"]
-    assert torch.equal(found["params"]["ConvTranspose_0"]["weight"][0, 1], kernel.flip(0, 1)[..., 0, 1])
+    assert torch.equal(
+        found["params"]["ConvTranspose_0"]["weight"][0, 1], kernel.flip(0, 1)[..., 0, 1]
+    )
     close(interop.to_flax(found), variables, rtol=0, atol=0)
 
 
@@ -174,11 +176,11 @@ KERNEL = torch.ones(3, 4, 2)
 @pytest.mark.parametrize(
     ("layer", "options", "error", "text"),
     [
-        ({"a": {"b": {"kernel": 3}}}, {}, TypeError, r"at 'a.b': 'kernel' must be a tensor, got int 3"),
+        ({"a": {"b": {"kernel": 3}}}, {}, TypeError, r"at 'a.b': 'kernel' must be"),
         ({"a": {"kernel": KERNEL}}, {"image": (1, 1, 3)}, ValueError, "describe one layer"),
         ({"a": {"kernel": KERNEL}}, {"kind": "Conv"}, ValueError, r"\['a'\] are several"),
         ({"kernel": KERNEL}, {"kind": "ConvLocal"}, ValueError, "no rule for kind='ConvLocal'"),
-        ({"DenseGeneral_0": {"kernel": KERNEL}}, {}, ValueError, "at 'DenseGeneral_0': a Dense.*bias"),
+        ({"DenseGeneral_0": {"kernel": KERNEL}}, {}, ValueError, "at 'DenseGeneral_0': a .*bias"),
         ({"kernel": KERNEL}, {"image": (1, 1, 3)}, ValueError, "image="),
     ],
 )  # fmt: skip

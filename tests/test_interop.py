@@ -290,7 +290,9 @@ def test_what_vmap_cannot_do_names_the_module():
     module, inputs = made("batch norm, running mean")
     model, params, buffers = interop.from_module(module)
     with pytest.raises(RuntimeError, match=r"calling .item\(\)") as error:
-        vmap(lambda p, b: model.apply(p, b, *inputs, train=True))(*tree.stack([(params, buffers)] * 2))
+        vmap(lambda p, b: model.apply(p, b, *inputs, train=True))(
+            *tree.stack([(params, buffers)] * 2)
+        )
     assert "BatchNorm1d" in error.value.__notes__[0]
 
 

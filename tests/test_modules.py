@@ -31,9 +31,7 @@ def test_every_module_of_torch_has_a_row():
 def weighted(y):
     """Any outputs as one number whose derivatives are not 0."""
     leaves = [x for x in tree.leaves(y) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    return sum(
-        (x.sin() * (torch.arange(x.numel()).view(x.shape) + 1).cos()).sum() for x in leaves
-    )
+    return sum((x.sin() * (torch.arange(x.numel()).view(x.shape) + 1).cos()).sum() for x in leaves)
 
 
 def made(name):
@@ -137,7 +135,10 @@ def over(name, part):
     theta = taken_over(name, CASES[name].train)[1]
     other = tree.map(lambda x, d: x + 0.01 * d, theta, along(theta, 1))
     axes = {"params": (0, None), "inputs": (None, 0)}[part]
-    rows = [theta, tuple(b if axis == 0 else a for a, b, axis in zip(theta, other, axes, strict=True))]
+    rows = [
+        theta,
+        tuple(b if axis == 0 else a for a, b, axis in zip(theta, other, axes, strict=True)),
+    ]
     pairs = zip(*rows, axes, strict=True)
     return axes, rows, tuple(tree.stack([a, b]) if axis == 0 else a for a, b, axis in pairs)
 
@@ -163,7 +164,11 @@ def test_vmap_equals_a_loop(name, part):
 
 def both_ways(f, theta, u, v):
     """Give uᵀHv by all four ways to take second derivatives."""
-    return [outer(inner(f, v), u)(theta) for inner in (grad_along, jvp_along) for outer in (grad_along, jvp_along)]
+    return [
+        outer(inner(f, v), u)(theta)
+        for inner in (grad_along, jvp_along)
+        for outer in (grad_along, jvp_along)
+    ]
 
 
 def test_the_padding_row_of_an_embedding_is_constant_in_every_mode():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from laws import close, draw
 from torch import Tensor
 
-from fdl import _written_out, random
+from fdl import _levels, random
 from fdl._keyed import RULES, Keyed
 
 KEY = random.key(3)
@@ -242,7 +242,7 @@ def test_every_spelling(name):
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - DRAWS - FIRST_ONLY - {"Tensor.unflatten"}))
 def test_what_is_written_out_equals_the_kernel_in_every_spelling(name, monkeypatch):
-    monkeypatch.setattr(_written_out, "beyond_first", lambda: True)
+    monkeypatch.setattr(_levels, "beyond_first", lambda: True)
     test_every_spelling(name)
 
 
@@ -282,5 +282,8 @@ def test_a_result_can_be_asked_to_require_grad_or_be_written():
     ],
 )
 def test_what_no_key_can_do_is_refused_by_name(f):
-    with pytest.raises(NotImplementedError, match=r"torch.Generator cannot follow|layout="), Keyed(KEY):
+    with (
+        pytest.raises(NotImplementedError, match=r"torch.Generator cannot follow|layout="),
+        Keyed(KEY),
+    ):
         f()

@@ -53,7 +53,9 @@ WRITES = {
     "view": (lambda self, x: self.linear.weight[0].mul_(2), "params '0.linear.weight'"),
     "init": (lambda self, x: oo.init.zeros_(self.linear.weight), "params '0.linear.weight'"),
     "normal": (lambda self, x: oo.init.normal_(self.linear.weight), "params '0.linear.weight'"),
-    "foreach": (lambda self, x: torch._foreach_mul_([*self.parameters()], 2), "params '0.linear.weight'"),
+    "foreach": (
+        lambda self, x: torch._foreach_mul_([*self.parameters()], 2), "params '0.linear.weight'",
+    ),
     "out": (lambda self, x: torch.add(x, 1, out=x), "input '0'"),
     "relu": (lambda self, x: F.relu(x, inplace=True), "input '0'"),
     "relu, by position": (lambda self, x: F.relu(x, True), "input '0'"),
@@ -62,7 +64,9 @@ WRITES = {
     "operator": (add_to, "input '0'"),
     "aten": (lambda self, x: torch.ops.aten.add_.Tensor(x, 1), "input '0'"),
     "uniform": (lambda self, x: x.uniform_(), "input '0'"),
-    "renormalised": (lambda self, x: torch.embedding_renorm_(x, torch.tensor([0]), 1.0, 2), "input"),
+    "renormalised": (
+        lambda self, x: torch.embedding_renorm_(x, torch.tensor([0]), 1.0, 2), "input '0'",
+    ),
 }  # fmt: skip
 
 
@@ -174,7 +178,10 @@ def test_a_parameter_that_is_replaced_is_hidden_state():
         self.linear.weight = oo.Parameter(self.linear.weight.clamp(-1, 1))
 
     model, params, buffers = interop.from_module(Writing(write))
-    with unchanged(params), pytest.raises(ValueError, match="replaces the parameter 'linear.weight'"):
+    with (
+        unchanged(params),
+        pytest.raises(ValueError, match=r"replaces the parameter 'linear\.weight'"),
+    ):
         model.apply(params, buffers, torch.ones(3, 4))
 
 
