@@ -112,6 +112,9 @@ def test_an_exponential_number_is_never_0_nor_infinite(dtype, u, monkeypatch):
         huge_rate = torch.empty(3, dtype=dtype).exponential_(1e30)
     for y in (x, huge_rate):
         assert (y > 0).all() and y.isfinite().all() and y.log().isfinite().all()
+    if u == 0:  # the middle of the first step of the uniform grid
+        step = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        assert x[0].item() == pytest.approx(step / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,6 +14,7 @@ from module_cases import ABSTRACT, CASES, DRAWING, IDS, REFUSED
 from torch import nn as oo
 from torch.func import grad, jvp, vjp, vmap
 
+import fdl
 from fdl import interop, nn, random, transforms, tree
 
 KEY = random.key(3)
@@ -220,3 +221,30 @@ def test_a_gradient_by_frequency_is_refused(make):
     model, params, _ = interop.from_module(make(5, 4, scale_grad_by_freq=True))
     with pytest.raises(NotImplementedError, match="scale_grad_by_freq=True makes is no derivative"):
         model.apply(params, IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [
+        ("BatchNorm1d", "jit"),
+        ("InstanceNorm1d", "jit"),
+        ("Embedding with padding", "jit"),
+        ("TransformerEncoderLayer", "jit"),
+        ("BatchNorm1d", "compile"),
+        ("MultiheadAttention without weights", "compile"),
+    ],
+)
+def test_second_derivatives_compile(name, compiler, plain_backend):
+    function, theta = taken_over(name, CASES[name].train)
+    v = along(theta, 1)
+
+    def products(theta):
+        return vjp(grad(function), theta)[1](v)[0], jvp(grad(function), (theta,), (v,))[1]
+
+    expected = products(theta)
+    if compiler == "jit":
+        compiled = fdl.jit(products)
+    else:
+        torch._dynamo.reset()
+        compiled = torch.compile(products, backend="eager", fullgraph=True)
+    close(compiled(theta), expected, rtol=1e-8)
