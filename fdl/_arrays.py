@@ -108,11 +108,11 @@ def from_jax(tree: Tree) -> Tree:
     """Turn every JAX array into a tensor on its device that shares its memory, through DLPack.
 
     JAX owns the memory and takes it for constant: do not write to the tensors, nor donate them to
-    `fdl.jit`; clone them first (`tree.map(torch.clone, …)`). JAX's typed keys become ours, int64
-    `[..., 2]`; its raw ones are plain uint32.
+    `fdl.jit`; clone them first (`tree.map(torch.clone, …)`). JAX's typed keys of Threefry, its
+    default, become ours, int64 `[..., 2]`; its raw ones are plain uint32.
 
     Raises:
-        TypeError: a leaf that is no JAX array (with its path).
+        TypeError: a leaf that is no JAX array, or a key of another generator (with its path).
         ImportError: JAX is not installed.
 
     Example::
@@ -126,6 +126,12 @@ def from_jax(tree: Tree) -> Tree:
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"expected a JAX array, got {type(leaf).__name__} {leaf!r}")
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            generator = str(jax.random.key_impl(leaf))
+            if generator != "threefry2x32":
+                raise TypeError(
+                    f"a key of the generator {generator!r}; only Threefry's can be ours: "
+                    "jax.random.key(seed, impl='threefry2x32')"
+                )
             return from_dlpack(jax.random.key_data(leaf)).long()
         return from_dlpack(leaf)
 

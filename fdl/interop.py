@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from fdl import tree
 from fdl._arrays import from_jax, from_numpy, to_jax, to_numpy
-from fdl._keyed import Keyed, tell_dynamo
+from fdl._flax import from_flax, to_flax
+from fdl._keyed import Keyed, register_with_dynamo
+from fdl._levels import under_vmap
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -45,14 +48,19 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     `named_buffers()`; a tied parameter is there once, and its gradient is the sum over all uses.
 
     `apply(params, *inputs, train=False, key=None, **options)` calls the module with `inputs` and
-    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`.
+    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`. Both may
+    come flat, as `dict(module.named_parameters())` does.
 
     - *Mode*: `train=False` evaluates every submodule. `train=True` trains, but for submodules
       that were in eval mode while the module itself was not: those were frozen on purpose.
     - *Randomness*: the n-th random call inside, be it dropout, attention's, an LSTM's, stochastic
       depth or `torch.rand`, draws from `fold_in(key, n)`. Torch's generator is never used.
-    - *`init(key)`* gives the module's own values on the key's device, whatever the key: how a
-      module draws its parameters stands in its constructor, which is over. For `TrainState.create`.
+    - *Derivatives*: of every order, in either mode and under `vmap`. Where torch's kernels have
+      none, as those of normalisation and attention beyond the first, they are not used.
+    - *Writes*: a forward may write to buffers, of which it has copies, and to nothing else that
+      comes from outside. `ReLU(inplace=True)` on the input is an error.
+    - *`init(key)`* gives the module's own values on the key's device, whatever the key: a module
+      draws its parameters in its constructor, which has run. For `TrainState.create`.
     - *`requires_grad`* does not count: `grad` differentiates by what it is given; `optim.freeze`
       keeps parameters as they are.
 
@@ -64,8 +72,10 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         TypeError: no `nn.Module`, or one that is compiled to TorchScript.
         ValueError: a submodule has hooks, lazy parameters that are not there yet, or tensors on
             several devices (each is listed); parameters or buffers of other paths or shapes, a
-            random function without a key, or a forward that sets attributes (at apply).
-        NotImplementedError: a random function that cannot follow a key (at apply).
+            random function without a key, a forward that sets attributes or writes to parameters
+            or inputs (at apply).
+        NotImplementedError: a random function that cannot follow a key, or a derivative that a
+            function does not have (at apply).
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     >>> model, params, buffers = from_module(net)
@@ -83,23 +93,24 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     shells = {train: _shell(module, train) for train in (False, True)}
 
     def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
-        flat: dict[str, Tensor] = {}
-        for kind, given, expected in zip(("params", "buffers"), values, shapes, strict=True):
-            found = flatten_dict(given)
+        flat = [_flat(given) for given in values]
+        for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
-            # A module writes to its buffers: let it have copies.
-            flat |= {
-                f"module.{path}": x.clone() if kind == "buffers" else x for path, x in found.items()
-            }
+        owned = {"params": flat[0], "input": inputs, "option": options}
+        # A module writes to its buffers: let it have copies.
+        flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
+        named = {f"module.{path}": x for found in flat for path, x in found.items()}
         shell = shells[train]
-        if torch.compiler.is_compiling():  # Dynamo could follow neither of the checks below
-            tell_dynamo()
+        if torch.compiler.is_compiling():  # Dynamo could follow none of the checks below
+            register_with_dynamo()
+            if parametrize._cache_enabled:
+                raise ValueError("apply: cannot be compiled inside parametrize.cached()")
             with Keyed(key):
-                return functional_call(shell, flat, inputs, options)
-        with _unchanged(shell):
+                return functional_call(shell, named, inputs, options)
+        with _unchanged(shell), _own_cache():
             try:
-                with Keyed(key):
-                    return functional_call(shell, flat, inputs, options)
+                with Keyed(key, owned):
+                    return functional_call(shell, named, inputs, options)
             except Exception as error:
                 error.add_note(_whereabouts(error, shell))
                 raise
@@ -156,7 +167,7 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
     for kind, given, own in pairs:
-        found = flatten_dict(given)
+        found = _flat(given)
         for path, x in found.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
@@ -177,7 +188,12 @@ class _Shell(nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         """Call the module."""
-        return self.module(*inputs, **options), dict(self.module.named_buffers())
+        params = dict(self.module.named_parameters())
+        y = self.module(*inputs, **options)
+        for path, p in self.module.named_parameters():
+            if params.get(path) is not p:
+                raise ValueError(f"apply: the forward replaces the parameter {path!r}")
+        return y, dict(self.module.named_buffers())
 
 
 def _shell(module: nn.Module, train: bool) -> nn.Module:
@@ -188,6 +204,26 @@ def _shell(module: nn.Module, train: bool) -> nn.Module:
     shell = _Shell(copy.deepcopy(module, stand_ins))
     # Where only parts are in eval mode, they were frozen: `train` leaves the flags as they are.
     return shell if train and module.training else shell.train(train)
+
+
+def _flat(values: Tree) -> dict[str, Any]:
+    """Map paths to values; `dict(module.named_parameters())`, flat already, is taken as it is."""
+    if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
+        return dict(values)
+    return flatten_dict(values)
+
+
+def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:
+    """Copy buffers; under `vmap` they have the axes of all that may be written to them."""
+    copies = {path: x.clone() for path, x in buffers.items()}
+    if not (others and copies and under_vmap()):
+        return copies
+    # A 0 made by a tensor has its axes of `vmap`.
+    leaves = [x for x in tree.leaves(others) if isinstance(x, Tensor)]
+    return {
+        path: sum((x.new_zeros((), dtype=copy.dtype) for x in leaves), copy)
+        for path, copy in copies.items()
+    }
 
 
 def _nested(flat: Mapping[str, Tensor]) -> Tree:
@@ -266,6 +302,17 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
         )
 
 
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep the weights that a caller's `parametrize.cached()` remembers out of the call."""
+    theirs = parametrize._cache
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = theirs
+
+
 def _inside(path: str) -> str:
     return path.removeprefix("module").removeprefix(".") or "the module itself"
 
@@ -279,71 +326,3 @@ def _whereabouts(error: Exception, shell: nn.Module) -> str:
         if id(part) in names:
             found = f"in {_inside(names[id(part)])} ({type(part).__name__})"
     return found
-
-
-def from_flax(layer: Mapping[str, Tensor], image: tuple[int, int, int] | None = None) -> Tree:
-    """Convert the parameters of one Flax layer to torch's names and layouts.
-
-    `kernel`, `[in, out]` or `[*window, in, out]` (HWIO), becomes `weight`, `[out, in]` or
-    `[out, in, *window]` (OIHW); the `scale` of a normalisation becomes its `weight`; the rest
-    stays. First `from_jax`, then this for each layer:
-
-    >>> flax = {"Dense_0": {"kernel": torch.zeros(4, 3), "bias": torch.zeros(3)}}
-    >>> params = {"fc": from_flax(flax["Dense_0"])}
-    >>> params["fc"]["weight"].shape
-    torch.Size([3, 4])
-
-    Args:
-        layer: the dict of one layer.
-        image: `(channels, height, width)` of what is flattened right before a dense layer: Flax
-            flattens height first, torch channels first, so the inputs change their order.
-
-    Raises:
-        ValueError: a kernel whose inputs are not as many as `image` says.
-    """
-    names = {"kernel": "weight", "scale": "weight"}
-    found = dict(layer)
-    if "kernel" in found:
-        kernel = found["kernel"]
-        if image is not None:
-            channels, height, width = _check_image("from_flax", image, kernel.shape[0])
-            rows = kernel.unflatten(0, (height, width, channels))
-            kernel = rows.movedim(2, 0).flatten(0, 2)
-        found["kernel"] = kernel.movedim((-1, -2), (0, 1)).contiguous()
-    return {names.get(name, name): x for name, x in found.items()}
-
-
-def to_flax(layer: Mapping[str, Tensor], image: tuple[int, int, int] | None = None) -> Tree:
-    """Convert the parameters of one layer to Flax's names and layouts; the inverse of `from_flax`.
-
-    Args:
-        layer: `weight` and perhaps `bias`, of a linear layer, a convolution or, where `weight`
-            has one axis, a normalisation.
-        image: as for `from_flax`.
-
-    Raises:
-        ValueError: a weight whose inputs are not as many as `image` says.
-
-    >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)})["kernel"].shape
-    torch.Size([5, 5, 6, 16])
-    """
-    found = dict(layer)
-    weight = found.pop("weight")
-    if weight.ndim == 1:
-        return {"scale": weight, **found}
-    kernel = weight.movedim((0, 1), (-1, -2))
-    if image is not None:
-        channels, height, width = _check_image("to_flax", image, kernel.shape[0])
-        rows = kernel.unflatten(0, (channels, height, width))
-        kernel = rows.movedim(0, 2).flatten(0, 2)
-    return {"kernel": kernel.contiguous(), **found}
-
-
-def _check_image(caller: str, image: tuple[int, int, int], inputs: int) -> tuple[int, int, int]:
-    channels, height, width = image
-    if channels * height * width != inputs:
-        raise ValueError(
-            f"{caller}: image={image}, (channels, height, width), has "
-            f"{channels * height * width} numbers, but the layer takes {inputs}"
-        )
-    return image

@@ -7,7 +7,7 @@ import pytest
 import torch
 from laws import close, draw, unchanged
 from torch import nn as oo
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 import fdl
 from fdl import interop, losses, nn, optim, random, tree
@@ -286,16 +286,134 @@ def test_an_error_inside_says_in_which_module():
     assert error.value.__notes__ == ["in 1.0 (Linear)"]
 
 
-@pytest.mark.parametrize(("name", "where"), [("lstm", "LSTM"), ("spectral norm", "_SpectralNorm")])
-def test_what_vmap_cannot_do_names_the_module(name, where):
-    module, inputs = made(name)
+def test_what_vmap_cannot_do_names_the_module():
+    module, inputs = made("batch norm, running mean")
     model, params, buffers = interop.from_module(module)
-    values = tree.stack([(params, buffers)] * 2) if buffers else tree.stack([params] * 2)
+    with pytest.raises(RuntimeError, match=r"calling .item\(\)") as error:
+        vmap(lambda p, b: model.apply(p, b, *inputs, train=True))(
+            *tree.stack([(params, buffers)] * 2)
+        )
+    assert "BatchNorm1d" in error.value.__notes__[0]
 
-    def f(values):
-        params, buffers_ = values if buffers else (values, {})
-        return leaf(call(model, params, buffers_, *inputs, train=True)[0])
 
-    with pytest.raises(RuntimeError, match="Batching rule not implemented") as error:
-        vmap(f)(values)
-    assert where in error.value.__notes__[0]
+# --------------------------------------------------------------------- what surrounds the call
+
+
+def test_a_callers_cache_of_parametrizations_is_not_ours():
+    net = oo.utils.parametrizations.weight_norm(oo.Linear(4, 2))
+    model, params, _ = interop.from_module(net)
+    doubled, x = tree.map(lambda p: 2 * p, params), draw(0, 3, 4).float()
+    expected = [model.apply(p, x) for p in (params, doubled)]
+    with oo.utils.parametrize.cached():
+        theirs = net.weight
+        got = [model.apply(p, x) for p in (params, doubled)]
+        assert net.weight is theirs
+    close(got, expected)
+    assert not torch.allclose(*got)
+
+
+def test_a_flat_dict_of_named_parameters_is_taken():
+    module, inputs = made("batch norm")
+    model, params, buffers = interop.from_module(module)
+    flat = {path: p.detach() for path, p in module.named_parameters()}
+    expected = model.apply(params, buffers, *inputs)
+    close(model.apply(flat, dict(module.named_buffers()), *inputs), expected)
+    grads = grad(lambda p: model.apply(p, buffers, *inputs)[0].sum())(flat)
+    assert grads.keys() == flat.keys()
+    again = interop.to_module(flat, module, dict(module.named_buffers()))
+    close(dict(again.state_dict()), dict(module.state_dict()))
+    with pytest.raises(ValueError, match=r"0.weight: expected \[3, 4\], got nothing"):
+        model.apply({"weight": torch.ones(3, 4)}, buffers, *inputs)
+
+
+# ------------------------------------------------------------ buffers, however they are reached
+
+
+NORMS = {
+    "BatchNorm1d": (lambda: oo.BatchNorm1d(4), (3, 4)),
+    "BatchNorm2d": (lambda: oo.BatchNorm2d(4), (2, 4, 3, 3)),
+    "InstanceNorm1d": (lambda: oo.InstanceNorm1d(4, track_running_stats=True), (3, 4, 6)),
+    "InstanceNorm2d": (
+        lambda: oo.InstanceNorm2d(4, affine=True, track_running_stats=True), (2, 4, 3, 3),
+    ),
+    "spectral_norm": (lambda: oo.utils.parametrizations.spectral_norm(oo.Linear(4, 3)), (3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["plain", "jvp", "hvp", "vmap"])
+@pytest.mark.parametrize("name", NORMS)
+def test_buffers_are_the_modules_under_every_transformation(name, way):
+    make, shape = NORMS[name]
+    module, x = make().double(), draw(0, *shape)
+    model, params, buffers = interop.from_module(module)
+    other = draw(1, *shape)
+
+    def f(x):
+        y, new = model.apply(params, buffers, x, train=True)
+        return y.sin().sum(), new
+
+    def slope(x):
+        gradient, new = grad(f, has_aux=True)(x)
+        return gradient.sum(), new
+
+    def buffers_of(x):
+        module = make().double()
+        module.load_state_dict(dict(theirs))
+        module.train()(x)
+        return tree.unflatten_dict(dict(module.named_buffers()))
+
+    theirs = module.state_dict()
+    with unchanged(buffers, x):
+        if way == "plain":
+            new = f(x)[1]
+        elif way == "jvp":
+            new = jvp(f, (x,), (other,), has_aux=True)[2]
+        elif way == "hvp":
+            new = grad(slope, has_aux=True)(x)[1]
+        else:
+            new = vmap(lambda x: f(x)[1])(torch.stack([x, other]))
+    expected = [buffers_of(x), buffers_of(other)]
+    close(new, tree.stack(expected) if way == "vmap" else expected[0])
+
+
+# --------------------------------------------------------------------- gradients in odd layouts
+
+
+LAYERS = {
+    "BatchNorm2d": lambda: oo.BatchNorm2d(3),
+    "BatchNorm2d without buffers": lambda: oo.BatchNorm2d(3, track_running_stats=False),
+    "InstanceNorm2d": lambda: oo.InstanceNorm2d(3, affine=True),
+    "GroupNorm": lambda: oo.GroupNorm(3, 3),
+    "LayerNorm": lambda: oo.LayerNorm((3, 4, 4)),
+    "RMSNorm": lambda: oo.RMSNorm(4),
+    "Conv2d": lambda: oo.Conv2d(3, 3, 3, padding=1),
+    "Conv2d of groups": lambda: oo.Conv2d(3, 3, 3, padding=1, groups=3),
+    "ConvTranspose2d": lambda: oo.ConvTranspose2d(3, 3, 3, padding=1),
+    "AvgPool2d": lambda: oo.AvgPool2d(3, 1, 1),
+    "MaxPool2d": lambda: oo.MaxPool2d(3, 1, 1),
+    "Upsample": lambda: oo.Upsample(None, 2, "bilinear"),
+}
+VIEWS = {
+    "squeezed": lambda y: y.squeeze(0).movedim(-3, -1),
+    "permuted": lambda y: y.permute(0, 2, 3, 1),
+    "transposed": lambda y: y.transpose(2, 3),
+    "flipped": lambda y: y.flip(-1),
+    "summed": lambda y: y.sum((2, 3)),
+}
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layout_of_a_gradient_does_not_matter(name, batch, memory):
+    torch.manual_seed(0)
+    model, params, buffers = interop.from_module(LAYERS[name]().double())
+    x, v = draw(0, batch, 3, 4, 4).contiguous(memory_format=memory), draw(1, batch, 3, 4, 4)
+    for view in VIEWS.values():
+
+        def f(x, view=view):
+            y = view(call(model, params, buffers, x, train=True)[0])
+            return (y.sin() * torch.arange(y.numel()).view(y.shape).sin()).sum()
+
+        h = 1e-5
+        close((grad(f)(x) * v).sum(), (f(x + h * v) - f(x - h * v)) / (2 * h), rtol=1e-6, atol=1e-6)
