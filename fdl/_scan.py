@@ -31,6 +31,7 @@ from fdl._trace import (
     results_of,
     trace_flat,
     unshared,
+    watch,
 )
 from fdl.tree import Tree
 
@@ -174,10 +175,14 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
     init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
     xs_leaves = faked(xs_leaves)
     names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
+    made_before = len(watch().made)
     with disable_proxy_modes_tracing():
         # Copies, for the body may close over the carry's first value, which is another thing.
         fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
+        watch().note(fakes, "scan")
         body, closed_over = trace_flat(flat, fakes, names)
+    del fakes
+    watch().check(f, body, "scan: the body", made_before)
     times = _steps_at_once(body, length)
     if times == length:
         return _scan_as_loop(f, init, xs, length)
