@@ -6,15 +6,26 @@ the state of its first run.
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-__all__ = ["Ambient", "ambient", "are_watched", "changes", "has_grad", "is_plain", "plainly", "under", "without_cache"]
+__all__ = [
+    "Ambient",
+    "ambient",
+    "are_watched",
+    "changes",
+    "has_grad",
+    "is_plain",
+    "plainly",
+    "under",
+    "without_cache",
+]
 
 Ambient = tuple[Any, ...]  # one value for each of SETTINGS
 
@@ -28,13 +39,13 @@ def _default_device() -> torch.device | None:
     if not _C._len_torch_function_stack():
         return None
     contexts = [mode.device for mode in _function_modes() if isinstance(mode, DeviceContext)]
-    return contexts[-1] if contexts else None
+    return contexts[-1] if contexts and contexts[-1].type != "cpu" else None
 
 
-def _autocast() -> tuple[Any, ...]:
-    """List, for each device, whether autocast is on, and its dtype, which counts inside `fn` too."""
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    """Say of each device whether autocast is on, and its dtype, which counts in `fn` too."""
     if not _C._is_any_autocast_enabled():
-        return torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
+        return (False, torch.get_autocast_dtype("cpu")), (False, torch.get_autocast_dtype("cuda"))
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES)
 
 
@@ -104,27 +115,14 @@ def under(state: Ambient) -> Iterator[None]:
     with ExitStack() as stack:
         if state[0] != device:
             stack.enter_context(torch.device(state[0] or "cpu"))
-        if state[1] != autocast:
-            for options in _as_options(state[1]):
-                stack.enter_context(torch.autocast(**options))
+        for kind, old, new in zip_longest(DEVICES, state[1], autocast):
+            if old != new and (old or new[0]):
+                on, cast_to = old or (False, None)
+                stack.enter_context(torch.autocast(kind, enabled=on, dtype=cast_to))
         if state[2] != dtype:
             torch.set_default_dtype(state[2])
             stack.callback(torch.set_default_dtype, dtype)
         yield
-
-
-def _as_options(autocast: Sequence[Any]) -> list[dict[str, Any]]:
-    """Turn what `_autocast` returned into arguments of `torch.autocast`."""
-    if len(autocast) == len(DEVICES):
-        rows = [(device, *row) for device, row in zip(DEVICES, autocast, strict=True)]
-    else:
-        rows = [(device, False, None) for device in DEVICES]
-    available = [row for row in rows if row[1] or torch.is_autocast_enabled(row[0])]
-    # A cache would hand a tensor of one run to another.
-    return [
-        {"device_type": device, "enabled": on, "dtype": dtype, "cache_enabled": False}
-        for device, on, dtype in available
-    ]
 
 
 def has_grad(state: Ambient) -> bool:
@@ -139,7 +137,7 @@ def has_grad(state: Ambient) -> bool:
 def is_plain(state: Ambient) -> bool:
     """Say whether neither autocast nor a default device changes what operations do."""
     device, autocast, *_ = state
-    return device is None and len(autocast) != len(DEVICES)
+    return device is None and not any(on for on, _ in autocast)
 
 
 @contextmanager

@@ -44,12 +44,10 @@ class Sources:
         self.root = fn
         self.tensors = list(tensors)
         edges = list(_walk(fn)) if tensors else []
-        reachable = {id(edge.value): edge.value for edge in edges if isinstance(edge.value, Tensor)}
-        found = [_find(tensor, reachable) for tensor in tensors]
-        self._take(_leading_to([x for x in found if x is not None], edges), found)
+        self._take(_leading_to(tensors, edges))
 
-    def _take(self, edges: list[Edge], found: list[Tensor | None]) -> None:
-        self.edges, self.found = edges, found
+    def _take(self, edges: list[Edge]) -> None:
+        self.edges = edges
         holders = {id(edge.holder): edge.holder for edge in edges}
         self.sizes = [(x, len(x)) for x in holders.values() if isinstance(x, dict | list | tuple)]
 
@@ -76,23 +74,15 @@ class Sources:
             edges.append(Edge(read, holder, key, value, name))
         if any(len(now[id(holder)]) != size for holder, size in self.sizes):
             return None
-        found = [None if x is None else now[id(x)] for x in self.found]
-        pairs = zip(self.tensors, self.found, found, strict=True)
-        self.tensors = [
-            old if new is None else new if old is was else new.detach() for old, was, new in pairs
-        ]
-        self._take(edges, found)
+        self.tensors = [now.get(id(tensor), tensor) for tensor in self.tensors]
+        self._take(edges)
         return self.tensors
 
     def names(self) -> list[str]:
         """Say where each tensor is read."""
         paths = _paths(self.root, self.edges)
-        return [
-            f"{shown(tensor)}, which no name leads to: always that of the first call"
-            if found is None
-            else paths[id(found)]
-            for tensor, found in zip(self.tensors, self.found, strict=True)
-        ]
+        hidden = "which no name leads to: always that of the first call"
+        return [paths.get(id(x), f"{shown(x)}, {hidden}") for x in self.tensors]
 
 
 def shown(tensor: Tensor) -> str:
@@ -115,18 +105,6 @@ def reached(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
     paths = _paths(fn, edges)
     found = {id(edge.value): edge.value for edge in edges if isinstance(edge.value, Tensor)}
     yield from ((paths[i], tensor) for i, tensor in found.items())
-
-
-def _find(tensor: Tensor, reachable: dict[int, Tensor]) -> Tensor | None:
-    """Find a tensor, or the one of which it is `.data`: the same memory, read in the same way."""
-    if id(tensor) in reachable:
-        return tensor
-    return next((x for x in reachable.values() if _is_data_of(tensor, x)), None)
-
-
-def _is_data_of(tensor: Tensor, other: Tensor) -> bool:
-    plain = tensor.layout == other.layout == torch.strided and tensor.dtype == other.dtype
-    return plain and tensor.device == other.device and tensor.is_set_to(other)
 
 
 def _leading_to(targets: Sequence[Any], edges: Sequence[Edge]) -> list[Edge]:
@@ -214,7 +192,8 @@ def _parts_of_function(fn: FunctionType) -> Iterator[Edge]:
         return
     for i, cell in enumerate(fn.__closure__ or ()):
         yield Edge(_cell, fn, i, cell, fn.__code__.co_freevars[i])
-    for name, defaults in [("__defaults__", fn.__defaults__), ("__kwdefaults__", fn.__kwdefaults__)]:
+    for name in ("__defaults__", "__kwdefaults__"):
+        defaults = getattr(fn, name)
         if defaults:
             yield Edge(getattr, fn, name, defaults, "default")
     for name, value in vars(fn).items():

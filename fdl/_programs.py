@@ -205,8 +205,7 @@ def _run_at_home(
 ) -> Tree:
     fresh = iter(program([*leaves, *constants]))
     results = [
-        leaves[homes[out]] if out in homes else next(fresh)
-        for out in range(len(traced.results))
+        leaves[homes[out]] if out in homes else next(fresh) for out in range(len(traced.results))
     ]
     return unflatten(results, traced.spec)
 

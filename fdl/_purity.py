@@ -28,8 +28,8 @@ def check_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     if any(given.get(name) in (False, 0.0) for name in SWITCHES if given.get(name) is not None):
         return
     raise ValueError(
-        f"jit: {_name(func)} draws from torch's generator, at {line_text(line_here())}; in a jitted "
-        "function random numbers come from a key, which is an argument: draw with fdl.random or "
+        f"jit: {_name(func)} draws from torch's generator, at {line_text(line_here())}; in a "
+        "jitted function random numbers come from a key, which is an argument: draw with fdl.random or "
         "fdl.nn.dropout, or take a module over with fdl.interop.from_module"
     )
 
@@ -53,9 +53,7 @@ class Watch:
             if isinstance(tensor, Tensor):
                 self.made.append(_Made(weakref.ref(tensor), _name(func), line))
 
-    def check(
-        self, fn: Callable[..., Any], graph: GraphModule, what: str, since: int = 0
-    ) -> None:
+    def check(self, fn: Callable[..., Any], graph: GraphModule, what: str, since: int = 0) -> None:
         """Raise if `fn`, now traced, has put a tensor somewhere.
 
         Args:
@@ -99,6 +97,7 @@ def _innermost(tensor: Tensor) -> Tensor:
 def _values(graph: GraphModule) -> Iterable[Any]:
     for module in graph.modules():
         if isinstance(module, GraphModule):
+            yield from (*vars(module).values(), *module.buffers(recurse=False))
             for node in module.graph.nodes:
                 value = node.meta.get("val")
                 yield from value if isinstance(value, tuple | list) else [value]

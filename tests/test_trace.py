@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from laws import Graphs, draw, unchanged
+from laws import draw, unchanged
 from torch import Tensor
 from torch.func import grad, vmap
 
