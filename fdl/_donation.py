@@ -29,9 +29,7 @@ class _Donated(Tensor):
 
 def give_away(leaf: Tensor) -> None:
     """Let any later use of a tensor raise."""
-    if (
-        leaf._use_count() == ALONE[0]
-    ):  # or else what shares it, through DLPack, would lose its memory
+    if leaf._use_count() == ALONE[0]:  # an array that shares it would lose its memory
         leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
     leaf.__class__ = _Donated  # type: ignore[assignment]
 

@@ -29,8 +29,8 @@ def check_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         return
     raise ValueError(
         f"jit: {_name(func)} draws from torch's generator, at {line_text(line_here())}; in a "
-        "jitted function random numbers come from a key, which is an argument: draw with fdl.random or "
-        "fdl.nn.dropout, or take a module over with fdl.interop.from_module"
+        "jitted function random numbers come from a key, which is an argument: draw with "
+        "fdl.random or fdl.nn.dropout, or take a module over with fdl.interop.from_module"
     )
 
 
@@ -46,12 +46,13 @@ class Watch:
     def __init__(self) -> None:
         self.made: list[_Made] = []
 
-    def note(self, tensors: Any, func: Any) -> None:
-        """Remember what an operation made."""
-        line = line_here()
+    def note(self, tensors: Any, func: Any = None) -> None:
+        """Remember what an operation made, or what the function is given."""
+        how = "an argument" if func is None else f"made by {_name(func)}"
+        line = None if func is None else line_here()
         for tensor in tensors if isinstance(tensors, tuple | list) else [tensors]:
             if isinstance(tensor, Tensor):
-                self.made.append(_Made(weakref.ref(tensor), _name(func), line))
+                self.made.append(_Made(weakref.ref(tensor), how, line))
 
     def check(self, fn: Callable[..., Any], graph: GraphModule, what: str, since: int = 0) -> None:
         """Raise if `fn`, now traced, has put a tensor somewhere.
@@ -83,7 +84,8 @@ def _describe(kept: list[_Made], fn: Callable[..., Any]) -> str:
     name, made = next((pair for pair in named if pair[0]), named[-1])
     tensor = made.tensor()
     assert tensor is not None
-    origin = f"{shown(tensor)}, made by {made.how} at {line_text(made.line)}"
+    where = f" at {line_text(made.line)}" if made.line else ""
+    origin = f"{shown(tensor)}, {made.how}{where}"
     return f"{name}, {origin}" if name else origin
 
 

@@ -242,7 +242,7 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
     with disable_proxy_modes_tracing():
         # Copies, for the body may close over the carry's first value, which is another thing.
         fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
-        watch().note(fakes, "scan")
+        watch().note(fakes)
         body, closed_over = trace_flat(flat, fakes, names)
     del fakes
     watch().check(f, body, "scan: the body", made_before)

@@ -147,7 +147,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     try:
         with mode, without_cache():
             fakes = [_fake_like(mode, leaf) for leaf in leaves]
-            tracing.watch.note(fakes, "the call")
+            tracing.watch.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))
         del fakes
         tracing.watch.check(fn, graph, f"jit: {name}")
@@ -345,8 +345,18 @@ def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
     if all(isinstance(leaf, Tensor) for leaf in leaves):
         return
     pairs, _ = pytree.tree_flatten_with_path(whole)
-    found = [f"{tree.dotted(p)}: {leaf!r}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
+    found = [
+        f"{tree.dotted(p)}: {_shown(leaf)}" for p, leaf in pairs if not isinstance(leaf, Tensor)
+    ]
     raise TypeError(
-        f"{what} must be a tensor; wrap numbers in torch.tensor, close over what is constant. "
-        "Not tensors:\n  " + "\n  ".join(found)
+        f"{what} must be a tensor; wrap numbers in torch.tensor, arrays in fdl.interop.from_numpy, "
+        "close over what is constant. Not tensors:\n  " + "\n  ".join(found)
     )
+
+
+def _shown(leaf: Any) -> str:
+    """Write what is no tensor; of an array its form, since its values may be many."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}{list(leaf.shape)} of {type(leaf).__module__.partition('.')[0]}"
+    text = repr(leaf)
+    return text if len(text) < 80 else f"{text[:80]}…"
