@@ -5,7 +5,8 @@ How a `scan` runs depends on where it is called:
 - eagerly, or under a `torch.func` transformation: a Python loop;
 - inside `jit` on the CPU: torch's `scan` operator, so that Inductor emits the loop itself;
 - inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body;
-- inside `torch.compile`: torch's operator, or the Python loop where Inductor would refuse it.
+- inside `torch.compile`: torch's operator, or the Python loop where Inductor refuses the operator
+  (without `fullgraph`) or gets its backward pass wrong.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -26,7 +27,6 @@ from fdl._flat import flatten, unflatten
 from fdl._trace import (
     LOOP,
     NEEDS_Y,
-    RELEASE,
     check_tensors,
     faked,
     is_tracing,
@@ -42,7 +42,6 @@ Carry = TypeVar("Carry")
 
 aten = torch.ops.aten
 AT_ONCE = 10  # tiny steps written one after the other
-RIGHT_BACKWARD = RELEASE >= (2, 12)  # of torch's operator inside torch.compile
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
@@ -80,8 +79,7 @@ def in_transform() -> bool:
 def _inductor_takes_loops() -> bool:
     """Say whether the compiler behind Dynamo may count steps: not in a plain `torch.compile`."""
     mode: Any = TracingContext.get().fake_mode
-    right = RIGHT_BACKWARD or not torch.is_grad_enabled()
-    return torch.compiler.is_exporting() or (right and mode.shape_env.allow_scalar_outputs)
+    return torch.compiler.is_exporting() or mode.shape_env.allow_scalar_outputs
 
 
 def is_eager() -> bool:
@@ -315,7 +313,10 @@ def _scan_as_operator(
     # of y has to be known beforehand: trace f once more. Inductor drops that unused copy.
     init_leaves, carry_spec = pytree.tree_flatten(init)
     xs_leaves, x_spec = pytree.tree_flatten(xs)
-    y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
+    first = f(init, _row(xs, 0))
+    if any(leaf.requires_grad for leaf in tree.leaves(first)):
+        return _scan_as_loop(f, init, xs, length)  # Inductor's gradients of the carry are wrong
+    y_spec = pytree.tree_structure(first[1])
     # It also needs something to carry, an axis to run along and, in torch 2.11, some y.
     device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
     init_leaves = init_leaves or [torch.zeros((), device=device)]

@@ -97,20 +97,22 @@ def jit(
     """Compile a pure function of trees of tensors; equals `fn` to rounding.
 
     Each structure, shape, stride, dtype and device of the arguments gets a program of its own,
-    compiled at the first call. As with `jax.jit`, `fn` is traced, not run: what depends on
-    Python values is decided once per program, so numbers that change must be tensors. Inside
-    another `jit` or a `torch.func` transformation, `fn` is inlined; `backward()` through its result
-    runs a jitted function as well. Tensors that `fn` closes over are read anew at each call; none
-    may be changed in place but those that `fn` makes.
+    compiled at the first call; so does each state of torch's settings (autocast, default dtype and
+    device, grad mode, …). As with `jax.jit`, `fn` is traced, not run: what depends on Python values
+    is decided once per program, so numbers that change must be tensors. Inside another `jit` or a
+    `torch.func` transformation, `fn` is inlined; `backward()` through its result runs a jitted
+    function as well. Tensors that `fn` closes over are looked up by their names at each call; none
+    may be changed in place but those that `fn` makes, and `fn` may keep none.
 
     On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
     of a whole epoch is launched by a single call.
 
     Args:
-        fn: a pure function; every leaf of its arguments and of its result is a tensor.
+        fn: a pure function; every leaf of its arguments and of its result is a tensor. Random numbers
+            come from keys.
         donate: positions of arguments whose memory the program may take: results are written right
             there where forms agree and nothing else refers to it. Using a donated tensor afterwards
-            raises.
+            raises, also after a call that failed or was interrupted while the program ran.
         strict: raise where a program would run in a slower way than this, rather than warn.
 
     Returns:
@@ -121,7 +123,8 @@ def jit(
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
         ValueError: `donate` names an absent argument, a tensor is donated and also passed or
             closed over, something is donated though an argument requires grad, `fn` closes over a
-            tensor that requires grad, or changes in place what it has not made (at call).
+            tensor that requires grad, changes in place what it has not made, keeps a tensor after
+            it returned, or draws from torch's generator (at call).
         NotImplementedError: an argument is a DTensor that requires grad (at call).
         RuntimeError: a slower way was to be taken, and `strict` (at call).
 

@@ -313,7 +313,11 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "scalar": (lambda: scan(lambda c, x: (c, ()), ONE, ONE), ValueError, "one common first axis"),
     "nothing": (lambda: scan(lambda c, x: (c, ()), ONE), ValueError, "one common first axis"),
-    "no steps": (lambda: scan(lambda c, x: (c, ()), ONE, X[:0]), ValueError, "at least one step"),
+    "no steps, another carry": (
+        lambda: scan(lambda c, x: (x, ()), ONE, X[:0]),
+        ValueError,
+        r"of the form it was given:\n  : expected float32\[\], got float32\[3\]",
+    ),
     "init": (
         lambda: scan(lambda c, x: (c, ()), {"a": {"n": 1}}, X),
         TypeError,
