@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._ambient import Ambient, under
 from fdl._flat import flatten, unflatten
 from fdl.tree import Tree
 
@@ -14,11 +15,13 @@ __all__ = ["differentiable", "pullback"]
 Pullback = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
-def pullback(fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int]) -> Pullback:
+def pullback(
+    fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int], state: Ambient
+) -> Pullback:
     """Make the pure function from arguments and cotangents to gradients.
 
     There is a cotangent for each floating or complex result, a gradient for each `wanted` leaf of
-    the arguments. `fn` runs once more, as in checkpointing.
+    the arguments. `fn` runs once more, as in checkpointing, under the settings of its first run.
     """
 
     def backward(leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
@@ -27,7 +30,9 @@ def pullback(fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int]) -> P
             for i, leaf in zip(wanted, chosen, strict=True):
                 whole[i] = leaf
             args, kwargs = unflatten(whole, spec)
-            return _differentiable(flatten(fn(*args, **kwargs))[0])
+            with under(state):
+                result = fn(*args, **kwargs)
+            return _differentiable(flatten(result)[0])
 
         vjp = torch.func.vjp(flat, *(leaves[i] for i in wanted))[1]
         return list(vjp(cotangents))

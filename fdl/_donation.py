@@ -1,12 +1,13 @@
 """Whose memory a jitted function may write to."""
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from fdl._flat import flatten
 
@@ -28,7 +29,8 @@ class _Donated(Tensor):
 
 def give_away(leaf: Tensor) -> None:
     """Let any later use of a tensor raise."""
-    leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+    if leaf._use_count() == ALONE[0]:  # an array that shares it would lose its memory
+        leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
     leaf.__class__ = _Donated  # type: ignore[assignment]
 
 
@@ -44,11 +46,16 @@ def donated_indices(args: tuple[Any, ...], positions: tuple[int, ...]) -> list[i
 
 
 def own_memory(leaves: list[Tensor], donated: Sequence[int]) -> None:
-    """Replace each donated leaf by a copy where a view, a base or a NumPy array would see a change.
+    """Replace each donated leaf by a copy where anybody else would see a change.
+
+    Others are views, bases, what autograd has saved, arrays of NumPy and JAX, files that are mapped
+    into memory and other processes.
 
     Raises:
         ValueError: a donated leaf shares memory with another argument.
     """
+    if not donated:
+        return
     storages = [leaf.untyped_storage() for leaf in leaves]
     if len({storage._cdata for storage in storages}) < len(leaves):
         times = Counter(storage._cdata for storage in storages)
@@ -57,15 +64,28 @@ def own_memory(leaves: list[Tensor], donated: Sequence[int]) -> None:
                 "jit: a donated tensor is passed twice, or shares memory with another argument; it "
                 "cannot be given away and kept, so clone it"
             )
-    alone = 2  # the tensor and the Python object in `storages`
     for i in donated:
-        storage = storages[i]
         if not (
-            storage.nbytes() == leaves[i].nbytes
-            and storage.resizable()  # memory of others is not
-            and torch._C._storage_Use_Count(storage._cdata) == alone
+            storages[i].nbytes() == leaves[i].nbytes
+            and storages[i].resizable()  # memory of others is not
+            and _holders(leaves[i], storages, i) == ALONE
+            and (leaves[i].is_cuda or not storages[i].is_shared())  # with other processes
         ):
             leaves[i] = leaves[i].clone()
+
+
+def _holders(leaf: Tensor, storages: Sequence[UntypedStorage], i: int) -> tuple[int, int, int]:
+    """Count who holds a tensor, as autograd and DLPack do, its memory, and that in Python."""
+    storage_count = torch._C._storage_Use_Count(storages[i]._cdata)
+    return leaf._use_count(), storage_count, sys.getrefcount(storages[i])
+
+
+def _holders_of_new() -> tuple[int, int, int]:
+    leaf = torch.empty(1)
+    return _holders(leaf, [leaf.untyped_storage()], 0)
+
+
+ALONE = _holders_of_new()
 
 
 def find_homes(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from fdl import _cuda_graphs, _inductor, _loops
+from fdl._ambient import ambient, is_plain, plainly, under
 from fdl._donation import find_homes
 from fdl._flat import flatten, unflatten
 from fdl._inductor import Compiled
@@ -45,10 +47,11 @@ class Route:
 
 
 class Program(NamedTuple):
-    """A function of the flat list of arguments."""
+    """A function of the flat list of arguments, and of what the traced function closes over."""
 
-    run: Callable[[list[Tensor]], Tree]
-    constants: Sequence[Tensor] = ()  # what the function closes over
+    run: Callable[[list[Tensor], Sequence[Tensor]], Tree]
+    constants: Sequence[Tensor] = ()  # what the function closed over when it was traced
+    writes: bool = False  # into the memory of donated arguments
     kept_graphs: Callable[[], tuple[int, int]] = lambda: (0, 0)  # CUDA graphs, and their bytes
 
 
@@ -60,6 +63,7 @@ def build(
     route: Route,
 ) -> Program:
     """Make the program of `fn` for one form of arguments."""
+    state = ambient()
     eager = Program(_eagerly(fn, spec))
     try:
         traced = trace(fn, leaves, spec)
@@ -69,11 +73,20 @@ def build(
         route.name = "eager"
         route.fall_back(EAGER, f"an operation cannot be traced ({_first_line(error)})")
         return eager
-    again = partial(trace, fn, leaves, spec)  # for when the first graph was written to
+
+    def again() -> Traced:  # for when the first graph was written to
+        with under(state):
+            return trace(fn, leaves, spec)
+
     homes = find_homes(leaves, donated, traced.results)
-    if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
-        return _for_cuda(traced, again, leaves, homes, route)
-    return _for_cpu(traced, again, eager, homes, route)
+    with nullcontext() if is_plain(state) else plainly():
+        if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
+            program = _for_cuda(traced, again, leaves, homes, route)
+        else:
+            program = _for_cpu(traced, again, eager, homes, route)
+    if is_plain(state) or route.name == "eager":
+        return program
+    return program._replace(run=plainly()(program.run))  # what was to be cast is cast by the graph
 
 
 def _for_cpu(
@@ -93,7 +106,8 @@ def _for_cpu(
     try:
         program = _write_home(traced, homes)
         route.name = "one program"
-        return Program(partial(_run_at_home, program, traced, homes), traced.constants)
+        run = partial(_run_at_home, program, traced, homes)
+        return Program(run, traced.constants, bool(homes))
     except Exception as error:  # the function is sound, or tracing would have said so
         reason = error
     if _loops.longest_loop(traced):
@@ -150,12 +164,13 @@ def _for_cuda(
         traced = again()
         program = _loops.uncompiled(traced, loop)
     if elsewhere or steps > longest:
-        return Program(partial(_run, program, traced), traced.constants, chunks.kept_graphs)
+        run = partial(_run, program, traced)
+        return Program(run, traced.constants, kept_graphs=chunks.kept_graphs)
     donated = set(homes.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
     recorded = _cuda_graphs.Recorded(program, kept, gpu, route.fall_back)
     run = partial(_run_recorded, recorded, traced, homes)
-    return Program(run, traced.constants, recorded.kept_graphs)
+    return Program(run, traced.constants, bool(homes), recorded.kept_graphs)
 
 
 def _on_gpu(leaf: Tensor) -> bool:
@@ -166,8 +181,8 @@ def _inputs(traced: Traced) -> list[Tensor]:
     return [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
 
 
-def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[[list[Tensor]], Tree]:
-    def run(leaves: list[Tensor]) -> Tree:
+def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[..., Tree]:
+    def run(leaves: list[Tensor], _: Sequence[Tensor]) -> Tree:
         args, kwargs = unflatten(leaves, spec)
         results, out_spec = flatten(fn(*args, **kwargs))
         return unflatten(unshared(results, leaves), out_spec)
@@ -175,26 +190,35 @@ def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[[list[Tensor]],
     return run
 
 
-def _run(program: Compiled, traced: Traced, leaves: list[Tensor]) -> Tree:
-    return unflatten(program([*leaves, *traced.constants]), traced.spec)
+def _run(
+    program: Compiled, traced: Traced, leaves: list[Tensor], constants: Sequence[Tensor]
+) -> Tree:
+    return unflatten(program([*leaves, *constants]), traced.spec)
 
 
 def _run_at_home(
-    program: Compiled, traced: Traced, homes: dict[int, int], leaves: list[Tensor]
+    program: Compiled,
+    traced: Traced,
+    homes: dict[int, int],
+    leaves: list[Tensor],
+    constants: Sequence[Tensor],
 ) -> Tree:
-    fresh = iter(program([*leaves, *traced.constants]))
+    fresh = iter(program([*leaves, *constants]))
     results = [
-        leaves[homes[out]].detach() if out in homes else next(fresh)
-        for out in range(len(traced.results))
+        leaves[homes[out]] if out in homes else next(fresh) for out in range(len(traced.results))
     ]
     return unflatten(results, traced.spec)
 
 
 def _run_recorded(
-    recorded: _cuda_graphs.Recorded, traced: Traced, homes: dict[int, int], leaves: list[Tensor]
+    recorded: _cuda_graphs.Recorded,
+    traced: Traced,
+    homes: dict[int, int],
+    leaves: list[Tensor],
+    constants: Sequence[Tensor],
 ) -> Tree:
     memory = {out: leaves[i].detach() for out, i in homes.items()}
-    return unflatten(recorded([*leaves, *traced.constants], memory), traced.spec)
+    return unflatten(recorded([*leaves, *constants], memory), traced.spec)
 
 
 def _write_home(traced: Traced, homes: dict[int, int]) -> Compiled:

@@ -4,15 +4,18 @@ How a `scan` runs depends on where it is called:
 
 - eagerly, or under a `torch.func` transformation: a Python loop;
 - inside `jit` on the CPU: torch's `scan` operator, so that Inductor emits the loop itself;
-- inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body.
+- inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body;
+- inside `torch.compile`: torch's operator, or the Python loop where Inductor refuses the operator
+  (without `fullgraph`) or gets its backward pass wrong.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._guards import TracingContext
 from torch._higher_order_ops.scan import scan as scan_for_dynamo
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -31,6 +34,7 @@ from fdl._trace import (
     results_of,
     trace_flat,
     unshared,
+    watch,
 )
 from fdl.tree import Tree
 
@@ -41,10 +45,41 @@ AT_ONCE = 10  # tiny steps written one after the other
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
+class _None(NamedTuple):
+    """Stands for None, which is a tree without leaves to JAX, and to torch a leaf."""
+
+
+def _has_none(part: Tree) -> bool:
+    return any(leaf is None for leaf in tree.leaves(part))
+
+
+def _hide(part: Tree) -> Tree:
+    """Put a tree without leaves in the place of each None."""
+    if not _has_none(part):
+        return part
+    return pytree.tree_map(lambda leaf: _None() if leaf is None else leaf, part)
+
+
+def _show(part: Tree) -> Tree:
+    """Undo `_hide`."""
+    return pytree.tree_map(lambda x: None if _is_none(x) else x, part, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return isinstance(node, _None)
+
+
 @assume_constant_result
 def in_transform() -> bool:
     """Say whether a torch.func transformation is active, also while Dynamo traces one."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@assume_constant_result
+def _inductor_takes_loops() -> bool:
+    """Say whether the compiler behind Dynamo may count steps: not in a plain `torch.compile`."""
+    mode: Any = TracingContext.get().fake_mode
+    return torch.compiler.is_exporting() or mode.shape_env.allow_scalar_outputs
 
 
 def is_eager() -> bool:
@@ -63,13 +98,15 @@ def scan(
 
     Args:
         f: a pure function `(carry, x) -> (carry, y)`. The carry keeps its structure, shapes and
-            dtypes. `y` is any tree of tensors, `()` for none.
+            dtypes. `y` is any tree of tensors, `None` or `()` for none.
         init: the first carry, a tree of tensors.
-        xs: a tree of tensors with one common first axis; step `i` sees `leaf[i]`.
+        xs: a tree of tensors with one common first axis; step `i` sees `leaf[i]`. None or `()` for
+            none, which each step sees.
         length: the number of steps; needed only where `xs` has no leaves.
 
     Returns:
-        The last carry, and the `y`s stacked along a new first axis.
+        The last carry, and the `y`s stacked along a new first axis. Of no steps, these are `init`
+        and empty leaves, whose forms one run of `f` on zeros tells.
 
     Raises:
         TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or one of `xs` or `y` a DTensor
@@ -80,17 +117,30 @@ def scan(
     >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
     (tensor(6), tensor([0, 0, 1, 3]))
     """
+    has_none = _has_none(init) or _has_none(xs)
+    init, xs = _hide(init), _hide(xs)
+
+    def step(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+        new, y = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
+        return _hide(new) if has_none else new, _hide(y)
+
     for name, part in [("init", init), ("xs", xs)]:
         check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
     _check_whole(xs, "xs")
     length = _scan_length(xs, length)
+    carry, ys = _way(length)(step, init, xs, length)
+    return _show(carry), _show(ys)
+
+
+def _way(length: int) -> Callable[..., tuple[Tree, Tree]]:
+    """Choose how a scan of some steps runs here."""
+    if length == 0:
+        return _scan_of_no_steps
     if in_transform():  # the operator has no rules for grad, vmap and jvp
-        return _scan_as_loop(f, init, xs, length)
+        return _scan_as_loop
     if torch.compiler.is_compiling():
-        return _scan_as_operator(f, init, xs, length)
-    if is_tracing() and length > 1:
-        return _scan_traced(f, init, xs, length)
-    return _scan_as_loop(f, init, xs, length)
+        return _scan_as_operator if _inductor_takes_loops() else _scan_as_loop
+    return _scan_traced if is_tracing() and length > 1 else _scan_as_loop
 
 
 def _scan_length(xs: Tree, length: int | None) -> int:
@@ -102,10 +152,7 @@ def _scan_length(xs: Tree, length: int | None) -> int:
         raise ValueError(
             f"scan: xs needs one common first axis (length={length}), got shapes {found}"
         )
-    (steps,) = lengths
-    if not steps:
-        raise ValueError("scan: needs at least one step, got none")
-    return steps
+    return cast(int, lengths.pop())
 
 
 def _row(xs: Tree, i: int) -> Tree:
@@ -143,6 +190,21 @@ def _placements(leaf: Any) -> Any:
     return leaf.placements if is_spread(leaf) else None
 
 
+def _scan_of_no_steps(
+    f: Callable[..., Any], init: Tree, xs: Tree, length: int
+) -> tuple[Tree, Tree]:
+    """Return the first carry and empty ys, of the forms that `f` returns for a row of zeros."""
+    row = tree.map(lambda leaf: _zeros(leaf.shape[1:], leaf), xs)
+    carry, y = f(init, row)
+    _checked_carry(init, carry)
+    check_tensors(tree.leaves(y), y, "scan: every leaf of y")
+    return init, tree.map(lambda leaf: _zeros((length, *leaf.shape), leaf), y)
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
 def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     carry, ys = init, []
     for i in range(length):
@@ -174,10 +236,14 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
     init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
     xs_leaves = faked(xs_leaves)
     names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
+    made_before = len(watch().made)
     with disable_proxy_modes_tracing():
         # Copies, for the body may close over the carry's first value, which is another thing.
         fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
+        watch().note(fakes)
         body, closed_over = trace_flat(flat, fakes, names)
+    del fakes
+    watch().check(f, body, "scan: the body", made_before)
     times = _steps_at_once(body, length)
     if times == length:
         return _scan_as_loop(f, init, xs, length)
@@ -247,7 +313,10 @@ def _scan_as_operator(
     # of y has to be known beforehand: trace f once more. Inductor drops that unused copy.
     init_leaves, carry_spec = pytree.tree_flatten(init)
     xs_leaves, x_spec = pytree.tree_flatten(xs)
-    y_spec = pytree.tree_structure(f(init, _row(xs, 0))[1])
+    first = f(init, _row(xs, 0))
+    if any(leaf.requires_grad for leaf in tree.leaves(first)):
+        return _scan_as_loop(f, init, xs, length)  # Inductor's gradients of the carry are wrong
+    y_spec = pytree.tree_structure(first[1])
     # It also needs something to carry, an axis to run along and, in torch 2.11, some y.
     device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
     init_leaves = init_leaves or [torch.zeros((), device=device)]

@@ -25,8 +25,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import tree
+from fdl._ambient import plainly, without_cache
 from fdl._dtensors import are_spread
 from fdl._flat import flatten, paths, unflatten
+from fdl._purity import Watch, check_draw
+from fdl._users import line_of, line_text
 from fdl.tree import Tree
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "trace",
     "trace_flat",
     "unshared",
+    "watch",
 ]
 
 aten = torch.ops.aten
@@ -63,6 +67,7 @@ class _Tracing(TorchDispatchMode):
         self.mode = mode
         self.fakes: dict[int, FakeTensor] = {}  # by the id of the real tensor
         self.reals: dict[int, Tensor] = {}  # by the id of the fake tensor
+        self.watch = Watch()
 
     def fake(self, leaf: Tensor) -> FakeTensor:
         if isinstance(leaf, FakeTensor):
@@ -76,9 +81,13 @@ class _Tracing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if are_spread(types):
             return NotImplemented  # come back with the parts of which it is made
+        kwargs = kwargs or {}
+        check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-        return func(*args, **kwargs or {})
+        result = func(*args, **kwargs)
+        self.watch.note(result, func)
+        return result
 
 
 _tracing: ContextVar[_Tracing | None] = ContextVar("fdl_tracing", default=None)
@@ -97,6 +106,11 @@ class Traced(NamedTuple):
 def is_tracing() -> bool:
     """Say whether `jit` is tracing."""
     return _tracing.get() is not None
+
+
+def watch() -> Watch:
+    """Return, while tracing, what watches over the tensors that are made."""
+    return cast(_Tracing, _tracing.get()).watch
 
 
 def faked(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -128,16 +142,22 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         results = faked(results)
         return unshared(results, [*fakes, *tracing.fakes.values()])
 
+    name = getattr(fn, "__qualname__", repr(fn))
     token = _tracing.set(tracing)
     try:
-        fakes = [_fake_like(mode, leaf) for leaf in leaves]
-        with mode:
+        with mode, without_cache():
+            fakes = [_fake_like(mode, leaf) for leaf in leaves]
+            tracing.watch.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))
+        del fakes
+        tracing.watch.check(fn, graph, f"jit: {name}")
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        operation = getattr(error.func, "overloadpacket", error.func)
         raise RuntimeError(
-            f"jit: {getattr(fn, '__qualname__', fn)} asks for the value of a tensor (.item(), if, "
-            "float, a boolean index, x[i] with a 0-d i), but is traced, not run; use torch.where, "
-            "x[i[None]][0], or compute that value outside and close over it"
+            f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index, "
+            f"x[i] with a 0-d i), by {operation} at {line_text(line_of(error))}; but it is traced, "
+            "not run; use torch.where, x[i[None]][0], or compute that value outside and close over "
+            "it"
         ) from error
     finally:
         _tracing.reset(token)
@@ -171,7 +191,10 @@ def trace_flat(
     constants = _lift(graph)
     if any(_is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        graph = make_fx(pure, _decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
+        with plainly():  # what was to be cast is cast by the graph
+            graph = make_fx(pure, _decompositions(), _allow_non_fake_inputs=True)(
+                *fakes, *constants
+            )
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
     _check_pure(graph, names)
@@ -322,8 +345,18 @@ def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
     if all(isinstance(leaf, Tensor) for leaf in leaves):
         return
     pairs, _ = pytree.tree_flatten_with_path(whole)
-    found = [f"{tree.dotted(p)}: {leaf!r}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
+    found = [
+        f"{tree.dotted(p)}: {_shown(leaf)}" for p, leaf in pairs if not isinstance(leaf, Tensor)
+    ]
     raise TypeError(
-        f"{what} must be a tensor; wrap numbers in torch.tensor, close over what is constant. "
-        "Not tensors:\n  " + "\n  ".join(found)
+        f"{what} must be a tensor; wrap numbers in torch.tensor, arrays in fdl.interop.from_numpy, "
+        "close over what is constant. Not tensors:\n  " + "\n  ".join(found)
     )
+
+
+def _shown(leaf: Any) -> str:
+    """Write what is no tensor; of an array its form, since its values may be many."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}{list(leaf.shape)} of {type(leaf).__module__.partition('.')[0]}"
+    text = repr(leaf)
+    return text if len(text) < 80 else f"{text[:80]}…"

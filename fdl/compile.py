@@ -8,6 +8,7 @@ Together they turn a whole epoch of training into one program:
 `scan` itself stands in `_scan.py`.
 """
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fdl._ambient import Ambient, ambient, are_watched, changes, has_grad
 from fdl._autograd import differentiable, pullback
+from fdl._closure import Sources
 from fdl._donation import donated_indices, give_away, own_memory
 from fdl._flat import flatten, paths
 from fdl._inductor import kernels_written
@@ -32,7 +35,7 @@ __all__ = ["Jitted", "Report", "disable_jit", "jit", "scan"]
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
-_Key = tuple[Hashable, tuple[Any, ...], int]  # structure, forms of leaves, threads
+_Key = tuple[Hashable, tuple[Any, ...], Ambient]  # structure, forms of leaves, settings
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
@@ -52,6 +55,7 @@ class Report(NamedTuple):
     graphs: int  # CUDA graphs: one, but for loops that are too long, and where there is no GPU
     memory: int  # bytes that they keep for its arguments, results and in between
     fallbacks: tuple[str, ...]  # why it runs no faster way
+    closed_over: tuple[str, ...] = ()  # names of the tensors that it reads beside its arguments
 
 
 class Jitted(Protocol[P, R]):
@@ -93,20 +97,22 @@ def jit(
     """Compile a pure function of trees of tensors; equals `fn` to rounding.
 
     Each structure, shape, stride, dtype and device of the arguments gets a program of its own,
-    compiled at the first call. As with `jax.jit`, `fn` is traced, not run: what depends on
-    Python values is decided once per program, so numbers that change must be tensors. Inside
-    another `jit` or a `torch.func` transformation, `fn` is inlined; `backward()` through its result
-    runs a jitted function as well. Tensors that `fn` closes over are read anew at each call; none
-    may be changed in place but those that `fn` makes.
+    compiled at the first call; so does each state of torch's settings (autocast, default dtype and
+    device, grad mode, …). As with `jax.jit`, `fn` is traced, not run: what depends on Python values
+    is decided once per program, so numbers that change must be tensors. Inside another `jit` or a
+    `torch.func` transformation, `fn` is inlined; `backward()` through its result runs a jitted
+    function as well. Tensors that `fn` closes over are looked up by their names at each call; none
+    may be changed in place but those that `fn` makes, and `fn` may keep none.
 
     On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
     of a whole epoch is launched by a single call.
 
     Args:
-        fn: a pure function; every leaf of its arguments and of its result is a tensor.
+        fn: a pure function; every leaf of its arguments and of its result is a tensor. Random numbers
+            come from keys.
         donate: positions of arguments whose memory the program may take: results are written right
             there where forms agree and nothing else refers to it. Using a donated tensor afterwards
-            raises.
+            raises, also after a call that failed or was interrupted while the program ran.
         strict: raise where a program would run in a slower way than this, rather than warn.
 
     Returns:
@@ -117,7 +123,8 @@ def jit(
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
         ValueError: `donate` names an absent argument, a tensor is donated and also passed or
             closed over, something is donated though an argument requires grad, `fn` closes over a
-            tensor that requires grad, or changes in place what it has not made (at call).
+            tensor that requires grad, changes in place what it has not made, keeps a tensor after
+            it returned, or draws from torch's generator (at call).
         NotImplementedError: an argument is a DTensor that requires grad (at call).
         RuntimeError: a slower way was to be taken, and `strict` (at call).
 
@@ -127,7 +134,7 @@ def jit(
     {'w': tensor([2., 2.])}
     """
     positions = (donate,) if isinstance(donate, int) else tuple(donate)
-    made: dict[_Key, _Made] = {}
+    made: dict[_Key, list[_Made]] = {}  # several where what is closed over had several forms
     records: list[_Made] = []
     backwards: dict[Any, Any] = {}
     donated_in: dict[Hashable, list[int]] = {}  # which leaves, by structure
@@ -138,53 +145,59 @@ def jit(
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
         leaves, spec = flatten((args, kwargs))
-        check_tensors(leaves, (args, kwargs), "jit: every leaf of an argument")
+        _check_arguments(fn, leaves, args, kwargs)
+        state = ambient()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            return with_backward(leaves, spec)
+            return with_backward(leaves, spec, state)
         if not positions:
-            return run(leaves, spec, (), torch.is_grad_enabled())
+            return run(leaves, spec, state)
         if spec not in donated_in:
             donated_in[spec] = donated_indices(args, positions)
-        donated = donated_in[spec]
+        return run(leaves, spec, state, donated_in[spec])
+
+    def run(
+        leaves: list[Tensor], spec: Hashable, state: Ambient, donated: Sequence[int] = ()
+    ) -> Any:
         given = [leaves[i] for i in donated]
         own_memory(leaves, donated)
-        result = run(leaves, spec, donated, torch.is_grad_enabled())
-        for leaf in given:
-            give_away(leaf)
-        return result
-
-    def run(leaves: list[Tensor], spec: Hashable, donated: Sequence[int], watched: bool) -> Any:
         if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # signs yet to be applied
             leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
-        key = (spec, form(leaves), torch.get_num_threads())
-        found = made.get(key)
-        if found is None or form(found.program.constants) != found.constants:
-            return first_run(key, leaves, donated, watched)
-        _check_closed_over(found.program.constants, leaves, donated, watched)
-        return found.program.run(leaves)
+        key = (spec, form(leaves), state)
+        for record in made.get(key, ()):
+            constants = record.sources.read()
+            if constants is not None and form(constants) == record.constants:
+                _check_closed_over(constants, leaves, donated, has_grad(state))
+                return _execute(record.program, leaves, constants, donated, given)
+        return first_run(key, leaves, donated, given)
 
-    def first_run(key: _Key, leaves: list[Tensor], donated: Sequence[int], watched: bool) -> Any:
+    def first_run(
+        key: _Key, leaves: list[Tensor], donated: Sequence[int], given: list[Tensor]
+    ) -> Any:
+        spec, _, state = key
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
-        program = build(fn, leaves, key[0], donated, route)
-        _check_closed_over(program.constants, leaves, donated, watched)
-        result = program.run(leaves)
+        with torch.set_grad_enabled(has_grad(state)):  # inside backward() it is off
+            program = build(fn, leaves, spec, donated, route)
+        sources = Sources(fn, program.constants)
+        _check_closed_over(sources.tensors, leaves, donated, has_grad(state))
+        result = _execute(program, leaves, sources.tensors, donated, given)
         seconds, written = time.perf_counter() - start, kernels_written() - kernels
-        why, constants = _why(key, list(made)), form(program.constants)
-        made[key] = _Made(program, constants, why, route, seconds, written)
-        records.append(made[key])
+        why = _why(key, [record.key for record in records])
+        record = _Made(key, program, sources, form(sources.tensors), why, route, seconds, written)
+        made.setdefault(key, []).append(record)
+        records.append(record)
         return result
 
-    def with_backward(leaves: list[Tensor], spec: Hashable) -> Any:
+    def with_backward(leaves: list[Tensor], spec: Hashable, state: Ambient) -> Any:
         if positions:
             raise ValueError(
                 "jit: nothing can be donated where an argument requires grad, since backward() "
                 "needs the arguments; detach them, or take gradients inside with torch.func.grad"
             )
         wanted = tuple(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
-        if (spec, wanted) not in backwards:
-            backwards[spec, wanted] = jit(pullback(fn, spec, wanted), strict=strict)
-        forward = partial(run, spec=spec, donated=(), watched=True)
-        return differentiable(forward, backwards[spec, wanted], leaves)
+        which = (spec, wanted, state)
+        if which not in backwards:
+            backwards[which] = jit(pullback(fn, spec, wanted, state), strict=strict)
+        return differentiable(partial(run, spec=spec, state=state), backwards[which], leaves)
 
     def report() -> tuple[Report, ...]:
         own = [record.report() for record in records]
@@ -199,7 +212,9 @@ def jit(
 class _Made(NamedTuple):
     """A program, and what there is to say of it."""
 
+    key: _Key
     program: Program
+    sources: Sources  # of what it closes over
     constants: tuple[Any, ...]  # their forms
     why: str
     route: Route
@@ -214,7 +229,28 @@ class _Made(NamedTuple):
             self.kernels,
             *self.program.kept_graphs(),
             tuple(self.route.fallbacks),
+            tuple(self.sources.names()),
         )
+
+
+def _execute(
+    program: Program,
+    leaves: list[Tensor],
+    constants: Sequence[Tensor],
+    donated: Sequence[int],
+    given: Sequence[Tensor],
+) -> Any:
+    """Run a program; what it may write to is given away first, should it be interrupted."""
+    if not program.writes:
+        result = program.run(leaves, constants)
+        for leaf in given:
+            give_away(leaf)
+        return result
+    for i, leaf in zip(donated, given, strict=True):
+        if leaves[i] is leaf:
+            leaves[i] = leaf.detach()
+        give_away(leaf)
+    return program.run(leaves, constants)
 
 
 def _check_closed_over(
@@ -237,9 +273,9 @@ def _why(key: _Key, earlier: Sequence[_Key]) -> str:
     if not earlier:
         return "the first call"
     if key in earlier:
-        return "a closed-over tensor has another form"
-    spec, forms, threads = key
-    last_spec, last_forms, last_threads = earlier[-1]
+        return "what the function closes over has another form"
+    spec, forms, state = key
+    last_spec, last_forms, last_state = earlier[-1]
     if spec != last_spec:
         return "another structure of the arguments"
     changed = [
@@ -247,7 +283,7 @@ def _why(key: _Key, earlier: Sequence[_Key]) -> str:
         for path, new, old in zip(paths(spec), forms, last_forms, strict=True)
         if new != old
     ]
-    return "; ".join(changed) or f"{threads} threads, were {last_threads}"
+    return "; ".join(changed + changes(state, last_state))
 
 
 def _describe(form: tuple[Any, ...]) -> str:
@@ -258,4 +294,16 @@ def _describe(form: tuple[Any, ...]) -> str:
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return off or is_tracing() or in_transform() or forward_mode
+    return off or is_tracing() or in_transform() or forward_mode or are_watched()
+
+
+def _check_arguments(
+    fn: Callable[..., Any], leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return
+    try:
+        named: Any = inspect.signature(fn).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # no signature, or one that they do not fit
+        named = (args, kwargs)
+    check_tensors(leaves, named, "jit: every leaf of an argument")

@@ -1,5 +1,8 @@
 """Who owns the memory of what goes into a jitted function and comes out of it."""
 
+import _thread
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,8 +10,9 @@ import pytest
 import torch
 from laws import assert_equal
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
-from fdl import jit, scan, tree
+from fdl import _inductor, interop, jit, scan, tree
 
 
 def test_donated_tensors_are_gone_and_others_stay(plain_backend: None) -> None:
@@ -45,24 +49,159 @@ def test_results_are_written_where_the_donated_tensors_were() -> None:
         assert sorted(addresses(state)) == before
 
 
-@pytest.mark.parametrize("other", ["view", "base", "numpy", "from_numpy", "row"])
-def test_memory_that_others_see_is_not_written_to(other: str, plain_backend: None) -> None:
-    w = torch.zeros(4)
-    witness: Any = None
-    if other == "view":
-        witness = w[1:]
-    elif other == "base":
-        witness, w = w, w.view(4)
-    elif other == "numpy":
-        witness = w.numpy()
-    elif other == "from_numpy":
-        witness = np.zeros(4, dtype=np.float32)
-        w = torch.from_numpy(witness)
-    else:
-        witness = torch.zeros(2, 4)
-        w = witness[0]
-    got = jit(lambda w: w + 1, donate=0)(w)
-    assert got.sum() == 4 and float(witness.sum()) == 0
+def mapped(w: Tensor, path: Any) -> Any:
+    """Let a tensor take its memory from a file; return the file's view of it."""
+    np.zeros(len(w), dtype=np.float32).tofile(path)
+    w.data = torch.from_file(str(path), shared=True, size=len(w))
+    return np.memmap(path, dtype=np.float32, mode="r")
+
+
+def shared(w: Tensor, _: Any) -> Any:
+    """Move a tensor to memory that other processes see; return what one of them would."""
+    w.share_memory_()
+    return torch.tensor([]).set_(torch.UntypedStorage._new_shared_filename_cpu(*handle(w)))
+
+
+def handle(w: Tensor) -> Any:
+    return w.untyped_storage()._share_filename_cpu_()
+
+
+def from_numpy(w: Tensor, _: Any) -> Any:
+    witness = np.zeros(len(w), dtype=np.float32)
+    w.data = torch.from_numpy(witness)
+    return witness
+
+
+def saved_for_backward(w: Tensor, _: Any) -> Any:
+    one = torch.ones((), requires_grad=True)
+    product = (one * w).sum()  # the gradient by `one` is the sum of w
+    return lambda: torch.autograd.grad(product, one, retain_graph=True)[0]
+
+
+SEEN_BY: dict[str, Callable[[Tensor, Any], Any]] = {
+    "view": lambda w, _: w[1:],
+    "alias": lambda w, _: w.detach(),
+    "data": lambda w, _: w.data,
+    "numpy": lambda w, _: w.numpy(),
+    "asarray": lambda w, _: np.asarray(w),
+    "np.from_dlpack": lambda w, _: np.from_dlpack(w),
+    "jnp.from_dlpack": lambda w, _: pytest.importorskip("jax.numpy").from_dlpack(w),
+    "torch.from_dlpack": lambda w, _: torch.from_dlpack(w),
+    "to_jax": lambda w, _: pytest.importorskip("jax") and interop.to_jax(w),
+    "capsule": lambda w, _: (lambda c: lambda: torch.from_dlpack(c))(to_dlpack(w)),
+    "memoryview": lambda w, _: memoryview(w.numpy()),
+    "storage": lambda w, _: (lambda s: lambda: torch.tensor([]).set_(s))(w.untyped_storage()),
+    "from_numpy": from_numpy,
+    "from_file": mapped,
+    "shared memory": shared,
+    "backward": saved_for_backward,
+}
+
+
+@pytest.mark.parametrize("size", [4, 1 << 16], ids=["small", "large"])
+@pytest.mark.parametrize("fits", [True, False], ids=["written", "not written"])
+@pytest.mark.parametrize("other", SEEN_BY)
+def test_memory_that_others_see_is_neither_written_to_nor_freed(
+    other: str, fits: bool, size: int, plain_backend: None, tmp_path: Any
+) -> None:
+    w = torch.zeros(size)
+    witness = SEEN_BY[other](w, tmp_path / "file")
+    fn = jit(lambda w: w + 1 if fits else (w + 1).sum(), donate=0)
+    result = fn(w)
+    assert result.sum() == size
+    filler = [torch.full((size,), 7.0) for _ in range(20)]  # into memory that was freed
+    seen = witness() if callable(witness) else witness
+    assert float(np.asarray(seen).sum()) == 0 and len(filler) == 20
+    with pytest.raises(RuntimeError, match="donated to a jitted function"):
+        w + 1
+    del witness, seen
+    again = fn(result) if fits else None
+    assert again is None or again.sum() == 2 * size
+
+
+def test_a_base_and_a_row_are_not_written_to(plain_backend: None) -> None:
+    base, rows = torch.zeros(4), torch.zeros(2, 4)
+    for w, witness in [(base.view(4), base), (rows[0], rows)]:
+        assert jit(lambda w: w + 1, donate=0)(w).sum() == 4 and witness.sum() == 0
+
+
+def test_memory_that_nobody_sees_any_more_is_reused(plain_backend: None) -> None:
+    fn, w = jit(lambda w: w + 1, donate=0), torch.zeros(4)
+    for look in (lambda w: np.from_dlpack(w), lambda w: w[1:], lambda w: w.detach()):
+        assert float(look(w).sum()) >= 0
+        before = w.data_ptr()
+        w = fn(w)
+        assert w.data_ptr() == before
+
+
+class Stopped(BaseException):
+    """As KeyboardInterrupt, which tests had better not send."""
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["written", "not written"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_call_leaves_the_old_values_or_none(
+    when: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C is raised once the program, which is not Python, has returned."""
+    stopped = True
+
+    def lower(graph: Any, *_: Any) -> Any:
+        def program(inputs: list[Tensor]) -> Any:
+            results = graph(*inputs) if when == "after" or not stopped else None
+            if stopped:
+                raise Stopped
+            return results
+
+        return program
+
+    monkeypatch.setattr(_inductor, "lower", lower)
+    fn = jit(lambda s: {"w": s["w"] + 1 if fits else (s["w"] + 1)[:2].clone()}, donate=0)
+    for _ in range(2):  # while it is made, and when it has been
+        state = {"w": torch.zeros(4)}
+        stopped = True
+        with pytest.raises(Stopped):
+            fn(state)
+        if fits:
+            with pytest.raises(RuntimeError, match="donated to a jitted function"):
+                state["w"].sum()
+        else:
+            assert state["w"].tolist() == [0.0] * 4
+        stopped = False
+        assert fn({"w": torch.zeros(4)})["w"].sum() == (4 if fits else 2)
+
+
+def test_ctrl_c_in_a_long_program(plain_backend: None) -> None:
+    """In earnest: the signal arrives while operations run, and is raised between two of them."""
+
+    def interrupting(w: Tensor) -> Tensor:
+        for _ in range(20):
+            w = (w @ w).clamp(0, 1)
+        return w
+
+    fn, w = jit(interrupting, donate=0), torch.zeros(256, 256)
+    w = fn(w)
+    timer = threading.Timer(0.01, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            given = w
+            w = fn(w)
+    timer.join()
+    try:
+        assert given.sum() == 0 or given is w
+    except RuntimeError as error:
+        assert "donated" in str(error)
+
+
+def test_what_fails_while_it_runs_has_taken_its_arguments(plain_backend: None) -> None:
+    """An index out of range, say: the memory may have been written to by then."""
+    fn = jit(lambda w, i: w + w[i].sum(), donate=0)
+    w = fn(torch.zeros(4), torch.tensor([0]))
+    with pytest.raises(IndexError):
+        fn(w, torch.tensor([9]))
+    with pytest.raises(RuntimeError, match="donated to a jitted function"):
+        w.sum()
 
 
 def test_donated_arguments_may_not_share_memory(plain_backend: None) -> None:

@@ -213,7 +213,7 @@ def test_report_says_why_each_program_was_made(plain_backend: None) -> None:
         "0.0.w: float64[4], strides [2], cpu, was float64[4], strides [1], cpu",
         "another structure of the arguments",
         "another structure of the arguments",
-        f"{threads + 1} threads, were {threads}",
+        f"threads: {threads + 1}, was {threads}",
     ]
 
 

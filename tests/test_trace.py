@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from laws import Graphs, draw, unchanged
+from laws import draw, unchanged
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -186,13 +186,12 @@ def test_keywords_are_arguments(plain_backend: None) -> None:
     assert_same(jitted(scale=X, x=X, minus=CLOSED), (X - CLOSED) * X)
 
 
-def test_a_program_traced_in_one_mode_serves_another(plain_backend: None) -> None:
+def test_a_program_of_inference_mode_leaves_others_alone(plain_backend: None) -> None:
     jitted = jit(lambda x: scan(lambda c, z: (c + z, c), x[0], x))
     with torch.inference_mode():
         jitted(X)
-    graphs = Graphs()
     got, _ = jitted(X)
-    assert not got.is_inference() and graphs.count() == 0
+    assert not got.is_inference()
     got += 1
 
 
@@ -219,7 +218,7 @@ def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: Non
     assert jitted(torch.tensor(2.0)) == 10
     assert [r.why for r in jitted.report()] == [
         "the first call",
-        "a closed-over tensor has another form",
+        "what the function closes over has another form",
     ]
 
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from fdl import tree
+from fdl._ambient import ambient, under, without_cache
 from fdl._trace import check_tensors
 from fdl.optim.base import check_floating
 from fdl.tree import Tree
@@ -45,7 +46,8 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
 
     Values are those of `f`, gradients too, for one more run of `f`; equals `jax.checkpoint`.
     `torch.utils.checkpoint` does not work inside `torch.func`. Random numbers come from keys, and a
-    key is an argument, so the second run draws the same. Works under `grad`, `vmap`, `jvp`, in
+    key is an argument, so the second run draws the same; it runs under the autocast, the default
+    dtype and the default device of the first. Works under `grad`, `vmap`, `jvp`, in
     `fdl.jit`, and with `backward()`. Inside `torch.compile` it is `f` itself: Dynamo traces such
     functions wrongly where they are differentiated twice.
 
@@ -73,6 +75,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
                 f"checkpoint: the function closes over {', '.join(tracked)}, which is "
                 "differentiated by; the gradient would be lost: make it an argument"
             )
+        state = ambient()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors.sort(key=lambda i: not leaves[i].is_floating_point())
@@ -84,7 +87,8 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             for i, leaf in zip(tensors, given, strict=True):
                 whole[i] = leaf
             args, kwargs = pytree.tree_unflatten(whole, spec)
-            result = f(*args, **kwargs)
+            with under(state), without_cache():
+                result = f(*args, **kwargs)
             check_floating(result, "checkpoint: the result")
             found, made[:] = tree.leaves(result), [pytree.tree_structure(result)]
             return tuple(found)
