@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fdl import tree
 from fdl._dtensors import are_spread
 from fdl._flat import flatten, paths, unflatten
+from fdl._indices import checked
 from fdl.tree import Tree
 
 __all__ = [
@@ -78,6 +79,7 @@ class _Tracing(TorchDispatchMode):
             return NotImplemented  # come back with the parts of which it is made
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
+            args = checked(func, args)
         return func(*args, **kwargs or {})
 
 
