@@ -8,12 +8,22 @@ index of an operation passes through `in_range` while the function is traced.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
-__all__ = ["OUT_OF_RANGE", "checked", "expected", "in_range"]
+__all__ = [
+    "IN_RANGE",
+    "OUT_OF_RANGE",
+    "checked",
+    "expected",
+    "hoist_checks",
+    "merge_checks",
+]
+
+aten = torch.ops.aten
 
 OUT_OF_RANGE = "index out of range"  # how the message of the error begins
 
@@ -96,16 +106,22 @@ def checked(op: Any, args: _Args) -> _Args:
     if name in LISTS:  # `(x, indices, …)`: one for each of the first axes, None for all of it
         sizes = zip(args[1], args[0].shape, strict=False)
         if all(_counts(index) for index in args[1] if index is not None):
-            new[1] = [None if z is None else in_range(z, -size, size) for z, size in sizes]
+            new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
     elif name in RULES:
         for i, low, high, ignored in RULES[name](args):
             if ignored is None or ignored in range(low, high):
-                new[i] = in_range(args[i], low, high)
+                new[i] = _checked(args[i], low, high)
             else:
                 left_out = args[i] == ignored
-                found = in_range(torch.where(left_out, low, args[i]), low, high)
+                found = _checked(torch.where(left_out, low, args[i]), low, high)
                 new[i] = torch.where(left_out, ignored, found)
     return new
+
+
+def _checked(index: Tensor, low: int, high: int) -> Tensor:
+    if index.numel() and low == high:  # nothing is in range
+        raise IndexError(expected(low, high))
+    return in_range(index, low, high)
 
 
 def _counts(index: Tensor) -> bool:
@@ -128,3 +144,69 @@ def _(index: Tensor, low: int, high: int) -> Tensor:
 def expected(low: int, high: int) -> str:
     """Say what was expected."""
     return f"{OUT_OF_RANGE}: expected {low} <= index < {high}"
+
+
+IN_RANGE = in_range._opoverload
+SAME_ELEMENTS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+)
+
+
+def merge_checks(graph: Graph) -> None:
+    """Check once what a value and its derivative take the same index for."""
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in graph.find_nodes(op="call_function", target=IN_RANGE):
+        index, *limits = cast(Any, node.args)
+        # The body of a loop is traced a second time, with the checks that it has.
+        if index.target is IN_RANGE and list(index.args[1:]) == limits:
+            same = index
+        else:
+            same = first.setdefault(node.args, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def hoist_checks(loop: Node, body: Graph) -> None:
+    """Check all rows of what a loop walks along before it begins, not each at its turn."""
+    _, init, xs, _ = cast(Any, loop.args[:4])
+    rows = body.find_nodes(op="placeholder")[len(init) : len(init) + len(xs)]
+    for i, row in enumerate(rows):
+        for low, high in _ranges_of_all(row, body):
+            with loop.graph.inserting_before(loop):
+                whole = loop.graph.call_function(IN_RANGE, (xs[i], low, high))
+            whole.meta["val"] = xs[i].meta["val"].clone()
+            xs = [*xs[:i], whole, *xs[i + 1 :]]
+            loop.args = (loop.args[0], init, xs, *loop.args[3:])
+
+
+def _ranges_of_all(row: Node, body: Graph) -> list[tuple[int, int]]:
+    """Take the checks of every element of a row out of the body of a loop; list their ranges."""
+    found: dict[tuple[int, int], dict[int | None, list[Node]]] = {}
+    for node in body.find_nodes(op="call_function", target=IN_RANGE):
+        index, low, high = cast(Any, node.args)
+        origin, part = _origin(index)
+        if origin is row:
+            found.setdefault((low, high), {}).setdefault(part, []).append(node)
+    ranges = []
+    for (low, high), parts in found.items():
+        # Steps that are written one after the other take one part each.
+        if None in parts or len(parts) == len(row.meta["val"]):
+            ranges.append((low, high))
+            for node in [node for nodes in parts.values() for node in nodes]:
+                node.replace_all_uses_with(cast(Node, node.args[0]))
+                body.erase_node(node)
+    return ranges
+
+
+def _origin(index: Node) -> tuple[Node, int | None]:
+    """Find the node that has the elements of `index`, or of which it is part number so many."""
+    while index.target in SAME_ELEMENTS:
+        index = cast(Node, index.args[0])
+    if index.target is aten.select.int and index.args[1] == 0:
+        return cast(tuple[Node, int], (index.args[0], index.args[2]))
+    return index, None

@@ -1,12 +1,12 @@
-"""How Inductor writes what fdl adds to the operations of torch: `fdl::linear`, `fdl::in_range`."""
+"""The operations that fdl adds to those of torch, as Inductor writes them."""
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fdl._indices import expected, in_range
+from fdl._indices import IN_RANGE, expected
 
 __all__ = ["has_onednn", "linear", "register"]
 
@@ -68,7 +68,7 @@ def register() -> None:
             return True
 
         def codegen(self, wrapper: Any) -> None:
-            flag = self.inputs[0].codegen_reference()
+            flag = cast(Any, self.inputs[0]).codegen_reference()
             if V.graph.cpp_wrapper:
                 wrapper.writeline(
                     f"if (*static_cast<bool*>({flag}.data_ptr())) "
@@ -78,14 +78,14 @@ def register() -> None:
                 wrapper.writeline(f"if {flag}.item():")
                 wrapper.writeline(f'    raise RuntimeError("{self.message}")')
 
-    @register_lowering(in_range._opoverload, type_promotion_kind=None)
+    @register_lowering(IN_RANGE, type_promotion_kind=None)
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:
         below, above = lowerings[aten.lt](index, low), lowerings[aten.ge](index, high)
         outside = lowerings[aten.logical_or](below, above)
         RaiseIf(lowerings[aten.any](outside), expected(low, high))
         dtype, load = index.get_dtype(), index.make_loader()
 
-        def within(at: Any) -> Any:
+        def clamped(at: Any) -> Any:
             # Nothing else is read, whichever comes first; and Inductor checks no more.
             at_least = ops.maximum(load(at), ops.constant(low, dtype))
             return ops.minimum(at_least, ops.constant(high - 1, dtype))
@@ -93,6 +93,6 @@ def register() -> None:
         return Pointwise.create(
             device=index.get_device_or_error(),
             dtype=dtype,
-            inner_fn=within,
+            inner_fn=clamped,
             ranges=list(index.get_size()),
         )

@@ -11,19 +11,20 @@ A rule fires only where the node itself proves that the result is the same to ro
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fdl._indices import in_range
+from fdl._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._lowerings import has_onednn
+from fdl._trace import LOOP, nodes_of
 
 __all__ = ["RULES", "rewrite"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
-IN_RANGE = in_range._opoverload
 
 TINY = 4096  # multiplications up to which a product is written out
 
@@ -34,8 +35,12 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
     """Apply the rules to a graph and to the bodies of its loops."""
     for child in module.children():
         rewrite(cast(GraphModule, child), on_cpu)
-    _merge_checks(module)
-    for node in list(module.graph.nodes):
+    merge_checks(module.graph)
+    for node in nodes_of(module.graph, "call_function"):
+        if node.target is LOOP:
+            body = module.get_submodule(cast(Any, node.args[0]).target)
+            hoist_checks(node, cast(GraphModule, body).graph)
+    for node in nodes_of(module.graph, "call_function"):
         rule = RULES.get(node.target)
         if rule is not None and (on_cpu or rule in EVERYWHERE):
             new = rule(_caller(module, node), node)
@@ -43,15 +48,6 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
     module.recompile()
-
-
-def _merge_checks(module: GraphModule) -> None:
-    """Check once what a value and its derivative take the same index for."""
-    first: dict[tuple[Any, ...], Node] = {}
-    for node in module.graph.find_nodes(
-        op="call_function", target=IN_RANGE
-    ):
-        node.replace_all_uses_with(first.setdefault(node.args, node))
 
 
 def _mm(call: Call, node: Node) -> Node | None:
@@ -96,7 +92,7 @@ def _never_meet(index: Node) -> bool:
 
     No two gradients go to one pixel then, and storing does what adding would, atomically.
     """
-    positions = _value(index).shape[-1:].numel()
+    positions = prod(_value(index).shape[-1:])
     while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
         index = cast(Node, index.args[0])
     if index.target is not prims._low_memory_max_pool_offsets_to_indices.default:
@@ -105,7 +101,7 @@ def _never_meet(index: Node) -> bool:
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
     # Positions count the pixels of one picture: each row has to be the windows of one.
-    return apart and positions == _value(index).shape[-len(kernel) :].numel()
+    return apart and positions == prod(_value(index).shape[-len(kernel) :])  # type: ignore[no-any-return]
 
 
 def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
@@ -138,7 +134,9 @@ def _avg_pool_backward(call: Call, node: Node) -> Node | None:
         # How much is left of the padded axis where each window starts.
         left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
         sides = call(
-            aten.clamp_max.default, call(prims.iota.default, windows, **left, **form), kernel[axis]
+            aten.minimum.default,
+            call(prims.iota.default, windows, **left, **form),
+            call(aten.full.default, [], kernel[axis], dtype=torch.int64, device=form["device"]),
         )
         for _ in range(-axis - 1):
             sides = call(aten.unsqueeze.default, sides, -1)
