@@ -101,7 +101,7 @@ def _never_meet(index: Node) -> bool:
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
     # Positions count the pixels of one picture: each row has to be the windows of one.
-    return apart and positions == prod(_value(index).shape[-len(kernel) :])  # type: ignore[no-any-return]
+    return bool(apart) and positions == prod(_value(index).shape[-len(kernel) :])
 
 
 def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
