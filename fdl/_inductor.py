@@ -12,7 +12,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
-from fdl._passes import rewrite_for_cpu
+from fdl._indices import OUT_OF_RANGE
+from fdl._lowerings import register
+from fdl._passes import rewrite
 from fdl._trace import nodes_of, results_of
 
 __all__ = ["Compiled", "kernels_written", "lower", "missing_compiler"]
@@ -31,9 +33,9 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
         from torch._inductor.virtualized import V
 
+    register()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
-    if on_cpu:
-        rewrite_for_cpu(graph)
+    rewrite(graph, on_cpu)
     with (
         config.patch(_options(on_cpu)),
         tracing(TracingContext(mode)),
@@ -47,7 +49,21 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
-    return cast(Compiled, compiled)
+    return _with_errors_of_torch(cast(Compiled, compiled))
+
+
+def _with_errors_of_torch(compiled: Compiled) -> Compiled:
+    """Raise what torch raises for an index that is out of range; C++ knows one kind of error."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        try:
+            return compiled(inputs)
+        except RuntimeError as error:
+            if OUT_OF_RANGE in str(error):
+                raise IndexError(str(error)) from None
+            raise
+
+    return run
 
 
 def _keep_strides(graph: GraphModule) -> None:
@@ -65,6 +81,10 @@ def _options(on_cpu: bool) -> dict[str, Any]:
     from torch._inductor import config
 
     options: dict[str, Any] = {
+        # What is rounded to 16 bits is rounded, also where a kernel goes on with it in 32.
+        "emulate_precision_casts": True,
+        # x + 0 is not x where x is −0.
+        "joint_graph_constant_folding": False,
         # Inductor copies a shared intermediate result into each of its users until it counts so
         # many operations. Twenty rounds of Threefry share so much that with the default, 30, a
         # draw takes ten times longer to compile; the program is as fast.

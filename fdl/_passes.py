@@ -1,112 +1,156 @@
-"""Rewritings of a graph that make its program faster on the CPU, equal to rounding.
+"""Rewritings of a graph: on the CPU for speed, and where Inductor computes something else.
 
 torch hands matrix products to MKL, which on processors of other makers falls back to older
 instructions and is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions,
 writes its kernels for the processor at hand: for the products of a classifier of ten classes it
 took a half to a third of the time. And the tiniest products are not worth a call: as a sum of
 products Inductor merges them with what surrounds them.
+
+A rule fires only where the node itself proves that the result is the same to rounding;
+`tests/test_compiled_equals_eager.py` has a table for each.
 """
 
 from collections.abc import Callable
-from functools import cache
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-__all__ = ["rewrite_for_cpu"]
+from fdl._indices import IN_RANGE, hoist_checks, merge_checks
+from fdl._lowerings import has_onednn
+from fdl._trace import LOOP, nodes_of
 
-aten = torch.ops.aten
+__all__ = ["RULES", "rewrite"]
+
+aten, prims = torch.ops.aten, torch.ops.prims
 
 TINY = 4096  # multiplications up to which a product is written out
 
+Call = Callable[..., Node]  # adds a call to the graph; see `_caller`
 
-def rewrite_for_cpu(module: GraphModule) -> None:
-    """Replace matrix products and scatters, in a graph and in the bodies of its loops."""
+
+def rewrite(module: GraphModule, on_cpu: bool) -> None:
+    """Apply the rules to a graph and to the bodies of its loops."""
     for child in module.children():
-        rewrite_for_cpu(cast(GraphModule, child))
-    for node in list(module.graph.nodes):
-        if node.target is aten.mm.default:
-            _replace(module, node, None, *node.args)
-        elif node.target is aten.addmm.default and not node.kwargs:
-            _replace(module, node, *node.args)
-        elif node.target is aten.scatter_add.default:
-            if _never_meet(node):
-                node.target = aten.scatter.src
-            else:
-                _compare(module, node, *node.args)
+        rewrite(cast(GraphModule, child), on_cpu)
+    merge_checks(module.graph)
+    for node in nodes_of(module.graph, "call_function"):
+        if node.target is LOOP:
+            body = module.get_submodule(cast(Any, node.args[0]).target)
+            hoist_checks(node, cast(GraphModule, body).graph)
+    for node in nodes_of(module.graph, "call_function"):
+        rule = RULES.get(node.target)
+        if rule is not None and (on_cpu or rule in EVERYWHERE):
+            new = rule(_caller(module, node), node)
+            if new is not None:
+                node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _replace(module: GraphModule, node: Node, bias: Node | None, a: Node, b: Node) -> None:
-    x, y = a.meta["val"], b.meta["val"]
-    (m, k), n = x.shape, y.shape[1]
-    call = _caller(module, node)
-    if m * n * k <= TINY:
+def _mm(call: Call, node: Node) -> Node | None:
+    return _product(call, node, None, *cast(Any, node.args))
+
+
+def _addmm(call: Call, node: Node) -> Node | None:
+    if node.kwargs:  # beta, alpha
+        return None
+    return _product(call, node, *cast(Any, node.args))
+
+
+def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Node | None:
+    (m, k), n = _value(a).shape, _value(b).shape[1]
+    dtype = _value(node).dtype
+    # Sums of integers would be int64; sums of 16-bit numbers are kept in float32 by torch's kernel.
+    if m * n * k <= TINY and dtype in (torch.float32, torch.float64):
         # [m, k, 1] · [1, k, n], summed over k
         products = call(
             aten.mul.Tensor, call(aten.unsqueeze.default, a, 2), call(aten.unsqueeze.default, b, 0)
         )
         new = call(aten.sum.dim_IntList, products, [1])
-        if bias is not None:
-            new = call(aten.add.Tensor, new, bias)
-    elif (
-        x.dtype == torch.float32 and _has_onednn() and (bias is None or bias.meta["val"].ndim == 1)
-    ):
-        new = call(_linear(), a, call(aten.permute.default, b, [1, 0]), bias)
-    else:
-        return
-    node.replace_all_uses_with(new)
+        return new if bias is None else call(aten.add.Tensor, new, bias)
+    fits = bias is None or _value(bias).shape == (n,)
+    if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
+        transposed = call(aten.permute.default, b, [1, 0])
+        return call(torch.ops.fdl.linear.default, a, transposed, bias)
+    return None
 
 
-def _never_meet(node: Node) -> bool:
-    """Say whether a scatter is the derivative of pooling with windows that do not overlap.
+def _scatter_add(call: Call, node: Node) -> Node | None:
+    into, dim, index, source = cast(Any, node.args)
+    if not _is_zeros(into) or dim not in (-1, _value(into).ndim - 1):
+        return None
+    if _never_meet(index):
+        return call(aten.scatter.src, into, dim, index, source)
+    return _compare(call, into, index, source)
+
+
+def _never_meet(index: Node) -> bool:
+    """Say whether an index is that of a pooling with windows that do not overlap, row by row.
 
     No two gradients go to one pixel then, and storing does what adding would, atomically.
     """
-    into, _, index, _ = cast(Any, node.args)
-    while index.target in (aten.view.default, aten.reshape.default):
-        index = index.args[0]
-    if index.target is not torch.ops.prims._low_memory_max_pool_offsets_to_indices.default:
+    positions = prod(_value(index).shape[-1:])
+    while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
+        index = cast(Node, index.args[0])
+    if index.target is not prims._low_memory_max_pool_offsets_to_indices.default:
         return False
-    _, kernel, _, stride, padding, _ = index.args
-    apart = all(k <= s for k, s in zip(kernel, stride, strict=True)) and not any(padding)
-    return apart and into.target is aten.full.default and into.args[1] == 0
+    _, kernel, _, stride, padding, dilation = cast(Any, index.args)
+    spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+    apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
+    # Positions count the pixels of one picture: each row has to be the windows of one.
+    return bool(apart) and positions == prod(_value(index).shape[-len(kernel) :])
 
 
-def _compare(
-    module: GraphModule, node: Node, into: Node, dim: int, index: Node, source: Node
-) -> None:
+def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
     """Write one entry of each row by comparison: the derivative of taking a label's log p.
 
     A scatter is a call, and a buffer filled before; a comparison merges with its surroundings.
     """
-    shape = into.meta["val"].shape
-    zeros = into.target is aten.full.default and into.args[1] == 0
-    if not zeros or dim not in (-1, len(shape) - 1) or index.meta["val"].shape[-1] != 1:
-        return
-    if (
-        index.meta["val"].shape != source.meta["val"].shape
-        or index.meta["val"].shape[:-1] != shape[:-1]
-    ):
-        return
-    call = _caller(module, node)
-    columns = call(
-        torch.ops.prims.iota.default,
-        shape[-1],
-        start=0,
-        step=1,
-        dtype=torch.int64,
-        device=index.meta["val"].device,
-        requires_grad=False,
-    )
-    zero = call(
-        aten.full.default, [], 0, dtype=source.meta["val"].dtype, device=index.meta["val"].device
-    )
-    hit = call(aten.eq.Tensor, columns, index)
-    node.replace_all_uses_with(call(aten.where.self, hit, source, zero))
+    shape, one_each = _value(into).shape, _value(index).shape
+    if one_each != (*shape[:-1], 1) or _value(source).shape != one_each:
+        return None
+    form = {"dtype": _value(index).dtype, "device": _value(index).device}
+    columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **form)
+    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=form["device"])
+    return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
+
+
+def _avg_pool_backward(call: Call, node: Node) -> Node | None:
+    """Divide by the size of each window first, where some may hang over what was padded.
+
+    Inductor divides by the size of the kernel (pytorch#198119).
+    """
+    grad, x, kernel, stride, padding, hang_over, count_padding, divisor = cast(Any, node.args)
+    if not (hang_over and count_padding) or divisor is not None:
+        return None
+    stride, padding = stride or kernel, padding or [0] * len(kernel)
+    area: Any = 1
+    for axis in range(-len(kernel), 0):
+        size, windows = _value(x).shape[axis], _value(grad).shape[axis]
+        form = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
+        # How much is left of the padded axis where each window starts.
+        left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
+        sides = call(
+            aten.minimum.default,
+            call(prims.iota.default, windows, **left, **form),
+            call(aten.full.default, [], kernel[axis], dtype=torch.int64, device=form["device"]),
+        )
+        for _ in range(-axis - 1):
+            sides = call(aten.unsqueeze.default, sides, -1)
+        area = call(aten.mul.Tensor, sides, area)
+    shares = call(aten.div.Tensor, grad, area)
+    return call(node.target, shares, x, kernel, stride, padding, hang_over, count_padding, 1)
+
+
+def _is_zeros(node: Node) -> bool:
+    return node.target is aten.full.default and bool(node.args[1] == 0)
+
+
+def _value(node: Node) -> Tensor:
+    return cast(Tensor, node.meta["val"])
 
 
 def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
@@ -122,36 +166,12 @@ def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
     return call
 
 
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@cache
-def _linear() -> Any:
-    """Define x Wᵀ + b by oneDNN, of matrices with any strides, and say how Inductor calls it."""
-    from torch._inductor.ir import FixedLayout, TensorBox
-    from torch._inductor.lowering import register_lowering
-    from torch._inductor.mkldnn_ir import LinearUnary
-
-    @torch.library.custom_op("fdl::linear", mutates_args=())
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @linear.register_fake
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @register_lowering(torch.ops.fdl.linear.default, type_promotion_kind=None)
-    def lower(x: TensorBox, weight: TensorBox, bias: TensorBox | None) -> TensorBox:
-        size = [x.get_size()[0], weight.get_size()[0]]
-        inputs = [LinearUnary.realize_input(z) for z in (x, weight, bias) if z is not None]
-        constants: list[Any] = ["none", [-1], ""]
-        call = LinearUnary(
-            layout=FixedLayout(device=x.get_device_or_error(), dtype=x.get_dtype(), size=size),
-            inputs=inputs,
-            constant_args=constants if bias is not None else [None, *constants],
-        )
-        return TensorBox.create(call)
-
-    return torch.ops.fdl.linear.default
+# What each operation is replaced by, if by anything.
+RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.scatter_add.default: _scatter_add,
+    aten.avg_pool2d_backward.default: _avg_pool_backward,
+    aten.avg_pool3d_backward.default: _avg_pool_backward,
+}
+EVERYWHERE = (_avg_pool_backward,)  # rules that are not for speed on the CPU

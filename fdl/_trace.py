@@ -7,7 +7,6 @@ in the primitives that Inductor knows.
 
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import tree
 from fdl._ambient import plainly, without_cache
+from fdl._decompositions import decompositions
 from fdl._dtensors import are_spread
 from fdl._flat import flatten, paths, unflatten
+from fdl._indices import checked
 from fdl._purity import Watch, check_draw
 from fdl._users import line_of, line_text
 from fdl.tree import Tree
@@ -85,6 +86,7 @@ class _Tracing(TorchDispatchMode):
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
+            args = checked(func, args)
         result = func(*args, **kwargs)
         self.watch.note(result, func)
         return result
@@ -187,14 +189,12 @@ def trace_flat(
         with cast(_Tracing, _tracing.get()):
             return faked(fn(*fakes))
 
-    graph = make_fx(watched, _decompositions(), _allow_non_fake_inputs=True)(*fakes)
+    graph = make_fx(watched, decompositions(), _allow_non_fake_inputs=True)(*fakes)
     constants = _lift(graph)
     if any(_is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
         with plainly():  # what was to be cast is cast by the graph
-            graph = make_fx(pure, _decompositions(), _allow_non_fake_inputs=True)(
-                *fakes, *constants
-            )
+            graph = make_fx(pure, decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
     _check_pure(graph, names)
@@ -213,15 +213,6 @@ def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:
     with mode:
         fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
     return cast(FakeTensor, fake)
-
-
-@cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    # A second to import, which those who do not compile save; decompositions look into lowering.
-    import torch._inductor.lowering  # noqa: F401
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
