@@ -20,7 +20,7 @@ import fdl
 from fdl import Checkpointer, TrainState, _json, checkpointer, nn, optim, random
 
 ROOT = Path(fdl.__file__).parents[1]
-FOLDERS = ["fdl", "models"]
+FOLDERS = ["fdl", "models", "train"]
 STATE = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
 INF, NAN = float("inf"), float("nan")
 

@@ -216,7 +216,7 @@ def worker() -> None:
             "latency": latency,
             "bandwidth": all_reduce_bytes(size, payload) / longer if size > 1 else 1.0,
         }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found, allow_nan=False), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

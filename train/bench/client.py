@@ -81,7 +81,7 @@ class Client:
         """Send a command and read its answer; raises as `read` does."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self.process.stdin.write(json.dumps({"do": do, **given}, allow_nan=False) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise WayError(self._epitaph()) from None

@@ -65,7 +65,9 @@ def measure_jax(device: str) -> dict[str, float]:
 
 def main(library: str, device: str) -> None:
     """Print the rates of one library as JSON."""
-    print(json.dumps({"torch": measure_torch, "jax": measure_jax}[library](device)))
+    print(
+        json.dumps({"torch": measure_torch, "jax": measure_jax}[library](device), allow_nan=False)
+    )
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def median(way: Record) -> float:
 
 def write(document: Record, path: Path) -> None:
     """Write a document; four digits are more than a measurement has."""
-    path.write_text(json.dumps(rounded(document), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(document), indent=1, allow_nan=False) + "\n")
 
 
 def rounded(value: Any) -> Any:

@@ -46,7 +46,7 @@ def save(task: Task, path: Path) -> None:
     options = {k: v for k, v in task._asdict().items() if not isinstance(v, np.ndarray | dict)}
     arrays = {k: v for k, v in task._asdict().items() if isinstance(v, np.ndarray)}
     arrays |= {f"params/{name}": value for name, value in task.params.items()}
-    save_arrays(path, options=np.array(json.dumps(options)), **arrays)
+    save_arrays(path, options=np.array(json.dumps(options, allow_nan=False)), **arrays)
 
 
 def load(path: Path) -> Task:

@@ -122,11 +122,14 @@ def main(name: Any, path: Path) -> None:
         return {}
 
     warned = hear_warnings()
-    print(json.dumps(answer(prepare)), file=replies)
+    print(json.dumps(answer(prepare), allow_nan=False), file=replies)
     for line in sys.stdin:
         command = json.loads(line)
         call = getattr(worker, command.pop("do"))
-        print(json.dumps(answer(partial(call, **command)) | {"warned": warned}), file=replies)
+        print(
+            json.dumps(answer(partial(call, **command)) | {"warned": warned}, allow_nan=False),
+            file=replies,
+        )
         if worker is not None:
             worker.idle = time.perf_counter(), time.process_time()
 
