@@ -33,29 +33,33 @@ def filled(mask: Tensor, x: Tree) -> Tree:
     if not mask.shape[0]:
         return x
     counts = mask != 0
-    first = counts.to(torch.int32).argmax().reshape(1)
+    n = mask.shape[0]
+    first = torch.where(counts, torch.arange(n, device=mask.device), n).amin()
+    some, first = first < n, first.clamp(max=n - 1).reshape(1)
 
     def fill(leaf: Tensor) -> Tensor:
         if not isinstance(leaf, Tensor) or leaf.shape[:1] != mask.shape:
             return leaf
         row = leaf.index_select(0, first)
         no_row = torch.full_like(row, 1 if leaf.is_floating_point() else 0)
-        return keep(counts, leaf, torch.where(counts.any(), row, no_row))
+        return keep(counts, leaf, torch.where(some, row, no_row))
 
     return pytree.tree_map(fill, x)
 
 
-def per_row(values: Tensor) -> Tensor:
-    """Average `[batch, ...]` over all axes but the first: float64 `[batch]`.
+def per_row(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Average `[batch, ...]` over all axes but the first: `[batch]`, of `dtype`.
 
     >>> per_row(torch.tensor([[1.0, 3.0], [4.0, 4.0]]))
     tensor([2., 4.], dtype=torch.float64)
     """
-    return values.flatten(1).mean(1, dtype=torch.float64) if values.ndim > 1 else values.double()
+    return values.flatten(1).mean(1, dtype=dtype) if values.ndim > 1 else values.to(dtype)
 
 
-def sums(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Add up `[batch, ...]`, averaged over further axes, and the weights: float64 `[]` each.
+def sums(
+    values: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Add up `[batch, ...]`, averaged over further axes, and the weights: `[]` each, of `dtype`.
 
     A value of weight 0 may be anything, NaN as well. The derivative with respect to a floating
     weight is the value, if that is finite, also where the weight is 0.
@@ -63,11 +67,12 @@ def sums(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]
     Args:
         values: `[batch, ...]`, of any real dtype.
         weights: `[batch]`, a bool mask or numbers; 1 if None.
+        dtype: in which to add, and of the results.
 
     >>> sums(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
     (tensor(1., dtype=torch.float64), tensor(1., dtype=torch.float64))
     """
-    each = per_row(values)
+    each = per_row(values, dtype)
     if weights is None:
         total = each.sum()
         return total, torch.full_like(total, values.shape[0])
@@ -76,5 +81,5 @@ def sums(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]
         counts = counts | each.isfinite()
     each = keep(counts, each)
     if weights.dtype != torch.bool:
-        each = each * weights
-    return each.sum(), weights.sum(dtype=torch.float64)
+        each = each * weights.to(dtype)
+    return each.sum(), weights.sum(dtype=dtype)

@@ -48,7 +48,7 @@ def update_bn(
 
     Returns:
         Buffers of the same structure. `num_batches_tracked` counts the batches that had a variance:
-        at least two values per feature.
+        at least two values per feature; if none had, all is as before.
 
     Raises:
         TypeError: `apply` is not the `apply` of a model.

@@ -1,7 +1,7 @@
 """Losses as pure functions of predictions and targets.
 
 A row of weight 0 may hold anything, NaN as well: it reaches neither the loss nor a gradient. Losses
-of 16-bit numbers are computed in float32, added up in float64, and rounded once, at the end.
+of 16-bit numbers are computed and added up in at least float32, and rounded once, at the end.
 """
 
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
@@ -19,6 +19,8 @@ from fdl.metrics import check_labels, check_weights
 from fdl.tree import Tree
 
 __all__ = ["cross_entropy", "l2_penalty", "mse", "squared_loss"]
+
+MANY = 4096  # numbers from which on they are added up in float64
 
 
 def squared_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -97,7 +99,10 @@ def cross_entropy(
     labels, classes = labels.long(), logits.shape[1]
     if weights is not None:
         check_weights("cross_entropy", logits, weights)
-        labels = keep((weights != 0) | ((labels >= 0) & (labels < classes)), labels)
+        counts = weights != 0
+        if weights.is_floating_point():  # see _mean
+            counts = counts | ((labels >= 0) & (labels < classes))
+        labels = keep(counts, labels)
 
     def surprises(logits: Tensor) -> Tensor:
         log_p = F.log_softmax(logits, -1, dtype=at_least_32_bits(logits))
@@ -139,11 +144,16 @@ def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
     >>> weighted_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor(1.5000)
     """
-    if weights is not None:
+    wide = at_least_32_bits(losses)
+    # Compiled, a sum in float32 keeps one running total, which is too coarse for many numbers.
+    dtype = wide if losses.numel() <= MANY else torch.float64
+    if weights is None:
+        mean = losses.sum(dtype=dtype) / max(losses.numel(), 1)
+    else:
         check_weights("losses", losses, weights)
-    total, count = sums(losses, weights)
-    mean = total / torch.where(count == 0, 1, count)
-    return mean.to(losses.dtype if losses.is_floating_point() else torch.float32)
+        total, count = sums(losses, weights, dtype)
+        mean = total / torch.where(count == 0, 1, count)
+    return mean.to(losses.dtype if losses.is_floating_point() else wide)
 
 
 def _mean(

@@ -230,6 +230,8 @@ def train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make one step of training: a pure function `(state, batch) -> (state, metrics)`.
 
+    The metrics are those of the state that goes in, before the update, on the batch it learns from.
+
     Args:
         loss: `(params, batch, key) -> (scalar, metrics)`, as `supervised` makes it, or with buffers
             `(params, buffers, batch, key) -> (scalar, (metrics, buffers))`.
@@ -239,6 +241,10 @@ def train_step(
 
     Returns:
         The step; compile it with `fdl.jit`, loop over it with `fdl.scan`.
+
+    Raises:
+        TypeError: `loss` is not a function, `opt` not an optimizer; at call, a loss that returns
+            something else than the above, whose metrics are trees of tensors.
 
     >>> from fdl import losses, nn, optim
     >>> model, opt = nn.linear(2, 1), optim.sgd(0.1)
@@ -333,6 +339,9 @@ def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
 
     Args:
         loss: as for `train_step`.
+
+    Raises:
+        TypeError: as for `train_step`.
 
     >>> from fdl import losses, nn, optim
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)

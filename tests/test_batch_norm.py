@@ -107,6 +107,46 @@ def test_bfloat16_keeps_its_statistics_in_float32():
     close(new["running_mean"], 0.1 * x.double().mean(0).float(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("counted", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1)], ids=str)
+def test_buffers_stay_where_fewer_than_two_values_count(shape, counted, momentum, plain_backend):
+    layer, params, buffers = prepared(3, momentum=momentum)
+    _, buffers = layer.apply(params, buffers, draw(1, *shape), train=True)
+    mask = torch.arange(4) < counted
+
+    def train(params, buffers, x, mask):
+        return layer.apply(params, buffers, x, train=True, mask=mask)
+
+    for apply in (train, fdl.jit(train)):
+        y, new = apply(params, buffers, draw(2, *shape), mask)
+        close(new, buffers, rtol=0, atol=0)
+        assert y.isfinite().all()
+    images = draw(3, 4, 3, 2)  # two values per feature in one row
+    _, new = layer.apply(params, buffers, images, train=True, mask=torch.arange(4) < 1)
+    assert new["num_batches_tracked"] == 2
+    close(new, layer.apply(params, buffers, images[:1], train=True)[1])
+
+
+def test_no_rows_leave_the_buffers():
+    layer, params, buffers = prepared(3)
+    y, new = layer.apply(params, buffers, draw(2, 4, 3)[:0], train=True)
+    assert y.shape == (0, 3)
+    close(new, buffers, rtol=0, atol=0)
+
+
+def test_a_lone_last_example_does_not_shrink_the_variance():
+    """Nine examples in batches of 4: the last batch has one."""
+    layer, params, buffers = prepared(3)
+    x = draw(4, 9, 3) * torch.tensor([1.6, 2.6, 1.8])
+    for epoch in range(60):
+        rows = data.epoch_indices(random.fold_in(KEY, epoch), 9, 4)
+        for batch in data.batches((x, x), rows):
+            _, buffers = layer.apply(params, buffers, batch.x, train=True, mask=batch.mask)
+    assert buffers["num_batches_tracked"] == 120
+    torch.testing.assert_close(buffers["running_var"], x.var(0), rtol=0.25, atol=0)
+
+
 def test_errors():
     layer, params, buffers = prepared(3)
     with pytest.raises(ValueError, match=r"expected x \[batch, 3, \.\.\.\], got \[4, 2\]"):

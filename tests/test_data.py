@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from fdl import data, random
+import fdl
+from fdl import data, random, tree
 
 # Traced whole, but not compiled to code: keys compile slowly, and their own tests do it.
 TRACED = {"fullgraph": True, "backend": "aot_eager"}
@@ -196,6 +197,39 @@ def test_gather_equals_to_tensor(sample: data.Dataset) -> None:
     assert colour.mask == ()
 
 
+def test_gather_takes_an_index_alone(sample: data.Dataset) -> None:
+    """Two numbers are two examples, not an index and a mask."""
+    for numbers in ([1, 2], [5], [3, 1, 4]):
+        batch = data.gather(sample, torch.tensor(numbers))
+        assert torch.equal(batch.y, sample.y[numbers]) and batch.x.shape[0] == len(numbers)
+        assert batch.mask == ()
+
+
+@pytest.mark.parametrize("n", [12, 13])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_whole_batches_have_no_mask_on_any_way_through_an_epoch(n, drop_last, plain_backend):
+    points = data.Dataset(torch.arange(n * 2.0).view(n, 2), torch.arange(n))
+    indices = data.epoch_indices(random.key(2), n, 4, drop_last=drop_last)
+    whole = n == 12 or drop_last
+    ways = [
+        [data.gather(points, row) for row in zip(*indices, strict=True)],
+        list(data.batches(points, indices)),
+        [data.gather(points, tree.map(lambda leaf, i=i: leaf[i], indices)) for i in range(3)],
+    ]
+    _, found = fdl.jit(
+        lambda points, rows: fdl.scan(lambda c, row: (c, data.gather(points, row)), (), rows)
+    )(points, indices)
+    ways.append([tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(indices.index))])
+    if whole:
+        ways.append(list(data.batches(points, indices.index)))
+    for batches in ways:
+        assert all((batch.mask == ()) == whole for batch in batches)
+        for batch, first in zip(batches, ways[0], strict=False):
+            assert torch.equal(batch.x, first.x) and torch.equal(batch.y, first.y)
+    stacked = torch.vmap(lambda row: data.gather(points, row))(indices)
+    assert (stacked.mask == ()) == whole
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 def test_gather_leaves_what_is_no_image_alone(dtype: torch.dtype) -> None:
     x = torch.arange(40).reshape(10, 4).to(dtype)
@@ -268,6 +302,20 @@ def test_gather_refuses(change, kind, message) -> None:
     given = {"x": torch.zeros(2, 1), "y": torch.zeros(2), "index": torch.tensor([1])} | change
     with pytest.raises(kind, match=f"gather: .*{message}"):
         data.gather((given["x"], given["y"]), (given["index"], ()))
+
+
+@pytest.mark.parametrize(
+    ("indices", "kind", "message"),
+    [
+        ([1, 2], TypeError, "index must be int64, got int"),
+        ([0, 1, 2], TypeError, "indices must be an index, int64 .* got list"),
+        (3, TypeError, "got int"),
+        ((torch.tensor([1]), torch.tensor([True, False])), ValueError, r"shape \[1\] .* got \[2\]"),
+    ],
+)
+def test_gather_refuses_indices(indices, kind, message) -> None:
+    with pytest.raises(kind, match=f"gather: .*{message}"):
+        data.gather((torch.zeros(4, 1), torch.zeros(4)), indices)
 
 
 @pytest.mark.cuda

@@ -166,6 +166,10 @@ TABLE: dict[str, dict[str, Case]] = {
     },
     "transforms": TRANSFORMATIONS,
     "data": {
+        "batches": Case(
+            lambda x, y, index: tuple(data.batches((x, y), index)),
+            lambda key: (draw(key, 6, 2), torch.arange(6), random.permutation(key, 6).view(3, 2)),
+        ),
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
         "gather": Case(

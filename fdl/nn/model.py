@@ -217,8 +217,7 @@ def check_takes_mask(apply: Callable[..., Any], caller: str) -> None:
     if "mask" not in inspect.signature(apply).parameters:
         raise ValueError(
             f"{caller}: the batch has a mask, but this model with buffers takes none: padding "
-            "would enter its statistics; use epoch_indices(..., drop_last=True) and batches "
-            "without a mask, Batch(x, y)"
+            "would enter its statistics; epoch_indices(..., drop_last=True) gives batches without"
         )
 
 
