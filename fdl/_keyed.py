@@ -111,7 +111,7 @@ def _targets(func: Any, name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """Give the tensors that a call writes to."""
     into_first = (
         name in _IN_PLACE
-        or kwargs.get("inplace")
+        or (kwargs.get("inplace") and ("dropout" not in name or kwargs.get("training")))
         or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
         or (name == "__set__" and func.__self__ is Tensor.data)
     )

@@ -6,6 +6,7 @@ with central differences is a directional derivative along random directions, in
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,13 @@ def test_vmap_equals_a_loop(name, part):
     for g in (function, grad(function)):
         expected = tree.stack([g(row) for row in rows])
         close(vmap(g, (axes,))(stacked), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_the_page_names_what_is_refused():
+    page = (Path(__file__).parent.parent / "docs" / "interop.md").read_text()
+    table = page.partition("## Derivatives")[2].partition("## What cannot")[0]
+    families = {name.split()[0].replace("3d", "2d") for name in REFUSED}
+    assert {name for name in families if f"`{name}" not in table} == set()
 
 
 # ------------------------------------------------- what central differences have no word about

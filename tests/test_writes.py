@@ -164,6 +164,15 @@ def test_what_the_forward_made_may_be_written():
     grad(lambda p: model.apply(p, buffers, x, train=True)[0].sum())(params)
 
 
+def test_dropout_in_place_writes_nothing_in_evaluation():
+    model, params, _ = interop.from_module(oo.Sequential(oo.Dropout(0.5, inplace=True)))
+    x = torch.ones(3)
+    with unchanged(x):
+        assert torch.equal(model.apply(params, x), x)
+        with pytest.raises(ValueError, match="dropout would write to input '0'"):
+            model.apply(params, x, train=True, key=KEY)
+
+
 class Call(oo.Module):
     def __init__(self, f):
         super().__init__()
