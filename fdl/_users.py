@@ -25,7 +25,7 @@ _PACKAGES = os.sep + "site-packages" + os.sep
 @functools.cache
 def _is_users_file(file: str) -> bool:
     torch_files, fdl_files, standard = _LIBRARIES
-    if file.startswith(("<eval_with_key>", "<string>", "<frozen", torch_files, fdl_files)):
+    if file.startswith(("<eval_with_key>", "<frozen", torch_files, fdl_files)):
         return False
     return not file.startswith(standard) or _PACKAGES in file
 

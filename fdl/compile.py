@@ -108,8 +108,8 @@ def jit(
     of a whole epoch is launched by a single call.
 
     Args:
-        fn: a pure function; every leaf of its arguments and of its result is a tensor. Random
-            numbers come from keys.
+        fn: a pure function; every leaf of its arguments and its result is a tensor. Random numbers
+            come from keys.
         donate: positions of arguments whose memory the program may take: results are written right
             there where forms agree and nothing else refers to it. Using a donated tensor afterwards
             raises, also after a call that failed or was interrupted while the program ran.

@@ -399,6 +399,17 @@ def test_a_name_that_is_gone_raises_as_it_does_eagerly() -> None:
     assert jitted(X).tolist() == [0.0, 0.0, 0.0]
 
 
+def test_globals_of_code_without_a_file_are_read() -> None:
+    """That of `python -c`, of notebooks and of the pages of the documentation."""
+    for file in ("<string>", "<stdin>", "<ipython-input-1>", "/tmp/ipykernel_1/1.py"):
+        names: dict[str, Any] = {"w": torch.ones(3)}
+        exec(compile("def f(x): return x * w", file, "exec"), names)
+        jitted = jit(names["f"])
+        for factor in (1.0, 2.0):
+            names["w"] = torch.full((3,), factor)
+            assert torch.equal(jitted(X), X * factor)
+
+
 def test_the_report_names_what_no_name_leads_to() -> None:
     hidden = iter([torch.ones(3), torch.ones(3)])
     jitted = jit(lambda x: x * next(hidden))
