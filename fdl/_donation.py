@@ -11,7 +11,7 @@ from torch import Tensor, UntypedStorage
 
 from fdl._flat import flatten
 
-__all__ = ["donated_indices", "find_homes", "give_away", "own_memory"]
+__all__ = ["donated_indices", "find_homes", "give_away", "own_memory", "take_back"]
 
 
 class _Donated(Tensor):
@@ -32,6 +32,12 @@ def give_away(leaf: Tensor) -> None:
     if leaf._use_count() == ALONE[0]:  # an array that shares it would lose its memory
         leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
     leaf.__class__ = _Donated  # type: ignore[assignment]
+
+
+def take_back(leaf: Tensor, kind: type[Tensor], value: Tensor) -> None:
+    """Undo `give_away`, where it turned out that nothing has been written."""
+    leaf.__class__ = kind  # type: ignore[assignment]
+    leaf.data = value
 
 
 def donated_indices(args: tuple[Any, ...], positions: tuple[int, ...]) -> list[int]:

@@ -18,11 +18,15 @@ from fdl._inductor import Compiled
 from fdl._trace import Traced, nodes_of, results_of, trace, unshared
 from fdl.tree import Tree
 
-__all__ = ["Program", "Route", "build"]
+__all__ = ["Program", "Refused", "Route", "build"]
 
 aten = torch.ops.aten
 NO_FAKE = "no fake impl registered"  # the error of an operation made by torch.library.custom_op
 EAGER = "it runs eagerly"
+
+
+class Refused(RuntimeError):
+    """A slower way was to be taken, and `strict`; nothing has been written."""
 
 
 class Route:
@@ -37,7 +41,7 @@ class Route:
         """Note that a slower way is taken, and warn of it, or raise."""
         message = f"{reason}; {instead}, which is slower"
         if self.strict:
-            raise RuntimeError(f"jit(strict=True): {self.fn!r}: {message}")
+            raise Refused(f"jit(strict=True): {self.fn!r}: {message}")
         self.fallbacks.append(message)
         warnings.warn(f"jit: {self.fn!r}: {message}", stacklevel=2)
 

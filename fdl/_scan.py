@@ -315,7 +315,8 @@ def _scan_as_operator(
     xs_leaves, x_spec = pytree.tree_flatten(xs)
     first = f(init, _row(xs, 0))
     if any(leaf.requires_grad for leaf in tree.leaves(first)):
-        return _scan_as_loop(f, init, xs, length)  # Inductor's gradients of the carry are wrong
+        # Gradients are wrong by Inductor (pytorch#153679) and, in 2.11, by autograd (#184528).
+        return _scan_as_loop(f, init, xs, length)
     y_spec = pytree.tree_structure(first[1])
     # It also needs something to carry, an axis to run along and, in torch 2.11, some y.
     device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)

@@ -23,10 +23,10 @@ from torch import Tensor
 from fdl._ambient import Ambient, ambient, are_watched, changes, has_grad
 from fdl._autograd import differentiable, pullback
 from fdl._closure import Sources
-from fdl._donation import donated_indices, give_away, own_memory
+from fdl._donation import donated_indices, give_away, own_memory, take_back
 from fdl._flat import flatten, paths
 from fdl._inductor import kernels_written
-from fdl._programs import Program, Route, build
+from fdl._programs import Program, Refused, Route, build
 from fdl._scan import form, in_transform, scan
 from fdl._trace import check_tensors, is_tracing
 
@@ -246,11 +246,17 @@ def _execute(
         for leaf in given:
             give_away(leaf)
         return result
+    kinds = [type(leaf) for leaf in given]
     for i, leaf in zip(donated, given, strict=True):
         if leaves[i] is leaf:
             leaves[i] = leaf.detach()
         give_away(leaf)
-    return program.run(leaves, constants)
+    try:
+        return program.run(leaves, constants)
+    except Refused:  # which happens before anything is written
+        for i, leaf, kind in zip(donated, given, kinds, strict=True):
+            take_back(leaf, kind, leaves[i])
+        raise
 
 
 def _check_closed_over(
