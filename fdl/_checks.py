@@ -75,7 +75,8 @@ def as_batch(caller: str, batch: Any) -> Batch:
             f"{caller}: mask must have the shape [{length(batch)}], one entry per example, got "
             f"{list(batch.mask.shape)}"
         )
-    return Batch(*filled(batch.mask, (batch.x, batch.y)), batch.mask)
+    x, y = filled(batch.mask, (batch.x, batch.y))
+    return Batch(x, y, batch.mask)
 
 
 def length(batch: Batch) -> int:
