@@ -160,7 +160,7 @@ def _mean(
     caller: str, f: Callable[..., Tensor], rows: tuple[Tensor, ...], weights: Tensor | None
 ) -> Tensor:
     """Average `f(*rows)` `[batch, ...]`, to the dtype of `rows`; a row of weight 0 is ignored."""
-    dtype = torch.result_type(rows[0], rows[-1])
+    dtype = torch.promote_types(rows[0].dtype, rows[-1].dtype)
     if weights is not None:
         check_weights(caller, rows[0], weights)
         counts = weights != 0
