@@ -22,6 +22,7 @@ from fdl._dtensors import is_spread
 from fdl._scan import scan
 from fdl._shard import gather, shard
 from fdl.optim import Optimizer
+from fdl.optim.base import update_of
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
 
@@ -101,6 +102,7 @@ def train_step(
     if mesh is None and parts is None:
         return _training.train_step(loss, opt, grad_fn)
     own = _own_parts(parts, size)
+    opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
         objective = _training.objective_of(loss, state, batch, key)
@@ -133,7 +135,9 @@ def train_step(
                 mean["buffers"],
                 found["weighted"]["buffers"],
             )
-            new = _training.updated(opt, state, mean["grads"], buffers, mean["value"], _refuse)
+            new = _training.updated(
+                opt, state, mean["grads"], buffers, mean["value"], _refuse, _count(metrics)
+            )
             return _dtensors.as_before(new, state), metrics
 
     return step
