@@ -25,6 +25,7 @@ from fdl._scan import scan
 from fdl._shard import gather, shard
 from fdl.metrics import Mean
 from fdl.optim import Optimizer
+from fdl.optim.base import update_of
 from fdl.training import Metrics, TrainState
 from fdl.tree import Tree
 
@@ -106,6 +107,7 @@ def train_step(
     if mesh is None and parts is None:
         return _training.train_step(loss, opt, grad_fn)
     own = _own_parts(parts, size)
+    opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
         objective = _training.objective_of(loss, state, batch, key)
@@ -138,7 +140,7 @@ def train_step(
             )
             # A norm over all leaves is a sum over them: to the bit the same only in one order.
             ordered, grads, buffers = in_order((state, grads, buffers))
-            new = _training.updated(opt, ordered, grads, buffers, value, _refuse)
+            new = _training.updated(opt, ordered, grads, buffers, value, _refuse, count)
             new = _dtensors.as_before(new, ordered)
             return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
 

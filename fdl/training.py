@@ -256,6 +256,7 @@ def train_step(
     """
     check_loss("train_step", loss)
     check_opt("train_step", opt)
+    opt = Optimizer(opt.init, update_of("train_step", opt))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         objective = objective_of(loss, state, batch, random.fold_in(state.key, state.step))
@@ -302,8 +303,9 @@ def updated(
     count: Tensor | None = None,
 ) -> TrainState:
     """Give the state after one update."""
-    updates, opt_state = update_of("train_step", opt)(
-        grads, state.opt_state, state.params, value=value, value_fn=value_fn, count=count
+    extra = {} if count is None else {"count": count}
+    updates, opt_state = opt.update(
+        grads, state.opt_state, state.params, value=value, value_fn=value_fn, **extra
     )
     params = apply_updates(state.params, updates)
     return TrainState(params, buffers, opt_state, state.key, state.step + 1)

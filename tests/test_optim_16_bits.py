@@ -215,6 +215,9 @@ def test_a_gradient_that_overflows_when_it_is_divided_is_skipped():
     opt, params = optim.loss_scale(optim.sgd(1.0), init=2.0**-20), {"w": torch.ones(1)}
     updates, state = opt.update({"w": torch.tensor([3e38])}, opt.init(params), params)
     assert updates["w"] == 0 and state.scale == 2.0**-21
+    clipped = optim.loss_scale(optim.chain(optim.clip(1.0), optim.sgd(1.0)), init=2.0**-20)
+    updates, state = clipped.update({"w": torch.tensor([3e38])}, clipped.init(params), params)
+    assert updates["w"] == 0 and state.scale == 2.0**-21
     # What float16 could not hold after the division, 32 bits do.
     opt, params = optim.loss_scale(optim.adam(0.5)), {"w": torch.ones(1).half()}
     updates, _ = opt.update({"w": torch.tensor([6e-8]).half()}, opt.init(params), params)

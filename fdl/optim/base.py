@@ -265,6 +265,8 @@ def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[T
     if not isinstance(opt, Optimizer):
         hint = f"; call it: {opt.__name__}(...)" if inspect.isfunction(opt) else ""
         raise TypeError(f"{caller}: {name} must be an Optimizer, got {opt!r}{hint}")
+    if torch.compiler.is_compiling():  # Dynamo cannot look at a signature that it is just making
+        return opt.update
     kinds = inspect.signature(opt.update).parameters
     if "count" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values()):
         return opt.update
