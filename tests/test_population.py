@@ -217,7 +217,7 @@ def test_the_other_functions_say_what_is_wrong():
     ]:
         with pytest.raises(ValueError, match=rf"population.in_turn: mapped arguments.*{text}"):
             population.in_turn(f)(*args)
-    with pytest.raises(TypeError, match=r"(?s)population.in_turn: every mapped leaf.*0.lr.: 0.1"):
+    with pytest.raises(TypeError, match=r"(?s)population.in_turn: every mapped leaf.*0.lr: 0.1"):
         population.in_turn(lambda s: s)({"lr": 0.1})
 
 

@@ -240,5 +240,7 @@ def test_the_stateful_loss_returns_metrics_and_buffers():
 def test_parameters_in_other_containers_raise():
     model = nn.sequential(nn.linear(2, 2))
     params = model.init(random.key(0))
-    with pytest.raises(ValueError, match=r"create: params: the trees have different structures"):
+    with pytest.raises(
+        ValueError, match=r"create: params do not fit.*\n  : expected dict, got list"
+    ):
         fdl.TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])

@@ -13,6 +13,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 from fdl import random, tree
 from fdl._random import check_key
+from fdl._second_order import written_out
 from fdl.optim.base import check_floating
 from fdl.transforms._chunks import check_chunk, check_positive, check_scalar, in_chunks
 from fdl.tree import Tree
@@ -66,8 +67,9 @@ def gnvp(f: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree
     {'w': tensor([5.])}
     """
     v = _like("gnvp", params, v)
-    predictions, pull = cast(Any, vjp(f, params))
-    along = jvp(f, (params,), (v,))[1]
+    run = written_out(f)
+    predictions, pull = cast(Any, vjp(run, params))
+    along = jvp(run, (params,), (v,))[1]
     curved = jvp(grad(scalar_of("gnvp", "loss", loss)), (predictions,), (along,))[1]
     return pull(curved)[0]
 
@@ -117,7 +119,7 @@ def hutchinson_trace(
             for path, leaf in tree.flatten_dict(like).items()
         ]
         z = pytree.tree_unflatten(signs, pytree.tree_structure(like))
-        image = _like("hutchinson_trace: the result of matvec", z, matvec(z))
+        image = _like("hutchinson_trace: the result of matvec", z, written_out(matvec)(z))
         products = tree.map(lambda a, b: (a * b).sum(), z, image)
         return torch.stack(tree.leaves(products)).sum()
 
@@ -127,8 +129,9 @@ def hutchinson_trace(
 def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[Tree], Tree]:
     """Make the Hessian `params -> h`, `h[a][b]` the block `[*shape of a, *shape of b]`.
 
-    Equals `torch.func.hessian(f)` on trees; that has no chunks, and pushes a tangent for every
-    parameter through the gradient at once. (`torch.func.jacrev` has `chunk_size`.)
+    Rows are products by `hvp`, reverse over reverse. `torch.func.hessian` goes forward over
+    reverse, for all rows at once; for layers of torch with fused kernels it is wrong (batch
+    normalisation) or raises (attention, `torch.cdist`).
 
     Args:
         f: from a tree of floating tensors to a scalar.
@@ -179,4 +182,6 @@ def _like(caller: str, like: Tree, v: Tree) -> Tree:
 
 
 def scalar_of(caller: str, name: str, f: Callable[[Tree], Tensor]) -> Callable[[Tree], Tensor]:
-    return lambda params: check_scalar(caller, name, f(params))
+    """Make `f` fail unless its value is a scalar, and have its derivatives of every order."""
+    run = written_out(f)
+    return lambda params: check_scalar(caller, name, run(params))
