@@ -97,6 +97,73 @@ def remainder(a: Tensor, n: Tensor) -> Tensor:
     return torch.where(unsigned_at_least, rest - n, rest)
 
 
+# From where on both bounds of a truncated normal are treated as being in its tail: there fewer than
+# 50,000 of the values of erf are left above.
+FAR = {torch.float32: 3.0, torch.float64: 7.0}
+
+
+def truncated(
+    key: Tensor,
+    shape: tuple[int, ...],
+    lower: float | Tensor,
+    upper: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw from a truncated normal in the working dtype; rounding may reach a bound."""
+    working = working_dtype(dtype)
+    far = FAR[working]
+    low, high = cast(lower, working, key), cast(upper, working, key)
+    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
+        draw = truncated_in_tail if lower >= far or upper <= -far else truncated_by_erf
+        return draw(key, shape, low, high, dtype)
+    in_tail = (low >= far) | (high <= -far)
+
+    def bounds(chosen: Tensor, other: float) -> tuple[Tensor, Tensor]:
+        """Put others where a formula is not chosen, for which its derivatives are finite."""
+        return torch.where(chosen, low, other), torch.where(chosen, high, other + 2)
+
+    return torch.where(
+        in_tail,
+        truncated_in_tail(key, shape, *bounds(in_tail, far), dtype),
+        truncated_by_erf(key, shape, *bounds(~in_tail, -1.0), dtype),
+    )
+
+
+def truncated_by_erf(
+    key: Tensor, shape: tuple[int, ...], lower: Tensor, upper: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Draw from a truncated normal by inverting its distribution function, as JAX does."""
+    low, high = torch.erf(lower / math.sqrt(2)), torch.erf(upper / math.sqrt(2))
+    return math.sqrt(2) * erfinv(uniform(key, shape, low, high, dtype))
+
+
+def truncated_in_tail(
+    key: Tensor, shape: tuple[int, ...], lower: Tensor, upper: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Draw from a normal between bounds of one sign by inverting the logarithm of its tail.
+
+    With Q(x) the probability beyond x and H(d) = log Q(a) - log Q(a + d), a draw is a + d with
+    H(d) = -log(1 - u (1 - Q(b) / Q(a))), solved by Newton's method from the d of exp(-x² / 2).
+    Nothing in it cancels, or is smaller than u.
+    """
+    below = upper < 0
+    a, b = torch.where(below, -upper, lower), torch.where(below, -lower, upper)
+    scale = math.sqrt(0.5)
+
+    def ahead(d: Tensor) -> Tensor:
+        ratio = torch.special.erfcx((a + d) * scale) / torch.special.erfcx(a * scale)
+        return d * (a + d / 2) - torch.log(ratio)
+
+    open_ended = b.isinf()
+    beyond = torch.where(open_ended, 0.0, torch.exp(-ahead(torch.where(open_ended, 1.0, b - a))))
+    target = -torch.log1p(-unit(key, shape, dtype) * (1 - beyond))
+    d = 2 * target / (a + torch.sqrt(a * a + 2 * target))
+    for _ in range(3):
+        hazard = math.sqrt(2 / math.pi) / torch.special.erfcx((a + d) * scale)
+        d = d - (ahead(d) - target) / hazard
+    return torch.where(below, -(a + d), a + d)
+
+
 # Pieces of erfinv(x) / x as polynomials in w = -log(1 - x²), from M. Giles, "Approximating the
 # erfinv function" (GPU Computing Gems, 2011), as XLA has them: below which w a piece holds, what is
 # subtracted from w (the first piece) or sqrt(w) (the others), coefficients from the highest power.

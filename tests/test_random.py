@@ -303,6 +303,59 @@ def test_truncated_normal_at_the_ends_of_its_distribution_function(monkeypatch):
             assert lower < x < upper and abs(x) < 6
 
 
+TAILS = [(3.0, math.inf), (4.5, 5.0), (6.0, math.inf), (8.0, 8.5), (20.0, math.inf), (100.0, 101.0)]
+
+
+def tail_beyond(x, lower, upper):
+    """The probability of more than x, between bounds of a tail, in float64."""
+    log_tail = lambda t: torch.special.log_ndtr(-torch.as_tensor(t, dtype=torch.float64))  # noqa: E731
+    rest = torch.exp(log_tail(upper) - log_tail(lower)) if upper < math.inf else 0.0
+    return (torch.exp(log_tail(x) - log_tail(lower)) - rest) / (1 - rest)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("lower", "upper"), TAILS)
+def test_truncated_normal_far_out_follows_its_distribution(lower, upper, dtype, as_tensors):
+    form = (lambda t: torch.tensor(t, dtype=dtype)) if as_tensors else float
+    key, shape = random.key(32), (20_000,)
+    x = random.truncated_normal(key, form(lower), form(upper), shape, dtype)
+    assert (x > lower).all() and (x < upper).all()
+    # float32 itself has few numbers in the last tail.
+    assert len(x.unique()) > (4_000 if lower == 100 and dtype is torch.float32 else 15_000)
+    assert kolmogorov_smirnov(x, lambda x: 1 - tail_beyond(x, lower, upper)) < 1.95
+    if lower > 7 or dtype is torch.float32:
+        exact = 1 - random.uniform(key, shape, dtype=dtype).double()
+        resolution = 4 * torch.finfo(dtype).eps * lower * (lower + 1)
+        assert (tail_beyond(x, lower, upper) - exact).abs().max() < resolution
+    below = random.truncated_normal(key, form(-upper), form(-lower), shape, dtype)
+    assert (below > -upper).all() and (below < -lower).all()
+    assert kolmogorov_smirnov(-below, lambda x: 1 - tail_beyond(x, lower, upper)) < 1.95
+
+
+def test_truncated_normal_takes_bounds_of_every_kind_at_once(plain_backend):
+    lower = torch.tensor([-2.0, 8.0, -9.0, 3.0, -math.inf, -math.inf, 1e30], dtype=torch.float64)
+    upper = torch.tensor([2.0, math.inf, -8.0, 3.5, -9.0, 1.0, math.inf], dtype=torch.float64)
+    f = lambda a, b: random.truncated_normal(random.key(1), a, b)  # noqa: E731
+    drawn = f(lower.float(), upper.float())
+    assert ((drawn > lower.float()) & (drawn < upper.float())).all() and drawn[6] < 1.001e30
+    assert torch.equal(drawn, jit(f)(lower.float(), upper.float()))
+    f = lambda a, b: random.truncated_normal(random.key(1), a, b, dtype=torch.float64)  # noqa: E731
+    a, b, eps = lower[:6], upper[:6], 1e-6
+    for i, (up, down) in enumerate([((eps, 0), (-eps, 0)), ((0, eps), (0, -eps))]):
+        slope = torch.func.jacrev(f, i)(a, b).diagonal()
+        difference = (f(a + up[0], b + up[1]) - f(a + down[0], b + down[1])) / (2 * eps)
+        torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-7)
+
+
+def test_the_bias_of_narrow_integers_over_wide_spans_is_as_documented():
+    """Of 2**32 words, 5 fall on each of the first 294,967,296 numbers below 10**9, 4 on others."""
+    for dtype, share in ((torch.int32, 5 * 294_967_296 / 2**32), (torch.int64, 0.294967296)):
+        drawn = random.randint(random.key(0), (100_000,), 0, 10**9, dtype)
+        found = (drawn < 294_967_296).double().mean().item()
+        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / 100_000)
+
+
 def test_bernoulli_has_its_mean_and_its_certainties():
     p = torch.tensor([0.0, 0.01, 0.5, 0.9, 1.0])
     mean = random.bernoulli(random.key(33), p, (100_000, 5)).double().mean(0)
