@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import close, draw, unchanged
 
-from fdl import losses
+import fdl
+from fdl import losses, metrics
 
 LOGITS, LABELS = draw(0, 7, 4) * 3, torch.tensor([0, 3, 1, 1, 2, 0, 3])
 X, Y = draw(1, 7, 3), draw(2, 7, 3)
@@ -135,6 +136,54 @@ def test_losses_keep_the_dtype(dtype):
         assert losses.mse(x, y, weights).dtype == dtype
         assert losses.cross_entropy(z, LABELS, weights).dtype == dtype
     assert losses.l2_penalty({"w": x}).dtype == losses.squared_loss(x, y).dtype == dtype
+
+
+@pytest.mark.parametrize("weights", [None, "mask", "numbers"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_sixteen_bits_are_added_up_in_more(weights, jitted):
+    def mean(loss, x, y):
+        w = {None: None, "mask": torch.arange(len(x)) >= 0, "numbers": torch.ones(len(x))}[weights]
+        f = torch.func.grad_and_value(lambda x, y: loss(x, y, w))
+        return (fdl.jit(f) if jitted else f)(x, y)
+
+    half = {"dtype": torch.float16}
+    _, value = mean(losses.mse, torch.full((2, 1), 200.0, **half), torch.zeros(2, 1, **half))
+    assert value == 40000
+    _, value = mean(
+        losses.mse, torch.tensor([[300.0]] + [[0.0]] * 9, **half), torch.zeros(10, 1, **half)
+    )
+    assert value == 9000  # 300² alone overflows
+    labels = torch.zeros(65536, dtype=torch.int64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        grad, value = mean(losses.cross_entropy, torch.zeros(65536, 10, dtype=dtype), labels)
+        close(value, torch.tensor(10.0).log().to(dtype), rtol=1e-6)
+        expected = (torch.full((10,), 0.1) - F.one_hot(labels[:1], 10)[0]) / 65536
+        close(grad[-1].float(), expected, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_labels_are_integers_of_any_width(dtype):
+    expected = losses.cross_entropy(LOGITS, LABELS)
+    close(losses.cross_entropy(LOGITS, LABELS.to(dtype)), expected)
+    assert metrics.accuracy(LOGITS, LABELS.to(dtype)) == metrics.accuracy(LOGITS, LABELS)
+
+
+@pytest.mark.parametrize("label", [4, -1, -100])
+def test_a_label_that_counts_and_is_no_class_raises(label):
+    labels, weights = torch.tensor([0, label, 1, 1, 2, 0, 3]), torch.ones(7)
+    for call in (losses.cross_entropy, torch.func.grad(losses.cross_entropy)):
+        for w in (None, weights, weights.bool()):
+            with pytest.raises(
+                ValueError, match=rf"labels must be from 0 to 3, .*index {label} is"
+            ):
+                call(LOGITS, labels, w)
+
+
+def test_a_mean_of_nothing_is_zero():
+    for loss, y in ((losses.mse, X[:0]), (losses.cross_entropy, LABELS[:0])):
+        for weights in (None, torch.ones(0), torch.ones(0, dtype=torch.bool)):
+            grad, value = torch.func.grad_and_value(loss)(X[:0], y, weights)
+            assert value == 0 and grad.shape == (0, 3)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_accuracy_counts_the_largest_logit():
     assert metrics.accuracy(logits, logits.argmax(1)).value == 1
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 1], [1, 1, 1]])
+def test_a_row_with_nan_is_never_right(labels):
+    nan = torch.nan
+    logits = torch.tensor([[nan, nan], [nan, 1.0], [0.0, torch.inf]])
+    assert metrics.accuracy(logits, torch.tensor(labels)) == Mean(double(1.0), double(3.0))
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
