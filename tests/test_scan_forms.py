@@ -107,11 +107,9 @@ def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: 
 
     got = torch.compile(f, fullgraph=fullgraph)(*args)
     torch.testing.assert_close(got, f(*args))
-    pairs = zip(
-        torch.autograd.grad(got, wanted), torch.autograd.grad(f(*args), wanted), strict=True
-    )
-    for one, other in pairs:
-        torch.testing.assert_close(one, other)
+    if wanted:
+        expected = torch.autograd.grad(f(*args), wanted)
+        torch.testing.assert_close(torch.autograd.grad(got, wanted), expected)
 
 
 def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
