@@ -205,11 +205,23 @@ def test_the_cache_of_autocast_takes_nothing_from_a_trace_or_a_recomputation(
     w = W.clone().requires_grad_()
     with bfloat16():
         with torch.no_grad():
-            jit(made)(w, X)
+            jit(lambda x: x @ w)(X)
         transforms.checkpoint(lambda w: (X @ w).float().sum())(w).backward()
         first, w.grad = w.grad, None
         (X @ w).float().sum().backward()
     assert first is not None and torch.equal(first, w.grad)
+
+
+def test_grad_mode_is_that_of_the_call(plain_backend: None) -> None:
+    """Which is off while autograd runs the forward pass, and while `backward()` runs it again."""
+    jitted = jit(lambda w: (w * (2 if torch.is_grad_enabled() else 3)).sum())
+    w = W.clone().requires_grad_()
+    for _ in range(2):
+        value = jitted(w)
+        assert torch.equal(value, (W * 2).sum())
+        assert torch.autograd.grad(value, w)[0].eq(2).all()
+        with torch.no_grad():
+            assert torch.equal(jitted(w), (W * 3).sum())
 
 
 def test_under_sets_what_was_and_puts_back_what_is() -> None:

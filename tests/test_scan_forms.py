@@ -93,7 +93,7 @@ def test_a_scan_of_no_steps_has_no_derivative_through_its_row_of_zeros() -> None
     assert w.grad == 3 and ys.shape == (0,)
 
 
-@pytest.mark.parametrize("needs", ["w", "c", "x", "wcx"])
+@pytest.mark.parametrize("needs", ["", "w", "c", "x", "wcx"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: str) -> None:
     """Inductor's gradients of torch's operator are wrong; it takes none without fullgraph."""
@@ -107,11 +107,9 @@ def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: 
 
     got = torch.compile(f, fullgraph=fullgraph)(*args)
     torch.testing.assert_close(got, f(*args))
-    pairs = zip(
-        torch.autograd.grad(got, wanted), torch.autograd.grad(f(*args), wanted), strict=True
-    )
-    for one, other in pairs:
-        torch.testing.assert_close(one, other)
+    if wanted:
+        expected = torch.autograd.grad(f(*args), wanted)
+        torch.testing.assert_close(torch.autograd.grad(got, wanted), expected)
 
 
 def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
