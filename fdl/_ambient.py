@@ -24,7 +24,6 @@ __all__ = [
     "is_plain",
     "plainly",
     "under",
-    "without_cache",
 ]
 
 Ambient = tuple[Any, ...]  # one value for each of SETTINGS
@@ -145,17 +144,6 @@ def plainly() -> Iterator[None]:
     """Run operations as they are written: without autocast, on the device that they name."""
     with _C._DisableAutocast(), torch.device("cpu"):
         yield
-
-
-@contextmanager
-def without_cache() -> Iterator[None]:
-    """Keep autocast from reusing tensors that it has cast, which would be those of another run."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def are_watched() -> bool:

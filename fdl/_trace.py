@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import tree
-from fdl._ambient import plainly, without_cache
+from fdl._ambient import plainly
 from fdl._decompositions import decompositions
 from fdl._dtensors import are_spread
 from fdl._flat import flatten, paths, unflatten
@@ -147,7 +147,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     name = getattr(fn, "__qualname__", repr(fn))
     token = _tracing.set(tracing)
     try:
-        with mode, without_cache():
+        with mode:
             fakes = [_fake_like(mode, leaf) for leaf in leaves]
             tracing.watch.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))

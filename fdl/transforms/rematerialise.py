@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from fdl import tree
-from fdl._ambient import ambient, under, without_cache
+from fdl._ambient import ambient, under
 from fdl._trace import check_tensors
 from fdl.optim.base import check_floating
 from fdl.tree import Tree
@@ -87,7 +87,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             for i, leaf in zip(tensors, given, strict=True):
                 whole[i] = leaf
             args, kwargs = pytree.tree_unflatten(whole, spec)
-            with under(state), without_cache():
+            with under(state):
                 result = f(*args, **kwargs)
             check_floating(result, "checkpoint: the result")
             found, made[:] = tree.leaves(result), [pytree.tree_structure(result)]
