@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdl._masks import filled
-from fdl._numerics import at_least_32_bits
+from fdl._numerics import at_least_32_bits, keep
 from fdl.nn.init import ones, zeros
 from fdl.nn.layers import _check_sizes, _param
 from fdl.nn.model import StatefulModel
@@ -82,10 +81,8 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
             return _normalised(wide, old_mean, old_var + eps, weight, bias).to(x.dtype), buffers
         if not x.shape[0]:
             mask = torch.ones(0, dtype=torch.bool, device=x.device)  # no rows, no statistics
-        if mask is not None:
-            wide = filled(mask, wide)
         mean, var, n = _statistics(wide, mask)
-        y = _normalised(wide, mean, var + eps, weight, bias).to(x.dtype)
+        y = _normalised(wide, mean, var + eps, weight, bias, mask).to(x.dtype)
 
         count = buffers["num_batches_tracked"] + 1
         rate = 1 / count.double() if momentum is None else momentum
@@ -104,9 +101,21 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
     return StatefulModel(init, apply)
 
 
-def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _normalised(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
     columns = (1, -1, *[1] * (x.ndim - 2))
-    return (x - mean.view(columns)) * (weight * var.rsqrt()).view(columns) + bias.view(columns)
+    centred = x - mean.view(columns)
+    if mask is not None:
+        # Rows that do not count are put one standard deviation from the mean, as a row of data may
+        # be: of 0 what comes after might take the logarithm, or divide by its norm.
+        centred = keep(mask, centred, var.sqrt().view(columns))
+    return centred * (weight * var.rsqrt()).view(columns) + bias.view(columns)
 
 
 def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
