@@ -154,7 +154,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **{_kernel(place): rule for place, rule in _written_out.RULES.items()},
     F.multi_head_attention_forward: _multi_head_attention,
     F.scaled_dot_product_attention: _attention,
-    F.pdist: _pdist,
     torch.pdist: _pdist,
     torch.cdist: _cdist,
     torch.scatter_reduce: _scatter_reduce(torch.scatter_reduce),
