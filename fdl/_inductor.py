@@ -83,8 +83,6 @@ def _options(on_cpu: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         # What is rounded to 16 bits is rounded, also where a kernel goes on with it in 32.
         "emulate_precision_casts": True,
-        # x + 0 is not x where x is −0.
-        "joint_graph_constant_folding": False,
         # Inductor copies a shared intermediate result into each of its users until it counts so
         # many operations. Twenty rounds of Threefry share so much that with the default, 30, a
         # draw takes ten times longer to compile; the program is as fast.

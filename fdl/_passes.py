@@ -11,7 +11,7 @@ A rule fires only where the node itself proves that the result is the same to ro
 """
 
 from collections.abc import Callable
-from math import prod
+from math import copysign, prod
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,16 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _add(call: Call, node: Node) -> Node | None:
+    """Keep x + 0, which is 0 where x is −0, and which Inductor takes for x."""
+    x, y = (cast(Any, z) for z in node.args)
+    if not _value(node).is_floating_point() or node.kwargs:
+        return None
+    if _is_zero(x) and isinstance(y, Node):
+        x, y = y, x
+    return call(aten.add.Tensor, x, y, alpha=2) if _is_zero(y) else None
 
 
 def _mm(call: Call, node: Node) -> Node | None:
@@ -101,7 +111,7 @@ def _never_meet(index: Node) -> bool:
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
     # Positions count the pixels of one picture: each row has to be the windows of one.
-    return bool(apart) and positions == prod(_value(index).shape[-len(kernel) :])
+    return bool(apart and positions == prod(_value(index).shape[-len(kernel) :]))
 
 
 def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
@@ -149,6 +159,15 @@ def _is_zeros(node: Node) -> bool:
     return node.target is aten.full.default and bool(node.args[1] == 0)
 
 
+def _is_zero(x: Any) -> bool:
+    """Say whether a number is 0, and not −0, or a tensor full of it."""
+    while isinstance(x, Node) and x.target is aten.expand.default:
+        x = x.args[0]
+    if isinstance(x, Node):
+        x = x.args[1] if x.target is aten.full.default else 1
+    return bool(x == 0 and copysign(1, x) == 1)
+
+
 def _value(node: Node) -> Tensor:
     return cast(Tensor, node.meta["val"])
 
@@ -168,10 +187,11 @@ def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
 
 # What each operation is replaced by, if by anything.
 RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
+    aten.add.Tensor: _add,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.scatter_add.default: _scatter_add,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
 }
-EVERYWHERE = (_avg_pool_backward,)  # rules that are not for speed on the CPU
+EVERYWHERE = (_add, _avg_pool_backward)  # rules that are not for speed on the CPU
