@@ -117,7 +117,7 @@ def scatters() -> Iterator[tuple[str, Case]]:
             options = (k, s, p, d, over)
             pool = (lambda x, options=options: F.max_pool2d(x, *options), (some(2, 2, 9, 8),))
             yield f"max_pool2d {options}", pool
-    for shape in ((48,), (2, 48), (1, 2, 24)):  # pictures that share the row that is added to
+    for shape in ((48,), (2, 48), (1, 2, 48)):  # pictures that share the row that is added to
         yield f"indices of pooling, {shape}", (add_pooled(shape), (pictures,))
     yield "max_unpool2d", (unpool, (pictures,))
     yield "unfold, fold", (lambda x: F.fold(F.unfold(x, 2), (6, 8), 2), (pictures,))
