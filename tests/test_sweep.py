@@ -168,7 +168,7 @@ def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
 def test_groups_that_fit_the_memory_give_what_one_gives(run):
     axes = ["--grid", "lr=0.01:0.1:5log"]
     _, whole, _ = run("sweep", *LINREG, *axes, "--out", "whole")
-    code, parts, _ = run("sweep", *LINREG, *axes, "--out", "parts", "--memory", 1e-5)
+    code, parts, _ = run("sweep", *LINREG, *axes, "--out", "parts", "--memory", 7e-6)
     assert code == 0 and "all at once" in whole and "groups of" in parts
     assert len(results("parts")) == 5
     for one, other in zip(results("whole"), results("parts"), strict=True):
@@ -216,7 +216,7 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
         return programs._replace(train=train)
 
     monkeypatch.setattr(sweep, "make_programs", ended)
-    found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 1e-5)
+    found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 7e-6)
     assert found[0] == code and "what was done is saved" in found[2]
     assert 0 < len(results("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0

@@ -192,11 +192,10 @@ def test_the_parameters_become_the_slow_ones_to_the_last_bit(dtype):
     slow = optim.slots(state)["slow"]
     for p, s in zip(*map(tree.leaves, (got[-1], slow)), strict=True):
         assert s.dtype == torch.float32  # more than the parameters hold if these have 16 bits
-        assert (
-            equal_bits(p, s)
-            if dtype == torch.float32
-            else (p - s).abs().max() <= 2**-8 * s.abs().max()
-        )
+        if dtype == torch.float32:
+            assert equal_bits(p, s)
+        else:  # two roundings: of the update, and of the sum
+            assert (p - s).abs().max() <= 2**-7 * s.abs().max()
 
 
 def test_the_slow_step_is_a_hyperparameter():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # Dynamo would run those of nested functions
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,9 +68,9 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
 def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tensor]:
     """Make the norm of the gradient of each example: `(params, batch, key=None) -> norms`.
 
-    Norms are float64 `[batch]`, over all leaves together; 0 where `batch.mask` is False. With
-    `chunk` no more gradients than those of a chunk exist at a time. Keys and errors as for
-    `per_sample_grads`.
+    Norms are `[batch]`, over all leaves together, added up in float64 and returned in the dtype of
+    the parameters, but at least float32; 0 where `batch.mask` is False. With `chunk` no more
+    gradients than those of a chunk exist at a time. Keys and errors as for `per_sample_grads`.
 
     Args:
         loss: as for `per_sample_grads`.
@@ -78,7 +79,7 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
     >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
     >>> per_sample_norms(loss)({"w": torch.ones(1)}, batch)
-    tensor([2., 8.], dtype=torch.float64)
+    tensor([2., 8.])
     """
     one = _example_grad("per_sample_norms", loss, chunk)
 
@@ -86,7 +87,9 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
         rows = _rows("per_sample_norms", params, batch, key)
 
         def some(rows: Tree) -> Tensor:
-            return _of_those_that_count(rows, row_norms(one(params, rows)))
+            grads = one(params, rows)
+            wide = functools.reduce(torch.promote_types, map(at_least_32_bits, tree.leaves(grads)))
+            return _of_those_that_count(rows, row_norms(grads).to(wide))
 
         return in_chunks(some, rows, chunk)
 
