@@ -90,9 +90,11 @@ def register() -> None:
             at_least = ops.maximum(load(at), ops.constant(low, dtype))
             return ops.minimum(at_least, ops.constant(high - 1, dtype))
 
-        return Pointwise.create(
+        result = Pointwise.create(
             device=index.get_device_or_error(),
             dtype=dtype,
             inner_fn=clamped,
             ranges=list(index.get_size()),
         )
+        result.realize()
+        return result

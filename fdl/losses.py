@@ -6,6 +6,7 @@ of 16-bit numbers are computed and added up in at least float32, and rounded onc
 
 from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,8 @@ def squared_loss(prediction: Tensor, target: Tensor) -> Tensor:
     tensor([0.5000, 4.5000])
     """
     _check_same_shape("squared_loss", prediction, target)
-    return (prediction - target) ** 2 / 2
+    dtype = torch.promote_types(prediction.dtype, target.dtype)
+    return ((prediction.to(at_least_32_bits(prediction)) - target) ** 2 / 2).to(dtype)
 
 
 def mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -129,10 +131,12 @@ def l2_penalty(params: Tree) -> Tensor:
     >>> l2_penalty({"w": torch.tensor([3.0, 4.0])})
     tensor(12.5000)
     """
-    squares = [(leaf**2).sum() for leaf in tree.leaves(params)]
-    if not squares:
+    leaves = tree.leaves(params)
+    if not leaves:
         raise ValueError("l2_penalty: params has no leaves")
-    return torch.stack(squares).sum() / 2
+    squares = torch.stack([(leaf.to(at_least_32_bits(leaf)) ** 2).sum() for leaf in leaves])
+    dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+    return (squares.sum() / 2).to(dtype)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:

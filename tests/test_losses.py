@@ -227,3 +227,9 @@ def test_a_mean_of_nothing_is_zero():
 def test_bad_input_raises(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_losses_of_elements_and_of_weights_leave_sixteen_bits_at_the_end_only():
+    w = torch.tensor([300.0]).half()  # 300² is not a number of float16, 300² / 2 is
+    for loss in (losses.squared_loss(w, torch.zeros_like(w)), losses.l2_penalty({"w": w})):
+        assert loss.dtype == torch.float16 and loss.item() == torch.tensor(45_000.0).half()

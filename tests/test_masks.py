@@ -300,16 +300,21 @@ def test_whichever_rows_are_poisoned(poisons):
 # ------------------------------------------------------------------------------ single rules
 
 
-def test_rows_left_out_are_filled_with_one_that_counts():
+def test_rows_left_out_are_filled_with_the_first_if_it_counts_or_with_harmless_numbers():
     x = {"a": draw(0, 6, 2), "b": INDEX, "c": torch.tensor(1.0), "d": "text"}
-    found = filled(MASK, x)
-    assert torch.equal(found["a"][MASK], x["a"][MASK])
-    assert torch.equal(found["a"][~MASK], x["a"][1].expand(3, 2))
-    assert torch.equal(found["b"][~MASK], x["b"][1].expand(3))
+    first = torch.tensor([True, False, True, False, False, True])
+    found = filled(first, x)
+    assert torch.equal(found["a"][first], x["a"][first])
+    assert torch.equal(found["a"][~first], x["a"][0].expand(3, 2))
+    assert torch.equal(found["b"][~first], x["b"][0].expand(3))
     assert found["c"] is x["c"] and found["d"] == "text"
-    nothing = filled(MASK & False, {"f": x["a"], "i": INDEX, "b": MASK})
-    assert nothing["f"].eq(1).all() and not nothing["i"].any() and not nothing["b"].any()
-    assert (nothing["i"].dtype, nothing["b"].dtype) == (torch.int64, torch.bool)
+    for mask in (~first, first & False):
+        found = filled(mask, {"f": x["a"], "i": INDEX, "b": first, "s": x["a"][:, 0]})
+        assert torch.equal(found["f"][mask], x["a"][mask])
+        assert torch.equal(found["f"][~mask][0], torch.tensor([1.0, 2.0], dtype=torch.float64))
+        assert not found["i"][~mask].any() and not found["b"][~mask].any()
+        assert found["s"][~mask].eq(1).all()
+        assert (found["i"].dtype, found["b"].dtype) == (torch.int64, torch.bool)
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,13 @@ def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
         limit = clipping * torch.maximum(_unit_norms(p), eps)
         norm = _unit_norms(g)
         above = norm > limit
-        return g * torch.where(above, limit / torch.where(above, norm, 1.0), 1.0), {}
+        factor = torch.where(above, limit / torch.where(above, norm, 1.0), 1.0)
+        return (g * factor).to(g.dtype), {}
 
     return leafwise("adaptive_clip", rule, {"clipping": clipping, "eps": eps})
 
 
 def _unit_norms(x: Tensor) -> Tensor:
     """Take the norm over all axes but the first, of a vector over all."""
-    return norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=True)
+    # In float64: the norm of a few numbers of 3e38 leaves float32, their quotients do not.
+    return norm(x.double(), dim=tuple(range(1, x.ndim)) or None, keepdim=True)
