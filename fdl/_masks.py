@@ -45,9 +45,9 @@ def filled(mask: Tensor, x: Tree) -> Tree:
     return pytree.tree_map(fill, x)
 
 
-def _harmless(like: Tensor) -> Tensor | int:
+def _harmless(like: Tensor) -> Tensor:
     if not like.is_floating_point():
-        return 0
+        return torch.zeros((), dtype=like.dtype, device=like.device)
     size = like.shape[-1] if like.ndim > 1 else 1
     return torch.linspace(1, 2, size, dtype=like.dtype, device=like.device)
 
