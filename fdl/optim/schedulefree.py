@@ -44,7 +44,7 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
 
     x is not stored but recomputed as (y − (1−β)z)/β; with parameters of 16 bits, which hold y, the
     mean soon stops moving. The running statistics of batch normalization belong to y: recompute
-    them for x before you evaluate it.
+    them for x before you evaluate it, by `fdl.training.update_bn`.
     `optax.contrib.schedule_free` (0.2.8) takes w from the lr of the step after, which differs while
     it warms up, and sums w in the dtype of the parameters.
 
@@ -169,7 +169,7 @@ def schedule_free_sgd(
     """SGD without a schedule: steps −lr · (g + λy), averaged; evaluate `schedule_free_params`.
 
     Statistics of batch normalization belong to the parameters of training, y: recompute them for
-    those averaged.
+    those averaged, by `fdl.training.update_bn`.
 
     Source: Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_sgd` have these defaults; see `schedule_free`, also for where
@@ -207,7 +207,7 @@ def schedule_free_adamw(
 
     v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Statistics
     of batch normalization belong to the parameters of training, y: recompute them for those
-    averaged. Source:
+    averaged, by `fdl.training.update_bn`. Source:
     Defazio et al., 2024, "The Road Less Scheduled", whose program and
     `optax.contrib.schedule_free_adamw` have these defaults; see `schedule_free`, also for where
     optax differs while the lr warms up. Slots: `exp_avg_sq` v, `z`.

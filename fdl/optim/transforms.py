@@ -224,7 +224,7 @@ def ema(decay: Rate) -> Optimizer:
 
     The average of 16-bit parameters is kept in float32: `tree.cast` it to evaluate it as they are.
     The running statistics of batch normalization belong to the parameters of training: recompute
-    them for the average before you evaluate it.
+    them for the average, by `fdl.training.update_bn`, before you evaluate it.
 
     Args:
         decay: a number, a 0-d tensor or a schedule.
