@@ -305,8 +305,8 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: Rate = 0.5) -> Op
     At each `sync_period`-th update, with w where `opt` would take the parameters,
     s ← s + slow_step · (w − s), and the parameters become s. The slow weights are the slot
     `slow`: `optim.slots(state)["slow"]`. What `opt` remembers stays as it is. Running statistics
-    of batch normalization belong to the fast weights: right after a synchronization recompute them, by
-    `fdl.training.update_bn`.
+    of batch normalization belong to the fast weights: right after a synchronization recompute them,
+    by `fdl.training.update_bn`.
 
     Args:
         opt: moves the fast weights.
