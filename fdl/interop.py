@@ -91,12 +91,14 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     shapes = [_shapes(params), _shapes(buffers)]
     own = tree.map(torch.clone, (params, buffers))
     shells = {train: _shell(module, train) for train in (False, True)}
+    held = {train: _tensors_held(shell) for train, shell in shells.items()}
 
     def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
         flat = [_flat(given) for given in values]
         for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
         owned = {"params": flat[0], "input": inputs, "option": options}
+        owned["attribute"] = held[train]  # tensors that are neither parameters nor buffers
         # A module writes to its buffers: let it have copies.
         flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
         named = {f"module.{path}": x for found in flat for path, x in found.items()}
@@ -281,7 +283,14 @@ def _check_values(
 @contextmanager
 def _unchanged(shell: nn.Module) -> Iterator[None]:
     """Put attributes back that a forward has set, and raise: they would be hidden state."""
+    parts = [x for x in shell.named_modules() if not type(x[1]).__module__.startswith("torch.")]
     before = [(path, part, dict(vars(part))) for path, part in shell.named_modules()]
+    contents = [
+        (path, name, value, value.copy())
+        for path, part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, list | dict | set) and name not in _OF_MODULES
+    ]
     changed = []
     try:
         yield
@@ -295,11 +304,38 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
             # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
             if not type(part).__module__.startswith("torch."):
                 changed += [f"{_inside(path)} sets its attribute {name!r}" for name in names]
+        for path, name, value, old in contents:
+            if not _holds_the_same(value, old):
+                value.clear()
+                value.extend(old) if isinstance(value, list) else value.update(old)
+                changed.append(f"{_inside(path)} changes what its attribute {name!r} holds")
     if changed:
         raise ValueError(
             "apply: a forward must change nothing but buffers (register_buffer), which apply "
             "returns:\n  " + "\n  ".join(changed)
         )
+
+
+def _holds_the_same(now: Any, old: Any) -> bool:
+    if isinstance(now, dict):
+        now, old = list(now.items()), list(old.items())
+        return len(now) == len(old) and all(
+            a == c and b is d for (a, b), (c, d) in zip(now, old, strict=True)
+        )
+    return len(now) == len(old) and all(a is b for a, b in zip(now, old, strict=True))
+
+
+def _tensors_held(shell: nn.Module) -> dict[str, Tensor]:
+    """Find the tensors that are plain attributes, by their paths."""
+    return {
+        f"{path}.{name}".removeprefix("module").removeprefix("."): value
+        for path, part in shell.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: hooks, parameters
 
 
 @contextmanager

@@ -211,3 +211,33 @@ def test_numpy_arrays_among_the_inputs_are_let_through():
 
     model, params, _ = interop.from_module(Add())
     assert tree.leaves(model.apply(params, torch.ones(2), array=np.ones(2)))[0].tolist() == [2, 2]
+
+
+class Counting(torch.nn.Module):
+    """Keeps count in what is neither a parameter nor a buffer."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.tensor, self.list, self.dict = count, torch.zeros(1), [], {"n": 0}
+
+    def forward(self, x):
+        self.count(self)
+        return x + self.tensor + len(self.list) + self.dict["n"]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (lambda module: module.tensor.add_(1), "would write to attribute 'tensor'"),
+        (lambda module: module.list.append(1), "changes what its attribute 'list' holds"),
+        (lambda module: module.dict.update(n=1), "changes what its attribute 'dict' holds"),
+    ],
+    ids=["tensor", "list", "dict"],
+)
+def test_attributes_that_are_no_buffers_keep_no_count(count, message):
+    model, params = interop.from_module(Counting(count))[:2]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            model.apply(params, torch.ones(1))
+    quiet, params = interop.from_module(Counting(lambda module: None))[:2]
+    assert quiet.apply(params, torch.ones(1)).item() == 1
