@@ -8,6 +8,7 @@
 from __future__ import annotations  # Dynamo would run those of nested functions
 
 import copy
+import operator
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -97,8 +98,12 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         flat = [_flat(given) for given in values]
         for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
-        owned = {"params": flat[0], "input": inputs, "option": options}
-        owned["attribute"] = held[train]  # tensors that are neither parameters nor buffers
+        owned = {
+            "params": flat[0],
+            "input": inputs,
+            "option": options,
+            "attribute": held[train],  # tensors that are neither parameters nor buffers
+        }
         # A module writes to its buffers: let it have copies.
         flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
         named = {f"module.{path}": x for found in flat for path, x in found.items()}
@@ -283,13 +288,14 @@ def _check_values(
 @contextmanager
 def _unchanged(shell: nn.Module) -> Iterator[None]:
     """Put attributes back that a forward has set, and raise: they would be hidden state."""
-    parts = [x for x in shell.named_modules() if not type(x[1]).__module__.startswith("torch.")]
     before = [(path, part, dict(vars(part))) for path, part in shell.named_modules()]
+    # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
+    users = {path for path, part, _ in before if not type(part).__module__.startswith("torch.")}
     contents = [
         (path, name, value, value.copy())
-        for path, part in parts
-        for name, value in vars(part).items()
-        if isinstance(value, list | dict | set) and name not in _OF_MODULES
+        for path, _, attributes in before
+        for name, value in attributes.items()
+        if path in users and isinstance(value, list | dict | set) and name not in _OF_MODULES
     ]
     changed = []
     try:
@@ -301,8 +307,7 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
             for name in names:
                 del now[name]
             now.update(attributes)
-            # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
-            if not type(part).__module__.startswith("torch."):
+            if path in users:
                 changed += [f"{_inside(path)} sets its attribute {name!r}" for name in names]
         for path, name, value, old in contents:
             if not _holds_the_same(value, old):
@@ -318,11 +323,8 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
 
 def _holds_the_same(now: Any, old: Any) -> bool:
     if isinstance(now, dict):
-        now, old = list(now.items()), list(old.items())
-        return len(now) == len(old) and all(
-            a == c and b is d for (a, b), (c, d) in zip(now, old, strict=True)
-        )
-    return len(now) == len(old) and all(a is b for a, b in zip(now, old, strict=True))
+        return list(now) == list(old) and _holds_the_same([*now.values()], [*old.values()])
+    return len(now) == len(old) and all(map(operator.is_, now, old))
 
 
 def _tensors_held(shell: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """What all test files share."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 # One thread for each process, before torch asks, and for all that tests start: threads of several
 # processes on a few cores mostly wait for each other.
@@ -67,3 +69,24 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 def real_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep loops of a few tiny steps, as tests have them, from being written out."""
     monkeypatch.setattr("fdl._scan.AT_ONCE", 1)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command of `train` in a folder of its own; return its exit code, output and errors."""
+    from train.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
+        try:
+            code = main()
+        except SystemExit as stop:  # tyro's way out
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -1,7 +1,6 @@
 """A run: what an epoch is, how it ends where the weights are destroyed, and what it writes."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,9 @@ import fdl
 from fdl import checkpointer, data, random, tree
 from fdl.data import Dataset
 from train import loop, recipes, usual
-from train.__main__ import main
 from train.config import RECIPES, Images, Linreg, Softmax, WeightDecay
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in a folder of its own; give its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
-        return main(), *capsys.readouterr()
-
-    return call
 
 
 def records(folder):

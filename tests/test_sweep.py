@@ -14,7 +14,6 @@ import torch
 import fdl
 from fdl import data, random, tree
 from train import grid, outcome, sweep
-from train.__main__ import main
 from train.grid import Axis
 from train.outcome import Result
 
@@ -23,18 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_pass")
 LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
 DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
 LENET = ("lenet", *DROPOUT[1:])
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command; give its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
-        return main(), *capsys.readouterr()
-
-    return call
 
 
 def results(folder):

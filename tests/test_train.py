@@ -6,7 +6,6 @@ import importlib
 import inspect
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,27 +16,10 @@ import models
 from fdl import data, random, tree
 from fdl.data import Dataset
 from train import config, loop, recipes, report
-from train.__main__ import main, wait_without_spinning
+from train.__main__ import wait_without_spinning
 from train.config import Dropout, Linreg, LinregDecay, Softmax
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in a folder of its own; give its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
-        try:
-            code = main()
-        except SystemExit as stop:  # tyro's way out
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def records(folder):
