@@ -324,6 +324,8 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
 def _holds_the_same(now: Any, old: Any) -> bool:
     if isinstance(now, dict):
         return list(now) == list(old) and _holds_the_same([*now.values()], [*old.values()])
+    if isinstance(now, set):  # a copy may come in another order
+        return now == old
     return len(now) == len(old) and all(map(operator.is_, now, old))
 
 
