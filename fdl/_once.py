@@ -18,7 +18,7 @@ from fdl import tree
 from fdl._sharded import on_all
 from fdl.tree import Tree
 
-__all__ = ["load_once"]
+__all__ = ["_load_per_host"]
 
 T = TypeVar("T", bound=Tree)
 MEMORY = Path("/dev/shm")  # a folder in memory, where Linux has it
@@ -33,8 +33,8 @@ class _File:
     dtype: torch.dtype
 
 
-def load_once(load: Callable[[], T], group: Any) -> T:
-    """Call a function in one process of each host; see `fdl.parallel.load_once`."""
+def _load_per_host(load: Callable[[], T], group: Any) -> T:
+    """Call a function in one process of each host, and share what it returns."""
     hosts = on_all(group, socket.gethostname)
     first = hosts.index(hosts[group.rank()])
     folder: Path | None = None

@@ -240,7 +240,7 @@ def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
     {'x': tensor([1., 1.]), 'name': 'ones'}
     """
     group, _, _ = group_of(mesh, "load_once")
-    return load() if group is None else _once.load_once(load, group)
+    return load() if group is None else _once._load_per_host(load, group)
 
 
 def check_replicated(state: Tree, mesh: Mesh | None) -> None:
