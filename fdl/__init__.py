@@ -1,8 +1,10 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
 from fdl import (
+    checkpointing,
     data,
     interop,
+    io,
     losses,
     metrics,
     nn,
@@ -13,26 +15,21 @@ from fdl import (
     transforms,
     tree,
 )
-from fdl.checkpoint import inspect, load, load_torch, save, save_torch
-from fdl.checkpointer import Checkpointer
-from fdl.compile import disable_jit, jit, scan
-from fdl.precision import Policy, with_policy
-from fdl.training import TrainState, eval_step, supervised, train_step
-
-__version__ = "0.1.0"
+from fdl._compiler import Jitted, Report, disable_jit, jit, scan
+from fdl._training import TrainState, eval_step, supervised, train_step, update_bn
+from fdl._version import __version__ as __version__
 
 __all__ = [
-    "Checkpointer",
-    "Policy",
+    "Jitted",
+    "Report",
     "TrainState",
+    "checkpointing",
     "data",
     "disable_jit",
     "eval_step",
-    "inspect",
     "interop",
+    "io",
     "jit",
-    "load",
-    "load_torch",
     "losses",
     "metrics",
     "nn",
@@ -40,12 +37,10 @@ __all__ = [
     "parallel",
     "population",
     "random",
-    "save",
-    "save_torch",
     "scan",
     "supervised",
     "train_step",
     "transforms",
     "tree",
-    "with_policy",
+    "update_bn",
 ]

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._numerics import keep
-from fdl._paths import Tree
+from fdl.tree import Tree
 
 __all__ = ["filled", "per_row", "sums"]
 

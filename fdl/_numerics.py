@@ -19,8 +19,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl._paths import Tree
-from fdl._scan import is_eager
+from fdl._compiler._trace import is_eager
+from fdl.tree import Tree
 
 __all__ = [
     "at_least_32_bits",

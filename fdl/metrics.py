@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fdl._kinds import register
 from fdl._masks import sums
 
 __all__ = ["Mean", "accuracy", "mean"]
 
 
+@register
 class Mean(NamedTuple):
     """A mean that is still a sum and a count: adding two merges them, `.value` divides.
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import optim, tree
+from fdl._compiler._scan import scan
+from fdl._compiler._trace import is_eager
 from fdl._numerics import at_least_32_bits, best_row
-from fdl._scan import is_eager, scan
-from fdl._trace import check_tensors
+from fdl._training import TrainState
 from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
-from fdl.training import TrainState
 from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
 
 __all__ = ["best", "create", "ensemble", "in_turn", "member", "size"]
 

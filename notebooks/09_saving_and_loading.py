@@ -32,14 +32,14 @@ for name, thing in {"tensor": x, "list": [x, y], "dict": {"x": x, "y": y}}.items
     assert not tree.diff(thing, again)
 
 # %% [markdown]
-# **Functional.** `fdl.save` writes any tree to one safetensors file, `fdl.load` gives it back:
+# **Functional.** `fdl.io.save` writes any tree to one safetensors file, `fdl.io.load` gives it back:
 # containers, the order of keys, every bit, and numbers and texts among the tensors.
 
 # %%
 nested = {"list": [x, (y, None)], "rate": 0.1, "name": "a tree", "odd": torch.tensor(
     [float("nan"), -0.0, float("inf")])}
-fdl.save("nested.safetensors", nested)
-again = fdl.load("nested.safetensors")
+fdl.io.save("nested.safetensors", nested)
+again = fdl.io.load("nested.safetensors")
 assert list(again) == list(nested) and not tree.diff(nested, again)
 assert again["odd"].view(torch.int32).equal(nested["odd"].view(torch.int32))    # each bit
 print(again["list"][1], again["rate"], again["name"])
@@ -66,8 +66,8 @@ assert torch.equal(clone(inputs), net(inputs))
 # %%
 model = nn.sequential(nn.linear(4, 8), nn.relu, nn.linear(8, 2))
 params = model.init(random.key(1))
-fdl.save("params.safetensors", params, metadata={"epoch": 3, "test accuracy": 0.85})
-clone = fdl.load("params.safetensors")
+fdl.io.save("params.safetensors", params, metadata={"epoch": 3, "test accuracy": 0.85})
+clone = fdl.io.load("params.safetensors")
 assert torch.equal(model.apply(clone, inputs), model.apply(params, inputs))
 
 # %% [markdown]
@@ -75,7 +75,7 @@ assert torch.equal(model.apply(clone, inputs), model.apply(params, inputs))
 # FILE` prints the same.) Of a large file one branch can be read alone.
 
 # %%
-contents = fdl.inspect("params.safetensors")
+contents = fdl.io.inspect("params.safetensors")
 print(contents, "\n", contents.metadata)
 assert not tree.diff(contents.read("2"), params["2"])
 
@@ -84,10 +84,10 @@ assert not tree.diff(contents.read("2"), params["2"])
 # The names are those of `state_dict()`, so each side reads what the other wrote.
 
 # %%
-from_torch = fdl.load_torch("net.pt")
+from_torch = fdl.io.load_torch("net.pt")
 assert torch.equal(model.apply(from_torch, inputs), net(inputs))
 
-fdl.save_torch("params.pt", params)
+fdl.io.save_torch("params.pt", params)
 net.load_state_dict(torch.load("params.pt"))
 assert torch.equal(net(inputs), model.apply(params, inputs))
 assert list(load_file("params.safetensors")) == sorted(net.state_dict())
@@ -100,7 +100,7 @@ assert list(load_file("params.safetensors")) == sorted(net.state_dict())
 # %%
 wider = nn.sequential(nn.linear(4, 8), nn.relu, nn.linear(8, 3)).init(random.key(2))
 try:
-    fdl.load("params.safetensors", like=wider)
+    fdl.io.load("params.safetensors", like=wider)
 except ValueError as error:
     print(error)
 
@@ -108,13 +108,13 @@ except ValueError as error:
 # Fine-tuning wants just that: what fits, and new values for the rest.
 
 # %%
-tuned, lines = fdl.load("params.safetensors", like=wider, strict=False)
+tuned, lines = fdl.io.load("params.safetensors", like=wider, strict=False)
 assert tuned["0"]["weight"].equal(params["0"]["weight"])
 assert tuned["2"]["weight"].equal(wider["2"]["weight"]) and len(lines) == 2
 
 # %% [markdown]
 # ## Damage, and files with intentions
-# One flipped bit of the last byte. A plain safetensors reader returns other numbers; `fdl.load`
+# One flipped bit of the last byte. A plain safetensors reader returns other numbers; `fdl.io.load`
 # verifies the SHA-256 of each tensor.
 
 # %%
@@ -126,7 +126,7 @@ print("safetensors:", sum(not a.equal(b) for a, b in zip(
     load_file("damaged.safetensors").values(), load_file("params.safetensors").values(),
     strict=True)), "tensor is another one, silently")
 try:
-    fdl.load("damaged.safetensors")
+    fdl.io.load("damaged.safetensors")
 except ValueError as error:
     print("fdl:", error)
 
@@ -142,12 +142,12 @@ torch.save({"weight": Present()}, "present.pt")
 _ = torch.load("present.pt", weights_only=False)
 
 # %% [markdown]
-# `fdl.load_torch` refuses it before anything runs. Files of `fdl.save` hold JSON and numbers, and
+# `fdl.io.load_torch` refuses it before anything runs. Files of `fdl.io.save` hold JSON and numbers, and
 # cannot even ask.
 
 # %%
 try:
-    fdl.load_torch("present.pt")
+    fdl.io.load_torch("present.pt")
 except ValueError as error:
     print(error)
 
@@ -220,7 +220,7 @@ never_stopped = run(start, 20)
 # once, and writes in a thread; a file gets its name when all of it is on the disk.
 
 # %%
-with fdl.Checkpointer("run", keep=2) as checkpointer:
+with fdl.checkpointing.Checkpointer("run", keep=2) as checkpointer:
     state = start
     for until in (3, 5, 7):
         state = run(state, until)
@@ -228,7 +228,7 @@ with fdl.Checkpointer("run", keep=2) as checkpointer:
 print(sorted(path.name for path in Path("run").glob("*.safetensors")))
 
 # %%
-with fdl.Checkpointer("run") as checkpointer:
+with fdl.checkpointing.Checkpointer("run") as checkpointer:
     found = checkpointer.restore(like=start)    # None in a new folder
     print("resumed from step", found.checkpoint.step)
     resumed = run(found.state, 20)
@@ -243,7 +243,7 @@ import warnings
 
 newest = max(Path("run").glob("*.safetensors"))
 newest.write_bytes(newest.read_bytes()[:-10])
-with fdl.Checkpointer("run") as checkpointer, warnings.catch_warnings(record=True) as caught:
+with fdl.checkpointing.Checkpointer("run") as checkpointer, warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = checkpointer.restore(like=start)
 print(len(caught), "warning; resumed from step", found.checkpoint.step)
@@ -266,8 +266,8 @@ folder.cleanup()
 # ```python
 # with tempfile.TemporaryDirectory() as place:
 #     w = torch.ones(1000)
-#     fdl.save(f"{place}/tied.safetensors", {"encoder": w, "decoder": w})
-#     back = fdl.load(f"{place}/tied.safetensors")
+#     fdl.io.save(f"{place}/tied.safetensors", {"encoder": w, "decoder": w})
+#     back = fdl.io.load(f"{place}/tied.safetensors")
 #     assert back["encoder"] is back["decoder"]
 #     assert os.path.getsize(f"{place}/tied.safetensors") < 2 * w.nbytes
 # ```
@@ -284,8 +284,8 @@ folder.cleanup()
 # ```python
 # with tempfile.TemporaryDirectory() as place:
 #     theirs = {"fc1": params["0"], "fc2": params["2"]}
-#     fdl.save(f"{place}/theirs.safetensors", theirs)
-#     loaded = fdl.load(f"{place}/theirs.safetensors")
+#     fdl.io.save(f"{place}/theirs.safetensors", theirs)
+#     loaded = fdl.io.load(f"{place}/theirs.safetensors")
 #     mine = {"0": loaded["fc1"], "2": loaded["fc2"]}
 #     assert not tree.diff(mine, params)
 # ```

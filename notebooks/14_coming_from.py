@@ -40,8 +40,8 @@ key = random.key(0)
 # | `scheduler.step()` | `optim.adam(lr=schedule)` | a rate may be a function of the count |
 # | `DataLoader(shuffle=True)` | `data.epoch_indices(key, …)`, `data.gather` | an order is a tensor of indices |
 # | `torch.compile(net)` | `fdl.jit(epoch)` | the whole step or epoch, not the model |
-# | `torch.save(net.state_dict())` | `fdl.save`, or `fdl.save_torch` | no pickle; torch's files too |
-# | a checkpoint dictionary | `fdl.Checkpointer` | the whole `TrainState` |
+# | `torch.save(net.state_dict())` | `fdl.io.save`, or `fdl.io.save_torch` | no pickle; torch's files too |
+# | a checkpoint dictionary | `fdl.checkpointing.Checkpointer` | the whole `TrainState` |
 # | `DistributedDataParallel(net)` | `parallel.train_step(loss, opt, mesh)` | the step is told, not the model |
 
 # %% [markdown]
@@ -202,7 +202,7 @@ assert_close(state.params["weight"], twin.weight.detach(), rtol=0, atol=1e-12)
 # | `flax.linen.Dense` | `nn.linear` | weight `[out, in]`, not `[in, out]` |
 # | `flax` conv, `HWIO`, `NHWC` | `nn.conv2d`, `OIHW`, `NCHW` | `interop.from_flax` converts |
 # | `mutable=["batch_stats"]` | `StatefulModel` | |
-# | `orbax` | `fdl.Checkpointer` | |
+# | `orbax` | `fdl.checkpointing.Checkpointer` | |
 #
 # **The same keys give the same numbers**, so a port can be checked step by step. Bits, uniform numbers and
 # permutations are equal to the last bit; normal ones nearly so, for each library computes the inverse error

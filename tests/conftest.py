@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdl import _cuda_graphs, _inductor, _programs
+from fdl._compiler import _cuda_graphs, _inductor, _routes
 from train import recipes
 
 torch.set_num_threads(1)  # should a plugin have imported it before
@@ -55,7 +55,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
     graphs = StandIn()
     monkeypatch.setattr(_cuda_graphs, "_capture", graphs.capture)
     monkeypatch.setattr(_cuda_graphs, "_one_at_a_time", lambda device: nullcontext())
-    monkeypatch.setattr(_programs, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
+    monkeypatch.setattr(_routes, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
     return graphs
 
 
@@ -68,7 +68,7 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def real_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep loops of a few tiny steps, as tests have them, from being written out."""
-    monkeypatch.setattr("fdl._scan.AT_ONCE", 1)
+    monkeypatch.setattr("fdl._compiler._scan_traced.AT_ONCE", 1)
 
 
 @pytest.fixture

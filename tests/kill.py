@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fdl import Checkpointer, TrainState, optim, random
-from fdl.checkpointer import restore
+from fdl import TrainState, optim, random
+from fdl.checkpointing import Checkpointer, restore
 from train import loop
 from train.__main__ import main
 

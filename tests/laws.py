@@ -9,9 +9,9 @@ import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fdl._programs
+import fdl._compiler._routes
 from fdl import random, tree
-from fdl._trace import trace
+from fdl._compiler._trace import trace
 
 
 class Pair(NamedTuple):
@@ -81,7 +81,7 @@ def _counted(*args: Any) -> Any:
     return trace(*args)
 
 
-fdl._programs.trace = _counted
+fdl._compiler._trace.trace = _counted
 
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:

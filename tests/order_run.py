@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import fdl
-from fdl import Checkpointer, TrainState, jit, metrics, nn, optim, parallel, random, scan, tree
+from fdl import TrainState, jit, metrics, nn, optim, parallel, random, scan, tree
+from fdl.checkpointing import Checkpointer
 from fdl.data import Batch
 from fdl.nn import StatefulModel
 from fdl.tree import Tree

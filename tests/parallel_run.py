@@ -18,7 +18,7 @@ from torch.func import grad
 import fdl
 import models
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
-from train.scaling import all_reduce_bytes, sent_bytes
+from train.bench.scaling import all_reduce_bytes, sent_bytes
 
 STEPS = 50
 ROUTES = {"cpu": "one program", "cuda": "CUDA graph"}

@@ -18,21 +18,8 @@ from test_trajectories import RECIPES
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fdl
-from fdl import (
-    Checkpointer,
-    TrainState,
-    data,
-    jit,
-    losses,
-    metrics,
-    nn,
-    optim,
-    parallel,
-    random,
-    scan,
-    tree,
-)
-from fdl.checkpointer import restore
+from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
+from fdl.checkpointing import Checkpointer, restore
 
 ROWS = {"*.weight": 0, "weight": 0, "*": None}
 EVERY = {"*": 0}

@@ -1,6 +1,6 @@
 """What saving costs a training loop: `python tests/speed_async.py [--rounds 7]`.
 
-Rounds without saving, with `Checkpointer` once a round, and with `fdl.save` once a round, which
+Rounds without saving, with `Checkpointer` once a round, and with `fdl.io.save` once a round, which
 waits for the disk, are interleaved in one process. A round is one compiled call of many steps, as
 in `train`. "blocked" is how long `Checkpointer.save` kept the loop; what its thread takes from the
 cores while the next steps run is in the time of the rounds, which end when the steps do.
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import fdl
-from fdl import Checkpointer, TrainState, data, jit, losses, nn, optim, random, scan, tree
+from fdl import TrainState, data, jit, losses, nn, optim, random, scan, tree
+from fdl.checkpointing import Checkpointer
 
 WIDTHS = {"784-256-10": (256,), "784-2048-2048-10": (2048, 2048)}
 SECONDS = 4.0  # of steps between two checkpoints
@@ -44,7 +45,7 @@ def measure(name: str, rounds: int, folder: Path) -> None:
     start = time.perf_counter()
     state = run(state, images, indices)
     repeats = max(1, round(SECONDS / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {"nothing": [], "Checkpointer": [], "fdl.save": []}
+    times: dict[str, list[float]] = {"nothing": [], "Checkpointer": [], "fdl.io.save": []}
     blocked = []
     with Checkpointer(folder, keep=1) as checkpointer:
         for _ in range(rounds):
@@ -53,8 +54,8 @@ def measure(name: str, rounds: int, folder: Path) -> None:
                 if way == "Checkpointer":
                     checkpointer.save(state)
                     blocked.append(time.perf_counter() - start)
-                elif way == "fdl.save":
-                    fdl.save(folder / "it.safetensors", state)
+                elif way == "fdl.io.save":
+                    fdl.io.save(folder / "it.safetensors", state)
                 for _ in range(repeats):
                     state = run(state, images, indices)
                 found.append(time.perf_counter() - start)

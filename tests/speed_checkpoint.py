@@ -44,7 +44,7 @@ def touched(tree: dict[str, Tensor]) -> None:
 
 
 SAVE: dict[str, Callable[[Path, Any], Any]] = {
-    "fdl.save": lambda path, tree: fdl.save(path, tree),
+    "fdl.io.save": lambda path, tree: fdl.io.save(path, tree),
     "safetensors save_file": lambda path, tree: safetensors.torch.save_file(tree, path),
     "safetensors save_file, synced": lambda path, tree: (
         safetensors.torch.save_file(tree, path),
@@ -54,8 +54,8 @@ SAVE: dict[str, Callable[[Path, Any], Any]] = {
     "torch.save, synced": lambda path, tree: (torch.save(tree, path), synced(path)),
 }
 LOAD: dict[str, Callable[[Path], Any]] = {
-    "fdl.load": lambda path: fdl.load(path),
-    "fdl.load and touched": lambda path: touched(fdl.load(path)),
+    "fdl.io.load": lambda path: fdl.io.load(path),
+    "fdl.io.load and touched": lambda path: touched(fdl.io.load(path)),
     "safetensors load_file": lambda path: safetensors.torch.load_file(path),
     "safetensors load_file and touched": lambda path: touched(safetensors.torch.load_file(path)),
     "torch.load": lambda path: torch.load(path, weights_only=True),
@@ -115,7 +115,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, found = Path(name), {way: [] for way in [*SAVE, *LOAD]}
-        for way in ["fdl.save", "safetensors save_file", "torch.save"]:
+        for way in ["fdl.io.save", "safetensors save_file", "torch.save"]:
             SAVE[way](folder / f"small-{file_of(folder, way).name}", {"w": torch.ones(1)})
         for turn in range(options.rounds):
             # Another one begins each time, since what was written before is still on its way.

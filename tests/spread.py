@@ -21,7 +21,8 @@ from torch.distributed.tensor import (
 )
 
 import fdl
-from fdl import Checkpointer, TrainState, nn, optim, random, tree
+from fdl import TrainState, nn, optim, random, tree
+from fdl.checkpointing import Checkpointer
 
 WAYS = {"rows": [Shard(0)], "columns": [Shard(1)], "whole": [Replicate()]}
 
@@ -105,7 +106,9 @@ def fail(checkpointer: Checkpointer, folder: Path, rank: int) -> None:
 def fail_late(checkpointer: Checkpointer, folder: Path, rank: int) -> None:
     """Process 1 cannot read its part back."""
     if rank == 1:
-        fdl._sharded._digests = lambda files: (_ for _ in ()).throw(OSError("Input/output error"))
+        fdl.checkpointing._distributed._digests = lambda files: (_ for _ in ()).throw(
+            OSError("Input/output error")
+        )
     checkpointer.save(spread(plain(5), "rows"))
     with pytest.raises(OSError, match="Input/output error"):
         checkpointer.wait()

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdl import jit, scan, transforms, tree
-from fdl._ambient import SETTINGS, ambient, under
+from fdl._compiler._settings import SETTINGS, ambient, under
 
 
 @contextmanager

@@ -42,10 +42,10 @@ def assert_same(flat, expected):
 @pytest.mark.curriculum("B6")
 def test_round_trip_is_bit_identical(path):
     with unchanged(EVERY_DTYPE):
-        fdl.save(path, EVERY_DTYPE)
-    assert_same(tree.flatten_dict(fdl.load(path)), tree.flatten_dict(EVERY_DTYPE))
-    fdl.save(str(path), {"other": torch.ones(1)})
-    assert list(fdl.load(str(path))) == ["other"]
+        fdl.io.save(path, EVERY_DTYPE)
+    assert_same(tree.flatten_dict(fdl.io.load(path)), tree.flatten_dict(EVERY_DTYPE))
+    fdl.io.save(str(path), {"other": torch.ones(1)})
+    assert list(fdl.io.load(str(path))) == ["other"]
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -53,17 +53,19 @@ def test_round_trip_is_bit_identical(path):
 def test_the_clone_of_a_model_gives_the_same_outputs(path):
     model = fdl.nn.sequential(fdl.nn.conv2d(1, 2, 3), fdl.nn.flatten(), fdl.nn.linear(8, 2))
     params, x = model.init(fdl.random.key(0)), torch.ones(3, 1, 4, 4)
-    fdl.save(path, params)
-    assert equal_bits(model.apply(fdl.load(path), x), model.apply(params, x))
+    fdl.io.save(path, params)
+    assert equal_bits(model.apply(fdl.io.load(path), x), model.apply(params, x))
 
 
 def test_other_readers_see_dotted_names(path):
-    fdl.save(path, EVERY_DTYPE)
+    fdl.io.save(path, EVERY_DTYPE)
     assert_same(safetensors.torch.load_file(path), tree.flatten_dict(EVERY_DTYPE))
 
 
 def test_every_tensor_is_aligned_for_readers_that_map_the_file(path):
-    fdl.save(path, {"a": torch.ones(3, dtype=torch.uint8), "b": draw(0, 5), "c": draw(1, 3).half()})
+    fdl.io.save(
+        path, {"a": torch.ones(3, dtype=torch.uint8), "b": draw(0, 5), "c": draw(1, 3).half()}
+    )
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -74,21 +76,21 @@ def test_every_tensor_is_aligned_for_readers_that_map_the_file(path):
 def test_files_of_other_writers_are_read(path):
     flat = {"fc.0.weight": torch.ones(2), "b": torch.zeros(1)}
     safetensors.torch.save_file(flat, path)
-    assert_same(tree.flatten_dict(fdl.load(path)), flat)
+    assert_same(tree.flatten_dict(fdl.io.load(path)), flat)
 
 
 @pytest.mark.parametrize("params", [torch.arange(3.0), {}], ids=["lone-tensor", "nothing"])
 def test_the_smallest_trees(path, params):
-    fdl.save(path, params)
-    assert tree.diff(fdl.load(path), params) == [] and type(fdl.load(path)) is type(params)
+    fdl.io.save(path, params)
+    assert tree.diff(fdl.io.load(path), params) == [] and type(fdl.io.load(path)) is type(params)
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous(path):
     base = draw(0, 4, 6)
     params = {"a": base, "b": base, "t": base.T, "row": base[1], "wide": base[:1].expand(5, 6)}
     params["learned"] = torch.nn.Parameter(base)
-    fdl.save(path, params)
-    loaded = fdl.load(path)
+    fdl.io.save(path, params)
+    loaded = fdl.io.load(path)
     assert_same(loaded, params)
     assert loaded["a"] is loaded["b"] and not loaded["learned"].requires_grad
     loaded["a"].zero_()
@@ -100,11 +102,11 @@ def test_a_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, failing)
     def full(*args):
         raise OSError("No space left on device")
 
-    fdl.save(path, {"w": torch.ones(2)})
+    fdl.io.save(path, {"w": torch.ones(2)})
     before = path.read_bytes()
     monkeypatch.setattr(os, failing, full)
     with pytest.raises(OSError, match="No space left on device"):
-        fdl.save(path, {"w": torch.zeros(2)})
+        fdl.io.save(path, {"w": torch.zeros(2)})
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 
@@ -112,7 +114,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(path, monkeypatch, failing)
 def test_the_file_has_the_usual_permissions(path):
     usual = path.with_name("usual")
     usual.touch()
-    fdl.save(path, {"w": torch.ones(2)})
+    fdl.io.save(path, {"w": torch.ones(2)})
     assert path.stat().st_mode == usual.stat().st_mode
 
 
@@ -121,7 +123,7 @@ def test_the_content_reaches_the_disk_before_the_name(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync"))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
-    fdl.save(path, {"w": torch.ones(2)})
+    fdl.io.save(path, {"w": torch.ones(2)})
     assert calls == ["fsync", "replace", "fsync"]
 
 
@@ -137,7 +139,7 @@ def test_the_content_reaches_the_disk_before_the_name(path, monkeypatch):
 )
 def test_what_cannot_be_saved_raises_and_writes_nothing(path, params, error, text):
     with pytest.raises(error, match=text):
-        fdl.save(path, params)
+        fdl.io.save(path, params)
     assert os.listdir(path.parent) == []
 
 
@@ -156,7 +158,7 @@ def test_every_difference_from_like_is_listed(path):
         "rate": 1,
         "rest": {"x": 1},
     }
-    fdl.save(path, other)
+    fdl.io.save(path, other)
     expected = (
         r"params\.safetensors does not fit `like` \(strict=False would load what does\):\n"
         r"  fc\.bias: expected float32\[3\], got float64\[3\]\n"
@@ -167,14 +169,14 @@ def test_every_difference_from_like_is_listed(path):
         r"  steps: expected list, got tuple$"
     )
     with pytest.raises(ValueError, match=expected):
-        fdl.load(path, like=LIKE)
+        fdl.io.load(path, like=LIKE)
 
 
 def test_what_fits_is_loaded_where_the_rest_does_not(path):
     saved = {"fc": {"weight": torch.ones(2, 3), "bias": torch.ones(4)}, "steps": [7, 8], "rest": {}}
-    fdl.save(path, saved)
+    fdl.io.save(path, saved)
     with unchanged(LIKE):
-        loaded, lines = fdl.load(path, like=LIKE, strict=False)
+        loaded, lines = fdl.io.load(path, like=LIKE, strict=False)
     assert lines == [
         "fc.bias: expected float32[3], got float32[4]",
         "rate: expected float, got nothing",
@@ -183,14 +185,14 @@ def test_what_fits_is_loaded_where_the_rest_does_not(path):
     assert equal_bits(loaded["fc"]["weight"], saved["fc"]["weight"])
     assert loaded["fc"]["bias"] is LIKE["fc"]["bias"]
     assert loaded["steps"] == [7, None] and loaded["rate"] == 0.5 and list(loaded) == list(LIKE)
-    fdl.save(path, LIKE)
-    again, lines = fdl.load(path, like=LIKE, strict=False)
+    fdl.io.save(path, LIKE)
+    again, lines = fdl.io.load(path, like=LIKE, strict=False)
     assert lines == [] and tree.diff(LIKE, again) == []
 
 
 def test_what_is_missing_is_listed_by_its_leaves(path):
-    fdl.save(path, {"a": {"b": [1], "c": {}}})
-    _, lines = fdl.load(path, like={"d": {"e": {"f": 1.0}}, "g": ()}, strict=False)
+    fdl.io.save(path, {"a": {"b": [1], "c": {}}})
+    _, lines = fdl.io.load(path, like={"d": {"e": {"f": 1.0}}, "g": ()}, strict=False)
     assert lines == [
         "a.b.0: expected nothing, got int",
         "a.c: expected nothing, got empty dict",
@@ -202,48 +204,48 @@ def test_what_is_missing_is_listed_by_its_leaves(path):
 def test_like_gives_a_file_of_names_alone_its_structure(path):
     like = [{"w": torch.zeros(2)}, (torch.zeros(1),)]
     safetensors.torch.save_file({"0.w": torch.ones(2), "1.0": torch.ones(1)}, path)
-    loaded = fdl.load(path, like=like)
+    loaded = fdl.io.load(path, like=like)
     assert type(loaded[1]) is tuple and equal_bits(loaded[0]["w"], torch.ones(2))
     with pytest.raises(ValueError, match=r"1\.1: expected int, got nothing"):
-        fdl.load(path, like=[{"w": torch.zeros(2)}, (torch.zeros(1), 5)])
+        fdl.io.load(path, like=[{"w": torch.zeros(2)}, (torch.zeros(1), 5)])
 
 
 def test_keys_of_dicts_may_stand_in_another_order_in_like(path):
-    fdl.save(path, {"a": torch.zeros(1), "b": torch.ones(1)})
-    loaded = fdl.load(path, like={"b": torch.zeros(1), "a": torch.zeros(1)})
-    assert list(loaded) == ["b", "a"] and loaded["b"] == 1 and list(fdl.load(path)) == ["a", "b"]
+    fdl.io.save(path, {"a": torch.zeros(1), "b": torch.ones(1)})
+    loaded = fdl.io.load(path, like={"b": torch.zeros(1), "a": torch.zeros(1)})
+    assert list(loaded) == ["b", "a"] and loaded["b"] == 1 and list(fdl.io.load(path)) == ["a", "b"]
 
 
 def test_devices(path):
     """A device is where a tensor is loaded to, never part of the file."""
-    fdl.save(path, {"w": torch.ones(2), "n": 3})
-    assert fdl.load(path)["w"].device.type == "cpu"
-    assert fdl.load(path, device="meta")["w"].device.type == "meta"
+    fdl.io.save(path, {"w": torch.ones(2), "n": 3})
+    assert fdl.io.load(path)["w"].device.type == "cpu"
+    assert fdl.io.load(path, device="meta")["w"].device.type == "meta"
     meta = {"w": torch.zeros(2, device="meta"), "n": 0}
-    assert equal_bits(fdl.load(path, like=meta)["w"], torch.ones(2))
-    assert fdl.load(path, like=meta, device="meta")["w"].device.type == "meta"
+    assert equal_bits(fdl.io.load(path, like=meta)["w"], torch.ones(2))
+    assert fdl.io.load(path, like=meta, device="meta")["w"].device.type == "meta"
     with torch.device("meta"):  # the default of torch.empty, while it lasts
-        assert equal_bits(fdl.load(path)["w"], torch.ones(2, device="cpu"))
+        assert equal_bits(fdl.io.load(path)["w"], torch.ones(2, device="cpu"))
     with pytest.raises(TypeError, match=r"w: on the device meta, where there are no values"):
-        fdl.save(path, meta)
+        fdl.io.save(path, meta)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tensors_come_from_and_go_to_the_gpu(path):
     state = {"w": torch.arange(6.0, device="cuda").reshape(2, 3).T, "b": torch.ones(2)}
-    fdl.save(path, state)
-    assert fdl.load(path)["w"].device.type == "cpu"
-    loaded = fdl.load(path, like=state)
+    fdl.io.save(path, state)
+    assert fdl.io.load(path)["w"].device.type == "cpu"
+    loaded = fdl.io.load(path, like=state)
     assert loaded["w"].device == state["w"].device and loaded["b"].device.type == "cpu"
     assert torch.equal(loaded["w"], state["w"])
 
 
 def test_loaded_tensors_and_the_file_do_not_touch(path):
     params = {"w": torch.ones(300_000), "b": torch.zeros(3)}
-    fdl.save(path, params)
+    fdl.io.save(path, params)
     before = path.read_bytes()
-    loaded = fdl.load(path)
+    loaded = fdl.io.load(path)
     loaded["w"].add_(1)
     assert path.read_bytes() == before
     path.write_bytes(b"")  # in place, as a careless program would
@@ -252,32 +254,32 @@ def test_loaded_tensors_and_the_file_do_not_touch(path):
 
 
 def test_one_leaf_is_read_without_the_rest(path, monkeypatch):
-    fdl.save(
+    fdl.io.save(
         path, {"large": torch.zeros(2_000_000), "fc": {"w": torch.ones(3), "b": torch.ones(1)}}
     )
     counted, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: counted.append(preadv(*args)) or counted[-1])
-    contents = fdl.inspect(path)
+    contents = fdl.io.inspect(path)
     assert contents.leaves["large"].shape == (2_000_000,) and counted == []
     assert equal_bits(contents.read("fc.w"), torch.ones(3)) and sum(counted) == 12
     assert list(contents.read("fc")) == ["w", "b"] and sum(counted) == 12 + 16
-    fdl.load(path, like={"fc": {"b": torch.zeros(1)}}, strict=False)
+    fdl.io.load(path, like={"fc": {"b": torch.zeros(1)}}, strict=False)
     assert sum(counted) == 12 + 16 + 4
     with pytest.raises(KeyError, match=r"nothing at 'fc\.x' in .*; there are \['large', 'fc\.w'"):
         contents.read("fc.x")
 
 
 def test_a_damaged_leaf_spoils_none_but_itself(path):
-    fdl.save(path, {"a": torch.ones(3), "b": torch.ones(3)})
+    fdl.io.save(path, {"a": torch.ones(3), "b": torch.ones(3)})
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"\xff")
-    assert equal_bits(fdl.inspect(path).read("a"), torch.ones(3))
+    assert equal_bits(fdl.io.inspect(path).read("a"), torch.ones(3))
     with pytest.raises(ValueError, match=r"inspect: cannot read .*'b': its bytes are not those"):
-        fdl.inspect(path).read("b")
+        fdl.io.inspect(path).read("b")
 
 
 def test_the_structure_is_json_for_everybody(path):
-    fdl.save(path, {"w": torch.ones(1), "rates": [float("inf"), float("nan"), -0.0, 0.1]})
+    fdl.io.save(path, {"w": torch.ones(1), "rates": [float("inf"), float("nan"), -0.0, 0.1]})
     with safetensors.safe_open(path, framework="pt") as file:
         text = file.metadata()["fdl.tree"]
     structure = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -289,10 +291,10 @@ def test_the_structure_is_json_for_everybody(path):
 
 def test_metadata_comes_back_as_it_was(path):
     metadata = {"step": 3, "loss": float("nan"), "config": {"lr": [0.1, None, True], "x.y": "z"}}
-    fdl.save(path, {}, metadata=metadata)
-    assert repr(fdl.inspect(path).metadata) == repr(metadata)
+    fdl.io.save(path, {}, metadata=metadata)
+    assert repr(fdl.io.inspect(path).metadata) == repr(metadata)
     safetensors.torch.save_file({"w": torch.ones(1)}, path, metadata={"made by": "others"})
-    assert fdl.inspect(path).metadata == {"made by": "others"}
+    assert fdl.io.inspect(path).metadata == {"made by": "others"}
 
 
 @pytest.mark.parametrize(
@@ -307,15 +309,15 @@ def test_metadata_comes_back_as_it_was(path):
 )
 def test_metadata_that_json_cannot_say_is_refused(path, metadata, text):
     with pytest.raises(TypeError, match=text):
-        fdl.save(path, {}, metadata=metadata)
+        fdl.io.save(path, {}, metadata=metadata)
     assert os.listdir(path.parent) == []
 
 
 def test_the_table_fits_in_80_columns(path):
     long = {"block" * 10: {"weight" * 9: torch.zeros(1, 2, 3, 4, 5, 6, 7, 8, 9)}}
     w = torch.ones(2, 3)
-    fdl.save(path, {"w": w, "tied": w, **long, "text": "x" * 100, "none": [None, 0.5]})
-    lines = str(fdl.inspect(path)).splitlines()
+    fdl.io.save(path, {"w": w, "tied": w, **long, "text": "x" * 100, "none": [None, 0.5]})
+    lines = str(fdl.io.inspect(path)).splitlines()
     assert max(map(len, lines)) <= 80 and min(map(len, lines[1:2])) > 20
     assert lines[0].split() == ["path", "shape", "dtype", "bytes"]
     assert lines[1].split() == ["w", "[2,", "3]", "float32", "24"]
@@ -340,9 +342,9 @@ def test_a_file_of_format_1_is_read():
         "none": torch.zeros(0, 3),
     }
     path = Path(__file__).parent / "data" / "format_1.safetensors"
-    assert_same(tree.flatten_dict(fdl.load(path)), tree.flatten_dict(expected))
-    assert_same(tree.flatten_dict(fdl.load(path, like=expected)), tree.flatten_dict(expected))
-    assert equal_bits(fdl.inspect(path).read("step"), torch.tensor(7))
+    assert_same(tree.flatten_dict(fdl.io.load(path)), tree.flatten_dict(expected))
+    assert_same(tree.flatten_dict(fdl.io.load(path, like=expected)), tree.flatten_dict(expected))
+    assert equal_bits(fdl.io.inspect(path).read("step"), torch.tensor(7))
 
 
 def test_a_file_of_format_2_is_read():
@@ -352,9 +354,9 @@ def test_a_file_of_format_2_is_read():
         "rest": [None, True, -(2**70), float("-inf"), "text", (), {}],
     }
     path = Path(__file__).parent / "data" / "format_2.safetensors"
-    loaded = fdl.load(path)
+    loaded = fdl.io.load(path)
     assert loaded["rest"] == expected["rest"] and loaded["mean"].total is loaded["mean"].count
-    assert equal_bits(loaded["mean"].total, w) and fdl.inspect(path).metadata == {"step": 7}
+    assert equal_bits(loaded["mean"].total, w) and fdl.io.inspect(path).metadata == {"step": 7}
 
 
 def test_a_tensor_that_the_format_lacks_is_named(path):
@@ -368,16 +370,16 @@ def test_a_tensor_that_the_format_lacks_is_named(path):
         r"\n  c: a Sub; make it a plain tensor"
     )
     with pytest.raises(TypeError, match=expected):
-        fdl.save(path, strange)
+        fdl.io.save(path, strange)
     with pytest.raises(TypeError, match="__metadata__: the format has another use"):
-        fdl.save(path, {"__metadata__": torch.ones(1)})
+        fdl.io.save(path, {"__metadata__": torch.ones(1)})
     nested = {}
     for _ in range(101):
         nested = {"a": nested}
     with pytest.raises(ValueError, match=r"more than 100 containers in each other at 'a\.a"):
-        fdl.save(path, nested)
+        fdl.io.save(path, nested)
     with pytest.raises(ValueError, match="a dict key must be valid Unicode"):
-        fdl.save(path, {"\ud800": 1})
+        fdl.io.save(path, {"\ud800": 1})
     assert os.listdir(path.parent) == []
 
 
@@ -387,12 +389,12 @@ class Sub(torch.Tensor):
 
 def test_strict_false_needs_like(path):
     with pytest.raises(ValueError, match="strict=False keeps leaves of `like`, which is missing"):
-        fdl.load(path, strict=False)
+        fdl.io.load(path, strict=False)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "folder"])
 def test_a_damaged_file_raises(path, damage):
-    fdl.save(path, {"w": torch.ones(20)})
+    fdl.io.save(path, {"w": torch.ones(20)})
     content = path.read_bytes()
     path.unlink()
     if damage == "folder":
@@ -400,17 +402,17 @@ def test_a_damaged_file_raises(path, damage):
     else:
         path.write_bytes({"garbage": b"x" * 99, "truncated": content[:-4], "empty": b""}[damage])
     with pytest.raises(ValueError, match=r"load: cannot read .*params\.safetensors: \w"):
-        fdl.load(path)
+        fdl.io.load(path)
 
 
 def test_other_errors_of_load(path):
     with pytest.raises(FileNotFoundError, match=r"params\.safetensors"):
-        fdl.load(path)
+        fdl.io.load(path)
     with pytest.raises(OSError, match="No such file"):
-        fdl.save(path / "below", {"w": torch.ones(1)})
+        fdl.io.save(path / "below", {"w": torch.ones(1)})
     safetensors.torch.save_file({"w": torch.ones(1)}, path, metadata={"fdl": "99"})
     with pytest.raises(ValueError, match="has format 99, this fdl reads up to 2"):
-        fdl.load(path)
+        fdl.io.load(path)
     safetensors.torch.save_file({"a": torch.ones(1), "a.b": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"'a\.b' meets another leaf on its way"):
-        fdl.load(path)
+        fdl.io.load(path)

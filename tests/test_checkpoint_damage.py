@@ -24,7 +24,7 @@ REFUSED = r"load: cannot read .*: \S"
 def written(path) -> bytes:
     w = torch.arange(120.0).reshape(3, 40)
     mean = metrics.Mean(torch.tensor(1.0).double(), torch.tensor(2.0).double())
-    fdl.save(
+    fdl.io.save(
         path,
         {"w": w, "tied": w, "mean": mean, "rest": [None, 1, 0.5, "text", (), torch.zeros(0, 3)]},
         metadata={"epoch": 3, "config": {"lr": 0.1}},
@@ -48,7 +48,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=REFUSED):
-            fdl.load(path)
+            fdl.io.load(path)
 
 
 def test_every_flipped_bit_of_the_header_is_found_without_the_tensors(tmp_path):
@@ -59,7 +59,7 @@ def test_every_flipped_bit_of_the_header_is_found_without_the_tensors(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"inspect: cannot read .*: \S"):
-            fdl.inspect(path)
+            fdl.io.inspect(path)
 
 
 def test_every_truncation_is_found(tmp_path):
@@ -68,12 +68,12 @@ def test_every_truncation_is_found(tmp_path):
     for end in {*boundaries(content)} - {len(content)}:
         path.write_bytes(content[:end])
         with pytest.raises(ValueError, match=REFUSED):
-            fdl.load(path)
+            fdl.io.load(path)
     path.write_bytes(content + b"\0")
     with pytest.raises(ValueError, match=REFUSED):
-        fdl.load(path)
+        fdl.io.load(path)
     path.write_bytes(content)
-    fdl.load(path)
+    fdl.io.load(path)
 
 
 def file_of(header: str | bytes | dict, content: bytes = b"") -> bytes:
@@ -153,7 +153,7 @@ def test_a_hostile_header_is_refused(tmp_path, content, text):
     path.write_bytes(content)
     start = time.process_time()  # not the clock: the machine may have other work
     with pytest.raises(ValueError, match=REFUSED) as error:
-        fdl.load(path)
+        fdl.io.load(path)
     assert error.match(text) and len(str(error.value)) < 1000 + len(str(path))
     assert time.process_time() - start < 10
 
@@ -186,10 +186,10 @@ def test_a_name_is_never_the_name_of_a_file(tmp_path):
     path, home = tmp_path / "it", tmp_path / "home"
     home.mkdir()
     safetensors.torch.save_file({"/etc/x": torch.ones(1), "~\\x": torch.ones(1)}, path)
-    assert fdl.load(path).keys() == {"/etc/x", "~\\x"}
+    assert fdl.io.load(path).keys() == {"/etc/x", "~\\x"}
     safetensors.torch.save_file({"../../x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="must not be empty"):
-        fdl.load(path)
+        fdl.io.load(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "it"]
 
 
@@ -227,10 +227,10 @@ STRUCTURES = {
 @pytest.mark.parametrize(("structure", "text"), STRUCTURES.values(), ids=STRUCTURES)
 def test_a_hostile_structure_is_refused(tmp_path, structure, text):
     path = tmp_path / "it"
-    fdl.save(path, {"x": torch.ones(1)})
+    fdl.io.save(path, {"x": torch.ones(1)})
     resigned(path, tree=structure)
     with pytest.raises(ValueError, match=REFUSED) as error:
-        fdl.load(path)
+        fdl.io.load(path)
     assert error.match(text)
 
 
@@ -241,12 +241,12 @@ def test_a_hostile_structure_is_refused(tmp_path, structure, text):
 )
 def test_hostile_metadata_is_refused(tmp_path, changes):
     path = tmp_path / "it"
-    fdl.save(path, {"x": torch.ones(1)})
+    fdl.io.save(path, {"x": torch.ones(1)})
     resigned(path)
-    fdl.load(path)  # the forger knows the format
+    fdl.io.load(path)  # the forger knows the format
     resigned(path, **changes)
     with pytest.raises(ValueError, match=REFUSED):
-        fdl.load(path)
+        fdl.io.load(path)
 
 
 LIMITED = """
@@ -255,7 +255,7 @@ import fdl
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.process_time()
 try:
-    fdl.load(sys.argv[1])
+    fdl.io.load(sys.argv[1])
 except ValueError as error:
     print("refused:", str(error)[-200:])
 print(int(time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

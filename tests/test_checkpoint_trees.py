@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fdl
 from fdl import data, metrics, nn, optim, random, tree
-from fdl._safetensors import DTYPES
-from fdl._structure import KINDS
+from fdl.io._safetensors import DTYPES
+from fdl.io._schema import KINDS
 
 CASES = 1000
 
@@ -123,10 +123,10 @@ def same_view(x: Tensor, y: Tensor) -> bool:
 @given(tree=nested())
 def test_any_tree_comes_back_as_it_was(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
-    fdl.save(path, tree)
-    loaded = fdl.load(path)
+    fdl.io.save(path, tree)
+    loaded = fdl.io.load(path)
     assert_identical(tree, loaded)
-    assert_identical(tree, fdl.load(path, like=tree))
+    assert_identical(tree, fdl.io.load(path, like=tree))
     before, after = (
         [x for x in pytree.tree_leaves(one) if isinstance(x, Tensor)] for one in (tree, loaded)
     )
@@ -159,9 +159,9 @@ STATES = {
 def test_a_whole_training_state_comes_back_from_the_file_alone(opt, tmp_path):
     model = nn.sequential(nn.linear(3, 4), nn.relu, nn.linear(4, 2))
     state = fdl.TrainState.create(model, opt(), key=random.key(0))
-    fdl.save(tmp_path / "s", state)
-    assert_identical(state, fdl.load(tmp_path / "s"))
-    assert_identical(state, fdl.load(tmp_path / "s", like=tree.to(state, "meta")))
+    fdl.io.save(tmp_path / "s", state)
+    assert_identical(state, fdl.io.load(tmp_path / "s"))
+    assert_identical(state, fdl.io.load(tmp_path / "s", like=tree.to(state, "meta")))
 
 
 def test_every_record_that_can_stand_in_a_tree_has_a_name():
@@ -188,17 +188,17 @@ class Pair(NamedTuple):
 
 def test_a_record_of_the_user_comes_back_with_like(tmp_path):
     path, pair = tmp_path / "p", {"x": Pair(torch.ones(2), 3)}
-    fdl.save(path, pair)
+    fdl.io.save(path, pair)
     with pytest.raises(ValueError, match=r"'x' is a NamedTuple 'test_.*Pair'.* pass like="):
-        fdl.load(path)
-    assert_identical(pair, fdl.load(path, like={"x": Pair(torch.empty(2, device="meta"), 0)}))
-    assert fdl.inspect(path).leaves["x.right"] == 3
-    assert torch.equal(fdl.inspect(path).read("x.left"), torch.ones(2))
+        fdl.io.load(path)
+    assert_identical(pair, fdl.io.load(path, like={"x": Pair(torch.empty(2, device="meta"), 0)}))
+    assert fdl.io.inspect(path).leaves["x.right"] == 3
+    assert torch.equal(fdl.io.inspect(path).read("x.left"), torch.ones(2))
 
 
 def test_a_lazy_conjugate_is_no_tie(tmp_path):
     x = torch.tensor([1 + 2j], dtype=torch.complex64)
-    fdl.save(tmp_path / "c", {"x": x, "conjugate": x.conj(), "negative": x.conj().imag})
-    loaded = fdl.load(tmp_path / "c")
+    fdl.io.save(tmp_path / "c", {"x": x, "conjugate": x.conj(), "negative": x.conj().imag})
+    loaded = fdl.io.load(tmp_path / "c")
     assert loaded["x"].item() == 1 + 2j and loaded["conjugate"].item() == 1 - 2j
     assert loaded["negative"].item() == -2.0

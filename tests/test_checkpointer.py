@@ -14,8 +14,9 @@ import torch
 from laws import equal_bits, unchanged
 
 import fdl
-from fdl import Checkpointer, TrainState, _checkpoints, checkpointer, nn, optim, random, tree
-from fdl.checkpointer import checkpoints, restore
+from fdl import TrainState, nn, optim, random, tree
+from fdl.checkpointing import Checkpointer, _checkpointer, _folder, checkpoints, restore
+from fdl.io import _inspect, _tree_file
 
 
 @pytest.fixture
@@ -68,13 +69,13 @@ def test_a_state_comes_back_whole_to_the_bit(folder):
 
 def test_the_state_may_change_or_be_donated_at_once(folder, monkeypatch):
     free = threading.Event()
-    write = checkpointer.save
+    write = _tree_file.save
 
     def slow(*args, **kwargs):
         assert free.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(checkpointer, "save", slow)
+    monkeypatch.setattr(_checkpointer, "save", slow)
     state = make(1)
     with Checkpointer(folder) as it:
         it.save(state)
@@ -207,7 +208,8 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(folder, monkeypatch
 FULL_DISK = """
 import resource, signal, sys
 import torch
-from fdl import Checkpointer, TrainState
+from fdl import TrainState
+from fdl.checkpointing import Checkpointer
 state = TrainState({"w": torch.ones(1000)}, {}, (), torch.tensor([0, 1]), torch.tensor(1))
 large = state._replace(params={"w": torch.ones(100_000)}, step=torch.tensor(2))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -257,7 +259,7 @@ def test_two_on_one_folder_are_refused_with_the_name_of_the_first(folder):
 
 HOLDER = """
 import sys, time
-from fdl import Checkpointer
+from fdl.checkpointing import Checkpointer
 it = Checkpointer(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)
@@ -291,14 +293,14 @@ def test_what_a_killed_writer_left_is_cleared_away(folder):
 
 def test_a_reader_does_not_mind_that_an_old_one_goes(folder, monkeypatch, recwarn):
     save_all(folder, 1, 2)
-    inspect = _checkpoints.inspect
+    inspect = _inspect.inspect
 
     def removed(path):
         if path.name.startswith("000002"):
             path.unlink()
         return inspect(path)
 
-    monkeypatch.setattr(_checkpoints, "inspect", removed)
+    monkeypatch.setattr(_folder, "inspect", removed)
     assert restore(folder).checkpoint.step == 1 and not recwarn
 
 

@@ -16,10 +16,6 @@ from torch.func import grad, jvp, vmap
 import models
 from fdl import (
     TrainState,
-    _inductor,
-    _loops,
-    _scan,
-    _trace,
     disable_jit,
     jit,
     losses,
@@ -30,7 +26,8 @@ from fdl import (
     train_step,
     tree,
 )
-from fdl._flat import flatten
+from fdl._compiler import _inductor, _interpreter, _scan, _trace
+from fdl._compiler._signature import flatten
 
 pytestmark = pytest.mark.usefixtures("real_loops")
 
@@ -243,7 +240,7 @@ def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.Monk
     x = random.normal(random.key(1), (16, 2, 1, 28, 28)).transpose(0, 1)  # rows lie apart
     y = torch.zeros(2, 16, dtype=torch.int64)
     leaves, spec = flatten(((state, (x, y)), {}))
-    program = _loops.compile_bodies(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
+    program = _interpreter.compile_bodies(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
     got, (expected, _) = program(leaves), flatten(scan(step, state, (x, y)))
     close(got, expected, rtol=1e-4, atol=1e-6)
     assert [x.stride() for x in got] == [x.stride() for x in expected]

@@ -1,7 +1,7 @@
 """What the compiler makes of a function equals the function: a table for each rewriting.
 
-Oracle: the same function run by eager torch, values and derivatives. A rule of `fdl._passes`, an
-operation of `fdl._decompositions` without a row fails.
+Oracle: the same function run by eager torch, values and derivatives. A rule of `_passes`, an operation
+of `_decompositions` without a row fails.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from fdl import jit, scan, tree
-from fdl._decompositions import OWN
-from fdl._passes import RULES, TINY
+from fdl._compiler._decompositions import OWN
+from fdl._compiler._passes import RULES, TINY
 
 aten = torch.ops.aten
 

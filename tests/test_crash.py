@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_resume import assert_same_run
 
-from fdl import Checkpointer, TrainState, random
-from fdl.checkpointer import restore
+from fdl import TrainState, random
+from fdl.checkpointing import Checkpointer, restore
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,8 @@ from conftest import StandIn
 from laws import close, draw, unchanged
 from torch import Tensor
 
-from fdl import _cuda_graphs, _inductor, jit, scan, tree
+from fdl import jit, scan, tree
+from fdl._compiler import _cuda_graphs, _inductor
 
 pytestmark = pytest.mark.usefixtures("real_loops")
 

@@ -12,7 +12,8 @@ from laws import assert_equal
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from fdl import _inductor, interop, jit, scan, tree
+from fdl import interop, jit, scan, tree
+from fdl._compiler import _inductor
 
 
 def test_donated_tensors_are_gone_and_others_stay(plain_backend: None) -> None:

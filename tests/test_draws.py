@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fdl import interop, random
-from fdl._keyed import RULES, Keyed
-from fdl.precision import Policy, with_policy
+from fdl.interop._key_mode import RULES, Keyed
+from fdl.nn import Policy, with_policy
 
 KEY = random.key(11)
 N = 60_000
@@ -78,9 +78,9 @@ NOT_DRAWING = {
 
 
 def test_every_drawing_rule_has_a_row():
-    from fdl import _written_out
+    from fdl._differentiable import _functions
 
-    assert DRAWS.keys() | NOT_DRAWING | _written_out.RULES.keys() == RULES.keys()
+    assert DRAWS.keys() | NOT_DRAWING | _functions.RULES.keys() == RULES.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import fdl
-from fdl import Checkpointer, TrainState, checkpointer, data, nn, optim, random
-from fdl._durable import write_whole
+from fdl import TrainState, data, nn, optim, random
+from fdl._files import write_whole
+from fdl.checkpointing import Checkpointer, _folder
 
 PARAMS = {"w": torch.arange(3.0)}
 STATE = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
@@ -39,7 +40,7 @@ def a_checkpoint(folder: str | Path) -> None:
 
 
 def read_at_home(home: Path) -> Any:
-    return fdl.load(home / "it.safetensors")["w"].tolist()
+    return fdl.io.load(home / "it.safetensors")["w"].tolist()
 
 
 def images_at_home(home: Path) -> bool:
@@ -53,30 +54,28 @@ def images_at_home(home: Path) -> bool:
 # Each public function that takes a path, and something that is true if it took `~` for the home.
 AT_HOME: dict[str, Callable[[Path], Any]] = {
     "checkpoint.save": lambda home: (
-        fdl.save("~/it.safetensors", PARAMS) or read_at_home(home) == [0, 1, 2]
+        fdl.io.save("~/it.safetensors", PARAMS) or read_at_home(home) == [0, 1, 2]
     ),
     "checkpoint.load": lambda home: (
-        fdl.save(home / "it.safetensors", PARAMS) or fdl.load("~/it.safetensors")
+        fdl.io.save(home / "it.safetensors", PARAMS) or fdl.io.load("~/it.safetensors")
     ),
     "checkpoint.inspect": lambda home: (
-        fdl.save(home / "it.safetensors", PARAMS)
-        or fdl.inspect("~/it.safetensors").read("w").shape == (3,)
+        fdl.io.save(home / "it.safetensors", PARAMS)
+        or fdl.io.inspect("~/it.safetensors").read("w").shape == (3,)
     ),
     "checkpoint.save_torch": lambda home: (
-        fdl.save_torch("~/it.pt", PARAMS) or torch.load(home / "it.pt")
+        fdl.io.save_torch("~/it.pt", PARAMS) or torch.load(home / "it.pt")
     ),
     "checkpoint.load_torch": lambda home: (
-        torch.save(PARAMS, home / "it.pt") or fdl.load_torch("~/it.pt")
+        torch.save(PARAMS, home / "it.pt") or fdl.io.load_torch("~/it.pt")
     ),
     "checkpointer.Checkpointer": lambda home: (
-        a_checkpoint("~/run") or checkpointer.checkpoints(home / "run")
+        a_checkpoint("~/run") or _folder.checkpoints(home / "run")
     ),
     "checkpointer.checkpoints": lambda home: (
-        a_checkpoint(home / "run") or checkpointer.checkpoints("~/run")
+        a_checkpoint(home / "run") or _folder.checkpoints("~/run")
     ),
-    "checkpointer.restore": lambda home: (
-        a_checkpoint(home / "run") or checkpointer.restore("~/run")
-    ),
+    "checkpointer.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
     "data.fashion_mnist": images_at_home,
 }
 # They take no path of a user: `Checkpoint` is what `checkpoints` returns, `Contents` what `inspect`
@@ -115,7 +114,7 @@ def test_a_tilde_is_the_home_folder(name: str, home: Path) -> None:
 
 def test_an_unknown_users_home_is_a_name_like_any_other(home: Path) -> None:
     Path("~nobody-of-this-name").mkdir()
-    fdl.save("~nobody-of-this-name/it.safetensors", PARAMS)
+    fdl.io.save("~nobody-of-this-name/it.safetensors", PARAMS)
     assert os.listdir("~nobody-of-this-name") == ["it.safetensors"]
 
 
@@ -123,18 +122,18 @@ def test_an_unknown_users_home_is_a_name_like_any_other(home: Path) -> None:
     "name", ["with a space", "[a]*?", "été", "参数", "参" * 80, "x" * 240, os.fsdecode(b"\xff\xfe")]
 )
 def test_names_of_every_kind(name: str, tmp_path: Path) -> None:
-    fdl.save(tmp_path / name, PARAMS)
-    assert fdl.load(tmp_path / name)["w"].tolist() == [0, 1, 2]
+    fdl.io.save(tmp_path / name, PARAMS)
+    assert fdl.io.load(tmp_path / name)["w"].tolist() == [0, 1, 2]
     assert os.listdir(tmp_path) == [name]
     if len(os.fsencode(name)) < 200:
         a_checkpoint(tmp_path / "in" / name)
-        assert checkpointer.restore(tmp_path / "in" / name, like=STATE) is not None
+        assert _folder.restore(tmp_path / "in" / name, like=STATE) is not None
 
 
 # Symbolic links
 
 
-@pytest.mark.parametrize("save", [fdl.save, fdl.save_torch])
+@pytest.mark.parametrize("save", [fdl.io.save, fdl.io.save_torch])
 def test_through_a_link_the_file_is_written_and_the_link_stays(save: Any, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "folder").symlink_to("far")
@@ -153,7 +152,7 @@ def test_through_a_link_the_file_is_written_and_the_link_stays(save: Any, tmp_pa
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError) as info:
-        fdl.save(tmp_path / "loop", PARAMS)
+        fdl.io.save(tmp_path / "loop", PARAMS)
     assert info.value.errno == errno.ELOOP
     assert (tmp_path / "loop").is_symlink()
 
@@ -165,7 +164,7 @@ def test_checkpoints_in_a_linked_folder(tmp_path: Path) -> None:
     # The lock is that of the folder, by either name.
     with Checkpointer(tmp_path / "run"), pytest.raises(BlockingIOError):
         Checkpointer(tmp_path / "far")
-    assert [found.step for found in checkpointer.checkpoints(tmp_path / "far")] == [0]
+    assert [found.step for found in _folder.checkpoints(tmp_path / "far")] == [0]
 
 
 def test_checkpoints_stay_in_one_folder_when_the_process_goes_to_another(home: Path) -> None:
@@ -194,7 +193,7 @@ def test_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
     write_whole(path, write)
     assert seen == [mode]  # while it is written as well
     assert stat.S_IMODE(path.stat().st_mode) == mode
-    for save in (fdl.save, fdl.save_torch):
+    for save in (fdl.io.save, fdl.io.save_torch):
         save(path, PARAMS)
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
@@ -203,7 +202,7 @@ def test_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
 def test_a_new_file_follows_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        fdl.save(tmp_path / "it", PARAMS)
+        fdl.io.save(tmp_path / "it", PARAMS)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "it").stat().st_mode) == 0o666 & ~umask
@@ -213,26 +212,26 @@ def test_a_new_file_follows_the_umask(umask: int, tmp_path: Path) -> None:
 def test_a_file_keeps_its_owner(tmp_path: Path) -> None:
     (tmp_path / "it").touch()
     os.chown(tmp_path / "it", 1234, 2345)
-    fdl.save(tmp_path / "it", PARAMS)
+    fdl.io.save(tmp_path / "it", PARAMS)
     found = (tmp_path / "it").stat()
     assert (found.st_uid, found.st_gid) == (1234, 2345)
 
 
 def test_a_hard_link_keeps_the_old_content(tmp_path: Path) -> None:
-    fdl.save(tmp_path / "it", {"w": torch.zeros(1)})
+    fdl.io.save(tmp_path / "it", {"w": torch.zeros(1)})
     os.link(tmp_path / "it", tmp_path / "other")
-    fdl.save(tmp_path / "it", PARAMS)
-    assert fdl.load(tmp_path / "other")["w"].tolist() == [0]
+    fdl.io.save(tmp_path / "it", PARAMS)
+    assert fdl.io.load(tmp_path / "other")["w"].tolist() == [0]
 
 
 def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "it"
-    fdl.save(path, PARAMS)
+    fdl.io.save(path, PARAMS)
     before = path.read_bytes()
     path.chmod(0o444)
     monkeypatch.setattr(os, "access", lambda path, how: False)  # root may write everything
     with pytest.raises(PermissionError, match="the file is read-only"):
-        fdl.save(path, {"w": torch.zeros(1)})
+        fdl.io.save(path, {"w": torch.zeros(1)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["it"]
 
@@ -241,9 +240,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="it is not a regular file"):
-        fdl.save(tmp_path / "pipe", PARAMS)
+        fdl.io.save(tmp_path / "pipe", PARAMS)
     with pytest.raises(IsADirectoryError, match="it is a folder"):
-        fdl.save(tmp_path / "folder", PARAMS)
+        fdl.io.save(tmp_path / "folder", PARAMS)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
@@ -252,7 +251,7 @@ def test_an_absent_or_closed_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FileNotFoundError, match=f"cannot make a file in {tmp_path}/absent") as info:
-        fdl.save(tmp_path / "absent" / "it", PARAMS)
+        fdl.io.save(tmp_path / "absent" / "it", PARAMS)
     assert info.value.filename == str(tmp_path / "absent" / "it")
 
     def refused(*args: Any, **kwargs: Any) -> None:
@@ -260,4 +259,4 @@ def test_an_absent_or_closed_folder_is_named(
 
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(PermissionError, match="Permission denied: cannot make a file in"):
-        fdl.save(tmp_path / "it", PARAMS)
+        fdl.io.save(tmp_path / "it", PARAMS)

@@ -10,7 +10,7 @@ from torch import tensor
 
 from fdl import optim, random, tree
 from fdl.optim import schedules
-from fdl.optim.hyper import Hyper
+from fdl.optim._hyperparams import Hyper
 
 X, Y = draw(0, 8, 3), draw(1, 8)
 PARAMS = {"w": draw(2, 3), "b": draw(3).reshape(())}

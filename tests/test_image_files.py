@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from test_fashion_mnist import IMAGES, LABELS, RAW, idx, needs_full_data, put
 
-from fdl import _fashion_mnist, data
+from fdl import data
+from fdl.data import _fashion_mnist_files
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.integers(0, 256, (20, 28, 28), dtype=np.uint8)
@@ -30,8 +31,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, part in ((IMAGES, X), (LABELS, Y))
         for split in ("t10k", "train")
     }
-    monkeypatch.setattr(_fashion_mnist, "_FULL", digests)
-    monkeypatch.setattr(_fashion_mnist, "_SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(_fashion_mnist_files, "_FULL", digests)
+    monkeypatch.setattr(_fashion_mnist_files, "_SYSTEM_FOLDER", tmp_path / "system")
     monkeypatch.chdir(tmp_path)
 
 

@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fdl
-from fdl import Checkpointer, TrainState, _json, checkpointer, nn, optim, random
+from fdl import TrainState, nn, optim, random
+from fdl.checkpointing import Checkpointer, _folder
+from fdl.io import _json
 
 ROOT = Path(fdl.__file__).parents[1]
 FOLDERS = ["fdl", "models", "train"]
@@ -95,7 +97,7 @@ def test_json_is_written_strictly(folder: str) -> None:
     assert files
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in files}
     found = {path: lines for path, text in sources.items() if (lines := lax_writers(text))}
-    assert not found, f"write with fdl._json.dumps: {found}"
+    assert not found, f"write with fdl.io._json.dumps: {found}"
 
 
 def test_that_place_is_strict() -> None:
@@ -137,18 +139,18 @@ def test_metadata_comes_back_from_a_file_of_strict_json(
     tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "it.safetensors"
-    fdl.save(path, {"w": torch.ones(1), "x": [NAN, INF]}, metadata=metadata)
+    fdl.io.save(path, {"w": torch.ones(1), "x": [NAN, INF]}, metadata=metadata)
     texts = header(path)["__metadata__"]
     for name in ("fdl.tree", "fdl.ties", "fdl.metadata"):
         strict(texts[name])
-    assert same(fdl.inspect(path).metadata, metadata)
+    assert same(fdl.io.inspect(path).metadata, metadata)
 
 
 def test_only_files_that_need_them_have_places_of_numbers(tmp_path: Path) -> None:
     path = tmp_path / "it.safetensors"
-    fdl.save(path, {}, metadata={"clip": 1.0, "text": "NaN"})
+    fdl.io.save(path, {}, metadata={"clip": 1.0, "text": "NaN"})
     assert "fdl.floats" not in header(path)["__metadata__"]
-    fdl.save(path, {}, metadata={"clip": [INF, "NaN"]})
+    fdl.io.save(path, {}, metadata={"clip": [INF, "NaN"]})
     texts = header(path)["__metadata__"]
     assert strict(texts["fdl.metadata"]) == {"clip": ["Infinity", "NaN"]}
     assert strict(texts["fdl.floats"]) == [["clip", 0]]
@@ -157,11 +159,11 @@ def test_only_files_that_need_them_have_places_of_numbers(tmp_path: Path) -> Non
 def test_files_with_bare_words_as_written_before_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fdl.checkpoint, "as_texts", lambda value: (value, []))
-    monkeypatch.setattr(fdl.checkpoint, "dumps", json.dumps)
-    fdl.save(tmp_path / "it", {"w": torch.ones(1)}, metadata={"loss": NAN, "clip": -INF})
+    monkeypatch.setattr(fdl.io._tree_file, "as_texts", lambda value: (value, []))
+    monkeypatch.setattr(fdl.io._tree_file, "dumps", json.dumps)
+    fdl.io.save(tmp_path / "it", {"w": torch.ones(1)}, metadata={"loss": NAN, "clip": -INF})
     assert "NaN" in header(tmp_path / "it")["__metadata__"]["fdl.metadata"]
-    assert repr(fdl.inspect(tmp_path / "it").metadata) == "{'loss': nan, 'clip': -inf}"
+    assert repr(fdl.io.inspect(tmp_path / "it").metadata) == "{'loss': nan, 'clip': -inf}"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_odd_metadata_and_config_are_refused_at_once_by_their_path(
     value: Any, message: str, it: Checkpointer, tmp_path: Path
 ) -> None:
     with pytest.raises(TypeError, match=rf"^save: metadata\['a'\]\[1\]: .*{message}$"):
-        fdl.save(tmp_path / "it", {}, metadata={"a": [0, value]})
+        fdl.io.save(tmp_path / "it", {}, metadata={"a": [0, value]})
     with pytest.raises(TypeError, match=rf"^Checkpointer.save: config\['a'\]\[1\]: .*{message}$"):
         it.save(STATE, config={"a": [0, value]})
     it.wait()  # nothing was queued
@@ -223,8 +225,8 @@ def test_odd_metadata_and_config_are_refused_at_once_by_their_path(
 
 
 def test_dicts_of_other_classes_are_dicts_in_metadata(tmp_path: Path) -> None:
-    fdl.save(tmp_path / "it", {}, metadata={"a": OrderedDict(b=defaultdict(int, c=1))})
-    assert fdl.inspect(tmp_path / "it").metadata == {"a": {"b": {"c": 1}}}
+    fdl.io.save(tmp_path / "it", {}, metadata={"a": OrderedDict(b=defaultdict(int, c=1))})
+    assert fdl.io.inspect(tmp_path / "it").metadata == {"a": {"b": {"c": 1}}}
 
 
 def test_a_number_of_thousands_of_digits_is_refused(it: Checkpointer) -> None:
@@ -250,7 +252,7 @@ def test_a_config_may_change_after_the_call(it: Checkpointer, monkeypatch: Any) 
     config["rates"].append(0.2)
     ((write, arguments),) = held
     write(*arguments)
-    (found,) = checkpointer.checkpoints(it.folder)
+    (found,) = _folder.checkpoints(it.folder)
     assert found.config == {"rates": [0.1]}
 
 
@@ -328,12 +330,12 @@ def test_what_is_not_finite_is_never_the_best(mode: Any, odd: float, tmp_path: P
         best = it.best("loss", mode)
     assert best is not None
     assert best.step == 2  # of equal ones the newest
-    assert [found.step for found in checkpointer.checkpoints(tmp_path)] == [4, 2]
+    assert [found.step for found in _folder.checkpoints(tmp_path)] == [4, 2]
     with Checkpointer(tmp_path / "other", keep=1, best=("loss", mode)) as it:
         it.save(STATE, metrics={"loss": odd})
         it.save(STATE, metrics={"loss": odd})
         assert it.best("loss", mode) is None
-    assert len(checkpointer.checkpoints(tmp_path / "other")) == 1
+    assert len(_folder.checkpoints(tmp_path / "other")) == 1
 
 
 @pytest.mark.parametrize(
@@ -360,8 +362,8 @@ def test_null_metadata_is_none_at_all(tmp_path: Path) -> None:
     text = b'{"__metadata__":null,"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     content = len(text).to_bytes(8, "little") + text + struct.pack("<f", 2.5)
     (tmp_path / "it").write_bytes(content)
-    assert fdl.load(tmp_path / "it")["w"].tolist() == [2.5]
-    assert fdl.inspect(tmp_path / "it").metadata == {}
+    assert fdl.io.load(tmp_path / "it")["w"].tolist() == [2.5]
+    assert fdl.io.inspect(tmp_path / "it").metadata == {}
     from safetensors.torch import load
 
     assert load(content)["w"].tolist() == [2.5]

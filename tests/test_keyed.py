@@ -8,7 +8,7 @@ from torch import nn as oo
 from torch.func import vmap
 
 from fdl import interop, nn, random, tree
-from fdl._keyed import REFUSED, RULES
+from fdl.interop._key_mode import REFUSED, RULES
 
 KEY = random.key(7)
 

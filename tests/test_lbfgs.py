@@ -27,7 +27,7 @@ from lbfgs_problems import (
 
 from fdl import optim, tree
 from fdl.optim._line_search import Point, judge, start
-from fdl.optim.lbfgs import _lbfgs_from_torch, _lbfgs_to_torch
+from fdl.optim._torch_state import _lbfgs_from_torch, _lbfgs_to_torch
 
 # Those of torch.testing._internal.common_optimizers.optim_inputs_func_lbfgs.
 CONFIGS = {

@@ -97,7 +97,7 @@ def test_a_decay_that_16_bit_weights_round_away_is_kept_by_a_policy(dtype):
         lambda key: {"w": torch.ones(1)},
         lambda params, x, *, train=False, key=None: params["w"] * x,
     )
-    model = fdl.with_policy(model, fdl.Policy(compute=dtype))
+    model = fdl.nn.with_policy(model, fdl.nn.Policy(compute=dtype))
     opt = optim.adamw(1e-3, weight_decay=0.1)
     loss = fdl.supervised(model.apply, lambda y, target: 0 * losses.squared_loss(y, target))
     state = fdl.TrainState.create(model, opt, key=random.key(0))
@@ -140,17 +140,17 @@ def test_slots_of_16_bits_in_a_state_or_a_file_go_on_in_32(name, dtype, tmp_path
     _, state = opt.update(params, fresh, params, value_fn=value_fn)
     old = earlier(state, dtype)
     assert tree.diff(old, state, values=False)
-    fdl.save(tmp_path / "old", {"params": params, "opt": old})
-    loaded = fdl.load(tmp_path / "old", like={"params": params, "opt": fresh})
+    fdl.io.save(tmp_path / "old", {"params": params, "opt": old})
+    loaded = fdl.io.load(tmp_path / "old", like={"params": params, "opt": fresh})
     assert tree.diff(loaded["opt"], tree.map(lambda o, s: o.to(s.dtype), old, state)) == []
     with_old = opt.update(params, old, params, value_fn=value_fn)
     assert tree.diff(opt.update(params, loaded["opt"], params, value_fn=value_fn), with_old) == []
 
 
 def test_weights_of_16_bits_are_not_taken_for_those_of_32(tmp_path):
-    fdl.save(tmp_path / "w", {"w": torch.ones(2).bfloat16()})
+    fdl.io.save(tmp_path / "w", {"w": torch.ones(2).bfloat16()})
     with pytest.raises(ValueError, match=r"w: expected float32\[2\], got bfloat16\[2\]"):
-        fdl.load(tmp_path / "w", like={"w": torch.ones(2)})
+        fdl.io.load(tmp_path / "w", like={"w": torch.ones(2)})
 
 
 @HALF

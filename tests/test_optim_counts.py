@@ -6,7 +6,7 @@ from laws import close, draw
 
 import fdl
 from fdl import data, losses, nn, optim, random, tree
-from fdl._structure import describe
+from fdl.io._schema import describe
 
 NET = nn.sequential(nn.linear(3, 4), nn.tanh, nn.linear(4, 2))
 PARAMS = tree.cast(NET.init(random.key(0)), torch.float64)
@@ -180,10 +180,10 @@ def test_files_that_say_nothing_of_counts_are_read(opt, tmp_path, monkeypatch):
         return node, {at: leaf for at, leaf in tensors.items() if at != "state.surplus"}
 
     with monkeypatch.context() as patch:
-        patch.setattr("fdl.checkpoint.describe", without)
-        fdl.save(tmp_path / "old", {"state": state})
+        patch.setattr("fdl.io._schema.describe", without)
+        fdl.io.save(tmp_path / "old", {"state": state})
     for like in (None, {"state": state}, {"state": tree.to(state, "meta")}):
-        loaded = fdl.load(tmp_path / "old", like=like)["state"]
+        loaded = fdl.io.load(tmp_path / "old", like=like)["state"]
         assert tree.diff(loaded, state) == []
         expected = opt.update(params, state, params, value=3.0, count=5)
         assert tree.diff(opt.update(params, loaded, params, value=3.0, count=5), expected) == []

@@ -11,7 +11,7 @@ from PIL import Image
 import fdl
 import models
 from fdl import data, random
-from train.pictures import read_image
+from train.images import read_image
 
 
 def grid(width=28, height=28):

@@ -10,7 +10,8 @@ from laws import Graphs, close, draw, equal_bits
 from torch.func import grad, vmap
 
 import fdl
-from fdl import Policy, losses, nn, optim, random, tree, with_policy
+from fdl import losses, nn, optim, random, tree
+from fdl.nn import Policy, with_policy
 
 NET = nn.sequential(nn.linear(3, 8), nn.tanh, nn.linear(8, 2))
 KEY = random.key(3)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.func import vmap
 
 import fdl
-from fdl import _inductor, data, jit, losses, nn, optim, random, scan, tree
-from fdl._trace import LOOP
+from fdl import data, jit, losses, nn, optim, random, scan, tree
+from fdl._compiler import _inductor
+from fdl._compiler._graph import LOOP
 
 # ------------------------------------------------------------------- Proof 4: compiles only once
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import interop, jit, nn, random, scan, tree
-from fdl._purity import check_draw
+from fdl._compiler._purity import check_draw
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 

@@ -38,7 +38,7 @@ def test_examples_run(monkeypatch, tmp_path):
     assert names["state"].step == 235
     assert names["metrics"]["loss"].count.sum() == 60_000
     assert names["metrics"]["loss"].sum().value < 0.8
-    assert not fdl.tree.diff(names["state"].params, fdl.load("mlp.safetensors"))
+    assert not fdl.tree.diff(names["state"].params, fdl.io.load("mlp.safetensors"))
 
     exec(population, names)  # as it stands there, behind the first block
     mean_loss = names["metrics"]["loss"].sum().value

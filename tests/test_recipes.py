@@ -11,8 +11,9 @@ from laws import unchanged
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fdl import TrainState, _loops, _trace, data, jit, optim, random, scan, train_step, tree
-from fdl._flat import flatten, unflatten
+from fdl import TrainState, data, jit, optim, random, scan, train_step, tree
+from fdl._compiler import _interpreter, _trace
+from fdl._compiler._signature import flatten, unflatten
 from train import config, loop, recipes
 
 pytestmark = pytest.mark.usefixtures("real_loops")
@@ -117,7 +118,7 @@ def by_bodies(run: Run) -> Any:
     """A Python loop over the compiled body, as where the compiler refuses the loop."""
     leaves, spec = flatten((run[1:], {}))
     traced = _trace.trace(run.epoch, leaves, spec)
-    results = _loops.compile_bodies(traced)([*leaves, *traced.constants])
+    results = _interpreter.compile_bodies(traced)([*leaves, *traced.constants])
     return unflatten(results, traced.spec)
 
 

@@ -13,7 +13,8 @@ import torch
 from laws import equal_bits
 
 import fdl
-from fdl import checkpointer, tree
+from fdl import tree
+from fdl.checkpointing import _checkpointer, _folder
 from train import loop, report
 from train.__main__ import main
 
@@ -92,7 +93,7 @@ def lines(folder):
 
 def final(folder):
     """The last state of a run, and the lines of its metrics."""
-    return checkpointer.restore(folder / "checkpoints").state, lines(folder)
+    return _folder.restore(folder / "checkpoints").state, lines(folder)
 
 
 def assert_same_run(a, b):
@@ -102,7 +103,7 @@ def assert_same_run(a, b):
     assert [path for path in flat if not equal_bits(flat[path], other_flat[path])] == []
     assert metrics == other_metrics
     files = [folder / "params.safetensors" for folder in (a, b)]
-    assert not tree.diff(*map(fdl.load, files))
+    assert not tree.diff(*map(fdl.io.load, files))
 
 
 def end_and_continue(run, end_after, name, options, times, every):
@@ -182,7 +183,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(run, end_after, tmp_path):
     assert run(*options_of("linreg", options, "whole"))[0] == 0
     end_after(8, signal.SIGTERM)
     assert run(*options_of("linreg", options, "cut"))[0] == 75
-    path = checkpointer.checkpoints(tmp_path / "cut" / "checkpoints")[0].path
+    path = _folder.checkpoints(tmp_path / "cut" / "checkpoints")[0].path
     path.write_bytes(path.read_bytes()[:-1])
     end_after(10**9, None)
     with pytest.warns(RuntimeWarning, match=f"skipped .*{path.name}"):
@@ -202,10 +203,10 @@ def test_more_epochs_are_as_if_asked_for_at_once(run, tmp_path):
 
 def test_a_diverged_run_diverges_again(run, tmp_path):
     assert run("linreg", "--lr", 1e6, "--out", "it", "--save-every", 0, chunk=1)[0] == 1
-    before, metrics = fdl.load("it/params.safetensors"), lines(tmp_path / "it")
+    before, metrics = fdl.io.load("it/params.safetensors"), lines(tmp_path / "it")
     code, _, err = run("linreg", "--resume", "it", "--save-every", 0)
     assert code == 1 and "the loss is not finite" in err
-    assert tree.diff(before, fdl.load("it/params.safetensors")) == []
+    assert tree.diff(before, fdl.io.load("it/params.safetensors")) == []
     assert lines(tmp_path / "it") == metrics
 
 
@@ -278,18 +279,18 @@ def test_lost_lines_of_metrics_are_noticed(run):
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(run, end_after, monkeypatch, tmp_path):
     end_after(5, signal.SIGTERM)
     assert run("linreg", "--compile", "off", "--out", "it", "--save-every", 0)[0] == 75
-    before = checkpointer.checkpoints("it/checkpoints")
+    before = _folder.checkpoints("it/checkpoints")
     end_after(10**9, None)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "save", full)
+        patch.setattr(_checkpointer, "save", full)
         code, _, err = run("linreg", "--resume", "it", "--save-every", 0)
     assert code == 74 and "cannot write to it: [Errno 28] No space left on device" in err
     assert "python -m train linreg --resume it" in err
-    assert checkpointer.checkpoints("it/checkpoints") == before
+    assert _folder.checkpoints("it/checkpoints") == before
     assert run("linreg", "--resume", "it")[0] == 0
 
 
@@ -307,16 +308,16 @@ def test_a_signal_saves_and_says_how_to_continue(number, code, tmp_path):
     while not seen or not seen[-1].startswith("epoch"):
         seen.append(process.stdout.readline())
     with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} "):
-        checkpointer.Checkpointer(tmp_path / "it" / "checkpoints")
+        _checkpointer.Checkpointer(tmp_path / "it" / "checkpoints")
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code and not err
     command = out[out.index("to continue:") :].replace("\\\n", " ").split()  # on two lines
     assert command[2:] == ["python", "-m", "train", "linreg", "--resume", str(tmp_path / "it")]
-    (saved,) = checkpointer.checkpoints(tmp_path / "it" / "checkpoints")
+    (saved,) = _folder.checkpoints(tmp_path / "it" / "checkpoints")
     assert f"interrupted after step {saved.step};" in out
     assert lines(tmp_path / "it")[-1]["step"] == saved.step
     assert (tmp_path / "it" / "curves.png").exists()
-    params = fdl.load(tmp_path / "it" / "params.safetensors")
-    state = checkpointer.restore(tmp_path / "it" / "checkpoints").state
+    params = fdl.io.load(tmp_path / "it" / "params.safetensors")
+    state = _folder.restore(tmp_path / "it" / "checkpoints").state
     assert tree.diff(params, state.params) == []

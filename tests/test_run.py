@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fdl
-from fdl import checkpointer, data, random, tree
+from fdl import data, random, tree
+from fdl.checkpointing import _folder
 from fdl.data import Dataset
 from train import loop, recipes, usual
 from train.config import RECIPES, Images, Linreg, Softmax, WeightDecay
@@ -58,13 +59,13 @@ def test_destroyed_weights_end_a_run_and_those_before_are_kept(run, tmp_path, ho
             break
         state = after
     assert int(err.split()[1]) == int(state.step) + 1
-    kept = fdl.load(tmp_path / "it" / "params.safetensors")
+    kept = fdl.io.load(tmp_path / "it" / "params.safetensors")
     assert not tree.diff(state.params, kept, rtol=1e-5, atol=1e-7)
     assert problem.loss(kept, taken[0])[0].isfinite()
     for line in records(tmp_path / "it") if (tmp_path / "it/metrics.jsonl").exists() else []:
         assert line["step"] == int(state.step) and np.isfinite(line["loss"])
-    for checkpoint in checkpointer.checkpoints("it/checkpoints"):
-        assert problem.loss(fdl.load(checkpoint.path).params, taken[0])[0].isfinite()
+    for checkpoint in _folder.checkpoints("it/checkpoints"):
+        assert problem.loss(fdl.io.load(checkpoint.path).params, taken[0])[0].isfinite()
     assert run(name, "--resume", "it")[0] == 1  # and again
 
 
@@ -202,7 +203,7 @@ def test_an_older_run_on_the_sample_goes_on_with_one_pass_an_epoch(run, monkeypa
     assert record.pop("passes") == 1 and record["options"].pop("validation") == 0
     Path("old/config.json").write_text(json.dumps(record))
     assert run("softmax", "--resume", "old", "--epochs", 2)[0] == 0
-    whole, old = (fdl.load(f"{folder}/params.safetensors") for folder in ("whole", "old"))
+    whole, old = (fdl.io.load(f"{folder}/params.safetensors") for folder in ("whole", "old"))
     assert not tree.diff(whole, old) and records(Path("old"))[-1]["step"] == 48
     assert run("eval", "old")[0] == 0
 
@@ -212,6 +213,6 @@ def test_ten_passes_an_epoch_are_resumed_exactly(run):
     assert run(*options, "--epochs", 2, "--out", "whole")[0] == 0
     assert run(*options, "--epochs", 1, "--out", "cut")[0] == 0
     assert run("softmax", "--resume", "cut", "--epochs", 2)[0] == 0
-    whole, cut = (fdl.load(f"{folder}/params.safetensors") for folder in ("whole", "cut"))
+    whole, cut = (fdl.io.load(f"{folder}/params.safetensors") for folder in ("whole", "cut"))
     assert not tree.diff(whole, cut)
     assert json.loads(Path("cut/config.json").read_text())["passes"] == 10

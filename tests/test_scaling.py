@@ -1,12 +1,12 @@
-"""What `train.scaling` expects of more processes, and what docs/scaling.md says of it."""
+"""What `train.bench.scaling` expects of more processes, and what docs/scaling.md says of it."""
 
 import json
 
 import numpy as np
 import pytest
 
-from train import scaling
-from train.scaling import Link, all_reduce_bytes, all_reduce_seconds, simulate
+from train.bench import scaling
+from train.bench.scaling import Link, all_reduce_bytes, all_reduce_seconds, simulate
 
 LINKS = Link(3e-6, 4e9), Link(7e-6, 1e9)
 

@@ -11,8 +11,8 @@ import spread
 import torch
 import torch.distributed as dist
 
-from fdl import Checkpointer, tree
-from fdl.checkpointer import checkpoints, restore
+from fdl import tree
+from fdl.checkpointing import Checkpointer, checkpoints, restore
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

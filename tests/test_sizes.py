@@ -1,4 +1,4 @@
-"""The models of `train.sizes`, small and on the CPU."""
+"""The models of `train.bench.step_time`, small and on the CPU."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import fdl
 from fdl import random, tree
-from train import sizes
-from train.sizes import Transformer, transformer
+from train.bench import step_time
+from train.bench.step_time import Transformer, transformer
 
 SMALL = Transformer(layers=2, width=8, heads=2, vocabulary=11)
 
@@ -21,7 +21,7 @@ def test_a_token_is_predicted_from_those_before_it():
     one, two = model.apply(params, tokens), model.apply(params, other)
     torch.testing.assert_close(one[:, :4], two[:, :4], rtol=1e-12, atol=1e-12)
     assert ((one - two)[:, 4:].abs().amax((0, 2)) > 1e-6).all()
-    loss, metrics = sizes.next_token(model, params, tokens)
+    loss, metrics = step_time.next_token(model, params, tokens)
     expected = F.cross_entropy(one[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
     assert metrics["loss"].count == 3 * 5
@@ -53,15 +53,15 @@ def test_a_layer_is_that_of_torch():
 @pytest.mark.parametrize(
     "time",
     [
-        lambda: sizes.lenet("cpu", batch=2, steps=2),
-        lambda: sizes.resnet("cpu", batch=2, pixels=32),
-        lambda: sizes.billion("cpu", batch=2, length=4, sizes=SMALL),
+        lambda: step_time.lenet("cpu", batch=2, steps=2),
+        lambda: step_time.resnet("cpu", batch=2, pixels=32),
+        lambda: step_time.billion("cpu", batch=2, length=4, sizes=SMALL),
     ],
     ids=["lenet", "resnet", "billion"],
 )
 def test_each_step_runs(time, monkeypatch):
-    monkeypatch.setattr(sizes, "WARM_UP", 0)
-    monkeypatch.setattr(sizes, "REPEATS", 1)
+    monkeypatch.setattr(step_time, "WARM_UP", 0)
+    monkeypatch.setattr(step_time, "REPEATS", 1)
     with fdl.disable_jit():
         seconds, params = time()
     assert seconds > 0 and params > 100

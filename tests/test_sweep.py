@@ -13,9 +13,9 @@ import torch
 
 import fdl
 from fdl import data, random, tree
-from train import grid, outcome, sweep
-from train.grid import Axis
-from train.outcome import Result
+from train.sweep import grid, group, results
+from train.sweep.grid import Axis
+from train.sweep.results import Result
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_pass")
@@ -24,7 +24,7 @@ DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "
 LENET = ("lenet", *DROPOUT[1:])
 
 
-def results(folder):
+def lines(folder):
     return [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
 
 
@@ -113,7 +113,7 @@ def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
     assert code == 0 and all(len(line) <= 80 for line in out.splitlines())
     assert Path("sweep/sweep.png").stat().st_size > 5000
     names = [axis.name for axis in grid.parse(axes)]
-    found = {tuple(row[name] for name in names): row for row in results("sweep")}
+    found = {tuple(row[name] for name in names): row for row in lines("sweep")}
     for i, point in enumerate(points):
         at = [x for n, v in zip(names, point, strict=True) for x in (f"--{n.replace('_', '-')}", v)]
         assert run(*recipe, *at, "--validation", 0.1, "--out", i)[0] == 0
@@ -132,7 +132,7 @@ def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
         run("sweep", recipe, "--epochs", 2, "--out", "sweep", *options, "--compile", "off")[0] == 0
     )
     best = json.loads(Path("sweep/best/config.json").read_text())["options"]
-    row = min(results("sweep"), key=lambda row: row["validation_loss"])
+    row = min(lines("sweep"), key=lambda row: row["validation_loss"])
     assert {name: best[name] for name in ("lr", "momentum", "weight_decay")} == {
         name: row[name] for name in ("lr", "momentum", "weight_decay")
     }
@@ -148,7 +148,7 @@ def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
         x for n in ("lr", "momentum", "weight_decay") for x in (f"--{n.replace('_', '-')}", best[n])
     ]
     assert run(recipe, "--epochs", 3, "--validation", 0.1, *same, "--out", "whole")[0] == 0
-    whole, resumed = (fdl.load(f"{f}/params.safetensors") for f in ("whole", "sweep/best"))
+    whole, resumed = (fdl.io.load(f"{f}/params.safetensors") for f in ("whole", "sweep/best"))
     assert tree.diff(whole, resumed, rtol=1e-4, atol=1e-5) == []
 
 
@@ -157,10 +157,10 @@ def test_groups_that_fit_the_memory_give_what_one_gives(run):
     _, whole, _ = run("sweep", *LINREG, *axes, "--out", "whole")
     code, parts, _ = run("sweep", *LINREG, *axes, "--out", "parts", "--memory", 7e-6)
     assert code == 0 and "all at once" in whole and "groups of" in parts
-    assert len(results("parts")) == 5
-    for one, other in zip(results("whole"), results("parts"), strict=True):
+    assert len(lines("parts")) == 5
+    for one, other in zip(lines("whole"), lines("parts"), strict=True):
         close(one, other)
-    one, other = (fdl.load(f"{f}/best/params.safetensors") for f in ("whole", "parts"))
+    one, other = (fdl.io.load(f"{f}/best/params.safetensors") for f in ("whole", "parts"))
     assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
 
 
@@ -169,7 +169,7 @@ def test_compiled_as_eager(run):
     run("sweep", *LINREG, *axes, "--out", "eager")
     code, out, _ = run("sweep", *LINREG[:-1], "on", *axes, "--out", "compiled")
     assert code == 0 and "\ncompiling, 10 to 20 s the first time (--compile on)" in out
-    for one, other in zip(results("eager"), results("compiled"), strict=True):
+    for one, other in zip(lines("eager"), lines("compiled"), strict=True):
         close(one, other, rtol=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_compiled_as_eager(run):
 
 def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
     code, out, _ = run("sweep", *LINREG, "--grid", "lr=0.1,1e30", "--out", "sweep")
-    good, bad = results("sweep")
+    good, bad = lines("sweep")
     assert code == 0 and good["loss"] < 10 and "diverged at step" in out
     assert set(bad) == {"lr", "diverged_at_step"}
     assert run("sweep", *LINREG, "--grid", "lr=1e30,1e31", "--out", "none")[0] == 1
@@ -187,7 +187,7 @@ def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
-    make, options = sweep.make_programs, ("--grid", "lr=0.1,0.4", "--grid", "momentum=0.1,0.5")
+    make, options = group.make_programs, ("--grid", "lr=0.1,0.4", "--grid", "momentum=0.1,0.5")
     monkeypatch.setattr(fdl, "jit", lambda f, **_: f)
 
     def ended(*args, **kwargs):
@@ -202,13 +202,13 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
 
         return programs._replace(train=train)
 
-    monkeypatch.setattr(sweep, "make_programs", ended)
+    monkeypatch.setattr(run, "make_programs", ended)
     found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 7e-6)
     assert found[0] == code and "what was done is saved" in found[2]
-    assert 0 < len(results("sweep")) < 4
+    assert 0 < len(lines("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0
     assert last("sweep/best")["epoch"] == 9
-    monkeypatch.setattr(sweep, "make_programs", make)
+    monkeypatch.setattr(run, "make_programs", make)
     code, out, _ = run("sweep", "linreg", "--resume", "sweep")
     assert code == 0 and "groups of 2, as it began" in out
     assert run("sweep", *LINREG, "--epochs", 9, *options, "--out", "whole")[0] == 0
@@ -217,9 +217,9 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
 
 def same(folder, whole):
     """Have two sweeps come to the same?"""
-    for one, other in zip(results(folder), results(whole), strict=True):
+    for one, other in zip(lines(folder), lines(whole), strict=True):
         close(one, other)
-    one, other = (fdl.load(Path(f, "best", "params.safetensors")) for f in (folder, whole))
+    one, other = (fdl.io.load(Path(f, "best", "params.safetensors")) for f in (folder, whole))
     assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
 
 
@@ -246,10 +246,10 @@ def test_a_sweep_chooses_by_images_that_no_member_trained_on_and_tests_the_best_
     """Its accuracies are those of the parameters it has saved, on the images documented."""
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep"]
     code, out, _ = run("sweep", "softmax", *options)
-    rows, best = results("sweep"), last("sweep/best")
+    rows, best = lines("sweep"), last("sweep/best")
     assert code == 0 and "600 of the training examples are held out for validation" in out
     assert not any("test_accuracy" in row for row in rows) and "test_accuracy" in best
-    params = fdl.load("sweep/best/params.safetensors")["1"]
+    params = fdl.io.load("sweep/best/params.safetensors")["1"]
     train, test = (data.fashion_mnist_sample(train=train) for train in (True, False))
     _, validation = data.split(random.key(0), train, 0.1)
     for part, (x, y) in {"validation": validation, "test": test}.items():
@@ -269,7 +269,7 @@ def test_what_a_sweep_chooses_by(share):
              for i, row in enumerate(rows)]  # fmt: skip
     if not share:
         found = [r._replace(history=[dict(list(r.history[0].items())[:3])]) for r in found]
-    assert outcome.best_of(found).point == {"seed": 2 if share else 1}
+    assert results.best_of(found).point == {"seed": 2 if share else 1}
 
 
 def test_a_sweep_stands_for_its_best_run(run):
@@ -286,7 +286,7 @@ def test_a_sweep_stands_for_its_best_run(run):
 def test_without_a_validation_set_the_choice_is_said_to_flatter(run):
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--validation", 0]
     code, out, _ = run("sweep", "softmax", *options)
-    best = max(results("sweep"), key=lambda row: row["test_accuracy"])
+    best = max(lines("sweep"), key=lambda row: row["test_accuracy"])
     assert code == 0 and f"best by test accuracy: lr = {best['lr']:g}\n" in out
     assert "which flatters it" in out
 
@@ -295,7 +295,7 @@ def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
     """Its options name none, its numbers may be NaN, and an epoch was one pass."""
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--memory", 1e-5]
     assert run("sweep", "softmax", *options, "--validation", 0)[0] == 0
-    whole = results("sweep")
+    whole = lines("sweep")
     record = json.loads(Path("sweep/sweep.json").read_text())
     del record["options"]["validation"], record["passes"]
     Path("sweep/sweep.json").write_text(json.dumps(record))
@@ -304,7 +304,7 @@ def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
     shutil.rmtree("sweep/groups/0001")
     code, out, _ = run("sweep", "softmax", "--resume", "sweep")
     assert code == 0 and "1 of 2 groups are done" in out and "held out" not in out
-    rows = results("sweep")
+    rows = lines("sweep")
     assert rows[0].pop("old") is None
     for row, other in zip(rows, whole, strict=True):
         close(row, other)
@@ -314,13 +314,13 @@ def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
 def test_statistics_of_batch_norm_are_saved_with_the_best(run):
     options = ["--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off"]
     assert run("sweep", "lenet-bn", *options, "--grid", "lr=0.1", "--out", "sweep")[0] == 0
-    assert "running_var" in fdl.load("sweep/best/params.safetensors")["fc"]["1"]
+    assert "running_var" in fdl.io.load("sweep/best/params.safetensors")["fc"]["1"]
 
 
 def test_each_seed_is_scored_on_its_own_data_where_data_are_drawn(run):
     options = ["weight-decay", "--epochs", 2, "--compile", "off", "--validation", 0]
     assert run("sweep", *options, "--grid", "seed=0:3", "--out", "sweep")[0] == 0
-    for row in results("sweep"):
+    for row in lines("sweep"):
         assert run(*options, "--seed", row["seed"], "--out", row["seed"])[0] == 0
         close(row, last(str(row["seed"])))
 
@@ -346,7 +346,7 @@ def test_it_runs_from_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "val_accuracy" in done.stdout
-    best = max(results(tmp_path / "sweep"), key=lambda row: row["validation_accuracy"])
+    best = max(lines(tmp_path / "sweep"), key=lambda row: row["validation_accuracy"])
     found = last(tmp_path / "sweep/best")
     assert found["validation_accuracy"] == best["validation_accuracy"]
     said = f"no part in the choice: test accuracy {found['test_accuracy']:.4g}\n"

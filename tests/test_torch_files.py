@@ -15,7 +15,7 @@ from laws import draw, equal_bits, unchanged
 
 import fdl
 from fdl import tree
-from fdl._safetensors import DTYPES
+from fdl.io._safetensors import DTYPES
 
 ROOT = Path(__file__).parent.parent
 FORMATS = {"zip": True, "legacy": False}
@@ -53,7 +53,7 @@ def net():
 
 def test_a_state_dict_becomes_nested_parameters(saved):
     expected = net().state_dict()
-    params = fdl.load_torch(saved(expected))
+    params = fdl.io.load_torch(saved(expected))
     assert list(params) == ["conv", "fc"] and "running_var" in params["conv"]["1"]
     flat = tree.flatten_dict(params)
     assert flat.keys() == expected.keys()
@@ -66,10 +66,10 @@ def test_parameters_become_a_state_dict_that_a_module_takes(path):
     params = tree.unflatten_dict({name: draw(5, *x.shape).to(x.dtype) for name, x in
                                   source.state_dict().items()})  # fmt: skip
     with unchanged(params):
-        fdl.save_torch(path, params)
+        fdl.io.save_torch(path, params)
     target.load_state_dict(torch.load(path, weights_only=True))
     assert all(equal_bits(x, target.state_dict()[n]) for n, x in tree.flatten_dict(params).items())
-    assert not tree.diff(params, fdl.load_torch(path)) and os.listdir(path.parent) == [path.name]
+    assert not tree.diff(params, fdl.io.load_torch(path)) and os.listdir(path.parent) == [path.name]
 
 
 def test_every_dtype_and_every_bit(saved, request):
@@ -81,10 +81,10 @@ def test_every_dtype_and_every_bit(saved, request):
     }
     assert len(tensors) >= 11
     tensors |= {"scalar": torch.tensor(-0.0), "empty": torch.zeros(0, 3), "t": draw(0, 3, 4).T}
-    loaded = fdl.load_torch(saved(tensors))
+    loaded = fdl.io.load_torch(saved(tensors))
     assert all(equal_bits(loaded[name], tensors[name]) for name in tensors)
-    fdl.save_torch(saved({}), tensors)
-    loaded = fdl.load_torch(saved(tensors))
+    fdl.io.save_torch(saved({}), tensors)
+    loaded = fdl.io.load_torch(saved(tensors))
     assert all(equal_bits(loaded[name], tensors[name]) for name in tensors)
 
 
@@ -101,8 +101,8 @@ VALUES = {
 @pytest.mark.curriculum("B6")
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_tensors_lists_and_dicts(path, value):
-    fdl.save_torch(path, value)
-    loaded = fdl.load_torch(path)
+    fdl.io.save_torch(path, value)
+    loaded = fdl.io.load_torch(path)
     assert type(loaded) is type(value) and not tree.diff(value, loaded)
     theirs = torch.load(path, weights_only=True)
     pairs = zip(tree.leaves(theirs), tree.leaves(value), strict=True)
@@ -112,18 +112,18 @@ def test_tensors_lists_and_dicts(path, value):
 def test_what_usually_stands_beside_the_weights(saved):
     module = torch.nn.Linear(2, 1)
     checkpoint = {"epoch": 3, "model": module.state_dict(), "loss": 0.5, "name": "x", "none": None}
-    loaded = fdl.load_torch(saved(checkpoint))
+    loaded = fdl.io.load_torch(saved(checkpoint))
     assert loaded["epoch"] == 3 and loaded["none"] is None and loaded["model"]["weight"].ndim == 2
-    parameters = fdl.load_torch(saved(list(module.parameters())))
+    parameters = fdl.io.load_torch(saved(list(module.parameters())))
     assert [type(x) for x in parameters] == [torch.Tensor] * 2
     assert not any(x.requires_grad for x in parameters)
 
 
 def test_a_view_does_not_drag_its_memory_along_and_ties_stay(path):
     large, tied = torch.zeros(100_000), torch.ones(1000)
-    fdl.save_torch(path, {"row": large[:10], "a": tied, "b": tied})
+    fdl.io.save_torch(path, {"row": large[:10], "a": tied, "b": tied})
     assert path.stat().st_size < 8000
-    loaded = fdl.load_torch(path)
+    loaded = fdl.io.load_torch(path)
     loaded["a"].zero_()
     assert loaded["b"].sum() == 0
 
@@ -132,11 +132,11 @@ def test_a_failure_leaves_the_old_file(path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    fdl.save_torch(path, {"w": torch.ones(2)})
+    fdl.io.save_torch(path, {"w": torch.ones(2)})
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
-        fdl.save_torch(path, {"w": torch.zeros(2)})
-    assert fdl.load_torch(path)["w"].sum() == 2 and os.listdir(path.parent) == [path.name]
+        fdl.io.save_torch(path, {"w": torch.zeros(2)})
+    assert fdl.io.load_torch(path)["w"].sum() == 2 and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_failure_leaves_the_old_file(path, monkeypatch):
 )
 def test_what_is_no_state_dict_raises_and_writes_nothing(path, params, error, text):
     with pytest.raises(error, match=text):
-        fdl.save_torch(path, params)
+        fdl.io.save_torch(path, params)
     assert os.listdir(path.parent) == []
 
 
@@ -184,7 +184,7 @@ def test_what_is_no_state_dict_raises_and_writes_nothing(path, params, error, te
 )
 def test_what_is_no_tree_of_parameters_is_refused(saved, value, error, text):
     with pytest.raises(error, match=text):
-        fdl.load_torch(saved(value))
+        fdl.io.load_torch(saved(value))
 
 
 class Runs:
@@ -222,7 +222,7 @@ def test_a_pickle_that_would_run_code_is_refused(saved, name, protocol, tmp_path
     with pytest.raises(
         (ValueError, TypeError), match=r"load_torch: .*(names|STACK|got|storage|exhausted)"
     ):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_bare_pickle_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path.write_bytes(pickle.dumps(Runs(os.system, "touch ran"), 2))
     with pytest.raises(ValueError, match=r"its pickle names 'posix.system'"):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -250,7 +250,7 @@ import resource, sys
 import fdl
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    fdl.load_torch(sys.argv[1])
+    fdl.io.load_torch(sys.argv[1])
 except ValueError as error:
     print("refused:", str(error)[-200:].replace(chr(10), " "))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -289,7 +289,7 @@ def test_an_archive_whose_records_overlap_is_refused(path):
     forged = content[: content.rindex(directory) + len(directory)] + directory + bytes(tail)
     path.write_bytes(forged)
     with pytest.raises(ValueError, match=r"load_torch: cannot read .*(twice|claim|zip|archive)"):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)
 
 
 @pytest.mark.parametrize("size", [2**28, 2**40])
@@ -329,7 +329,7 @@ def test_a_damaged_file_raises(saved, damage):
     path = saved({"w": torch.ones(20)})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"load_torch: cannot read .*it\.pt: \S"):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)
 
 
 def test_a_record_that_stands_twice_is_refused(path):
@@ -337,9 +337,9 @@ def test_a_record_that_stands_twice_is_refused(path):
     with pytest.warns(UserWarning, match="Duplicate name"):
         replace(path, {}, further=[("it/data.pkl", b"\x80\x02}.")])
     with pytest.raises(ValueError, match="a record occurs twice"):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)
 
 
 def test_an_absent_file(path):
     with pytest.raises(FileNotFoundError, match=r"load_torch: no such file: .*it\.pt"):
-        fdl.load_torch(path)
+        fdl.io.load_torch(path)

@@ -45,7 +45,7 @@ def test_the_optimizer_beside_the_weights_goes_on_where_it_was(saved):
     module = Net().double()
     theirs = training(torch.optim.Adam, module)
     file = {"model": module.state_dict(), "optimizer": theirs.state_dict(), "epoch": 3}
-    loaded = fdl.load_torch(saved(file))
+    loaded = fdl.io.load_torch(saved(file))
     assert loaded["epoch"] == 3
     assert loaded["optimizer"]["param_groups"] == theirs.state_dict()["param_groups"]
     got, expected = loaded["optimizer"]["state"], theirs.state_dict()["state"]
@@ -84,7 +84,7 @@ def test_the_optimizer_beside_the_weights_goes_on_where_it_was(saved):
 )
 def test_every_state_dict_of_an_optimizer_is_read(saved, make):
     theirs = make(Net()).state_dict()
-    assert not tree_of_ints_differs(fdl.load_torch(saved(theirs)), theirs)
+    assert not tree_of_ints_differs(fdl.io.load_torch(saved(theirs)), theirs)
 
 
 def tree_of_ints_differs(got, expected):
@@ -107,20 +107,20 @@ def test_what_schedulers_and_scalers_keep_is_read(saved):
         "rng": torch.get_rng_state(),
         "size": (2, 3),
     }
-    assert not tree_of_ints_differs(fdl.load_torch(saved(file)), file)
-    size = fdl.load_torch(saved({"size": torch.Size([2, 3])}))["size"]
+    assert not tree_of_ints_differs(fdl.io.load_torch(saved(file)), file)
+    size = fdl.io.load_torch(saved({"size": torch.Size([2, 3])}))["size"]
     assert size == (2, 3) and type(size) is tuple
 
 
 def test_wrapped_modules_have_their_parameters_one_level_deeper(saved):
     module = torch.nn.Linear(2, 1)
-    bare = fdl.load_torch(saved(module.state_dict()))
-    parallel = fdl.load_torch(saved(torch.nn.DataParallel(module).state_dict()))
-    compiled = fdl.load_torch(saved(torch.compile(module).state_dict()))
+    bare = fdl.io.load_torch(saved(module.state_dict()))
+    parallel = fdl.io.load_torch(saved(torch.nn.DataParallel(module).state_dict()))
+    compiled = fdl.io.load_torch(saved(torch.compile(module).state_dict()))
     assert not tree.diff(parallel["module"], bare)
     assert not tree.diff(compiled["_orig_mod"], bare)
     both = torch.compile(torch.nn.DataParallel(module)).state_dict()
-    assert not tree.diff(fdl.load_torch(saved(both))["_orig_mod"]["module"], bare)
+    assert not tree.diff(fdl.io.load_torch(saved(both))["_orig_mod"]["module"], bare)
 
 
 def test_a_lightning_checkpoint_is_read(saved):
@@ -134,14 +134,14 @@ def test_a_lightning_checkpoint_is_read(saved):
         "lr_schedulers": [],
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
     }
-    loaded = fdl.load_torch(saved(file))
+    loaded = fdl.io.load_torch(saved(file))
     assert loaded["state_dict"]["body"]["0"]["weight"].shape == (2, 1, 3, 3)
     assert not tree_of_ints_differs(loaded["optimizer_states"], file["optimizer_states"])
 
 
 def test_tensors_that_share_memory_share_it_again(saved):
     w = draw(0, 4, 3).bfloat16()
-    loaded = fdl.load_torch(saved({"a": w, "b": w, "row": w[1], "half": w[:2].half()}))
+    loaded = fdl.io.load_torch(saved({"a": w, "b": w, "row": w[1], "half": w[:2].half()}))
     loaded["a"].zero_()
     assert loaded["b"].sum() == 0 and loaded["row"].sum() == 0 and loaded["row"].dtype == w.dtype
     assert equal_bits(loaded["half"], w[:2].half())

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import jit, nn, random, scan, tree
-from fdl._trace import MOVE, trace
+from fdl._compiler._graph import MOVE
+from fdl._compiler._trace import trace
 
 X = draw(1, 4, 3)
 CLOSED = draw(2, 3)

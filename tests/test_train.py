@@ -30,7 +30,7 @@ def records(folder):
 def test_linreg_recovers_the_weights_it_was_given(run, tmp_path):
     code, out, err = run("linreg", "--out", "it")
     assert code == 0 and not err
-    params = fdl.load(tmp_path / "it" / "params.safetensors")
+    params = fdl.io.load(tmp_path / "it" / "params.safetensors")
     expected = {"weight": torch.tensor([[2.0, -3.4]]), "bias": torch.tensor([4.2])}
     assert not tree.diff(expected, params, atol=0.01)
     assert "learned w = [2.00" in out or "learned w = [1.99" in out
@@ -50,7 +50,10 @@ def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_p
     assert last["epoch"] == 2 and last["accuracy"] > 0.6 and last["test_accuracy"] > 0.6
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     # The parameters are those whose accuracy was reported.
-    params, test = fdl.load(folder / "params.safetensors"), data.fashion_mnist_sample(train=False)
+    params, test = (
+        fdl.io.load(folder / "params.safetensors"),
+        data.fashion_mnist_sample(train=False),
+    )
     x = test.x.reshape(len(test.x), -1).float() / 255
     guesses = (x @ params["1"]["weight"].T + params["1"]["bias"]).argmax(1)
     assert (guesses == test.y).double().mean().item() == pytest.approx(last["test_accuracy"])
@@ -60,7 +63,7 @@ def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_p
 def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
     options = ["--data", "sample", "--epochs", 2, "--batch-size", 500, "--compile", "off"]
     assert run("lenet-bn", *options, "--out", "it")[0] == 0
-    saved = fdl.load(tmp_path / "it" / "params.safetensors")
+    saved = fdl.io.load(tmp_path / "it" / "params.safetensors")
     params, buffers = tree.partition(saved, lambda path, _: path.endswith(("weight", "bias")))
     assert buffers["fc"]["1"]["num_batches_tracked"] == 24
     test = data.fashion_mnist_sample(train=False)
@@ -211,7 +214,7 @@ def test_a_run_is_reproduced_by_its_seed(run, tmp_path):
         args = ("dropout", "--data", "sample", "--epochs", 1, "--seed", seed, "--out", name)
         args += ("--compile", "off")
         assert run(*args)[0] == 0
-    a, b, c = (fdl.load(tmp_path / name / "params.safetensors") for name in "abc")
+    a, b, c = (fdl.io.load(tmp_path / name / "params.safetensors") for name in "abc")
     assert not tree.diff(a, b) and tree.diff(a, c)
 
 
@@ -303,7 +306,7 @@ def test_threads_wait_as_the_user_says():
 
 def test_inspect_prints_a_saved_tree(run, tmp_path):
     params = {"fc": {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "rate": 0.5}
-    fdl.save(tmp_path / "it.safetensors", params, metadata={"epoch": 3})
+    fdl.io.save(tmp_path / "it.safetensors", params, metadata={"epoch": 3})
     code, out, err = run("inspect", "it.safetensors")
     assert code == 0 and not err
     assert out == (

@@ -27,19 +27,8 @@ from cases_transforms import TRANSFORMATIONS
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fdl import (
-    data,
-    interop,
-    losses,
-    metrics,
-    nn,
-    optim,
-    population,
-    precision,
-    random,
-    transforms,
-    tree,
-)
+from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
+from fdl.nn import _policy
 from fdl.optim import schedules
 
 ROWS = 3  # of a batch for vmap
@@ -50,7 +39,7 @@ elementwise_model = nn.Model(
     lambda key: {"scale": draw(key, 3)},
     lambda params, x, *, train=False, key=None: params["scale"] * x,
 )
-MIXED = precision.Policy(torch.float64, torch.float32, torch.float64)
+MIXED = _policy.Policy(torch.float64, torch.float32, torch.float64)
 
 TABLE: dict[str, dict[str, Case]] = {
     "nn": {
@@ -130,7 +119,7 @@ TABLE: dict[str, dict[str, Case]] = {
     "optim": OPTIM,
     "optim.schedules": SCHEDULES,
     "precision": {
-        "with_policy": layer(precision.with_policy(elementwise_model, MIXED), 3),
+        "with_policy": layer(_policy.with_policy(elementwise_model, MIXED), 3),
     },
     "random": {
         "bernoulli": Case(
@@ -220,7 +209,7 @@ MODULES: dict[str, ModuleType] = {
     "metrics": metrics,
     "optim": optim,
     "optim.schedules": schedules,
-    "precision": precision,
+    "precision": _policy,
     "random": random,
     "transforms": transforms,
     "data": data,

@@ -7,8 +7,7 @@ from torch import nn as oo
 from torch.func import vmap
 
 import fdl
-from fdl import data, interop, nn, random, tree
-from fdl.training import update_bn
+from fdl import data, interop, nn, random, tree, update_bn
 
 KEY = random.key(4)
 X, Y = draw(0, 50, 3) * 3 + 1, torch.zeros(50)

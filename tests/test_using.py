@@ -67,7 +67,7 @@ def test_predict_gives_the_probabilities_of_the_model(run, runs, tmp_path):
         Image.fromarray(image.numpy()).save(path)
     code, out, _ = run("predict", "softmax", *paths)
     assert code == 0 and len(out.splitlines()) == 3 * 11
-    params = fdl.load(runs / "softmax" / "params.safetensors")
+    params = fdl.io.load(runs / "softmax" / "params.safetensors")
     x = images[:3].reshape(3, -1).float() / 255
     expected = (x @ params["1"]["weight"].T + params["1"]["bias"]).softmax(1)
     for i, path in enumerate(paths):

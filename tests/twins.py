@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from fdl import random, tree
 from fdl.tree import Tree
-from train.bench import modules
+from models import torch_modules
 from train.bench.reference import GivenDropout, draw_masks
 
-half_mse = modules.half_mse
+half_mse = torch_modules.half_mse
 
 
 def linreg(features: int = 2) -> nn.Module:
-    return modules.linreg(features).double()
+    return torch_modules.linreg(features).double()
 
 
 def softmax_regression(features: int = 784, classes: int = 10) -> nn.Module:
-    return modules.softmax_regression(features, classes).double()
+    return torch_modules.softmax_regression(features, classes).double()
 
 
 def mlp(*args: Any, **kwargs: Any) -> nn.Module:
-    return modules.mlp(*args, dropout=GivenDropout, **kwargs).double()
+    return torch_modules.mlp(*args, dropout=GivenDropout, **kwargs).double()
 
 
 def lenet() -> nn.Module:
-    return modules.LeNet().double()
+    return torch_modules.LeNet().double()
 
 
 def set_params(module: nn.Module, params: Tree) -> nn.Module:

@@ -4,10 +4,12 @@ import logging
 import sys
 import time
 
-from fdl import data, inspect, random, tree
+from fdl import data, random, tree
+from fdl.io import inspect
 from train import config as configs
-from train import options, recipes, records, report, run, saved, sweep, using
+from train import evaluate, options, recipes, records, report, run, run_folder
 from train.bench import measure
+from train.sweep import run as sweep
 
 __all__ = ["main"]
 
@@ -36,9 +38,9 @@ def main() -> int:
             case configs.Bench():
                 return measure.run(config)
             case configs.Eval():
-                return using.evaluate(config)
+                return evaluate.evaluate(config)
             case configs.Predict():
-                return using.predict(config)
+                return evaluate.predict(config)
         raise AssertionError(f"no command for {config!r}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,7 +74,7 @@ def show_file(config: configs.Inspect) -> int:
     """Print the table of a saved tree, and what was saved beside it."""
     path = config.file
     if path.is_dir():
-        path = saved.newest(path) / "params.safetensors"
+        path = run_folder.newest(path) / "params.safetensors"
     contents = inspect(path)
     print(contents)
     if contents.metadata:

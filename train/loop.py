@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fdl import TrainState, data, disable_jit, jit, parallel, random, scan, train_step, tree
+from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
-from fdl.training import Metrics
 from train.config import Recipe
 from train.recipes import Problem
 

@@ -10,21 +10,9 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import (
-    Policy,
-    TrainState,
-    data,
-    losses,
-    metrics,
-    optim,
-    parallel,
-    random,
-    supervised,
-    tree,
-    with_policy,
-)
+from fdl import TrainState, data, losses, metrics, optim, parallel, random, supervised, tree
 from fdl.data import Dataset
-from fdl.nn import Model, StatefulModel
+from fdl.nn import Model, Policy, StatefulModel, with_policy
 from fdl.optim import Optimizer
 from fdl.tree import Tree
 from train.config import (

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 import fdl
-from fdl._durable import write_whole
+from fdl._files import write_whole
 from fdl.data import LABELS, Dataset
 from train.config import Recipe
 from train.loop import Plan

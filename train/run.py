@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 import fdl
-from fdl import Checkpointer, TrainState, parallel, random, tree
-from fdl._sharded import on_all, on_first
+from fdl import TrainState, parallel, random, tree
+from fdl.checkpointing import Checkpointer
+from fdl.parallel._group import on_all, on_first
 from train import config as configs
-from train import loop, processes, recipes, report, saved, usual
+from train import launch, loop, recipes, report, run_folder, usual
 
 __all__ = ["line", "next_commands", "run"]
 
@@ -44,18 +45,18 @@ class Run(NamedTuple):
 
 def run(name: str, config: configs.Recipe) -> int:
     """Train, alone or with the processes that `torchrun` has started; give the exit code."""
-    others = processes.started()
-    with processes.joined(others, config.device) as mesh:
+    others = launch.started()
+    with launch.joined(others, config.device) as mesh:
         past = None
         try:
-            config = processes.after_restart(config, others)
+            config = launch.after_restart(config, others)
             if config.resume is not None:
                 given, group = config.resume, mesh and mesh.get_group()
-                folder = on_first(group, lambda: saved.newest(given))
-                past = saved.read_run(folder)
-                config = saved.given_anew(name, folder, past, sys.argv[2:])
+                folder = on_first(group, lambda: run_folder.newest(given))
+                past = run_folder.read_run(folder)
+                config = run_folder.given_anew(name, folder, past, sys.argv[2:])
             configs.check(config)
-            processes.check_shares(config, others)
+            launch.check_shares(config, others)
             prepared = prepare(name, config, past, others, mesh)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -75,12 +76,12 @@ def run(name: str, config: configs.Recipe) -> int:
 def prepare(
     name: str,
     config: configs.Recipe,
-    past: saved.Saved | None,
-    others: processes.Processes,
+    past: run_folder.Saved | None,
+    others: launch.Processes,
     mesh: Any,
 ) -> Run:
     """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
-    device = processes.own_device(recipes.find_device(config.device), others)
+    device = launch.own_device(recipes.find_device(config.device), others)
     problem, state, data_key = recipes.set_up(config, device, mesh)
     if past is not None:
         problem = problem._replace(passes=past.passes)
@@ -111,7 +112,7 @@ def prepare(
     return run
 
 
-def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
+def resume(run: Run, past: run_folder.Saved, here: dict[str, Any]) -> Run:
     """Go to where the newest checkpoint of a run is, or to its start where it has none yet."""
     config, folder, state, progress = run.config, run.folder, run.state, run.progress
     if run.problem.data != past.data:
@@ -120,14 +121,14 @@ def resume(run: Run, past: saved.Saved, here: dict[str, Any]) -> Run:
     found = run.checkpointer.restore(like=state, device=device)
     if found is not None:
         state = found.state
-        progress = saved.progress_from_json(found.checkpoint.config["progress"], device)
+        progress = run_folder.progress_from_json(found.checkpoint.config["progress"], device)
     begun = progress.epoch if progress.done else progress.epoch - 1
     if begun > config.epochs:
         raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
     group, epochs = run.mesh and run.mesh.get_group(), progress.epoch - 1
     records = on_first(group, lambda: report.cut_metrics(folder, epochs))
     resumed = past.resumed
-    if changes := saved.differences({"processes": 1} | past.environment, here):
+    if changes := run_folder.differences({"processes": 1} | past.environment, here):
         print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
         resumed = [*resumed, {"step": int(state.step), "environment": here}]
     if run.first:
@@ -158,7 +159,7 @@ def train(run: Run) -> int:
             def save(state: TrainState, progress: loop.Progress, metrics: dict[str, float]) -> None:
                 # Before a checkpoint that counts on its lines.
                 on_first(group, lambda: report.sync_metrics(folder))
-                config = {"progress": saved.progress_as_json(progress)}
+                config = {"progress": run_folder.progress_as_json(progress)}
                 checkpointer.save(state, metrics=metrics, config=config)
 
             def on_chunk(
@@ -225,7 +226,7 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
     folder, state = run.folder, epoch.state if epoch else run.state
     if run.first:
         # As in a state_dict, buffers lie among the parameters: evaluation needs both.
-        fdl.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
+        fdl.io.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
     if records and run.first:
         report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
     if epoch and epoch.end == "diverged":

@@ -1,17 +1,10 @@
 """Layers, initializers and how to compose them. Layers and whole models are the same type."""
 
 from fdl.nn import init
-from fdl.nn.layers import (
-    avg_pool2d,
-    conv2d,
-    dropout,
-    flatten,
+from fdl.nn._activations import (
     gelu,
-    layer_norm,
     leaky_relu,
-    linear,
     log_softmax,
-    max_pool2d,
     relu,
     sigmoid,
     silu,
@@ -19,12 +12,18 @@ from fdl.nn.layers import (
     softplus,
     tanh,
 )
-from fdl.nn.model import Layer, Model, StatefulModel, sequential, tied
-from fdl.nn.norm import batch_norm
+from fdl.nn._compose import sequential, tied
+from fdl.nn._dropout import dropout
+from fdl.nn._linear import conv2d, linear
+from fdl.nn._model import Layer, Model, StatefulModel
+from fdl.nn._norm import batch_norm, layer_norm
+from fdl.nn._policy import Policy, with_policy
+from fdl.nn._pooling import avg_pool2d, flatten, max_pool2d
 
 __all__ = [
     "Layer",
     "Model",
+    "Policy",
     "StatefulModel",
     "avg_pool2d",
     "batch_norm",
@@ -46,4 +45,5 @@ __all__ = [
     "softplus",
     "tanh",
     "tied",
+    "with_policy",
 ]

@@ -1,7 +1,9 @@
 """Optimizers and transformations of gradients as pure functions."""
 
 from fdl.optim import schedules
-from fdl.optim.adaptive import (
+from fdl.optim._adafactor import adafactor
+from fdl.optim._adan import adan, scale_by_adan
+from fdl.optim._adaptive import (
     scale_by_adadelta,
     scale_by_adagrad,
     scale_by_adam,
@@ -10,24 +12,35 @@ from fdl.optim.adaptive import (
     scale_by_radam,
     scale_by_rms,
 )
-from fdl.optim.base import Optimizer, State, apply_updates, chain, leafwise, slots
-from fdl.optim.beyond import (
-    adan,
-    lamb,
-    lars,
-    lion,
-    scale_by_adan,
-    scale_by_lion,
-    scale_by_trust_ratio,
+from fdl.optim._averaging import ema, lookahead
+from fdl.optim._base import Optimizer, State, apply_updates, chain, leafwise, slots
+from fdl.optim._basic import (
+    add_decayed_weights,
+    add_noise,
+    centralize,
+    scale,
+    scale_by_learning_rate,
+    trace,
 )
-from fdl.optim.classic import asgd, rprop
-from fdl.optim.clipping import adaptive_clip, clip, clip_by_global_norm
-from fdl.optim.conversion import from_torch, to_torch
-from fdl.optim.hyper import Schedule, hyperparams, with_hyperparams
-from fdl.optim.lbfgs import lbfgs
-from fdl.optim.loss_scaling import loss_scale, loss_scale_of
-from fdl.optim.matrices import adafactor, muon, scale_by_muon
-from fdl.optim.optimizers import (
+from fdl.optim._clipping import adaptive_clip, clip, clip_by_global_norm
+from fdl.optim._conditional import accumulate, apply_if_finite
+from fdl.optim._hyperparams import Schedule, hyperparams, with_hyperparams
+from fdl.optim._layerwise import lamb, lars, scale_by_trust_ratio
+from fdl.optim._lbfgs import lbfgs
+from fdl.optim._lion import lion, scale_by_lion
+from fdl.optim._loss_scale import loss_scale, loss_scale_of
+from fdl.optim._masking import freeze, masked, multi_transform
+from fdl.optim._muon import muon, scale_by_muon
+from fdl.optim._reduce_on_plateau import reduce_on_plateau
+from fdl.optim._rprop_asgd import asgd, rprop
+from fdl.optim._sam import sam
+from fdl.optim._schedule_free import (
+    schedule_free,
+    schedule_free_adamw,
+    schedule_free_params,
+    schedule_free_sgd,
+)
+from fdl.optim._torch_recipes import (
     adadelta,
     adagrad,
     adam,
@@ -38,25 +51,7 @@ from fdl.optim.optimizers import (
     rmsprop,
     sgd,
 )
-from fdl.optim.parts import freeze, masked, multi_transform
-from fdl.optim.plateau import reduce_on_plateau
-from fdl.optim.schedulefree import (
-    schedule_free,
-    schedule_free_adamw,
-    schedule_free_params,
-    schedule_free_sgd,
-)
-from fdl.optim.sharpness import sam
-from fdl.optim.transforms import (
-    add_decayed_weights,
-    add_noise,
-    centralize,
-    ema,
-    scale,
-    scale_by_learning_rate,
-    trace,
-)
-from fdl.optim.wrappers import accumulate, apply_if_finite, lookahead
+from fdl.optim._torch_state import from_torch, to_torch
 
 __all__ = [
     "Optimizer",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._scan import scan
+from fdl._compiler._scan import scan
 from fdl.tree import Tree
 
 __all__ = ["check_chunk", "check_positive", "check_scalar", "cut", "in_chunks"]

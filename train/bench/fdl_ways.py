@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fdl import TrainState, data, jit, losses, random, scan, supervised, train_step, tree
+from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
-from fdl.training import Metrics
 from train import config, loop, recipes
 from train.bench.task import Array, Task
 from train.bench.torch_peers import TorchWay

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdl import random
-from train.bench import modules
+from models import torch_modules
 from train.bench.check import Reference
 from train.bench.task import Task, load, save_arrays
 from train.bench.torch_peers import Eager, floats
@@ -49,12 +49,12 @@ def draw_masks(module: nn.Sequential, key: Tensor, x: Tensor) -> None:
 
 def run(task: Task) -> Reference:
     """Train `CALLS` calls from the initial weights, in float64 on the CPU."""
-    module = modules.make(task.model, task.rates, GivenDropout).double()
+    module = torch_modules.make(task.model, task.rates, GivenDropout).double()
     module.load_state_dict({name: torch.from_numpy(p) for name, p in task.params.items()})
     optimizer = torch.optim.SGD(
         module.parameters(), task.lr, task.momentum, weight_decay=task.weight_decay
     )
-    loss_fn, key = modules.loss_of(task.model), torch.from_numpy(task.key.astype(np.int64))
+    loss_fn, key = torch_modules.loss_of(task.model), torch.from_numpy(task.key.astype(np.int64))
     losses = []
     for i, row in enumerate(np.concatenate([task.rows] * CALLS)):
         batch = task._replace(x=task.x[row], y=task.y[row])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from train.bench import modules
+from models import torch_modules
 from train.bench.task import Array, Task
 from train.bench.way import Loop, Trajectory, Way
 
@@ -67,8 +67,8 @@ class Eager(TorchLoop):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.module = modules.make(task.model, task.rates).to(self.device)
-        self.loss = modules.loss_of(task.model)
+        self.module = torch_modules.make(task.model, task.rates).to(self.device)
+        self.loss = torch_modules.loss_of(task.model)
         self.model: Callable[[Tensor], Tensor] = self.module
         self.images = self.examples()
         self.reset()
@@ -198,7 +198,7 @@ class CompiledStep(TorchLoop):
         self.slots = [torch.zeros_like(p) for p in self.current] if task.momentum else []
         for leaf in [*self.current, *self.slots, self.images, self.labels]:
             torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy them at each step
-        module = modules.make(task.model, task.rates).to("meta")
+        module = torch_modules.make(task.model, task.rates).to("meta")
         step = make_step(task, module, list(initial))
         self.program = torch.compile(
             step, fullgraph=True, dynamic=False, mode=mode, options=options
@@ -224,7 +224,7 @@ class CompiledStep(TorchLoop):
 
 def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., Tensor]:
     """Write the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
-    loss_fn, has_images = modules.loss_of(task.model), task.images
+    loss_fn, has_images = torch_modules.loss_of(task.model), task.images
     lr, momentum, weight_decay = task.lr, task.momentum, task.weight_decay
 
     def objective(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

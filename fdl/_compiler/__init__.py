@@ -1,0 +1,12 @@
+"""`jit` and `scan`; README.md beside this file shows the path of a call."""
+
+from fdl._compiler._jit import Jitted, Report, disable_jit, jit
+from fdl._compiler._scan import scan
+
+__all__ = [
+    "Jitted",
+    "Report",
+    "disable_jit",
+    "jit",
+    "scan",
+]

@@ -1,0 +1,89 @@
+"""Operations written in primitives: those of Inductor, but for some that lose a NaN or a sign.
+
+Inductor's compare such that a NaN takes the branch of ordinary numbers, so that the derivative of
+a loss that is NaN may be 0 or 1; and `x % y` and `clamp` change the sign of a zero. Those here
+equal torch's own kernels.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+MEAN = 1  # of reductions: 0 is none, 2 the sum
+
+
+@cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return how to write each operation that Inductor does not take as it is."""
+    # A second to import, which those who do not compile save; decompositions look into lowering.
+    import torch._inductor.lowering  # noqa: F401
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), **OWN}
+
+
+def elu_backward(
+    grad: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor
+) -> Tensor:
+    """Also of `selu` and `celu`; `x` is what came in, or what came out if `is_result`."""
+    negative = x + alpha * scale if is_result else alpha * scale * torch.exp(x * input_scale)
+    return torch.where(x > 0, grad * scale, grad * input_scale * negative)
+
+
+def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """1 from 3 on, 0 up to −3, x/3 + ½ in between."""
+    return torch.where(x >= 3, grad, torch.where(x <= -3, 0.0, grad * (x / 3 + 0.5)))
+
+
+def smooth_l1_loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float
+) -> Tensor:
+    """±1 from β on, (x − y)/β nearer to the target."""
+    difference = x - target
+    grad = grad / x.numel() if reduction == MEAN else grad
+    far = difference.abs() >= beta
+    return torch.where(far, grad * difference.sign(), grad * difference / beta)
+
+
+def remainder(x: Tensor, y: Tensor | float) -> Tensor:
+    """Subtract no multiple of y that is rounded: `fmod` is exact, and keeps the sign of a zero."""
+    if not x.is_floating_point():
+        return NotImplemented
+    rest = torch.fmod(x, y)
+    opposite = torch.logical_and(rest != 0, (rest < 0) != (torch.as_tensor(y) < 0))
+    return torch.where(opposite, rest + y, rest)
+
+
+def clamp_min(x: Tensor, low: float) -> Tensor:
+    """Of two zeros `maximum` takes the second one."""
+    return torch.maximum(_scalar(low, x), x) if x.is_floating_point() else NotImplemented
+
+
+def clamp_max(x: Tensor, high: float) -> Tensor:
+    """Of two zeros `minimum` takes the second one."""
+    return torch.minimum(_scalar(high, x), x) if x.is_floating_point() else NotImplemented
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """1/√x where torch takes it, which is −∞ at −0 and NaN at −∞."""
+    return torch.rsqrt(x) if exponent == -0.5 and x.is_floating_point() else NotImplemented
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+OWN: dict[Any, Callable[..., Any]] = {
+    aten.elu_backward.default: elu_backward,
+    aten.hardswish_backward.default: hardswish_backward,
+    aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,
+    aten.remainder.Tensor: remainder,
+    aten.remainder.Scalar: remainder,
+    aten.clamp_min.default: clamp_min,
+    aten.clamp_max.default: clamp_max,
+    aten.pow.Tensor_Scalar: power,
+}

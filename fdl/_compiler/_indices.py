@@ -1,0 +1,203 @@
+"""Indices in a compiled program: checked as eager torch checks them, and before they are used.
+
+Inductor checks an index where it loads from there. So labels that are out of range train silently
+where only the derivative is computed and compares them (`_passes.py`); operations that eager torch
+refuses negative indices for (`index_select`, `index_add`) count them from the end once they are
+written in primitives; and an error in a kernel that several threads run ends the process. Here each
+index of an operation passes through `in_range` while the function is traced.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+OUT_OF_RANGE = "index out of range"  # how the message of the error begins
+
+
+class _Index(NamedTuple):
+    """Where an operation takes an index, and what may stand in it: from `low` to below `high`."""
+
+    position: int
+    low: int
+    high: int
+    ignored: int | None = None  # a label that is left out
+
+
+_Args = Sequence[Any]
+
+
+def _along(args: _Args) -> Iterator[_Index]:
+    """`(x, dim, index, …)`, counted from 0."""
+    x, dim = args[:2]
+    yield _Index(2, 0, x.shape[dim] if x.ndim else 1)
+
+
+def _along_from_the_end(args: _Args) -> Iterator[_Index]:
+    for index in _along(args):
+        yield index._replace(low=-index.high)
+
+
+def _flat(args: _Args) -> Iterator[_Index]:
+    """`(x, index, …)`, into all elements in a row; negative ones count from the end."""
+    yield _Index(1, -args[0].numel(), args[0].numel())
+
+
+def _rows(args: _Args) -> Iterator[_Index]:
+    """`(weight, index, …)`."""
+    yield _Index(1, 0, args[0].shape[0])
+
+
+def _rows_of_derivative(args: _Args) -> Iterator[_Index]:
+    """`(grad, index, rows, …)`."""
+    yield _Index(1, 0, args[2])
+
+
+def _labels(args: _Args) -> Iterator[_Index]:
+    """`(log_p, labels, weight, reduction, ignored)`, with classes along axis 1, or the only one."""
+    yield _Index(1, 0, args[0].shape[1 if args[0].ndim > 1 else 0], args[4])
+
+
+def _labels_of_derivative(args: _Args) -> Iterator[_Index]:
+    """`(grad, log_p, labels, weight, reduction, ignored, …)`."""
+    for index in _labels(args[1:]):
+        yield index._replace(position=2)
+
+
+def _unpooled(args: _Args) -> Iterator[_Index]:
+    """`(x, index, sizes, …)`, into all positions of a picture in a row."""
+    yield _Index(1, 0, torch.Size(args[2]).numel())
+
+
+# By the name of the operation; what changes its first argument in place is named with _ behind it.
+RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
+    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _along),
+    **dict.fromkeys(("index_select", "index_add", "index_copy", "index_reduce"), _along),
+    "index_fill": _along_from_the_end,
+    **dict.fromkeys(("take", "put"), _flat),
+    "embedding": _rows,
+    "embedding_dense_backward": _rows_of_derivative,
+    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _labels),
+    **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _labels_of_derivative),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _unpooled),
+}
+LISTS = ("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put")
+
+
+def checked(op: Any, args: _Args) -> _Args:
+    """Put indices that are known to be in range in the place of those of an operation."""
+    if any(isinstance(z, Tensor) and z.is_cuda for z in args):
+        return args  # kernels check, and there is no other way to stop
+    name = getattr(op, "_opname", "").removesuffix("_")
+    new = list(args)
+    if name in LISTS:  # `(x, indices, …)`: one for each of the first axes, None for all of it
+        sizes = zip(args[1], args[0].shape, strict=False)
+        if all(_counts(index) for index in args[1] if index is not None):
+            new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
+    elif name in RULES:
+        for i, low, high, ignored in RULES[name](args):
+            if ignored is None or ignored in range(low, high):
+                new[i] = _checked(args[i], low, high)
+            else:
+                left_out = args[i] == ignored
+                found = _checked(torch.where(left_out, low, args[i]), low, high)
+                new[i] = torch.where(left_out, ignored, found)
+    return new
+
+
+def _checked(index: Tensor, low: int, high: int) -> Tensor:
+    if index.numel() and low == high:  # nothing is in range
+        raise IndexError(expected(low, high))
+    return in_range(index, low, high)
+
+
+def _counts(index: Tensor) -> bool:
+    return index.dtype in (torch.int64, torch.int32)  # a mask does not
+
+
+@torch.library.custom_op("fdl::in_range", mutates_args=())
+def in_range(index: Tensor, low: int, high: int) -> Tensor:
+    """Return a copy of `index`; raise unless all of it is from `low` to below `high`."""
+    if index.numel() and not (index.min() >= low and index.max() < high):
+        raise IndexError(expected(low, high))
+    return index.clone()
+
+
+@in_range.register_fake
+def _(index: Tensor, low: int, high: int) -> Tensor:
+    return torch.empty_like(index)
+
+
+def expected(low: int, high: int) -> str:
+    """Say what was expected."""
+    return f"{OUT_OF_RANGE}: expected {low} <= index < {high}"
+
+
+IN_RANGE = in_range._opoverload
+SAME_ELEMENTS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+)
+
+
+def merge_checks(graph: Graph) -> None:
+    """Check once what a value and its derivative take the same index for."""
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in graph.find_nodes(op="call_function", target=IN_RANGE):
+        index, *limits = cast(Any, node.args)
+        # The body of a loop is traced a second time, with the checks that it has.
+        if index.target is IN_RANGE and list(index.args[1:]) == limits:
+            same = index
+        else:
+            same = first.setdefault(node.args, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def hoist_checks(loop: Node, body: Graph) -> None:
+    """Check all rows of what a loop walks along before it begins, not each at its turn."""
+    _, init, xs, _ = cast(Any, loop.args[:4])
+    rows = body.find_nodes(op="placeholder")[len(init) : len(init) + len(xs)]
+    for i, row in enumerate(rows):
+        for low, high in _ranges_of_all(row, body):
+            with loop.graph.inserting_before(loop):
+                whole = loop.graph.call_function(IN_RANGE, (xs[i], low, high))
+            whole.meta["val"] = xs[i].meta["val"].clone()
+            xs = [*xs[:i], whole, *xs[i + 1 :]]
+            loop.args = (loop.args[0], init, xs, *loop.args[3:])
+
+
+def _ranges_of_all(row: Node, body: Graph) -> list[tuple[int, int]]:
+    """Take the checks of every element of a row out of the body of a loop; list their ranges."""
+    found: dict[tuple[int, int], dict[int | None, list[Node]]] = {}
+    for node in body.find_nodes(op="call_function", target=IN_RANGE):
+        index, low, high = cast(Any, node.args)
+        origin, part = _origin(index)
+        if origin is row:
+            found.setdefault((low, high), {}).setdefault(part, []).append(node)
+    ranges = []
+    for (low, high), parts in found.items():
+        # Steps that are written one after the other take one part each.
+        if None in parts or len(parts) == len(row.meta["val"]):
+            ranges.append((low, high))
+            for node in [node for nodes in parts.values() for node in nodes]:
+                node.replace_all_uses_with(cast(Node, node.args[0]))
+                body.erase_node(node)
+    return ranges
+
+
+def _origin(index: Node) -> tuple[Node, int | None]:
+    """Find the node that has the elements of `index`, or of which it is part number so many."""
+    while index.target in SAME_ELEMENTS:
+        index = cast(Node, index.args[0])
+    if index.target is aten.select.int and index.args[1] == 0:
+        return cast(tuple[Node, int], (index.args[0], index.args[2]))
+    return index, None

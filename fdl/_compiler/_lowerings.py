@@ -1,0 +1,98 @@
+"""The operations that fdl adds to those of torch, as Inductor writes them."""
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fdl._compiler._indices import IN_RANGE, expected
+
+aten = torch.ops.aten
+
+
+@cache
+def has_onednn() -> bool:
+    """Say whether torch was built with oneDNN, and with the product that `fdl::linear` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@torch.library.custom_op("fdl::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x Wᵀ + b by oneDNN, of matrices with any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@cache
+def register() -> None:
+    """Tell Inductor, which this imports."""
+    from torch._inductor.ir import ExternKernel, FixedLayout, NoneLayout, Pointwise, TensorBox
+    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.mkldnn_ir import LinearUnary
+    from torch._inductor.virtualized import V, ops
+
+    @register_lowering(torch.ops.fdl.linear.default, type_promotion_kind=None)
+    def lower_linear(x: TensorBox, weight: TensorBox, bias: TensorBox | None) -> TensorBox:
+        size = [x.get_size()[0], weight.get_size()[0]]
+        inputs = [LinearUnary.realize_input(z) for z in (x, weight, bias) if z is not None]
+        constants: list[Any] = ["none", [-1], ""]
+        call = LinearUnary(
+            layout=FixedLayout(device=x.get_device_or_error(), dtype=x.get_dtype(), size=size),
+            inputs=inputs,
+            constant_args=constants if bias is not None else [None, *constants],
+        )
+        return TensorBox.create(call)
+
+    class RaiseIf(ExternKernel):
+        """An error between kernels: one in a kernel would end a process with several threads."""
+
+        def __init__(self, flag: TensorBox, message: str) -> None:
+            flag.realize()
+            device = flag.get_device_or_error()
+            super().__init__(None, NoneLayout(device=device), self.unwrap_storage([flag]))
+            self.message = message
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def has_side_effects(self) -> bool:
+            return True
+
+        def codegen(self, wrapper: Any) -> None:
+            flag = cast(Any, self.inputs[0]).codegen_reference()
+            if V.graph.cpp_wrapper:
+                wrapper.writeline(
+                    f"if (*static_cast<bool*>({flag}.data_ptr())) "
+                    f'throw std::runtime_error("{self.message}");'
+                )
+            else:
+                wrapper.writeline(f"if {flag}.item():")
+                wrapper.writeline(f'    raise RuntimeError("{self.message}")')
+
+    @register_lowering(IN_RANGE, type_promotion_kind=None)
+    def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:
+        below, above = lowerings[aten.lt](index, low), lowerings[aten.ge](index, high)
+        outside = lowerings[aten.logical_or](below, above)
+        RaiseIf(lowerings[aten.any](outside), expected(low, high))
+        dtype, load = index.get_dtype(), index.make_loader()
+
+        def clamped(at: Any) -> Any:
+            # Nothing else is read, whichever comes first; and Inductor checks no more.
+            at_least = ops.maximum(load(at), ops.constant(low, dtype))
+            return ops.minimum(at_least, ops.constant(high - 1, dtype))
+
+        result = Pointwise.create(
+            device=index.get_device_or_error(),
+            dtype=dtype,
+            inner_fn=clamped,
+            ranges=list(index.get_size()),
+        )
+        result.realize()
+        return result

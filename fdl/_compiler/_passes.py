@@ -1,0 +1,195 @@
+"""Rewritings of a graph: on the CPU for speed, and where Inductor computes something else.
+
+torch hands matrix products to MKL, which on processors of other makers falls back to older
+instructions and is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions,
+writes its kernels for the processor at hand: for the products of a classifier of ten classes it
+took a half to a third of the time. And the tiniest products are not worth a call: as a sum of
+products Inductor merges them with what surrounds them.
+
+A rule fires only where the node itself proves that the result is the same to rounding;
+`tests/test_compiled_equals_eager.py` has a table for each.
+"""
+
+from collections.abc import Callable
+from math import copysign, prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fdl._compiler._graph import LOOP, nodes_of
+from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
+from fdl._compiler._lowerings import has_onednn
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+TINY = 4096  # multiplications up to which a product is written out
+
+Call = Callable[..., Node]  # adds a call to the graph; see `_caller`
+
+
+def rewrite(module: GraphModule, on_cpu: bool) -> None:
+    """Apply the rules to a graph and to the bodies of its loops."""
+    for child in module.children():
+        rewrite(cast(GraphModule, child), on_cpu)
+    merge_checks(module.graph)
+    for node in nodes_of(module.graph, "call_function"):
+        if node.target is LOOP:
+            body = module.get_submodule(cast(Any, node.args[0]).target)
+            hoist_checks(node, cast(GraphModule, body).graph)
+    for node in nodes_of(module.graph, "call_function"):
+        rule = RULES.get(node.target)
+        if rule is not None and (on_cpu or rule in EVERYWHERE):
+            new = rule(_caller(module, node), node)
+            if new is not None:
+                node.replace_all_uses_with(new)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _add(call: Call, node: Node) -> Node | None:
+    """Keep x + 0, which is 0 where x is −0, and which Inductor takes for x."""
+    x, y = (cast(Any, z) for z in node.args)
+    if not _value(node).is_floating_point() or node.kwargs:
+        return None
+    if _is_zero(x) and isinstance(y, Node):
+        x, y = y, x
+    return call(aten.add.Tensor, x, y, alpha=2) if _is_zero(y) else None
+
+
+def _mm(call: Call, node: Node) -> Node | None:
+    return _product(call, node, None, *cast(Any, node.args))
+
+
+def _addmm(call: Call, node: Node) -> Node | None:
+    if node.kwargs:  # beta, alpha
+        return None
+    return _product(call, node, *cast(Any, node.args))
+
+
+def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Node | None:
+    (m, k), n = _value(a).shape, _value(b).shape[1]
+    dtype = _value(node).dtype
+    # Sums of integers would be int64; sums of 16-bit numbers are kept in float32 by torch's kernel.
+    if m * n * k <= TINY and dtype in (torch.float32, torch.float64):
+        # [m, k, 1] · [1, k, n], summed over k
+        products = call(
+            aten.mul.Tensor, call(aten.unsqueeze.default, a, 2), call(aten.unsqueeze.default, b, 0)
+        )
+        new = call(aten.sum.dim_IntList, products, [1])
+        return new if bias is None else call(aten.add.Tensor, new, bias)
+    fits = bias is None or _value(bias).shape == (n,)
+    if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
+        transposed = call(aten.permute.default, b, [1, 0])
+        return call(torch.ops.fdl.linear.default, a, transposed, bias)
+    return None
+
+
+def _scatter_add(call: Call, node: Node) -> Node | None:
+    into, dim, index, source = cast(Any, node.args)
+    if not _is_zeros(into) or dim not in (-1, _value(into).ndim - 1):
+        return None
+    if _never_meet(index):
+        return call(aten.scatter.src, into, dim, index, source)
+    return _compare(call, into, index, source)
+
+
+def _never_meet(index: Node) -> bool:
+    """Say whether an index is that of a pooling with windows that do not overlap, row by row.
+
+    No two gradients go to one pixel then, and storing does what adding would, atomically.
+    """
+    positions = prod(_value(index).shape[-1:])
+    while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
+        index = cast(Node, index.args[0])
+    if index.target is not prims._low_memory_max_pool_offsets_to_indices.default:
+        return False
+    _, kernel, _, stride, padding, dilation = cast(Any, index.args)
+    spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+    apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
+    # Positions count the pixels of one picture: each row has to be the windows of one.
+    return bool(apart and positions == prod(_value(index).shape[-len(kernel) :]))
+
+
+def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
+    """Write one entry of each row by comparison: the derivative of taking a label's log p.
+
+    A scatter is a call, and a buffer filled before; a comparison merges with its surroundings.
+    """
+    shape, one_each = _value(into).shape, _value(index).shape
+    if one_each != (*shape[:-1], 1) or _value(source).shape != one_each:
+        return None
+    form = {"dtype": _value(index).dtype, "device": _value(index).device}
+    columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **form)
+    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=form["device"])
+    return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
+
+
+def _avg_pool_backward(call: Call, node: Node) -> Node | None:
+    """Divide by the size of each window first, where some may hang over what was padded.
+
+    Inductor divides by the size of the kernel (pytorch#198119).
+    """
+    grad, x, kernel, stride, padding, hang_over, count_padding, divisor = cast(Any, node.args)
+    if not (hang_over and count_padding) or divisor is not None:
+        return None
+    stride, padding = stride or kernel, padding or [0] * len(kernel)
+    area: Any = 1
+    for axis in range(-len(kernel), 0):
+        size, windows = _value(x).shape[axis], _value(grad).shape[axis]
+        form = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
+        # How much is left of the padded axis where each window starts.
+        left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
+        sides = call(
+            aten.minimum.default,
+            call(prims.iota.default, windows, **left, **form),
+            call(aten.full.default, [], kernel[axis], dtype=torch.int64, device=form["device"]),
+        )
+        for _ in range(-axis - 1):
+            sides = call(aten.unsqueeze.default, sides, -1)
+        area = call(aten.mul.Tensor, sides, area)
+    shares = call(aten.div.Tensor, grad, area)
+    return call(node.target, shares, x, kernel, stride, padding, hang_over, count_padding, 1)
+
+
+def _is_zeros(node: Node) -> bool:
+    return node.target is aten.full.default and bool(node.args[1] == 0)
+
+
+def _is_zero(x: Any) -> bool:
+    """Say whether a number is 0, and not −0, or a tensor full of it."""
+    while isinstance(x, Node) and x.target is aten.expand.default:
+        x = x.args[0]
+    if isinstance(x, Node):
+        x = x.args[1] if x.target is aten.full.default else 1
+    return bool(x == 0 and copysign(1, x) == 1)
+
+
+def _value(node: Node) -> Tensor:
+    return cast(Tensor, node.meta["val"])
+
+
+def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
+    """Make a function that adds a call before `node`."""
+
+    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+        with module.graph.inserting_before(node), node.meta["val"].fake_mode:
+            new = module.graph.call_function(op, args, kwargs)
+            values = (z.meta["val"] if isinstance(z, Node) else z for z in args)
+            new.meta["val"] = op(*values, **kwargs)
+        return new
+
+    return call
+
+
+# What each operation is replaced by, if by anything.
+RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
+    aten.add.Tensor: _add,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.scatter_add.default: _scatter_add,
+    aten.avg_pool2d_backward.default: _avg_pool_backward,
+    aten.avg_pool3d_backward.default: _avg_pool_backward,
+}
+EVERYWHERE = (_add, _avg_pool_backward)  # rules that are not for speed on the CPU

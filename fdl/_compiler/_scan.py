@@ -1,0 +1,135 @@
+"""`scan`, a loop written as a function, and what of `jit` it has to know.
+
+How a `scan` runs depends on where it is called:
+
+- eagerly, or under a `torch.func` transformation: a Python loop;
+- inside `jit` on the CPU: torch's `scan` operator, so that Inductor emits the loop itself;
+- inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body;
+- inside `torch.compile`: torch's operator, or the Python loop where Inductor refuses the operator
+  (without `fullgraph`) or gets its backward pass wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fdl import tree
+from fdl._compiler._scan_dynamo import _scan_as_operator
+from fdl._compiler._scan_eager import _check_whole, _checked_carry, _scan_as_loop
+from fdl._compiler._scan_traced import _scan_traced
+from fdl._compiler._trace import is_tracing
+from fdl._torch_compat import _inductor_takes_loops, in_transform
+from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
+
+Carry = TypeVar("Carry")
+
+
+class _None(NamedTuple):
+    """Stands for None, which is a tree without leaves to JAX, and to torch a leaf."""
+
+
+def _has_none(part: Tree) -> bool:
+    return any(leaf is None for leaf in tree.leaves(part))
+
+
+def _hide(part: Tree) -> Tree:
+    """Put a tree without leaves in the place of each None."""
+    if not _has_none(part):
+        return part
+    return pytree.tree_map(lambda leaf: _None() if leaf is None else leaf, part)
+
+
+def _show(part: Tree) -> Tree:
+    """Undo `_hide`."""
+    return pytree.tree_map(lambda x: None if _is_none(x) else x, part, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return isinstance(node, _None)
+
+
+def scan(
+    f: Callable[[Carry, Any], tuple[Carry, Any]],
+    init: Carry,
+    xs: Tree = (),
+    *,
+    length: int | None = None,
+) -> tuple[Carry, Tree]:
+    """Fold `f` over the first axis of `xs`: `carry, y = f(carry, x)`; equals `jax.lax.scan`.
+
+    Args:
+        f: a pure function `(carry, x) -> (carry, y)`. The carry keeps its structure, shapes and
+            dtypes. `y` is any tree of tensors, `None` or `()` for none.
+        init: the first carry, a tree of tensors.
+        xs: a tree of tensors with one common first axis; step `i` sees `leaf[i]`. None or `()` for
+            none, which each step sees.
+        length: the number of steps; needed only where `xs` has no leaves.
+
+    Returns:
+        The last carry, and the `y`s stacked along a new first axis. Of no steps, these are `init`
+        and empty leaves, whose forms one run of `f` on zeros tells.
+
+    Raises:
+        TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or one of `xs` or `y` a DTensor
+            (every path is listed).
+        ValueError: `xs` has no common first axis, or `f` changed the form of the carry (every
+            path is listed).
+
+    >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
+    (tensor(6), tensor([0, 0, 1, 3]))
+    """
+    has_none = _has_none(init) or _has_none(xs)
+    init, xs = _hide(init), _hide(xs)
+
+    def step(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+        new, y = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
+        return _hide(new) if has_none else new, _hide(y)
+
+    for name, part in [("init", init), ("xs", xs)]:
+        check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
+    _check_whole(xs, "xs")
+    length = _scan_length(xs, length)
+    carry, ys = _way(length)(step, init, xs, length)
+    return _show(carry), _show(ys)
+
+
+def _way(length: int) -> Callable[..., tuple[Tree, Tree]]:
+    """Choose how a scan of some steps runs here."""
+    if length == 0:
+        return _scan_of_no_steps
+    if in_transform():  # the operator has no rules for grad, vmap and jvp
+        return _scan_as_loop
+    if torch.compiler.is_compiling():
+        return _scan_as_operator if _inductor_takes_loops() else _scan_as_loop
+    return _scan_traced if is_tracing() and length > 1 else _scan_as_loop
+
+
+def _scan_length(xs: Tree, length: int | None) -> int:
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tree.leaves(xs)}
+    if length is not None:
+        lengths.add(length)
+    if len(lengths) != 1 or None in lengths:
+        found = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(xs).items()}
+        raise ValueError(
+            f"scan: xs needs one common first axis (length={length}), got shapes {found}"
+        )
+    return cast(int, lengths.pop())
+
+
+def _scan_of_no_steps(
+    f: Callable[..., Any], init: Tree, xs: Tree, length: int
+) -> tuple[Tree, Tree]:
+    """Return the first carry and empty ys, of the forms that `f` returns for a row of zeros."""
+    row = tree.map(lambda leaf: _zeros(leaf.shape[1:], leaf), xs)
+    carry, y = f(init, row)
+    _checked_carry(init, carry)
+    check_tensors(tree.leaves(y), y, "scan: every leaf of y")
+    return init, tree.map(lambda leaf: _zeros((length, *leaf.shape), leaf), y)
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)

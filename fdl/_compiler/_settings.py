@@ -1,0 +1,156 @@
+"""Settings of torch that a function's values depend on, besides its arguments.
+
+`jit` keeps a program for each state of them; `checkpoint` and `backward()` run a function again in
+the state of its first run.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
+from typing import Any, cast
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+Ambient = tuple[Any, ...]  # one value for each of SETTINGS
+
+_C: Any = torch._C
+_precision = _C._get_fp32_precision_getter  # the older getters raise where both ways were used
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # where autocast may be on
+
+
+def _default_device() -> torch.device | None:
+    """Return the device of `with torch.device(...)` and `torch.set_default_device`."""
+    if not _C._len_torch_function_stack():
+        return None
+    contexts = [mode.device for mode in _function_modes() if isinstance(mode, DeviceContext)]
+    return contexts[-1] if contexts and contexts[-1].type != "cpu" else None
+
+
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    """Say of each device whether autocast is on, and its dtype, which counts in `fn` too."""
+    if not _C._is_any_autocast_enabled():
+        return (False, torch.get_autocast_dtype("cpu")), (False, torch.get_autocast_dtype("cuda"))
+    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES)
+
+
+# The first three are those that `under` sets, the fourth is `has_grad`.
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "default device": _default_device,
+    "autocast": _autocast,
+    "default dtype": torch.get_default_dtype,
+    "gradients": torch.is_grad_enabled,
+    "inference mode": torch.is_inference_mode_enabled,
+    "threads": torch.get_num_threads,
+    "deterministic algorithms": _C._get_deterministic_algorithms,
+    "warnings only": _C._get_deterministic_algorithms_warn_only,
+    "float32 products on CUDA": lambda: _precision("cuda", "matmul"),
+    "float32 convolutions on CUDA": lambda: _precision("cuda", "conv"),
+    "float32 products by oneDNN": lambda: _precision("mkldnn", "matmul"),
+    "oneDNN": _C._get_mkldnn_enabled,
+    "cuDNN": _C._get_cudnn_enabled,
+    "deterministic cuDNN": _C._get_cudnn_deterministic,
+    "attention by math": _C._get_math_sdp_enabled,
+    "flash attention": _C._get_flash_sdp_enabled,
+    "memory-efficient attention": _C._get_mem_efficient_sdp_enabled,
+    "attention by cuDNN": _C._get_cudnn_sdp_enabled,
+}
+_READERS = tuple(SETTINGS.values())
+
+
+def ambient() -> Ambient:
+    """Return the state of all settings; equal states compute equal values.
+
+    >>> before = ambient()
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     ambient() == before
+    False
+    >>> ambient() == before
+    True
+    """
+    return tuple([read() for read in _READERS])
+
+
+def changes(new: Ambient, old: Ambient) -> list[str]:
+    """Say which settings differ.
+
+    >>> before = ambient()
+    >>> with torch.no_grad():
+    ...     changes(ambient(), before)
+    ['gradients: False, was True']
+    """
+    rows = zip(SETTINGS, new, old, strict=True)
+    return [f"{name}: {now}, was {before}" for name, now, before in rows if now != before]
+
+
+@contextmanager
+def under(state: Ambient) -> Iterator[None]:
+    """Run a function again under the dtypes and the device of an earlier state.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     state = ambient()
+    >>> with under(state):
+    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    torch.bfloat16
+    """
+    device, autocast, dtype, *_ = now = ambient()
+    if state[:3] == now[:3]:
+        yield
+        return
+    with ExitStack() as stack:
+        if state[0] != device:
+            stack.enter_context(torch.device(state[0] or "cpu"))
+        for kind, old, new in zip_longest(DEVICES, state[1], autocast):
+            if old != new and (old or new[0]):
+                on, cast_to = old or (False, None)
+                stack.enter_context(torch.autocast(kind, enabled=on, dtype=cast_to))
+        if state[2] != dtype:
+            torch.set_default_dtype(state[2])
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+def has_grad(state: Ambient) -> bool:
+    """Say whether autograd records in a state.
+
+    >>> has_grad(ambient())
+    True
+    """
+    return cast(bool, state[3])
+
+
+def is_plain(state: Ambient) -> bool:
+    """Say whether neither autocast nor a default device changes what operations do."""
+    device, autocast, *_ = state
+    return device is None and not any(on for on, _ in autocast)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Run operations as they are written: without autocast, on the device that they name."""
+    with _C._DisableAutocast(), torch.device("cpu"):
+        yield
+
+
+def are_watched() -> bool:
+    """Say whether a mode is active that wants to see every operation, as FlopCounterMode does.
+
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> with FlopCounterMode(display=False):
+    ...     are_watched()
+    True
+    >>> are_watched()
+    False
+    """
+    if _C._len_torch_dispatch_stack():
+        return True
+    if not _C._len_torch_function_stack():
+        return False
+    return any(not isinstance(mode, DeviceContext) for mode in _function_modes())
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    return [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]

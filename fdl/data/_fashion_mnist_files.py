@@ -1,0 +1,142 @@
+"""Fashion-MNIST: where it may be, how to get it, and whether it is what it should be.
+
+The public functions are in `fdl.data`, the formats in `fdl._image_files`.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdl._files import expanded
+from fdl.data import _image_files
+from fdl.data._image_files import Part, Read
+
+Pair = tuple[Tensor, Tensor]  # images uint8 [n, 28, 28] and labels int64 [n]
+
+# MD5 of the unpacked IDX files: of any other format those bytes are made again. They belong to the
+# archives whose own MD5s torchvision lists as `FashionMNIST.resources`.
+_FULL = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+_SAMPLE = {
+    "train-images-idx3-ubyte": "cae7193a8e3dd75966f4b1f38d78ca94",
+    "train-labels-idx1-ubyte": "1641b7f3205a263b146be7f1df295e66",
+    "t10k-images-idx3-ubyte": "c5442ce2f064c32bf3ec2983a505322f",
+    "t10k-labels-idx1-ubyte": "a00963b89d54a5ab6dc42b2b2c57c0e7",
+}
+_SAMPLE_FOLDER = Path(__file__).parent / "fashion_mnist_sample"
+_SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_DEBIAN = Path("/etc/debian_version")  # Ubuntu has it too
+_TORCHVISION_ROOT = Path("data")
+_TORCHVISION_RAW = Path("FashionMNIST", "raw")
+
+
+def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pair:
+    """Read the whole set from the first place that has it; see `fdl.data.fashion_mnist`."""
+    home = _TORCHVISION_ROOT if root is None else expanded(root)
+    usual = (_TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
+    read = _image_files.find(home, train) if root is not None else None
+    if read is None and root is not None and (home.is_file() or not download):
+        _check_nothing_else(home)
+    for place in usual:  # in IDX files alone: nobody named these places
+        read = read or _image_files.find_idx(place, train)
+    failure = None
+    if read is None and download:
+        failure = _download(home)
+        read = _image_files.find_idx(home, train)
+    if read is None:
+        searched = ", ".join(str(place) for place in (() if root is None else (home,)) + usual)
+        why = f"; downloading it failed: {_one_line(failure)}" if failure else ""
+        raise FileNotFoundError(
+            f"fashion_mnist: found nothing in {searched}{why}\n"
+            f"{_way_to_get_it()}, or pass as root the folder that holds it"
+        ) from failure
+    return _verified(read, train, _FULL, f"remove it; {_way_to_get_it('--reinstall ')}")
+
+
+def load_sample(train: bool) -> Pair:
+    """Read the sample in this package; see `fdl.data.fashion_mnist_sample`."""
+    advice = "install fdl again to get it back"
+    read = _image_files.find_idx(_SAMPLE_FOLDER, train)
+    if read is None:
+        names = " and ".join(f"{name}.gz" for name in _image_files.idx_names(train))
+        raise FileNotFoundError(
+            f"fashion_mnist_sample: expected {names} in {_SAMPLE_FOLDER}, got no such files; "
+            f"{advice}"
+        )
+    return _verified(read, train, _SAMPLE, advice)
+
+
+def _verified(read: Read, train: bool, digests: Mapping[str, str], advice: str) -> Pair:
+    """Read, and compare with the MD5 of the IDX files, whatever format the arrays come from."""
+    try:
+        images, labels = read()
+        for name, part in zip(_image_files.idx_names(train), (images, labels), strict=True):
+            _compare(part, digests[name])
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    # Copied, since what was read from bytes cannot be written to.
+    return torch.from_numpy(images[1].copy()), torch.from_numpy(labels[1].astype(np.int64))
+
+
+def _compare(part: Part, md5: str) -> None:
+    path, array = part
+    header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
+    got = hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest()
+    if got != md5:
+        what = "images" if array.ndim == 3 else "labels"
+        raise _image_files.wrong(
+            path, f"the {what} with the MD5 {md5}", f"{len(array)} with the MD5 {got}"
+        )
+
+
+def _check_nothing_else(root: Path) -> None:
+    """Raise if the root that was named holds other things, which are then not what was meant."""
+    if root.is_dir():
+        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    else:
+        found = [root.name] if root.exists() else []
+    if found:
+        shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if found[10:] else "")
+        raise FileNotFoundError(
+            f"fashion_mnist: found no images that can be read in {root}: {shown}\n"
+            f"what can be read is\n{_image_files.ACCEPTED}"
+        )
+
+
+def _way_to_get_it(option: str = "") -> str:
+    """Say how to install the files, in the words of this system."""
+    if _DEBIAN.exists():
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        return f"`{sudo}apt install {option}dataset-fashion-mnist` provides it"
+    return "`torchvision.datasets.FashionMNIST('data', download=True)` provides it"
+
+
+def _download(root: Path) -> Exception | None:
+    """Let torchvision download all files into `root`; returns why that failed, if it did."""
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each address that it tries
+            FashionMNIST(root, download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        return error
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """Say why a download failed: the reason that torchvision gives last, for its last address."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return last.removeprefix("<urlopen error ").removesuffix(">") if "urlopen" in last else last

@@ -1,0 +1,57 @@
+"""Synthetic data."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fdl import random
+from fdl.data._indices import _check_count
+from fdl.data._types import Dataset
+
+
+def synthetic_linear(
+    key: random.Key, w: Tensor | Sequence[float], b: Tensor | float, n: int, noise: float
+) -> Dataset:
+    """Draw examples of a linear model with Gaussian features: y = x·w + b + noise·ε.
+
+    Every entry of x and of ε is N(0, 1) and independent of the others.
+
+    Args:
+        key: A key; the examples are on its device.
+        w: The weights, [in]. A floating tensor sets the dtype, all else gives float32.
+        b: The offset, one number.
+        n: How many examples, at least 1.
+        noise: The standard deviation of the noise, at least 0, in units of y.
+
+    Returns:
+        `x` [n, in] and `y` [n, 1], the shape that a linear layer with one output gives.
+
+    Raises:
+        TypeError: `n` is no int.
+        ValueError: `w` is no vector, `b` not one number, `n` < 1, or `noise` negative.
+
+    >>> x, y = synthetic_linear(random.key(0), [2.0, -3.4], 4.2, n=1000, noise=0.0)
+    >>> x.shape, y.shape
+    (torch.Size([1000, 2]), torch.Size([1000, 1]))
+    >>> torch.allclose(y, x @ torch.tensor([[2.0], [-3.4]]) + 4.2, atol=1e-5)
+    True
+    """
+    _check_count("synthetic_linear", "n", n)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"synthetic_linear: noise must be finite and at least 0, got {noise!r}")
+    dtype = w.dtype if isinstance(w, Tensor) and w.is_floating_point() else torch.float32
+    weight = torch.as_tensor(w, dtype=dtype, device=key.device)
+    if weight.ndim != 1:
+        raise ValueError(
+            f"synthetic_linear: w must have shape [in], got {list(weight.shape)}; "
+            "flatten it, there is one output"
+        )
+    offset = torch.as_tensor(b, dtype=dtype, device=key.device)
+    if offset.numel() != 1:
+        raise ValueError(f"synthetic_linear: b must be one number, got {list(offset.shape)}")
+    key_x, key_noise = random.split(key)
+    x = random.normal(key_x, (n, weight.shape[0]), dtype)
+    error = random.normal(key_noise, (n,), dtype)
+    return Dataset(x, (x @ weight + offset + noise * error).unsqueeze(-1))

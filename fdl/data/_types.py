@@ -1,0 +1,61 @@
+"""The types of data sets, batches and indices."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fdl._kinds import register
+
+LABELS = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+@register
+class Dataset(NamedTuple):
+    """Examples, all in memory: row i of `x` belongs to row i of `y`.
+
+    >>> x, y = Dataset(torch.zeros(5, 2), torch.arange(5))
+    """
+
+    x: Tensor  # [n, ...] features or images
+    y: Tensor  # [n, ...] targets
+
+
+@register
+class Batch(NamedTuple):
+    """What a training step takes: some examples and which of them count.
+
+    >>> Batch(torch.zeros(3, 2), torch.zeros(3)).mask
+    ()
+    """
+
+    x: Tensor  # [batch, ...]
+    y: Tensor  # [batch, ...]
+    mask: Tensor | tuple[()] = ()  # bool [batch], False where a row is padding; () if none is
+
+
+@register
+class Indices(NamedTuple):
+    """Which examples each step of an epoch takes; `scan` and `zip(*indices)` walk over the steps.
+
+    Where no step holds padding the mask has the width 0, and `gather` makes batches without one:
+    a model computes faster without a mask, and one that takes none can be trained.
+
+    >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
+    ...     print(index.tolist(), mask.tolist())
+    [0, 1] [True, True]
+    [2, 0] [True, False]
+    """
+
+    index: Tensor  # type: ignore[assignment]  # int64 [steps, batch], rows of a data set
+    mask: Tensor  # bool [steps, batch], False where `index` is padding; [steps, 0] if none is

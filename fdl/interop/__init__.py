@@ -1,0 +1,21 @@
+"""Any `nn.Module` in, any `nn.Module` out; trees to and from NumPy, JAX and Flax.
+
+>>> model, params, _ = from_module(torch.nn.Linear(3, 2))
+>>> grads = torch.func.grad(lambda params: model.apply(params, torch.ones(4, 3)).sum())(params)
+>>> module = to_module(params, torch.nn.Linear(3, 2))
+"""
+
+from fdl.interop._arrays import from_jax, from_numpy, to_jax, to_numpy
+from fdl.interop._flax import from_flax, to_flax
+from fdl.interop._module import from_module, to_module
+
+__all__ = [
+    "from_flax",
+    "from_jax",
+    "from_module",
+    "from_numpy",
+    "to_flax",
+    "to_jax",
+    "to_module",
+    "to_numpy",
+]

@@ -1,0 +1,31 @@
+"""A source of keys, one for each random call of a module's forward."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fdl import random
+
+
+class Keys(TorchFunctionMode):
+    """Count random calls: the n-th draws from `fold_in(key, n)`.
+
+    Args:
+        key: the key, or None: then a random call raises.
+    """
+
+    def __init__(self, key: Tensor | None) -> None:
+        super().__init__()
+        self.key = key
+        self.drawn = 0
+
+    def next(self, name: str) -> Tensor:
+        """Derive the key of the next draw; an error names the function that draws."""
+        if self.key is None:
+            raise ValueError(
+                f"{name} draws random numbers and needs a key: pass key=fdl.random.key(seed) to "
+                "apply, or train=False to evaluate if it is a layer such as dropout"
+            )
+        self.drawn += 1
+        return random.fold_in(self.key, self.drawn - 1)

@@ -1,0 +1,350 @@
+"""From an `nn.Module` to pure functions, and back."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import copy
+import operator
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from fdl import tree
+from fdl._torch_compat import under_vmap
+from fdl.interop._key_mode import Keyed, register_with_dynamo
+from fdl.nn import Model, StatefulModel
+from fdl.tree import Tree, flatten_dict, unflatten_dict
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
+    """Turn a module into pure functions, its parameters and its buffers.
+
+    The values are copies: training them leaves the module as it is, and what happens to the module
+    later does not reach the model. Their paths are those of `named_parameters()` and
+    `named_buffers()`; a tied parameter is there once, and its gradient is the sum over all uses.
+
+    `apply(params, *inputs, train=False, key=None, **options)` calls the module with `inputs` and
+    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`. Both may
+    come flat, as `dict(module.named_parameters())` does.
+
+    - *Mode*: `train=False` evaluates every submodule. `train=True` trains, but for submodules
+      that were in eval mode while the module itself was not: those were frozen on purpose.
+    - *Randomness*: the n-th random call inside, be it dropout, attention's, an LSTM's, stochastic
+      depth or `torch.rand`, draws from `fold_in(key, n)`. Torch's generator is never used.
+    - *Derivatives*: of every order, in either mode and under `vmap`. Where torch's kernels have
+      none, as those of normalisation and attention beyond the first, they are not used.
+    - *Writes*: a forward may write to buffers, of which it has copies, and to nothing else that
+      comes from outside. `ReLU(inplace=True)` on the input is an error.
+    - *`init(key)`* gives the module's own values on the key's device, whatever the key: a module
+      draws its parameters in its constructor, which has run. For `TrainState.create`.
+    - *`requires_grad`* does not count: `grad` differentiates by what it is given; `optim.freeze`
+      keeps parameters as they are.
+
+    Returns:
+        The model, a `StatefulModel` if there are buffers; the parameters; the buffers, `{}` if
+        there are none.
+
+    Raises:
+        TypeError: no `nn.Module`, or one that is compiled to TorchScript.
+        ValueError: a submodule has hooks, lazy parameters that are not there yet, or tensors on
+            several devices (each is listed); parameters or buffers of other paths or shapes, a
+            random function without a key, a forward that sets attributes or writes to parameters
+            or inputs (at apply).
+        NotImplementedError: a random function that cannot follow a key, or a derivative that a
+            function does not have (at apply).
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    >>> model, params, buffers = from_module(net)
+    >>> y, buffers = model.apply(params, buffers, torch.randn(8, 3), train=True)
+    >>> buffers["1"]["num_batches_tracked"], net[1].num_batches_tracked
+    (tensor(1), tensor(0))
+    """
+    _check_module(module)
+    params, buffers = (
+        _nested({path: x.detach().clone() for path, x in named})
+        for named in (module.named_parameters(), module.named_buffers())
+    )
+    shapes = [_shapes(params), _shapes(buffers)]
+    own = tree.map(torch.clone, (params, buffers))
+    shells = {train: _shell(module, train) for train in (False, True)}
+    held = {train: _tensors_held(shell) for train, shell in shells.items()}
+
+    def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
+        flat = [_flat(given) for given in values]
+        for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
+            _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
+        owned = {
+            "params": flat[0],
+            "input": inputs,
+            "option": options,
+            "attribute": held[train],  # tensors that are neither parameters nor buffers
+        }
+        # A module writes to its buffers: let it have copies.
+        flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
+        named = {f"module.{path}": x for found in flat for path, x in found.items()}
+        shell = shells[train]
+        if torch.compiler.is_compiling():  # Dynamo could follow none of the checks below
+            register_with_dynamo()
+            if parametrize._cache_enabled:
+                raise ValueError("apply: cannot be compiled inside parametrize.cached()")
+            with Keyed(key):
+                return functional_call(shell, named, inputs, options)
+        with _unchanged(shell), _own_cache():
+            try:
+                with Keyed(key, owned):
+                    return functional_call(shell, named, inputs, options)
+            except Exception as error:
+                error.add_note(_whereabouts(error, shell))
+                raise
+
+    def stateless(
+        params: Tree, *inputs: Any, train: bool = False, key: Tensor | None = None, **options: Any
+    ) -> Any:
+        return call([params, {}], inputs, options, train, key)[0]
+
+    def stateful(
+        params: Tree,
+        buffers: Tree,
+        *inputs: Any,
+        train: bool = False,
+        key: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        y, flat = call([params, buffers], inputs, options, train, key)
+        return y, _nested(flat)
+
+    def init(key: Tensor) -> Any:
+        return tree.map(lambda x: x.to(key.device, copy=True), own if buffers else own[0])
+
+    model = StatefulModel(init, stateful) if buffers else Model(init, stateless)
+    return model, params, buffers
+
+
+def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> nn.Module:
+    """Make a copy of `module` that has these parameters and buffers; equals `load_state_dict`.
+
+    The module itself stays as it is, and the copy owns its memory. Parameters that `module` ties
+    are tied in the copy; mode, `requires_grad` and hooks are as in `module`, dtypes and devices
+    those of the values.
+
+    Args:
+        params: what `from_module` gave, trained since; any tree of those paths.
+        module: of which to make a copy.
+        buffers: likewise; may be left out only if the module has none.
+
+    Raises:
+        TypeError: no `nn.Module`, or a leaf that is no tensor.
+        ValueError: paths or shapes differ from those of the module (each is listed).
+
+    >>> net = torch.nn.Linear(3, 2)
+    >>> model, params, _ = from_module(net)
+    >>> to_module(tree.map(torch.zeros_like, params), net).bias
+    Parameter containing:
+    tensor([0., 0.], requires_grad=True)
+    """
+    _check_is_module(module, "to_module")
+    memo: dict[int, Any] = {}
+    pairs: list[tuple[str, Tree, dict[str, Any]]] = [
+        ("params", params, dict(module.named_parameters())),
+        ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
+    ]
+    for kind, given, own in pairs:
+        found = _flat(given)
+        for path, x in found.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
+        _check_values(f"to_module: {kind}", found, {path: x.shape for path, x in own.items()})
+        for path, old in own.items():
+            new = found[path].detach().clone()
+            is_parameter = isinstance(old, nn.Parameter)
+            memo[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+    return copy.deepcopy(module, memo)
+
+
+class _Shell(nn.Module):
+    """A module that also returns its buffers as they are after the call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Call the module."""
+        params = dict(self.module.named_parameters())
+        y = self.module(*inputs, **options)
+        for path, p in self.module.named_parameters():
+            if params.get(path) is not p:
+                raise ValueError(f"apply: the forward replaces the parameter {path!r}")
+        return y, dict(self.module.named_buffers())
+
+
+def _shell(module: nn.Module, train: bool) -> nn.Module:
+    """Copy a module without its values; ties stay, since what is one tensor has one stand-in."""
+    stand_ins: dict[int, Any] = {
+        id(x): torch.empty_like(x, device="meta") for x in module.buffers()
+    } | {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+    shell = _Shell(copy.deepcopy(module, stand_ins))
+    # Where only parts are in eval mode, they were frozen: `train` leaves the flags as they are.
+    return shell if train and module.training else shell.train(train)
+
+
+def _flat(values: Tree) -> dict[str, Any]:
+    """Map paths to values; `dict(module.named_parameters())`, flat already, is taken as it is."""
+    if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
+        return dict(values)
+    return flatten_dict(values)
+
+
+def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:
+    """Copy buffers; under `vmap` they have the axes of all that may be written to them."""
+    copies = {path: x.clone() for path, x in buffers.items()}
+    if not (others and copies and under_vmap()):
+        return copies
+    # A 0 made by a tensor has its axes of `vmap`.
+    leaves = [x for x in tree.leaves(others) if isinstance(x, Tensor)]
+    return {
+        path: sum((x.new_zeros((), dtype=copy.dtype) for x in leaves), copy)
+        for path, copy in copies.items()
+    }
+
+
+def _nested(flat: Mapping[str, Tensor]) -> Tree:
+    return unflatten_dict(flat) if flat else {}
+
+
+def _shapes(values: Tree) -> dict[str, torch.Size]:
+    return {path: x.shape for path, x in flatten_dict(values).items()}
+
+
+def _check_is_module(module: Any, caller: str) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{caller}: module must be an nn.Module, got {module!r}")
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raise unless a module can be called as a pure function."""
+    _check_is_module(module, "from_module")
+    lines: list[str] = []
+    devices: dict[torch.device, str] = {}
+    for path, part in module.named_modules():
+        where = f"{path or 'the module itself'} ({type(part).__name__})"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(f"from_module: {where} is TorchScript; pass what it was made from")
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            lines.append(
+                f"{where}: has hooks, which may change what they like; remove them (instead of "
+                "nn.utils.weight_norm and spectral_norm there are nn.utils.parametrizations)"
+            )
+        for name, x in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if nn.parameter.is_lazy(x):
+                lines.append(f"{where}: {name} is lazy; call the module once on an example")
+            devices.setdefault(x.device, f"{path}.{name}" if path else name)
+    if len(devices) > 1:
+        on = ", ".join(f"{path} on {device}" for device, path in devices.items())
+        lines.append(f"tensors lie on {len(devices)} devices: {on}; move them to one")
+    if lines:
+        raise ValueError("from_module: cannot take this module:\n  " + "\n  ".join(lines))
+
+
+def _check_values(
+    what: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    lines = [f"{path}: expected {list(expected[path])}, got nothing"
+             for path in expected if path not in found]  # fmt: skip
+    for path, x in found.items():
+        if path not in expected:
+            lines.append(f"{path}: expected nothing, got {x if x is None else list(x.shape)}")
+        elif x.shape != expected[path]:
+            lines.append(f"{path}: expected {list(expected[path])}, got {list(x.shape)}")
+    if lines:
+        raise ValueError(f"{what} are not those of the module:\n  " + "\n  ".join(sorted(lines)))
+
+
+@contextmanager
+def _unchanged(shell: nn.Module) -> Iterator[None]:
+    """Put attributes back that a forward has set, and raise: they would be hidden state."""
+    before = [(path, part, dict(vars(part))) for path, part in shell.named_modules()]
+    # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
+    users = {path for path, part, _ in before if not type(part).__module__.startswith("torch.")}
+    contents = [
+        (path, name, value, value.copy())
+        for path, _, attributes in before
+        for name, value in attributes.items()
+        if path in users and isinstance(value, list | dict | set) and name not in _OF_MODULES
+    ]
+    changed = []
+    try:
+        yield
+    finally:
+        for path, part, attributes in before:
+            now = vars(part)
+            names = [name for name in now if now[name] is not attributes.get(name, now)]
+            for name in names:
+                del now[name]
+            now.update(attributes)
+            if path in users:
+                changed += [f"{_inside(path)} sets its attribute {name!r}" for name in names]
+        for path, name, value, old in contents:
+            if not _holds_the_same(value, old):
+                value.clear()
+                value.extend(old) if isinstance(value, list) else value.update(old)
+                changed.append(f"{_inside(path)} changes what its attribute {name!r} holds")
+    if changed:
+        raise ValueError(
+            "apply: a forward must change nothing but buffers (register_buffer), which apply "
+            "returns:\n  " + "\n  ".join(changed)
+        )
+
+
+def _holds_the_same(now: Any, old: Any) -> bool:
+    if isinstance(now, dict):
+        return list(now) == list(old) and _holds_the_same([*now.values()], [*old.values()])
+    if isinstance(now, set):  # a copy may come in another order
+        return now == old
+    return len(now) == len(old) and all(map(operator.is_, now, old))
+
+
+def _tensors_held(shell: nn.Module) -> dict[str, Tensor]:
+    """Find the tensors that are plain attributes, by their paths."""
+    return {
+        f"{path}.{name}".removeprefix("module").removeprefix("."): value
+        for path, part in shell.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: hooks, parameters
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep the weights that a caller's `parametrize.cached()` remembers out of the call."""
+    theirs = parametrize._cache
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = theirs
+
+
+def _inside(path: str) -> str:
+    return path.removeprefix("module").removeprefix(".") or "the module itself"
+
+
+def _whereabouts(error: Exception, shell: nn.Module) -> str:
+    """Say which submodule an error comes from: the innermost whose method was running."""
+    names = {id(part): path for path, part in shell.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        part = frame.f_locals.get("self")
+        if id(part) in names:
+            found = f"in {_inside(names[id(part)])} ({type(part).__name__})"
+    return found

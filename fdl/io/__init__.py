@@ -1,0 +1,14 @@
+"""Trees in files: safetensors of our own, and the files of torch.save."""
+
+from fdl.io._inspect import Contents, inspect
+from fdl.io._torch_files import load_torch, save_torch
+from fdl.io._tree_file import load, save
+
+__all__ = [
+    "Contents",
+    "inspect",
+    "load",
+    "load_torch",
+    "save",
+    "save_torch",
+]

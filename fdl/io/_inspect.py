@@ -1,0 +1,121 @@
+"""What a file of a tree holds, without loading it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fdl._files import expanded
+from fdl.io._reader import opened_file
+from fdl.io._schema import leaf_value, opened, walk
+from fdl.tree import Tree
+
+_LIMITS = (80, 24, 16, 24)  # columns; paths get what the others leave of 80
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, of which the header alone has been read; `print` shows a table.
+
+    >>> import tempfile, fdl
+    >>> params = fdl.nn.linear(2, 1).init(fdl.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fdl.io.save(f"{folder}/it.safetensors", {"fc": params, "step": 5})
+    ...     contents = inspect(f"{folder}/it.safetensors")
+    ...     sorted(contents.read("fc"))  # of a larger file only this would be read
+    ['bias', 'weight']
+    >>> contents.leaves["fc.weight"].shape
+    torch.Size([1, 2])
+    >>> print(contents)
+    path       shape   dtype    bytes
+    fc.weight  [1, 2]  float32      8
+    fc.bias    [1]     float32      4
+    step       5       int
+    total                          12
+    """
+
+    path: Path
+    leaves: dict[str, Any]  # by dotted path; tensors on the device `meta`
+    metadata: dict[str, Any]  # what was given to `save`, or all there is of another writer's
+    ties: dict[str, str] = field(repr=False)  # path -> path under which that tensor is stored
+
+    def read(self, at: str) -> Tree:
+        """Read the leaf or subtree at a dotted path, and nothing else of the file.
+
+        Raises:
+            KeyError: nothing is there.
+            ValueError: the file is damaged.
+        """
+        with opened_file(self.path, "inspect") as file:
+            for path, node in walk(file.structure):
+                if path == at:
+                    return file.subtree(node, at, None)
+        raise KeyError(f"inspect: nothing at {at!r} in {self.path}; there are {list(self.leaves)}")
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "dtype", "bytes")]
+        total = 0
+        for at, leaf in self.leaves.items():
+            if not isinstance(leaf, Tensor):
+                value = leaf if isinstance(leaf, (dict, list, tuple)) else repr(leaf)
+                rows.append((at, str(value), type(leaf).__name__, ""))
+                continue
+            tied = at in self.ties
+            total += 0 if tied else leaf.nbytes
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            size = f"= {self.ties[at]}" if tied else f"{leaf.nbytes:,}"
+            rows.append((at, str(list(leaf.shape)), dtype, size))
+        return _table([*rows, ("total", "", "", f"{total:,}")])
+
+
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """Say what a file holds, reading its header alone.
+
+    Args:
+        path: a file of `save`, or of another safetensors writer.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the header is damaged.
+
+    >>> import tempfile, fdl
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fdl.io.save(f"{folder}/w.safetensors", {}, metadata={"epoch": 5})
+    ...     inspect(f"{folder}/w.safetensors").metadata
+    {'epoch': 5}
+    """
+    with opened_file(path, "inspect") as file:
+        tensors = file.tensors()
+        leaves = {
+            at: tensors[at] if at in tensors else leaf_value(node)
+            for at, node in walk(file.structure)
+            if opened(node, at) is None
+        }
+        return Contents(expanded(path), leaves, file.metadata, file.ties)
+
+
+def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Align, in 80 columns; what is too long loses its middle.
+
+    >>> print(_table([("path", "shape", "dtype", "bytes"), ("w", "[2]", "float32", "8")]))
+    path  shape  dtype    bytes
+    w     [2]    float32      8
+    """
+    widths = [min(limit, max(len(row[i]) for row in rows)) for i, limit in enumerate(_LIMITS)]
+    widths[0] = min(widths[0], 80 - sum(widths[1:]) - 6)
+    return "\n".join(
+        "  ".join(
+            _short(cell, width).rjust(width) if i == 3 else _short(cell, width).ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _short(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    return f"{text[: (width - 1) // 2]}…{text[-(width // 2) :]}"

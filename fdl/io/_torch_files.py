@@ -1,0 +1,205 @@
+"""Files of `torch.save`: nested parameters from them and to them, and never any code.
+
+`torch.load` runs with `weights_only=True`, which still inflates compressed records and calls
+constructors by the size that a file asks for. So the names in the pickles and the directory of the
+archive are looked at first.
+"""
+
+import mmap
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdl._files import expanded, write_whole
+from fdl.tree import Tree, flatten_dict, unflatten_dict
+
+_ALLOWED = re.compile(
+    r"collections OrderedDict"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
+    r"|torch(\.storage)? \w*Storage"
+    r"|torch\.nn\.parameter Parameter"
+    r"|torch (Size|float\w*|bfloat16|u?int\d+|complex\d+|bool)"
+)
+_NAMING = {"GLOBAL", "INST"}  # opcodes whose argument is a name
+_BEYOND = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}  # torch writes none of them
+
+
+def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Tree:
+    """Read what `torch.save` wrote: a `state_dict` becomes nested parameters, bit by bit.
+
+    Dotted names of dicts become nested dicts; lists, tuples, numbers and texts stay. So does a dict
+    with integers for keys, which `torch.optim` has in its `state_dict`: the optimizer of a file
+    `{"model": …, "optimizer": …, "epoch": 3}` is what `load_state_dict` of one takes, and
+    `optim.from_torch` then goes on from there. The parameters of a `DataParallel` are under
+    "module", those of a compiled module under "_orig_mod".
+
+    The zip format and the one before it are read, with `weights_only=True`; no code in a file is
+    run.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, compressed, or names anything but tensors and containers.
+        TypeError: a key that is no str or int, or a leaf of another kind (with its path).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(torch.nn.Linear(2, 1).state_dict(), f"{folder}/it.pt")
+    ...     load_torch(f"{folder}/it.pt").keys()
+    dict_keys(['weight', 'bias'])
+    """
+    path = expanded(path)
+    where = f"load_torch: cannot read {path}"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+            if not start:
+                raise ValueError("it is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if start == b"PK\x03\x04":
+                    _check_archive(file, len(content))
+                else:
+                    for _ in range(5):  # magic number, version, system, the object, storages
+                        _check_pickle(content)
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"load_torch: no such file: {path}") from error
+    except Exception as error:  # what a damaged pickle raises is any of them
+        raise ValueError(f"{where}: {error or type(error).__name__}") from error
+    return _nested(loaded, "")
+
+
+def _check_archive(file: Any, size: int) -> None:
+    """Raise unless the archive holds its records as they are, none of them twice."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed, which torch.save does not do")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError(f"its records claim more than the {size:,} bytes that there are")
+        names = [record.filename for record in records]
+        if len(set(names)) != len(names):
+            raise ValueError("a record occurs twice")
+        pickles = [name for name in names if name.split("/")[-1].endswith(".pkl")]
+        if not pickles:
+            raise ValueError("it is an archive, but not of torch.save")
+        for name in pickles:
+            with archive.open(name) as record:
+                _check_pickle(record.read())
+
+
+def _check_pickle(content: Any) -> None:
+    """Raise unless a pickle names only what tensors are made of; it is read, never run."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in _BEYOND:
+            raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
+        name = str(argument)
+        if opcode.name in _NAMING and not _ALLOWED.fullmatch(name):
+            raise ValueError(
+                f"its pickle names {name.replace(' ', '.')[:200]!r}, "
+                "where only tensors in dicts, lists and tuples are read; of a file that you trust "
+                "save the part you need again: "
+                "torch.save(torch.load(path, weights_only=False)['model'], other)"
+            )
+
+
+def _nested(node: Any, path: str) -> Tree:
+    if isinstance(node, Tensor):
+        return node.detach()
+    if node is None or type(node) in (bool, int, float, str):
+        return node
+    if isinstance(node, dict):
+        _check_keys(node, path)
+        children = {name: _nested(x, _below(path, name)) for name, x in node.items()}
+        if any(type(name) is int for name in node):
+            return children  # the state of an optimizer, by the number of the parameter
+        try:
+            return unflatten_dict(children)
+        except ValueError as error:
+            raise ValueError(f"load_torch: at {path!r}: {error}") from error
+    if type(node) in (list, tuple, torch.Size):
+        kind = list if type(node) is list else tuple
+        return kind(_nested(x, _below(path, i)) for i, x in enumerate(node))
+    raise TypeError(
+        f"load_torch: expected a dict, list, tuple, tensor, None, bool, int, float or str, "
+        f"got {type(node).__name__} at {path!r}"
+    )
+
+
+def _below(path: str, name: str | int) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _check_keys(node: dict[Any, Any], path: str) -> None:
+    for name in node:
+        if type(name) is not int and not (isinstance(name, str) and all(name.split("."))):
+            kind = ValueError if isinstance(name, str) else TypeError
+            raise kind(
+                f"load_torch: a key at {path!r} must be a str with dots between names, or an int, "
+                f"got {name!r}"
+            )
+
+
+def save_torch(path: str | os.PathLike[str], params: Tree) -> None:
+    """Write nested parameters as a `state_dict`, for `torch.load` and `load_state_dict`.
+
+    The file appears whole or not at all. A dict without tensors leaves no trace in it.
+
+    Args:
+        path: the file; an old one is replaced.
+        params: nested dicts of tensors, a tensor, or a list or tuple of these.
+
+    Raises:
+        TypeError: something else in the tree (each is listed with its path); `save` keeps all.
+        ValueError: a dict key that is empty or holds a dot.
+        OSError: the folder cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_torch(f"{folder}/it.pt", {"fc": {"weight": torch.ones(2)}})
+    ...     torch.load(f"{folder}/it.pt")
+    {'fc.weight': tensor([1., 1.])}
+    """
+    lines = list(_strange(params, "", below_dict=False))
+    if lines:
+        raise TypeError(
+            "save_torch: takes nested dicts of tensors, a tensor, or a list or tuple of these:\n  "
+            + "\n  ".join(lines)
+        )
+    memo: dict[int, Tensor] = {}
+    content = _flat(params, memo)
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def _strange(node: Tree, path: str, below_dict: bool) -> Iterator[str]:
+    """Say what has no place in a `state_dict`."""
+    if type(node) in (list, tuple) and not below_dict:
+        for i, child in enumerate(node):
+            yield from _strange(child, f"{path}.{i}" if path else str(i), below_dict)
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _strange(child, f"{path}.{name}" if path else str(name), True)
+    elif not isinstance(node, Tensor):
+        yield f"{path}: {type(node).__name__}"
+
+
+def _flat(node: Tree, memo: dict[int, Tensor]) -> Any:
+    if isinstance(node, dict):
+        return {name: _flat(leaf, memo) for name, leaf in flatten_dict(node).items()}
+    if not isinstance(node, Tensor):
+        return type(node)(_flat(child, memo) for child in node)
+    if id(node) not in memo:
+        leaf = node.detach().cpu().resolve_conj().resolve_neg()
+        # torch.save would write all of the memory that a view belongs to.
+        whole = leaf.untyped_storage().nbytes() == leaf.nbytes
+        memo[id(node)] = leaf if whole else leaf.clone()
+    return memo[id(node)]

@@ -1,0 +1,185 @@
+"""Trees on disk: one safetensors file, no pickle, never half-written, safe to open.
+
+A file keeps the whole tree: its structure, its tensors to the bit, the numbers and texts in it,
+and which of its tensors are one and the same. It begins with a SHA-256 of its header, where there
+is one of each tensor; whatever is read is verified, and lies in memory of its own.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdl._files import write_whole
+from fdl.io._compare import differences, narrow_slots, places, without_containers
+from fdl.io._json import as_texts, check, dumps
+from fdl.io._reader import opened_file
+from fdl.io._safetensors import FORMAT, NAMES, write_tensors
+from fdl.io._schema import describe, later_fields, leaf_value, walk
+from fdl.tree import Tree, flatten_dict, unflatten_dict
+
+
+def save(
+    path: str | os.PathLike[str], tree: Tree, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a tree to one safetensors file, which appears whole or not at all.
+
+    Any safetensors reader finds the tensors under their dotted paths. Leaves that are one tensor,
+    or the same view of one memory, are stored once, under the first path, and are one tensor again
+    after `load`. Devices, strides and `requires_grad` are not kept.
+
+    Args:
+        path: the file; an old one is replaced and gives the new one its permissions. Through a
+            symbolic link the file it points to is written.
+        tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str.
+        metadata: what else to keep, for `inspect` to return: dicts, lists and what JSON has, and
+            NaN and the infinities as well.
+
+    Raises:
+        TypeError: something else in the tree or in the metadata, or tensors of a kind that the
+            format does not know (each is listed with its path).
+        ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
+        OSError: the file or its folder cannot be written, or `path` is not a regular file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/it.safetensors", {"fc": [torch.ones(2), None], "rate": 0.1})
+    ...     load(f"{folder}/it.safetensors")
+    {'fc': [tensor([1., 1.]), None], 'rate': 0.1}
+    """
+    structure, tensors = describe(tree, "save")
+    check_storable(tensors, "save")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"save: metadata must be a dict, got {type(metadata).__name__}")
+    extra = dict(metadata or {})
+    check(extra, "metadata", "save")
+    extra, places = as_texts(extra)
+    first: dict[Any, str] = {}
+    names = {at: first.setdefault(_identity(leaf), at) for at, leaf in tensors.items()}
+    meta = {
+        "format": "pt",
+        "fdl": FORMAT,
+        "fdl.tree": _json(structure),
+        "fdl.ties": _json({at: name for at, name in names.items() if at != name}),
+        "fdl.metadata": _json(extra),
+        **({"fdl.floats": _json(places)} if places else {}),
+    }
+    stored = {name: tensors[name] for name in first.values()}
+    write_whole(path, lambda file: write_tensors(file, stored, meta))
+
+
+def _json(value: Any) -> str:
+    return dumps(value, separators=(",", ":"))
+
+
+def check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
+    """Refuse tensors of a kind that the format does not know.
+
+    Args:
+        tensors: by path.
+        caller: how an error begins.
+
+    Raises:
+        TypeError: there are some (each is listed with its path).
+    """
+    lines = []
+    for path, leaf in tensors.items():
+        if type(leaf) not in (Tensor, torch.nn.Parameter):
+            lines.append(f"{path}: a {type(leaf).__name__}; make it a plain tensor")
+        elif leaf.layout != torch.strided:
+            lines.append(f"{path}: layout {leaf.layout}; make it dense")
+        elif leaf.dtype not in NAMES:
+            lines.append(f"{path}: {leaf.dtype}, which the format lacks; use view_as_real or cast")
+        elif leaf.device.type == "meta":
+            lines.append(f"{path}: on the device meta, where there are no values")
+        elif leaf.dtype == torch.float4_e2m1fn_x2 and leaf.ndim == 0:
+            lines.append(f"{path}: a pair of numbers without an axis; give it one")
+        elif path == "__metadata__":
+            lines.append(f"{path}: the format has another use for this name")
+    if lines:
+        raise TypeError(f"{caller}: these tensors cannot be stored:\n  " + "\n  ".join(lines))
+
+
+def _identity(leaf: Tensor) -> Any:
+    """Equal for leaves that are the same view of the same memory."""
+    if leaf.numel() == 0:
+        return id(leaf)
+    # A lazy conjugate or negative is the same memory, read differently.
+    form = (leaf.dtype, leaf.shape, leaf.stride(), leaf.device, leaf.is_conj(), leaf.is_neg())
+    return leaf.data_ptr(), *form
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: Tree = None,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+) -> Tree:
+    """Read a tree that `save`, or another safetensors writer, wrote.
+
+    Without `like` the file alone says what the tree is; one of another writer gives nested dicts.
+    Every byte is verified by its SHA-256. The tensors are new ones: changing them does not change
+    the file, nor the other way round.
+
+    Args:
+        path: the file.
+        like: a tree of the structure, shapes and dtypes to expect; tensors on the device `meta`
+            will do. Python leaves only give their type. A NamedTuple fits by its fields.
+        device: where the tensors go: if not given, to the devices of those of `like`, or the CPU.
+        strict: whether what does not fit `like` is an error; if not, its leaves are kept in such
+            places, and the result is `(tree, list of what did not fit)`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or of a later format, or does not fit `like` (every
+            difference is listed by its path), or has a NamedTuple of which fdl does not know.
+
+    >>> load("absent.safetensors")
+    Traceback (most recent call last):
+    FileNotFoundError: load: no such file: absent.safetensors
+    """
+    if like is None and not strict:
+        raise ValueError("load: strict=False keeps leaves of `like`, which is missing; pass like=")
+    with opened_file(path, "load") as file:
+        if like is None:
+            return file.subtree(file.structure, "", device)
+        structure, expected = describe(like, "load: like")
+        present = file.tensors()
+        wanted, got = places(structure, expected), places(file.structure, present)
+        later = {at: new for at, new in later_fields(structure).items() if at not in got}
+        wanted = {at: what for at, what in wanted.items() if at not in later}
+        if not file.told:
+            wanted, got = without_containers(wanted), without_containers(got)
+        narrow = narrow_slots(structure, wanted, got)
+        got |= {at: wanted[at] for at in narrow}
+        lines = differences(wanted, got)
+        if lines and strict:
+            raise ValueError(
+                f"load: {os.fspath(path)} does not fit `like` "
+                "(strict=False would load what does):\n  " + "\n  ".join(lines)
+            )
+        leaves = flatten_dict(like)
+        fitting = {
+            at: leaf for at, leaf in leaves.items() if at in wanted and wanted[at] == got.get(at)
+        }
+        new: dict[str, Any] = {
+            at: default.to(device or _device(leaves[at]) or "cpu") for at, default in later.items()
+        }
+        new |= {
+            at: leaf_value(node)
+            for at, node in walk(file.structure)
+            if at in fitting and at not in expected
+        }
+        new |= file.read(
+            {at: device or _device(leaf) for at, leaf in fitting.items() if at in expected}
+        )
+        new |= {at: new[at].float() for at in narrow}
+        loaded = unflatten_dict(leaves | new, like=like)
+        return loaded if strict else (loaded, lines)
+
+
+def _device(leaf: Tensor) -> torch.device | None:
+    return None if leaf.device.type == "meta" else leaf.device

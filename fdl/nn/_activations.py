@@ -1,0 +1,18 @@
+"""Activations: torch's own functions under their own names."""
+
+import torch
+from torch.nn.functional import gelu, leaky_relu, log_softmax, relu, silu, softmax, softplus
+
+__all__ = [
+    "gelu",
+    "leaky_relu",
+    "log_softmax",
+    "relu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "tanh",
+]
+
+sigmoid, tanh = torch.sigmoid, torch.tanh

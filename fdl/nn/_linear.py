@@ -1,0 +1,112 @@
+"""Linear maps: `linear` and `conv2d`."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdl.nn._helpers import Size, _affine, _check_sizes, _pair
+from fdl.nn._model import Model
+from fdl.nn.init import Initializer, kaiming_uniform, uniform
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = True,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+) -> Model:
+    """y = x Wᵀ + b, from `[..., inputs]` to `[..., outputs]`; equals `torch.nn.Linear`.
+
+    Args:
+        inputs: number of input features.
+        outputs: number of output features.
+        bias: learn b.
+        weight_init: initializer of W `[outputs, inputs]`; U(±1/√inputs) as in `nn.Linear` if None.
+        bias_init: initializer of b `[outputs]`; U(±1/√inputs) if None.
+
+    Raises:
+        ValueError: a size below 1; parameters of another shape (at apply).
+
+    >>> layer = linear(784, 10, bias_init=zeros)
+    >>> layer.apply(layer.init(random.key(0)), torch.ones(256, 784)).shape
+    torch.Size([256, 10])
+    """
+    name = f"linear({inputs}, {outputs})"
+    _check_sizes(name, inputs, outputs)
+    bound = 1 / math.sqrt(inputs)
+    return _affine(
+        name,
+        (outputs, inputs),
+        weight_init or kaiming_uniform(a=math.sqrt(5)),
+        (bias_init or uniform(-bound, bound)) if bias else None,
+        F.linear,
+    )
+
+
+def conv2d(
+    inputs: int,
+    outputs: int,
+    kernel_size: Size,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    bias: bool = True,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+) -> Model:
+    """Cross-correlate `[batch, inputs, h, w]` with learned kernels; equals `torch.nn.Conv2d`.
+
+    Args:
+        inputs: number of input channels.
+        outputs: number of output channels.
+        kernel_size: height and width of the kernel, or one number for both; likewise below.
+        stride: step between output pixels.
+        padding: zeros around the image, or `"same"` or `"valid"`.
+        dilation: distance between kernel elements.
+        groups: channel groups that do not see each other; divides `inputs` and `outputs`. As in
+            torch, an initializer that goes by the fan-out (Xavier's, `mode="fan_out"`) counts the
+            outputs of all groups, though an input reaches only `outputs / groups` of them.
+        bias: learn one number per output channel.
+        weight_init: initializer of `[outputs, inputs / groups, *kernel_size]`; U(±1/√fan_in) if
+            None.
+        bias_init: initializer of `[outputs]`; U(±1/√fan_in) if None.
+
+    Raises:
+        ValueError: a size below 1 or not one or two numbers, `groups` that does not divide, a
+            negative or unknown padding, `"same"` with a stride; parameters of another shape (at
+            apply).
+
+    >>> layer = conv2d(1, 1, 3, padding=1, stride=2)
+    >>> layer.apply(layer.init(random.key(0)), torch.ones(1, 1, 8, 8)).shape
+    torch.Size([1, 1, 4, 4])
+    """
+    name = f"conv2d({inputs}, {outputs}, {kernel_size})"
+    height, width = _pair(name, "kernel_size", kernel_size)
+    steps = _pair(name, "stride", stride)
+    _pair(name, "dilation", dilation)
+    _check_sizes(name, inputs, outputs, groups)
+    if inputs % groups or outputs % groups:
+        raise ValueError(f"{name}: groups={groups} must divide both channel counts")
+    if not isinstance(padding, str):
+        _pair(name, "padding", padding, least=0)
+    elif padding not in ("same", "valid"):
+        raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    elif padding == "same" and steps != (1, 1):
+        raise ValueError(f"{name}: padding='same' needs stride=1, got {stride}")
+    bound = 1 / math.sqrt(inputs // groups * height * width)
+
+    def convolve(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, b, stride, padding, dilation, groups)
+
+    return _affine(
+        name,
+        (outputs, inputs // groups, height, width),
+        weight_init or kaiming_uniform(a=math.sqrt(5)),
+        (bias_init or uniform(-bound, bound)) if bias else None,
+        convolve,
+    )

@@ -1,0 +1,97 @@
+"""Adafactor: second moments of a matrix as one row and one column."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import torch
+from torch import Tensor
+
+from fdl._numerics import norm
+from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._basic import scale
+from fdl.optim._hyperparams import Rate, is_zero
+
+
+def adafactor(
+    lr: Rate = 1e-2,
+    beta2_decay: Rate = -0.8,
+    eps: tuple[Rate | None, Rate] = (None, 1e-3),
+    d: Rate = 1.0,
+    weight_decay: Rate = 0.0,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam without the first moment, the second one as row means × column means.
+
+    With β = 1 − t^`beta2_decay`: R ← βR + (1−β) mean(g², over columns), C likewise over rows,
+    V = R C / mean(R); for leaves of fewer than two axes V ← βV + (1−β)g². U = g/√V;
+    w ← (1 − lr·λ)w − α U / max(1, rms(U)/d), α = max(ε₂, rms(w)) · min(lr, 1/√t). Equals
+    `torch.optim.Adafactor`; slots `row_var`, `col_var` and `variance`, `[0]` where not used.
+    Source: Shazeer & Stern, 2018.
+
+    Args:
+        lr: the largest relative step; later steps are 1/√t if that is less.
+        beta2_decay: how fast β goes to 1, at most 0.
+        eps: ε₁, below which mean(R) and √V do not fall (None: the dtype's epsilon), and ε₂.
+        d: at which root mean square an update is clipped.
+        weight_decay: λ, decoupled.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> opt, params = adafactor(), {"w": torch.ones(2, 2)}
+    >>> opt.update({"w": torch.full((2, 2), 3.0)}, opt.init(params), params)[0]
+    {'w': tensor([[-0.0100, -0.0100],
+            [-0.0100, -0.0100]])}
+    """
+
+    def rule(
+        g: Tensor,
+        p: Tensor,
+        t: Tensor,
+        row_var: Tensor,
+        col_var: Tensor,
+        variance: Tensor,
+        lr: Tensor,
+        beta2_decay: Tensor,
+        eps2: Tensor,
+        d: Tensor,
+        eps1: Tensor | None = None,
+        weight_decay: Tensor | None = None,
+    ) -> Result:
+        new = t**beta2_decay  # 1 − β
+        least = torch.full_like(t, torch.finfo(p.dtype).eps) if eps1 is None else eps1
+        square = g * g
+        if g.ndim > 1:
+            row_var = row_var + new * (square.mean(-1, keepdim=True) - row_var)
+            col_var = col_var + new * (square.mean(-2, keepdim=True) - col_var)
+            v = row_var * col_var / _at_least(row_var.mean(-2, keepdim=True), least)
+        else:
+            v = variance = variance + new * (square - variance)
+        u = g * _at_least(v, least * least).rsqrt()
+        alpha = torch.maximum(eps2, _rms(p)) * torch.minimum(lr, t.rsqrt())
+        update = -alpha / (_rms(u) / d).clamp(min=1.0) * u
+        if weight_decay is not None:
+            update = update - lr * weight_decay * p
+        return update, {"row_var": row_var, "col_var": col_var, "variance": variance}
+
+    slots = {
+        "row_var": lambda p: torch.zeros_like(p[..., :1]) if p.ndim > 1 else p.new_zeros(0),
+        "col_var": lambda p: torch.zeros_like(p[..., :1, :]) if p.ndim > 1 else p.new_zeros(0),
+        "variance": lambda p: p.new_zeros(0) if p.ndim > 1 else torch.zeros_like(p),
+    }
+    rates = {"lr": lr, "beta2_decay": beta2_decay, "eps2": eps[1], "d": d}
+    if eps[0] is not None:
+        rates["eps1"] = eps[0]
+    if not is_zero(weight_decay):
+        rates["weight_decay"] = weight_decay
+    return chain(*([scale(-1.0)] if maximize else []), leafwise("adafactor", rule, rates, slots))
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square as float64 [], so that it scales a leaf of any dtype."""
+    return norm(x).double() / x.numel() ** 0.5
+
+
+def _at_least(x: Tensor, low: Tensor) -> Tensor:
+    return torch.maximum(x, low.to(x.dtype))

@@ -1,0 +1,102 @@
+"""Adan: adaptive Nesterov momentum."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import torch
+from torch import Tensor
+
+from fdl._numerics import root
+from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._basic import scale_by_learning_rate
+from fdl.optim._helpers import _decay, _sign
+from fdl.optim._hyperparams import Rate, check_rate
+from fdl.tree import Where
+
+
+def scale_by_adan(
+    betas: tuple[Rate, Rate, Rate] = (0.98, 0.92, 0.99), eps: Rate = 1e-8
+) -> Optimizer:
+    """Adam with Nesterov momentum estimated from differences of gradients (Xie et al., 2022).
+
+    With δ = g − the previous g, at first 0: m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)δ;
+    n ← β₃n + (1−β₃)(g + β₂δ)². The result is (m̂ + β₂v̂) / (√n̂ + ε), where m̂ = m/(1−β₁ᵗ), and v̂
+    and n̂ likewise. The paper writes 1−β for each β here. A leaf without a gradient at first starts
+    from a previous g of 0. Slots: `exp_avg` m, `exp_avg_diff` v, `exp_avg_sq` n, `previous_grad`.
+
+    `optax.scale_by_adan` (0.2.8) weighs δ and v̂ by 1−β₂ where the paper and its authors' program
+    have what is β₂ here, so that the two agree at β₂ = ½ alone.
+
+    Args:
+        betas: β₁, β₂, β₃.
+        eps: ε, outside the root.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> opt, params = scale_by_adan(), {"w": torch.ones(1)}
+    >>> opt.update({"w": torch.tensor([5.0])}, opt.init(params), params)[0]
+    {'w': tensor([1.])}
+    """
+
+    def rule(
+        g: Tensor,
+        p: Tensor,
+        t: Tensor,
+        exp_avg: Tensor,
+        exp_avg_diff: Tensor,
+        exp_avg_sq: Tensor,
+        previous_grad: Tensor,
+        beta1: Tensor,
+        beta2: Tensor,
+        beta3: Tensor,
+        eps: Tensor,
+    ) -> Result:
+        diff = torch.where(t == 1, 0.0, g - previous_grad)
+        ahead = g + beta2 * diff
+        m = beta1 * exp_avg + (1 - beta1) * g
+        v = beta2 * exp_avg_diff + (1 - beta2) * diff
+        n = beta3 * exp_avg_sq + (1 - beta3) * (ahead * ahead)
+        momentum = m / (1 - beta1**t) + beta2 / (1 - beta2**t) * v
+        slots = {"exp_avg": m, "exp_avg_diff": v, "exp_avg_sq": n, "previous_grad": g}
+        return momentum / (root(n) / (1 - beta3**t).sqrt() + eps), slots
+
+    names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
+    rates = {"beta1": betas[0], "beta2": betas[1], "beta3": betas[2], "eps": eps}
+    return leafwise("scale_by_adan", rule, rates, dict.fromkeys(names, torch.zeros_like))
+
+
+def adan(
+    lr: Rate = 1e-3,
+    betas: tuple[Rate, Rate, Rate] = (0.98, 0.92, 0.99),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    mask: Where | None = None,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with Nesterov momentum and decoupled weight decay, w ← w − lr · (direction + λw).
+
+    Source: Xie et al., 2022, "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep
+    Models", whose program has these defaults; see `scale_by_adan`, also for where `optax.adan`
+    differs, which besides adds another ε inside the root. The paper takes λw from the new w rather
+    than the old one, and so divides by 1 + lr · λ; this step is the `no_prox` of its program.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the means of gradients, of their differences, and of squares keep.
+        eps: added to the root in the denominator.
+        weight_decay: λ; the step takes lr · λ · w away.
+        mask: which parameters decay; all if None.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`
+            matches no path.
+
+    >>> opt, params = adan(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1500])}
+    """
+    check_rate("adan", "lr", lr)
+    decay = _decay("adan", weight_decay, mask)
+    return chain(*_sign(maximize), scale_by_adan(betas, eps), *decay, scale_by_learning_rate(lr))

@@ -1,0 +1,141 @@
+"""Averages of parameters: `ema` and `lookahead`."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+from fdl._kinds import register
+from fdl.optim._base import (
+    Optimizer,
+    State,
+    check_floating,
+    in_32_bits,
+    lift,
+    map_grads,
+    match_grads,
+    update_of,
+)
+from fdl.optim._helpers import check_whole
+from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.tree import Tree
+
+
+@register
+class LookaheadState(NamedTuple):
+    """The state of `lookahead`."""
+
+    own: State  # slow_step and the count of updates; the slot `slow`
+    inner: Tree
+
+
+def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: Rate = 0.5) -> Optimizer:
+    """Let slow weights follow at intervals the fast ones that `opt` moves (Zhang et al., 2019).
+
+    At each `sync_period`-th update, with w where `opt` would take the parameters,
+    s ← s + slow_step · (w − s), and the parameters become s. The slow weights are the slot
+    `slow`: `optim.slots(state)["slow"]`. What `opt` remembers stays as it is. Running statistics
+    of batch normalization belong to the fast weights: right after a synchronization recompute them,
+    by `fdl.training.update_bn`.
+
+    Args:
+        opt: moves the fast weights.
+        sync_period: how many updates of `opt` make one of the slow weights.
+        slow_step: a number, a 0-d tensor or a schedule of the count of updates.
+
+    Raises:
+        TypeError: `opt` is not an optimizer.
+        ValueError: `sync_period` is not an int of at least 1; `slow_step` is not in [0, 1].
+
+    >>> from fdl import optim
+    >>> opt, params = lookahead(optim.sgd(1.0), sync_period=2), {"w": torch.zeros(1)}
+    >>> state = opt.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = opt.update({"w": -torch.ones(1)}, state, params)
+    ...     params = optim.apply_updates(params, updates)
+    >>> params, optim.slots(state)["slow"]
+    ({'w': tensor([1.])}, {'w': tensor([1.])})
+    """
+    step = update_of("lookahead", opt)
+    check_whole("lookahead", "sync_period", sync_period, least=1)
+    check_rate("lookahead", "slow_step", slow_step)
+    rates = {"slow_step": slow_step}
+
+    def init(params: Tree) -> LookaheadState:
+        check_floating(params, "lookahead")
+        own = State(init_hyper(rates, params), {"slow": tree.map(torch.clone, params)})
+        return LookaheadState(own, opt.init(params))
+
+    def update(
+        grads: Tree, state: LookaheadState, params: Tree, **extra: Any
+    ) -> tuple[Tree, LookaheadState]:
+        updates, inner = step(grads, state.inner, params, **extra)
+        hyper, slow = state.own.hyper, tree.map(lift, state.own.slots["slow"])
+        rate = rates_now(rates, hyper)["slow_step"]
+        sync = (hyper.count + 1) % sync_period == 0
+
+        def move(u: Tensor, p: Tensor, s: Tensor) -> Tensor:
+            u = u.to(p.dtype)
+            return torch.where(sync, (s + rate * (p + u - s)).to(p.dtype) - p, u)
+
+        updates = map_grads(move, updates, params, slow)
+        # Not what `move` aimed at, but what the parameters become, to the last bit of float32.
+        slow = tree.map(
+            lambda s, u, p: s if u is None else torch.where(sync, p + u, s), slow, updates, params
+        )
+        return updates, LookaheadState(State(next_hyper(rates, hyper), {"slow": slow}), inner)
+
+    return in_32_bits(init, update)
+
+
+def ema(decay: Rate) -> Optimizer:
+    """Keep an exponential moving average of the parameters; updates pass unchanged.
+
+    a ← w after the first update, a ← decay · a + (1 − decay) · w after each later one, w being the
+    updated parameters: as `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`. Put
+    it last in a chain, and inside what skips updates (`accumulate(chain(sgd, ema), k)`). The
+    average is the slot `ema`: `optim.slots(state)["ema"]`. Where a gradient is `None` it
+    approaches the parameter that stays.
+
+    The average of 16-bit parameters is kept in float32: `tree.cast` it to evaluate it as they are.
+    The running statistics of batch normalization belong to the parameters of training: recompute
+    them for the average, by `fdl.training.update_bn`, before you evaluate it.
+
+    Args:
+        decay: a number, a 0-d tensor or a schedule.
+
+    Raises:
+        ValueError: `decay` is not in [0, 1).
+
+    >>> from fdl import optim
+    >>> opt, params = optim.chain(optim.sgd(1.0), ema(0.75)), {"w": torch.zeros(1)}
+    >>> state = opt.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = opt.update({"w": -torch.ones(1)}, state, params)
+    ...     params = optim.apply_updates(params, updates)
+    >>> params, optim.slots(state)["ema"]
+    ({'w': tensor([2.])}, {'w': tensor([1.2500])})
+    """
+    check_rate("ema", "decay", decay)
+    rates = {"decay": decay}
+
+    def init(params: Tree) -> State:
+        check_floating(params, "ema")
+        return State(init_hyper(rates, params), {"ema": tree.map(torch.clone, params)})
+
+    def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
+        match_grads(grads, params, "ema")
+        kept = rates_now(rates, state.hyper)["decay"]
+        first = state.hyper.count == 0
+
+        def average(a: Tensor, p: Tensor, u: Tensor | None) -> Tensor:
+            w = p if u is None else p + u.to(p.dtype)
+            return torch.where(first, w, (a + (1 - kept) * (w - a)).to(a.dtype))
+
+        averages = tree.map(average, tree.map(lift, state.slots["ema"]), params, grads)
+        return grads, State(next_hyper(rates, state.hyper), {"ema": averages})
+
+    return in_32_bits(init, update)

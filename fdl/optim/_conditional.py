@@ -1,0 +1,168 @@
+"""Optimizers around an optimizer: they decide when, or with which gradients, it runs.
+
+What depends on numbers is chosen with `torch.where`, so that one program serves: the inner
+optimizer is computed in every update, and where it should not have run its result is dropped.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+from fdl._kinds import register
+from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads, update_of
+from fdl.optim._helpers import (
+    NOTHING,
+    all_finite,
+    as_value,
+    check_whole,
+    keep,
+    scalar,
+    stays_finite,
+    surplus_of,
+    times,
+    zero_unless,
+)
+from fdl.tree import Tree
+
+
+@register
+class FiniteState(NamedTuple):
+    """The state of `apply_if_finite`."""
+
+    inner: Tree
+    skipped: Tensor  # int64 [], updates that were not made
+
+
+def apply_if_finite(opt: Optimizer) -> Optimizer:
+    """Skip an update where a number that goes in, or one that comes out, is infinite or NaN.
+
+    In go the gradients and the value that comes with them; out come the parameters, in their own
+    dtype, where they were finite before. The updates are then 0, the state of `opt` stays as it
+    was, and `skipped` in the state counts one more.
+
+    Args:
+        opt: what to apply else.
+
+    Raises:
+        TypeError: `opt` is not an optimizer.
+
+    >>> from fdl import optim
+    >>> opt, params = apply_if_finite(optim.sgd(1.0)), {"w": torch.ones(1)}
+    >>> updates, state = opt.update({"w": torch.tensor([torch.nan])}, opt.init(params), params)
+    >>> updates, state.skipped
+    ({'w': tensor([0.])}, tensor(1))
+    """
+    step = update_of("apply_if_finite", opt)
+
+    def init(params: Tree) -> FiniteState:
+        return FiniteState(opt.init(params), scalar(params, 0, torch.int64))
+
+    def update(
+        grads: Tree, state: FiniteState, params: Tree, *, value: Any = None, **extra: Any
+    ) -> tuple[Tree, FiniteState]:
+        device = state.skipped.device
+        finite = all_finite(grads, device)
+        if value is not None:
+            finite = finite & torch.isfinite(as_value("apply_if_finite", value, finite))
+        updates, inner = step(zero_unless(finite, grads), state.inner, params, value=value, **extra)
+        finite = finite & stays_finite(params, updates, device)
+        return zero_unless(finite, updates), FiniteState(
+            keep(finite, inner, state.inner), state.skipped + ~finite
+        )
+
+    return Optimizer(init, update)
+
+
+@register
+class AccumulateState(NamedTuple):
+    """The state of `accumulate`."""
+
+    inner: Tree
+    mean: Tree  # like params, in float32 at least: Σ count · g / k so far
+    value: Tensor  # float64 []: Σ count · value / k so far
+    gathered: Tensor  # int64 [], gradients so far, below k
+    # float64 [], Σ (count − 1) so far; files of earlier versions, where each counted 1, lack it
+    surplus: Tensor = NOTHING
+
+
+def accumulate(opt: Optimizer, k: int) -> Optimizer:
+    """Gather the gradients of k updates, then apply `opt` once, to their mean.
+
+    The updates before that are 0. With losses that are means, k micro-batches make the step of the
+    whole batch: each gradient weighs as many examples as `count` says, which `train_step` passes,
+    so that a padded batch weighs less; without a count all weigh alike. `value` becomes the mean of
+    the k values with these weights; `value_fn`, which knows one micro-batch only, is not passed on.
+    A leaf whose gradient is `None` now stays, with what was gathered for it: give it all k
+    gradients, or none.
+
+    What has been gathered when training ends is not applied. Make the number of micro-batches a
+    multiple of k, or fill the last window with updates of `count=0`, to which `train_step` turns
+    batches whose mask is all False.
+
+    Args:
+        opt: what to apply to the mean.
+        k: how many gradients make one update.
+
+    Raises:
+        TypeError: `opt` is not an optimizer.
+        ValueError: `k` is not an int of at least 1; a value or count with axes (at update).
+
+    >>> from fdl import optim
+    >>> opt, params = accumulate(optim.sgd(1.0), k=2), {"w": torch.zeros(1)}
+    >>> first, state = opt.update({"w": torch.tensor([1.0])}, opt.init(params), params, count=3)
+    >>> second, state = opt.update({"w": torch.tensor([5.0])}, state, params, count=1)
+    >>> first, second
+    ({'w': tensor([0.])}, {'w': tensor([-2.])})
+    """
+    step = update_of("accumulate", opt)
+    check_whole("accumulate", "k", k, least=1)
+
+    def init(params: Tree) -> AccumulateState:
+        check_floating(params, "accumulate")
+        zero = scalar(params, 0, torch.float64)
+        gathered = scalar(params, 0, torch.int64)
+        mean = tree.map(torch.zeros_like, params)
+        return AccumulateState(opt.init(params), mean, zero, gathered, zero.clone())
+
+    def update(
+        grads: Tree,
+        state: AccumulateState,
+        params: Tree,
+        *,
+        value: Any = None,
+        count: Any = None,
+        **extra: Any,
+    ) -> tuple[Tree, AccumulateState]:
+        match_grads(grads, params, "accumulate")
+        gathered, total = state.gathered + 1, state.value
+        surplus = state.surplus + surplus_of("accumulate", count, total)
+        mean = tree.map(
+            lambda m, g: m if g is None else m + times(count, g.to(m.dtype)) / k, state.mean, grads
+        )
+        if value is not None:
+            total = total + times(count, as_value("accumulate", value, total)) / k
+        # Σ count examples weigh 1 together; 1 exactly where each count is.
+        weight = gathered + surplus
+        share = torch.where(weight > 0, k / torch.where(weight > 0, weight, 1.0), 0.0)
+        handed = tree.map(lambda m, g: None if g is None else m * share.to(m.dtype), mean, grads)
+        updates, inner = step(
+            handed,
+            state.inner,
+            params,
+            value=None if value is None else total * share,
+            count=None if count is None else weight,
+        )
+        full = gathered >= k
+        return zero_unless(full, updates), AccumulateState(
+            keep(full, inner, state.inner),
+            tree.map(lambda m, g: m if g is None else torch.where(full, 0.0, m), mean, grads),
+            torch.where(full, 0.0, total),
+            torch.where(full, 0, gathered),
+            torch.where(full, 0.0, surplus),
+        )
+
+    return in_32_bits(init, update)

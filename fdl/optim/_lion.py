@@ -1,0 +1,74 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import torch
+from torch import Tensor
+
+from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._basic import scale_by_learning_rate
+from fdl.optim._helpers import _decay, _sign
+from fdl.optim._hyperparams import Rate, check_rate
+from fdl.tree import Where
+
+# ------------------------------------------------------------------------------ atoms
+
+
+def scale_by_lion(betas: tuple[Rate, Rate] = (0.9, 0.99)) -> Optimizer:
+    """Take the sign of a mean of gradients and the new one (Chen et al., 2023).
+
+    The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m.
+
+    Args:
+        betas: β₁, how much the mean weighs in the sign; β₂, how much of itself it keeps.
+
+    Raises:
+        ValueError: a number that is not in [0, 1).
+
+    >>> opt, params = scale_by_lion(), {"w": torch.ones(2)}
+    >>> opt.update({"w": torch.tensor([5.0, -0.1])}, opt.init(params), params)[0]
+    {'w': tensor([ 1., -1.])}
+    """
+
+    def rule(
+        g: Tensor, p: Tensor, t: Tensor, exp_avg: Tensor, beta1: Tensor, beta2: Tensor
+    ) -> Result:
+        sign = (beta1 * exp_avg + (1 - beta1) * g).sign()
+        return sign, {"exp_avg": beta2 * exp_avg + (1 - beta2) * g}
+
+    rates = {"beta1": betas[0], "beta2": betas[1]}
+    return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like})
+
+
+def lion(
+    lr: Rate = 1e-4,
+    betas: tuple[Rate, Rate] = (0.9, 0.99),
+    weight_decay: Rate = 0.0,
+    mask: Where | None = None,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps of one size for every coordinate, w ← w − lr · (sign(β₁m + (1−β₁)g) + λw).
+
+    Source: Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", whose program has
+    these defaults; see `scale_by_lion`. Equals `optax.lion`, where λ is 1e-3 by default. An lr that
+    suits `adamw` is 3 to 10 times too large here, and λ as much too small.
+
+    Args:
+        lr: the learning rate.
+        betas: β₁, β₂.
+        weight_decay: λ; the step takes lr · λ · w away.
+        mask: which parameters decay; all if None.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`
+            matches no path.
+
+    >>> opt, params = lion(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1500])}
+    """
+    check_rate("lion", "lr", lr)
+    decay = _decay("lion", weight_decay, mask)
+    return chain(*_sign(maximize), scale_by_lion(betas), *decay, scale_by_learning_rate(lr))

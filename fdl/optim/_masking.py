@@ -1,0 +1,218 @@
+"""Optimizers for parts of a tree: `masked`, `freeze`, `multi_transform`."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fdl import tree
+from fdl.optim._base import Optimizer, update_of
+from fdl.tree import Tree, Where
+
+Labels = Mapping[str, Where] | Callable[[str, Any], str]
+
+
+def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
+    """Optimize each part of the parameters in its own way, as `torch.optim`'s param groups do.
+
+    The state is a dict of the optimizers' states by label; each covers its own leaves alone.
+
+    Args:
+        opts: optimizers by label.
+        labels: for each label what it covers, as in `tree.partition` (a glob on dotted paths,
+            several, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
+
+    Raises:
+        TypeError: one of `opts` is not an optimizer.
+        ValueError: labels other than those of `opts`; (at init) a leaf that no label covers, or
+            more than one, or a label that covers none; each path is listed.
+
+    >>> import torch
+    >>> from fdl import optim
+    >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+    >>> opt = multi_transform({"slow": optim.sgd(0.1), "fast": optim.sgd(1.0)},
+    ...                       {"slow": "body", "fast": "head"})
+    >>> opt.update(params, opt.init(params), params)[0]
+    {'body': tensor([-0.1000]), 'head': tensor([-1.])}
+    """
+    opts = dict(opts)
+    if not callable(labels) and labels.keys() != opts.keys():
+        raise ValueError(
+            f"multi_transform: labels must be those of the optimizers, {sorted(opts)}, "
+            f"got {sorted(labels)}"
+        )
+    return _by_label("multi_transform", opts, lambda params: _labels(params, opts, labels))
+
+
+def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict[str, str]:
+    """Give each path its label."""
+    if callable(labels):
+        found = {path: [labels(path, leaf)] for path, leaf in tree.flatten_dict(params).items()}
+    else:
+        chosen = {
+            label: selected(params, where, f"multi_transform: {label}")
+            for label, where in labels.items()
+        }
+        found = {
+            path: [label for label in labels if chosen[label][path]]
+            for path in tree.flatten_dict(params)
+        }
+    lines = [
+        f"{path}: {found[path] or 'no label'}"
+        for path in found
+        if len(found[path]) != 1 or found[path][0] not in opts
+    ]
+    if lines:
+        raise ValueError(
+            f"multi_transform: each leaf needs exactly one label of {sorted(opts)}:\n  "
+            + "\n  ".join(lines)
+        )
+    return {path: label for path, (label,) in found.items()}
+
+
+def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
+    """Say for each path whether `where` selects it, which it must do for one at least.
+
+    Args:
+        params: the parameters.
+        where: as in `tree.partition`.
+        caller: how an error begins.
+
+    Raises:
+        ValueError: a glob, or the function, selects no path.
+
+    >>> import torch
+    >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
+    {'w': True, 'b': False}
+    """
+    chosen = tree.select(params, where, caller)
+    if chosen and callable(where) and not any(chosen.values()):
+        raise ValueError(f"{caller}: {where!r} selects no path; there are {list(chosen)}")
+    return chosen
+
+
+def masked(opt: Optimizer, where: Where) -> Optimizer:
+    """Transform only the gradients that `where` selects; the others pass unchanged.
+
+    The state covers the selected leaves alone.
+
+    Args:
+        opt: what to apply to them.
+        where: as in `tree.partition`: a glob on dotted paths, several, or a predicate
+            `(path, leaf)` on parameters, which sees stacked leaves as they are: see
+            `add_decayed_weights`.
+
+    Raises:
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
+
+    >>> import torch
+    >>> from fdl import optim
+    >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+    >>> opt = masked(optim.scale(2.0), "w")
+    >>> opt.update(params, opt.init(params), params)[0]
+    {'w': tensor([2.]), 'b': tensor([1.])}
+    """
+    return masked_for("masked", opt, where)
+
+
+def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
+    """Do as `masked`, for another function with a mask.
+
+    Args:
+        caller: opens the messages.
+        opt: what to apply.
+        where: to which leaves.
+
+    >>> import torch
+    >>> from fdl import optim
+    >>> list(masked_for("here", optim.scale(2.0), "w").init({"w": torch.ones(1)}))
+    ['masked']
+    """
+
+    def label_paths(params: Tree) -> dict[str, str]:
+        chosen = selected(params, where, caller)
+        return {path: "masked" if chosen[path] else "" for path in chosen}
+
+    return _by_label(caller, {"masked": opt}, label_paths)
+
+
+def freeze(opt: Optimizer, where: Where) -> Optimizer:
+    """Leave the parameters that `where` selects as they are, and optimize the others.
+
+    Frozen leaves have no slots in the state, and their updates are `None`. They neither decay nor
+    go on by their momentum, and their gradients are not in a norm that `opt` clips by; put clipping
+    inside, `freeze(chain(clip, sgd), where)`. Those gradients were computed: to save that as well,
+    `tree.partition` the parameters and differentiate by one part.
+
+    Args:
+        opt: optimizes the others.
+        where: as in `tree.partition`.
+
+    Raises:
+        TypeError: `opt` is not an optimizer.
+        ValueError: a glob, or the predicate, selects nothing (at init).
+
+    >>> import torch
+    >>> from fdl import optim
+    >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+    >>> opt = freeze(optim.sgd(0.1), "body")
+    >>> opt.update(params, opt.init(params), params)[0]
+    {'body': None, 'head': tensor([-0.1000])}
+    """
+    update_of("freeze", opt)
+
+    def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
+        return tree.map(lambda g: None, grads), state
+
+    def label_paths(params: Tree) -> dict[str, str]:
+        chosen = selected(params, where, "freeze")
+        return {path: "frozen" if chosen[path] else "trained" for path in chosen}
+
+    opts = {"frozen": Optimizer(lambda params: (), update), "trained": opt}
+    return _by_label("freeze", opts, label_paths)
+
+
+def _by_label(
+    caller: str, opts: dict[str, Optimizer], label_paths: Callable[[Tree], dict[str, str]]
+) -> Optimizer:
+    """Apply to each leaf the optimizer of its label; what has another label passes unchanged."""
+    steps = {
+        label: update_of(caller, opt, f"opts[{label!r}]" if len(opts) > 1 else "opt")
+        for label, opt in opts.items()
+    }
+
+    def part(whole: Tree, labels: dict[str, str], label: str) -> Tree:
+        return tree.partition(whole, lambda path, leaf: labels[path] == label)[0]
+
+    def init(params: Tree) -> Tree:
+        labels = label_paths(params)
+        return {label: opt.init(part(params, labels, label)) for label, opt in opts.items()}
+
+    def update(
+        grads: Tree, state: Tree, params: Tree, *, value_fn: Any = None, **extra: Any
+    ) -> tuple[Tree, Tree]:
+        if not isinstance(state, dict) or state.keys() != opts.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"{caller}: expected the states of {sorted(opts)}, got {got}")
+        labels = label_paths(params)
+        tree.match(params, grads, f"{caller}: grads")
+        flat = tree.flatten_dict(params)
+
+        def of_part(moved: Tree) -> Any:
+            """Evaluate where one part has moved and the others have not."""
+            return value_fn(tree.unflatten_dict(flat | tree.flatten_dict(moved), like=params))
+
+        found, states = tree.flatten_dict(grads), {}
+        for label, step in steps.items():
+            updates, states[label] = step(
+                part(grads, labels, label),
+                state[label],
+                part(params, labels, label),
+                value_fn=None if value_fn is None else of_part,
+                **extra,
+            )
+            found |= tree.flatten_dict(updates)
+        return tree.unflatten_dict(found, like=params), states
+
+    return Optimizer(init, update)

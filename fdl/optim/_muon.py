@@ -1,0 +1,142 @@
+"""Muon: momentum, orthogonalized."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import math
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+from fdl._numerics import norm
+from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._basic import add_decayed_weights, scale_by_learning_rate
+from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.tree import Tree
+
+
+def scale_by_muon(
+    momentum: Rate = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+) -> Optimizer:
+    """Turn the momentum of a matrix into the nearest matrix with singular values near 1.
+
+    M ← μM + (1−μ)G; X = (1−μ)G + μM with `nesterov`, else M; X/‖X‖ goes `ns_steps` times through
+    Newton–Schulz, X ← aX + (bA + cA²)X, A = XXᵀ, in bfloat16. Leaves must have two axes. Slot:
+    `momentum_buffer` M. Source: Jordan et al., 2024.
+
+    Args:
+        momentum: μ.
+        nesterov: look ahead.
+        ns_coefficients: a, b, c.
+        eps: below which the norm of X does not fall.
+        ns_steps: iterations.
+        adjust_lr_fn: by which a matrix `[out, in]` is scaled: "original" (the default), √max(1,
+            out/in); "match_rms_adamw", 0.2 √max(out, in); "spectral_unclamped", √(out/in).
+
+    Raises:
+        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf that
+            has not two axes (each is listed).
+
+    >>> opt, params = scale_by_muon(), {"w": torch.ones(2, 2)}
+    >>> opt.update({"w": torch.eye(2)}, opt.init(params), params)[0]["w"].diag()
+    tensor([1.1250, 1.1250])
+    """
+    ratios = {
+        "original": lambda out, into: math.sqrt(max(1, out / into)),
+        "match_rms_adamw": lambda out, into: 0.2 * math.sqrt(max(out, into)),
+        "spectral_unclamped": lambda out, into: math.sqrt(out / into),
+    }
+    name = adjust_lr_fn or "original"
+    if name not in ratios:
+        raise ValueError(
+            f"scale_by_muon: adjust_lr_fn must be one of {list(ratios)}, got {adjust_lr_fn!r}"
+        )
+    if not 1 <= ns_steps < 100:
+        raise ValueError(f"scale_by_muon: ns_steps must be from 1 to 99, got {ns_steps}")
+
+    def rule(g: Tensor, p: Tensor, t: Tensor, momentum_buffer: Tensor, momentum: Tensor) -> Result:
+        # torch.lerp, since what is next rounded to bfloat16 should be bit-equal to torch's.
+        m = torch.lerp(momentum_buffer, g, (1 - momentum).to(g.dtype))
+        x = torch.lerp(g, m, momentum.to(g.dtype)) if nesterov else m
+        ratio = ratios[name](*p.shape)
+        return ratio * _orthogonalize(x, ns_coefficients, ns_steps, eps).to(g.dtype), {
+            "momentum_buffer": m
+        }
+
+    inner = leafwise(
+        "scale_by_muon", rule, {"momentum": momentum}, {"momentum_buffer": torch.zeros_like}
+    )
+
+    def init(params: Tree) -> Tree:
+        lines = [
+            f"{path}: {list(leaf.shape)}"
+            for path, leaf in tree.flatten_dict(params).items()
+            if leaf.ndim != 2
+        ]
+        if lines:
+            raise ValueError(
+                "scale_by_muon: leaves must be matrices [out, in]; give the others to another "
+                "optimizer with multi_transform:\n  " + "\n  ".join(lines)
+            )
+        return inner.init(params)
+
+    return Optimizer(init, inner.update)
+
+
+def _orthogonalize(
+    x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    x = x.to(torch.bfloat16)
+    x = x.T if tall else x
+    x = x / norm(x).to(x.dtype).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def muon(
+    lr: Rate = 1e-3,
+    weight_decay: Rate = 0.1,
+    momentum: Rate = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+) -> Optimizer:
+    """Step along orthogonalized momentum; equals `torch.optim.Muon`. For matrices alone.
+
+    w ← w − lr · (ratio · orthogonalized + λw). Give biases, embeddings and the like to another
+    optimizer with `multi_transform`. Source: Jordan et al., 2024; see `scale_by_muon`.
+
+    Args:
+        lr: the learning rate.
+        weight_decay: λ, decoupled.
+        momentum: how much of the momentum is kept.
+        nesterov: look ahead.
+        ns_coefficients: of the Newton–Schulz iteration.
+        eps: below which the norm of a matrix does not fall.
+        ns_steps: iterations.
+        adjust_lr_fn: how the shape of a matrix scales its step.
+
+    Raises:
+        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf that
+            has not two axes (each is listed).
+
+    >>> opt, params = muon(lr=0.1, weight_decay=0.0), {"w": torch.ones(2, 2)}
+    >>> opt.update({"w": torch.eye(2)}, opt.init(params), params)[0]["w"].diag()
+    tensor([-0.1125, -0.1125])
+    """
+    check_rate("muon", "lr", lr)
+    check_rate("muon", "weight_decay", weight_decay)
+    direction = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
+    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
+    return chain(direction, *decay, scale_by_learning_rate(lr))

@@ -1,0 +1,142 @@
+"""Two optimizers that set step sizes by themselves: `rprop` and `asgd`."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._basic import add_decayed_weights, scale
+from fdl.optim._hyperparams import Rate, check_rate, is_zero
+
+
+def rprop(
+    lr: float | Tensor = 1e-2,
+    etas: tuple[Rate, Rate] = (0.5, 1.2),
+    step_sizes: tuple[Rate, Rate] = (1e-6, 50.0),
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Step by the sign of the gradient, further while it keeps its sign; `torch.optim.Rprop`.
+
+    Where g · g' > 0, g' being the last gradient, the step size s grows to η⁺s; where it is < 0, s
+    shrinks to η⁻s and g counts as 0. w ← w − sign(g) · s. For full batches: the sign of a noisy
+    gradient says little. Slots: `prev` g', `step_size` s. Source: Riedmiller & Braun, 1993.
+
+    Args:
+        lr: the first s; no hyperparameter of the state, since nothing reads it later.
+        etas: η⁻, η⁺.
+        step_sizes: the least and the largest s.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> opt, params = rprop(lr=0.1), {"w": torch.tensor([1.0, 1.0])}
+    >>> opt.update({"w": torch.tensor([2.0, -3.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1000,  0.1000])}
+    """
+    if callable(lr) and not isinstance(lr, Tensor):
+        raise TypeError(f"rprop: lr is read once, by init: it cannot be a schedule, got {lr!r}")
+    check_rate("rprop", "lr", lr)
+
+    def rule(
+        g: Tensor,
+        p: Tensor,
+        t: Tensor,
+        prev: Tensor,
+        step_size: Tensor,
+        etaminus: Tensor,
+        etaplus: Tensor,
+        step_size_min: Tensor,
+        step_size_max: Tensor,
+    ) -> Result:
+        same = g * prev
+        factor = torch.where(same > 0, etaplus, torch.where(same < 0, etaminus, 1.0)).to(g.dtype)
+        size = (step_size * factor).clamp(step_size_min.to(g.dtype), step_size_max.to(g.dtype))
+        g = torch.where(same < 0, 0.0, g)
+        return -g.sign() * size, {"prev": g, "step_size": size}
+
+    rates = {
+        "etaminus": etas[0],
+        "etaplus": etas[1],
+        "step_size_min": step_sizes[0],
+        "step_size_max": step_sizes[1],
+    }
+    slots = {
+        "prev": torch.zeros_like,
+        "step_size": lambda p: (
+            torch.as_tensor(lr, dtype=p.dtype, device=p.device).expand_as(p).clone()
+        ),
+    }
+    return chain(*([scale(-1.0)] if maximize else []), leafwise("rprop", rule, rates, slots))
+
+
+def asgd(
+    lr: Rate = 1e-2,
+    lambd: Rate = 1e-4,
+    alpha: Rate = 0.75,
+    t0: Rate = 1e6,
+    weight_decay: Rate = 0.0,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Gradient descent that also averages what it passes through; equals `torch.optim.ASGD`.
+
+    w ← (1 − λη)w − ηg, η = lr / (1 + λ·lr·t)^α; the average a ← a + (w − a)μ, μ = 1/max(1, t − t0),
+    is for evaluation: `slots(state)["ax"]`. Slots: `ax` a, and for the next update `eta` η, `mu` μ
+    (float64 []). As in torch, η of an update comes from the lr of the update before: one that is
+    set or scheduled anew counts an update later. Statistics of batch normalization belong to w.
+    Source: Polyak & Juditsky, 1992.
+
+    Args:
+        lr: the learning rate.
+        lambd: λ, the decay.
+        alpha: α, how fast η falls.
+        t0: the update after which a is an average; until then it is w.
+        weight_decay: enters the gradient, besides λ.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> opt, params = asgd(lr=0.1, lambd=0.5), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.2500])}
+    """
+
+    def rule(
+        g: Tensor,
+        p: Tensor,
+        t: Tensor,
+        ax: Tensor,
+        eta: Tensor,
+        mu: Tensor,
+        lr: Tensor,
+        lambd: Tensor,
+        alpha: Tensor,
+        t0: Tensor,
+    ) -> Result:
+        update = -eta * (lambd * p + g)
+        average = ax + (p + update - ax) * mu
+        next_eta = lr / (1 + lambd * lr * t) ** alpha
+        next_mu = 1 / (t - t0).clamp(min=1.0)
+        return update, {"ax": average, "eta": next_eta, "mu": next_mu}
+
+    check_rate("asgd", "weight_decay", weight_decay)
+
+    def first_eta(p: Tensor) -> Tensor:
+        value = lr(torch.zeros((), dtype=torch.float64, device=p.device)) if callable(lr) else lr
+        return torch.as_tensor(value, dtype=torch.float64, device=p.device).clone()
+
+    slots: dict[str, Callable[[Tensor], Tensor]] = {
+        "ax": torch.zeros_like,
+        "eta": first_eta,
+        "mu": lambda p: torch.ones((), dtype=torch.float64, device=p.device),
+    }
+    rates = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0}
+    sign = [scale(-1.0)] if maximize else []
+    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
+    return chain(*sign, *decay, leafwise("asgd", rule, rates, slots))

@@ -1,0 +1,86 @@
+"""Gradients that look for flat minima: `sam`, in place of `torch.func.grad_and_value`."""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from fdl import tree
+from fdl._numerics import global_norm
+from fdl.optim._base import lift
+from fdl.optim._hyperparams import known_values
+from fdl.tree import Tree
+
+
+def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., Any]:
+    """Make a gradient that is taken where the loss rises fastest nearby (Foret et al., 2021).
+
+    With g the gradient at w and ‖g‖ its norm over all leaves, the new one is that at
+    w + ρg/‖g‖, or adaptive at w + ρw²g/‖|w|g‖ (Kwon et al., 2021, with η = 0); at w itself where
+    the norm is 0. Value and aux, and so metrics and buffers, are those at w: of the first of two
+    evaluations, which both see the same batch and draw from the same key. Pass it to `train_step`
+    with any optimizer: `train_step(loss, opt, grad_fn=optim.sam(0.05))`.
+
+    Args:
+        rho: ρ, the radius: a number, or a 0-d tensor, by which the result is differentiable.
+        adaptive: measure the radius relative to the size of each weight. A ρ about ten times as
+            large suits it.
+
+    Returns:
+        A function in place of `torch.func.grad_and_value`: `(f, *, has_aux=False)` to a function of
+        the arguments of f that returns `(grads, value)`, or `(grads, (value, aux))`, differentiated
+        by the first.
+
+    Raises:
+        ValueError: `rho` is negative, not finite, or a tensor with axes.
+        TypeError: `rho` is neither a number nor a tensor.
+
+    >>> grads, value = sam(rho=0.5)(lambda w: (w**2).sum())(torch.tensor([3.0, 4.0]))
+    >>> grads, value
+    (tensor([6.6000, 8.8000]), tensor(25.))
+    """
+    if isinstance(rho, Tensor):
+        if rho.ndim:
+            raise ValueError(
+                f"sam: rho must be a number or a 0-d tensor, got {list(rho.shape)}; for a "
+                "population, vmap"
+            )
+    elif not isinstance(rho, (int, float)):
+        raise TypeError(
+            f"sam: rho must be a number or a 0-d tensor, got {rho!r}; it has no state to count "
+            "steps in, so a schedule of it is the caller's"
+        )
+    for value in known_values(rho) if isinstance(rho, Tensor) else [rho]:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"sam: rho must be finite and at least 0, got {value}")
+
+    def grad_fn(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+        differentiate = grad_and_value(f, has_aux=has_aux)
+
+        def twice(params: Tree, *args: Any, **kwargs: Any) -> tuple[Tree, Any]:
+            grads, value = differentiate(params, *args, **kwargs)
+            there = _climb(params, grads, rho, adaptive)
+            return differentiate(there, *args, **kwargs)[0], value
+
+        return twice
+
+    return grad_fn
+
+
+def _climb(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
+    """Go ρ far along the gradient, in the metric of the parameters' sizes if adaptive."""
+    wide, scaled = tree.map(lift, params), tree.map(lift, grads)
+    if adaptive:
+        scaled = tree.map(lambda p, g: p.abs() * g, wide, scaled)
+    length = global_norm(scaled)
+    factor = torch.where(length > 0, rho / torch.where(length > 0, length, 1.0), 0.0)
+
+    def move(p: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return (w + (factor * (w.abs() * s if adaptive else s)).to(w.dtype)).to(p.dtype)
+
+    return tree.map(move, params, wide, scaled)

@@ -1,0 +1,348 @@
+"""Every dense optimizer of `torch.optim` by its name in lower case, with its options and defaults.
+
+What torch does on request is always so here: `differentiable`, `capturable` (counts and rates are
+tensors), and one fused program where the step is compiled. A rate may be a number, a 0-d tensor or
+a schedule; the number 0 leaves out what it would scale. `maximize` climbs instead.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+from fdl.optim._adaptive import (
+    scale_by_adadelta,
+    scale_by_adagrad,
+    scale_by_adam,
+    scale_by_adamax,
+    scale_by_nadam,
+    scale_by_radam,
+    scale_by_rms,
+)
+from fdl.optim._base import Optimizer, chain
+from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate, trace
+from fdl.optim._hyperparams import Rate, check_rate, is_zero
+
+
+def _descend(
+    caller: str,
+    direction: list[Optimizer],
+    lr: Rate,
+    weight_decay: Rate,
+    maximize: bool,
+    decoupled: bool = False,
+) -> Optimizer:
+    """Chain w ← w − lr · direction(±g + λw), or decoupled w ← w − lr · (direction(±g) + λw)."""
+    check_rate(caller, "lr", lr)
+    check_rate(caller, "weight_decay", weight_decay)
+    sign = [scale(-1.0)] if maximize else []
+    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
+    inner = [*direction, *decay] if decoupled else [*decay, *direction]
+    return chain(*sign, *inner, scale_by_learning_rate(lr))
+
+
+def sgd(
+    lr: Rate = 1e-3,
+    momentum: Rate = 0.0,
+    dampening: Rate = 0.0,
+    weight_decay: Rate = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Stochastic gradient descent; equals `torch.optim.SGD` in every combination.
+
+    g ← ±g + weight_decay · w; m ← momentum · m + (1 − dampening) · g; w ← w − lr · m. A rate may
+    be a number, a 0-d tensor or a schedule, and is a float64 0-d tensor in the state; one given as
+    the number 0 leaves out what it would scale.
+
+    Args:
+        lr: the learning rate.
+        momentum: how much of the last step is kept.
+        dampening: how much less of the new gradient enters the momentum.
+        weight_decay: λ of the penalty λ · ½ Σ w²; for some parameters only, chain
+            `add_decayed_weights` with a mask.
+        nesterov: look ahead along the momentum; needs momentum and no dampening.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is negative or not finite, or `nesterov` without momentum or with
+            dampening.
+
+    >>> import torch
+    >>> opt, params = sgd(lr=0.1, momentum=0.9), {"w": torch.tensor([1.0])}
+    >>> updates, state = opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)
+    >>> updates
+    {'w': tensor([-0.2000])}
+    """
+    check_rate("sgd", "momentum", momentum)
+    check_rate("sgd", "dampening", dampening)
+    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+        raise ValueError(
+            "sgd: nesterov needs a momentum and zero dampening, got "
+            f"momentum={momentum}, dampening={dampening}"
+        )
+    direction = [] if is_zero(momentum) else [trace(momentum, dampening, nesterov)]
+    return _descend("sgd", direction, lr, weight_decay, maximize)
+
+
+def adam(
+    lr: Rate = 1e-3,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> Optimizer:
+    """Adam; equals `torch.optim.Adam`. Source: Kingma & Ba, 2015; see `scale_by_adam`.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the means of gradients and of their squares keep.
+        eps: added to the root in the denominator.
+        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
+        amsgrad: divide by the largest second moment so far.
+        maximize: climb instead.
+        decoupled_weight_decay: be `adamw`.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = adam(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
+    direction = [scale_by_adam(betas, eps, amsgrad)]
+    return _descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+def adamw(
+    lr: Rate = 1e-3,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with decoupled weight decay, w ← w − lr · (direction + λw); `torch.optim.AdamW`.
+
+    Source: Loshchilov & Hutter, 2019.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the means of gradients and of their squares keep.
+        eps: added to the root in the denominator.
+        weight_decay: λ; the step takes lr · λ · w away.
+        amsgrad: divide by the largest second moment so far.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = adamw(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1500])}
+    """
+    direction = [scale_by_adam(betas, eps, amsgrad)]
+    return _descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
+
+
+def adamax(
+    lr: Rate = 2e-3,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with the largest gradient in the denominator; equals `torch.optim.Adamax`.
+
+    Source: Kingma & Ba, 2015, section 7; see `scale_by_adamax`.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the mean of gradients and their largest size keep.
+        eps: added to the size of each gradient.
+        weight_decay: λ; enters the gradient as λw.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = adamax(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
+    return _descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
+
+
+def nadam(
+    lr: Rate = 2e-3,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    momentum_decay: Rate = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with Nesterov momentum; equals `torch.optim.NAdam`.
+
+    Source: Dozat, 2016; see `scale_by_nadam`.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the means of gradients and of their squares keep.
+        eps: added to the root in the denominator.
+        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
+        momentum_decay: how fast the momentum warms up.
+        decoupled_weight_decay: decay as in `adamw`.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = nadam(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1056])}
+    """
+    direction = [scale_by_nadam(betas, eps, momentum_decay)]
+    return _descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+def radam(
+    lr: Rate = 1e-3,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam whose adaptive rate is rectified while its variance is large; `torch.optim.RAdam`.
+
+    Source: Liu et al., 2020; see `scale_by_radam`.
+
+    Args:
+        lr: the learning rate.
+        betas: how much the means of gradients and of their squares keep.
+        eps: added to the root in the denominator.
+        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
+        decoupled_weight_decay: decay as in `adamw`.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = radam(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.2000])}
+    """
+    direction = [scale_by_radam(betas, eps)]
+    return _descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+def adagrad(
+    lr: Rate = 1e-2,
+    lr_decay: Rate = 0.0,
+    weight_decay: Rate = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: Rate = 1e-10,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Divide by the root of the sum of squared gradients; equals `torch.optim.Adagrad`.
+
+    Source: Duchi et al., 2011; see `scale_by_adagrad`.
+
+    Args:
+        lr: the learning rate.
+        lr_decay: update t takes lr / (1 + (t−1) · lr_decay).
+        weight_decay: λ; enters the gradient as λw.
+        initial_accumulator_value: where the sum starts.
+        eps: added to the root in the denominator.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = adagrad(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.1000])}
+    """
+    direction = [scale_by_adagrad(lr_decay, initial_accumulator_value, eps)]
+    return _descend("adagrad", direction, lr, weight_decay, maximize)
+
+
+def adadelta(
+    lr: Rate = 1.0,
+    rho: Rate = 0.9,
+    eps: Rate = 1e-6,
+    weight_decay: Rate = 0.0,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Scale gradients to the size of past updates; equals `torch.optim.Adadelta`.
+
+    Source: Zeiler, 2012; see `scale_by_adadelta`.
+
+    Args:
+        lr: the learning rate.
+        rho: how much the means of squares keep.
+        eps: added inside both roots.
+        weight_decay: λ; enters the gradient as λw.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = adadelta(), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-0.0032])}
+    """
+    return _descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
+
+
+def rmsprop(
+    lr: Rate = 1e-2,
+    alpha: Rate = 0.99,
+    eps: Rate = 1e-8,
+    weight_decay: Rate = 0.0,
+    momentum: Rate = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    """Divide by the root of the mean of squared gradients; equals `torch.optim.RMSprop`.
+
+    Source: Tieleman & Hinton, 2012; see `scale_by_rms`.
+
+    Args:
+        lr: the learning rate.
+        alpha: how much the mean of squares keeps.
+        eps: added to the root in the denominator.
+        weight_decay: λ; enters the gradient as λw.
+        momentum: how much of the last step is kept.
+        centered: divide by the standard deviation instead.
+        maximize: climb instead.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
+
+    >>> import torch
+    >>> opt, params = rmsprop(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
+    {'w': tensor([-1.0000])}
+    """
+    check_rate("rmsprop", "momentum", momentum)
+    direction = [scale_by_rms(alpha, eps, centered)]
+    if not is_zero(momentum):
+        direction.append(trace(momentum))
+    return _descend("rmsprop", direction, lr, weight_decay, maximize)

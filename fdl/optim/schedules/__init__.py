@@ -1,0 +1,49 @@
+"""Schedules: pure functions from the count of updates (int64 tensor) to a value (float64 tensor).
+
+Pass one wherever an optimizer takes a rate: `sgd(lr=schedules.step(0.1, step_size=30))`. Every
+class of `torch.optim.lr_scheduler` that knows nothing but the count has a function here, with
+torch's names of the arguments. Torch multiplies the rate of before; here a value is a closed form
+of the count, on its device, so it can be compiled once, vmapped, or plotted at a vector of counts.
+"""
+
+from fdl.optim.schedules._basic import (
+    chained,
+    constant,
+    exponential,
+    join,
+    lambda_,
+    linear,
+    multi_step,
+    multiplicative,
+    polynomial,
+    step,
+)
+from fdl.optim.schedules._periodic import (
+    cosine_annealing,
+    cosine_annealing_warm_restarts,
+    cyclic,
+    cyclic_momentum,
+)
+from fdl.optim.schedules._phases import one_cycle, one_cycle_momentum, swa, warmup_cosine, wsd
+
+__all__ = [
+    "chained",
+    "constant",
+    "cosine_annealing",
+    "cosine_annealing_warm_restarts",
+    "cyclic",
+    "cyclic_momentum",
+    "exponential",
+    "join",
+    "lambda_",
+    "linear",
+    "multi_step",
+    "multiplicative",
+    "one_cycle",
+    "one_cycle_momentum",
+    "polynomial",
+    "step",
+    "swa",
+    "warmup_cosine",
+    "wsd",
+]

@@ -1,0 +1,278 @@
+"""Schedules made of one formula, and how to join and multiply them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdl.optim._hyperparams import Schedule
+from fdl.optim.schedules._helpers import (
+    Value,
+    call,
+    check_callable,
+    check_ints,
+    check_milestones,
+    check_numbers,
+    check_values,
+    geometric,
+    line,
+    progress,
+)
+
+
+def constant(value: Value, factor: float = 1.0, total_iters: int = 0) -> Schedule:
+    """Return always the same value, after `total_iters` updates at a part of it: `ConstantLR`.
+
+    value · factor for t < total_iters, then value. Unlike a plain number it cannot be set from
+    outside. Torch's defaults are 1/3 and 5; with 0, torch never comes back from the factor.
+
+    Args:
+        value: the value.
+        factor: what it is multiplied by at first; may be above 1.
+        total_iters: how many updates that lasts.
+
+    Raises:
+        ValueError: `value` or `factor` negative or not finite; `total_iters` no int of at least 0.
+
+    >>> constant(0.1)(torch.tensor(7))
+    tensor(0.1000, dtype=torch.float64)
+    >>> constant(1.0, 0.5, 2)(torch.arange(4))
+    tensor([0.5000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    check_values("constant", value=value)
+    check_numbers("constant", factor=factor)
+    check_ints("constant", low=0, total_iters=total_iters)
+    return lambda count: value * geometric(factor, count < total_iters)
+
+
+def lambda_(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
+    """Multiply by a function of the count: `LambdaLR`.
+
+    The function is given the count as float64, so that `0.95**count` is float64 as well (for an
+    int64 tensor it would be float32); as an index write `table[count.long()]`.
+
+    Raises:
+        ValueError: `value` is negative or not finite; `factor` is no function.
+
+    >>> lambda_(1.0, lambda count: 1 / (1 + count))(torch.tensor(3))
+    tensor(0.2500, dtype=torch.float64)
+    """
+    check_values("lambda_", value=value)
+    check_callable("lambda_", factor=factor)
+    return lambda count: value * call(factor, count.double())
+
+
+def multiplicative(value: Value, factor: Callable[[Tensor], Any], total_iters: int) -> Schedule:
+    """Multiply by a function of the count, again at each update: `MultiplicativeLR`.
+
+    value · factor(1) · … · factor(t). There is no closed form: at each count all `total_iters`
+    factors are computed at once and those up to t multiplied, hence the bound; after it the last
+    value is held. Where the product is known, `lambda_` is cheaper.
+
+    Args:
+        value: the first value.
+        factor: an elementwise function, given the counts 1 … total_iters, a float64 vector.
+        total_iters: the last update that multiplies.
+
+    Raises:
+        ValueError: `value` is negative or not finite; `factor` is no function; `total_iters` is no
+            int of at least 1.
+
+    >>> multiplicative(1.0, lambda count: count, total_iters=4)(torch.arange(6))
+    tensor([ 1.,  1.,  2.,  6., 24., 24.], dtype=torch.float64)
+    """
+    check_values("multiplicative", value=value)
+    check_callable("multiplicative", factor=factor)
+    check_ints("multiplicative", low=1, total_iters=total_iters)
+
+    def schedule(count: Tensor) -> Tensor:
+        k = torch.arange(1, total_iters + 1, device=count.device)
+        factors = call(factor, k.double())
+        return value * torch.where(k <= count.unsqueeze(-1), factors, 1.0).prod(-1)
+
+    return schedule
+
+
+def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
+    """Multiply by `gamma` after each `step_size` updates: `StepLR`.
+
+    value · gamma^⌊t / step_size⌋
+
+    Args:
+        value: the first value.
+        step_size: how many updates each value lasts.
+        gamma: the factor.
+
+    Raises:
+        ValueError: `value` or `gamma` negative or not finite; `step_size` no int of at least 1.
+
+    >>> step(1.0, step_size=2, gamma=0.5)(torch.arange(5))
+    tensor([1.0000, 1.0000, 0.5000, 0.5000, 0.2500], dtype=torch.float64)
+    """
+    check_values("step", value=value)
+    check_ints("step", low=1, step_size=step_size)
+    check_numbers("step", gamma=gamma)
+    return lambda count: value * geometric(gamma, count // step_size)
+
+
+def multi_step(value: Value, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
+    """Multiply by `gamma` at each milestone: `MultiStepLR`.
+
+    value · gamma^(number of milestones ≤ t); one that is there twice counts twice.
+
+    Args:
+        value: the first value.
+        milestones: counts of updates, in ascending order.
+        gamma: the factor.
+
+    Raises:
+        ValueError: `value` or `gamma` negative or not finite; milestones not sorted or no ints of
+            at least 0.
+
+    >>> multi_step(1.0, [2, 3, 3], gamma=0.5)(torch.arange(5))
+    tensor([1.0000, 1.0000, 0.5000, 0.1250, 0.1250], dtype=torch.float64)
+    """
+    milestones = tuple(milestones)
+    check_values("multi_step", value=value)
+    check_milestones("multi_step", milestones)
+    check_numbers("multi_step", gamma=gamma)
+
+    def schedule(count: Tensor) -> Tensor:
+        passed = sum((count >= milestone for milestone in milestones), torch.zeros_like(count))
+        return value * geometric(gamma, passed)
+
+    return schedule
+
+
+def linear(
+    value: Value, start_factor: float = 1 / 3, end_factor: float = 1.0, total_iters: int = 5
+) -> Schedule:
+    """Change the value along a line, then hold it: `LinearLR`.
+
+    value · (start_factor + (end_factor − start_factor) · min(t / total_iters, 1)). Unlike torch's,
+    the factors may be 0 and above 1.
+
+    Args:
+        value: what the factors multiply.
+        start_factor: the factor at first.
+        end_factor: the factor in the end.
+        total_iters: how many updates that takes.
+
+    Raises:
+        ValueError: a number negative or not finite; `total_iters` no int of at least 1.
+
+    >>> linear(1.0, start_factor=0.5, total_iters=2)(torch.arange(4))
+    tensor([0.5000, 0.7500, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    check_values("linear", value=value)
+    check_numbers("linear", start_factor=start_factor, end_factor=end_factor)
+    check_ints("linear", low=1, total_iters=total_iters)
+    return lambda count: value * line(start_factor, end_factor, progress(count, total_iters))
+
+
+def exponential(value: Value, gamma: float) -> Schedule:
+    """Multiply by `gamma` at each update: value · gammaᵗ, `ExponentialLR`.
+
+    Raises:
+        ValueError: `value` or `gamma` is negative or not finite.
+
+    >>> exponential(1.0, gamma=0.5)(torch.arange(4))
+    tensor([1.0000, 0.5000, 0.2500, 0.1250], dtype=torch.float64)
+    """
+    check_values("exponential", value=value)
+    check_numbers("exponential", gamma=gamma)
+    return lambda count: value * geometric(gamma, count)
+
+
+def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedule:
+    """Fall to 0 along a polynomial: value · (1 − min(t / total_iters, 1))^power, `PolynomialLR`.
+
+    Args:
+        value: the first value.
+        total_iters: how many updates that takes.
+        power: the exponent.
+
+    Raises:
+        ValueError: `value` or `power` negative or not finite; `total_iters` no int of at least 1.
+
+    >>> polynomial(1.0, total_iters=2, power=2.0)(torch.arange(4))
+    tensor([1.0000, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    check_values("polynomial", value=value)
+    check_numbers("polynomial", power=power)
+    check_ints("polynomial", low=1, total_iters=total_iters)
+    return lambda count: value * (1 - progress(count, total_iters)) ** power
+
+
+def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
+    """Follow one schedule after the other, each counting from its own start: `SequentialLR`.
+
+    Schedule i + 1 begins at milestone i. Torch's `MultiplicativeLR` would go on from the rate that
+    it finds; here each schedule begins with its own value.
+
+    Args:
+        schedules: at least one.
+        milestones: one less, counts of updates in ascending order.
+
+    Raises:
+        ValueError: no schedules, or what cannot be called; milestones not one less, not sorted or
+            no ints of at least 0.
+
+    >>> join([linear(1.0, 0.0, 1.0, 2), step(1.0, 1, gamma=0.5)], [2])(torch.arange(5))
+    tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.2500], dtype=torch.float64)
+    """
+    schedules, milestones = tuple(schedules), tuple(milestones)
+    for schedule in schedules:
+        check_callable("join", schedules=schedule)
+    check_milestones("join", milestones)
+    if len(milestones) != len(schedules) - 1:
+        raise ValueError(
+            f"schedules.join: milestones must be one less than schedules, got {len(milestones)} "
+            f"for {len(schedules)}"
+        )
+
+    def joined(count: Tensor) -> Tensor:
+        value = call(schedules[0], count)
+        for milestone, schedule in zip(milestones, schedules[1:], strict=True):
+            own = call(schedule, (count - milestone).clamp(min=0))
+            value = torch.where(count >= milestone, own, value)
+        return value
+
+    return joined
+
+
+def chained(value: Value, *factors: Schedule) -> Schedule:
+    """Multiply a value by schedules: `ChainedScheduler` of those that multiply the rate.
+
+    value · Π factor(t), each factor a schedule made with the value 1: `constant`, `multiplicative`,
+    `step`, `multi_step`, `linear`, `exponential`, `polynomial`. Torch's others are no factors: they
+    set the rate anew, or, as `CosineAnnealingLR`, add to what the others left (with `eta_min` 0 and
+    up to `T_max` that is still the product); chained, their values depend on the whole past.
+
+    Args:
+        value: what is multiplied.
+        *factors: at least one schedule.
+
+    Raises:
+        ValueError: `value` is negative or not finite; no factors, or what cannot be called.
+
+    >>> warm = linear(1.0, 0.5, total_iters=2)
+    >>> chained(0.1, warm, step(1.0, step_size=3))(torch.arange(4))
+    tensor([0.0500, 0.0750, 0.1000, 0.0100], dtype=torch.float64)
+    """
+    check_values("chained", value=value)
+    for factor in factors:
+        check_callable("chained", factors=factor)
+    if not factors:
+        raise ValueError("schedules.chained: factors must be at least one schedule, got none")
+
+    def schedule(count: Tensor) -> Tensor:
+        product = value * call(factors[0], count)
+        for factor in factors[1:]:
+            product = product * call(factor, count)
+        return product
+
+    return schedule

@@ -1,0 +1,213 @@
+"""Schedules that go from value to value and then stay, public in `fdl.optim.schedules`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fdl.optim._hyperparams import Schedule
+from fdl.optim.schedules._helpers import (
+    ANNEAL,
+    Value,
+    call,
+    check_choice,
+    check_ints,
+    check_numbers,
+    check_positive,
+    check_values,
+    cosine,
+    line,
+    progress,
+)
+
+
+def one_cycle(
+    max_lr: Value,
+    total_steps: int,
+    pct_start: float = 0.3,
+    anneal_strategy: str = "cos",
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    three_phase: bool = False,
+) -> Schedule:
+    """Rise to `max_lr` and fall below the start, once, as `OneCycleLR`.
+
+    From max_lr / div_factor to max_lr at update pct_start · total_steps − 1, then to
+    max_lr / (div_factor · final_div_factor) at update total_steps − 1. The last value is held:
+    torch raises an error later on, which a compiled program cannot. (Smith & Topin, 2017)
+
+    Args:
+        max_lr: the peak.
+        total_steps: updates in all.
+        pct_start: which part of them is spent rising, in [0, 1].
+        anneal_strategy: "cos" or "linear".
+        div_factor: how many times smaller the first value is than the peak.
+        final_div_factor: how many times smaller the last value is than the first.
+        three_phase: fall to the first value as long as it took to rise, then on to the last.
+
+    Raises:
+        ValueError: a number out of range, `total_steps` no int of at least 1, an unknown strategy.
+
+    >>> schedule = one_cycle(1.0, 5, pct_start=0.6, div_factor=2.0, final_div_factor=2.0)
+    >>> schedule(torch.arange(6))
+    tensor([0.5000, 0.7500, 1.0000, 0.6250, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    check_values("one_cycle", max_lr=max_lr)
+    check_positive("one_cycle", div_factor=div_factor, final_div_factor=final_div_factor)
+    first = max_lr / div_factor
+    turns = [first, max_lr, *[first] * three_phase, first / final_div_factor]
+    return _phases("one_cycle", turns, total_steps, pct_start, anneal_strategy)
+
+
+def one_cycle_momentum(
+    total_steps: int,
+    base_momentum: Value = 0.85,
+    max_momentum: Value = 0.95,
+    pct_start: float = 0.3,
+    anneal_strategy: str = "cos",
+    three_phase: bool = False,
+) -> Schedule:
+    """Turn a momentum against `one_cycle`, as `OneCycleLR` with `cycle_momentum` does.
+
+    From max_momentum to base_momentum, where the rate peaks, and back. Pass it beside the rate:
+    `sgd(lr=one_cycle(0.1, n), momentum=one_cycle_momentum(n))`.
+
+    Args:
+        total_steps: updates in all; the last value is held.
+        base_momentum: the value where the rate peaks.
+        max_momentum: the value at both ends.
+        pct_start: which part of the updates is spent falling, in [0, 1].
+        anneal_strategy: "cos" or "linear".
+        three_phase: be back as soon as the rate is, and stay.
+
+    Raises:
+        ValueError: as `one_cycle`.
+
+    >>> one_cycle_momentum(5, 0.5, 1.0, pct_start=0.6)(torch.arange(5))
+    tensor([1.0000, 0.7500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
+    """
+    check_values("one_cycle_momentum", base_momentum=base_momentum, max_momentum=max_momentum)
+    turns = [max_momentum, base_momentum, max_momentum, *[max_momentum] * three_phase]
+    return _phases("one_cycle_momentum", turns, total_steps, pct_start, anneal_strategy)
+
+
+def _phases(
+    caller: str, turns: Sequence[Value], total_steps: int, pct_start: float, strategy: str
+) -> Schedule:
+    """Anneal from each value to the next one; the peak is the second."""
+    check_ints(caller, low=1, total_steps=total_steps)
+    check_numbers(caller, high=1.0, pct_start=pct_start)
+    check_choice(caller, "anneal_strategy", strategy, list(ANNEAL))
+    last = total_steps - 1
+    peak = pct_start * total_steps - 1  # any number, from −1 on
+    ends = [peak, last] if len(turns) == 3 else [peak, 2 * peak, last]
+
+    def schedule(count: Tensor) -> Tensor:
+        t = count.clamp(max=last).double()
+        result = turns[0] + torch.zeros_like(t)
+        start = 0.0
+        for end, first, then in zip(ends, turns, turns[1:], strict=False):
+            if end > start:  # else no count is in this phase
+                x = progress(t, end - start, start)
+                result = torch.where(t > start, ANNEAL[strategy](first, then, x), result)
+            start = end
+        return result
+
+    return schedule
+
+
+def swa(
+    value: Value | Schedule,
+    swa_lr: Value,
+    swa_start: int,
+    anneal_epochs: int = 10,
+    anneal_strategy: str = "cos",
+) -> Schedule:
+    """Go over to the rate of stochastic weight averaging: `torch.optim.swa_utils.SWALR`.
+
+    The value at update `swa_start` is annealed to `swa_lr`, which is reached `anneal_epochs`
+    updates later and held. (Izmailov et al., 2018)
+
+    Args:
+        value: the value up to `swa_start`, or the schedule that says it.
+        swa_lr: the value in the end.
+        swa_start: the count at which to set out; torch's scheduler is stepped from there on.
+        anneal_epochs: how many updates it takes; 0 to jump.
+        anneal_strategy: "cos" or "linear".
+
+    Raises:
+        ValueError: a value negative or not finite; a number of updates no int of at least 0; an
+            unknown strategy.
+
+    >>> swa(1.0, 0.5, swa_start=1, anneal_epochs=2)(torch.arange(5))
+    tensor([1.0000, 1.0000, 0.7500, 0.5000, 0.5000], dtype=torch.float64)
+    """
+    check_values("swa", swa_lr=swa_lr)
+    if not callable(value):
+        check_values("swa", value=value)
+    check_ints("swa", low=0, swa_start=swa_start, anneal_epochs=anneal_epochs)
+    check_choice("swa", "anneal_strategy", anneal_strategy, list(ANNEAL))
+
+    def schedule(count: Tensor) -> Tensor:
+        first = call(value, count.clamp(max=swa_start)) if callable(value) else value
+        return ANNEAL[anneal_strategy](first, swa_lr, progress(count, anneal_epochs, swa_start))
+
+    return schedule
+
+
+def warmup_cosine(value: Value, warmup: int, total: int, end: Value = 0.0) -> Schedule:
+    """Rise from 0 to `value` along a line, then fall to `end` along half a cosine, and stay.
+
+    Args:
+        value: the peak, at update `warmup`.
+        warmup: how many updates the rise takes; with 0 the first value is the peak.
+        total: the update at which `end` is reached.
+        end: the last value.
+
+    Raises:
+        ValueError: a value negative or not finite; `warmup` no int of at least 0, `total` no
+            greater int.
+
+    >>> warmup_cosine(1.0, warmup=2, total=4)(torch.arange(6))
+    tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    check_values("warmup_cosine", value=value, end=end)
+    check_ints("warmup_cosine", low=0, warmup=warmup)
+    check_ints("warmup_cosine", low=warmup + 1, total=total)
+
+    def schedule(count: Tensor) -> Tensor:
+        fall = cosine(value, end, progress(count, total - warmup, warmup))
+        return torch.where(count < warmup, value * progress(count, warmup), fall)
+
+    return schedule
+
+
+def wsd(value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0) -> Schedule:
+    """Rise from 0 to `value`, hold it, fall to `end`, and stay: warm-up, stable, decay.
+
+    Both ways are lines. (Hu et al., 2024)
+
+    Args:
+        value: the value held.
+        warmup: how many updates the rise takes; with 0 the first value is the one held.
+        stable: how many updates the value is held.
+        decay: how many updates the fall takes; 0 to jump.
+        end: the last value.
+
+    Raises:
+        ValueError: a value negative or not finite; a number of updates no int of at least 0.
+
+    >>> wsd(1.0, warmup=2, stable=1, decay=2)(torch.arange(6))
+    tensor([0.0000, 0.5000, 1.0000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+    check_values("wsd", value=value, end=end)
+    check_ints("wsd", low=0, warmup=warmup, stable=stable, decay=decay)
+    start = warmup + stable
+
+    def schedule(count: Tensor) -> Tensor:
+        fall = line(value, end, progress(count, decay, start))
+        return torch.where(count < start, value * progress(count, warmup), fall)
+
+    return schedule

@@ -1,0 +1,22 @@
+"""The same pure step on many processes: each takes its part of a batch, all take one update.
+
+Every process runs the same program on the same state, from the same files with the same key, under
+`torchrun`. What passes between them are functional collectives of `torch.distributed`, which
+`fdl.jit` compiles with the rest: an epoch with its communication is still one program.
+"""
+
+from fdl.parallel._load_once import load_once
+from fdl.parallel._replicated import check_replicated
+from fdl.parallel._rows import own_rows
+from fdl.parallel._shard import gather, shard
+from fdl.parallel._step import eval_step, train_step
+
+__all__ = [
+    "check_replicated",
+    "eval_step",
+    "gather",
+    "load_once",
+    "own_rows",
+    "shard",
+    "train_step",
+]

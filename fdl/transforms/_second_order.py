@@ -1,0 +1,161 @@
+"""What `fdl.transforms` does about functions of torch whose higher derivatives are not right.
+
+A mode looks at each call of torch while a function runs whose curvature is wanted. Where torch has
+a fused kernel without all derivatives, the rule for it writes the function out in operations that
+have them, or raises an error that names it.
+"""
+
+from __future__ import annotations  # Dynamo would run those of nested functions
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fdl import _torch_compat
+from fdl._differentiable import _functions
+from fdl._numerics import at_least_32_bits, root
+
+
+def written_out(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `f` run with functions written out of which torch lacks the higher derivatives.
+
+    >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    >>> far = written_out(lambda x: torch.cdist(x, x).sum())
+    >>> torch.func.hessian(far)(x)[0, :, 1]          # torch.cdist raises
+    tensor([[-0.2560,  0.1920],
+            [ 0.1920, -0.1440]])
+    """
+
+    def call(*args: Any) -> Any:
+        with _WrittenOut():
+            return f(*args)
+
+    return call
+
+
+class _WrittenOut(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        rule = _RULES.get(func)
+        return func(*args, **kwargs or {}) if rule is None else rule(self, *args, **kwargs or {})
+
+
+# ----------------------------------------------------------------------------------- distances
+
+
+def _cdist(
+    mode: Any,
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> Tensor:
+    """Take the distance of each row of `x1` from each of `x2`: `[..., n, m]`.
+
+    Under `vmap` the kernel's derivative is wrong where only its cotangent is batched, as it is for
+    the rows of a Jacobian; it has none forwards.
+    """
+    if not _torch_compat.lacks_kernels():
+        return torch.cdist(x1, x2, p, compute_mode)
+    return _length(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def _pdist(mode: Any, input: Tensor, p: float = 2.0) -> Tensor:
+    if not _torch_compat.lacks_kernels():
+        return torch.pdist(input, p)
+    one, other = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _length(input[one] - input[other], p)
+
+
+def _length(x: Tensor, p: float) -> Tensor:
+    """Take the p-norm of rows; its derivatives at 0 are 0, as those of the kernels are."""
+    wide = x.to(at_least_32_bits(x)).abs()
+    if p == 2:
+        length = root((wide * wide).sum(-1))
+    elif p == math.inf:
+        length = wide.amax(-1)
+    elif p == 0:
+        length = (wide != 0).sum(-1)
+    elif p == 1:
+        length = wide.sum(-1)
+    else:
+        powers = (wide**p).sum(-1)
+        none = powers == 0
+        length = torch.where(none, 0.0, torch.where(none, 1.0, powers) ** (1 / p))
+    return length.to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    mode: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if not _torch_compat.lacks_kernels():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _functions.attention(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa,
+        lambda weights: F.dropout(weights, dropout_p),
+    )  # fmt: skip
+
+
+def _multi_head_attention(mode: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have the weights computed: torch writes attention out itself then."""
+    place, wanted = 15, kwargs.pop("need_weights", True)
+    if len(args) > place:
+        wanted, args = args[place], (*args[:place], True, *args[place + 1 :])
+    else:
+        kwargs["need_weights"] = True
+    result, weights = F.multi_head_attention_forward(*args, **kwargs)
+    return result, weights if wanted else None
+
+
+# ------------------------------------------------------------------------------------ products
+
+
+def _scatter_reduce(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Refuse what torch differentiates wrongly: products forwards."""
+
+    def rule(mode: Any, *args: Any, **kwargs: Any) -> Tensor:
+        forwards = torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        if forwards and "prod" in (*args[3:], *kwargs.values()):
+            raise NotImplementedError(
+                "scatter_reduce: torch's derivative of reduce='prod' is wrong in forward mode, jvp "
+                "and gnvp; add logarithms, with reduce='sum'"
+            )
+        return kernel(*args, **kwargs)
+
+    return rule
+
+
+def _kernel(place: str) -> Any:
+    module, name = place.split(".")
+    return getattr({"F": F, "torch": torch}[module], name)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    **{_kernel(place): rule for place, rule in _functions.RULES.items()},
+    F.multi_head_attention_forward: _multi_head_attention,
+    F.scaled_dot_product_attention: _attention,
+    torch.pdist: _pdist,
+    torch.cdist: _cdist,
+    torch.scatter_reduce: _scatter_reduce(torch.scatter_reduce),
+    Tensor.scatter_reduce: _scatter_reduce(Tensor.scatter_reduce),
+    Tensor.scatter_reduce_: _scatter_reduce(Tensor.scatter_reduce_),
+}

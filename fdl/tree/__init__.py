@@ -1,0 +1,44 @@
+"""Trees: nested dicts, lists, tuples and NamedTuples of tensors, on torch's own pytree.
+
+Every leaf has a dotted path, `conv.0.weight`, the name `state_dict()` would give it:
+
+>>> import torch
+>>> from fdl.tree import flatten_dict
+>>> params = {"fc": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}
+>>> list(flatten_dict(params))
+['fc.weight', 'fc.bias']
+
+Trees are matched by key, never by the order in which a dict was filled. `None` is a leaf.
+
+Functions that compute (`stack`, `unstack`) return new memory. Those that rearrange or convert
+(`partition`, `merge`, `flatten_dict`, `to`, `cast`) return the given tensors where they need not
+change them, never views of parts of them.
+"""
+
+from fdl.tree._compare import allclose, diff
+from fdl.tree._map import cast, leaves, map, match, size, stack, to, unstack
+from fdl.tree._paths import Tree, Where, dotted, flatten_dict, select, unflatten_dict
+from fdl.tree._split import merge, partition
+from fdl.tree._summary import summary
+
+__all__ = [
+    "Tree",
+    "Where",
+    "allclose",
+    "cast",
+    "diff",
+    "dotted",
+    "flatten_dict",
+    "leaves",
+    "map",
+    "match",
+    "merge",
+    "partition",
+    "select",
+    "size",
+    "stack",
+    "summary",
+    "to",
+    "unflatten_dict",
+    "unstack",
+]

@@ -1,0 +1,142 @@
+"""Map over the leaves of trees that are matched by path; stack, move and cast them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fdl.tree._compare import diff
+from fdl.tree._paths import Tree, flatten_dict
+from fdl.tree._summary import _signature
+
+
+def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `f` to each leaf of `tree`, with the leaves of `rest` at the same paths.
+
+    The result has the structure of `tree`, key order included.
+
+    Args:
+        f: takes one leaf of each tree.
+        tree: any tree.
+        rest: further trees of its structure.
+
+    Raises:
+        ValueError: a tree of `rest` has another structure; every differing path is listed.
+
+    >>> map(lambda p, g: p - 0.1 * g, {"w": 1.0, "b": 2.0}, {"b": 10.0, "w": 20.0})
+    {'w': -1.0, 'b': 1.0}
+    """
+    first, spec = pytree.tree_flatten(tree)
+    columns = [match(tree, other, "tree.map") for other in rest]
+    return pytree.tree_unflatten([f(*row) for row in zip(first, *columns, strict=True)], spec)
+
+
+def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
+    """List the leaves of `tree` in the order of `like`, whose structure it must have.
+
+    Args:
+        like: the expected structure.
+        tree: what came.
+        caller: how an error begins.
+
+    Raises:
+        ValueError: the structures differ; the text starts with `caller` and lists every path.
+
+    >>> match({"w": 0, "b": 0}, {"b": 1, "w": 2}, "here")
+    [2, 1]
+    """
+    spec = pytree.tree_structure(like)
+    try:
+        subtrees = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(_mismatch(caller, like, tree)) from error
+    # flatten_up_to stops at the leaves of `like`; below them there must be nothing more.
+    if any(not pytree.tree_is_leaf(subtree) for subtree in subtrees):
+        raise ValueError(_mismatch(caller, like, tree))
+    return subtrees
+
+
+def _mismatch(caller: str, like: Tree, tree: Tree) -> str:
+    expected, got = _describe(like), _describe(tree)
+    lines = [f"{p}: missing (expected {expected[p]})" for p in expected if p not in got]
+    lines += [f"{p}: unexpected (got {got[p]})" for p in got if p not in expected]
+    lines = lines or ["a container is of another type (list, tuple, dict or NamedTuple)"]
+    return f"{caller}: the trees have different structures:\n  " + "\n  ".join(sorted(lines))
+
+
+def _describe(tree: Tree) -> dict[str, str]:
+    return {path: _signature(leaf) for path, leaf in flatten_dict(tree).items()}
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """List the leaves, depth first, dicts in their own order.
+
+    >>> leaves({"a": [1, 2], "b": (3, {})})
+    [1, 2, 3]
+    """
+    return pytree.tree_leaves(tree)
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stack trees of one structure leaf by leaf along a new first axis, as `vmap` wants them.
+
+    Raises:
+        ValueError: no trees, or one differs in structure, shape or dtype from the first.
+
+    >>> stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
+    torch.Size([2, 3])
+    """
+    if not trees:
+        raise ValueError("tree.stack: needs at least one tree, got none")
+    for index, other in enumerate(trees[1:], start=1):
+        lines = diff(trees[0], other, values=False)
+        if lines:
+            raise ValueError(
+                f"tree.stack: tree {index} differs from tree 0:\n  " + "\n  ".join(lines)
+            )
+    return map(lambda *rows: torch.stack(rows), *trees)
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """Split along the first axis of every leaf: the inverse of `stack`. Leaves are copies.
+
+    Raises:
+        ValueError: no leaves, a 0-d leaf, or first axes of different lengths.
+
+    >>> unstack({"w": torch.arange(2)})
+    [{'w': tensor(0)}, {'w': tensor(1)}]
+    """
+    flat = flatten_dict(tree)
+    lengths = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in flat.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise ValueError(f"tree.unstack: leaves need one common first axis, got {lengths}")
+    (length,) = set(lengths.values())
+    return [map(lambda leaf, i=i: leaf[i].clone(), tree) for i in range(length or 0)]
+
+
+def to(tree: Tree, device: torch.device | str) -> Tree:
+    """Move every tensor to `device`.
+
+    >>> to({"w": torch.zeros(2)}, "cpu")["w"].device
+    device(type='cpu')
+    """
+    return map(lambda leaf: leaf.to(device), tree)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Cast the floating tensors to `dtype`; integers, bools (keys, counts, masks) stay.
+
+    >>> cast({"w": torch.zeros(1), "step": torch.tensor(3)}, torch.float64)
+    {'w': tensor([0.], dtype=torch.float64), 'step': tensor(3)}
+    """
+    return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
+
+
+def size(tree: Tree) -> int:
+    """Count the elements of all tensors.
+
+    >>> size({"weight": torch.zeros(10, 784), "bias": torch.zeros(10)})
+    7850
+    """
+    return sum(leaf.numel() for leaf in leaves(tree))

@@ -1,0 +1,142 @@
+"""Dotted paths: the names of the leaves of a tree; `fdl.tree` is where to import them from."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.utils._pytree as pytree
+
+from fdl._torch_compat import assume_constant_result
+
+Tree = Any
+Where = str | Sequence[str] | Callable[[str, Any], bool]
+
+
+def flatten_dict(tree: Tree) -> dict[str, Any]:
+    """Map each leaf's dotted path to the leaf; a tree that is one leaf has the path `''`.
+
+    Raises:
+        ValueError: a dict key is empty or holds a dot, so that its path would be ambiguous.
+        TypeError: a dict key is not a string.
+
+    >>> flatten_dict({"conv": [{"weight": 1}, 2]})
+    {'conv.0.weight': 1, 'conv.1': 2}
+    """
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return {dotted(entries): leaf for entries, leaf in pairs}
+
+
+def in_order(tree: Tree) -> Tree:
+    """Sort the keys of every dict in a tree, which is how several processes agree on an order.
+
+    A tree is the same in whatever order its dicts were filled. What is sent leaf by leaf, or added
+    over leaves, has to go in one order everywhere.
+
+    >>> in_order({"w": 0, "b": [{"y": 1, "x": 2}]})
+    {'b': [{'x': 2, 'y': 1}], 'w': 0}
+    """
+    if type(tree) in (dict, OrderedDict):
+        return type(tree)((key, in_order(tree[key])) for key in sorted(tree))
+    if type(tree) in (list, tuple):
+        return type(tree)(in_order(child) for child in tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(in_order(child) for child in tree))
+    return tree
+
+
+def dotted(entries: Sequence[Any]) -> str:
+    """Write torch's key path as a dotted one.
+
+    >>> dotted([pytree.MappingKey("conv"), pytree.SequenceKey(0)])
+    'conv.0'
+    """
+    return ".".join(_part(entry) for entry in entries)
+
+
+def _part(entry: Any) -> str:
+    if isinstance(entry, pytree.SequenceKey):
+        return str(entry.idx)
+    if isinstance(entry, pytree.GetAttrKey):
+        return entry.name
+    key = entry.key
+    if not isinstance(key, str):
+        raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
+    if not key:
+        raise ValueError("tree: a dict key must not be empty, got ''")
+    if "." in key:
+        raise ValueError(
+            f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
+        )
+    return key
+
+
+def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
+    """Rebuild a tree from dotted paths: nested dicts, or the structure of `like` if given.
+
+    The lone path `''` is a tree that is one leaf.
+
+    Raises:
+        ValueError: the paths are not those of `like` (each is listed), or one path is both a
+            leaf and a branch.
+
+    >>> unflatten_dict({"fc.0.weight": 1, "fc.0.bias": 2})
+    {'fc': {'0': {'weight': 1, 'bias': 2}}}
+    >>> unflatten_dict({"1": "b", "0": "a"}, like=[0, 0])
+    ['a', 'b']
+    """
+    if like is not None:
+        wanted = flatten_dict(like)
+        lines = [f"{path}: missing" for path in wanted.keys() - flat.keys()]
+        lines += [f"{path}: unexpected" for path in flat.keys() - wanted.keys()]
+        if lines:
+            raise ValueError(
+                "tree.unflatten_dict: the paths are not those of `like`:\n  "
+                + "\n  ".join(sorted(lines))
+            )
+        return pytree.tree_unflatten([flat[path] for path in wanted], pytree.tree_structure(like))
+    if flat.keys() == {""}:
+        return flat[""]
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *branches, last = path.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(f"tree.unflatten_dict: {path!r} meets another leaf on its way")
+        node[last] = leaf
+    return tree
+
+
+def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
+    """Say for each path whether `where` selects it: a glob, several globs, or `(path, leaf)`.
+
+    In a glob `*` also crosses dots: `*.bias`, `conv.*`.
+
+    Args:
+        tree: any tree.
+        where: what to select.
+        caller: how an error begins.
+
+    Raises:
+        ValueError: a glob matches no path, which is a misspelling more often than a wish.
+
+    >>> select({"fc": {"weight": 0, "bias": 0}}, "*.bias", "here")
+    {'fc.weight': False, 'fc.bias': True}
+    """
+    flat = flatten_dict(tree)
+    if callable(where):
+        return {path: bool(where(path, leaf)) for path, leaf in flat.items()}
+    globs = [where] if isinstance(where, str) else list(where)
+    for glob in globs:
+        if not any(_matches(path, glob) for path in flat):
+            raise ValueError(f"{caller}: {glob!r} matches no path; there are {list(flat)}")
+    return {path: any(_matches(path, glob) for glob in globs) for path in flat}
+
+
+@assume_constant_result  # Dynamo would trace into fnmatch, and warn of the cache there
+def _matches(path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob)

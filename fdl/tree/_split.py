@@ -1,0 +1,107 @@
+"""Split a tree by its paths, and unite the parts again."""
+
+from collections.abc import Callable
+
+import torch.utils._pytree as pytree
+
+from fdl.tree._paths import Tree, Where, select
+
+
+def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
+    """Split a tree into the leaves that `where` selects and the rest; `merge` undoes it.
+
+    Both parts keep every container; where a leaf is absent a dict lacks the key, a list or
+    tuple holds `()`. Differentiate with respect to one part and close over the other:
+
+    >>> params = {"body": {"weight": 1.0}, "head": {"weight": 2.0}}
+    >>> head, frozen = partition(params, "head.*")
+    >>> head, frozen
+    ({'body': {}, 'head': {'weight': 2.0}}, {'body': {'weight': 1.0}, 'head': {}})
+    >>> merge(head, frozen) == params
+    True
+
+    Args:
+        tree: any tree.
+        where: a glob on dotted paths, several, or a predicate `(path, leaf) -> bool`.
+
+    Raises:
+        ValueError: a glob matches no path.
+    """
+    chosen = select(tree, where, "tree.partition")
+    return (
+        _keep(tree, "", lambda path: chosen[path]),
+        _keep(tree, "", lambda path: not chosen[path]),
+    )
+
+
+def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
+    """Copy the containers and the kept leaves; `()` stands for a leaf that goes."""
+    if pytree.tree_is_leaf(tree):
+        return tree if keep(path) else ()
+    children = {
+        name: _keep(child, f"{path}.{name}" if path else name, keep)
+        for name, child in _children(tree).items()
+    }
+    if isinstance(tree, dict):
+        gone = [
+            name for name in tree if pytree.tree_is_leaf(tree[name]) and _is_hole(children[name])
+        ]
+        return {name: child for name, child in children.items() if name not in gone}
+    return _rebuild(tree, list(children.values()))
+
+
+def _children(tree: Tree) -> dict[str, Tree]:
+    if isinstance(tree, dict):
+        return tree
+    if hasattr(tree, "_fields"):
+        return tree._asdict()
+    if isinstance(tree, (list, tuple)):
+        return {str(i): child for i, child in enumerate(tree)}
+    raise TypeError(
+        f"tree: partition and merge take dicts, lists, tuples and NamedTuples, got {type(tree)}"
+    )
+
+
+def _rebuild(tree: Tree, children: list[Tree]) -> Tree:
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+
+
+def merge(*trees: Tree) -> Tree:
+    """Unite trees whose leaves lie at different paths; the inverse of `partition`.
+
+    Raises:
+        ValueError: two trees have a leaf at one path, or containers of different types there.
+
+    >>> merge({"a": 1}, {"b": {"c": 2}}, {"b": {"d": 3}})
+    {'a': 1, 'b': {'c': 2, 'd': 3}}
+    """
+    if not trees:
+        raise ValueError("tree.merge: needs at least one tree, got none")
+    merged = trees[0]
+    for other in trees[1:]:
+        merged = _merge(merged, other, "")
+    return merged
+
+
+def _is_hole(tree: Tree) -> bool:
+    return isinstance(tree, tuple) and not hasattr(tree, "_fields") and tree == ()
+
+
+def _merge(a: Tree, b: Tree, path: str) -> Tree:
+    if _is_hole(a):
+        return b
+    if _is_hole(b):
+        return a
+    if pytree.tree_is_leaf(a) or pytree.tree_is_leaf(b):
+        raise ValueError(f"tree.merge: both trees have something at {path!r}")
+    if type(a) is not type(b) or (not isinstance(a, dict) and len(a) != len(b)):
+        raise ValueError(
+            f"tree.merge: at {path!r} one tree has {type(a).__name__}[{len(a)}], "
+            f"another {type(b).__name__}[{len(b)}]"
+        )
+    one, two = _children(a), _children(b)
+    children = {
+        name: _merge(one.get(name, ()), two.get(name, ()), f"{path}.{name}" if path else name)
+        for name in one | two
+    }
+    return children if isinstance(a, dict) else _rebuild(a, list(children.values()))

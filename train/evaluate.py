@@ -1,0 +1,76 @@
+"""A saved run put to use: `python -m train eval RUN` and `predict RUN IMAGE…`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdl import data
+from fdl.checkpointing import Restored, _folder
+from fdl.data import LABELS
+from fdl.nn import StatefulModel
+from train import loop, recipes, run_folder
+from train.config import Eval, Images, Predict
+from train.images import read_image
+
+__all__ = ["evaluate", "predict"]
+
+
+def evaluate(config: Eval) -> int:
+    """Print the metrics of the newest checkpoint of a run; 0 when done.
+
+    Raises:
+        ValueError: no run, or no checkpoint in it yet, or it was trained on no images.
+    """
+    folder = run_folder.newest(config.run)
+    run = run_folder.read_run(folder)
+    options = run.config
+    if config.data is not None:
+        if not isinstance(options, Images):
+            raise ValueError(f"--data: {folder} is a run of {run.recipe}, on drawn data")
+        options = dataclasses.replace(options, data=config.data)
+    device = recipes.find_device(config.device)
+    problem, state, _ = recipes.set_up(options, device)
+    state, checkpoint = _newest_checkpoint(folder, like=state, device=device)
+    print(f"{run.recipe} after step {checkpoint.step}: {problem.data}; {device}")
+    for part, dataset in loop.held_out(problem) or [("train", problem.train)]:
+        for name, value in loop.evaluate_eagerly(problem, state, dataset).items():
+            print(f"{part} {name} {value:.6g}")
+    return 0
+
+
+def predict(config: Predict) -> int:
+    """Print the label of each image, and the probability of every class; 0 when done.
+
+    Raises:
+        ValueError: no run on images, no checkpoint in it yet, or a file that is no image.
+    """
+    folder = run_folder.newest(config.run)
+    run = run_folder.read_run(folder)
+    if not isinstance(run.config, Images):
+        raise ValueError(f"predict needs a run on images, {folder} is one of {run.recipe}")
+    device = recipes.find_device(config.device)
+    model = recipes.image_model(run.config)
+    read = [read_image(path, config.invert) for path in config.images]
+    images = torch.stack([image for image, _ in read]).to(device)
+    state = _newest_checkpoint(folder, like=None, device=device).state
+    index = torch.arange(len(images), device=device)
+    batch = data.gather((images, index), (index, index >= 0))
+    if isinstance(model, StatefulModel):
+        logits, _ = model.apply(state.params, state.buffers, batch.x)
+    else:
+        logits = model.apply(state.params, batch.x)
+    for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
+        print(f"{path}: {LABELS[int(row.argmax())]}", *([f"    {note}"] if note else []), sep="\n")
+        for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):
+            print(f"    {name:12} {p:.4f}")
+    return 0
+
+
+def _newest_checkpoint(folder: Path, *, like: Any, device: torch.device | str) -> Restored:
+    path = folder / "checkpoints"
+    found = _folder.restore(path, like=like, device=device) if path.is_dir() else None
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint yet: there is none in {path}")
+    return found
