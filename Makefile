@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 
 # 25 times SIGKILL to one of two processes that train together.
 kills: $(VENV)/ready
-	FDL_KILLS=25 $(VENV)/bin/python -m pytest tests/test_torchrun.py -k killed
+	FDL_KILLS=25 $(VENV)/bin/python -m pytest tests/train/test_launch.py -k killed
 
 # The same tests on the oldest supported releases.
 test-oldest: $(OLDEST)/ready

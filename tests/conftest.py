@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 # One thread for each process, before torch asks, and for all that tests start: threads of several
 # processes on a few cores mostly wait for each other.
@@ -57,6 +58,27 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
     monkeypatch.setattr(_cuda_graphs, "_one_at_a_time", lambda device: nullcontext())
     monkeypatch.setattr(_routes, "_on_gpu", lambda leaf: leaf.dtype != torch.int16)
     return graphs
+
+
+@pytest.fixture
+def count_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Make counters of the programs that `jit` builds: `counter = count_programs()`."""
+    built: list[Any] = []
+    trace = _routes.trace
+
+    def counted(*args: Any) -> Any:
+        built.append(args)
+        return trace(*args)
+
+    class Counter:
+        def __init__(self) -> None:
+            self.before = len(built)
+
+        def count(self) -> int:
+            return len(built) - self.before
+
+    monkeypatch.setattr(_routes, "trace", counted)
+    return Counter
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import close, draw, unchanged
 
 import fdl
 from fdl import losses, metrics
+from tests.support.asserts import close, draw, unchanged
 
 LOGITS, LABELS = draw(0, 7, 4) * 3, torch.tensor([0, 3, 1, 1, 2, 0, 3])
 X, Y = draw(1, 7, 3), draw(2, 7, 3)

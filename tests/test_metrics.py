@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import close, draw, unchanged
 
 from fdl import metrics, tree
 from fdl.metrics import Mean
+from tests.support.asserts import close, draw, unchanged
 
 VALUES = st.lists(st.integers(-1000, 1000), min_size=1, max_size=20)
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from laws import close, unchanged
 from torch.func import vmap
 
 import fdl
 import models
 from fdl import _numerics, data, losses, nn, optim, population, random, tree
+from tests.support.asserts import close, unchanged
 
 MEMBERS, STEPS, BATCH = 3, 50, 8
 KEYS = random.split(random.key(3), MEMBERS)

@@ -7,7 +7,7 @@ took a half to a third of the time. And the tiniest products are not worth a cal
 products Inductor merges them with what surrounds them.
 
 A rule fires only where the node itself proves that the result is the same to rounding;
-`tests/test_compiled_equals_eager.py` has a table for each.
+`tests/compiler/test_passes.py` has a table for each.
 """
 
 from collections.abc import Callable

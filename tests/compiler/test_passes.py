@@ -1,0 +1,388 @@
+"""What the compiler makes of a function equals the function: a table for each rewriting.
+
+Oracle: the same function run by eager torch, values and derivatives. A rule of `_passes` or an
+operation of `_decompositions` without a row fails.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, vjp
+
+from fdl import jit, scan, tree
+from fdl._compiler._decompositions import OWN
+from fdl._compiler._passes import RULES, TINY
+
+aten = torch.ops.aten
+
+Case = tuple[Callable[..., Any], tuple[Tensor, ...]]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    if not dtype.is_floating_point:
+        return torch.randint(0, 100, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def below(high: int, *shape: int) -> Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(high + len(shape)))
+
+
+def with_derivative(fn: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the value and what comes back for a cotangent that differs from entry to entry."""
+
+    def both(*args: Tensor) -> Any:
+        wanted = [i for i, x in enumerate(args) if x.is_floating_point()]
+
+        def of_wanted(*xs: Tensor) -> Tensor:
+            given = dict(zip(wanted, xs, strict=True))
+            return fn(*(given.get(i, x) for i, x in enumerate(args)))
+
+        if not wanted:
+            return fn(*args)
+        out, pull = vjp(of_wanted, *(args[i] for i in wanted))
+        return out, pull((torch.arange(out.numel()).reshape(out.shape) % 7 - 2.5).to(out.dtype))
+
+    return both
+
+
+def check(cases: dict[str, Case]) -> None:
+    """Compile all cases as one program, and compare it with what eager torch computes."""
+    functions = {name: with_derivative(fn) for name, (fn, _) in cases.items()}
+
+    def everything(args: dict[str, tuple[Tensor, ...]]) -> Any:
+        return {name: fn(*args[name]) for name, fn in functions.items()}
+
+    args = {name: row[1] for name, row in cases.items()}
+    got = jit(everything, strict=True)(args)
+    for name, fn in functions.items():
+        for a, b in zip(tree.leaves(got[name]), tree.leaves(fn(*args[name])), strict=True):
+            tolerance = TOLERANCE.get(b.dtype, 1e-12)
+            scale = b.abs().max().item() if b.numel() else 0
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance * (1 + scale), equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- rules of a graph
+
+
+def products(with_bias: bool) -> Iterator[tuple[str, Case]]:
+    sizes = {"tiny": (3, 4, 5), "larger": (20, 30, 40), "empty sum": (3, 0, 4), "row": (1, 70, 80)}
+    assert 20 * 30 * 40 > TINY > 3 * 4 * 5
+    for dtype, (size, (m, k, n)) in product((*INTEGERS, *FLOATS), sizes.items()):
+        whole = dtype in (torch.float32, torch.float64)
+        if not whole and (size == "row" or (size != "tiny" and dtype in INTEGERS)):
+            continue
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return some(*shape, dtype=dtype)
+
+        name = f"{dtype}, {size}".removeprefix("torch.")
+        if not with_bias:
+            yield name, (torch.mm, (new(m, k), new(k, n)))
+            if dtype == torch.float32 or size == "tiny":
+                yield f"{name}, strides", (torch.mm, (new(k, m).T, new(2 * k, n)[::2]))
+                expanded = new(1, m).expand(k, m)
+                yield f"{name}, expanded", (lambda a, b: a.T @ b, (expanded, new(k, n)))
+            continue
+        every = [(), (1,), (n,), (m, 1), (1, n), (m, n)]
+        for shape in every if dtype == torch.float32 else [(n,)]:
+            row = (new(*shape), new(m, k), new(k, n))
+            yield f"{name}, bias {shape}", (torch.addmm, row)
+        if whole or size == "tiny":
+            yield f"{name}, scaled", (lambda c, a, b: torch.addmm(c, a, b, beta=2, alpha=3), row)
+
+
+def scatters() -> Iterator[tuple[str, Case]]:
+    for n, classes in ((1, 1), (4, 3)):
+        for name, row in with_indices(n, classes).items():
+            yield f"{name}, {n} of {classes}", row
+    pictures = some(2, 3, 6, 8)
+    yield "of no dimension", (lambda x, i: x.gather(0, i), (some(), torch.tensor(0)))
+    yield "max_pool1d", (lambda x: F.max_pool1d(x, 2), (some(2, 3, 9),))
+    yield "max_pool3d", (lambda x: F.max_pool3d(x, 2, 1), (some(1, 2, 4, 3, 4),))
+    for k, s, p, d, over in product((2, 3), (1, 2, 3), (0, 1), (1, 2), (False, True)):
+        if (k, s) != (3, 1) and (d == 1 or s == k):
+            options = (k, s, p, d, over)
+            pool = (lambda x, options=options: F.max_pool2d(x, *options), (some(2, 2, 9, 8),))
+            yield f"max_pool2d {options}", pool
+    for shape in ((48,), (2, 48), (1, 2, 48)):  # pictures that share the row that is added to
+        yield f"indices of pooling, {shape}", (add_pooled(shape), (pictures,))
+    yield "max_unpool2d", (unpool, (pictures,))
+    yield "unfold, fold", (lambda x: F.fold(F.unfold(x, 2), (6, 8), 2), (pictures,))
+
+
+def with_indices(n: int, classes: int) -> dict[str, Case]:
+    x, y, columns, rows = some(n, classes), below(classes, n), below(classes, 7), below(n, 7)
+    repeated, one_each, wide = below(classes, n, 5), below(classes, n, 1), some(n, 7)
+    found: dict[str, Case] = {
+        "a label": (lambda x, y: x.gather(1, y[:, None]), (x, y)),
+        "labels that repeat": (lambda x, y: x.gather(1, y), (x, repeated)),
+        "along rows": (lambda x, y: x.gather(0, y), (x, below(n, 1, classes))),
+        "a corner": (lambda x, y: x.gather(0, y), (x, below(n, 1, 1))),
+        "take_along_dim": (lambda x, y: x.take_along_dim(y, 1), (x, repeated)),
+        "take": (lambda x, y: x.take(y), (x, below(n * classes, 7))),
+        "into ones": (
+            lambda y, s: s.new_ones(n, classes).scatter_add(1, y, s),
+            (one_each, some(n, 1)),
+        ),
+        "class weights": (
+            lambda x, y, w: F.cross_entropy(x, y, w.detach()),
+            (x, y, some(classes).abs()),
+        ),
+        "pixels": (F.nll_loss, (some(n, classes, 3, 2), below(classes, n, 3, 2))),
+        "embedding": (lambda w, i: F.embedding(i, w, padding_idx=0), (x, rows)),
+        "index": (lambda x, i: x[i], (x, rows - n // 2)),
+        "index_select": (lambda x, i: x.index_select(1, i), (x, columns)),
+        "index_add": (lambda x, i, s: x.index_add(1, i, s), (x, columns, wide)),
+        "index_put": (
+            lambda x, i, s: x.index_put((i,), s, accumulate=True),
+            (x, rows, some(7, classes)),
+        ),
+        "put": (
+            lambda x, i, s: x.put(i, s, accumulate=True),
+            (x, below(n * classes, 7), some(7)),
+        ),
+    }
+    for dtype in (torch.float16, torch.float64, torch.int32):
+        found[f"into zeros, {dtype}".replace("torch.", "")] = (
+            lambda y, s: s.new_zeros(n, classes).scatter_add(1, y, s),
+            (one_each, some(n, 1, dtype=dtype)),
+        )
+    for options in ({"label_smoothing": 0.1}, {"reduction": "sum"}, {"ignore_index": -100}):
+        found[f"cross_entropy {list(options)}"] = (
+            lambda x, y, options=options: F.cross_entropy(x, y, **options),
+            (x, y),
+        )
+    for how in ("sum", "mean", "amax"):
+        found[f"scatter_reduce {how}"] = (
+            lambda x, i, s, how=how: x.scatter_reduce(1, i, s, how),
+            (x, repeated, some(n, 5)),
+        )
+    return found
+
+
+def add_pooled(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    def fn(x: Tensor) -> Tensor:
+        values, index = F.max_pool2d(x, 2, return_indices=True)
+        rows = (*shape[:-1], -1)
+        into = torch.zeros(shape, dtype=x.dtype)
+        return into.scatter_add(len(shape) - 1, index.reshape(rows), values.reshape(rows))
+
+    return fn
+
+
+def unpool(x: Tensor) -> Tensor:
+    values, index = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(values, index, 2)
+
+
+def average_pools(axes: int) -> Iterator[tuple[str, Case]]:
+    pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[axes]
+    x = some(2, 2, *(7, 6, 5)[:axes])
+    for k, s, p, over, count in product((2, 3), (2, 3), (0, 1), (False, True), (False, True)):
+        if s > k or not (over or p) or (axes == 3 and (not over or (k, s) != (3, 2))):
+            continue
+        case = (lambda x, o=(k, s, p, over, count): pool(x, *o), (x,))
+        yield f"{k}, {s}, {p}, ceil {over}, count {count}", case
+    given = (lambda x: pool(x, 2, 2, 0, True, True, divisor_override=5), (x,))
+    yield "a divisor that is given", given
+    if axes == 2:
+        yield "two kernels", (lambda x: pool(x, (3, 2), (2, 3), (1, 0), True), (x,))
+        yield "one axis", (lambda x: F.avg_pool1d(x[0], 3, 2, ceil_mode=True), (x[..., 0],))
+        yield "float16", (lambda x: pool(x, 3, 2, 1, True), (x.half(),))
+
+
+TABLES: dict[Any, Callable[[], Iterator[tuple[str, Case]]]] = {
+    aten.mm.default: lambda: products(False),
+    aten.addmm.default: lambda: products(True),
+    aten.scatter_add.default: scatters,
+    aten.avg_pool2d_backward.default: lambda: average_pools(2),
+    aten.avg_pool3d_backward.default: lambda: average_pools(3),
+}
+
+
+def test_every_rule_has_a_table() -> None:
+    assert TABLES.keys() | {aten.add.Tensor} == RULES.keys()  # x + 0: see ELEMENTWISE
+
+
+@pytest.mark.parametrize("rule", TABLES, ids=str)
+def test_a_rule_keeps_values_and_derivatives(rule: Any) -> None:
+    check(dict(TABLES[rule]()))
+
+
+def test_windows_that_share_a_pixel_add_up() -> None:
+    """Windows of two pixels, two apart: each even pixel is in four of them."""
+    x = torch.zeros(1, 1, 5, 5)
+    x[0, 0, 2, 2] = 1
+    got = jit(grad(lambda x: F.max_pool2d(x, 2, 2, dilation=2).sum()))(x)
+    assert got[0, 0, 2, 2] == 4 and got.sum() == 4
+
+
+def test_a_window_that_hangs_over_is_divided_by_what_it_holds() -> None:
+    got = jit(grad(lambda x: F.avg_pool1d(x, 3, 2, ceil_mode=True).sum()))(torch.ones(1, 1, 6))
+    right = torch.tensor([1 / 3, 1 / 3, 2 / 3, 1 / 3, 5 / 6, 1 / 2])
+    torch.testing.assert_close(got[0, 0], right, rtol=1e-6, atol=0)
+
+
+def test_products_of_integers_wrap_as_they_do_eagerly() -> None:
+    a, b = torch.tensor([[200, 100, 3]], dtype=torch.uint8), torch.tensor([[2], [1], [1]]).byte()
+    got = jit(torch.mm)(a, b)
+    assert got.dtype == torch.uint8 and got.item() == (400 + 100 + 3) % 256
+
+
+# ------------------------------------------------------------ zeros, infinities, what is no number
+
+NAN, INF = float("nan"), float("inf")
+SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, 2.5, -7.0, 1e30, -0.5])
+
+ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
+    None: [
+        lambda x: x + 0.0,
+        lambda x: x + -0.0,
+        lambda x: 0.0 + x,
+        lambda x: x - 0.0,
+        lambda x: 0.0 - x,
+        lambda x: x + torch.zeros_like(x),
+        lambda x: torch.zeros_like(x) + x,
+        lambda x: x + torch.full_like(x, -0.0),
+        lambda x: x + torch.zeros(3, 1, dtype=torch.int64),
+        lambda x: torch.add(x, 0, alpha=3),
+        lambda x: x * 0,
+        lambda x: x * 1,
+        lambda x: x - x,
+        lambda x: x / x,
+        lambda x: x.atan2(-x),
+        lambda x: torch.where(x > 0, x, x * 0),
+        lambda x: torch.maximum(x, -x),
+        lambda x: torch.minimum(x, -x),
+        lambda x: (x.double() + 0.0).float(),
+        torch.relu,
+        F.leaky_relu,
+        F.silu,
+        F.softplus,
+    ],
+    aten.clamp_min.default: [lambda x: x.clamp(min=0), lambda x: x.clamp(0, 1), F.relu6],
+    aten.clamp_max.default: [lambda x: x.clamp(max=0.0), F.hardtanh],
+    aten.remainder.Scalar: [lambda x: x % 2, lambda x: x % -3, lambda x: x % 0.7],
+    aten.remainder.Tensor: [lambda x: x % torch.tensor([2.0]), lambda x: x % -torch.ones_like(x)],
+    aten.pow.Tensor_Scalar: [
+        *(lambda x, p=p: x**p for p in (0, 0.5, -0.5, 1, 2, 3, -1, -2, 1.5)),
+    ],
+    aten.elu_backward.default: [F.elu, F.celu, F.selu, lambda x: F.elu(x, 0.3)],
+    aten.hardswish_backward.default: [F.hardswish],
+    aten.smooth_l1_loss_backward.default: [
+        lambda x: F.smooth_l1_loss(x, torch.ones_like(x)),
+        lambda x: F.smooth_l1_loss(x, torch.ones_like(x), reduction="none", beta=0.3),
+        lambda x: F.huber_loss(x, torch.ones_like(x), reduction="sum"),
+    ],
+}
+ODD = [F.relu6, F.hardtanh]  # torch gives 0 or 1 at NaN, depending on where in memory it is
+
+
+def test_every_decomposition_has_a_row() -> None:
+    assert ELEMENTWISE.keys() - {None} == OWN.keys()
+
+
+def test_special_numbers_are_what_they_are_eagerly() -> None:
+    # As many of each that torch's own kernels take them all in one way.
+    x = SPECIAL.repeat_interleave(16)
+    functions = [fn for row in ELEMENTWISE.values() for fn in row]
+    smooth = [fn for fn in functions if fn not in ODD]
+    every = functions + [lambda x, fn=fn: vjp(fn, x)[1](torch.ones_like(fn(x)))[0] for fn in smooth]
+    got = jit(lambda x: [fn(x) for fn in every], strict=True)(x)
+    for i, (a, fn) in enumerate(zip(got, every, strict=True)):
+        b = fn(x)
+        same = torch.isclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
+        assert same.all(), (i, x[~same], a[~same], b[~same])
+        number = ~b.isnan()
+        assert torch.equal(a.signbit()[number], b.signbit()[number]), i
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_decompositions_leave_integers_as_they_are(dtype: torch.dtype) -> None:
+    x = torch.tensor([0, 1, 5, 7, 100], dtype=dtype)
+
+    def fn(x: Tensor) -> list[Tensor]:
+        return [x % 3, x % x.clamp(min=1), x.clamp(1, 6), x.clamp(max=2.5), x**2]
+
+    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+# --------------------------------------------------------------------------- roundings to 16 bits
+
+
+def kahan(carry: tuple[Tensor, Tensor], _: Any) -> tuple[tuple[Tensor, Tensor], Any]:
+    """Add 1e-3 to a weight of 8 bits, and keep what is rounded off."""
+    w, lost = carry
+    step = torch.full_like(w, 1e-3) - lost
+    new = w + step
+    return (new, (new - w) - step), ()
+
+
+def test_a_compensated_sum_of_bfloat16_is_compensated() -> None:
+    w = torch.ones(300, dtype=torch.bfloat16)
+    fn = lambda w: scan(kahan, (w, torch.zeros_like(w)), (), length=1000)[0]  # noqa: E731
+    got, expected = jit(fn, strict=True)(w), fn(w)
+    assert (got[0] == 2.0).all()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_rounded_to_16_bits_stays_rounded(dtype: torch.dtype) -> None:
+    x = torch.tensor([1e5, 1 / 3, -3e38, 1 + 2**-9]).repeat(40)
+
+    def fn(x: Tensor) -> list[Tensor]:
+        rounded = x.to(dtype)
+        return [
+            rounded.float(),
+            rounded.float().isinf(),
+            rounded.double(),
+            x - rounded.float(),
+        ]
+
+    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------- arguments that lie in memory anyhow
+
+
+def test_the_same_form_at_another_place_in_memory() -> None:
+    """Nothing is assumed of the first call's alignment, of sizes that are equal, of sharing."""
+    fn = lambda a, b: (a * 2 + b.sin(), a.sum(), (a * b).cumsum(0))  # noqa: E731
+    jitted = jit(fn, strict=True)
+    base = some(66, dtype=torch.float32)
+    pairs = [(base[:-2], base[2:]), (base[1:-1], base[2:]), (base[2:], base[2:])]
+    pairs += [(base[1:-1].clone(), base[:-2]), (base[:-2], base[1:-1])]
+    kept = jitted(*pairs[0])
+    before = tree.map(torch.clone, kept)
+    for a, b in pairs:
+        assert tree.diff(fn(a, b), jitted(a, b), rtol=1e-5, atol=1e-6) == []
+    assert tree.diff(before, kept) == [] and len(jitted.report()) == 1
+
+
+def test_any_layout_and_sizes_that_were_equal_at_first() -> None:
+    layer = lambda x, w, b: torch.relu(x @ w + b).sum(1)  # noqa: E731
+    conv = lambda x, w: F.conv2d(x, w, padding=1).mean((2, 3))  # noqa: E731
+    jitted, jitted_conv = jit(layer, strict=True), jit(grad(lambda x, w: conv(x, w).sum()))
+    for rows in (64, 63):
+        for x in (some(rows, 64), some(64, rows).T, some(1, 64).expand(rows, 64)):
+            args = (x, some(64, 64), some(64))
+            assert tree.diff(layer(*args), jitted(*args), rtol=1e-10, atol=1e-10) == []
+    w, x = some(4, 3, 3, 3), some(2, 3, 5, 5)
+    for z in (x, x.contiguous(memory_format=torch.channels_last), x[:1].expand(2, 3, 5, 5)):
+        expected = grad(lambda x, w: conv(x, w).sum())(z, w)
+        torch.testing.assert_close(jitted_conv(z, w), expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,374 @@
+"""Proof 3: every public function works under grad, vmap and torch.compile, and all together.
+
+A table of functions times a list of laws: a new function costs one row and inherits every law.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
+from fdl.nn import _policy
+from fdl.optim import schedules
+from tests.laws.rows import (
+    Case,
+    draw,
+    elementwise,
+    initializer,
+    labelled,
+    labelled_rows,
+    layer,
+    layer_with_buffers,
+    predictions,
+    weights,
+    with_keys,
+)
+from tests.laws.rows_optim import OPTIM, SCHEDULES
+from tests.laws.rows_transforms import TRANSFORMATIONS
+
+ROWS = 3  # of a batch for vmap
+
+
+linear = nn.linear(3, 2)
+elementwise_model = nn.Model(
+    lambda key: {"scale": draw(key, 3)},
+    lambda params, x, *, train=False, key=None: params["scale"] * x,
+)
+MIXED = _policy.Policy(torch.float64, torch.float32, torch.float64)
+
+TABLE: dict[str, dict[str, Case]] = {
+    "nn": {
+        "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
+        "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
+        "dropout": with_keys(
+            lambda key, x: nn.dropout(0.4).apply({}, x, train=True, key=key), (4, 5)
+        ),
+        "flatten": Case(nn.flatten(), lambda key: (draw(key, 2, 3, 4),)),
+        "gelu": elementwise(nn.gelu),
+        "layer_norm": layer(nn.layer_norm(3), 2, 3),
+        "leaky_relu": elementwise(nn.leaky_relu),
+        "linear": layer(linear, 4, 3),
+        "log_softmax": elementwise(lambda x: nn.log_softmax(x, -1)),
+        "max_pool2d": Case(nn.max_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "relu": elementwise(nn.relu),
+        "sequential": layer(nn.sequential(linear, nn.tanh, nn.linear(2, 2)), 4, 3),
+        "sigmoid": elementwise(nn.sigmoid),
+        "silu": elementwise(nn.silu),
+        "softmax": elementwise(lambda x: nn.softmax(x, -1)),
+        "softplus": elementwise(nn.softplus),
+        "tanh": elementwise(nn.tanh),
+        "tied": layer(
+            nn.tied(nn.sequential(nn.linear(3, 3), nn.relu, nn.linear(3, 3)), {"2": "0"}), 4, 3
+        ),
+    },
+    "nn.init": {
+        "constant": initializer(nn.init.constant(3.0)),
+        "kaiming_normal": initializer(nn.init.kaiming_normal()),
+        "kaiming_uniform": initializer(nn.init.kaiming_uniform()),
+        "normal": initializer(nn.init.normal(0.1)),
+        "ones": initializer(nn.init.ones),
+        "truncated_normal": initializer(nn.init.truncated_normal()),
+        "uniform": initializer(nn.init.uniform(-1, 1)),
+        "xavier_normal": initializer(nn.init.xavier_normal()),
+        "xavier_uniform": initializer(nn.init.xavier_uniform()),
+        "zeros": initializer(nn.init.zeros),
+    },
+    "losses": {
+        "cross_entropy": Case(
+            lambda x, y, w: [
+                losses.cross_entropy(x, y),
+                losses.cross_entropy(x, y, w, label_smoothing=0.1),
+            ],
+            labelled,
+        ),
+        "l2_penalty": Case(losses.l2_penalty, lambda key: (weights(key),)),
+        "mse": Case(lambda x, y, w: losses.mse(x, y, w), predictions, grads=(0, 1, 2)),
+        "squared_loss": Case(lambda x, y, w: losses.squared_loss(x, y), predictions, grads=(0, 1)),
+    },
+    "metrics": {
+        "Mean": Case(
+            lambda x, y, w: (metrics.mean(x) + metrics.mean(y, w)).value, predictions, grads=(0, 1)
+        ),
+        "accuracy": Case(metrics.accuracy, labelled, grads=()),
+        "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
+    },
+    "interop": {
+        "from_flax": Case(
+            lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
+            lambda key: (draw(key, 12, 5),),
+        ),
+        "from_module": layer_with_buffers(
+            interop.from_module(
+                torch.nn.Sequential(
+                    torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)
+                )
+            )[0],
+            *(4, 3),
+        ),
+        "to_flax": Case(
+            lambda weight: interop.to_flax({"weight": weight}),
+            lambda key: (draw(key, 2, 3, 4, 4),),
+        ),
+    },
+    "optim": OPTIM,
+    "optim.schedules": SCHEDULES,
+    "precision": {
+        "with_policy": layer(_policy.with_policy(elementwise_model, MIXED), 3),
+    },
+    "random": {
+        "bernoulli": Case(
+            lambda key, x: random.bernoulli(key, torch.sigmoid(x)),
+            lambda key: (key, draw(key, 5)),
+            grads=(),
+        ),
+        "bits": with_keys(lambda key: random.bits(key, (5,))),
+        "categorical": Case(
+            lambda key, logits: random.categorical(key, logits),
+            lambda key: (key, draw(key, 2, 3)),
+            grads=(),
+        ),
+        "fold_in": Case(
+            random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
+        ),
+        "normal": with_keys(lambda key, x: random.normal(key, (2, 3), torch.float64) * x, (3,)),
+        "permutation": with_keys(
+            lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
+        ),
+        "randint": Case(
+            lambda key, high: random.randint(key, (5,), 0, high),
+            lambda key: (key, random.randint(key, (), 1, 100)),
+            grads=(),
+        ),
+        "split": with_keys(lambda key: random.split(key, 3)),
+        "truncated_normal": with_keys(
+            lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
+        ),
+        "uniform": with_keys(
+            lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
+        ),
+    },
+    "transforms": TRANSFORMATIONS,
+    "data": {
+        "batches": Case(
+            lambda x, y, index: tuple(data.batches((x, y), index)),
+            lambda key: (draw(key, 6, 2), torch.arange(6), random.permutation(key, 6).view(3, 2)),
+        ),
+        "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
+        "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
+        "gather": Case(
+            lambda x, y, index, mask: data.gather((x, y), (index, mask)),
+            lambda key: (draw(key, 6, 2), *labelled_rows(key)),
+        ),
+        "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
+        "synthetic_linear": with_keys(
+            lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
+        ),
+    },
+    "population": {
+        "best": Case(population.best, lambda key: (draw(key, 4, 2), draw(key, 4))),
+        "create": Case(
+            lambda key, lr: population.create(
+                linear, optim.sgd(0.1), random.split(key, 3), {"lr": lr}
+            ),
+            lambda key: (key, draw(key, 3)),
+            grads=(1,),
+        ),
+        "ensemble": Case(
+            lambda params, x: population.ensemble(linear.apply, params, x),
+            lambda key: (
+                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
+                draw(random.fold_in(key, 2), 5, 3),
+            ),
+            grads=(0, 1),
+        ),
+        "in_turn": Case(
+            lambda w, x: population.in_turn(linear.apply, (0, None))(w, x),
+            lambda key: (
+                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
+                draw(random.fold_in(key, 2), 5, 3),
+            ),
+            grads=(0, 1),
+        ),
+        "member": Case(
+            population.member, lambda key: (draw(key, 4, 2), random.randint(key, (), 0, 4))
+        ),
+    },
+}
+
+MODULES: dict[str, ModuleType] = {
+    "nn": nn,
+    "nn.init": nn.init,
+    "interop": interop,
+    "losses": losses,
+    "metrics": metrics,
+    "optim": optim,
+    "optim.schedules": schedules,
+    "precision": _policy,
+    "random": random,
+    "transforms": transforms,
+    "data": data,
+    "population": population,
+}
+
+NO_ROW = {
+    "nn.Layer": "a type",
+    "nn.Model": "a type",
+    "nn.StatefulModel": "a type",
+    "nn.init": "a module, in the table itself",
+    "nn.init.Initializer": "a type",
+    "interop.from_jax": "takes arrays: tests/interop/test_arrays.py",
+    "interop.from_numpy": "takes arrays: tests/interop/test_arrays.py",
+    "interop.to_jax": "gives arrays: tests/interop/test_arrays.py",
+    "interop.to_module": "gives a module: tests/interop/test_module.py",
+    "interop.to_numpy": "gives arrays: tests/interop/test_arrays.py",
+    "optim.Optimizer": "a type",
+    "optim.State": "a type",
+    "optim.from_torch": "takes an optimizer of torch",
+    "optim.to_torch": "takes an optimizer of torch",
+    "optim.muon": "for matrices, in bfloat16: tests/optim/test_laws.py",
+    "optim.scale_by_muon": "for matrices, in bfloat16: tests/optim/test_laws.py",
+    "optim.Schedule": "a type",
+    "optim.schedules": "a module, in the table itself",
+    "precision.Policy": "a type",
+    "random.Key": "a type",
+    "random.Shape": "a type",
+    "random.key": "takes an int, no tensor",
+    "data.LABELS": "a constant",
+    "data.Batch": "a type",
+    "data.Dataset": "a type",
+    "data.Indices": "a type",
+    "data.fashion_mnist": "reads files",
+    "data.fashion_mnist_sample": "reads files",
+    "data.sequential_indices": "takes ints, no tensor",
+    "population.size": "gives an int",
+}
+
+CASES = {f"{group}.{name}": case for group, rows in TABLE.items() for name, case in rows.items()}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_differentiable = pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.grads], ids=[n for n, c in CASES.items() if c.grads]
+)
+
+
+def example(case: Case) -> tuple[Any, ...]:
+    return case.inputs(random.key(11))
+
+
+def examples(case: Case) -> list[tuple[Any, ...]]:
+    return [case.inputs(key) for key in random.split(random.key(12), ROWS)]
+
+
+def scalar(case: Case) -> Callable[..., Tensor]:
+    """The case as one number in which every floating value of its result has a weight."""
+
+    def weigh(leaf: Tensor) -> Tensor:
+        numbers = torch.arange(1, leaf.numel() + 1, dtype=torch.float64)
+        return (leaf * numbers.sin().view(leaf.shape)).sum()
+
+    def f(*inputs: Any) -> Tensor:
+        found = [leaf for leaf in tree.leaves(case.f(*inputs)) if leaf.is_floating_point()]
+        return torch.stack([weigh(leaf) for leaf in found]).sum()
+
+    return f
+
+
+def gradient(case: Case) -> Callable[..., Any]:
+    return grad(scalar(case), argnums=case.grads)
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    differences = tree.diff(expected, got, rtol=1e-9, atol=1e-12)
+    assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_table_has_a_row_for_every_public_name(name: str) -> None:
+    public = set(MODULES[name].__all__)
+    without = {n.rpartition(".")[2] for n in NO_ROW if n.rpartition(".")[0] == name}
+    assert public == TABLE[name].keys() | without
+    assert not TABLE[name].keys() & without
+
+
+@each_case
+def test_vmap_equals_a_loop(case: Case) -> None:
+    rows = examples(case)
+    got = vmap(case.f)(*tree.stack(rows))
+    assert_equal(got, tree.stack([case.f(*row) for row in rows]))
+
+
+@each_differentiable
+def test_grad_equals_backward(case: Case) -> None:
+    inputs = example(case)
+    got = gradient(case)(*inputs)
+    chosen = [inputs[i] for i in case.grads]
+    for leaf in tree.leaves(chosen):
+        leaf.requires_grad_()
+    scalar(case)(*inputs).backward()
+    expected = tree.map(
+        lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, tuple(chosen)
+    )
+    assert_equal(got, expected)
+    assert any(leaf.abs().max() > 1e-6 for leaf in tree.leaves(got))
+
+
+TRANSFORMS: dict[str, Callable[[Case], Callable[..., Any]]] = {
+    "f": lambda case: case.f,
+    "vmap(f)": lambda case: vmap(case.f),
+    "vmap(grad(f))": lambda case: vmap(gradient(case)),
+}
+
+
+# What is compiled as one function, one price for many rows; a large group in parts of 12 rows.
+PROGRAMS = {
+    f"{group}[{i}:]" if len(rows) > 30 else group: dict(list(rows.items())[i : i + size])
+    for group, rows in TABLE.items()
+    for size in [12 if len(rows) > 30 else len(rows)]
+    for i in range(0, len(rows), size)
+}
+
+
+def check_compiled(group: str, transform: str, backend: str) -> None:
+    """Compile rows as one function, without graph breaks, and compare with each run eagerly."""
+    needs_grad, batched = "grad" in transform, "vmap" in transform
+    cases = {name: case for name, case in PROGRAMS[group].items() if case.grads or not needs_grad}
+    rows = {name: examples(case) for name, case in cases.items()}
+    inputs = {name: tree.stack(rows[name]) if batched else rows[name][0] for name in cases}
+
+    def everything(inputs: Any) -> Any:
+        return {name: TRANSFORMS[transform](case)(*inputs[name]) for name, case in cases.items()}
+
+    torch._dynamo.reset()  # the code of `everything` is compiled many times, past Dynamo's limit
+    got = torch.compile(everything, fullgraph=True, dynamic=False, backend=backend)(inputs)
+    for name, case in cases.items():
+        f = gradient(case) if needs_grad else case.f
+        found = [f(*row) for row in rows[name]]
+        assert_equal({name: got[name]}, {name: tree.stack(found) if batched else found[0]})
+
+
+HAVE_GRADIENTS = [name for name, rows in PROGRAMS.items() if any(c.grads for c in rows.values())]
+
+
+@pytest.mark.parametrize("group", PROGRAMS)
+def test_compiled_equals_eager(group: str) -> None:
+    check_compiled(group, "f", "aot_eager")
+
+
+# Of optimizers, which are long to trace, vmap is compiled together with grad below.
+@pytest.mark.parametrize("group", [name for name in PROGRAMS if not name.startswith("optim[")])
+def test_compiled_vmap_equals_eager(group: str) -> None:
+    check_compiled(group, "vmap(f)", "aot_eager")
+
+
+@pytest.mark.parametrize("group", HAVE_GRADIENTS)
+def test_compiled_vmap_of_grad_equals_eager(group: str) -> None:
+    check_compiled(group, "vmap(grad(f))", "aot_eager")
+
+
+def test_compiled_by_inductor_equals_eager() -> None:
+    check_compiled("losses", "vmap(grad(f))", "inductor")

@@ -1,0 +1,67 @@
+"""Random trees, and assertions: unchanged inputs, equal bits, close numbers and trees."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fdl import random, tree
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def trees(leaf: st.SearchStrategy = st.integers(0, 9)) -> st.SearchStrategy:  # noqa: B008
+    """Nested dicts, lists, tuples and NamedTuples, empty ones and lone leaves among them."""
+    names = st.text("abw01_", min_size=1, max_size=3)
+
+    def containers(child: st.SearchStrategy) -> st.SearchStrategy:
+        children = st.lists(child, max_size=3)
+        return (
+            st.dictionaries(names, child, max_size=3)
+            | children
+            | children.map(tuple)
+            | st.builds(Pair, child, child)
+        )
+
+    return st.recursive(leaf, containers, max_leaves=12)
+
+
+@contextmanager
+def unchanged(*trees: Any) -> Iterator[None]:
+    """Fail unless the block leaves every tree as it was, structure and bits."""
+    flat = [pytree.tree_flatten(tree) for tree in trees]
+    before = [[x.clone() if isinstance(x, Tensor) else x for x in leaves] for leaves, _ in flat]
+    yield
+    for member, old, (_, spec) in zip(trees, before, flat, strict=True):
+        leaves, now = pytree.tree_flatten(member)
+        assert now == spec, "the structure changed"
+        for x, y in zip(leaves, old, strict=True):
+            assert equal_bits(x, y) if isinstance(x, Tensor) else x is y, "a leaf changed"
+
+
+def equal_bits(x: Tensor, y: Tensor) -> bool:
+    """Equal in dtype, shape and every bit: -0 is not 0, NaN is itself."""
+    same = x.dtype == y.dtype and x.shape == y.shape
+    x, y = (z.detach().contiguous().reshape(-1) for z in (x, y))
+    return same and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Standard normal float64 numbers."""
+    return random.normal(random.key(seed), shape, torch.float64)
+
+
+def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
+    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
+    assert not differences, "\n".join(differences)

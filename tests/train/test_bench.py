@@ -1,0 +1,382 @@
+"""The benchmark: every way trains as the reference does, and one that does not is not fast."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+import fdl
+from fdl import data
+from train import config
+from train.__main__ import main
+from train.bench import measure, record, reference, registry, render, workloads
+from train.bench import task as tasks
+from train.bench.check import Reference, check
+from train.bench.client import Client, WayError, end_session
+from train.bench.torch_peers import Eager, Samples, floats
+from train.bench.way import Trajectory
+from train.bench.worker import Worker
+
+ROOT = Path(__file__).parents[2]
+RATES = {"matrix_flops": 1e11, "matrix_by": "torch", "copy_bytes": 1e10}
+HAS_JAX = not registry.missing("jax-step")
+
+
+def make_task(name, steps=4, **changes):
+    """A task as a run makes it, on the sample, with batches small enough to be quick."""
+    bench = config.Bench(workloads=(name,), steps=steps)
+    (workload,) = workloads.find(bench)
+    if name != "linreg":
+        workload = workload._replace(recipe=replace(workload.recipe, batch_size=32))
+    task = workloads.make_task(workload, bench, data.fashion_mnist_sample(), "cpu")
+    return task._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def references():
+    """Each task's reference, computed once."""
+    found = {}
+
+    def get(name):
+        if name not in found:
+            task = make_task(name)
+            found[name] = task, reference.run(task)
+        return found[name]
+
+    return get
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command in a folder of its own; give its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["python -m train", "bench", *map(str, args)])
+        try:
+            code = main()
+        except SystemExit as stop:  # tyro's way out
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# The ways, compiled or not: what they compute is what is tested here, so none is compiled.
+
+NAMES = ["linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum"]
+# The learner's loop forks, which JAX forbids; two others differ from compile-step in the compiler.
+ELSEWHERE = ("learner", "compile-step-cpp", "compile-step-graphs")
+IN_PROCESS = [name for name in registry.WAYS if name not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", IN_PROCESS)
+def test_a_way_trains_as_the_reference_does(way, name, references):
+    if registry.missing(way):
+        pytest.skip("needs JAX and optax")
+    if way.startswith("jax") and name == "lenet":
+        pytest.skip("lenet-momentum does the same and more")
+    task, expected = references(name)
+    with fdl.disable_jit(), torch.compiler.set_stance("force_eager"):
+        found = registry.build(way, task).trajectory()
+    result = check(expected, found, registry.WAYS[way].own_masks)
+    assert result.right, result
+    moved = [np.abs(found.params[k] - p).max() for k, p in task.params.items()]
+    assert min(moved) > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of torch.compile
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # of reduce-overhead
+@pytest.mark.parametrize("way", registry.ways_for("cuda", (), scaling=False))
+def test_a_way_trains_on_cuda_as_the_reference_does(way, references):
+    if registry.missing(way) or way == "learner":
+        pytest.skip("needs JAX and optax, or forks")
+    task, expected = references("lenet-momentum")
+    found = registry.build(way, task._replace(device="cuda")).trajectory()
+    result = check(expected, found, registry.WAYS[way].own_masks)
+    assert result.right, result
+
+
+def test_the_list_of_ways_is_that_of_the_command_line():
+    assert set(registry.WAYS) == set(get_args(config.WayName))
+    assert set(NAMES) | {"lenet-scaling"} == set(get_args(config.WorkloadName))
+    assert "compile-step-graphs" not in registry.ways_for("cpu", (), scaling=False)
+    assert set(registry.ways_for("cpu", (), scaling=True)) == set(registry.SCALING["cpu"])
+    assert registry.ways_for("cpu", ("eager", "jax-scan"), scaling=True) == ["eager", "jax-scan"]
+
+
+def test_the_learner_sees_the_images_that_the_others_see():
+    task = make_task("softmax")
+    samples = Samples(task.x, task.y)
+    assert len(samples) == 6000
+    image, label = samples[7]
+    torch.testing.assert_close(image, floats(task)[7], rtol=0, atol=1e-7)
+    assert label == task.y[7]
+
+
+def test_a_task_survives_its_file(tmp_path):
+    task = make_task("dropout")
+    tasks.save(task, tmp_path / "task.npz")
+    loaded = tasks.load(tmp_path / "task.npz")
+    for before, after in zip(task, loaded, strict=True):
+        np.testing.assert_equal(after, before)
+    assert loaded.images and loaded.rates == (0.2, 0.5) and loaded.rows.shape == (4, 32)
+
+
+def test_a_worker_of_jax_does_not_import_torch():
+    code = "import sys, train.bench.worker; print('torch' in sys.modules)"
+    if HAS_JAX:
+        code = code.replace("worker;", "worker, train.bench.jax_peers;")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+# What is wrong is said to be wrong.
+
+
+class InProcess:
+    """A client whose worker is in this process."""
+
+    def __init__(self, way):
+        self.worker, self.warned = Worker(way), []
+
+    def read(self):
+        return {}
+
+    def ask(self, do, **given):
+        return getattr(self.worker, do)(**given)
+
+
+def prepared(way, expected, tmp_path, name="compile-model"):
+    setting = measure.Setting(config.Bench(seconds=0.0), "cpu", 1, tmp_path)
+    row = {"name": name, "label": "", "status": "measuring"}
+    measure.prepare(InProcess(way), setting, row, expected)
+    return row
+
+
+def test_a_dropped_weight_decay_is_wrong_and_no_best_peer(references, tmp_path):
+    task, expected = references("lenet-momentum")
+    assert task.weight_decay and task.momentum
+    right = prepared(Eager(task), expected, tmp_path, "eager")
+    wrong = prepared(Eager(task._replace(weight_decay=0.0)), expected, tmp_path)
+    assert right["status"] == "measuring" and wrong["status"] == "wrong"
+    assert "weight moved" in wrong["reason"] and "rounds_us" not in wrong
+    assert wrong["check"]["loss"] < 1e-3, "the losses would not have told"
+    right["rounds_us"], wrong["rounds_us"] = [20.0], [10.0]  # even if it had been timed
+    ours = {"name": "fdl-scan", "status": "measuring", "rounds_us": [30.0], "check": right["check"]}
+    entry = {"name": "it", "batch": 32, "steps": 4, "ways": [ours, right, wrong]}
+    record.summarise(entry)
+    assert entry["best_peer"] == "eager" and entry["fdl_over_best_peer"] == 1.5
+    assert "wrong: " in render.terminal_table(entry)
+    assert render.markdown_cell(entry, "compile-model") == "wrong"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"lr": 0.1005}, "moved"),
+        ({"momentum": 0.8}, "moved"),
+        ({"lr": float("nan")}, "a loss is not finite"),
+    ],
+)
+def test_a_slightly_wrong_rate_is_wrong(references, change, said):
+    task, expected = references("lenet-momentum")
+    way = Eager(task)
+    way.optimizer.param_groups[0].update(change)  # SGD itself refuses NaN
+    way.reset = lambda: None
+    result = check(expected, way.trajectory(), own_masks=False)
+    assert not result.right and said in result.reason
+
+
+def test_a_call_that_starts_over_is_wrong(references):
+    task, expected = references("mlp")
+    way = Eager(task)
+    once = way.losses(way.epoch())
+    twice = Trajectory(np.array(once + once), way.params())
+    result = check(expected, twice, own_masks=False)
+    assert not result.right and "loss" in result.reason and "moved" in result.reason
+
+
+def test_other_masks_are_compared_by_their_spread(references):
+    task, expected = references("dropout")
+    mean, deviation = expected.other_masks
+    params = expected.params
+    for sigmas, right in [(4.9, True), (5.1, False)]:
+        losses = np.full(8, mean + sigmas * deviation)
+        result = check(expected, Trajectory(losses, params), own_masks=True)
+        assert result.right == right and result.distance is None
+    # The right losses, but from other masks than those that were to be shared:
+    own = Eager(task).trajectory()
+    assert check(expected, own, own_masks=True).right
+    assert not check(expected, own, own_masks=False).right
+
+
+def test_rounding_is_allowed_only_where_a_parameter_hardly_moves():
+    start = {"w": np.ones(1000, np.float32)}
+    for moved, right in [(1e-4, True), (1e-2, False)]:
+        expected = Reference(np.ones(16), start, {"w": np.ones(1000) + moved}, None)
+        off = {"w": (expected.params["w"] * (1 + 3e-7 * (moved / 1e-4))).astype(np.float32)}
+        found = check(expected, Trajectory(np.ones(16), off), own_masks=False)
+        assert found.distance > 1e-3 and found.right == right
+
+
+# Processes.
+
+
+def client(way, path, tmp_path):
+    setting = measure.Setting(config.Bench(), "cpu", 1, tmp_path)
+    return Client(way, path, setting.env("x"), tmp_path / "log")
+
+
+def test_a_way_that_raises_is_an_error_with_its_reason(tmp_path):
+    worker = client("eager", tmp_path / "absent.npz", tmp_path)
+    with worker, pytest.raises(WayError, match=r"FileNotFoundError: .*absent.npz"):
+        worker.read()
+    assert worker.process.poll() is not None
+
+
+def test_a_way_that_dies_is_an_error_with_its_signal(tmp_path):
+    with client("eager", tmp_path / "absent.npz", tmp_path) as worker:
+        with pytest.raises(WayError):
+            worker.read()
+        worker.process.kill()
+        with pytest.raises(WayError, match="the process ended with signal SIGKILL"):
+            worker.ask("first")
+
+
+def test_a_busy_process_is_ended_with_what_it_started():
+    script = "sleep 100 & echo $!; wait"
+    process = subprocess.Popen(
+        ["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    child = int(process.stdout.readline())
+    end_session(process)
+    assert process.returncode == -9
+    assert process.stdout.read() == ""  # at its end: the child holds it open no more
+    process.stdout.close()
+    assert not Path(f"/proc/{child}/fd/1").exists()
+
+
+def test_a_failed_way_is_a_row_and_its_rounds_are_dropped():
+    def fail():
+        raise WayError("out of memory")
+
+    row = {"name": "eager", "status": "measuring", "rounds_us": [1.0]}
+    measure.attempt(row, fail)
+    assert row == {"name": "eager", "status": "failed", "reason": "out of memory"}
+    measure.attempt(row, lambda: pytest.fail("it was asked again"))
+
+
+def test_warnings_of_a_way_are_told():
+    code = (
+        "import warnings\nfrom train.bench.worker import hear_warnings\nheard = hear_warnings()\n"
+        "for _ in range(2): warnings.warn('jit: fell back\\nbecause')\n"
+        "warnings.warn('of torch', FutureWarning)\nprint(heard)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['jit: fell back']\n", done.stderr
+
+
+# The whole command, with ways that compile nothing.
+
+
+QUICK = ("--workloads", "linreg", "--rounds", 1, "--steps", 5, "--seconds", 0.01)
+WAYS = ("fdl-eager", "learner", "eager", *(["jax-step"] if HAS_JAX else []))
+
+
+def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "find_rates", lambda setting: RATES)
+    code, out, err = command(*QUICK, "--device", "cpu", "--ways", *WAYS, "--out", "it/it.json")
+    assert code == 0 and not err
+    assert max(map(len, out.splitlines())) <= 80
+    document = record.read(tmp_path / "it" / "it.json")
+    assert document["device"] == "cpu" and document["machine"]["threads"] == 1
+    assert torch.__version__.startswith(document["versions"]["torch"])
+    (entry,) = document["workloads"]
+    assert [way["name"] for way in entry["ways"]] == list(WAYS)
+    assert [way["status"] for way in entry["ways"]] == ["right"] * len(WAYS)
+    for way in entry["ways"]:
+        (us,) = way["rounds_us"]
+        assert us == way["min_us"] == way["median_us"] > 0
+        assert way["examples_per_s"] == pytest.approx(10e6 / us, rel=1e-3)
+        assert way["peak_bytes"] >= way["start_bytes"] > 1e7
+        assert way["check"]["loss"] < 1e-3 and way["check"]["distance"] < 1e-3
+        assert way["cold_s"] >= 0
+        assert ("warm_s" in way) == (way["name"] == "jax-step")  # the others leave nothing on disk
+        assert way["name"] in out
+    assert entry["best_fdl"] == "fdl-eager" and entry["best_peer"] in WAYS
+    # Two products of [10, 2] by [2, 1], forward and for the weight; x needs no gradient.
+    assert entry["floor"]["flops"] == 2 * 2 * 10 * 2
+    assert entry["floor"]["bytes"] == 10 * (8 + 4 + 8) + 2 * 4 * 3
+
+
+def test_ctrl_c_writes_what_was_measured_and_leaves_no_process(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "find_rates", lambda setting: RATES)
+    monkeypatch.setattr(
+        measure,
+        "find_reference",
+        lambda setting, task, path: (reference.run(task), reference.count_flops(task)),
+    )
+    started, rounds, add = [], [], measure.add_round
+    monkeypatch.setattr(
+        measure, "Client", lambda *args: started.append(Client(*args)) or started[-1]
+    )
+
+    def add_round(worker, row):
+        rounds.append(row["name"])
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        add(worker, row)
+
+    monkeypatch.setattr(measure, "add_round", add_round)
+    code, _, err = command(
+        *QUICK, "--device", "cpu", "--ways", "eager", "--rounds", 3, "--out", "o"
+    )
+    assert code == 130 and "interrupted" in err
+    (way,) = record.read(tmp_path / "o")["workloads"][0]["ways"]
+    assert way["status"] == "right" and len(way["rounds_us"]) == 1
+    assert started and all(worker.process.poll() is not None for worker in started)
+
+
+def test_without_jax_its_ways_are_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    assert registry.missing("jax-scan") == ["jax", "optax"] and not registry.missing("eager")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--rounds", 0], "--rounds must be at least 1, got 0"),
+        (["--steps", 0], "--steps must be at least 1, got 0"),
+        (["--batch-sizes", 64, 0], "--batch-sizes must be at least 1, got 0"),
+        (["--batch-sizes"], "--batch-sizes"),
+        (["--seconds", -1], "--seconds must be finite and at least 0"),
+        (["--workloads", "resnet"], "--workloads"),
+        (["--ways", "flax"], "--ways"),
+        (["--ways", "compile-step-graphs", "--device", "cpu"], "--ways: none of compile-step-gr"),
+        (["--device", "tpu"], "--device"),
+        (["--data", "nowhere"], "--data must be auto, sample or a folder"),
+        (["--out", "there.json"], "--out there.json exists already"),
+        (["--out", "/dev/null/it"], "/dev/null"),
+        (
+            ["--workloads", "lenet-scaling", "--data", "sample", "--batch-sizes", 8192],
+            "--batch-sizes: every size is more than there are images",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_one_clear_message_and_exit_code_2(command, tmp_path, args, message):
+    (tmp_path / "there.json").write_text("{}")
+    code, _, err = command(*args)
+    assert code == 2 and message in err and "Traceback" not in err

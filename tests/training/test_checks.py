@@ -1,0 +1,221 @@
+"""What a training step is given wrongly is named where it comes in, by shape and dtype alone."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import fdl
+from fdl import losses, metrics, nn, optim, random, tree
+from fdl.data import Batch
+from tests.support.asserts import close, draw
+
+KEY = random.key(7)
+X, Y = draw(0, 6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+NET = nn.linear(3, 2)
+PARAMS = tree.cast(NET.init(KEY), torch.float64)
+OPT = optim.sgd(0.1)
+LOSS = fdl.supervised(NET.apply, losses.cross_entropy)
+STATE = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
+MODULE = torch.nn.Linear(3, 2)
+
+
+def step_of(result):
+    """Make a step whose loss returns this."""
+    return lambda: fdl.train_step(lambda params, batch, key=None: result(params), OPT)(
+        STATE, (X, Y)
+    )
+
+
+def value(params):
+    return params["weight"].sum()
+
+
+def metric(result):
+    return lambda: fdl.supervised(
+        NET.apply, losses.cross_entropy, {"mine": lambda p, y, w: result}
+    )(PARAMS, (X, Y))
+
+
+CASES = {
+    "a model": (lambda: fdl.supervised(NET, losses.mse), r"got a model; pass model\.apply"),
+    "a module": (
+        lambda: fdl.supervised(MODULE, losses.mse),
+        r"the module Linear; interop\.from_module",
+    ),
+    "apply and loss": (
+        lambda: fdl.supervised(losses.mse, NET.apply),
+        r"apply must be that of a model, .* the function mse with the parameters \['prediction'",
+    ),
+    "no loss": (lambda: fdl.supervised(NET.apply, "mse"), "loss must be a function .* got a str"),
+    "loss and optimizer": (
+        lambda: fdl.train_step(OPT, LOSS),
+        r"train_step: loss must be a function .* as fdl\.supervised makes it, got an Optimizer",
+    ),
+    "an optimizer not made": (
+        lambda: fdl.train_step(LOSS, optim.adam),
+        r"opt must be an optimizer, as optim\.sgd\(0\.1\), got the function adam",
+    ),
+    "an optimizer of torch": (
+        lambda: fdl.train_step(LOSS, torch.optim.SGD),
+        "opt must be an optimizer, .* got the class SGD",
+    ),
+    "a model for a loss": (lambda: fdl.eval_step(MODULE), "eval_step: loss must be a function"),
+    "a scalar": (
+        step_of(value),
+        r"must return \(scalar, metrics\), got a tensor float64\[\]; return \(value, \{\}\)",
+    ),
+    "a vector": (
+        step_of(lambda p: (p["weight"][0], {})),
+        r"must return a 0-d tensor first, got a tensor float64\[3\]",
+    ),
+    "a float": (
+        step_of(lambda p: (value(p), {"acc.top": 0.5})),
+        r"metrics\['acc\.top'\] must be a Mean or a tensor, got a float",
+    ),
+    "a bare metric": (
+        metric(torch.tensor(1.0)),
+        "metric 'mine' must return a Mean, .* got a tensor float32",
+    ),
+    "a float metric": (metric(0.5), "metric 'mine' must return a Mean, .* got a float"),
+    "a float loss": (
+        lambda: fdl.supervised(NET.apply, lambda p, y: 0.5)(PARAMS, (X, Y)),
+        "loss must return a tensor, got a float",
+    ),
+    "a loss of weights that returns many": (
+        lambda: fdl.supervised(NET.apply, lambda p, y, weights: p)(PARAMS, (X, Y)),
+        r"takes weights must return a scalar, got a tensor float64\[6, 2\]",
+    ),
+    "arrays": (
+        lambda: LOSS(PARAMS, (X.numpy(), Y)),
+        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; interop\.from_numpy",
+    ),
+    "arrays in a dict": (
+        lambda: LOSS(PARAMS, {"x": {"a.b": np.zeros(3)}, "y": Y}),
+        r"batch\.x\['a\.b'\] must be a tensor, got numpy float64\[3\]",
+    ),
+    "other names": (
+        lambda: LOSS(PARAMS, {"image": X, "label": Y}),
+        r"with the entries x, y and mask, got the entries \['image', 'label'\]",
+    ),
+    "a lone tensor": (lambda: LOSS(PARAMS, X), r"batch must be .* got a tensor float64\[6, 3\]"),
+    "model(x)": (lambda: NET(X), r"call model\.apply\(params, x\), not model\(x\)"),
+    "model(x), with buffers": (
+        lambda: nn.batch_norm(3)(X),
+        r"call model\.apply\(params, buffers, x\)",
+    ),
+    "init(0)": (lambda: NET.init(0), r"make a key from a seed with random\.key\(0\)"),
+    "a layer not made": (
+        lambda: nn.sequential(nn.flatten, NET),
+        r"layer '0' is the function nn\.flatten, which makes a layer: call it, nn\.flatten\(",
+    ),
+    "a model not made": (
+        lambda: nn.sequential(act=nn.batch_norm),
+        r"layer 'act' is the function nn\.batch_norm",
+    ),
+    "a module as a layer": (
+        lambda: nn.sequential(MODULE, nn.relu),
+        r"layer '0' is the torch module Linear, .* interop\.from_module",
+    ),
+    "a class of layers": (
+        lambda: nn.sequential(torch.nn.ReLU),
+        r"layer '0' must be a Model or a function x -> y, got <class",
+    ),
+    "a factory of the user's": (
+        lambda: nn.sequential(lambda x: nn.relu).apply({}, X),
+        "gave a function or model; was it to be called",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "text"), CASES.values(), ids=CASES)
+def test_a_type_error_names_it(call, text):
+    with pytest.raises(TypeError, match=text):
+        call()
+
+
+@pytest.mark.parametrize("name", [n for n in vars(nn) if n in nn.__all__ and n[0].islower()])
+def test_every_layer_is_a_layer_or_says_that_it_has_to_be_made(name):
+    thing = getattr(nn, name)
+    if name == "init":
+        return
+    if getattr(thing, "__module__", "").startswith("fdl."):
+        with pytest.raises(TypeError, match=rf"nn\.{name}, which makes a layer: call it"):
+            nn.sequential(thing)
+    else:
+        nn.sequential(thing)  # a function of torch, which takes x
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_values_that_were_broadcast_are_refused(n):
+    model = nn.linear(3, 1)
+    params = tree.cast(model.init(KEY), torch.float64)
+    x, y = draw(1, n, 3), draw(2, n)
+    loss = fdl.supervised(model.apply, lambda p, y: (p - y) ** 2)
+    expected = losses.mse(model.apply(params, x)[:, 0], y)
+    close(loss(params, (x, y[:, None]))[0], expected)
+    if n > 1:
+        with pytest.raises(ValueError, match=r"values \[10, 10\] for a batch of 10, .*\[10, 1\]"):
+            loss(params, (x, y))
+    with pytest.raises(ValueError, match=r"for a batch of"):
+        fdl.supervised(model.apply, lambda p, y: p.new_zeros(n + 1))(params, (x, y))
+
+
+def test_values_per_token_may_be_fewer_than_y():
+    model = nn.linear(5, 5)
+    x, y = draw(4, 6, 7, 5), random.randint(KEY, (6, 7), 0, 5)
+    params = tree.cast(model.init(KEY), torch.float64)
+
+    def shifted(logits, y):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].mT, y[:, 1:], reduction="none")
+
+    found = fdl.supervised(model.apply, shifted)(params, (x, y))[0]
+    close(found, shifted(model.apply(params, x), y).mean())
+
+
+def test_forms_of_a_batch():
+    mask = torch.tensor([True, True, False, True, False, False])
+    expected = LOSS(PARAMS, Batch(X, Y, mask))
+    for batch in ([X, Y, mask], {"x": X, "y": Y, "mask": mask}, (X, Y, mask)):
+        close(LOSS(PARAMS, batch), expected)
+    close(LOSS(PARAMS, {"x": X, "y": Y}), LOSS(PARAMS, Batch(X, Y)))
+    close(
+        fdl.train_step(LOSS, OPT)(STATE, {"x": X, "y": Y}), fdl.train_step(LOSS, OPT)(STATE, (X, Y))
+    )
+    for wrong in (mask[:5], mask[:, None]):
+        with pytest.raises(ValueError, match=r"mask must have the shape \[6\]"):
+            LOSS(PARAMS, Batch(X, Y, wrong))
+
+
+def test_a_prediction_may_be_a_tree():
+    model = nn.Model(
+        NET.init, lambda p, x, *, train=False, key=None: {"out": NET.apply(p, x), "x": x}
+    )
+    loss = fdl.supervised(
+        model.apply,
+        lambda p, y, weights=None: losses.cross_entropy(p["out"], y, weights),
+        {"accuracy": lambda p, y, weights=None: metrics.accuracy(p["out"], y, weights)},
+    )
+    close(loss(PARAMS, (X, Y))[0], LOSS(PARAMS, (X, Y))[0])
+
+
+def test_errors_show_no_values():
+    with pytest.raises(TypeError) as error:
+        LOSS(PARAMS, (np.full((6, 3), 1.2345), Y))
+    assert "1.23" not in str(error.value)
+
+
+def test_the_length_of_a_batch_may_be_dynamic():
+    class Module(torch.nn.Module):
+        def forward(self, x, y):
+            return LOSS(PARAMS, (x, y))[0]
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Module(), (X, Y), dynamic_shapes=({0: batch}, {0: batch}))
+    close(exported.module()(X[:4], Y[:4]), LOSS(PARAMS, (X[:4], Y[:4]))[0])
+
+
+def test_a_partial_of_a_function_is_a_layer():
+    net = nn.sequential(functools.partial(torch.clamp, min=0))
+    close(net.apply({}, X), X.clamp(min=0))

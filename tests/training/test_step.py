@@ -1,0 +1,246 @@
+"""Training as a pure function: the state, the loss of a model, steps with and without buffers."""
+
+import functools
+
+import pytest
+import torch
+
+import fdl
+from fdl import losses, metrics, nn, optim, random, tree
+from fdl.data import Batch
+from tests.support.asserts import close, draw, equal_bits, unchanged
+
+KEY = random.key(7)
+X, LABELS = draw(0, 6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+MASK = torch.tensor([True, True, False, True, False, False])
+NET = nn.sequential(nn.linear(3, 5), nn.relu, nn.dropout(0.5), nn.linear(5, 2))
+PARAMS = tree.cast(NET.init(KEY), torch.float64)
+OPT = optim.sgd(0.1, 0.9)
+
+
+# ------------------------------------------------------------------------------ TrainState.create
+
+
+def test_create_splits_the_key_once():
+    init_key, run_key = random.split(KEY)
+    with unchanged(KEY):
+        state = fdl.TrainState.create(NET, OPT, key=KEY)
+    assert tree.diff(state.params, NET.init(init_key)) == []
+    assert torch.equal(state.key, run_key)
+    assert tree.diff(state.opt_state, OPT.init(state.params)) == []
+    assert state.buffers == {}
+    assert state.step.dtype == torch.int64 and state.step == 0 and state.step.shape == ()
+
+
+def test_create_takes_parameters_of_another_floating_dtype():
+    state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
+    assert tree.diff(state.params, PARAMS) == []
+    assert torch.equal(state.key, random.split(KEY)[1])
+    momentum = optim.slots(state.opt_state)["momentum_buffer"]
+    assert {leaf.dtype for leaf in tree.leaves(momentum)} == {torch.float64}
+
+
+def test_a_model_that_draws_float64_takes_parameters_as_well():
+    model = nn.Model(lambda key: {"w": torch.ones(2).double()}, NET.apply)
+    for dtype in (torch.float32, torch.float64):
+        params = {"w": torch.zeros(2, dtype=dtype)}
+        assert fdl.TrainState.create(model, OPT, key=KEY, params=params).params is params
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (lambda p: {"0": p["0"]}, ["3.bias: expected float32[2], got nothing", "3.weight: "]),
+        (lambda p: {**p, "4": p["0"]}, ["4.bias: expected nothing, got float32[5]", "4.weight: "]),
+        (
+            lambda p: tree.map(lambda leaf: leaf[:1], p),
+            ["0.bias: expected float32[5], got float32[1]", "3.weight: expected float32[2, 5]"],
+        ),
+        (
+            lambda p: {**p, "3": tree.map(lambda leaf: leaf.long(), p["3"])},
+            ["3.bias: expected float32[2], got int64[2]", "3.weight: expected float32[2, 5]"],
+        ),
+    ],
+    ids=["missing", "unexpected", "shape", "integers"],
+)
+def test_parameters_that_do_not_fit_raise_and_every_path_is_listed(change, lines):
+    with pytest.raises(ValueError, match="params do not fit the model") as error:
+        fdl.TrainState.create(NET, OPT, key=KEY, params=change(PARAMS))
+    for line in lines:
+        assert f"\n  {line}" in str(error.value)
+
+
+# ------------------------------------------------------------------------------ supervised
+
+
+@pytest.mark.parametrize(
+    ("loss", "y"),
+    [
+        (losses.cross_entropy, LABELS),
+        (functools.partial(losses.cross_entropy, label_smoothing=0.1), LABELS),
+        (losses.mse, draw(1, 6, 2)),
+        (losses.squared_loss, draw(1, 6, 2)),
+        (lambda prediction, y: (prediction - y).abs().sum(1), draw(1, 6, 2)),
+    ],
+    ids=["cross_entropy", "partial", "mse", "per-element", "per-example"],
+)
+def test_a_masked_batch_equals_the_shorter_one(loss, y):
+    f = fdl.supervised(NET.apply, loss)
+    grads, (value, found) = torch.func.grad_and_value(f, has_aux=True)(PARAMS, Batch(X, y, MASK))
+    short, (expected, plain) = torch.func.grad_and_value(f, has_aux=True)(
+        PARAMS, (X[MASK], y[MASK])
+    )
+    close(value, expected)
+    close(grads, short)
+    assert found["loss"].count == plain["loss"].count == 3
+    close(found["loss"].value, value)
+    close(plain["loss"].value, value)
+
+
+def test_the_loss_is_that_of_the_predictions():
+    value, found = fdl.supervised(NET.apply, losses.cross_entropy)(PARAMS, (X, LABELS))
+    close(value, torch.nn.functional.cross_entropy(NET.apply(PARAMS, X), LABELS))
+    assert found["loss"].count == 6 and list(found) == ["loss"]
+
+
+def test_a_scalar_loss_without_weights_refuses_a_mask():
+    f = fdl.supervised(NET.apply, torch.nn.functional.cross_entropy)
+    assert f(PARAMS, (X, LABELS))[1]["loss"].count == 6
+    with pytest.raises(ValueError, match="must take `weights` or return one value per example"):
+        f(PARAMS, Batch(X, LABELS, MASK))
+
+
+def test_metrics_see_predictions_labels_and_mask():
+    hits = NET.apply(PARAMS, X).argmax(1) == LABELS
+    f = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    value, found = f(tree.map(torch.nn.Parameter, PARAMS), Batch(X, LABELS, MASK))
+    assert found["accuracy"] == metrics.Mean(hits[MASK].double().sum(), torch.tensor(3.0).double())
+    assert value.requires_grad and not any(leaf.requires_grad for leaf in tree.leaves(found))
+    assert f(PARAMS, (X, LABELS))[1]["accuracy"].count == 6
+
+
+def test_the_key_switches_training_on():
+    f = fdl.supervised(NET.apply, losses.cross_entropy)
+    trained = losses.cross_entropy(NET.apply(PARAMS, X, train=True, key=KEY), LABELS)
+    evaluated = losses.cross_entropy(NET.apply(PARAMS, X), LABELS)
+    assert trained != evaluated
+    close(f(PARAMS, (X, LABELS), KEY)[0], trained, rtol=0)
+    close(f(PARAMS, (X, LABELS))[0], evaluated, rtol=0)
+
+
+# ------------------------------------------------------------------------------ steps
+
+
+def test_a_step_is_one_update_with_the_key_of_its_number():
+    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    step = fdl.train_step(loss, OPT)
+    state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
+    batch = Batch(X, LABELS, MASK)
+    for number in range(3):
+        key = random.fold_in(state.key, number)
+        grads, (value, found) = torch.func.grad_and_value(loss, has_aux=True)(
+            state.params, batch, key
+        )
+        updates, opt_state = OPT.update(grads, state.opt_state, state.params)
+        with unchanged(state, batch):
+            new, metrics_of_step = step(state, batch)
+        close(new.params, optim.apply_updates(state.params, updates), rtol=0)
+        assert tree.diff(new.opt_state, opt_state) == []
+        assert tree.diff(metrics_of_step, found) == []
+        close(metrics_of_step["loss"].value, value)
+        assert new.step == number + 1 and equal_bits(new.key, state.key)
+        assert tree.diff(state, new, values=False) == []
+        tree.match(state, new, "same form")
+        state = new
+
+
+def test_the_optimizer_gets_the_value_and_a_function_for_it():
+    seen = []
+
+    def update(grads, state, params, *, value=None, value_fn=None):
+        seen.append((value, value_fn(params), value_fn(tree.map(torch.zeros_like, params))))
+        return tree.map(lambda g: -g, grads), state
+
+    opt = optim.Optimizer(lambda params: (), update)
+    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    state = fdl.TrainState.create(NET, opt, key=KEY, params=PARAMS)
+    fdl.train_step(loss, opt)(state, (X, LABELS))
+    ((value, again, at_zero),) = seen
+    # The same batch and the same dropout; and logits of 0 are a loss of log 2.
+    expected, _ = loss(PARAMS, (X, LABELS), random.fold_in(state.key, 0))
+    close(value, expected, rtol=0)
+    close(again, expected, rtol=0)
+    close(at_zero, torch.tensor(2.0).double().log())
+
+
+def test_evaluation_draws_nothing_and_changes_nothing():
+    loss = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
+    with unchanged(state):
+        found = fdl.eval_step(loss)(state, Batch(X, LABELS, MASK))
+    assert list(found) == ["loss", "accuracy"]
+    logits = NET.apply(PARAMS, X[MASK])
+    close(found["loss"].value, losses.cross_entropy(logits, LABELS[MASK]))
+    assert found["accuracy"].count == 3
+
+
+# ------------------------------------------------------------------------------ buffers
+
+
+def centring():
+    """x·w after subtracting the batch's mean in training, the running mean in evaluation."""
+
+    def init(key):
+        return {"w": torch.ones(3, 2).double()}, {"mean": torch.zeros(3).double()}
+
+    def apply(params, buffers, x, *, train=False, key=None):
+        assert train == (key is not None)
+        if not train:
+            return (x - buffers["mean"]) @ params["w"], buffers
+        mean = x.mean(0)
+        running = 0.9 * buffers["mean"] + 0.1 * mean.detach()
+        return (x - mean) @ params["w"], {"mean": running}
+
+    return nn.StatefulModel(init, apply)
+
+
+def test_buffers_go_in_and_come_out():
+    model, opt, y = centring(), optim.sgd(0.1), draw(1, 6, 2)
+    loss = fdl.supervised(model.apply, losses.mse)
+    state = fdl.TrainState.create(model, opt, key=KEY)
+    assert torch.equal(state.buffers["mean"], torch.zeros(3))
+    step, w, running = fdl.train_step(loss, opt), state.params["w"], torch.zeros(3).double()
+    for number in range(3):
+        x = X + number
+        w = w.clone().requires_grad_()
+        torch.nn.functional.mse_loss((x - x.mean(0)) @ w, y).backward()
+        w = (w - 0.1 * w.grad).detach()
+        running = 0.9 * running + 0.1 * x.mean(0)
+        with unchanged(state):
+            new, found = step(state, (x, y))
+        assert list(found) == ["loss"]
+        state = new
+        close(state.params["w"], w)
+        close(state.buffers["mean"], running)
+    with unchanged(state):
+        found = fdl.eval_step(loss)(state, (X, y))
+    close(found["loss"].value, losses.mse((X - running) @ w, y))
+
+
+def test_the_stateful_loss_returns_metrics_and_buffers():
+    model = centring()
+    params, buffers = model.init(KEY)
+    loss = fdl.supervised(model.apply, losses.mse)
+    value, (found, new) = loss(params, buffers, (X, draw(1, 6, 2)), KEY)
+    close(found["loss"].value, value)
+    close(new["mean"], 0.1 * X.mean(0))
+    assert loss(params, buffers, (X, draw(1, 6, 2)))[1][1] is buffers
+
+
+def test_parameters_in_other_containers_raise():
+    model = nn.sequential(nn.linear(2, 2))
+    params = model.init(random.key(0))
+    with pytest.raises(
+        ValueError, match=r"create: params do not fit.*\n  : expected dict, got list"
+    ):
+        fdl.TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])

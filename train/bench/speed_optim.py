@@ -1,0 +1,115 @@
+"""Time updates against torch.optim, of a ResNet-50: `python -m train.bench.speed_optim`.
+
+161 leaves, 25.6 million float32 parameters. Rounds are interleaved in one process; the first, which
+compiles, is given apart. The table says how far fdl's parameters are from torch's after the rounds,
+relative to how far they went, since a wrong update is not a fast one.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+
+from fdl import jit, optim, tree
+from fdl.tree import Tree
+
+OPTIMIZERS: dict[str, tuple[optim.Optimizer, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd, momentum": (
+        optim.sgd(1e-3, 0.9, weight_decay=1e-4),
+        partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=1e-4),
+    ),
+    "adam": (optim.adam(), torch.optim.Adam),
+    "adamw": (optim.adamw(), torch.optim.AdamW),
+}
+
+
+class Ours:
+    """fdl's update, compiled, in the memory of the tensors it is given."""
+
+    def __init__(self, opt: optim.Optimizer, params: Tree, grads: Tree) -> None:
+        def update(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+            updates, state = opt.update(grads, state, params)
+            return optim.apply_updates(params, updates), state
+
+        self.update, self.grads = jit(update, donate=(0, 1)), grads
+        self.params = tree.map(torch.clone, params)
+        self.state = opt.init(self.params)
+
+    def step(self) -> None:
+        """Update once."""
+        self.params, self.state = self.update(self.params, self.state, self.grads)
+
+
+class Theirs:
+    """An optimizer of torch.optim in one of its implementations."""
+
+    def __init__(
+        self, make: Callable[..., torch.optim.Optimizer], params: Tree, grads: Tree
+    ) -> None:
+        self.params = tree.map(lambda p: p.clone().requires_grad_(), params)
+        tree.map(lambda p, g: setattr(p, "grad", g.clone()), self.params, grads)
+        self.optimizer = make(tree.leaves(self.params))
+
+    def step(self) -> None:
+        """Update once."""
+        self.optimizer.step()
+
+
+def measure(name: str, params: Tree, grads: Tree, rounds: int) -> None:
+    """Print the times of one optimizer, by each way."""
+    opt, make = OPTIMIZERS[name]
+    ways: dict[str, Ours | Theirs] = {
+        "loop": Theirs(partial(make, foreach=False), params, grads),
+        "foreach": Theirs(partial(make, foreach=True), params, grads),
+        "fused": Theirs(partial(make, fused=True), params, grads),
+        "fdl": Ours(opt, params, grads),
+    }
+    first: dict[str, float] = {}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for round in range(rounds + 2):
+        for way, runner in ways.items():
+            began = time.perf_counter()
+            runner.step()
+            took = time.perf_counter() - began
+            first.setdefault(way, took)
+            if round >= 2:  # after the compiler and the first touch of memory
+                times[way].append(1e3 * took)
+    median = {way: statistics.median(ts) for way, ts in times.items()}
+    went = tree.map(lambda p, q: (p.detach() - q).norm(), ways["foreach"].params, params)
+    apart = tree.map(
+        lambda p, q: (p.detach() - q).norm(), ways["foreach"].params, ways["fdl"].params
+    )
+    off = max(a / w for a, w in zip(tree.leaves(apart), tree.leaves(went), strict=True))
+    cells = [f"{median[way]:.1f} ({min(times[way]):.1f})" for way in ways]
+    ratio = median["fdl"] / min(median["foreach"], median["fused"])
+    print(
+        f"| {name} | {' | '.join(cells)} | {ratio:.2f} | {first['fdl']:.0f} | {off:.0e} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure every optimizer, or those that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("optimizers", nargs="*", default=list(OPTIMIZERS), help="of these")
+    args = parser.parse_args()
+    net = torchvision.models.resnet50()
+    params = tree.unflatten_dict({path: p.detach() for path, p in net.named_parameters()})
+    grads = tree.map(lambda p: 1e-3 * torch.randn_like(p), params)
+    print(
+        f"{len(tree.leaves(params))} leaves, {tree.size(params):,} parameters, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads; milliseconds, median (least)\n\n"
+        "| | loop | foreach | fused | fdl | fdl / faster of torch's | first call, s | apart |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    for name in args.optimizers:
+        measure(name, params, grads, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
