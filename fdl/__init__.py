@@ -1,5 +1,7 @@
 """Functional deep learning in PyTorch: pure functions, explicit state, explicit keys."""
 
+from __future__ import annotations
+
 from fdl import (
     checkpointing,
     data,

@@ -1,6 +1,6 @@
 """DTensors, leaves that are spread over processes: taken apart for programs, put together again."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import sys
 import warnings

@@ -1,5 +1,7 @@
 """Files and folders: paths as people write them, and atomic writes."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os

@@ -1,5 +1,7 @@
 """The classes that a file of a tree may name."""
 
+from __future__ import annotations
+
 from typing import TypeVar
 
 KINDS: dict[str, type] = {}  # the names stand in files: one may be added, none changed

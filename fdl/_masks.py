@@ -4,7 +4,7 @@ Rows are replaced, never multiplied by 0, since 0 · NaN is NaN. They are replac
 computed from them, because 0 times the derivative of what a mask hides may be NaN as well.
 """
 
-from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+from __future__ import annotations
 
 import torch
 import torch.utils._pytree as pytree

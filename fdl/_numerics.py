@@ -9,7 +9,7 @@ Each has one home, so that a rule found out the hard way holds everywhere:
 - NaN and the infinities are never the best of some numbers: `best_index`, `best_row`.
 """
 
-from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl._compiler._trace import is_eager
+from fdl._modes import is_eager
 from fdl.tree import Tree
 
 __all__ = [

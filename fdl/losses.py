@@ -4,7 +4,7 @@ A row of weight 0 may hold anything, NaN as well: it reaches neither the loss no
 of 16-bit numbers are computed and added up in at least float32, and rounded once, at the end.
 """
 
-from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Metrics as running means that are exact for batches of unequal size."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +32,13 @@ class Mean(NamedTuple):
         """The mean, NaN where nothing was counted."""
         return self.total / self.count
 
-    def __add__(self, other: Any) -> "Mean":  # merges, where a tuple would concatenate
+    def __add__(self, other: Any) -> Mean:  # merges, where a tuple would concatenate
         return Mean(self.total + other.total, self.count + other.count)
 
-    def __radd__(self, other: Any) -> "Mean":  # what `sum` begins with
+    def __radd__(self, other: Any) -> Mean:  # what `sum` begins with
         return self if other == 0 else NotImplemented
 
-    def sum(self) -> "Mean":
+    def sum(self) -> Mean:
         """Merge the means along the first axis, as `scan` stacks them."""
         return Mean(self.total.sum(0), self.count.sum(0))
 

@@ -10,7 +10,7 @@ epoch, and `fdl.jit` makes one program of it.
 Members never meet: one whose loss overflows leaves the others as they are.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
@@ -20,7 +20,7 @@ from torch.func import vmap
 
 from fdl import optim, tree
 from fdl._compiler._scan import scan
-from fdl._compiler._trace import is_eager
+from fdl._modes import is_eager
 from fdl._numerics import at_least_32_bits, best_row
 from fdl._training import TrainState
 from fdl.nn import Model, StatefulModel

@@ -1,5 +1,7 @@
 """The models of the course: each a page that reads like its maths, each returns a `Model`."""
 
+from __future__ import annotations
+
 from models.lenet import lenet
 from models.lenet_bn import lenet_bn
 from models.linreg import linreg

@@ -1,5 +1,7 @@
 """LeNet with batch normalisation, for images of 28 × 28 pixels."""
 
+from __future__ import annotations
+
 from fdl import nn
 from fdl.nn import Model, StatefulModel
 

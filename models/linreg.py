@@ -1,5 +1,7 @@
 """Linear regression."""
 
+from __future__ import annotations
+
 from fdl import nn
 from fdl.nn import Model
 

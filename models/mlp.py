@@ -1,5 +1,7 @@
 """The multilayer perceptron, with dropout where rates are given."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from fdl import nn

@@ -1,5 +1,7 @@
 """Softmax regression: one linear layer and a cross-entropy."""
 
+from __future__ import annotations
+
 from fdl import nn
 from fdl.nn import Model
 

@@ -1,5 +1,7 @@
 """The models of the course as `nn.Module`s, with the paths of the functional models' parameters."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 

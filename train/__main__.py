@@ -1,5 +1,7 @@
 """The command line: `python -m train RECIPE [options]`."""
 
+from __future__ import annotations
+
 import os
 import sys
 import warnings

@@ -1,5 +1,7 @@
 """The commands of `python -m train`."""
 
+from __future__ import annotations
+
 import logging
 import sys
 import time

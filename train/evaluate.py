@@ -1,5 +1,7 @@
 """A saved run put to use: `python -m train eval RUN` and `predict RUN IMAGE…`."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 from typing import Any

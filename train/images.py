@@ -1,5 +1,7 @@
 """From a picture in a file to an image like those of Fashion-MNIST: 28 × 28, light on black."""
 
+from __future__ import annotations
+
 import warnings
 from pathlib import Path
 from typing import Literal

@@ -1,5 +1,7 @@
 """Several processes that train one model together, as `torchrun` starts them."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping

@@ -4,7 +4,7 @@ An epoch is a `scan` over rows of indices, cut into chunks of one fixed length s
 serves them all. Only between chunks does anything else happen: progress, signals, checkpoints.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 import signal

@@ -1,5 +1,7 @@
 """From the command line to a configuration."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Sequence

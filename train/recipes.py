@@ -1,5 +1,7 @@
 """From a configuration to what is trained: data, model, loss, optimizer."""
 
+from __future__ import annotations
+
 import sys
 import textwrap
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """What train writes as JSON, and reads back: strict JSON, which has no NaN and no infinities."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """What a run leaves behind: a folder with its configuration, metrics, curves and parameters."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os

@@ -1,5 +1,7 @@
 """One run of a recipe: set up, trained, kept and summed up."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import shlex

@@ -1,5 +1,7 @@
 """Runs that exist already: what their folders say, and how they go on."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,7 @@
 """What recipes usually come to, so that a good run can be told from a broken one."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """`jit` and `scan`; README.md beside this file shows the path of a call."""
 
+from __future__ import annotations
+
 from fdl._compiler._jit import Jitted, Report, disable_jit, jit
 from fdl._compiler._scan import scan
 

@@ -1,5 +1,7 @@
 """`loss.backward()` through a jitted function: the backward pass is a jitted function too."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 

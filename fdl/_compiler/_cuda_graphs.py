@@ -5,6 +5,8 @@ the program owns and its results out of them; large arguments, a data set say, a
 are, for as long as they stay there.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator

@@ -5,6 +5,8 @@ a loss that is NaN may be 0 or 1; and `x % y` and `clamp` change the sign of a z
 equal torch's own kernels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import cache
 from typing import Any

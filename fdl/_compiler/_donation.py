@@ -1,5 +1,7 @@
 """Whose memory a jitted function may write to."""
 
+from __future__ import annotations
+
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Helpers for `torch.fx` graphs: inputs, outputs, unused results of loops, purity."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, cast
 

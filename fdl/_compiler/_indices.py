@@ -7,6 +7,8 @@ written in primitives; and an error in a kernel that several threads run ends th
 index of an operation passes through `in_range` while the function is traced.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 

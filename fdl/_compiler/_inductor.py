@@ -1,5 +1,7 @@
 """From a graph to a program: the one place that knows Inductor, torch's compiler."""
 
+from __future__ import annotations
+
 import sys
 import warnings
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ So programs with loops run on CUDA, where all of it is recorded once as a CUDA g
 (`_cuda_graphs.py`), and on the CPU where Inductor cannot emit the loop.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -1,5 +1,7 @@
 """`jit`: a cache of programs, one for each signature of the arguments."""
 
+from __future__ import annotations
+
 import inspect
 import os
 import time
@@ -19,8 +21,7 @@ from fdl._compiler._inductor import kernels_written
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Ambient, ambient, are_watched, changes, has_grad
 from fdl._compiler._signature import flatten, form, paths
-from fdl._compiler._trace import is_tracing
-from fdl._torch_compat import in_transform
+from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
 
 P = ParamSpec("P")

@@ -1,5 +1,7 @@
 """The operations that fdl adds to those of torch, as Inductor writes them."""
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Any, cast
 

@@ -10,6 +10,8 @@ A rule fires only where the node itself proves that the result is the same to ro
 `tests/compiler/test_passes.py` has a table for each.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from math import copysign, prod
 from typing import Any, cast

@@ -1,5 +1,7 @@
 """What a traced function must not do besides changing its arguments: draw unseen, keep tensors."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Callable, Iterable

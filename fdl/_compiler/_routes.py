@@ -1,5 +1,7 @@
 """How a traced function is run: the fastest way that works, and what was in the way of others."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext

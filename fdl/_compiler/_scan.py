@@ -9,6 +9,8 @@ How a `scan` runs depends on where it is called:
   (without `fullgraph`) or gets its backward pass wrong.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -20,8 +22,7 @@ from fdl import tree
 from fdl._compiler._scan_dynamo import _scan_as_operator
 from fdl._compiler._scan_eager import _check_whole, _checked_carry, _scan_as_loop
 from fdl._compiler._scan_traced import _scan_traced
-from fdl._compiler._trace import is_tracing
-from fdl._torch_compat import _inductor_takes_loops, in_transform
+from fdl._modes import in_transform, inductor_takes_loops, is_tracing
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -104,7 +105,7 @@ def _way(length: int) -> Callable[..., tuple[Tree, Tree]]:
     if in_transform():  # the operator has no rules for grad, vmap and jvp
         return _scan_as_loop
     if torch.compiler.is_compiling():
-        return _scan_as_operator if _inductor_takes_loops() else _scan_as_loop
+        return _scan_as_operator if inductor_takes_loops() else _scan_as_loop
     return _scan_traced if is_tracing() and length > 1 else _scan_as_loop
 
 

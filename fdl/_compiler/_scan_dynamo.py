@@ -1,5 +1,7 @@
 """`scan` inside `torch.compile`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`scan` as a Python loop, and the checks that every way of running it shares."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`scan` inside `jit`: one node of the traced graph."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable
 from typing import Any
 

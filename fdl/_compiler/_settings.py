@@ -4,7 +4,7 @@
 the state of its first run.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -5,6 +5,8 @@ state of a small model, to flatten, hash, compare and rebuild; an epoch of linea
 200.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 

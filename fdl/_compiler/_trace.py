@@ -5,8 +5,9 @@ is written down (`make_fx`): below `torch.func`, so that `grad` and `vmap` are r
 in the primitives that Inductor knows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fdl import _modes
 from fdl._compiler._decompositions import decompositions
 from fdl._compiler._graph import (
     LITERAL,
@@ -38,7 +40,6 @@ from fdl._compiler._settings import plainly
 from fdl._compiler._signature import flatten, paths, unflatten
 from fdl._compiler._user_lines import line_of, line_text
 from fdl._dtensor import are_spread
-from fdl._torch_compat import in_transform
 from fdl.tree._checks import check_tensors
 
 
@@ -79,9 +80,6 @@ class _Tracing(TorchDispatchMode):
         return result
 
 
-_tracing: ContextVar[_Tracing | None] = ContextVar("fdl_tracing", default=None)
-
-
 class Traced(NamedTuple):
     """A function as a graph, for one form of its arguments."""
 
@@ -92,19 +90,14 @@ class Traced(NamedTuple):
     spec: Hashable  # of the result
 
 
-def is_tracing() -> bool:
-    """Say whether `jit` is tracing."""
-    return _tracing.get() is not None
-
-
 def watch() -> Watch:
     """Return, while tracing, what watches over the tensors that are made."""
-    return cast(_Tracing, _tracing.get()).watch
+    return cast(_Tracing, _modes.tracing.get()).watch
 
 
 def faked(leaves: Sequence[Tensor]) -> list[Tensor]:
     """While tracing, put fake tensors in the place of real ones, which are closed over."""
-    return [cast(_Tracing, _tracing.get()).fake(leaf) for leaf in leaves]
+    return [cast(_Tracing, _modes.tracing.get()).fake(leaf) for leaf in leaves]
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
@@ -132,7 +125,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         return unshared(results, [*fakes, *tracing.fakes.values()])
 
     name = getattr(fn, "__qualname__", repr(fn))
-    token = _tracing.set(tracing)
+    token = _modes.tracing.set(tracing)
     try:
         with mode:
             fakes = [_fake_like(mode, leaf) for leaf in leaves]
@@ -149,7 +142,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
             "it"
         ) from error
     finally:
-        _tracing.reset(token)
+        _modes.tracing.reset(token)
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
@@ -173,7 +166,7 @@ def trace_flat(
     """
 
     def watched(*fakes: Tensor) -> list[Tensor]:
-        with cast(_Tracing, _tracing.get()):
+        with cast(_Tracing, _modes.tracing.get()):
             return faked(fn(*fakes))
 
     graph = make_fx(watched, decompositions(), _allow_non_fake_inputs=True)(*fakes)
@@ -266,8 +259,3 @@ def unshared(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Ten
 
 def _memory(leaf: Tensor) -> int:
     return leaf.untyped_storage()._cdata
-
-
-def is_eager() -> bool:
-    """Say whether Python sees values: nothing is being traced, transformed or jitted."""
-    return not (torch.compiler.is_compiling() or in_transform() or is_tracing())

@@ -1,5 +1,7 @@
 """Where in the user's program something happened, for errors that name a line of theirs."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import linecache

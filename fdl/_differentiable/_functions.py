@@ -7,7 +7,7 @@ function is written out. Attention and weight normalisation are written out unde
 where torch would run their kernels once for each example.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl import _torch_compat
+from fdl import _modes
 from fdl._differentiable import _norms
 
 # ----------------------------------------------------------------------------------- attention
@@ -69,7 +69,7 @@ def _embedding(
     """Look rows up; gradients are dense, and that of the padding row is 0 in every mode."""
     _check_embedding("embedding", max_norm, scale_grad_by_freq)
     y = F.embedding(input, weight, padding_idx)
-    if padding_idx is None or not _torch_compat.beyond_first():
+    if padding_idx is None or not _modes.beyond_first():
         return y
     padding = input == padding_idx % weight.shape[0]
     return torch.where(padding.unsqueeze(-1), y.detach(), y)
@@ -91,7 +91,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     _check_embedding("embedding_bag", max_norm, scale_grad_by_freq)
-    if _torch_compat.beyond_first():
+    if _modes.beyond_first():
         _refuse("embedding_bag", "use embedding and a sum")
     return F.embedding_bag(
         input, weight, offsets, None, 2.0, False, mode, False, per_sample_weights,
@@ -115,14 +115,14 @@ def _check_embedding(name: str, max_norm: float | None, by_frequency: bool) -> N
 
 
 def _glu(mode: Any, input: Tensor, dim: int = -1) -> Tensor:
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.glu(input, dim)
     a, b = input.chunk(2, dim)
     return a * b.sigmoid()
 
 
 def _hardsigmoid(mode: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.hardsigmoid(input, inplace)
     y = F.relu6(input + 3) / 6
     return input.copy_(y) if inplace else y
@@ -137,7 +137,7 @@ def _mse_loss(
     reduction: str = "mean",
     **weight: Any,
 ) -> Tensor:
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.mse_loss(input, target, size_average, reduce, reduction, **weight)
     _check_plain("mse_loss", size_average, reduce, *weight.values())
     return _reduced((input - target) ** 2, reduction)
@@ -152,7 +152,7 @@ def _huber_loss(
     **weight: Any,
 ) -> Tensor:
     """Huber, 1964."""
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.huber_loss(input, target, reduction, delta, **weight)
     _check_plain("huber_loss", *weight.values())
     error = (input - target).abs()
@@ -168,7 +168,7 @@ def _soft_margin_loss(
     reduce: None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     _check_plain("soft_margin_loss", size_average, reduce)
     return _reduced(F.softplus(-target * input), reduction)
@@ -189,7 +189,7 @@ def _first_only(kernel: Callable[..., Tensor], instead: str) -> Callable[..., Te
     """Make the rule of a function that has a first derivative and no other."""
 
     def rule(mode: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if _torch_compat.beyond_first():
+        if _modes.beyond_first():
             _refuse(kernel.__name__, instead)
         return kernel(*args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Normalisation written out: torch's fused kernels have right first derivatives only."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl import _torch_compat
+from fdl import _modes
 from fdl._numerics import at_least_32_bits, norm
 
 
@@ -77,7 +77,7 @@ def _batch_norm(
     """Ioffe and Szegedy, 2015."""
     weight, bias = _in_stats_dtype(running_mean, weight, bias)
     values = (input, running_mean, running_var, weight, bias)
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         y = F.batch_norm(*values, training, momentum, eps)
         return _own_gradient_layout(y) if input.shape[0] == 1 else y
     if not training:
@@ -102,7 +102,7 @@ def _instance_norm(
     """Ulyanov et al., 2016."""
     weight, bias = _in_stats_dtype(running_mean, weight, bias)
     values = (input, running_mean, running_var, weight, bias)
-    if not _torch_compat.lacks_kernels():
+    if not _modes.lacks_kernels():
         return _own_gradient_layout(F.instance_norm(*values, use_input_stats, momentum, eps))
     if not use_input_stats:
         return _with_running(*values, eps)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """Ba et al., 2016."""
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y, _, _ = _normalised(input, [*range(-len(normalized_shape), 0)], eps)
     return _scaled(y, weight, bias, normalized_shape).to(input.dtype)
@@ -137,7 +137,7 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     """Wu and He, 2018."""
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.group_norm(input, num_groups, weight, bias, eps)
     grouped = input.reshape(input.shape[0], num_groups, -1)
     y = _normalised(grouped, [2], eps)[0].view(input.shape)
@@ -152,7 +152,7 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """Zhang and Sennrich, 2019."""
-    if not _torch_compat.beyond_first():
+    if not _modes.beyond_first():
         return F.rms_norm(input, normalized_shape, weight, eps)
     wide = input.to(at_least_32_bits(input))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
@@ -162,7 +162,7 @@ def _rms_norm(
 
 def _weight_norm(mode: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Salimans and Kingma, 2016."""
-    if not _torch_compat.lacks_kernels():
+    if not _modes.lacks_kernels():
         return torch._weight_norm(v, g, dim)
     others = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else [*range(v.ndim)]
     return v * (g / norm(v, tuple(others), keepdim=True).to(v.dtype))

@@ -1,5 +1,7 @@
 """Training as a pure function: `fdl` exports these names."""
 
+from __future__ import annotations
+
 from fdl._training._state import TrainState
 from fdl._training._step import eval_step, train_step
 from fdl._training._supervised import supervised

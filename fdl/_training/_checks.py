@@ -1,6 +1,6 @@
 """What a training step is given, looked at where it comes in: a loss, a model's apply, a batch."""
 
-from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping

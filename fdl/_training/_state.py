@@ -1,6 +1,6 @@
 """The state of training."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import NamedTuple
 

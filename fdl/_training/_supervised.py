@@ -1,6 +1,6 @@
 """The loss of a model on a batch."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping

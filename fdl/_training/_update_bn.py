@@ -1,6 +1,6 @@
 """The running statistics of batch normalisation at parameters other than those of the last step."""
 
-from __future__ import annotations  # Dynamo would evaluate the annotations of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

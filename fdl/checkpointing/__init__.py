@@ -1,5 +1,7 @@
 """Checkpoints of a run in a folder: written in the background, verified, the newest few kept."""
 
+from __future__ import annotations
+
 from fdl.checkpointing._checkpointer import Checkpointer
 from fdl.checkpointing._folder import Checkpoint, Restored, checkpoints, restore
 

@@ -7,6 +7,8 @@ with fdl.checkpointing.Checkpointer("run/checkpoints") as checkpointer:
     checkpointer.save(state, metrics={"loss": 0.1})
 """
 
+from __future__ import annotations
+
 import copy
 import os
 import shutil
@@ -26,6 +28,7 @@ from fdl import tree
 from fdl._dtensor import is_spread
 from fdl._files import expanded
 from fdl._training import TrainState
+from fdl._version import __version__
 from fdl.checkpointing._distributed import check_summed, save_shards
 from fdl.checkpointing._folder import (
     Checkpoint,
@@ -349,6 +352,4 @@ def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
 
 
 def _versions() -> dict[str, str]:
-    from fdl import __version__  # not yet there while fdl is being imported
-
     return {"fdl": __version__, "torch": str(torch.__version__)}

@@ -8,6 +8,8 @@ Every process of a group calls these functions. What fails in one of them is rai
 none waits for ever for another.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil

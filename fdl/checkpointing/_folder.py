@@ -1,5 +1,7 @@
 """What is in a folder of checkpoints: each of them, the best one, the newest intact one."""
 
+from __future__ import annotations
+
 import os
 import re
 import warnings

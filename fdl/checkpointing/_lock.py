@@ -1,5 +1,7 @@
 """A folder for one process at a time."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 from pathlib import Path

@@ -4,6 +4,8 @@ A data set stays where its tensors are; an epoch is an array of indices, and `ga
 of it to a batch. Nothing is shuffled, copied or cached behind the caller's back.
 """
 
+from __future__ import annotations
+
 from fdl.data._batches import batches, gather
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split

@@ -1,5 +1,7 @@
 """From a data set and indices to batches."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

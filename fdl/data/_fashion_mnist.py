@@ -1,5 +1,7 @@
 """Fashion-MNIST, whole or a tenth of it."""
 
+from __future__ import annotations
+
 import os
 
 from fdl.data import _fashion_mnist_files

@@ -3,6 +3,8 @@
 The public functions are in `fdl.data`, the formats in `fdl._image_files`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import io

@@ -5,6 +5,8 @@ the folder does not hold the format. Nothing in a file is unpickled, and sizes a
 memory is taken for them.
 """
 
+from __future__ import annotations
+
 import gzip
 import io
 import math

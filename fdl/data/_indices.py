@@ -1,5 +1,7 @@
 """The order of examples: which of them are in which batch."""
 
+from __future__ import annotations
+
 from typing import TypeVar
 
 import torch

@@ -1,5 +1,7 @@
 """Data sets as trees of tensors that have one row for each example."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from fdl.random._checks import check_key, describe

@@ -1,5 +1,7 @@
 """Synthetic data."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 

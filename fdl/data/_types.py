@@ -1,5 +1,7 @@
 """The types of data sets, batches and indices."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from torch import Tensor

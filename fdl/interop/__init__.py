@@ -5,6 +5,8 @@
 >>> module = to_module(params, torch.nn.Linear(3, 2))
 """
 
+from __future__ import annotations
+
 from fdl.interop._arrays import from_jax, from_numpy, to_jax, to_numpy
 from fdl.interop._flax import from_flax, to_flax
 from fdl.interop._module import from_module, to_module

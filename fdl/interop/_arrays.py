@@ -1,5 +1,7 @@
 """Trees of tensors to and from NumPy and JAX; `fdl.interop` is where to import them from."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -5,7 +5,7 @@ lack derivatives are written out where those are asked for; a write to what belo
 refused. What can be none of these is refused too, so nothing ever draws from torch's generator.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,6 +1,6 @@
 """A source of keys, one for each random call of a module's forward."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

@@ -1,6 +1,6 @@
 """From an `nn.Module` to pure functions, and back."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import copy
 import operator
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from fdl import tree
-from fdl._torch_compat import under_vmap
+from fdl._modes import under_vmap
 from fdl.interop._key_mode import Keyed, register_with_dynamo
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict

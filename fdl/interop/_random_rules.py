@@ -4,7 +4,7 @@ All draw in 32 bits at least and round then: 16 bits cannot hold a chance of 0.0
 normal distribution or an exponential number that is not 0.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Trees in files: safetensors of our own, and the files of torch.save."""
 
+from __future__ import annotations
+
 from fdl.io._inspect import Contents, inspect
 from fdl.io._torch_files import load_torch, save_torch
 from fdl.io._tree_file import load, save

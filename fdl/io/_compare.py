@@ -1,5 +1,7 @@
 """Whether what a file holds is what somebody expects, place by place."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,5 +1,7 @@
 """What a file of a tree holds, without loading it."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -5,6 +5,8 @@ refuse. Here they are the texts "NaN", "Infinity" and "-Infinity", which `float`
 difference between a text and a number counts, their places are kept beside them.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """An open file of a tree: its header checked, its tensors still on the disk."""
 
+from __future__ import annotations
+
 import os
 import stat
 from collections.abc import Iterator, Mapping

@@ -6,6 +6,8 @@ each tensor in its header, and begins with one of the header, so one tensor can 
 verified, without the rest.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

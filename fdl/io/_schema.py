@@ -10,6 +10,8 @@ A file only names its NamedTuples. A name is looked up in a table of fdl's own; 
 in a file is ever imported or called.
 """
 
+from __future__ import annotations
+
 import math
 import re
 import struct

@@ -5,6 +5,8 @@ constructors by the size that a file asks for. So the names in the pickles and t
 archive are looked at first.
 """
 
+from __future__ import annotations
+
 import mmap
 import os
 import pickletools

@@ -5,6 +5,8 @@ and which of its tensors are one and the same. It begins with a SHA-256 of its h
 is one of each tensor; whatever is read is verified, and lies in memory of its own.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """Layers, initializers and how to compose them. Layers and whole models are the same type."""
 
+from __future__ import annotations
+
 from fdl.nn import init
 from fdl.nn._activations import (
     gelu,

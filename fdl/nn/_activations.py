@@ -1,5 +1,7 @@
 """Activations: torch's own functions under their own names."""
 
+from __future__ import annotations
+
 import torch
 from torch.nn.functional import gelu, leaky_relu, log_softmax, relu, silu, softmax, softplus
 

@@ -1,5 +1,7 @@
 """Put models together: `sequential` and `tied`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, overload
 

@@ -1,5 +1,7 @@
 """Checks of sizes and parameters that layers share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

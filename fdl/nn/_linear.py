@@ -1,5 +1,7 @@
 """Linear maps: `linear` and `conv2d`."""
 
+from __future__ import annotations
+
 import math
 
 import torch.nn.functional as F

@@ -1,5 +1,7 @@
 """A model is a pair of pure functions."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """Normalization over features (`layer_norm`) and over the batch (`batch_norm`)."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 There is no autocast: a model under a policy is a model like any other, whose `apply` casts.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl.nn import Model, StatefulModel
+from fdl.nn._model import Model, StatefulModel
 from fdl.tree import Tree
 
 AnyModel = TypeVar("AnyModel", Model, StatefulModel)

@@ -1,5 +1,7 @@
 """Pooling and flattening."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch.nn.functional as F

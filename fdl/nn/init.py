@@ -11,6 +11,8 @@ fan-out counts all groups, as in torch. Write your own as any function of that s
 torch.Size([2, 3])
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal

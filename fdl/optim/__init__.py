@@ -1,5 +1,7 @@
 """Optimizers and transformations of gradients as pure functions."""
 
+from __future__ import annotations
+
 from fdl.optim import schedules
 from fdl.optim._adafactor import adafactor
 from fdl.optim._adan import adan, scale_by_adan

@@ -1,6 +1,6 @@
 """Adafactor: second moments of a matrix as one row and one column."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Adan: adaptive Nesterov momentum."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import torch
 from torch import Tensor

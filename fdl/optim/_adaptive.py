@@ -3,7 +3,7 @@
 Slots have torch.optim's names; t, the number of the update, counts from 1.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 

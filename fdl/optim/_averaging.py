@@ -1,6 +1,6 @@
 """Averages of parameters: `ema` and `lookahead`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 

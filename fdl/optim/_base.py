@@ -8,7 +8,7 @@ Everything is computed and remembered in at least 32 bits: `in_32_bits` lifts pa
 on the way in and rounds their updates once, on the way out of the outermost optimizer.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Transformations of gradients, the atoms that optimizers are chained from."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 

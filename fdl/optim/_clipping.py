@@ -1,6 +1,6 @@
 """Transformations that bound gradients: by element, by unit, and all together."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any
 

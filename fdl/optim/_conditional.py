@@ -4,7 +4,7 @@ What depends on numbers is chosen with `torch.where`, so that one program serves
 optimizer is computed in every update, and where it should not have run its result is dropped.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 

@@ -1,6 +1,6 @@
 """Helpers that several optimizers share."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from functools import reduce
 from typing import Any

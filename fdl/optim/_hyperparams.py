@@ -1,5 +1,7 @@
 """Hyperparameters are tensors in the state of an optimizer: to read, to replace, to vmap over."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,8 +12,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fdl import tree
-from fdl._compiler._trace import is_tracing
 from fdl._kinds import register
+from fdl._modes import is_tracing
 from fdl.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor]  # float64 [] updates done -> the value for the next one

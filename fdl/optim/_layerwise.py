@@ -1,6 +1,6 @@
 """One learning rate for each layer, from the norms of its weights and update: `lamb`, `lars`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -4,7 +4,7 @@ Nocedal & Wright, Numerical Optimization, 2nd ed., 2006: algorithms 7.4 (the dir
 method), 3.5 and 3.6 (the line search, in `_line_search.py`).
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch.func import grad_and_value
 
 from fdl import tree
 from fdl._compiler._scan import scan
-from fdl._compiler._trace import is_eager
+from fdl._modes import is_eager
 from fdl.optim._base import Optimizer, in_32_bits, lift
 from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
 from fdl.optim._lbfgs_direction import direction, products, remember

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._compiler._trace import is_eager
+from fdl._modes import is_eager
 
 C1, C2 = 1e-4, 0.9  # of sufficient decrease and of curvature (Nocedal & Wright, p. 62)
 NARROWEST = 1e-9  # bracket, in the largest component; torch does not use `tolerance_change` here

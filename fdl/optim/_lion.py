@@ -1,6 +1,6 @@
 """Lion: the sign of an interpolated momentum."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Scaling of the loss, against underflow of float16 gradients."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 

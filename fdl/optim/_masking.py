@@ -1,6 +1,6 @@
 """Optimizers for parts of a tree: `masked`, `freeze`, `multi_transform`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """Muon: momentum, orthogonalized."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 

@@ -1,6 +1,6 @@
 """Lower the learning rate when the loss no longer falls."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 from typing import Any, Literal, NamedTuple

@@ -1,6 +1,6 @@
 """Two optimizers that set step sizes by themselves: `rprop` and `asgd`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """Gradients that look for flat minima: `sam`, in place of `torch.func.grad_and_value`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 from collections.abc import Callable

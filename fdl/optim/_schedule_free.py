@@ -5,7 +5,7 @@ between them. Training parameters are y, the state holds z, and x, which `schedu
 computes from both, is what to evaluate and to keep.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 

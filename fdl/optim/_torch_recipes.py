@@ -5,7 +5,7 @@ tensors), and one fused program where the step is compiled. A rate may be a numb
 a schedule; the number 0 leaves out what it would scale. `maximize` climbs instead.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from fdl.optim._adaptive import (
     scale_by_adadelta,

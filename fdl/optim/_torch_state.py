@@ -1,6 +1,6 @@
 """Continue a run of `torch.optim`, and hand it back: `from_torch`, `to_torch`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable

@@ -5,6 +5,8 @@ Every process runs the same program on the same state, from the same files with 
 `fdl.jit` compiles with the rest: an epoch with its communication is still one program.
 """
 
+from __future__ import annotations
+
 from fdl.parallel._load_once import load_once
 from fdl.parallel._replicated import check_replicated
 from fdl.parallel._rows import own_rows

@@ -1,6 +1,6 @@
 """Processes: the group of a mesh, and calls in all of them or in the first."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar

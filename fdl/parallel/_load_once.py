@@ -1,6 +1,6 @@
 """One copy of what all processes of a host read: files that each of them maps into memory."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import math
 import shutil

@@ -1,6 +1,6 @@
 """Check that every process has the same state."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import hashlib
 from typing import Any

@@ -1,6 +1,6 @@
 """Parameters in slices: `shard` and `gather` of `fdl.parallel`."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase

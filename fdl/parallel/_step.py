@@ -1,6 +1,6 @@
 """`train_step` and `eval_step` on several processes."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

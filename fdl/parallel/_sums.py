@@ -4,7 +4,7 @@ Leaves are sent in the order of their sorted paths, since the same dict may have
 another order in another process.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

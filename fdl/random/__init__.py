@@ -39,6 +39,8 @@ where a key belongs, an unknown dtype), ValueError for a wrong value or shape (a
 negative size, a parameter that does not broadcast). The message says what to do instead.
 """
 
+from __future__ import annotations
+
 from fdl.random._samplers import (
     Key,
     Shape,

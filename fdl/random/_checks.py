@@ -3,6 +3,8 @@
 They read structure, shape, dtype and Python numbers, never values of tensors: they are traced.
 """
 
+from __future__ import annotations
+
 from collections.abc import Container, Sequence
 
 import torch

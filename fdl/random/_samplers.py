@@ -1,5 +1,7 @@
 """Keys and samplers."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import TypeAlias

@@ -1,5 +1,7 @@
 """The arithmetic of random numbers: Threefry, words to floats, the inverse of erf."""
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -5,6 +5,8 @@ Gradients of single examples, products with curvature matrices that are never wr
 trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
 """
 
+from __future__ import annotations
+
 from fdl.transforms._checkpoint import checkpoint, stop_gradient
 from fdl.transforms._curvature import gnvp, hessian, hutchinson_trace, hvp
 from fdl.transforms._per_sample import clipped_grad_sum, per_sample_grads, per_sample_norms

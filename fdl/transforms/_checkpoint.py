@@ -1,6 +1,6 @@
 """`checkpoint`: forget what a function computes, and compute it again for its gradient."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress

@@ -1,6 +1,6 @@
 """Rows a chunk at a time, so that no more than a chunk is in memory; and what is checked."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
 """Second derivatives: products with matrices that are never written down, and the matrix."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate

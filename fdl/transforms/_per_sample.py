@@ -1,6 +1,6 @@
 """Gradients of single examples: whole, their norms, or clipped and summed for DP-SGD."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import functools
 import math

@@ -15,6 +15,8 @@ Functions that compute (`stack`, `unstack`) return new memory. Those that rearra
 change them, never views of parts of them.
 """
 
+from __future__ import annotations
+
 from fdl.tree._compare import allclose, diff
 from fdl.tree._map import cast, leaves, map, match, size, stack, to, unstack
 from fdl.tree._paths import Tree, Where, dotted, flatten_dict, select, unflatten_dict

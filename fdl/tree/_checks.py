@@ -1,5 +1,7 @@
 """Checks of trees that other packages share."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """List where two trees differ."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

@@ -1,5 +1,7 @@
 """Map over the leaves of trees that are matched by path; stack, move and cast them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

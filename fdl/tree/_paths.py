@@ -1,5 +1,7 @@
 """Dotted paths: the names of the leaves of a tree; `fdl.tree` is where to import them from."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase

@@ -1,5 +1,7 @@
 """Split a tree by its paths, and unite the parts again."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch.utils._pytree as pytree

@@ -1,5 +1,7 @@
 """A tree as text: the table of its leaves, and a leaf in a few characters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor

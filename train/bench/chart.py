@@ -1,5 +1,7 @@
 """The chart of docs/benchmark.md: how many times the best way's step each way's takes."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

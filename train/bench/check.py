@@ -4,6 +4,8 @@ The losses alone do not tell: without weight decay those of LeNet change by 1e-4
 than a difference in rounding may. How far each parameter moved does: it changes by 0.65.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The coordinator's end of a worker."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -55,7 +57,7 @@ class Client:
                 start_new_session=True,
             )
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,7 +104,7 @@ class Client:
         return f"the process ended with {how}: {said[-1].strip() if said else ''}"[:200]
 
 
-def end_session(process: "subprocess.Popen[str]") -> None:
+def end_session(process: subprocess.Popen[str]) -> None:
     """Kill a process that leads a session, with the session."""
     if process.returncode is None:  # once waited for, its number may be another's
         with suppress(ProcessLookupError):

@@ -1,6 +1,6 @@
 """The ways of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The peers in JAX: `jit` of one step with optax in a Python loop, `lax.scan` over the epoch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

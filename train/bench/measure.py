@@ -3,6 +3,8 @@
 While one works all others wait for a line of input, so that no two compete for cores.
 """
 
+from __future__ import annotations
+
 import json
 import signal
 import sys

@@ -4,6 +4,8 @@ The best of several, since what is wanted is a bound. Both libraries are asked w
 installed: torch's products run at half the rate of JAX's on some processors.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time

@@ -1,5 +1,7 @@
 """What is written down: the JSON document, and the figures made from raw measurements."""
 
+from __future__ import annotations
+
 import json
 import math
 import os

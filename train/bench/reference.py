@@ -4,6 +4,8 @@
 floating-point operations of a step.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The list of all ways; importing it imports neither torch nor JAX."""
 
+from __future__ import annotations
+
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """Shows what was measured: a table on the terminal, tables in docs/benchmark.md, a chart."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

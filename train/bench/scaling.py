@@ -5,6 +5,8 @@ tables of docs/scaling.md, which has the formulas. What GPUs compute is measured
 `train.bench.step_time`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import socket

@@ -6,6 +6,8 @@ in `train`. "blocked" is how long `Checkpointer.save` kept the loop; what its th
 cores while the next steps run is in the time of the rounds, which end when the steps do.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import tempfile

@@ -6,6 +6,8 @@ maps the file has not read it when it returns, so "and touched" adds up every te
 "synced" asks the disk to have it, as fdl does.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -32,11 +34,12 @@ def make_tree(gigabytes: float) -> dict[str, Tensor]:
     return flat | {f"small{i}": torch.full((100,), float(i)) for i in range(100)}
 
 
-def synced(path: Path, written: Any = None) -> None:
-    """Sync a file to the disk, once it is written."""
+def synced(path: Path) -> int:
+    """Sync a file to the disk; return its size."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+    return path.stat().st_size
 
 
 def touched(tree: dict[str, Tensor]) -> None:
@@ -46,13 +49,13 @@ def touched(tree: dict[str, Tensor]) -> None:
 
 
 SAVE: dict[str, Callable[[Path, Any], Any]] = {
-    "fdl.io.save": lambda path, tree: fdl.io.save(path, tree),
+    "fdl.io.save": fdl.io.save,
     "safetensors save_file": lambda path, tree: safetensors.torch.save_file(tree, path),
-    "safetensors save_file, synced": lambda path, tree: synced(
-        path, safetensors.torch.save_file(tree, path)
-    ),
     "torch.save": lambda path, tree: torch.save(tree, path),
-    "torch.save, synced": lambda path, tree: synced(path, torch.save(tree, path)),
+}
+SAVE |= {
+    f"{way}, synced": lambda path, tree, save=save: (save(path, tree), synced(path))
+    for way, save in [*SAVE.items()][1:]
 }
 LOAD: dict[str, Callable[[Path], Any]] = {
     "fdl.io.load": lambda path: fdl.io.load(path),

@@ -5,6 +5,8 @@ compiles, is given apart. The table says how far fdl's parameters are from torch
 relative to how far they went, since a wrong update is not a fast one.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import time

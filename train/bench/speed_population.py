@@ -5,6 +5,8 @@ Rounds are interleaved in one process; the ratios are those of medians. The last
 too, since a wrong step is not a fast one. A loop over runs would have a ratio of [members].
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import time

@@ -4,6 +4,8 @@ Milliseconds (median of interleaved rounds in one process) and the most bytes al
 beside the results, which are compared before anything is timed.
 """
 
+from __future__ import annotations
+
 import argparse
 import platform
 import statistics

@@ -3,6 +3,8 @@
 `python -m train.bench.step_time` measures, and writes docs/sizes.json; it takes a GPU of 80 GB.
 """
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Callable
 from pathlib import Path

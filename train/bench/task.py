@@ -3,6 +3,8 @@
 Nothing here imports torch or JAX, so that each worker loads only what its own way needs.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """The peers in PyTorch: the loops that people write, and the best that `torch.compile` makes."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """What a way of training has to offer to be measured."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 

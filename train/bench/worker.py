@@ -4,6 +4,8 @@ Each line on standard input is a command in JSON, each line on standard output i
 with its input, so it does not outlive the coordinator.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os

@@ -1,5 +1,7 @@
 """The workloads: recipes of the course, and the arrays that every way of training them is given."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import NamedTuple
 

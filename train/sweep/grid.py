@@ -1,5 +1,7 @@
 """The grid of a sweep: from `lr=0.1:1.6:8log` to values, and from axes to points."""
 
+from __future__ import annotations
+
 import itertools
 import math
 import re

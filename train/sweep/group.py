@@ -1,6 +1,6 @@
 """A group of a sweep's points, trained at once: members share every instruction."""
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence

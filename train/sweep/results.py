@@ -1,5 +1,7 @@
 """What a sweep came to: its results, their table and heat map, and the best as an ordinary run."""
 
+from __future__ import annotations
+
 import json
 import math
 import shutil

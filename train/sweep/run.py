@@ -6,7 +6,7 @@ groups. What a group came to is a folder of its own, whole or not there, so that
 with the groups that are missing.
 """
 
-from __future__ import annotations  # Dynamo would run those of nested functions
+from __future__ import annotations
 
 import dataclasses
 import math

@@ -6,6 +6,8 @@ torch's names of the arguments. Torch multiplies the rate of before; here a valu
 of the count, on its device, so it can be compiled once, vmapped, or plotted at a vector of counts.
 """
 
+from __future__ import annotations
+
 from fdl.optim.schedules._basic import (
     chained,
     constant,
