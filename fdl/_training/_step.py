@@ -41,6 +41,8 @@ def train_step(
         TypeError: `loss` is not a function, `opt` not an optimizer; at call, a loss that returns
             something else than the above, whose metrics are trees of tensors.
 
+    >>> import torch
+    >>> from fdl import metrics, supervised
     >>> from fdl import losses, nn, optim
     >>> model, opt = nn.linear(2, 1), optim.sgd(0.1)
     >>> state = TrainState.create(model, opt, key=random.key(0))
@@ -140,6 +142,8 @@ def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
     Raises:
         TypeError: as for `train_step`.
 
+    >>> import torch
+    >>> from fdl import metrics, supervised
     >>> from fdl import losses, nn, optim
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
     >>> state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))

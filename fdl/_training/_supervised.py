@@ -54,6 +54,7 @@ def supervised(
             no mask; values per example with more elements than prediction and y have, as `[n, 1]`
             and `[n]` give when one is broadcast against the other.
 
+    >>> from fdl import random
     >>> from fdl import losses, nn
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
     >>> batch = Batch(torch.ones(4, 2), torch.zeros(4, 1))

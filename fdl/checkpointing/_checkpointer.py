@@ -74,6 +74,7 @@ class Checkpointer:
         BlockingIOError: another process, or another `Checkpointer`, has the folder.
         OSError: the folder cannot be made or written.
 
+    >>> from fdl.checkpointing import checkpoints
     >>> import tempfile
     >>> from fdl import nn, optim, random
     >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))

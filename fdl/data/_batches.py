@@ -30,6 +30,7 @@ def gather(dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any])
         ValueError: x and y differ in length, data and index are on different devices, or the mask
             has another shape than the index.
 
+    >>> from fdl.data import fashion_mnist_sample, sequential_indices
     >>> sample = fashion_mnist_sample(train=False)
     >>> for row in zip(*sequential_indices(len(sample.x), batch_size=300)):
     ...     batch = gather(sample, row)
@@ -69,6 +70,8 @@ def batches(
         TypeError: The index is not an int64 tensor.
         ValueError: As for `gather`.
 
+    >>> from fdl.data import sequential_indices
+    >>> from fdl.data import Dataset
     >>> points = Dataset(torch.arange(5.0), torch.arange(5))
     >>> [batch.y.tolist() for batch in batches(points, sequential_indices(5, batch_size=2))]
     [[0, 1], [2, 3], [4, 0]]

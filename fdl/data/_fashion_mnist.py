@@ -66,6 +66,7 @@ def fashion_mnist_sample(*, train: bool = True) -> Dataset:
 
     Source: as `fashion_mnist`; MIT licence, Copyright (c) 2017 Zalando SE.
 
+    >>> from fdl.data import LABELS
     >>> images, labels = fashion_mnist_sample(train=False)
     >>> images.shape, labels.bincount().tolist()
     (torch.Size([1000, 28, 28]), [100, 100, 100, 100, 100, 100, 100, 100, 100, 100])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import random, tree
+from fdl._checks import check_positive
 from fdl.data import _rows
 from fdl.data._types import Indices
 
@@ -42,8 +43,8 @@ def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool =
     >>> mask.tolist()
     [[True, True], [True, True], [True, False]]
     """
-    _check_count("epoch_indices", "n", n)
-    _check_count("epoch_indices", "batch_size", batch_size)
+    check_positive("epoch_indices", "n", n)
+    check_positive("epoch_indices", "batch_size", batch_size)
     if drop_last and batch_size > n:
         raise ValueError(
             f"epoch_indices: batch_size must be at most n={n} with drop_last=True, got "
@@ -77,8 +78,8 @@ def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
     >>> index.shape, len(index.unique())
     (torch.Size([10, 100]), 639)
     """
-    _check_count("bootstrap_indices", "n", n)
-    _check_count("bootstrap_indices", "batch_size", batch_size)
+    check_positive("bootstrap_indices", "n", n)
+    check_positive("bootstrap_indices", "batch_size", batch_size)
     return _in_batches(random.randint(key, (n,), 0, n), batch_size)
 
 
@@ -104,8 +105,8 @@ def sequential_indices(
     >>> sequential_indices(3, batch_size=2).index.tolist()
     [[0, 1], [2, 0]]
     """
-    _check_count("sequential_indices", "n", n)
-    _check_count("sequential_indices", "batch_size", batch_size)
+    check_positive("sequential_indices", "n", n)
+    check_positive("sequential_indices", "batch_size", batch_size)
     return _in_batches(torch.arange(n, device=device), batch_size)
 
 
@@ -127,6 +128,7 @@ def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
         TypeError: `dataset` holds something other than tensors, or `fraction` is not a float.
         ValueError: The tensors differ in length or device, or a part would be empty.
 
+    >>> from fdl.data import fashion_mnist_sample
     >>> train, validation = split(random.key(0), fashion_mnist_sample(), 0.1)
     >>> train.x.shape, validation.x.shape
     (torch.Size([5400, 28, 28]), torch.Size([600, 28, 28]))
@@ -142,13 +144,6 @@ def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
         )
     second, first = random.permutation(key, n).tensor_split([held_out])
     return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
-
-
-def _check_count(caller: str, name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
 
 
 def _in_batches(order: Tensor, batch_size: int) -> Indices:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl.data._indices import _check_count
+from fdl._checks import check_positive
 from fdl.data._types import Dataset
 
 
@@ -40,7 +40,7 @@ def synthetic_linear(
     >>> torch.allclose(y, x @ torch.tensor([[2.0], [-3.4]]) + 4.2, atol=1e-5)
     True
     """
-    _check_count("synthetic_linear", "n", n)
+    check_positive("synthetic_linear", "n", n)
     if not 0 <= noise < math.inf:
         raise ValueError(f"synthetic_linear: noise must be finite and at least 0, got {noise!r}")
     dtype = w.dtype if isinstance(w, Tensor) and w.is_floating_point() else torch.float32

@@ -26,6 +26,7 @@ LABELS = (
 class Dataset(NamedTuple):
     """Examples, all in memory: row i of `x` belongs to row i of `y`.
 
+    >>> import torch
     >>> x, y = Dataset(torch.zeros(5, 2), torch.arange(5))
     """
 
@@ -37,6 +38,7 @@ class Dataset(NamedTuple):
 class Batch(NamedTuple):
     """What a training step takes: some examples and which of them count.
 
+    >>> import torch
     >>> Batch(torch.zeros(3, 2), torch.zeros(3)).mask
     ()
     """
@@ -53,6 +55,7 @@ class Indices(NamedTuple):
     Where no step holds padding the mask has the width 0, and `gather` makes batches without one:
     a model computes faster without a mask, and one that takes none can be trained.
 
+    >>> from fdl.data import sequential_indices
     >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
     ...     print(index.tolist(), mask.tolist())
     [0, 1] [True, True]

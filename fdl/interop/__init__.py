@@ -1,5 +1,6 @@
 """Any `nn.Module` in, any `nn.Module` out; trees to and from NumPy, JAX and Flax.
 
+>>> import torch
 >>> model, params, _ = from_module(torch.nn.Linear(3, 2))
 >>> grads = torch.func.grad(lambda params: model.apply(params, torch.ones(4, 3)).sum())(params)
 >>> module = to_module(params, torch.nn.Linear(3, 2))

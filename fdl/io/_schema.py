@@ -40,6 +40,7 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         ValueError: a dict key that is empty or holds a dot, too deep a nesting, or an integer of
             thousands of digits.
 
+    >>> from fdl.metrics import Mean
     >>> describe({"w": Mean(1, None)}, "here")
     ({'w': ['namedtuple', 'fdl.Mean', {'total': 1, 'count': None}]}, {})
     """

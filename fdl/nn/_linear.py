@@ -32,6 +32,9 @@ def linear(
     Raises:
         ValueError: a size below 1; parameters of another shape (at apply).
 
+    >>> import torch
+    >>> from fdl import random
+    >>> from fdl.nn.init import zeros
     >>> layer = linear(784, 10, bias_init=zeros)
     >>> layer.apply(layer.init(random.key(0)), torch.ones(256, 784)).shape
     torch.Size([256, 10])
@@ -83,6 +86,8 @@ def conv2d(
             negative or unknown padding, `"same"` with a stride; parameters of another shape (at
             apply).
 
+    >>> import torch
+    >>> from fdl import random
     >>> layer = conv2d(1, 1, 3, padding=1, stride=2)
     >>> layer.apply(layer.init(random.key(0)), torch.ones(1, 1, 8, 8)).shape
     torch.Size([1, 1, 4, 4])

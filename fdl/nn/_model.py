@@ -16,6 +16,8 @@ class Model(NamedTuple):
 
     A model of your own is two functions and no ceremony, here x ↦ scale · x:
 
+    >>> import torch
+    >>> from fdl import random
     >>> scale = Model(
     ...     init=lambda key: {"scale": torch.ones(())},
     ...     apply=lambda params, x, *, train=False, key=None: params["scale"] * x,
@@ -36,6 +38,8 @@ class Model(NamedTuple):
 class StatefulModel(NamedTuple):
     """A model with buffers, such as running statistics: they go in and come out.
 
+    >>> import torch
+    >>> from fdl import random
     >>> counter = StatefulModel(
     ...     init=lambda key: ({}, {"calls": torch.tensor(0)}),
     ...     apply=lambda params, buffers, x, *, train=False, key=None: (

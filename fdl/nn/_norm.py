@@ -28,6 +28,7 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     Raises:
         ValueError: a size below 1; x whose last axes have other sizes (at apply).
 
+    >>> from fdl import random
     >>> layer = layer_norm(3)
     >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[-1.2247,  0.0000,  1.2247]])

@@ -32,6 +32,7 @@ def max_pool2d(
         ValueError: a size below 1 or not one or two numbers, a padding below 0 or above half the
             window.
 
+    >>> import torch
     >>> max_pool2d(2)(torch.arange(16.0).view(1, 1, 4, 4)).flatten()
     tensor([ 5.,  7., 13., 15.])
     """
@@ -53,6 +54,7 @@ def avg_pool2d(
         ValueError: a size below 1 or not one or two numbers, a padding below 0 or above half the
             window.
 
+    >>> import torch
     >>> avg_pool2d(2)(torch.arange(16.0).view(1, 1, 4, 4)).flatten()
     tensor([ 2.5000,  4.5000, 10.5000, 12.5000])
     """
@@ -63,6 +65,7 @@ def avg_pool2d(
 def flatten(start: int = 1, end: int = -1) -> Callable[[Tensor], Tensor]:
     """Flatten the axes from `start` to `end`, all but the batch by default; `torch.nn.Flatten`.
 
+    >>> import torch
     >>> flatten()(torch.zeros(256, 1, 28, 28)).shape
     torch.Size([256, 784])
     """

@@ -17,6 +17,8 @@ class LBFGSState(NamedTuple):
     n counts the elements of all parameters, in the order of the leaves; m is `history_size`.
     Histories end with the newest entry and are zero before the oldest.
 
+    >>> import torch
+    >>> from fdl.optim import lbfgs
     >>> lbfgs(history_size=5).init({"w": torch.ones(2), "b": torch.ones(1)}).old_dirs.shape
     torch.Size([5, 3])
     """

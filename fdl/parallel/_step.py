@@ -76,9 +76,9 @@ def train_step(
         rows = parallel.own_rows(data.epoch_indices(key, 60_000, 256), mesh)    # [steps, 64]
         state, metrics = fdl.scan(lambda s, r: step(s, data.gather(images, r)), state, rows)
 
-    >>> from fdl import losses, nn, optim
+    >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.sequential(nn.dropout(0.5), nn.linear(2, 1)), optim.sgd(0.1)
-    >>> loss = _training.supervised(model.apply, losses.mse)
+    >>> loss = supervised(model.apply, losses.mse)
     >>> step = train_step(loss, opt, None, parts=4)      # what 1, 2 and 4 processes compute alike
     >>> state = TrainState.create(model, opt, key=random.key(0))
     >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))

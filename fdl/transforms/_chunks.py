@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_positive
 from fdl._compiler._scan import scan
 from fdl.tree import Tree
 
@@ -57,11 +58,3 @@ def check_chunk(caller: str, chunk: int | None) -> None:
     """Raise unless `chunk` is None or a count."""
     if chunk is not None:
         check_positive(caller, "chunk", chunk)
-
-
-def check_positive(caller: str, name: str, value: int) -> None:
-    """Raise unless `value` is an int of at least 1."""
-    if not isinstance(value, int):
-        raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{caller}: {name} must be at least 1, got {value}")

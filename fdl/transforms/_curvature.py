@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from fdl import random, tree
+from fdl._checks import check_positive
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
-from fdl.transforms._chunks import check_chunk, check_positive, check_scalar, in_chunks
+from fdl.transforms._chunks import check_chunk, check_scalar, in_chunks
 from fdl.transforms._second_order import written_out
 from fdl.tree import Tree
 

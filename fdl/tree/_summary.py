@@ -12,6 +12,7 @@ from fdl.tree._paths import Tree, flatten_dict
 def summary(tree: Tree) -> str:
     """Tabulate path, shape, dtype, count and bytes of every leaf, with totals, as aligned text.
 
+    >>> import torch
     >>> print(summary({"fc": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}))
     path       shape   dtype    count  bytes
     fc.weight  [2, 3]  float32      6     24

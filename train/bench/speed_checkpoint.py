@@ -53,10 +53,14 @@ SAVE: dict[str, Callable[[Path, Any], Any]] = {
     "safetensors save_file": lambda path, tree: safetensors.torch.save_file(tree, path),
     "torch.save": lambda path, tree: torch.save(tree, path),
 }
-SAVE |= {
-    f"{way}, synced": lambda path, tree, save=save: (save(path, tree), synced(path))
-    for way, save in [*SAVE.items()][1:]
-}
+
+
+def then_synced(save: Callable[[Path, Any], Any]) -> Callable[[Path, Any], Any]:
+    """Follow a way of saving by a sync to the disk."""
+    return lambda path, tree: (save(path, tree), synced(path))
+
+
+SAVE |= {f"{way}, synced": then_synced(save) for way, save in [*SAVE.items()][1:]}
 LOAD: dict[str, Callable[[Path], Any]] = {
     "fdl.io.load": lambda path: fdl.io.load(path),
     "fdl.io.load and touched": lambda path: touched(fdl.io.load(path)),
