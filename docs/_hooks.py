@@ -54,7 +54,7 @@ GROUPS = {
         " scale_by_adadelta scale_by_rms scale_by_muon scale_by_lion scale_by_adan"
         " scale_by_trust_ratio clip clip_by_global_norm adaptive_clip centralize add_noise",
         "Around an optimizer": "accumulate apply_if_finite lookahead loss_scale loss_scale_of"
-        " reduce_on_plateau ema schedule_free schedule_free_params",
+        " reduce_on_plateau params_ema schedule_free schedule_free_params",
         "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
         " Schedule schedules from_torch to_torch",
     },

@@ -1,4 +1,4 @@
-"""Averages of parameters: `ema` and `lookahead`."""
+"""Averages of parameters: `lookahead` and `params_ema`."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: Rate = 0.5) -> Op
     return in_32_bits(init, update)
 
 
-def ema(decay: Rate) -> Optimizer:
+def params_ema(decay: Rate) -> Optimizer:
     """Keep an exponential moving average of the parameters; updates pass unchanged.
 
     a ← w after the first update, a ← decay · a + (1 − decay) · w after each later one, w being the
     updated parameters: as `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`. Put
-    it last in a chain, and inside what skips updates (`accumulate(chain(sgd, ema), k)`). The
+    it last in a chain, and inside what skips updates (`accumulate(chain(sgd, params_ema), k)`). The
     average is the slot `ema`: `optim.slots(state)["ema"]`. Where a gradient is `None` it
     approaches the parameter that stays.
 
@@ -111,7 +111,7 @@ def ema(decay: Rate) -> Optimizer:
         ValueError: `decay` is not in [0, 1).
 
     >>> from fdl import optim
-    >>> opt, params = optim.chain(optim.sgd(1.0), ema(0.75)), {"w": torch.zeros(1)}
+    >>> opt, params = optim.chain(optim.sgd(1.0), params_ema(0.75)), {"w": torch.zeros(1)}
     >>> state = opt.init(params)
     >>> for _ in range(2):
     ...     updates, state = opt.update({"w": -torch.ones(1)}, state, params)
@@ -119,15 +119,15 @@ def ema(decay: Rate) -> Optimizer:
     >>> params, optim.slots(state)["ema"]
     ({'w': tensor([2.])}, {'w': tensor([1.2500])})
     """
-    check_rate("ema", "decay", decay)
+    check_rate("params_ema", "decay", decay)
     rates = {"decay": decay}
 
     def init(params: Tree) -> State:
-        check_floating(params, "ema")
+        check_floating(params, "params_ema")
         return State(init_hyper(rates, params), {"ema": tree.map(torch.clone, params)})
 
     def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
-        match_grads(grads, params, "ema")
+        match_grads(grads, params, "params_ema")
         kept = rates_now(rates, state.hyper)["decay"]
         first = state.hyper.count == 0
 

@@ -104,7 +104,7 @@ OPTIM: dict[str, Case] = {
     "chain": optimizer(optim.chain(optim.clip_by_global_norm(0.5), sgd)),
     "clip": optimizer(optim.clip(0.5)),
     "clip_by_global_norm": optimizer(optim.clip_by_global_norm(0.5)),
-    "ema": optimizer(optim.chain(sgd, optim.ema(0.9))),
+    "params_ema": optimizer(optim.chain(sgd, optim.params_ema(0.9))),
     "freeze": optimizer(optim.chain(optim.freeze(sgd, "fc.bias"), filled)),
     "hyperparams": Case(
         lambda params, lr: optim.hyperparams(optim.sgd(lr).init(params)),

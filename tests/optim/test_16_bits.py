@@ -81,7 +81,7 @@ def test_a_second_moment_in_bfloat16_weights_decays():
 
 @HALF
 def test_an_average_of_16_bit_weights_goes_on_moving(dtype):
-    opt, params = optim.ema(0.999), {"w": torch.zeros(1, dtype=dtype)}
+    opt, params = optim.params_ema(0.999), {"w": torch.zeros(1, dtype=dtype)}
     state = opt.init(params)
     _, state = opt.update(tree.map(torch.zeros_like, params), state, params)
     params = {"w": torch.ones(1, dtype=dtype)}

@@ -200,7 +200,7 @@ def test_the_state_does_not_alias_the_key():
     assert torch.equal(state.key, KEY)
 
 
-# ------------------------------------------------------------------------------ ema
+# ------------------------------------------------------------------------------ params_ema
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
@@ -213,7 +213,7 @@ def test_ema_equals_averaged_model(decay):
     )
     params = {name: p.detach().clone() for name, p in module.named_parameters()}
     params = tree.unflatten_dict(params)
-    opt = optim.chain(optim.sgd(0.1, momentum=0.9), optim.ema(decay))
+    opt = optim.chain(optim.sgd(0.1, momentum=0.9), optim.params_ema(decay))
     state = opt.init(params)
     assert tree.diff(optim.slots(state)["ema"], params) == []
     x = draw(1, 8, 3)
@@ -235,7 +235,7 @@ def test_ema_passes_updates_and_follows_a_schedule():
     def decay(count):
         return (1 + count.double()) / (10 + count)
 
-    opt, params = optim.ema(decay), params_()
+    opt, params = optim.params_ema(decay), params_()
     state, expected = opt.init(params), params
     for step in range(5):
         updates, state = opt.update(grads_(step), state, params)
@@ -247,7 +247,7 @@ def test_ema_passes_updates_and_follows_a_schedule():
 
 
 def test_ema_approaches_what_has_no_gradient_any_more():
-    opt, params = optim.ema(0.5), {"w": torch.zeros(1).double()}
+    opt, params = optim.params_ema(0.5), {"w": torch.zeros(1).double()}
     state = opt.init(params)
     for g in (1.0, 1.0, None):
         updates = {"w": None if g is None else torch.ones(1).double()}
@@ -258,13 +258,13 @@ def test_ema_approaches_what_has_no_gradient_any_more():
 
 # ------------------------------------------------------------------------------ laws
 
-INNER = optim.chain(optim.sgd(0.1, momentum=0.9), optim.ema(0.9))
+INNER = optim.chain(optim.sgd(0.1, momentum=0.9), optim.params_ema(0.9))
 TRANSFORMATIONS = {
     "clip": optim.clip(0.5),
     "adaptive_clip": optim.adaptive_clip(0.1),
     "centralize": optim.centralize(),
     "add_noise": optim.add_noise(KEY, 0.1),
-    "ema": optim.ema(0.9),
+    "params_ema": optim.params_ema(0.9),
     "lookahead": optim.lookahead(INNER, 2),
     "apply_if_finite": optim.apply_if_finite(INNER),
     "accumulate": optim.accumulate(INNER, 2),
@@ -350,7 +350,11 @@ def test_one_program_serves_all_steps_and_equals_eager(opt, plain_backend, count
         (lambda: optim.add_noise(0, 0.1), TypeError, r"add_noise: `key` .* random\.key\(0\)"),
         (lambda: optim.add_noise(KEY, -0.1), ValueError, "add_noise: eta must be .* got -0.1"),
         (lambda: optim.add_noise(KEY, 0.1, -1), ValueError, "add_noise: gamma must be .* got -1"),
-        (lambda: optim.ema(1.0), ValueError, r"ema: decay must be finite and in \[0, 1\), got 1"),
+        (
+            lambda: optim.params_ema(1.0),
+            ValueError,
+            r"params_ema: decay must be finite and in \[0, 1\), got 1",
+        ),
     ],
 )
 def test_bad_arguments_raise_when_built(make, error, text):
@@ -358,7 +362,9 @@ def test_bad_arguments_raise_when_built(make, error, text):
         make()
 
 
-@pytest.mark.parametrize("name", ["add_noise", "ema", "adaptive_clip", "accumulate", "loss_scale"])
+@pytest.mark.parametrize(
+    "name", ["add_noise", "params_ema", "adaptive_clip", "accumulate", "loss_scale"]
+)
 def test_gradients_that_do_not_fit_raise(name):
     opt, params = TRANSFORMATIONS[name], params_()
     with pytest.raises(ValueError, match=rf"^{name}: grads: .*\n  vector: missing"):

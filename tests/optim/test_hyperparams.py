@@ -128,7 +128,7 @@ SCHEDULED = {
     "clip_by_global_norm": lambda s: optim.chain(optim.clip_by_global_norm(s), optim.sgd(0.1)),
     "adaptive_clip": lambda s: optim.chain(optim.adaptive_clip(s), optim.sgd(0.1)),
     "add_noise": lambda s: optim.chain(optim.add_noise(random.key(0), s), optim.sgd(0.1)),
-    "ema": lambda s: optim.chain(optim.sgd(0.1), optim.ema(s)),
+    "params_ema": lambda s: optim.chain(optim.sgd(0.1), optim.params_ema(s)),
     "lookahead": lambda s: optim.lookahead(optim.sgd(s), 1, s),
     "schedule_free": lambda s: optim.schedule_free_adamw(s, weight_decay=s),
     "schedule_free beta": lambda s: optim.schedule_free(0.1, beta=s),
@@ -139,7 +139,7 @@ SCHEDULED = {
     "multi_transform": lambda s: optim.multi_transform(
         {"a": optim.sgd(s), "b": optim.adam(s)}, {"a": "w", "b": "b"}
     ),
-    "plateau": lambda s: optim.chain(optim.sgd(0.1), optim.ema(s)),
+    "plateau": lambda s: optim.chain(optim.sgd(0.1), optim.params_ema(s)),
 }
 
 
