@@ -24,7 +24,7 @@ from fdl.optim._basic import (
     scale_by_learning_rate,
     trace,
 )
-from fdl.optim._clipping import adaptive_clip, clip, clip_by_global_norm
+from fdl.optim._clipping import adaptive_grad_clip, clip, clip_by_global_norm
 from fdl.optim._conditional import accumulate, apply_if_finite
 from fdl.optim._hyperparams import Schedule, hyperparams, with_hyperparams
 from fdl.optim._layerwise import lamb, lars, scale_by_trust_ratio
@@ -67,7 +67,7 @@ __all__ = [
     "adamax",
     "adamw",
     "adan",
-    "adaptive_clip",
+    "adaptive_grad_clip",
     "add_decayed_weights",
     "add_noise",
     "apply_if_finite",

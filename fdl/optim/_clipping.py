@@ -71,7 +71,7 @@ def clip_by_global_norm(max_norm: Rate) -> Optimizer:
     return in_32_bits(init, update)
 
 
-def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
+def adaptive_grad_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
     """Shrink each unit's gradient to at most `clipping` times the norm of its weights.
 
     A unit is what belongs to one index of the first axis: a row of `[out, in]`, a filter of `OIHW`;
@@ -85,7 +85,7 @@ def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
     Raises:
         ValueError: a number that is negative or not finite.
 
-    >>> opt, params = adaptive_clip(0.1), {"weight": torch.ones(2, 4)}  # each row has the norm 2
+    >>> opt, params = adaptive_grad_clip(0.1), {"weight": torch.ones(2, 4)}  # row norms 2
     >>> opt.update({"weight": torch.ones(2, 4)}, opt.init(params), params)[0]["weight"][0]
     tensor([0.1000, 0.1000, 0.1000, 0.1000])
     """
@@ -99,7 +99,7 @@ def adaptive_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
         factor = torch.where(above, limit / torch.where(above, norm, 1.0), 1.0)
         return (g * factor).to(g.dtype), {}
 
-    return leafwise("adaptive_clip", rule, {"clipping": clipping, "eps": eps})
+    return leafwise("adaptive_grad_clip", rule, {"clipping": clipping, "eps": eps})
 
 
 def _unit_norms(x: Tensor) -> Tensor:

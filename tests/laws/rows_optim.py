@@ -88,7 +88,7 @@ filled = optim.Optimizer(
 
 OPTIM: dict[str, Case] = {
     "accumulate": with_value(optim.accumulate(sgd, 2)),
-    "adaptive_clip": optimizer(optim.adaptive_clip(0.3)),
+    "adaptive_grad_clip": optimizer(optim.adaptive_grad_clip(0.3)),
     "adan": optimizer(optim.adan(0.1, weight_decay=0.1)),
     "add_decayed_weights": optimizer(optim.add_decayed_weights(0.1, mask="*.weight")),
     "add_noise": Case(  # one update: draws are slow to compile

@@ -227,6 +227,6 @@ def test_a_gradient_that_overflows_when_it_is_divided_is_skipped():
 
 def test_a_unit_is_clipped_whose_norm_leaves_float32():
     params = {"w": torch.ones(2, 2)}
-    opt = optim.adaptive_clip(0.01)
+    opt = optim.adaptive_grad_clip(0.01)
     clipped, _ = opt.update({"w": torch.full((2, 2), 3e38)}, opt.init(params), params)
     torch.testing.assert_close(clipped["w"], torch.full((2, 2), 0.01), rtol=1e-6, atol=0)

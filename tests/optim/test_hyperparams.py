@@ -126,7 +126,7 @@ SCHEDULED = {
     "adan": lambda s: optim.adan(s, (s, s, s)),
     "clip": lambda s: optim.chain(optim.clip(s), optim.sgd(0.1)),
     "clip_by_global_norm": lambda s: optim.chain(optim.clip_by_global_norm(s), optim.sgd(0.1)),
-    "adaptive_clip": lambda s: optim.chain(optim.adaptive_clip(s), optim.sgd(0.1)),
+    "adaptive_grad_clip": lambda s: optim.chain(optim.adaptive_grad_clip(s), optim.sgd(0.1)),
     "add_noise": lambda s: optim.chain(optim.add_noise(random.key(0), s), optim.sgd(0.1)),
     "params_ema": lambda s: optim.chain(optim.sgd(0.1), optim.params_ema(s)),
     "lookahead": lambda s: optim.lookahead(optim.sgd(s), 1, s),

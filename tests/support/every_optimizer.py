@@ -24,7 +24,7 @@ EVERY: dict[str, optim.Optimizer] = {
     "adamax": optim.adamax(0.1),
     "adamw": optim.adamw(0.1),
     "adan": optim.adan(0.1, weight_decay=0.1),
-    "adaptive_clip": optim.adaptive_clip(0.1),
+    "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
     "add_decayed_weights": optim.add_decayed_weights(0.1),
     "add_noise": optim.add_noise(random.key(0), 0.01),
     "apply_if_finite": optim.apply_if_finite(_inner),
