@@ -198,7 +198,7 @@ SCHEDULES: dict[str, Case] = {
     ),
     "exponential": schedule(lambda v: schedules.exponential(v, 0.9)),
     "join": schedule(lambda v: schedules.join([schedules.step(v, 2), schedules.linear(v)], [5])),
-    "lambda_": schedule(lambda v: schedules.lambda_(v, lambda t: 0.9**t)),
+    "lambda_lr": schedule(lambda v: schedules.lambda_lr(v, lambda t: 0.9**t)),
     "linear": schedule(lambda v: schedules.linear(v, 0.5)),
     "multi_step": schedule(lambda v: schedules.multi_step(v, [2, 4, 4])),
     "multiplicative": schedule(lambda v: schedules.multiplicative(v, lambda t: 0.9 + t, 5)),

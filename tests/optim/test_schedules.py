@@ -94,8 +94,8 @@ def wobble(t):
 
 
 ROWS = [
-    same("LambdaLR", "lambda_", lambda t: 0.95**t),
-    same("LambdaLR", "lambda_", hyperbola),
+    same("LambdaLR", "lambda_lr", lambda t: 0.95**t),
+    same("LambdaLR", "lambda_lr", hyperbola),
     Row(
         "MultiplicativeLR",
         ours.multiplicative(LR, wobble, total_iters=300),

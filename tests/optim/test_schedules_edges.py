@@ -122,7 +122,7 @@ def test_lists_are_copied():
 
 REQUIRED = {
     "constant": (),
-    "lambda_": (hyperbola,),
+    "lambda_lr": (hyperbola,),
     "multiplicative": (hyperbola, 5),
     "step": (5,),
     "multi_step": ([5],),
@@ -164,7 +164,7 @@ INT = "must be an int, got "
 ERRORS = [
     ("constant", (0.1, -0.5), "factor must be finite and at least 0, got -0.5"),
     ("constant", (0.1, 0.5, -1), "total_iters must be at least 0, got -1"),
-    ("lambda_", (0.1, 0.5), "factor must be callable, got 0.5"),
+    ("lambda_lr", (0.1, 0.5), "factor must be callable, got 0.5"),
     ("multiplicative", (0.1, 0.5, 10), "factor must be callable, got 0.5"),
     ("multiplicative", (0.1, hyperbola, 0), "total_iters must be at least 1, got 0"),
     ("multiplicative", (0.1, hyperbola, 2.0), f"total_iters {INT}2.0"),

@@ -48,7 +48,7 @@ def constant(value: Value, factor: float = 1.0, total_iters: int = 0) -> Schedul
     return lambda count: value * geometric(factor, count < total_iters)
 
 
-def lambda_(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
+def lambda_lr(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
     """Multiply by a function of the count: `LambdaLR`.
 
     The function is given the count as float64, so that `0.95**count` is float64 as well (for an
@@ -57,11 +57,11 @@ def lambda_(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
     Raises:
         ValueError: `value` is negative or not finite; `factor` is no function.
 
-    >>> lambda_(1.0, lambda count: 1 / (1 + count))(torch.tensor(3))
+    >>> lambda_lr(1.0, lambda count: 1 / (1 + count))(torch.tensor(3))
     tensor(0.2500, dtype=torch.float64)
     """
-    check_values("lambda_", value=value)
-    check_callable("lambda_", factor=factor)
+    check_values("lambda_lr", value=value)
+    check_callable("lambda_lr", factor=factor)
     return lambda count: value * call(factor, count.double())
 
 
@@ -70,7 +70,7 @@ def multiplicative(value: Value, factor: Callable[[Tensor], Any], total_iters: i
 
     value · factor(1) · … · factor(t). There is no closed form: at each count all `total_iters`
     factors are computed at once and those up to t multiplied, hence the bound; after it the last
-    value is held. Where the product is known, `lambda_` is cheaper.
+    value is held. Where the product is known, `lambda_lr` is cheaper.
 
     Args:
         value: the first value.

@@ -89,7 +89,7 @@ def check_choice(caller: str, name: str, choice: str, choices: Sequence[str]) ->
 def check_callable(caller: str, **functions: Any) -> None:
     """Raise unless each can be called.
 
-    >>> check_callable("lambda_", factor=abs)
+    >>> check_callable("lambda_lr", factor=abs)
     """
     for name, f in functions.items():
         if not callable(f):
