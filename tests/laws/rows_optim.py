@@ -206,7 +206,7 @@ SCHEDULES: dict[str, Case] = {
     "one_cycle_momentum": schedule(lambda v: schedules.one_cycle_momentum(20, v)),
     "polynomial": schedule(lambda v: schedules.polynomial(v, 9, 2.0)),
     "step": schedule(lambda v: schedules.step(v, 2)),
-    "swa": schedule(lambda v: schedules.swa(schedules.step(v, 2), 0.1, 3, 4)),
+    "swa_anneal": schedule(lambda v: schedules.swa_anneal(schedules.step(v, 2), 0.1, 3, 4)),
     "warmup_cosine": schedule(lambda v: schedules.warmup_cosine(v, 3, 9, 0.1)),
-    "wsd": schedule(lambda v: schedules.wsd(v, 3, 2, 4, 0.1)),
+    "warmup_stable_decay": schedule(lambda v: schedules.warmup_stable_decay(v, 3, 2, 4, 0.1)),
 }

@@ -312,7 +312,11 @@ def test_derivative_with_respect_to_the_clipping_norm():
         (lambda: optim.sam(tensor(-1.0)), ValueError, "sam: rho must be finite .* got -1.0"),
         (lambda: optim.rprop(tensor(-1.0)), ValueError, "rprop: lr must be finite .* got -1.0"),
         (lambda: schedules.step(tensor(-1.0), 3), ValueError, "step: value must be .* got -1.0"),
-        (lambda: schedules.swa(schedules.step(1.0, 2), tensor(math.inf), 3), ValueError, "got inf"),
+        (
+            lambda: schedules.swa_anneal(schedules.step(1.0, 2), tensor(math.inf), 3),
+            ValueError,
+            "got inf",
+        ),
     ],
     ids=[
         *("lr", "lr-nan", "momentum", "momentum-inf", "dampening", "decay", "nesterov-alone"),

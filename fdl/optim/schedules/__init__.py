@@ -26,7 +26,13 @@ from fdl.optim.schedules._periodic import (
     cyclic,
     cyclic_momentum,
 )
-from fdl.optim.schedules._phases import one_cycle, one_cycle_momentum, swa, warmup_cosine, wsd
+from fdl.optim.schedules._phases import (
+    one_cycle,
+    one_cycle_momentum,
+    swa_anneal,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 __all__ = [
     "chained",
@@ -45,7 +51,7 @@ __all__ = [
     "one_cycle_momentum",
     "polynomial",
     "step",
-    "swa",
+    "swa_anneal",
     "warmup_cosine",
-    "wsd",
+    "warmup_stable_decay",
 ]

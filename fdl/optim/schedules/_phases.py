@@ -118,7 +118,7 @@ def _phases(
     return schedule
 
 
-def swa(
+def swa_anneal(
     value: Value | Schedule,
     swa_lr: Value,
     swa_start: int,
@@ -141,14 +141,14 @@ def swa(
         ValueError: a value negative or not finite; a number of updates no int of at least 0; an
             unknown strategy.
 
-    >>> swa(1.0, 0.5, swa_start=1, anneal_epochs=2)(torch.arange(5))
+    >>> swa_anneal(1.0, 0.5, swa_start=1, anneal_epochs=2)(torch.arange(5))
     tensor([1.0000, 1.0000, 0.7500, 0.5000, 0.5000], dtype=torch.float64)
     """
-    check_values("swa", swa_lr=swa_lr)
+    check_values("swa_anneal", swa_lr=swa_lr)
     if not callable(value):
-        check_values("swa", value=value)
-    check_ints("swa", low=0, swa_start=swa_start, anneal_epochs=anneal_epochs)
-    check_choice("swa", "anneal_strategy", anneal_strategy, list(ANNEAL))
+        check_values("swa_anneal", value=value)
+    check_ints("swa_anneal", low=0, swa_start=swa_start, anneal_epochs=anneal_epochs)
+    check_choice("swa_anneal", "anneal_strategy", anneal_strategy, list(ANNEAL))
 
     def schedule(count: Tensor) -> Tensor:
         first = call(value, count.clamp(max=swa_start)) if callable(value) else value
@@ -184,7 +184,9 @@ def warmup_cosine(value: Value, warmup: int, total: int, end: Value = 0.0) -> Sc
     return schedule
 
 
-def wsd(value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0) -> Schedule:
+def warmup_stable_decay(
+    value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0
+) -> Schedule:
     """Rise from 0 to `value`, hold it, fall to `end`, and stay: warm-up, stable, decay.
 
     Both ways are lines. (Hu et al., 2024)
@@ -199,11 +201,11 @@ def wsd(value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0) ->
     Raises:
         ValueError: a value negative or not finite; a number of updates no int of at least 0.
 
-    >>> wsd(1.0, warmup=2, stable=1, decay=2)(torch.arange(6))
+    >>> warmup_stable_decay(1.0, warmup=2, stable=1, decay=2)(torch.arange(6))
     tensor([0.0000, 0.5000, 1.0000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
-    check_values("wsd", value=value, end=end)
-    check_ints("wsd", low=0, warmup=warmup, stable=stable, decay=decay)
+    check_values("warmup_stable_decay", value=value, end=end)
+    check_ints("warmup_stable_decay", low=0, warmup=warmup, stable=stable, decay=decay)
     start = warmup + stable
 
     def schedule(count: Tensor) -> Tensor:
