@@ -8,15 +8,15 @@ from torch import Tensor
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale
-from fdl.optim._hyperparams import Rate, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, is_zero
 
 
 def adafactor(
-    lr: Rate = 1e-2,
-    beta2_decay: Rate = -0.8,
-    eps: tuple[Rate | None, Rate] = (None, 1e-3),
-    d: Rate = 1.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    beta2_decay: ScalarOrSchedule = -0.8,
+    eps: tuple[ScalarOrSchedule | None, ScalarOrSchedule] = (None, 1e-3),
+    d: ScalarOrSchedule = 1.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:

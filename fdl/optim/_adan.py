@@ -9,12 +9,13 @@ from fdl._numerics import root
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale_by_learning_rate
 from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import Rate, check_rate
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate
 from fdl.tree import Where
 
 
 def scale_by_adan(
-    betas: tuple[Rate, Rate, Rate] = (0.98, 0.92, 0.99), eps: Rate = 1e-8
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule, ScalarOrSchedule] = (0.98, 0.92, 0.99),
+    eps: ScalarOrSchedule = 1e-8,
 ) -> Optimizer:
     """Adam with Nesterov momentum estimated from differences of gradients (Xie et al., 2022).
 
@@ -66,10 +67,10 @@ def scale_by_adan(
 
 
 def adan(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate, Rate] = (0.98, 0.92, 0.99),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule, ScalarOrSchedule] = (0.98, 0.92, 0.99),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     *,
     maximize: bool = False,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl._numerics import root
 from fdl.optim._base import Optimizer, Result, leafwise
-from fdl.optim._hyperparams import Rate
+from fdl.optim._hyperparams import ScalarOrSchedule
 
 
 def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -20,7 +20,9 @@ def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def scale_by_adam(
-    betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8, amsgrad: bool = False
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    amsgrad: bool = False,
 ) -> Optimizer:
     """Divide the mean of gradients by the root of the mean of their squares (Kingma & Ba, 2015).
 
@@ -61,7 +63,9 @@ def scale_by_adam(
     return leafwise("scale_by_adam", rule, rates, _zeros(*names))
 
 
-def scale_by_adamax(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -> Optimizer:
+def scale_by_adamax(
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999), eps: ScalarOrSchedule = 1e-8
+) -> Optimizer:
     """Divide the mean of gradients by their largest size, which decays (Kingma & Ba, 2015).
 
     m ← β₁m + (1−β₁)g; u ← max(β₂u, |g| + ε); the result is m/(1−β₁ᵗ) / u. Slots: `exp_avg` m,
@@ -91,7 +95,9 @@ def scale_by_adamax(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -
 
 
 def scale_by_nadam(
-    betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8, momentum_decay: Rate = 4e-3
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    momentum_decay: ScalarOrSchedule = 4e-3,
 ) -> Optimizer:
     """Adam with Nesterov's look-ahead and a momentum that warms up (Dozat, 2016).
 
@@ -142,7 +148,9 @@ def scale_by_nadam(
     return leafwise("scale_by_nadam", rule, rates, slots)
 
 
-def scale_by_radam(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -> Optimizer:
+def scale_by_radam(
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999), eps: ScalarOrSchedule = 1e-8
+) -> Optimizer:
     """Adam that takes plain momentum until v has seen enough gradients (Liu et al., 2020).
 
     ρ∞ = 2/(1−β₂) − 1 and ρ = ρ∞ − 2t β₂ᵗ/(1−β₂ᵗ). With m, v as in Adam the result is m/(1−β₁ᵗ),
@@ -181,7 +189,9 @@ def scale_by_radam(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) ->
 
 
 def scale_by_adagrad(
-    lr_decay: Rate = 0.0, initial_accumulator_value: float = 0.0, eps: Rate = 1e-10
+    lr_decay: ScalarOrSchedule = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: ScalarOrSchedule = 1e-10,
 ) -> Optimizer:
     """Divide by the root of the sum of squared gradients (Duchi et al., 2011).
 
@@ -210,7 +220,7 @@ def scale_by_adagrad(
     return leafwise("scale_by_adagrad", rule, {"lr_decay": lr_decay, "eps": eps}, slots)
 
 
-def scale_by_adadelta(rho: Rate = 0.9, eps: Rate = 1e-6) -> Optimizer:
+def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6) -> Optimizer:
     """Scale gradients to the size of past updates (Zeiler, 2012).
 
     v ← ρv + (1−ρ)g²; the result is δ = √(u+ε)/√(v+ε) · g; u ← ρu + (1−ρ)δ². Slots: `square_avg` v,
@@ -239,7 +249,9 @@ def scale_by_adadelta(rho: Rate = 0.9, eps: Rate = 1e-6) -> Optimizer:
     return leafwise("scale_by_adadelta", rule, rates, _zeros("square_avg", "acc_delta"))
 
 
-def scale_by_rms(alpha: Rate = 0.99, eps: Rate = 1e-8, centered: bool = False) -> Optimizer:
+def scale_by_rms(
+    alpha: ScalarOrSchedule = 0.99, eps: ScalarOrSchedule = 1e-8, centered: bool = False
+) -> Optimizer:
     """Divide by the root of the mean of squared gradients (Tieleman & Hinton, 2012).
 
     v ← αv + (1−α)g²; the result is g / (√v + ε), or, centered, with the variance v − m² for v,

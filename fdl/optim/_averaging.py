@@ -20,7 +20,7 @@ from fdl.optim._base import (
     update_of,
 )
 from fdl.optim._helpers import check_whole
-from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
 
 
@@ -32,7 +32,7 @@ class LookaheadState(NamedTuple):
     inner: Tree
 
 
-def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: Rate = 0.5) -> Optimizer:
+def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule = 0.5) -> Optimizer:
     """Let slow weights follow at intervals the fast ones that `opt` moves (Zhang et al., 2019).
 
     At each `sync_period`-th update, with w where `opt` would take the parameters,
@@ -91,7 +91,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: Rate = 0.5) -> Op
     return in_32_bits(init, update)
 
 
-def params_ema(decay: Rate) -> Optimizer:
+def params_ema(decay: ScalarOrSchedule) -> Optimizer:
     """Keep an exponential moving average of the parameters; updates pass unchanged.
 
     a ← w after the first update, a ← decay · a + (1 − decay) · w after each later one, w being the

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._hyperparams import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import (
+    Hyper,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.tree import Tree
 
 
@@ -63,7 +70,7 @@ class State(NamedTuple):
 def leafwise(
     caller: str,
     rule: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    rates: Mapping[str, Rate],
+    rates: Mapping[str, ScalarOrSchedule],
     slots: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Optimizer:
     """Make a transformation from the maths of one leaf.

@@ -14,7 +14,7 @@ from fdl._numerics import root
 from fdl.optim._base import Optimizer, check_floating, in_32_bits, leafwise, map_grads, match_grads
 from fdl.optim._hyperparams import (
     Hyper,
-    Rate,
+    ScalarOrSchedule,
     check_rate,
     init_hyper,
     is_zero,
@@ -39,7 +39,7 @@ def scale(factor: float) -> Optimizer:
     return in_32_bits(lambda params: (), update)
 
 
-def scale_by_learning_rate(lr: Rate) -> Optimizer:
+def scale_by_learning_rate(lr: ScalarOrSchedule) -> Optimizer:
     """Multiply by −lr: the last link of a chain, after which updates point downhill.
 
     Args:
@@ -60,7 +60,7 @@ def scale_by_learning_rate(lr: Rate) -> Optimizer:
     return leafwise("scale_by_learning_rate", rule, {"lr": lr})
 
 
-def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimizer:
+def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: Where | None = None) -> Optimizer:
     """Add λ·w to the gradient of w: the gradient of the penalty λ · ½ Σ w².
 
     Args:
@@ -88,7 +88,9 @@ def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimi
     return decay if mask is None else masked_for("add_decayed_weights", decay, mask)
 
 
-def trace(momentum: Rate, dampening: Rate = 0.0, nesterov: bool = False) -> Optimizer:
+def trace(
+    momentum: ScalarOrSchedule, dampening: ScalarOrSchedule = 0.0, nesterov: bool = False
+) -> Optimizer:
     """Momentum as `torch.optim.SGD` has it: m ← momentum · m + (1 − dampening) · g.
 
     The first update sets m = g, undampened; where that gradient is `None`, later ones are dampened
@@ -151,7 +153,7 @@ class NoiseState(NamedTuple):
     key: Tensor  # int64 [2]; never changes, an update draws from fold_in(key, count)
 
 
-def add_noise(key: Tensor, eta: Rate, gamma: Rate = 0.55) -> Optimizer:
+def add_noise(key: Tensor, eta: ScalarOrSchedule, gamma: ScalarOrSchedule = 0.55) -> Optimizer:
     """Add normal noise of the variance eta / (1 + count)^gamma to gradients.
 
     Leaf i, in the order of sorted paths, draws from `fold_in(fold_in(key, count), i)`. In a

@@ -10,11 +10,11 @@ from torch import Tensor
 from fdl import tree
 from fdl._numerics import global_norm, norm
 from fdl.optim._base import Optimizer, State, in_32_bits, leafwise, map_grads
-from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
 
 
-def clip(max_value: Rate) -> Optimizer:
+def clip(max_value: ScalarOrSchedule) -> Optimizer:
     """Clip each element to [−max_value, max_value]; equals `torch.nn.utils.clip_grad_value_`.
 
     Args:
@@ -36,7 +36,7 @@ def clip(max_value: Rate) -> Optimizer:
     return leafwise("clip", rule, {"max_value": max_value})
 
 
-def clip_by_global_norm(max_norm: Rate) -> Optimizer:
+def clip_by_global_norm(max_norm: ScalarOrSchedule) -> Optimizer:
     """Shrink all gradients together so that their joint norm is at most `max_norm`.
 
     The factor is min(1, max_norm / (norm + 1e-6)), as in `torch.nn.utils.clip_grad_norm_`.
@@ -71,7 +71,9 @@ def clip_by_global_norm(max_norm: Rate) -> Optimizer:
     return in_32_bits(init, update)
 
 
-def adaptive_grad_clip(clipping: Rate = 0.01, eps: Rate = 1e-3) -> Optimizer:
+def adaptive_grad_clip(
+    clipping: ScalarOrSchedule = 0.01, eps: ScalarOrSchedule = 1e-3
+) -> Optimizer:
     """Shrink each unit's gradient to at most `clipping` times the norm of its weights.
 
     A unit is what belongs to one index of the first axis: a row of `[out, in]`, a filter of `OIHW`;

@@ -11,7 +11,7 @@ from torch import Tensor
 from fdl import tree
 from fdl.optim._base import Optimizer, apply_updates, map_grads
 from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Rate, check_rate, device_of, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, device_of, is_zero
 from fdl.tree import Tree, Where
 
 
@@ -143,7 +143,7 @@ def surplus_of(caller: str, count: Any, like: Tensor) -> Tensor | float:
 # ------------------------------------------------------------------------------ optimizers
 
 
-def _decay(caller: str, weight_decay: Rate, mask: Where | None) -> list[Optimizer]:
+def _decay(caller: str, weight_decay: ScalarOrSchedule, mask: Where | None) -> list[Optimizer]:
     check_rate(caller, "weight_decay", weight_decay)
     return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay, mask)]
 

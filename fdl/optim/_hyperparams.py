@@ -17,7 +17,7 @@ from fdl._modes import is_tracing
 from fdl.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor]  # float64 [] updates done -> the value for the next one
-Rate = float | Tensor | Schedule
+ScalarOrSchedule = float | Tensor | Schedule
 
 
 @register
@@ -47,7 +47,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def check_rate(caller: str, name: str, rate: Rate) -> None:
+def check_rate(caller: str, name: str, rate: ScalarOrSchedule) -> None:
     """Raise unless a rate is a finite number in the range of its name, a 0-d tensor or a schedule.
 
     Args:
@@ -97,7 +97,7 @@ def known_values(x: Tensor) -> list[float]:
     return x.detach().reshape(-1).tolist()
 
 
-def is_zero(rate: Rate) -> bool:
+def is_zero(rate: ScalarOrSchedule) -> bool:
     """Say whether a rate is the Python number 0, which leaves out what it would scale.
 
     >>> is_zero(0.0), is_zero(torch.tensor(0.0))
@@ -106,7 +106,7 @@ def is_zero(rate: Rate) -> bool:
     return isinstance(rate, (int, float)) and rate == 0
 
 
-def init_hyper(rates: Mapping[str, Rate], params: Tree) -> Hyper:
+def init_hyper(rates: Mapping[str, ScalarOrSchedule], params: Tree) -> Hyper:
     """Put rates into a state, on the device of the parameters.
 
     >>> init_hyper({"lr": lambda count: 0.1 * 0.5**count}, {}).scheduled
@@ -135,7 +135,7 @@ def rates_of(hyper: Hyper) -> dict[str, Tensor]:
     return {**hyper.free, **hyper.scheduled}
 
 
-def rates_now(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
+def rates_now(rates: Mapping[str, ScalarOrSchedule], hyper: Hyper) -> dict[str, Tensor]:
     """Give every rate for this update: numbers from the state, schedules at its count.
 
     What the state reports of a schedule is not used, as it may be another one's: that of a run
@@ -148,7 +148,7 @@ def rates_now(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
     return {**_numbers(rates, hyper), **_scheduled(rates, hyper.count)}
 
 
-def next_hyper(rates: Mapping[str, Rate], hyper: Hyper) -> Hyper:
+def next_hyper(rates: Mapping[str, ScalarOrSchedule], hyper: Hyper) -> Hyper:
     """Count one update more, and report what the schedules say for the next one.
 
     >>> rates = {"lr": lambda count: 0.1 * 0.5**count}
@@ -159,7 +159,7 @@ def next_hyper(rates: Mapping[str, Rate], hyper: Hyper) -> Hyper:
     return Hyper(_numbers(rates, hyper), _scheduled(rates, count), count)
 
 
-def _numbers(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
+def _numbers(rates: Mapping[str, ScalarOrSchedule], hyper: Hyper) -> dict[str, Tensor]:
     """Take the numbers of the state, and the code's where the state had a schedule."""
     free = {name: value for name, value in hyper.free.items() if not callable(rates.get(name))}
     return free | _as_tensors(
@@ -167,7 +167,7 @@ def _numbers(rates: Mapping[str, Rate], hyper: Hyper) -> dict[str, Tensor]:
     )
 
 
-def _as_tensors(rates: Mapping[str, Rate], device: torch.device) -> dict[str, Tensor]:
+def _as_tensors(rates: Mapping[str, ScalarOrSchedule], device: torch.device) -> dict[str, Tensor]:
     return {
         name: torch.as_tensor(rate, dtype=torch.float64, device=device).clone()
         for name, rate in rates.items()
@@ -175,7 +175,7 @@ def _as_tensors(rates: Mapping[str, Rate], device: torch.device) -> dict[str, Te
     }
 
 
-def _scheduled(rates: Mapping[str, Rate], count: Tensor) -> dict[str, Tensor]:
+def _scheduled(rates: Mapping[str, ScalarOrSchedule], count: Tensor) -> dict[str, Tensor]:
     # In float64, since PyTorch computes 0.9**count of an int64 count in float32. Cloned, since a
     # schedule may return one and the same tensor each time.
     return {

@@ -10,12 +10,14 @@ from fdl.optim._adaptive import scale_by_adam
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale_by_learning_rate, trace
 from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.optim._masking import masked
 from fdl.tree import Where
 
 
-def scale_by_trust_ratio(trust_coefficient: Rate = 1.0, eps: Rate = 0.0) -> Optimizer:
+def scale_by_trust_ratio(
+    trust_coefficient: ScalarOrSchedule = 1.0, eps: ScalarOrSchedule = 0.0
+) -> Optimizer:
     """Give each update a length in proportion to that of its parameter (You et al., 2017).
 
     The update u of the parameter w becomes η ‖w‖ / (‖u‖ + ε) · u; it stays u where w or u is 0, as
@@ -49,10 +51,10 @@ def _trust(trust: Optimizer, mask: Where | None) -> Optimizer:
 
 
 def lamb(
-    lr: Rate,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     trust_mask: Where | None = None,
     *,
@@ -93,11 +95,11 @@ def lamb(
 
 
 def lars(
-    lr: Rate,
-    momentum: Rate = 0.9,
-    weight_decay: Rate = 0.0,
-    trust_coefficient: Rate = 1e-3,
-    eps: Rate = 0.0,
+    lr: ScalarOrSchedule,
+    momentum: ScalarOrSchedule = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    trust_coefficient: ScalarOrSchedule = 1e-3,
+    eps: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     trust_mask: Where | None = None,
     nesterov: bool = False,

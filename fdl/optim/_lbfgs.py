@@ -18,7 +18,7 @@ from fdl import tree
 from fdl._compiler._scan import scan
 from fdl._modes import is_eager
 from fdl.optim._base import Optimizer, in_32_bits, lift
-from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
 from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
 from fdl.optim._line_search import Point, Search, choose, judge, start, when
@@ -50,7 +50,7 @@ class _Walk(NamedTuple):
 
 
 def lbfgs(
-    lr: Rate = 1.0,
+    lr: ScalarOrSchedule = 1.0,
     max_iter: int = 20,
     max_eval: int | None = None,
     tolerance_grad: float = 1e-7,

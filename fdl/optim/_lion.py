@@ -8,13 +8,13 @@ from torch import Tensor
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale_by_learning_rate
 from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import Rate, check_rate
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate
 from fdl.tree import Where
 
 # ------------------------------------------------------------------------------ atoms
 
 
-def scale_by_lion(betas: tuple[Rate, Rate] = (0.9, 0.99)) -> Optimizer:
+def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)) -> Optimizer:
     """Take the sign of a mean of gradients and the new one (Chen et al., 2023).
 
     The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m.
@@ -41,9 +41,9 @@ def scale_by_lion(betas: tuple[Rate, Rate] = (0.9, 0.99)) -> Optimizer:
 
 
 def lion(
-    lr: Rate = 1e-4,
-    betas: tuple[Rate, Rate] = (0.9, 0.99),
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-4,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99),
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     *,
     maximize: bool = False,

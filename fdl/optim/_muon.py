@@ -11,12 +11,12 @@ from fdl import tree
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import add_decayed_weights, scale_by_learning_rate
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.tree import Tree
 
 
 def scale_by_muon(
-    momentum: Rate = 0.95,
+    momentum: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
@@ -103,9 +103,9 @@ def _orthogonalize(
 
 
 def muon(
-    lr: Rate = 1e-3,
-    weight_decay: Rate = 0.1,
-    momentum: Rate = 0.95,
+    lr: ScalarOrSchedule = 1e-3,
+    weight_decay: ScalarOrSchedule = 0.1,
+    momentum: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 
 
 def rprop(
     lr: float | Tensor = 1e-2,
-    etas: tuple[Rate, Rate] = (0.5, 1.2),
-    step_sizes: tuple[Rate, Rate] = (1e-6, 50.0),
+    etas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.5, 1.2),
+    step_sizes: tuple[ScalarOrSchedule, ScalarOrSchedule] = (1e-6, 50.0),
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -75,11 +75,11 @@ def rprop(
 
 
 def asgd(
-    lr: Rate = 1e-2,
-    lambd: Rate = 1e-4,
-    alpha: Rate = 0.75,
-    t0: Rate = 1e6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    lambd: ScalarOrSchedule = 1e-4,
+    alpha: ScalarOrSchedule = 0.75,
+    t0: ScalarOrSchedule = 1e6,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:

@@ -18,7 +18,7 @@ from fdl._kinds import register
 from fdl._numerics import root
 from fdl.optim._base import Optimizer, Result, State, chain, in_32_bits, leafwise
 from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Hyper, Rate, check_rate, is_zero, rates_now
+from fdl.optim._hyperparams import Hyper, ScalarOrSchedule, check_rate, is_zero, rates_now
 from fdl.tree import Tree
 
 
@@ -32,7 +32,9 @@ class ScheduleFreeState(NamedTuple):
     beta: Tensor  # float64 [], β when y was computed; at first 1, as x = y = z
 
 
-def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Optimizer:
+def schedule_free(
+    lr: ScalarOrSchedule, beta: ScalarOrSchedule = 0.9, weight_lr_power: ScalarOrSchedule = 2.0
+) -> Optimizer:
     """Step and average: the last link of a chain, in place of `scale_by_learning_rate`.
 
     With d the direction that the chain computed from the gradient at y, the parameters:
@@ -157,10 +159,10 @@ def schedule_free_params(state: Tree, params: Tree) -> Tree:
 
 
 def schedule_free_sgd(
-    lr: Rate = 1.0,
-    momentum: Rate = 0.9,
-    weight_decay: Rate = 0.0,
-    weight_lr_power: Rate = 2.0,
+    lr: ScalarOrSchedule = 1.0,
+    momentum: ScalarOrSchedule = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -193,11 +195,11 @@ def schedule_free_sgd(
 
 
 def schedule_free_adamw(
-    lr: Rate = 2.5e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    weight_lr_power: Rate = 2.0,
+    lr: ScalarOrSchedule = 2.5e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -243,10 +245,10 @@ def schedule_free_adamw(
 def _average_steps(
     caller: str,
     direction: list[Optimizer],
-    lr: Rate,
-    beta: tuple[str, Rate],
-    weight_decay: Rate,
-    weight_lr_power: Rate,
+    lr: ScalarOrSchedule,
+    beta: tuple[str, ScalarOrSchedule],
+    weight_decay: ScalarOrSchedule,
+    weight_lr_power: ScalarOrSchedule,
     maximize: bool,
 ) -> Optimizer:
     check_rate(caller, "lr", lr)

@@ -18,14 +18,14 @@ from fdl.optim._adaptive import (
 )
 from fdl.optim._base import Optimizer, chain
 from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate, trace
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 
 
 def _descend(
     caller: str,
     direction: list[Optimizer],
-    lr: Rate,
-    weight_decay: Rate,
+    lr: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule,
     maximize: bool,
     decoupled: bool = False,
 ) -> Optimizer:
@@ -39,10 +39,10 @@ def _descend(
 
 
 def sgd(
-    lr: Rate = 1e-3,
-    momentum: Rate = 0.0,
-    dampening: Rate = 0.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    momentum: ScalarOrSchedule = 0.0,
+    dampening: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     nesterov: bool = False,
     *,
     maximize: bool = False,
@@ -84,10 +84,10 @@ def sgd(
 
 
 def adam(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -117,10 +117,10 @@ def adam(
 
 
 def adamw(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 1e-2,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -150,10 +150,10 @@ def adamw(
 
 
 def adamax(
-    lr: Rate = 2e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -180,11 +180,11 @@ def adamax(
 
 
 def nadam(
-    lr: Rate = 2e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    momentum_decay: Rate = 4e-3,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum_decay: ScalarOrSchedule = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
@@ -215,10 +215,10 @@ def nadam(
 
 
 def radam(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
@@ -248,11 +248,11 @@ def radam(
 
 
 def adagrad(
-    lr: Rate = 1e-2,
-    lr_decay: Rate = 0.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    lr_decay: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     initial_accumulator_value: float = 0.0,
-    eps: Rate = 1e-10,
+    eps: ScalarOrSchedule = 1e-10,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -281,10 +281,10 @@ def adagrad(
 
 
 def adadelta(
-    lr: Rate = 1.0,
-    rho: Rate = 0.9,
-    eps: Rate = 1e-6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1.0,
+    rho: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -311,11 +311,11 @@ def adadelta(
 
 
 def rmsprop(
-    lr: Rate = 1e-2,
-    alpha: Rate = 0.99,
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    momentum: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    alpha: ScalarOrSchedule = 0.99,
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum: ScalarOrSchedule = 0.0,
     centered: bool = False,
     *,
     maximize: bool = False,
