@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import scale
-from fdl.optim._hyperparams import ScalarOrSchedule, is_zero
+from fdl.optim._descent import negated
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero
 
 
 def adafactor(
@@ -85,7 +85,7 @@ def adafactor(
         rates["eps1"] = eps[0]
     if not is_zero(weight_decay):
         rates["weight_decay"] = weight_decay
-    return chain(*([scale(-1.0)] if maximize else []), leafwise("adafactor", rule, rates, slots))
+    return chain(*negated(maximize), leafwise("adafactor", rule, rates, slots, RANGES))
 
 
 def _rms(x: Tensor) -> Tensor:

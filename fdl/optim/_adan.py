@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import scale_by_learning_rate
-from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate
+from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.tree import Where
 
 
@@ -63,7 +62,7 @@ def scale_by_adan(
 
     names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
     rates = {"beta1": betas[0], "beta2": betas[1], "beta3": betas[2], "eps": eps}
-    return leafwise("scale_by_adan", rule, rates, dict.fromkeys(names, torch.zeros_like))
+    return leafwise("scale_by_adan", rule, rates, dict.fromkeys(names, torch.zeros_like), RANGES)
 
 
 def adan(
@@ -98,6 +97,5 @@ def adan(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1500])}
     """
-    check_rate("adan", "lr", lr)
-    decay = _decay("adan", weight_decay, mask)
-    return chain(*_sign(maximize), scale_by_adan(betas, eps), *decay, scale_by_learning_rate(lr))
+    direction = [scale_by_adan(betas, eps)]
+    return descend("adan", direction, lr, weight_decay, maximize, decoupled=True, mask=mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl._numerics import root
 from fdl.optim._base import Optimizer, Result, leafwise
-from fdl.optim._hyperparams import ScalarOrSchedule
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 
 
 def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -60,7 +60,7 @@ def scale_by_adam(
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
     names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
-    return leafwise("scale_by_adam", rule, rates, _zeros(*names))
+    return leafwise("scale_by_adam", rule, rates, _zeros(*names), RANGES)
 
 
 def scale_by_adamax(
@@ -91,7 +91,7 @@ def scale_by_adamax(
         return m / u / (1 - beta1**t), {"exp_avg": m, "exp_inf": u}
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
-    return leafwise("scale_by_adamax", rule, rates, _zeros("exp_avg", "exp_inf"))
+    return leafwise("scale_by_adamax", rule, rates, _zeros("exp_avg", "exp_inf"), RANGES)
 
 
 def scale_by_nadam(
@@ -145,7 +145,7 @@ def scale_by_nadam(
     }
     slots = _zeros("exp_avg", "exp_avg_sq")
     slots["mu_product"] = lambda p: torch.ones((), dtype=torch.float64, device=p.device)
-    return leafwise("scale_by_nadam", rule, rates, slots)
+    return leafwise("scale_by_nadam", rule, rates, slots, RANGES)
 
 
 def scale_by_radam(
@@ -185,7 +185,7 @@ def scale_by_radam(
         return update, {"exp_avg": m, "exp_avg_sq": v}
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
-    return leafwise("scale_by_radam", rule, rates, _zeros("exp_avg", "exp_avg_sq"))
+    return leafwise("scale_by_radam", rule, rates, _zeros("exp_avg", "exp_avg_sq"), RANGES)
 
 
 def scale_by_adagrad(
@@ -246,7 +246,7 @@ def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6)
         return delta, {"square_avg": v, "acc_delta": u}
 
     rates = {"rho": rho, "eps": eps}
-    return leafwise("scale_by_adadelta", rule, rates, _zeros("square_avg", "acc_delta"))
+    return leafwise("scale_by_adadelta", rule, rates, _zeros("square_avg", "acc_delta"), RANGES)
 
 
 def scale_by_rms(

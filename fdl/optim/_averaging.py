@@ -14,13 +14,20 @@ from fdl.optim._base import (
     State,
     check_floating,
     in_32_bits,
-    lift,
     map_grads,
     match_grads,
+    upcast,
     update_of,
 )
 from fdl.optim._helpers import check_whole
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import (
+    RANGES,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.tree import Tree
 
 
@@ -61,7 +68,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
     """
     step = update_of("lookahead", opt)
     check_whole("lookahead", "sync_period", sync_period, least=1)
-    check_rate("lookahead", "slow_step", slow_step)
+    check_rate("lookahead", "slow_step", slow_step, RANGES["slow_step"])
     rates = {"slow_step": slow_step}
 
     def init(params: Tree) -> LookaheadState:
@@ -73,7 +80,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
         grads: Tree, state: LookaheadState, params: Tree, **extra: Any
     ) -> tuple[Tree, LookaheadState]:
         updates, inner = step(grads, state.inner, params, **extra)
-        hyper, slow = state.own.hyper, tree.map(lift, state.own.slots["slow"])
+        hyper, slow = state.own.hyper, tree.map(upcast, state.own.slots["slow"])
         rate = rates_now(rates, hyper)["slow_step"]
         sync = (hyper.count + 1) % sync_period == 0
 
@@ -119,7 +126,7 @@ def params_ema(decay: ScalarOrSchedule) -> Optimizer:
     >>> params, optim.slots(state)["ema"]
     ({'w': tensor([2.])}, {'w': tensor([1.2500])})
     """
-    check_rate("params_ema", "decay", decay)
+    check_rate("params_ema", "decay", decay, RANGES["decay"])
     rates = {"decay": decay}
 
     def init(params: Tree) -> State:
@@ -135,7 +142,7 @@ def params_ema(decay: ScalarOrSchedule) -> Optimizer:
             w = p if u is None else p + u.to(p.dtype)
             return torch.where(first, w, (a + (1 - kept) * (w - a)).to(a.dtype))
 
-        averages = tree.map(average, tree.map(lift, state.slots["ema"]), params, grads)
+        averages = tree.map(average, tree.map(upcast, state.slots["ema"]), params, grads)
         return grads, State(next_hyper(rates, state.hyper), {"ema": averages})
 
     return in_32_bits(init, update)

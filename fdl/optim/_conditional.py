@@ -15,15 +15,15 @@ from fdl import tree
 from fdl._kinds import register
 from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads, update_of
 from fdl.optim._helpers import (
-    NOTHING,
+    NO_SURPLUS,
     all_finite,
     as_value,
     check_whole,
-    keep,
     scalar,
     stays_finite,
     surplus_of,
-    times,
+    tree_where,
+    weigh,
     zero_unless,
 )
 from fdl.tree import Tree
@@ -71,7 +71,7 @@ def apply_if_finite(opt: Optimizer) -> Optimizer:
         updates, inner = step(zero_unless(finite, grads), state.inner, params, value=value, **extra)
         finite = finite & stays_finite(params, updates, device)
         return zero_unless(finite, updates), FiniteState(
-            keep(finite, inner, state.inner), state.skipped + ~finite
+            tree_where(finite, inner, state.inner), state.skipped + ~finite
         )
 
     return Optimizer(init, update)
@@ -86,7 +86,7 @@ class AccumulateState(NamedTuple):
     value: Tensor  # float64 []: Σ count · value / k so far
     gathered: Tensor  # int64 [], gradients so far, below k
     # float64 [], Σ (count − 1) so far; files of earlier versions, where each counted 1, lack it
-    surplus: Tensor = NOTHING
+    surplus: Tensor = NO_SURPLUS
 
 
 def accumulate(opt: Optimizer, k: int) -> Optimizer:
@@ -141,10 +141,10 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         gathered, total = state.gathered + 1, state.value
         surplus = state.surplus + surplus_of("accumulate", count, total)
         mean = tree.map(
-            lambda m, g: m if g is None else m + times(count, g.to(m.dtype)) / k, state.mean, grads
+            lambda m, g: m if g is None else m + weigh(count, g.to(m.dtype)) / k, state.mean, grads
         )
         if value is not None:
-            total = total + times(count, as_value("accumulate", value, total)) / k
+            total = total + weigh(count, as_value("accumulate", value, total)) / k
         # Σ count examples weigh 1 together; 1 exactly where each count is.
         weight = gathered + surplus
         share = torch.where(weight > 0, k / torch.where(weight > 0, weight, 1.0), 0.0)
@@ -158,7 +158,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         )
         full = gathered >= k
         return zero_unless(full, updates), AccumulateState(
-            keep(full, inner, state.inner),
+            tree_where(full, inner, state.inner),
             tree.map(lambda m, g: m if g is None else torch.where(full, 0.0, m), mean, grads),
             torch.where(full, 0.0, total),
             torch.where(full, 0, gathered),

@@ -9,7 +9,7 @@ from fdl._numerics import norm
 from fdl.optim._adaptive import scale_by_adam
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale_by_learning_rate, trace
-from fdl.optim._helpers import _decay, _sign
+from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.optim._masking import masked
 from fdl.tree import Where
@@ -86,9 +86,9 @@ def lamb(
     """
     check_rate("lamb", "lr", lr)
     return chain(
-        *_sign(maximize),
+        *negated(maximize),
         scale_by_adam(betas, eps),
-        *_decay("lamb", weight_decay, mask),
+        *decayed("lamb", weight_decay, mask),
         _trust(scale_by_trust_ratio(), trust_mask),
         scale_by_learning_rate(lr),
     )
@@ -135,8 +135,8 @@ def lars(
     check_rate("lars", "lr", lr)
     check_rate("lars", "momentum", momentum)
     return chain(
-        *_sign(maximize),
-        *_decay("lars", weight_decay, mask),
+        *negated(maximize),
+        *decayed("lars", weight_decay, mask),
         _trust(scale_by_trust_ratio(trust_coefficient, eps), trust_mask),
         scale_by_learning_rate(lr),
         *([] if is_zero(momentum) else [trace(momentum, nesterov=nesterov)]),

@@ -17,11 +17,12 @@ from torch.func import grad_and_value
 from fdl import tree
 from fdl._compiler._scan import scan
 from fdl._modes import is_eager
-from fdl.optim._base import Optimizer, in_32_bits, lift
+from fdl.optim._base import Optimizer, in_32_bits, upcast
+from fdl.optim._helpers import check_whole, tree_where, where_lazy
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
 from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
-from fdl.optim._line_search import Point, Search, choose, judge, start, when
+from fdl.optim._line_search import Point, Search, Verdict, judge, start
 from fdl.tree import Tree
 
 
@@ -112,9 +113,9 @@ def lbfgs(
     """
     check_rate("lbfgs", "lr", lr)
     max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
-    _check_count("max_iter", max_iter)
-    _check_count("max_eval", max_eval)
-    _check_count("history_size", history_size)
+    check_whole("lbfgs", "max_iter", max_iter, least=1)
+    check_whole("lbfgs", "max_eval", max_eval, least=1)
+    check_whole("lbfgs", "history_size", history_size, least=1)
     for name, least in [("tolerance_grad", tolerance_grad), ("tolerance_change", tolerance_change)]:
         if not least >= 0:
             raise ValueError(f"lbfgs: {name} must be at least 0, got {least}")
@@ -178,17 +179,12 @@ def lbfgs(
         )
         f = sign * torch.as_tensor(value_fn(params) if value is None else value).double()
         g = sign * _join(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in pairs)
-        end, state = _minimise(task, tree.map(lift, state), x, f, g, turns)
+        end, state = _minimise(task, tree.map(upcast, state), x, f, g, turns)
         updates = _unflatten(end - x, params, found, [None] * len(found))
         # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
         return updates, LBFGSState(next_hyper(rates, hyper), *state[1:])
 
     return in_32_bits(init, update)
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"lbfgs: {name} must be a whole number of at least 1, got {count!r}")
 
 
 # ------------------------------------------------------------------------------ the method
@@ -200,7 +196,7 @@ def _minimise(
     """Go from x, where the value is f and the gradient g, as far as one update does."""
     walk = _Walk(x, products(state), start(f, f, g), done=g.abs().amax() <= task.tolerance_grad)
     state = state._replace(func_evals=state.func_evals + 1)
-    carry = when(~walk.done, lambda: _begin(task, state, walk, f, g), (state, walk))
+    carry = where_lazy(~walk.done, lambda: _begin(task, state, walk, f, g), (state, walk))
     state, walk = _repeat(lambda carry: _turn(task, *carry), carry, turns)
     if task.searches:
         return walk.x, state
@@ -235,31 +231,42 @@ def _begin(task: _Task, state: LBFGSState, walk: _Walk, f: Tensor, g: Tensor) ->
 
 
 def _turn(task: _Task, state: LBFGSState, walk: _Walk) -> Carry:
-    """Evaluate at one trial; where that ends an inner iteration, begin another or be done."""
-    carry, live = (state, walk), ~walk.done
-    trial = torch.where(live, _along(walk.x, state.t, state.d), walk.x)
-    g, f = grad_and_value(task.objective)(trial)
-    new = Point(state.t, f.double(), (g @ state.d).double(), g)
+    """Evaluate one trial; if it ends an inner iteration, begin the next one or stop."""
+    before, live = (state, walk), ~walk.done
+    trial = _evaluate(task, state, torch.where(live, _along(walk.x, state.t, state.d), walk.x))
     state = state._replace(func_evals=state.func_evals + 1)
-    evals = state.func_evals - task.func_evals
-    if task.searches:
-        width, last = state.d.abs().amax().double(), evals > task.max_eval
-        search, ended, best, t = judge(walk.search, new, width=width, last=last)
-    else:
-        search, ended, best, t = walk.search, torch.ones_like(live), new, new.t
+    search, ended, best, t = _judge(task, state, walk.search, trial)
     t = torch.where(ended, best.t, t)
     x = torch.where(ended, _along(walk.x, t, state.d), walk.x)
-    stop = (
+    stops = _meets_a_limit(task, state, best, t)
+    after = state._replace(t=t), _Walk(x, walk.products, search, ended & stops)
+    state, walk = tree_where(live, after, before)
+    begins = live & ended & ~stops
+    return where_lazy(begins, lambda: _begin(task, state, walk, best.f, best.g), (state, walk))
+
+
+def _evaluate(task: _Task, state: LBFGSState, x: Tensor) -> Point:
+    g, f = grad_and_value(task.objective)(x)
+    return Point(state.t, f.double(), (g @ state.d).double(), g)
+
+
+def _judge(task: _Task, state: LBFGSState, search: Search, trial: Point) -> Verdict:
+    """Judge a trial; without a line search every one is accepted."""
+    if not task.searches:
+        return Verdict(search, torch.ones_like(trial.t, dtype=torch.bool), trial, trial.t)
+    last = state.func_evals - task.func_evals > task.max_eval
+    return judge(search, trial, width=state.d.abs().amax().double(), last=last)
+
+
+def _meets_a_limit(task: _Task, state: LBFGSState, best: Point, t: Tensor) -> Tensor:
+    """Test if an inner iteration that ends at `best` is the last one of this update (bool [])."""
+    return (
         (state.n_iter - task.n_iter >= task.max_iter)
-        | (evals >= task.max_eval)
+        | (state.func_evals - task.func_evals >= task.max_eval)
         | (best.g.abs().amax() <= task.tolerance_grad)
         | ((t * state.d).abs().amax() <= task.tolerance_change)
         | ((best.f - state.prev_loss).abs() < task.tolerance_change)
     )
-    state, walk = state._replace(t=t), _Walk(x, walk.products, search, ended & stop)
-    state, walk = choose(live, (state, walk), carry)
-    begins = live & ended & ~stop
-    return when(begins, lambda: _begin(task, state, walk, best.f, best.g), (state, walk))
 
 
 def _along(x: Tensor, t: Tensor, d: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fdl.optim._helpers import where_lazy
 from fdl.optim._lbfgs_state import LBFGSState
-from fdl.optim._line_search import when
 
 LEAST_CURVATURE = 1e-10  # y · s of a pair that is remembered, as in torch
 
@@ -45,7 +45,7 @@ def remember(state: LBFGSState, above: Tensor, g: Tensor) -> tuple[LBFGSState, T
             num_old=(state.num_old + 1).clamp(max=len(state.ro)),
         ), pad(shifted, (0, 0, 0, 1))
 
-    return when(enters, entered, (state, above))
+    return where_lazy(enters, entered, (state, above))
 
 
 def _push(history: Tensor, newest: Tensor) -> Tensor:

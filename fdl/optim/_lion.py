@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import scale_by_learning_rate
-from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate
+from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.tree import Where
 
 # ------------------------------------------------------------------------------ atoms
@@ -37,7 +36,7 @@ def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)
         return sign, {"exp_avg": beta2 * exp_avg + (1 - beta2) * g}
 
     rates = {"beta1": betas[0], "beta2": betas[1]}
-    return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like})
+    return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like}, RANGES)
 
 
 def lion(
@@ -69,6 +68,5 @@ def lion(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1500])}
     """
-    check_rate("lion", "lr", lr)
-    decay = _decay("lion", weight_decay, mask)
-    return chain(*_sign(maximize), scale_by_lion(betas), *decay, scale_by_learning_rate(lr))
+    direction = [scale_by_lion(betas)]
+    return descend("lion", direction, lr, weight_decay, maximize, decoupled=True, mask=mask)

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._base import Optimizer, State, lift, map_grads, match_grads, update_of
+from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast, update_of
 from fdl.optim._conditional import FiniteState
-from fdl.optim._helpers import all_finite, check_whole, keep, scalar, stays_finite, zero_unless
+from fdl.optim._helpers import (
+    all_finite,
+    check_whole,
+    scalar,
+    stays_finite,
+    tree_where,
+    zero_unless,
+)
 from fdl.tree import Tree
 
 LEAST_SCALE = 2.0**-24
@@ -92,7 +99,7 @@ def loss_scale(
         grads: Tree, state: LossScaleState, params: Tree, **extra: Any
     ) -> tuple[Tree, LossScaleState]:
         match_grads(grads, params, "loss_scale")
-        plain = map_grads(lambda g: lift(g) / state.scale, grads)
+        plain = map_grads(lambda g: upcast(g) / state.scale, grads)
         finite = all_finite(plain, state.scale.device)
         updates, inner = step(zero_unless(finite, plain), state.inner, params, **extra)
         finite = finite & stays_finite(params, updates, state.scale.device)
@@ -101,7 +108,7 @@ def loss_scale(
         grown = torch.where(grows & torch.isfinite(grown), grown, state.scale)
         shrunk = (state.scale.double() * backoff_factor).clamp(min=floor).float()
         return zero_unless(finite, updates), LossScaleState(
-            keep(finite, inner, state.inner),
+            tree_where(finite, inner, state.inner),
             torch.where(finite, grown, shrunk),
             torch.where(finite & ~grows, state.good + 1, 0),
         )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import norm
-from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import add_decayed_weights, scale_by_learning_rate
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
+from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import ScalarOrSchedule
 from fdl.tree import Tree
 
 
@@ -135,8 +135,5 @@ def muon(
     >>> opt.update({"w": torch.eye(2)}, opt.init(params), params)[0]["w"].diag()
     tensor([-0.1125, -0.1125])
     """
-    check_rate("muon", "lr", lr)
-    check_rate("muon", "weight_decay", weight_decay)
     direction = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(direction, *decay, scale_by_learning_rate(lr))
+    return descend("muon", [direction], lr, weight_decay, decoupled=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
+from fdl.optim._descent import decayed, negated
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate
 
 
 def rprop(
@@ -71,7 +71,7 @@ def rprop(
             torch.as_tensor(lr, dtype=p.dtype, device=p.device).expand_as(p).clone()
         ),
     }
-    return chain(*([scale(-1.0)] if maximize else []), leafwise("rprop", rule, rates, slots))
+    return chain(*negated(maximize), leafwise("rprop", rule, rates, slots, RANGES))
 
 
 def asgd(
@@ -125,7 +125,7 @@ def asgd(
         next_mu = 1 / (t - t0).clamp(min=1.0)
         return update, {"ax": average, "eta": next_eta, "mu": next_mu}
 
-    check_rate("asgd", "weight_decay", weight_decay)
+    decay = decayed("asgd", weight_decay)
 
     def first_eta(p: Tensor) -> Tensor:
         value = lr(torch.zeros((), dtype=torch.float64, device=p.device)) if callable(lr) else lr
@@ -137,6 +137,4 @@ def asgd(
         "mu": lambda p: torch.ones((), dtype=torch.float64, device=p.device),
     }
     rates = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0}
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(*sign, *decay, leafwise("asgd", rule, rates, slots))
+    return chain(*negated(maximize), *decay, leafwise("asgd", rule, rates, slots))

@@ -12,7 +12,7 @@ from torch.func import grad_and_value
 
 from fdl import tree
 from fdl._numerics import global_norm
-from fdl.optim._base import lift
+from fdl.optim._base import upcast
 from fdl.optim._hyperparams import known_values
 from fdl.tree import Tree
 
@@ -74,7 +74,7 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
 
 def _climb(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
     """Go ρ far along the gradient, in the metric of the parameters' sizes if adaptive."""
-    wide, scaled = tree.map(lift, params), tree.map(lift, grads)
+    wide, scaled = tree.map(upcast, params), tree.map(upcast, grads)
     if adaptive:
         scaled = tree.map(lambda p, g: p.abs() * g, wide, scaled)
     length = global_norm(scaled)

@@ -16,9 +16,26 @@ from torch import Tensor
 from fdl import tree
 from fdl._kinds import register
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, Result, State, chain, in_32_bits, leafwise
-from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Hyper, ScalarOrSchedule, check_rate, is_zero, rates_now
+from fdl.optim._base import (
+    Optimizer,
+    Result,
+    State,
+    apply_rule,
+    chain,
+    check_floating,
+    in_32_bits,
+    leafwise,
+)
+from fdl.optim._descent import decayed, negated
+from fdl.optim._hyperparams import (
+    AT_LEAST_0,
+    RANGES,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.tree import Tree
 
 
@@ -70,7 +87,6 @@ def schedule_free(
         z: Tensor,
         lr: Tensor,
         beta: Tensor,
-        weight_lr_power: Tensor,
         old_beta: Tensor,
         share: Tensor,
     ) -> Result:
@@ -80,30 +96,35 @@ def schedule_free(
         return beta * x + (1 - beta) * z - p, {"z": z}
 
     rates = {"lr": lr, "beta": beta, "weight_lr_power": weight_lr_power}
-    steps = leafwise("schedule_free", rule, rates, {"z": torch.clone})
+    for name, rate in rates.items():
+        check_rate("schedule_free", name, rate, RANGES.get(name, AT_LEAST_0))
 
     def init(params: Tree) -> ScheduleFreeState:
-        inner = steps.init(params)
-        zero = torch.zeros_like(inner.hyper.count, dtype=torch.float64)
-        return ScheduleFreeState(inner, zero, zero.clone(), torch.ones_like(zero))
+        check_floating(params, "schedule_free")
+        steps = State(init_hyper(rates, params), {"z": tree.map(torch.clone, params)})
+        zero = torch.zeros_like(steps.hyper.count, dtype=torch.float64)
+        return ScheduleFreeState(steps, zero, zero.clone(), torch.ones_like(zero))
 
     def update(
         grads: Tree, state: ScheduleFreeState, params: Tree, **extra: Any
     ) -> tuple[Tree, ScheduleFreeState]:
-        hyper = state.steps.hyper
+        hyper, slots = state.steps
         now = rates_now(rates, hyper)
         lr_max = torch.maximum(state.lr_max, now["lr"])
         weight = lr_max ** now["weight_lr_power"]
         total = state.weight_sum + weight
-        share = weight / torch.where(total > 0, total, 1.0)  # all 0 while the lr is
-        # To the rule these two are rates like the others, but they are not the user's to set.
-        lent = {"old_beta": state.beta, "share": share}
-        inner = state.steps._replace(hyper=hyper._replace(free=hyper.free | lent))
-        updates, inner = steps.update(grads, inner, params)
-        free = {name: value for name, value in inner.hyper.free.items() if name not in lent}
-        # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
-        inner = State(Hyper(free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
-        return updates, ScheduleFreeState(inner, total, lr_max, now["beta"].clone())
+        share = weight / torch.where(total > 0, total, 1.0)  # 0 / 1 while the lr is 0
+        scalars = {
+            "lr": now["lr"],
+            "beta": now["beta"],
+            "old_beta": state.beta,
+            "share": share,
+        }
+        updates, slots = apply_rule(
+            "schedule_free", rule, grads, slots, params, hyper.count, scalars
+        )
+        steps = State(next_hyper(rates, hyper), slots)
+        return updates, ScheduleFreeState(steps, total, lr_max, now["beta"].clone())
 
     return in_32_bits(init, update)
 
@@ -236,7 +257,7 @@ def schedule_free_adamw(
         return g / (root(v) / (1 - beta2**t).sqrt() + eps), {"exp_avg_sq": v}
 
     caller, rates = "schedule_free_adamw", {"beta2": betas[1], "eps": eps}
-    direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like})
+    direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like}, RANGES)
     return _average_steps(
         caller, [direction], lr, ("betas[0]", betas[0]), weight_decay, weight_lr_power, maximize
     )
@@ -252,11 +273,10 @@ def _average_steps(
     maximize: bool,
 ) -> Optimizer:
     check_rate(caller, "lr", lr)
-    check_rate(caller, "weight_decay", weight_decay)
+    decay = decayed(caller, weight_decay)
     check_rate(caller, "weight_lr_power", weight_lr_power)
     name, rate = beta
     if isinstance(rate, (int, float)) and not 0 < rate < 1:
         raise ValueError(f"{caller}: {name} must be in (0, 1), got {rate}")
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(*sign, *direction, *decay, schedule_free(lr, rate, weight_lr_power))
+    steps = schedule_free(lr, rate, weight_lr_power)
+    return chain(*negated(maximize), *direction, *decay, steps)

@@ -16,26 +16,10 @@ from fdl.optim._adaptive import (
     scale_by_radam,
     scale_by_rms,
 )
-from fdl.optim._base import Optimizer, chain
-from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate, trace
+from fdl.optim._base import Optimizer
+from fdl.optim._basic import trace
+from fdl.optim._descent import descend
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
-
-
-def _descend(
-    caller: str,
-    direction: list[Optimizer],
-    lr: ScalarOrSchedule,
-    weight_decay: ScalarOrSchedule,
-    maximize: bool,
-    decoupled: bool = False,
-) -> Optimizer:
-    """Chain w ← w − lr · direction(±g + λw), or decoupled w ← w − lr · (direction(±g) + λw)."""
-    check_rate(caller, "lr", lr)
-    check_rate(caller, "weight_decay", weight_decay)
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    inner = [*direction, *decay] if decoupled else [*decay, *direction]
-    return chain(*sign, *inner, scale_by_learning_rate(lr))
 
 
 def sgd(
@@ -80,7 +64,7 @@ def sgd(
             f"momentum={momentum}, dampening={dampening}"
         )
     direction = [] if is_zero(momentum) else [trace(momentum, dampening, nesterov)]
-    return _descend("sgd", direction, lr, weight_decay, maximize)
+    return descend("sgd", direction, lr, weight_decay, maximize)
 
 
 def adam(
@@ -113,7 +97,7 @@ def adam(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return _descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def adamw(
@@ -146,7 +130,7 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return _descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
+    return descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
 
 
 def adamax(
@@ -176,7 +160,7 @@ def adamax(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1000])}
     """
-    return _descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
+    return descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
 
 
 def nadam(
@@ -211,7 +195,7 @@ def nadam(
     {'w': tensor([-0.1056])}
     """
     direction = [scale_by_nadam(betas, eps, momentum_decay)]
-    return _descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def radam(
@@ -244,7 +228,7 @@ def radam(
     {'w': tensor([-0.2000])}
     """
     direction = [scale_by_radam(betas, eps)]
-    return _descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def adagrad(
@@ -277,7 +261,7 @@ def adagrad(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adagrad(lr_decay, initial_accumulator_value, eps)]
-    return _descend("adagrad", direction, lr, weight_decay, maximize)
+    return descend("adagrad", direction, lr, weight_decay, maximize)
 
 
 def adadelta(
@@ -307,7 +291,7 @@ def adadelta(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.0032])}
     """
-    return _descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
+    return descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
 
 
 def rmsprop(
@@ -345,4 +329,4 @@ def rmsprop(
     direction = [scale_by_rms(alpha, eps, centered)]
     if not is_zero(momentum):
         direction.append(trace(momentum))
-    return _descend("rmsprop", direction, lr, weight_decay, maximize)
+    return descend("rmsprop", direction, lr, weight_decay, maximize)
