@@ -36,6 +36,8 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     {'body': tensor([-0.1000]), 'head': tensor([-1.])}
     """
     opts = dict(opts)
+    for label, opt in opts.items():
+        update_of("multi_transform", opt, f"opts[{label!r}]")
     if not callable(labels) and labels.keys() != opts.keys():
         raise ValueError(
             f"multi_transform: labels must be those of the optimizers, {sorted(opts)}, "
@@ -177,10 +179,7 @@ def _by_label(
     caller: str, opts: dict[str, Optimizer], label_paths: Callable[[Tree], dict[str, str]]
 ) -> Optimizer:
     """Apply to each leaf the optimizer of its label; what has another label passes unchanged."""
-    steps = {
-        label: update_of(caller, opt, f"opts[{label!r}]" if len(opts) > 1 else "opt")
-        for label, opt in opts.items()
-    }
+    steps = {label: update_of(caller, opt) for label, opt in opts.items()}
 
     def part(whole: Tree, labels: dict[str, str], label: str) -> Tree:
         return tree.partition(whole, lambda path, leaf: labels[path] == label)[0]
