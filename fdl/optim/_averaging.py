@@ -40,18 +40,19 @@ class LookaheadState(NamedTuple):
 
 
 def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule = 0.5) -> Optimizer:
-    """Let slow weights follow at intervals the fast ones that `opt` moves (Zhang et al., 2019).
+    """Keep slow weights that follow the fast weights of `opt` at intervals.
 
-    At each `sync_period`-th update, with w where `opt` would take the parameters,
-    s ← s + slow_step · (w − s), and the parameters become s. The slow weights are the slot
-    `slow`: `optim.slots(state)["slow"]`. What `opt` remembers stays as it is. Running statistics
-    of batch normalization belong to the fast weights: right after a synchronization recompute them,
-    by `fdl.training.update_bn`.
+    At every `sync_period`-th update s ← s + slow_step · (w − s), where w are the parameters after
+    the update of `opt`, and the parameters become s. The slow weights are the slot `slow`:
+    `optim.slots(state)["slow"]`. The state of `opt` is not changed by this. Running statistics of
+    batch normalization belong to the fast weights: recompute them right after a synchronization,
+    with `fdl.update_bn`. Source: Zhang et al., Lookahead Optimizer: k steps forward, 1 step back,
+    2019, https://arxiv.org/abs/1907.08610
 
     Args:
-        opt: moves the fast weights.
-        sync_period: how many updates of `opt` make one of the slow weights.
-        slow_step: a number, a 0-d tensor or a schedule of the count of updates.
+        opt: optimizer of the fast weights.
+        sync_period: number of updates of `opt` per update of the slow weights.
+        slow_step: a number, a 0-d tensor or a schedule of the count of updates, in [0, 1].
 
     Raises:
         TypeError: `opt` is not an optimizer.
@@ -89,7 +90,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
             return torch.where(sync, (s + rate * (p + u - s)).to(p.dtype) - p, u)
 
         updates = map_grads(move, updates, params, slow)
-        # Not what `move` aimed at, but what the parameters become, to the last bit of float32.
+        # Computed from the updates, to equal the new parameters to the last bit of float32.
         slow = tree.map(
             lambda s, u, p: s if u is None else torch.where(sync, p + u, s), slow, updates, params
         )
@@ -101,18 +102,18 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
 def params_ema(decay: ScalarOrSchedule) -> Optimizer:
     """Keep an exponential moving average of the parameters; updates pass unchanged.
 
-    a ← w after the first update, a ← decay · a + (1 − decay) · w after each later one, w being the
-    updated parameters: as `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`. Put
-    it last in a chain, and inside what skips updates (`accumulate(chain(sgd, params_ema), k)`). The
-    average is the slot `ema`: `optim.slots(state)["ema"]`. Where a gradient is `None` it
-    approaches the parameter that stays.
+    (`optax.ema` averages updates instead.) With w the updated parameters, a ← w after the first
+    update and a ← decay · a + (1 − decay) · w after each later one, as in
+    `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`. Put it last in a chain, and
+    inside wrappers that skip updates: `accumulate(chain(sgd, params_ema), k)`. The average is the
+    slot `ema`: `optim.slots(state)["ema"]`. It also follows parameters whose gradient is `None`.
 
-    The average of 16-bit parameters is kept in float32: `tree.cast` it to evaluate it as they are.
-    The running statistics of batch normalization belong to the parameters of training: recompute
-    them for the average, by `fdl.training.update_bn`, before you evaluate it.
+    The average of 16-bit parameters is kept in float32; `tree.cast` it to evaluate in their dtype.
+    Running statistics of batch normalization belong to the parameters of training: recompute them
+    for the average with `fdl.update_bn` before you evaluate it.
 
     Args:
-        decay: a number, a 0-d tensor or a schedule.
+        decay: a number, a 0-d tensor or a schedule, in [0, 1).
 
     Raises:
         ValueError: `decay` is not in [0, 1).

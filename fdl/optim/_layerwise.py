@@ -1,4 +1,4 @@
-"""One learning rate for each layer, from the norms of its weights and update: `lamb`, `lars`."""
+"""A learning rate per layer, from the norms of its weights and update: `lamb`, `lars`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from fdl.tree import Where
 def scale_by_trust_ratio(
     trust_coefficient: ScalarOrSchedule = 1.0, eps: ScalarOrSchedule = 0.0
 ) -> Optimizer:
-    """Give each update a length in proportion to that of its parameter (You et al., 2017).
+    """Scale each update to a norm in proportion to that of its parameter.
 
-    The update u of the parameter w becomes η ‖w‖ / (‖u‖ + ε) · u; it stays u where w or u is 0, as
-    w could never leave 0 otherwise. The norms are those of whole leaves.
+    The update u of the parameter w becomes η ‖w‖ / (‖u‖ + ε) · u. It stays u if w or u is 0, as w
+    could not leave 0 otherwise. The norms are those of whole leaves. Source: You et al., Large
+    Batch Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
 
     Args:
         trust_coefficient: η: a number, a 0-d tensor or a schedule.
@@ -60,21 +61,22 @@ def lamb(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam with steps in proportion to their parameters, for large batches (You et al., 2020).
+    """Adam with steps in proportion to the norms of their parameters, for large batches.
 
-    w ← w − lr · ‖w‖/‖u‖ · u, where u is Adam's direction + λw, and the ratio is 1 where w or u is
-    0. Source: "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", with
-    φ(z) = z, whose betas and ε these are (λ is 0.01 there); see `scale_by_adam` and
-    `scale_by_trust_ratio`. Equals `optax.lamb`, defaults included.
+    w ← w − lr · ‖w‖/‖u‖ · u, where u is Adam's direction + λw, and the ratio is 1 if w or u is 0.
+    See `scale_by_adam` and `scale_by_trust_ratio`. Equals `optax.lamb`, defaults included; betas
+    and ε are those of the paper (where λ is 0.01, and φ(z) = z here). Source: You et al., Large
+    Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
+    https://arxiv.org/abs/1904.00962
 
     Args:
-        lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        lr: the learning rate; without a default, as in optax, since it depends on the batch size.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
         weight_decay: λ.
-        mask: which parameters decay; all if None.
-        trust_mask: for which ‖w‖/‖u‖ counts; it is 1 for the others. All if None.
-        maximize: climb instead.
+        mask: parameters that decay; all if None.
+        trust_mask: parameters scaled by ‖w‖/‖u‖, which is 1 for the others; all if None.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range; (at init) a glob of a mask
@@ -106,23 +108,24 @@ def lars(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """SGD whose steps are in proportion to their parameters, for large batches (You et al., 2017).
+    """SGD with steps in proportion to the norms of their parameters, for large batches.
 
     u = g + λw; m ← momentum · m + lr · η ‖w‖ / (‖u‖ + ε) · u; w ← w − m, and with w or u = 0
-    m ← momentum · m + lr · u. The momentum holds past steps, rate included, unlike that of `sgd`.
-    Source: "Large Batch Training of Convolutional Networks", whose η and momentum these are. Equals
-    `optax.lars`, defaults included; the paper has ‖g‖ + λ‖w‖ for ‖u‖. See `scale_by_trust_ratio`.
+    m ← momentum · m + lr · u. Unlike that of `sgd`, the momentum accumulates steps with their
+    learning rates. See `scale_by_trust_ratio`. Equals `optax.lars`, defaults included; η and
+    momentum are those of the paper, which has ‖g‖ + λ‖w‖ for ‖u‖. Source: You et al., Large Batch
+    Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
 
     Args:
-        lr: the learning rate.
-        momentum: how much of the last step is kept.
+        lr: the learning rate; without a default, as in optax, since it depends on the batch size.
+        momentum: fraction of the last step that is kept.
         weight_decay: λ.
         trust_coefficient: η.
         eps: ε.
-        mask: which parameters decay; all if None.
-        trust_mask: for which η ‖w‖ / (‖u‖ + ε) counts; it is 1 for the others. All if None.
-        nesterov: look ahead along the momentum.
-        maximize: climb instead.
+        mask: parameters that decay; all if None.
+        trust_mask: parameters scaled by η ‖w‖ / (‖u‖ + ε), which is 1 for the others; all if None.
+        nesterov: use Nesterov momentum.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is negative or not finite; (at init) a glob of a mask matches no

@@ -10,16 +10,15 @@ from fdl.optim._descent import descend
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.tree import Where
 
-# ------------------------------------------------------------------------------ atoms
-
 
 def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)) -> Optimizer:
-    """Take the sign of a mean of gradients and the new one (Chen et al., 2023).
+    """Return the sign of an average of the momentum and the new gradient.
 
-    The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m.
+    The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m. Source: Chen et
+    al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675
 
     Args:
-        betas: β₁, how much the mean weighs in the sign; β₂, how much of itself it keeps.
+        betas: β₁, the weight of the momentum in the sign; β₂, its decay rate.
 
     Raises:
         ValueError: a number that is not in [0, 1).
@@ -47,18 +46,19 @@ def lion(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps of one size for every coordinate, w ← w − lr · (sign(β₁m + (1−β₁)g) + λw).
+    """Step by the same amount in every coordinate, w ← w − lr · (sign(β₁m + (1−β₁)g) + λw).
 
-    Source: Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", whose program has
-    these defaults; see `scale_by_lion`. Equals `optax.lion`, where λ is 1e-3 by default. An lr that
-    suits `adamw` is 3 to 10 times too large here, and λ as much too small.
+    See `scale_by_lion`. The defaults are those of the authors' program. Equals `optax.lion`, where
+    λ is 1e-3 by default. Compared with `adamw`, divide lr by 3 to 10 and multiply λ by as much.
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
+    https://arxiv.org/abs/2302.06675
 
     Args:
         lr: the learning rate.
         betas: β₁, β₂.
-        weight_decay: λ; the step takes lr · λ · w away.
-        mask: which parameters decay; all if None.
-        maximize: climb instead.
+        weight_decay: λ; each step subtracts lr · λ · w.
+        mask: parameters that decay; all if None.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`

@@ -145,7 +145,7 @@ def reduce_on_plateau(
         updates, inner = step(grads, state.inner, params, value=value, count=count, **extra)
         state = _with_value(state, value, count)
         weight = state.seen + state.surplus
-        looks = (state.seen >= every) & (weight > 0)  # a mean over no examples is no value
+        looks = (state.seen >= every) & (weight > 0)  # a mean over 0 examples is not a value
         current = state.total / torch.where(weight > 0, weight, 1.0)
         after_look, reduces = look(state, current)
 

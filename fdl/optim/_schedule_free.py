@@ -1,8 +1,9 @@
-"""Optimizers that average instead of lowering their rate (Defazio et al., 2024).
+"""Optimizers that average their iterates instead of lowering the learning rate.
 
-There are three sequences: z takes the steps, x is a mean of the z, and gradients are taken at y
-between them. Training parameters are y, the state holds z, and x, which `schedule_free_params`
-computes from both, is what to evaluate and to keep.
+There are three sequences: z takes the steps, x is a mean of the z, and gradients are taken at y,
+between the two. The parameters of training are y, and the state holds z. Evaluate and keep x, which
+`schedule_free_params` computes from both. Source: Defazio et al., The Road Less Scheduled, 2024,
+https://arxiv.org/abs/2405.15682
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class ScheduleFreeState(NamedTuple):
     """The state of `schedule_free`."""
 
     steps: State  # its slot: z
-    weight_sum: Tensor  # float64 [], Σ of the weights of all z so far
-    lr_max: Tensor  # float64 [], the largest lr so far
-    beta: Tensor  # float64 [], β when y was computed; at first 1, as x = y = z
+    weight_sum: Tensor  # float64 [], sum of the weights of all z so far
+    lr_max: Tensor  # float64 [], largest lr so far
+    beta: Tensor  # float64 [], β with which y was computed; initially 1, as x = y = z
 
 
 def schedule_free(
@@ -54,21 +55,21 @@ def schedule_free(
 ) -> Optimizer:
     """Step and average: the last link of a chain, in place of `scale_by_learning_rate`.
 
-    With d the direction that the chain computed from the gradient at y, the parameters:
+    With d the direction that the chain computed from the gradient at the parameters y:
     z ← z − γd; x ← (1−c)x + cz; y ← βx + (1−β)z. Here γ is the lr, c = w / Σw, and w = γₘₐₓᵖ with
-    γₘₐₓ the largest lr so far, so that steps while it warms up count for less. Leave momentum out
-    of the chain: β is in its place. Slot: `z`.
+    γₘₐₓ the largest lr so far, so that steps during warm-up count less. Do not add momentum to the
+    chain: β takes its place. Slot: `z`.
 
-    x is not stored but recomputed as (y − (1−β)z)/β; with parameters of 16 bits, which hold y, the
-    mean soon stops moving. The running statistics of batch normalization belong to y: recompute
-    them for x before you evaluate it, by `fdl.update_bn`.
-    `optax.contrib.schedule_free` (0.2.8) takes w from the lr of the step after, which differs while
-    it warms up, and sums w in the dtype of the parameters.
+    x is not stored but recomputed as (y − (1−β)z)/β; with 16-bit parameters y the mean soon stops
+    moving. Running statistics of batch normalization belong to y: recompute them for x with
+    `fdl.update_bn` before you evaluate it. `optax.contrib.schedule_free` (0.2.8) computes w from
+    the lr of the next step, which differs during warm-up, and sums w in the dtype of the
+    parameters.
 
     Args:
         lr: γ: a number, a 0-d tensor or a schedule; it may warm up and should not decay.
-        beta: β, likewise.
-        weight_lr_power: p; with 0 all steps count alike.
+        beta: β in (0, 1), likewise.
+        weight_lr_power: p; with 0 all steps have the same weight.
 
     Raises:
         ValueError: `beta` is not in (0, 1), or another number is negative or not finite.
@@ -136,15 +137,15 @@ def _average(y: Tensor, z: Tensor, beta: Tensor) -> Tensor:
 def schedule_free_params(state: Tree, params: Tree) -> Tree:
     """Compute the averaged parameters x, to evaluate and to keep, from those of training, y.
 
-    Parameters that no schedule-free part of the state covers come back as they are. Over the states
+    Parameters that no schedule-free part of the state covers are returned unchanged. For the states
     of a population, `vmap` it.
 
     Args:
-        state: of an optimizer with `schedule_free` in it, wherever it stands.
-        params: what training goes on with.
+        state: state of an optimizer with `schedule_free` anywhere in it.
+        params: the parameters of training, y.
 
     Raises:
-        ValueError: the state has no schedule-free part, or is one of other parameters (each path
+        ValueError: the state has no schedule-free part, or belongs to other parameters (each path
             is listed).
 
     >>> opt, params = schedule_free_sgd(lr=0.5), {"w": torch.tensor([1.0])}
@@ -174,7 +175,7 @@ def schedule_free_params(state: Tree, params: Tree) -> Tree:
                 flat[path] = _average(y, z, part.beta).to(y.dtype)
     if lines:
         raise ValueError(
-            "schedule_free_params: the state is one of other parameters:\n  " + "\n  ".join(lines)
+            "schedule_free_params: the state belongs to other parameters:\n  " + "\n  ".join(lines)
         )
     return tree.unflatten_dict(flat, like=params)
 
@@ -187,21 +188,19 @@ def schedule_free_sgd(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """SGD without a schedule: steps −lr · (g + λy), averaged; evaluate `schedule_free_params`.
+    """SGD without a schedule: averaged steps −lr · (g + λy).
 
-    Statistics of batch normalization belong to the parameters of training, y: recompute them for
-    those averaged, by `fdl.update_bn`.
-
-    Source: Defazio et al., 2024, "The Road Less Scheduled", whose program and
-    `optax.contrib.schedule_free_sgd` have these defaults; see `schedule_free`, also for where
-    optax differs while the lr warms up.
+    See `schedule_free`, also for batch normalization and for the difference from optax during
+    warm-up; evaluate `schedule_free_params`. The defaults are those of the authors' program and of
+    `optax.contrib.schedule_free_sgd`. Source: Defazio et al., The Road Less Scheduled, 2024,
+    https://arxiv.org/abs/2405.15682
 
     Args:
         lr: the learning rate; it may warm up and should not decay.
-        momentum: β, how near the parameters of training are to the mean.
+        momentum: β in (0, 1); the larger, the closer the parameters of training are to the mean.
         weight_decay: λ.
-        weight_lr_power: each step weighs lrᵖ in the mean.
-        maximize: climb instead.
+        weight_lr_power: p; the weight of a step in the mean is lrᵖ.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: `momentum` is not in (0, 1), or another number is negative or not finite.
@@ -226,20 +225,19 @@ def schedule_free_adamw(
 ) -> Optimizer:
     """AdamW without a schedule: averaged steps −lr · (g / (√v̂ + ε) + λy).
 
-    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Statistics
-    of batch normalization belong to the parameters of training, y: recompute them for those
-    averaged, by `fdl.update_bn`. Source:
-    Defazio et al., 2024, "The Road Less Scheduled", whose program and
-    `optax.contrib.schedule_free_adamw` have these defaults; see `schedule_free`, also for where
-    optax differs while the lr warms up. Slots: `exp_avg_sq` v, `z`.
+    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam. Slots: `exp_avg_sq` v, `z`. See
+    `schedule_free`, also for batch normalization and for the difference from optax during warm-up;
+    evaluate `schedule_free_params`. The defaults are those of the authors' program and of
+    `optax.contrib.schedule_free_adamw`. Source: Defazio et al., The Road Less Scheduled, 2024,
+    https://arxiv.org/abs/2405.15682
 
     Args:
         lr: the learning rate; it may warm up and should not decay.
-        betas: β, how near the parameters of training are to the mean; β₂.
+        betas: β in (0, 1), with a larger one the parameters of training are closer to the mean; β₂.
         eps: added to the root in the denominator.
         weight_decay: λ.
-        weight_lr_power: each step weighs lrᵖ in the mean.
-        maximize: climb instead.
+        weight_lr_power: p; the weight of a step in the mean is lrᵖ.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: `betas[0]` is not in (0, 1), or another number is not finite or out of its
