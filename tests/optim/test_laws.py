@@ -1,4 +1,4 @@
-"""Proof 3: laws that every optimizer keeps: vmap, derivatives, dtypes, memory, errors."""
+"""Laws that every optimizer keeps: vmap, derivatives, dtypes, memory, errors."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Proof 4: a run goes from torch.optim to fdl and back, with states that are equal to the bit."""
+"""A run goes from torch.optim to fdl and back, with states that are equal bit by bit."""
 
 import pytest
 import torch
