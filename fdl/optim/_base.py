@@ -93,8 +93,8 @@ def leafwise(
         rule: a pure function; it is not called for a gradient that is None.
         rates: hyperparameters by name: numbers, 0-d tensors or schedules.
         slots: per-parameter state by name, each a function from a leaf to its initial value.
-        ranges: for rates that need not be at least 0, the condition in words and as a predicate:
-            `{"momentum": ("in [0, 1)", lambda x: 0 <= x < 1)}`.
+        ranges: ranges of rates, in words and as a predicate:
+            `{"momentum": ("in [0, 1)", lambda x: 0 <= x < 1)}`. The others must be at least 0.
 
     Raises:
         ValueError: a rate out of its range; (at init and update) a leaf or a gradient that is not

@@ -34,7 +34,7 @@ class _Task(NamedTuple):
     tolerance_grad: float
     tolerance_change: float
     searches: bool
-    objective: Callable[[Tensor], Tensor]  # [n] -> [], to be minimised
+    objective: Callable[[Tensor], Tensor]  # [n] -> [], to be minimized
     moves: Tensor  # bool [n], False where the gradient is None
     rate: Tensor  # float64 []
     n_iter: Tensor  # int64 [], before this update
@@ -179,7 +179,7 @@ def lbfgs(
         )
         f = sign * torch.as_tensor(value_fn(params) if value is None else value).double()
         g = sign * _join(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in pairs)
-        end, state = _minimise(task, tree.map(upcast, state), x, f, g, turns)
+        end, state = _minimize(task, tree.map(upcast, state), x, f, g, turns)
         updates = _unflatten(end - x, params, matched, [None] * len(matched))
         # A new tuple, since Dynamo of torch 2.11 cannot return the result of _replace.
         return updates, LBFGSState(next_hyper(rates, hyper), *state[1:])
@@ -190,7 +190,7 @@ def lbfgs(
 # ------------------------------------------------------------------------------ the method
 
 
-def _minimise(
+def _minimize(
     task: _Task, state: LBFGSState, x: Tensor, f: Tensor, g: Tensor, turns: int
 ) -> tuple[Tensor, LBFGSState]:
     """Minimize for one update from x, where the value is f and the gradient g."""

@@ -137,7 +137,7 @@ def _infinite_outside_domain(point: Point) -> Point:
 
 
 def _cubic_minimum(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
-    """Minimise the cubic through two values and slopes, within bounds (Nocedal & Wright, 3.59).
+    """Minimize the cubic through two values and slopes, within bounds (Nocedal & Wright, 3.59).
 
     If a value is infinite there is no cubic, and the middle is returned.
     """

@@ -4,7 +4,7 @@ import torch
 
 from fdl import optim, random
 
-# Public names that are no optimizers, nor make any.
+# Public names that are neither optimizers nor transformations.
 OTHERS = {
     *("Optimizer", "Schedule", "State", "apply_updates", "from_torch", "hyperparams"),
     *("loss_scale_of", "sam", "schedule_free_params", "schedules", "slots", "to_torch"),
