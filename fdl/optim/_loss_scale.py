@@ -150,8 +150,8 @@ def loss_scale_of(state: Tree) -> Tensor | None:
             for entry in entries
         ):
             raise ValueError(
-                f"loss_scale: at {tree.dotted(entries)!r} of the state it is not the first to see "
-                "all gradients, so that others stay scaled; put the whole chain, or all parts, "
+                f"loss_scale: at {tree.dotted(entries)!r} of the state it does not see all "
+                "gradients first, so that others stay scaled; put the whole chain, or all parts, "
                 "inside loss_scale(...)"
             )
         scale = node.scale
