@@ -22,8 +22,8 @@ class _Donated(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         raise RuntimeError(
-            "this tensor was donated to a jitted function (fdl.jit(..., donate=...)), which may "
-            "have reused its memory: use the value that the function returned instead"
+            "this tensor was donated to a jitted function (jit(..., donate_argnums=...)), which "
+            "may have reused its memory: use the value that the function returned instead"
         )
 
 
@@ -44,7 +44,7 @@ def donated_indices(args: tuple[Any, ...], positions: tuple[int, ...]) -> list[i
     """Say which leaves of the arguments are given away."""
     if not all(0 <= i < len(args) for i in positions):
         raise ValueError(
-            f"jit: donate={positions} must be positions of the {len(args)} arguments passed"
+            f"jit: donate_argnums={positions} must be positions of the {len(args)} arguments passed"
         )
     sizes = [len(flatten(arg)[0]) for arg in args]
     ends = list(accumulate(sizes))

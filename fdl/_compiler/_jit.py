@@ -84,7 +84,7 @@ def disable_jit() -> Iterator[None]:
 
 
 def jit(
-    fn: Callable[P, R], *, donate: int | Sequence[int] = (), strict: bool = False
+    fn: Callable[P, R], *, donate_argnums: int | Sequence[int] = (), strict: bool = False
 ) -> Jitted[P, R]:
     """Compile a pure function of trees of tensors; equals `fn` to rounding.
 
@@ -102,9 +102,9 @@ def jit(
     Args:
         fn: a pure function; every leaf of its arguments and its result is a tensor. Random numbers
             come from keys.
-        donate: positions of arguments whose memory the program may take: results are written right
-            there where forms agree and nothing else refers to it. Using a donated tensor afterwards
-            raises, also after a call that failed or was interrupted while the program ran.
+        donate_argnums: position or positions of arguments whose memory the program may reuse for
+            results of the same shape, dtype and device, as in `jax.jit`. Using a donated tensor
+            afterwards raises, even after a call that failed or was interrupted while running.
         strict: raise where a program would run in a slower way than this, rather than warn.
 
     Returns:
@@ -113,10 +113,10 @@ def jit(
 
     Raises:
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
-        ValueError: `donate` names an absent argument, a tensor is donated and also passed or
-            closed over, something is donated though an argument requires grad, `fn` closes over a
-            tensor that requires grad, changes in place what it has not made, keeps a tensor after
-            it returned, or draws from torch's generator (at call).
+        ValueError: `donate_argnums` is out of range, a donated tensor is also passed elsewhere or
+            closed over, something is donated although an argument requires grad, or `fn` closes
+            over a tensor that requires grad, changes a tensor in place that it did not create,
+            keeps a tensor after it returned, or draws from torch's generator (at call).
         NotImplementedError: an argument is a DTensor that requires grad (at call).
         RuntimeError: a slower way was to be taken, and `strict` (at call).
 
@@ -125,7 +125,7 @@ def jit(
     ...     double({"w": torch.ones(2)})
     {'w': tensor([2., 2.])}
     """
-    positions = (donate,) if isinstance(donate, int) else tuple(donate)
+    positions = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
     made: dict[_Key, list[_Made]] = {}  # several where what is closed over had several forms
     records: list[_Made] = []
     backwards: dict[Any, Any] = {}

@@ -148,7 +148,7 @@ def test_no_gradient_is_asked_for_where_none_is_wanted(plain_backend: None) -> N
 
 def test_what_cannot_be_differentiated_raises(plain_backend: None) -> None:
     with pytest.raises(ValueError, match="nothing can be donated where an argument requires grad"):
-        jit(lambda w: w * 2, donate=0)(leaf(3))
+        jit(lambda w: w * 2, donate_argnums=0)(leaf(3))
     w = leaf(3)
     y = jit(lambda w: (w * w).sum())(w)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def test_an_epoch_is_one_graph(gpu: StandIn) -> None:
 
 def test_donated_memory_is_written_to(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda_graphs, "LARGE", 1)  # never read in place what is given away
-    jitted, xs = jit(epoch, donate=0, strict=True), rows(gpu.device)
+    jitted, xs = jit(epoch, donate_argnums=0, strict=True), rows(gpu.device)
     state = start(gpu.device)
     expected = tree.map(torch.clone, state)
     addresses = [leaf.data_ptr() for leaf in state.values()]
@@ -168,7 +168,7 @@ def test_arguments_of_any_strides(gpu: StandIn) -> None:
 
 
 def test_programs_that_take_turns_do_not_disturb_each_other(gpu: StandIn) -> None:
-    one, two = jit(epoch, donate=0, strict=True), jit(epoch, strict=True)
+    one, two = jit(epoch, donate_argnums=0, strict=True), jit(epoch, strict=True)
     short, long = rows(gpu.device, 3), rows(gpu.device, 5)
     first, second, third = (start(gpu.device) for _ in range(3))
     expected = [tree.map(torch.clone, first), second, third]
@@ -222,7 +222,11 @@ def test_backward_runs_recorded_programs(gpu: StandIn) -> None:
 
 
 def test_a_thousand_replays_keep_no_memory(gpu: StandIn) -> None:
-    jitted, xs, state = jit(epoch, donate=0, strict=True), rows(gpu.device, 2), start(gpu.device)
+    jitted, xs, state = (
+        jit(epoch, donate_argnums=0, strict=True),
+        rows(gpu.device, 2),
+        start(gpu.device),
+    )
 
     def run(times: int) -> int:
         nonlocal state
@@ -355,7 +359,11 @@ def unrecordable(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 def test_what_cannot_be_recorded_is_run_as_it_is(
     donate: Any, gpu: StandIn, unrecordable: Callable[..., Any]
 ) -> None:
-    jitted, state, xs = jit(unrecordable, donate=donate), start(gpu.device), rows(gpu.device)
+    jitted, state, xs = (
+        jit(unrecordable, donate_argnums=donate),
+        start(gpu.device),
+        rows(gpu.device),
+    )
     expected = tree.map(torch.clone, state)
     with pytest.warns(UserWarning, match="recording a CUDA graph failed: .*one by one") as caught:
         state, metrics = jitted(state, xs)
@@ -396,7 +404,7 @@ def test_strict_raises_and_takes_nothing(
         fn = request.getfixturevalue("unrecordable")
     else:
         state["rate"] = elsewhere(gpu)
-    jitted = jit(fn, donate=0, strict=True)
+    jitted = jit(fn, donate_argnums=0, strict=True)
     for _ in range(2):
         with (
             unchanged(state, xs),

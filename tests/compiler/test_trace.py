@@ -225,11 +225,11 @@ def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: Non
 
 def test_a_closed_over_tensor_that_was_donated_raises(plain_backend: None) -> None:
     w = torch.ones(3)
-    jitted, gives = jit(lambda x: x + w), jit(lambda w: w * 2, donate=0)
+    jitted, gives = jit(lambda x: x + w), jit(lambda w: w * 2, donate_argnums=0)
     jitted(X)
     with pytest.raises(ValueError, match="donated tensor is also closed over"):
-        jit(lambda x: (x + w, w * 3), donate=0)(w)
-    kept = jit(lambda x: x + w, donate=0)
+        jit(lambda x: (x + w, w * 3), donate_argnums=0)(w)
+    kept = jit(lambda x: x + w, donate_argnums=0)
     kept(torch.zeros(3))
     with pytest.raises(ValueError, match="donated tensor is also closed over"):
         kept(w)

@@ -156,7 +156,7 @@ def an_epoch_is_one_program(mesh):
     assert report.route == ROUTES[mesh.device_type] and report.fallbacks == ()
     compiled(found[0], rows)
     assert len(compiled.report()) == 1  # of the same form
-    donating = jit(epoch, strict=True, donate=0)
+    donating = jit(epoch, strict=True, donate_argnums=0)
     after = tree.map(torch.clone, found[0])
     one, other = compiled(found[0], rows), donating(after, rows)
     equal(parallel.gather(one), other, rtol=0, atol=0)

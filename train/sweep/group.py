@@ -83,7 +83,7 @@ def make_programs(
     def evaluate(states: TrainState, dataset: Dataset, rows: Indices) -> Metrics:
         return _total(fdl.scan(lambda _, row: ((), score(states, dataset, row)), (), rows)[1])
 
-    return loop.Programs(fdl.jit(chunk, donate=0), fdl.jit(evaluate))
+    return loop.Programs(fdl.jit(chunk, donate_argnums=0), fdl.jit(evaluate))
 
 
 def _total(metrics: Metrics) -> Metrics:
