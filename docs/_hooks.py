@@ -38,7 +38,7 @@ def documented() -> dict[str, ModuleType]:
 GROUPS = {
     "fdl": {
         "Training": "TrainState supervised train_step eval_step",
-        "Compiling": "jit scan disable_jit",
+        "Compiling": "jit scan map disable_jit Jitted Report",
         "Precision": "Policy with_policy",
         "Files": "save load inspect load_torch save_torch Checkpointer",
         "Modules": "nn losses metrics optim data random tree transforms population parallel"

@@ -90,10 +90,8 @@ def scan(
         new, y = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
         return _hide(new) if has_none else new, _hide(y)
 
-    for name, part in [("init", init), ("xs", xs)]:
-        check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
-    _check_whole(xs, "xs")
-    length = _scan_length(xs, length)
+    check_tensors(tree.leaves(init), init, "scan: every leaf of init")
+    length = _check_xs("scan", xs, length)
     carry, ys = _way(length)(step, init, xs, length)
     return _show(carry), _show(ys)
 
@@ -109,15 +107,17 @@ def _way(length: int) -> Callable[..., tuple[Tree, Tree]]:
     return _scan_traced if is_tracing() and length > 1 else _scan_as_loop
 
 
-def _scan_length(xs: Tree, length: int | None) -> int:
+def _check_xs(caller: str, xs: Tree, length: int | None = None) -> int:
+    """Check that `xs` are tensors with one common first axis, and return its length."""
+    check_tensors(tree.leaves(xs), xs, f"{caller}: every leaf of xs")
+    _check_whole(caller, xs, "xs")
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tree.leaves(xs)}
     if length is not None:
         lengths.add(length)
     if len(lengths) != 1 or None in lengths:
         found = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(xs).items()}
-        raise ValueError(
-            f"scan: xs needs one common first axis (length={length}), got shapes {found}"
-        )
+        given = "" if length is None else f" (length={length})"
+        raise ValueError(f"{caller}: xs needs one common first axis{given}, got shapes {found}")
     return cast(int, lengths.pop())
 
 

@@ -37,12 +37,12 @@ def _checked_carry(init: Tree, carry: Tree) -> Tree:
     return pytree.tree_unflatten(found, pytree.tree_structure(init))
 
 
-def _check_whole(part: Tree, name: str) -> None:
+def _check_whole(caller: str, part: Tree, name: str) -> None:
     spread = [path for path, leaf in tree.flatten_dict(part).items() if is_spread(leaf)]
     if spread:
         raise TypeError(
-            f"scan: {name} must be whole, got leaves spread over processes: {', '.join(spread)}; "
-            "gather them (fdl.parallel.gather), or keep them in the carry"
+            f"{caller}: {name} must not be sharded, got DTensors at {', '.join(spread)}; gather "
+            "them (fdl.parallel.gather) or keep them in the carry"
         )
 
 
@@ -56,7 +56,7 @@ def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> t
         new, y = f(carry, _row(xs, i))
         carry = _checked_carry(init, new)
         check_tensors(tree.leaves(y), y, "scan: every leaf of y")
-        _check_whole(y, "y")
+        _check_whole("scan", y, "y")
         ys.append(y)
     return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
 

@@ -34,7 +34,7 @@ def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tu
         new, y = f(carry, unflatten(leaves[n:], x_spec))
         ys, y_spec = flatten(y)
         check_tensors(ys, y, "scan: every leaf of y")
-        _check_whole(y, "y")
+        _check_whole("scan", y, "y")
         y_specs.append(y_spec)
         return [*flatten(_checked_carry(init, new))[0], *ys]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from fdl.transforms._checkpoint import checkpoint, stop_gradient
 from fdl.transforms._curvature import gnvp, hessian, hutchinson_trace, hvp
 from fdl.transforms._per_sample import clipped_grad_sum, per_sample_grads, per_sample_norms
+from fdl.transforms._sequential import sequential_vmap
 
 __all__ = [
     "checkpoint",
@@ -20,5 +21,6 @@ __all__ = [
     "hvp",
     "per_sample_grads",
     "per_sample_norms",
+    "sequential_vmap",
     "stop_gradient",
 ]

@@ -13,9 +13,10 @@ from torch.func import grad, jvp, vjp, vmap
 
 from fdl import random, tree
 from fdl._checks import check_positive
+from fdl._compiler._map import map_batches
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
-from fdl.transforms._chunks import check_chunk, check_scalar, in_chunks
+from fdl.transforms._checks import check_chunk, check_scalar
 from fdl.transforms._second_order import written_out
 from fdl.tree import Tree
 
@@ -122,7 +123,7 @@ def hutchinson_trace(
         products = tree.map(lambda a, b: (a * b).sum(), z, image)
         return torch.stack(tree.leaves(products)).sum()
 
-    return in_chunks(vmap(one), torch.arange(samples, device=key.device), chunk).mean()
+    return map_batches(vmap(one), torch.arange(samples, device=key.device), chunk).mean()
 
 
 def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[Tree], Tree]:
@@ -159,7 +160,7 @@ def hessian(f: Callable[[Tree], Tensor], chunk: int | None = None) -> Callable[[
             ]
             return cast(Any, vjp(grad(scalar), params)[1])(pytree.tree_unflatten(unit, spec))[0]
 
-        rows = in_chunks(vmap(row), numbers, chunk)
+        rows = map_batches(vmap(row), numbers, chunk)
         blocks_of = [
             tree.map(
                 lambda r, p=p, a=a, b=b: r[a:b].unflatten(0, p.shape) if p.ndim else r[a], rows

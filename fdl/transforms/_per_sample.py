@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import random, tree
+from fdl._compiler._map import map_batches, split_batches
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits, is_visible, keep, row_norms
 from fdl._training._supervised import takes_buffers
 from fdl.data import Batch
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
-from fdl.transforms._chunks import check_chunk, check_scalar, cut, in_chunks
+from fdl.transforms._checks import check_chunk, check_scalar
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -58,7 +59,7 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
         def some(rows: Tree) -> Tree:
             return tree.map(lambda g: _of_those_that_count(rows, g), one(params, rows))
 
-        return in_chunks(some, rows, chunk)
+        return map_batches(some, rows, chunk)
 
     return grads
 
@@ -89,7 +90,7 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
             wide = functools.reduce(torch.promote_types, map(at_least_32_bits, tree.leaves(grads)))
             return _of_those_that_count(rows, row_norms(grads).to(wide))
 
-        return in_chunks(some, rows, chunk)
+        return map_batches(some, rows, chunk)
 
     return norms
 
@@ -151,7 +152,7 @@ def clipped_grad_sum(
             def add(sums: Tree, some: Any) -> tuple[Tree, Tree]:
                 return tree.map(torch.add, sums, summed(params, *some)), ()
 
-            sums = scan(add, zeros, cut(rows, chunk))[0]
+            sums = scan(add, zeros, split_batches(rows, min(chunk, len(first))))[0]
         return tree.map(lambda g, p: g.to(p.dtype), sums, params)
 
     return total

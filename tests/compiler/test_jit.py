@@ -301,7 +301,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lengths": (
         lambda: scan(lambda c, x: (c, ()), ONE, {"a": X, "b": X[:2]}),
         ValueError,
-        r"one common first axis .*'a': \[4, 3\], 'b': \[2, 3\]",
+        r"one common first axis, got.*'a': \[4, 3\], 'b': \[2, 3\]",
     ),
     "length": (
         lambda: scan(lambda c, x: (c, ()), ONE, X, length=3),

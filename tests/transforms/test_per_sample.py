@@ -158,7 +158,7 @@ def test_errors(make):
         make(loss, 2.0)
     with pytest.raises(TypeError, match="the loss has buffers"):
         make(lambda params, buffers, batch, key: None)
-    with pytest.raises(ValueError, match=r"loss must give a scalar, a 0-d tensor, got \[1\]"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar, a 0-d tensor, got \[1\]"):
         make(lambda p, b: p["0"]["bias"][:1])(params, batch)
     with pytest.raises(ValueError, match=r"0\.weight: int"):
         make(loss)({"0": {"weight": 3}}, batch)

@@ -325,13 +325,15 @@ AT_ZERO = {
     "transforms.hvp": lambda p: hvp(lambda p: flat(OUTPUT(p)), p, p),
     "transforms.per_sample_grads": lambda p: transforms.per_sample_grads(loss_of)(p, BATCH),
     "transforms.per_sample_norms": lambda p: transforms.per_sample_norms(loss_of)(p, BATCH),
+    "transforms.sequential_vmap": lambda p: transforms.sequential_vmap(
+        lambda p: OUTPUT(p).square()
+    )(TWO(p)),
     "transforms.stop_gradient": lambda p: tree.map(torch.mul, p, transforms.stop_gradient(p)),
     "population.best": lambda p: population.best(TWO(p), torch.tensor([1.0, 0.0])),
     "population.create": None,  # draws; nothing floating goes in but rates
     "population.ensemble": lambda p: population.ensemble(
         lambda p, x: x @ p["w"].outer(p["w"]), TWO(p), BATCH[0]
     ),
-    "population.in_turn": lambda p: population.in_turn(lambda p: OUTPUT(p).square())(TWO(p)),
     "population.member": lambda p: population.member(TWO(p), 1),
     "population.size": None,  # counts
 }
