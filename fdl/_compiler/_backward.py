@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdl._compiler._settings import Ambient, under
+from fdl._compiler._settings import Settings, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl.tree import Tree
 
@@ -16,7 +16,7 @@ Pullback = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
 def pullback(
-    fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int], state: Ambient
+    fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int], state: Settings
 ) -> Pullback:
     """Make the pure function from arguments and cotangents to gradients.
 
@@ -30,7 +30,7 @@ def pullback(
             for i, leaf in zip(wanted, chosen, strict=True):
                 whole[i] = leaf
             args, kwargs = unflatten(whole, spec)
-            with under(state):
+            with use_settings(state):
                 result = fn(*args, **kwargs)
             return _differentiable(flatten(result)[0])
 

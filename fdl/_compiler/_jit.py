@@ -19,7 +19,7 @@ from fdl._compiler._closure import Sources
 from fdl._compiler._donation import donated_indices, give_away, own_memory, take_back
 from fdl._compiler._inductor import kernels_written
 from fdl._compiler._routes import Program, Refused, Route, build
-from fdl._compiler._settings import Ambient, ambient, are_watched, changes, has_grad
+from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, form, paths
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
@@ -27,7 +27,7 @@ from fdl.tree._checks import check_tensors
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
-_Key = tuple[Hashable, tuple[Any, ...], Ambient]  # structure, forms of leaves, settings
+_Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, forms of leaves, settings
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
@@ -138,7 +138,7 @@ def jit(
             return fn(*args, **kwargs)
         leaves, spec = flatten((args, kwargs))
         _check_arguments(fn, leaves, args, kwargs)
-        state = ambient()
+        state = current_settings()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return with_backward(leaves, spec, state)
         if not positions:
@@ -148,7 +148,7 @@ def jit(
         return run(leaves, spec, state, donated_in[spec])
 
     def run(
-        leaves: list[Tensor], spec: Hashable, state: Ambient, donated: Sequence[int] = ()
+        leaves: list[Tensor], spec: Hashable, state: Settings, donated: Sequence[int] = ()
     ) -> Any:
         given = [leaves[i] for i in donated]
         own_memory(leaves, donated)
@@ -179,7 +179,7 @@ def jit(
         records.append(record)
         return result
 
-    def with_backward(leaves: list[Tensor], spec: Hashable, state: Ambient) -> Any:
+    def with_backward(leaves: list[Tensor], spec: Hashable, state: Settings) -> Any:
         if positions:
             raise ValueError(
                 "jit: nothing can be donated where an argument requires grad, since backward() "
@@ -292,7 +292,7 @@ def _describe(form: tuple[Any, ...]) -> str:
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return off or is_tracing() or in_transform() or forward_mode or are_watched()
+    return off or is_tracing() or in_transform() or forward_mode or has_active_mode()
 
 
 def _check_arguments(

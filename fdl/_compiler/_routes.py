@@ -16,7 +16,7 @@ from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._donation import find_homes
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._inductor import Compiled
-from fdl._compiler._settings import ambient, is_plain, plainly, under
+from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import Traced, trace, unshared
 from fdl.tree import Tree
@@ -68,7 +68,7 @@ def build(
     route: Route,
 ) -> Program:
     """Make the program of `fn` for one form of arguments."""
-    state = ambient()
+    state = current_settings()
     eager = Program(_eagerly(fn, spec))
     try:
         traced = trace(fn, leaves, spec)
@@ -80,18 +80,20 @@ def build(
         return eager
 
     def again() -> Traced:  # for when the first graph was written to
-        with under(state):
+        with use_settings(state):
             return trace(fn, leaves, spec)
 
     homes = find_homes(leaves, donated, traced.results)
-    with nullcontext() if is_plain(state) else plainly():
+    with nullcontext() if is_plain(state) else as_written():
         if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
             program = _for_cuda(traced, again, leaves, homes, route)
         else:
             program = _for_cpu(traced, again, eager, homes, route)
     if is_plain(state) or route.name == "eager":
         return program
-    return program._replace(run=plainly()(program.run))  # what was to be cast is cast by the graph
+    return program._replace(
+        run=as_written()(program.run)
+    )  # what was to be cast is cast by the graph
 
 
 def _for_cpu(

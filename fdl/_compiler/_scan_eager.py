@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -38,7 +38,7 @@ def _checked_carry(init: Tree, carry: Tree) -> Tree:
 
 
 def _check_whole(caller: str, part: Tree, name: str) -> None:
-    spread = [path for path, leaf in tree.flatten_dict(part).items() if is_spread(leaf)]
+    spread = [path for path, leaf in tree.flatten_dict(part).items() if is_dtensor(leaf)]
     if spread:
         raise TypeError(
             f"{caller}: {name} must not be sharded, got DTensors at {', '.join(spread)}; gather "
@@ -47,7 +47,7 @@ def _check_whole(caller: str, part: Tree, name: str) -> None:
 
 
 def _placements(leaf: Any) -> Any:
-    return leaf.placements if is_spread(leaf) else None
+    return leaf.placements if is_dtensor(leaf) else None
 
 
 def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-Ambient = tuple[Any, ...]  # one value for each of SETTINGS
+Settings = tuple[Any, ...]  # one value for each of SETTINGS
 
 _C: Any = torch._C
 _precision = _C._get_fp32_precision_getter  # the older getters raise where both ways were used
@@ -61,25 +61,25 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 _READERS = tuple(SETTINGS.values())
 
 
-def ambient() -> Ambient:
+def current_settings() -> Settings:
     """Return the state of all settings; equal states compute equal values.
 
-    >>> before = ambient()
+    >>> before = current_settings()
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     ambient() == before
+    ...     current_settings() == before
     False
-    >>> ambient() == before
+    >>> current_settings() == before
     True
     """
     return tuple([read() for read in _READERS])
 
 
-def changes(new: Ambient, old: Ambient) -> list[str]:
+def changes(new: Settings, old: Settings) -> list[str]:
     """Say which settings differ.
 
-    >>> before = ambient()
+    >>> before = current_settings()
     >>> with torch.no_grad():
-    ...     changes(ambient(), before)
+    ...     changes(current_settings(), before)
     ['gradients: False, was True']
     """
     rows = zip(SETTINGS, new, old, strict=True)
@@ -87,16 +87,16 @@ def changes(new: Ambient, old: Ambient) -> list[str]:
 
 
 @contextmanager
-def under(state: Ambient) -> Iterator[None]:
+def use_settings(state: Settings) -> Iterator[None]:
     """Run a function again under the dtypes and the device of an earlier state.
 
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     state = ambient()
-    >>> with under(state):
+    ...     state = current_settings()
+    >>> with use_settings(state):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.bfloat16
     """
-    device, autocast, dtype, *_ = now = ambient()
+    device, autocast, dtype, *_ = now = current_settings()
     if state[:3] == now[:3]:
         yield
         return
@@ -113,36 +113,36 @@ def under(state: Ambient) -> Iterator[None]:
         yield
 
 
-def has_grad(state: Ambient) -> bool:
+def has_grad(state: Settings) -> bool:
     """Say whether autograd records in a state.
 
-    >>> has_grad(ambient())
+    >>> has_grad(current_settings())
     True
     """
     return cast(bool, state[3])
 
 
-def is_plain(state: Ambient) -> bool:
+def is_plain(state: Settings) -> bool:
     """Say whether neither autocast nor a default device changes what operations do."""
     device, autocast, *_ = state
     return device is None and not any(on for on, _ in autocast)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def as_written() -> Iterator[None]:
     """Run operations as they are written: without autocast, on the device that they name."""
     with _C._DisableAutocast(), torch.device("cpu"):
         yield
 
 
-def are_watched() -> bool:
+def has_active_mode() -> bool:
     """Say whether a mode is active that wants to see every operation, as FlopCounterMode does.
 
     >>> from torch.utils.flop_counter import FlopCounterMode
     >>> with FlopCounterMode(display=False):
-    ...     are_watched()
+    ...     has_active_mode()
     True
-    >>> are_watched()
+    >>> has_active_mode()
     False
     """
     if _C._len_torch_dispatch_stack():

@@ -13,7 +13,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl._dtensor import Spread, apart, is_spread, together
+from fdl._dtensor import DTensorSpec, from_local, is_dtensor, to_local
 from fdl.tree import Tree, dotted
 
 LEAF = None
@@ -43,8 +43,8 @@ def _flatten(tree: Tree, leaves: list[Any]) -> Hashable:
         return kind, len(tree), *[_flatten(part, leaves) for part in tree]
     if tree is None:
         return NONE
-    if is_spread(tree):
-        part, how = apart(tree)
+    if is_dtensor(tree):
+        part, how = to_local(tree)
         leaves.append(part)
         return how
     more, spec = pytree.tree_flatten(tree)
@@ -58,23 +58,24 @@ def unflatten(leaves: Iterable[Any], structure: Hashable) -> Tree:
     >>> unflatten(*flatten({"a": [1, 2], "b": ()}))
     {'a': [1, 2], 'b': ()}
     """
-    return _unflatten(iter(leaves), structure, together)
+    return _unflatten(iter(leaves), structure, from_local)
 
 
 def _unflatten(
-    leaves: Iterator[Any], structure: Any, together: Callable[[Any, Spread], Any]
+    leaves: Iterator[Any], structure: Any, from_local: Callable[[Any, DTensorSpec], Any]
 ) -> Tree:
     if structure is LEAF:
         return next(leaves)
-    if type(structure) is Spread:
-        return together(next(leaves), structure)
+    if type(structure) is DTensorSpec:
+        return from_local(next(leaves), structure)
     if type(structure) is not tuple:
         return pytree.tree_unflatten([next(leaves) for _ in range(structure.num_leaves)], structure)
     if structure == NONE:
         return None
     kind, keys, *children = structure
     parts = [
-        next(leaves) if child is LEAF else _unflatten(leaves, child, together) for child in children
+        next(leaves) if child is LEAF else _unflatten(leaves, child, from_local)
+        for child in children
     ]
     if kind is dict:
         return dict(zip(keys, parts, strict=True))

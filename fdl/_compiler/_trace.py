@@ -36,10 +36,10 @@ from fdl._compiler._graph import (
 )
 from fdl._compiler._indices import checked
 from fdl._compiler._purity import Watch, check_draw
-from fdl._compiler._settings import plainly
+from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, unflatten
 from fdl._compiler._user_lines import line_of, line_text
-from fdl._dtensor import are_spread
+from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
 
 
@@ -68,7 +68,7 @@ class _Tracing(TorchDispatchMode):
         return self.fakes[id(leaf)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if are_spread(types):
+        if any_dtensor_type(types):
             return NotImplemented  # come back with the parts of which it is made
         kwargs = kwargs or {}
         check_draw(func, args, kwargs)
@@ -173,7 +173,7 @@ def trace_flat(
     constants = _lift(graph)
     if any(_is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        with plainly():  # what was to be cast is cast by the graph
+        with as_written():  # what was to be cast is cast by the graph
             graph = make_fx(pure, decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from fdl import tree
-from fdl._compiler._settings import ambient, under
+from fdl._compiler._settings import current_settings, use_settings
 from fdl.optim._base import check_floating
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -73,7 +73,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
                 f"checkpoint: the function closes over {', '.join(tracked)}, which is "
                 "differentiated by; the gradient would be lost: make it an argument"
             )
-        state = ambient()
+        state = current_settings()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors.sort(key=lambda i: not leaves[i].is_floating_point())
@@ -85,7 +85,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             for i, leaf in zip(tensors, given, strict=True):
                 whole[i] = leaf
             args, kwargs = pytree.tree_unflatten(whole, spec)
-            with under(state):
+            with use_settings(state):
                 result = f(*args, **kwargs)
             check_floating(result, "checkpoint: the result")
             found, made[:] = tree.leaves(result), [pytree.tree_structure(result)]

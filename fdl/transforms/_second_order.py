@@ -61,13 +61,13 @@ def _cdist(
     Under `vmap` the kernel's derivative is wrong where only its cotangent is batched, as it is for
     the rows of a Jacobian; it has none forwards.
     """
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return torch.cdist(x1, x2, p, compute_mode)
     return _length(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
 
 
 def _pdist(mode: Any, input: Tensor, p: float = 2.0) -> Tensor:
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return torch.pdist(input, p)
     one, other = torch.triu_indices(len(input), len(input), 1, device=input.device)
     return _length(input[one] - input[other], p)
@@ -105,7 +105,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

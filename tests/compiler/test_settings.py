@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdl import jit, scan, transforms, tree
-from fdl._compiler._settings import SETTINGS, ambient, under
+from fdl._compiler._settings import SETTINGS, current_settings, use_settings
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def test_each_setting_is_seen_by_a_function_that_reads_it(name: str, plain_backe
             assert jitted(x).tolist() == [float(other)] * 2
     assert len(jitted.report()) == 2
     assert f"{name}: " in jitted.report()[1].why
-    assert ambient()[list(SETTINGS).index(name)] == before
+    assert current_settings()[list(SETTINGS).index(name)] == before
 
 
 def both() -> Any:
@@ -155,14 +155,14 @@ def assert_same(got: Any, expected: Any, rough: bool = False) -> None:
 def test_states_in_any_order_equal_eager(
     way: str, state: str, plain_backend: None, count_programs
 ) -> None:
-    before = ambient()
+    before = current_settings()
     for order in ("plain", state, "plain", state), (state, "plain", state):
         jitted, graphs = jit(WAYS[way]), count_programs()
         for now in order:
             with STATES[now]():
                 assert_same(jitted(W, X), WAYS[way](W, X))
         assert graphs.count() == 2
-    assert ambient() == before
+    assert current_settings() == before
 
 
 def test_states_in_any_order_compiled() -> None:
@@ -229,18 +229,18 @@ def test_under_sets_what_was_and_puts_back_what_is() -> None:
     states = {}
     for name, state in STATES.items():
         with state():
-            states[name] = ambient()
+            states[name] = current_settings()
     for now in STATES:
         with STATES[now]():
             for name, state in states.items():
-                with under(state):
-                    assert ambient()[:3] == state[:3]
+                with use_settings(state):
+                    assert current_settings()[:3] == state[:3]
                     with STATES[name]():
                         expected = made(W, X) if name != "meta" else None
                 if expected is not None:
-                    with under(state):
+                    with use_settings(state):
                         assert_same(made(W, X), expected)
-                assert ambient() == states[now]
+                assert current_settings() == states[now]
 
 
 class Counting(TorchFunctionMode):

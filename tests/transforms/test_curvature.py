@@ -197,7 +197,9 @@ def test_errors():
             product(f, params, tree.cast(v, torch.float32))
         with pytest.raises(ValueError, match="w: float"):
             product(f, {"w": 1.0}, {"w": 1.0})
-    with pytest.raises(ValueError, match=r"hvp: f must return a scalar, a 0-d tensor, got \[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"hvp: f must return a scalar, a 0-d tensor, got \[4, 3\]"
+    ):
         hvp(predict, params, v)
     with pytest.raises(ValueError, match=r"gnvp: loss must return a scalar.*got \[4, 3\]"):
         gnvp(predict, lambda z: z, params, v)
