@@ -105,7 +105,7 @@ def sum_to_shards(summand: Tensor, like: Any) -> Any:
 
 
 def redistribute_like(after: T, before: Tree) -> T:
-    """Give each leaf the placement of the leaf at its path in `before`; operations may change it."""
+    """Give each leaf the placement that the leaf at its path has in `before`."""
 
     def place(new: Any, old: Any) -> Any:
         if not is_dtensor(new):

@@ -1,8 +1,8 @@
-"""Transformations of functions that torch.func has no name for.
+"""Function transformations beyond those of torch.func.
 
-Gradients of single examples, products with curvature matrices that are never written down, and
-`checkpoint`, which trades time for memory. Like those of torch.func they take pure functions of
-trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
+Gradients of single examples, products with curvature matrices that are never formed, `checkpoint`,
+which trades time for memory, and `sequential_vmap`. Like those of torch.func they take pure
+functions of trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
 """
 
 from __future__ import annotations

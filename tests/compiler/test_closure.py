@@ -384,7 +384,7 @@ def test_forms_take_turns_without_being_traced_again() -> None:
         assert jitted(X).shape == (2, 3)
     assert [r.why for r in jitted.report()] == [
         "the first call",
-        "what the function closes over has another form",
+        "the closed-over tensors have another signature",
     ]
 
 
@@ -415,9 +415,7 @@ def test_the_report_names_what_no_name_leads_to() -> None:
     jitted = jit(lambda x: x * next(hidden))
     jitted(X)
     (report,) = jitted.report()
-    assert report.closed_over == (
-        "float32[3], which no name leads to: always that of the first call",
-    )
+    assert report.closed_over == ("float32[3], without a name: fixed at the first call",)
 
 
 def test_python_numbers_are_decided_once_per_program() -> None:

@@ -213,7 +213,7 @@ def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -
 def test_tiny_steps_are_written_one_after_the_other(
     length: int, plain_backend: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    monkeypatch.setattr(_scan, "MAX_UNROLL", 10)
     init, xs = inputs()
     xs = {"a": torch.arange(3.0 * length).view(length, 3), "b": torch.arange(1.0 * length)}
     for name in ("several", "no y", "no carry", "y is x, carry is constant", "closed over"):
@@ -221,7 +221,7 @@ def test_tiny_steps_are_written_one_after_the_other(
 
 
 def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    monkeypatch.setattr(_scan, "MAX_UNROLL", 10)
     init, xs = inputs()
     xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
     fn = jit(SCANS["several"], strict=True)
@@ -286,7 +286,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shape": (
         lambda: scan(lambda c, x: ([x, c[1]], ()), [ONE, ONE], X),
         ValueError,
-        r"of the form it was given:\n  0: expected float32\[\], got float32\[3\]",
+        r"keep the .* dtypes of the carry:\n  0: expected float32\[\], got float32\[3\]",
     ),
     "missing": (
         lambda: scan(lambda c, x: ({"a": c["a"]}, ()), {"a": ONE, "b": ONE}, X),
@@ -313,7 +313,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no steps, another carry": (
         lambda: scan(lambda c, x: (x, ()), ONE, X[:0]),
         ValueError,
-        r"of the form it was given:\n  : expected float32\[\], got float32\[3\]",
+        r"keep the .* dtypes of the carry:\n  : expected float32\[\], got float32\[3\]",
     ),
     "init": (
         lambda: scan(lambda c, x: (c, ()), {"a": {"n": 1}}, X),

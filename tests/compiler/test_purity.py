@@ -285,7 +285,7 @@ def test_none_is_a_tree_without_leaves() -> None:
     jitted = jit(lambda x, mask: (x if mask is None else x * mask, None))
     assert torch.equal(jitted(X, None)[0], X) and jitted(X, None)[1] is None
     assert torch.equal(jitted(X, X)[0], X * X)
-    assert [r.why for r in jitted.report()][1:] == ["another structure of the arguments"]
+    assert [r.why for r in jitted.report()][1:] == ["the arguments have another structure"]
 
 
 # ------------------------------------------------------------------------------------------ values

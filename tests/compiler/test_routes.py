@@ -218,8 +218,8 @@ def test_report_says_why_each_program_was_made(plain_backend: None) -> None:
         "0.0.w: float64[4], strides [1], cpu, was float32[4], strides [1], cpu; "
         "0.1: float32[1], strides [1], cpu, was float32[], strides [], cpu",
         "0.0.w: float64[4], strides [2], cpu, was float64[4], strides [1], cpu",
-        "another structure of the arguments",
-        "another structure of the arguments",
+        "the arguments have another structure",
+        "the arguments have another structure",
         f"threads: {threads + 1}, was {threads}",
     ]
 

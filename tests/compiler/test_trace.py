@@ -219,7 +219,7 @@ def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: Non
     assert jitted(torch.tensor(2.0)) == 10
     assert [r.why for r in jitted.report()] == [
         "the first call",
-        "what the function closes over has another form",
+        "the closed-over tensors have another signature",
     ]
 
 
@@ -282,7 +282,7 @@ IMPURE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "row": (
         lambda x: scan(lambda c, row: (c + row.mul_(2), ()), x[0], x),
-        "changes the row of xs that a scan is at in place",
+        "changes the row of xs in a scan in place",
     ),
     "closed over in a body": (
         lambda x: scan(lambda c, row: (c + CLOSED.mul_(row), ()), x[0], x),
