@@ -1,4 +1,4 @@
-"""`jit`, `scan` and `map`; README.md beside this file shows the path of a call."""
+"""`jit`, `scan` and `map`; README.md shows the path of a call."""
 
 from __future__ import annotations
 
