@@ -14,6 +14,7 @@ from torch.func import functional_call, grad
 
 import fdl
 from fdl import disable_jit, jit, losses, nn, optim, scan
+from fdl._compiler._closure import closed_over_tensors
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -284,6 +285,13 @@ def a_jitted_function_inside() -> Case:
     params = {"w": torch.ones(3)}
     inner = jit(lambda x: x * params["w"])
     return lambda x: inner(x) + 1, lambda new: params.update(w=new)
+
+
+def test_a_jitted_function_is_followed_to_its_original_and_not_into_its_programs() -> None:
+    params = {"w": torch.ones(3)}
+    inner = jit(lambda x: x * params["w"])
+    inner(torch.ones(3))
+    assert [name for name, _ in closed_over_tensors(lambda x: inner(x))] == ["inner.params.w"]
 
 
 @case

@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 
 from fdl import interop, jit, nn, random, scan, tree
 from fdl._compiler._purity import check_draw
+from fdl._compiler._user_lines import is_user_code
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -82,6 +83,23 @@ DRAWS: dict[str, Callable[[Tensor], Any]] = {
     "distribution": lambda x: torch.distributions.Gamma(x, x, validate_args=False).sample(),
     "rsample": lambda x: torch.distributions.Normal(x, x, validate_args=False).rsample(),
 }
+
+
+@pytest.mark.parametrize(
+    "fn, expected",
+    [
+        (lambda: 0, True),
+        (pytest.raises, True),
+        (nn.linear, False),
+        (check_draw, False),
+        (F.dropout, False),
+        (functools.wraps, False),
+    ],
+)
+def test_user_code_is_neither_fdl_nor_torch_nor_the_standard_library(
+    fn: Callable[..., Any], expected: bool
+) -> None:
+    assert is_user_code(fn.__code__) is expected
 
 
 @pytest.mark.parametrize("name", DRAWS)
