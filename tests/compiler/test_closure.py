@@ -1,4 +1,4 @@
-"""What a jitted function closes over is what its names mean at each call, however it finds it."""
+"""Closed-over tensors are read by name at each call, whatever the path to them."""
 
 import functools
 import types
@@ -25,7 +25,7 @@ MODULE = types.ModuleType("settings")
 
 
 class Layer:
-    """Something with state in every place that a class has."""
+    """A class with state in every place where a class can have some."""
 
     shared: ClassVar[Tensor] = torch.ones(3)
     __slots__ = ("__dict__", "slot")
@@ -371,7 +371,7 @@ def test_names_mean_at_each_call_what_they_mean_eagerly(
     assert all("which no name leads to" not in text for text in jitted.report()[0].closed_over)
 
 
-def test_another_tensor_of_the_same_form_is_read_by_the_same_program() -> None:
+def test_another_tensor_of_the_same_signature_is_read_by_the_same_program() -> None:
     params = {"w": torch.ones(3), "deep": [torch.ones(3)]}
     jitted = jit(lambda x: x * params["w"] + params["deep"][0])
     for i in range(4):
@@ -381,7 +381,7 @@ def test_another_tensor_of_the_same_form_is_read_by_the_same_program() -> None:
     assert set(report.closed_over) == {"params.w", "params.deep.0"}
 
 
-def test_forms_take_turns_without_being_traced_again() -> None:
+def test_alternating_signatures_are_not_traced_again() -> None:
     small, large = torch.ones(3), torch.ones(2, 3)
     w = small
     jitted = jit(lambda x: x * w)
@@ -408,7 +408,7 @@ def test_a_name_that_is_gone_raises_as_it_does_eagerly() -> None:
 
 
 def test_globals_of_code_without_a_file_are_read() -> None:
-    """That of `python -c`, of notebooks and of the pages of the documentation."""
+    """As with `python -c`, in notebooks and on the pages of the documentation."""
     for file in ("<string>", "<stdin>", "<ipython-input-1>", "/tmp/ipykernel_1/1.py"):
         names: dict[str, Any] = {"w": torch.ones(3)}
         exec(compile("def f(x): return x * w", file, "exec"), names)
@@ -418,7 +418,7 @@ def test_globals_of_code_without_a_file_are_read() -> None:
             assert torch.equal(jitted(X), X * factor)
 
 
-def test_the_report_names_what_no_name_leads_to() -> None:
+def test_the_report_lists_tensors_without_a_name() -> None:
     hidden = iter([torch.ones(3), torch.ones(3)])
     jitted = jit(lambda x: x * next(hidden))
     jitted(X)
@@ -427,7 +427,7 @@ def test_the_report_names_what_no_name_leads_to() -> None:
 
 
 def test_python_numbers_are_decided_once_per_program() -> None:
-    """As with `jax.jit`: what is to change is a tensor."""
+    """As with `jax.jit`: use a tensor for what changes."""
     factor = 2.0
     jitted = jit(lambda x: x * factor)
     jitted(X)

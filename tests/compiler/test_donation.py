@@ -1,4 +1,4 @@
-"""Who owns the memory of what goes into a jitted function and comes out of it."""
+"""Memory of the arguments and results of jitted functions: donation, copies, interruptions."""
 
 import _thread
 import threading
@@ -26,7 +26,7 @@ def test_donated_tensors_are_gone_and_others_stay(plain_backend: None) -> None:
             use()
     assert torch.equal(view, torch.zeros(2))
     assert torch.equal(x, torch.ones(3)) and torch.equal(same, x)
-    state, _ = fn(state, x)  # what came back is as good as new
+    state, _ = fn(state, x)  # results can be donated again
     assert torch.equal(state["w"], torch.full((3,), 2.0)) and state["n"] == 1
 
 
@@ -35,7 +35,7 @@ def addresses(state: Any) -> list[int]:
 
 
 def test_results_are_written_where_the_donated_tensors_were() -> None:
-    """Swapped, passed through, of two forms, by Inductor: never a result that reads a new value."""
+    """Swapped, passed through, of two dtypes, by Inductor: no result reads an overwritten value."""
     fn = jit(
         lambda s, x: {"a": s["b"] + x, "b": s["a"] * s["b"], "c": s["c"], "n": s["n"] + 1},
         donate_argnums=0,
@@ -52,14 +52,14 @@ def test_results_are_written_where_the_donated_tensors_were() -> None:
 
 
 def mapped(w: Tensor, path: Any) -> Any:
-    """Let a tensor take its memory from a file; return the file's view of it."""
+    """Map a tensor to a file; return the file's view of it."""
     np.zeros(len(w), dtype=np.float32).tofile(path)
     w.data = torch.from_file(str(path), shared=True, size=len(w))
     return np.memmap(path, dtype=np.float32, mode="r")
 
 
 def shared(w: Tensor, _: Any) -> Any:
-    """Move a tensor to memory that other processes see; return what one of them would."""
+    """Move a tensor to shared memory; return the view that another process would have."""
     w.share_memory_()
     return torch.tensor([]).set_(torch.UntypedStorage._new_shared_filename_cpu(*handle(w)))
 
@@ -137,7 +137,7 @@ def test_memory_that_nobody_sees_any_more_is_reused(plain_backend: None) -> None
 
 
 class Stopped(BaseException):
-    """As KeyboardInterrupt, which tests had better not send."""
+    """Like KeyboardInterrupt, which would stop the tests."""
 
 
 @pytest.mark.parametrize("fits", [True, False], ids=["written", "not written"])
@@ -174,7 +174,7 @@ def test_an_interrupted_call_leaves_the_old_values_or_none(
 
 
 def test_ctrl_c_in_a_long_program(plain_backend: None) -> None:
-    """In earnest: the signal arrives while operations run, and is raised between two of them."""
+    """With a real signal, which arrives while operations run and is raised between two of them."""
 
     def interrupting(w: Tensor) -> Tensor:
         for _ in range(20):
@@ -197,7 +197,7 @@ def test_ctrl_c_in_a_long_program(plain_backend: None) -> None:
 
 
 def test_what_fails_while_it_runs_has_taken_its_arguments(plain_backend: None) -> None:
-    """An index out of range, say: the memory may have been written to by then."""
+    """As with an index out of range: the memory may already have been written to."""
     fn = jit(lambda w, i: w + w[i].sum(), donate_argnums=0)
     w = fn(torch.zeros(4), torch.tensor([0]))
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""`jit` and `scan`: equal to plain Python on every route, one compilation, clean errors."""
+"""`jit` and `scan` equal plain Python on every route, compile once, and raise clear errors."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 # ------------------------------------------------------------------------------------ the basics
 
 
-def test_jit_takes_and_gives_trees() -> None:
+def test_jit_takes_and_returns_trees() -> None:
     def fn(pair: Pair, *, more: dict[str, Tensor]) -> dict[str, Any]:
         first, second = pair.right
         return {
@@ -210,7 +210,7 @@ def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -
 
 
 @pytest.mark.parametrize("length", [4, 11, 12, 30], ids=["written out", "prime", "blocks", "tens"])
-def test_tiny_steps_are_written_one_after_the_other(
+def test_tiny_steps_are_unrolled(
     length: int, plain_backend: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_scan_traced, "MAX_UNROLL", 10)
@@ -220,7 +220,7 @@ def test_tiny_steps_are_written_one_after_the_other(
         assert_equal(jit(SCANS[name])(init, xs), SCANS[name](init, xs), rtol=1e-5)
 
 
-def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrolled_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_scan_traced, "MAX_UNROLL", 10)
     init, xs = inputs()
     xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
@@ -229,9 +229,9 @@ def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.Monkey
 
 
 def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor prefers channels last, on GPUs, and the next step takes what comes out."""
+    """Inductor prefers channels last on GPUs, but the next step expects the original layout."""
     options = _inductor._options
-    no_cache = {"fx_graph_cache": False}  # it does not look at layouts
+    no_cache = {"fx_graph_cache": False}  # which ignores layouts
     monkeypatch.setattr(_inductor, "_options", lambda on_cpu: options(on_cpu=False) | no_cache)
 
     model, opt = models.lenet(), optim.sgd(0.1)

@@ -1,4 +1,4 @@
-"""`map` equals `jax.lax.map`, with and without `batch_size`, and `torch.vmap`."""
+"""`map` equals `jax.lax.map` with and without `batch_size`, and its derivatives those of `vmap`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a traced function may not do is refused at its first call, with the user's own line."""
+"""Side effects of a traced function raise at the first call, and name the line of user code."""
 
 import functools
 import itertools
@@ -253,7 +253,7 @@ def test_a_tensor_that_is_kept_is_named(name: str) -> None:
     KEPT.log.clear(), KEPT.table.clear(), KEPT_SET.clear(), table.cache_clear()
 
 
-def test_what_is_kept_for_the_call_only_or_is_no_tensor_passes() -> None:
+def test_what_is_kept_for_the_call_only_or_is_not_a_tensor_passes() -> None:
     shapes: list[Any] = []
     counts = itertools.count()
 
@@ -286,7 +286,7 @@ NOT_TENSORS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("shown", NOT_TENSORS)
-def test_an_argument_that_is_no_tensor_is_named(shown: str) -> None:
+def test_an_argument_that_is_not_a_tensor_is_named(shown: str) -> None:
     value, jitted = NOT_TENSORS[shown], jit(train)
     for args, kwargs, path in (
         (({"w": value}, X), {}, r"params\.w"),

@@ -1,4 +1,4 @@
-"""What becomes of a jitted function: how often it is compiled, what it owns, what replaces it."""
+"""Programs of jitted functions: how often they are compiled, what they keep, their fallbacks."""
 
 import gc
 import resource
@@ -73,7 +73,7 @@ def test_a_run_compiles_once(name: str, donate: Any, plain_backend: None, count_
     assert state.step == 28
 
 
-def test_another_form_compiles_again(plain_backend: None, count_programs) -> None:
+def test_another_signature_compiles_again(plain_backend: None, count_programs) -> None:
     fn, graphs = jit(lambda x: x * 2), count_programs()
     for x in (torch.ones(2), torch.ones(3), torch.ones(2).double(), torch.ones(4)[::2]):
         fn(x), fn(x + 1)
@@ -125,7 +125,7 @@ def test_twenty_functions_and_twenty_shapes_live_together(
 
 
 def test_functions_that_take_turns_do_not_disturb_each_other(plain_backend: None) -> None:
-    """Of one code, with donation, and one with its states swapped."""
+    """With the same code, with donation, and with swapped states."""
     first, epoch = training(optim.sgd(0.1, momentum=0.9))
     second, other = training(optim.adam(0.05))
     runs = [jit(epoch, donate_argnums=0), jit(other, donate_argnums=0), jit(epoch)]
@@ -169,7 +169,7 @@ def test_an_error_inside_a_scan_leaves_the_state_as_it_was(
 
 @pytest.mark.parametrize("way", ["kept", "donated", "backward"])
 def test_a_thousand_calls_keep_no_memory(way: str) -> None:
-    """Neither tensors in Python nor what only the process knows of; a state is 256 KB."""
+    """Neither tensors in Python nor other memory of the process; a state is 256 KB."""
     jitted = jit(lambda w, x: w * 0.5 + x, donate_argnums=0 if way == "donated" else ())
     w, x = torch.zeros(256, 256), torch.ones(256, 256)
     w.requires_grad_(way == "backward")
@@ -270,7 +270,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @torch.library.custom_op("fdltest::unknown", mutates_args=())
 def unknown(x: Tensor) -> Tensor:
-    """An operation whose result's form nobody can tell without running it."""
+    """An operation without a fake implementation."""
     return x * 2
 
 
@@ -286,7 +286,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("why", REFUSALS)
-def test_the_next_slower_way_is_taken_and_said(
+def test_the_next_slower_way_is_taken_and_reported(
     why: str, request: pytest.FixtureRequest, count_programs
 ) -> None:
     def fn(state: Any, xs: Tensor, rate: Tensor) -> Any:
@@ -337,7 +337,7 @@ def test_strict_raises_instead_and_takes_nothing(why: str, request: pytest.Fixtu
 
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_a_loop_that_inductor_refuses_runs_over_compiled_bodies() -> None:
-    """In earnest: it has no loops over complex numbers."""
+    """With Inductor itself, which has no loops over complex numbers."""
 
     def fn(z: Tensor, xs: Tensor) -> Any:
         return scan(lambda c, x: (c * 1j, x.exp() + 1), z, xs)

@@ -1,4 +1,4 @@
-"""What `jit` sees of a function: arguments and results of any form, closures, purity."""
+"""Tracing: arguments and results of any shape and layout, closures, purity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ CLOSED = draw(2, 3)
 pytestmark = pytest.mark.usefixtures("real_loops")
 
 
-# --------------------------------------------------------------- equal to the function, every form
+# -------------------------------------------------------------- equal to the function, every layout
 
 
 def changes_its_own(x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_a_sign_that_is_yet_to_be_applied_is() -> None:
-    """The imaginary part of a conjugate holds the memory of the number itself."""
+    """The imaginary part of a conjugate shares the memory of the number itself."""
     jitted = jit(lambda x: x * 2)
     for x in (X, torch.complex(X, X + 1).conj().imag, X):
         assert_same(jitted(x), x * 2)
@@ -211,7 +211,7 @@ def test_closed_over_tensors_are_read_at_each_call(plain_backend: None) -> None:
     assert len(jitted.report()) == 1
 
 
-def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: None) -> None:
+def test_a_closed_over_tensor_of_another_signature_is_traced_again(plain_backend: None) -> None:
     w = torch.ones(3)
     jitted = jit(lambda x: x * w.sum())
     assert jitted(torch.tensor(2.0)) == 6
@@ -316,7 +316,7 @@ def test_asking_for_values_raises(fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_a_literal_is_made_on_the_device_it_is_moved_to() -> None:
-    """A copy from the CPU could not be recorded in a CUDA graph."""
+    """A copy from the CPU could not be captured in a CUDA graph."""
 
     def fn(x: Tensor) -> list[Tensor]:
         return [torch.tensor([1.0, 2.0]).to("meta"), torch.tensor(3.0).to("meta"), x]

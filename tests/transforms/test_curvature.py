@@ -1,4 +1,4 @@
-"""Products with curvature matrices against the matrices, and those against finite differences."""
+"""Curvature products equal those with the matrix, and matrices equal finite differences."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_a_third_derivative_equals_finite_differences():
 
 
 def test_torch_has_jacobians_of_trees_in_chunks():
-    """The reason why fdl has none."""
+    """This is why fdl has no Jacobians of its own."""
     got = jacrev(predict, chunk_size=5)(params)
     flat = torch.cat([leaf.flatten(2) for leaf in tree.leaves(got)], 2)
     close(flat, torch.autograd.functional.jacobian(lambda w: predict(unravel(w)), ravel(params)))

@@ -1,4 +1,4 @@
-"""Second and third derivatives of torch's functions against differences, and all of them at 0."""
+"""Second and third derivatives of torch's functions equal differences, and are finite at 0."""
 
 from collections.abc import Callable
 
@@ -72,7 +72,7 @@ def pair(f: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable, tuple[int, ..
     return lambda x: f(x[0], x[1]), (2, 3, 4)
 
 
-# What people build models and losses from: the function, and the shape of its argument.
+# The functions that models and losses consist of, and the shapes of their arguments.
 FUNCTIONS = {
     # normalisation
     "layer_norm": plain(lambda x: F.layer_norm(x, (4,))),

@@ -1,4 +1,4 @@
-"""`sequential_vmap`: equals `torch.vmap`, and says what is wrong with its arguments."""
+"""`sequential_vmap` equals `torch.vmap`, and raises for wrong arguments."""
 
 import pytest
 import torch
