@@ -73,7 +73,7 @@ class GraphedProgram:
                     self.graph = self._capture(inputs)
                 except RuntimeError as error:
                     self.static, self.addresses = {}, {}
-                    reason = f"recording a CUDA graph failed: {error}".splitlines()[0]
+                    reason = f"capturing a CUDA graph failed: {error}".splitlines()[0]
                     self.fall_back("kernels are launched one by one", reason)
                     self.failed = True
                     return self.program(inputs)

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from fdl import tree
 from fdl._checks import check_positive
-from fdl._compiler._scan import _check_xs, _hide, _show, scan
+from fdl._compiler._scan import _check_xs, _has_none, _hide, _show, scan
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -45,11 +45,11 @@ def map(f: Callable[[Any], Tree], xs: Tree, *, batch_size: int | None = None) ->
     """
     if batch_size is not None:
         check_positive("map", "batch_size", batch_size)
-    xs = _hide(xs)
+    has_none, xs = _has_none(xs), _hide(xs)
     n = _check_xs("map", xs)
 
     def row(x: Tree) -> Tree:
-        y = _hide(f(_show(x)))
+        y = _hide(f(_show(x) if has_none else x))
         check_tensors(tree.leaves(y), y, "map: every leaf of the result of f")
         return y
 

@@ -91,9 +91,7 @@ def build(
             program = _for_cpu(traced, retrace, eager, aliases, route)
     if is_plain(settings) or route.name == "eager":
         return program
-    return program._replace(
-        run=as_written()(program.run)
-    )  # what was to be cast is cast by the graph
+    return program._replace(run=as_written()(program.run))  # the graph contains the casts
 
 
 def _for_cpu(
@@ -157,7 +155,7 @@ def _for_cuda(
     if steps > longest:
         route.name = "CUDA graphs of loops"
         route.fall_back(
-            "only such loops are recorded, and not what surrounds them",
+            "only the loops are captured, and other kernels are launched one by one",
             f"a loop of {steps} steps is too long for one CUDA graph (at most {longest})",
         )
         loop = _cuda_graphs.ChunkedLoop(longest, gpu, route.fall_back)

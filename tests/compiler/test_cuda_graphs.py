@@ -365,7 +365,7 @@ def test_what_cannot_be_recorded_is_run_as_it_is(
         rows(gpu.device),
     )
     expected = tree.map(torch.clone, state)
-    with pytest.warns(UserWarning, match="recording a CUDA graph failed: .*one by one") as caught:
+    with pytest.warns(UserWarning, match="capturing a CUDA graph failed: .*one by one") as caught:
         state, metrics = jitted(state, xs)
     assert len(caught) == 1
     for _ in range(2):
