@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fdl.io._inspect import Contents, inspect
 from fdl.io._torch_files import load_torch, save_torch
-from fdl.io._tree_file import load, save
+from fdl.io._tree_file import load, load_matching, save
 
 __all__ = [
     "Contents",
     "inspect",
     "load",
+    "load_matching",
     "load_torch",
     "save",
     "save_torch",

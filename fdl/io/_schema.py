@@ -214,8 +214,8 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
             children[name] = default.clone() if isinstance(default, Tensor) else default
     if fields != tuple(children):
         raise ValueError(
-            f"{path!r} is a {kind} with fields {list(children)}, here it has {list(fields)}: "
-            "pass like=, a tree of today's structure, and strict=False"
+            f"{path!r} is a {kind} with fields {list(children)}, expected {list(fields)}; "
+            "use load_matching with a tree of the current structure"
         )
     return KINDS[kind](*children.values())
 

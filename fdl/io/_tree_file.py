@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from fdl._files import write_whole
 from fdl.io._compare import differences, narrow_slots, places, without_containers
 from fdl.io._json import as_texts, check, dumps
-from fdl.io._reader import opened_file
+from fdl.io._reader import File, opened_file
 from fdl.io._safetensors import FORMAT, NAMES, write_tensors
 from fdl.io._schema import describe, later_fields, leaf_value, walk
 from fdl.tree import Tree, flatten_dict, unflatten_dict
@@ -118,69 +118,105 @@ def load(
     *,
     like: Tree = None,
     device: torch.device | str | None = None,
-    strict: bool = True,
 ) -> Tree:
-    """Read a tree that `save`, or another safetensors writer, wrote.
+    """Read a tree written by `save` or by another safetensors writer.
 
-    Without `like` the file alone says what the tree is; one of another writer gives nested dicts.
-    Every byte is verified by its SHA-256. The tensors are new ones: changing them does not change
-    the file, nor the other way round.
+    Without `like` the structure comes from the file; a file of another writer gives nested dicts.
+    Every byte read is verified by SHA-256. The tensors own their memory: changing them does not
+    change the file, nor the other way round.
 
     Args:
         path: the file.
-        like: a tree of the structure, shapes and dtypes to expect; tensors on the device `meta`
-            will do. Python leaves only give their type. A NamedTuple fits by its fields.
-        device: where the tensors go: if not given, to the devices of those of `like`, or the CPU.
-        strict: whether what does not fit `like` is an error; if not, its leaves are kept in such
-            places, and the result is `(tree, list of what did not fit)`.
+        like: a tree with the expected structure, shapes and dtypes; its tensors may be on the
+            device `meta`. Of Python leaves only the type counts. NamedTuples match by their fields.
+        device: where the tensors go; by default to the devices of those in `like`, else to the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or of a later format, or does not fit `like` (every
-            difference is listed by its path), or has a NamedTuple of which fdl does not know.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has a later format, does not match `like` (each difference
+            is listed with its path), or holds a NamedTuple unknown to fdl and `like` is not given.
 
     >>> load("absent.safetensors")
     Traceback (most recent call last):
     FileNotFoundError: load: no such file: absent.safetensors
     """
-    if like is None and not strict:
-        raise ValueError("load: strict=False keeps leaves of `like`, which is missing; pass like=")
     with opened_file(path, "load") as file:
         if like is None:
             return file.subtree(file.structure, "", device)
-        structure, expected = describe(like, "load: like")
-        present = file.tensors()
-        wanted, got = places(structure, expected), places(file.structure, present)
-        later = {at: new for at, new in later_fields(structure).items() if at not in got}
-        wanted = {at: what for at, what in wanted.items() if at not in later}
-        if not file.told:
-            wanted, got = without_containers(wanted), without_containers(got)
-        narrow = narrow_slots(structure, wanted, got)
-        got |= {at: wanted[at] for at in narrow}
-        lines = differences(wanted, got)
-        if lines and strict:
+        match = _match(file, like, "load")
+        if match.differences:
             raise ValueError(
-                f"load: {os.fspath(path)} does not fit `like` "
-                "(strict=False would load what does):\n  " + "\n  ".join(lines)
+                f"load: {os.fspath(path)} does not match `like` "
+                "(load_matching loads the leaves that do):\n  " + "\n  ".join(match.differences)
             )
-        leaves = flatten_dict(like)
-        fitting = {
-            at: leaf for at, leaf in leaves.items() if at in wanted and wanted[at] == got.get(at)
-        }
-        new: dict[str, Any] = {
-            at: default.to(device or _device(leaves[at]) or "cpu") for at, default in later.items()
-        }
-        new |= {
-            at: leaf_value(node)
-            for at, node in walk(file.structure)
-            if at in fitting and at not in expected
-        }
-        new |= file.read(
-            {at: device or _device(leaf) for at, leaf in fitting.items() if at in expected}
-        )
-        new |= {at: new[at].float() for at in narrow}
-        loaded = unflatten_dict(leaves | new, like=like)
-        return loaded if strict else (loaded, lines)
+        return _read(file, match, like, device)
+
+
+def load_matching(
+    path: str | os.PathLike[str], like: Tree, *, device: torch.device | str | None = None
+) -> tuple[Tree, list[str]]:
+    """Read the leaves of a file that match `like`, and keep the leaves of `like` elsewhere.
+
+    Args:
+        path: the file.
+        like: a tree with the structure of the result and the leaves to keep.
+        device: where the tensors read go; by default to the devices of those in `like`.
+
+    Returns:
+        The tree, and the differences between the file and `like`, a line each; `[]` if none.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or has a later format.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/it.safetensors", {"w": torch.ones(2), "b": torch.ones(2)})
+    ...     load_matching(f"{folder}/it.safetensors", {"w": torch.zeros(2), "b": torch.zeros(3)})
+    ({'w': tensor([1., 1.]), 'b': tensor([0., 0., 0.])}, ['b: expected float32[3], got float32[2]'])
+    """
+    with opened_file(path, "load_matching") as file:
+        match = _match(file, like, "load_matching")
+        return _read(file, match, like, device), match.differences
+
+
+class _Match(NamedTuple):
+    """Which leaves of a tree a file has."""
+
+    differences: list[str]
+    tensors: set[str]  # paths of tensors to read
+    values: dict[str, Any]  # Python leaves, by path
+    defaults: dict[str, Tensor]  # fields that files of earlier versions lack, by path
+    narrow: list[str]  # paths of tensors that the file has in 16 bits and `like` in 32
+
+
+def _match(file: File, like: Tree, caller: str) -> _Match:
+    structure, expected = describe(like, f"{caller}: like")
+    wanted, got = places(structure, expected), places(file.structure, file.tensors())
+    defaults = {at: new for at, new in later_fields(structure).items() if at not in got}
+    wanted = {at: what for at, what in wanted.items() if at not in defaults}
+    if not file.told:
+        wanted, got = without_containers(wanted), without_containers(got)
+    narrow = narrow_slots(structure, wanted, got)
+    got |= {at: wanted[at] for at in narrow}
+    equal = {at for at in flatten_dict(like) if at in wanted and wanted[at] == got.get(at)}
+    values = {
+        at: leaf_value(node)
+        for at, node in walk(file.structure)
+        if at in equal and at not in expected
+    }
+    tensors = equal & expected.keys()
+    return _Match(differences(wanted, got), tensors, values, defaults, narrow)
+
+
+def _read(file: File, match: _Match, like: Tree, device: torch.device | str | None) -> Tree:
+    leaves = flatten_dict(like)
+    new = match.tensors | match.defaults.keys()
+    target = {at: device or _device(leaves[at]) or "cpu" for at in new}
+    read = file.read({at: target[at] for at in leaves if at in match.tensors})
+    defaults = {at: default.to(target[at]) for at, default in match.defaults.items()}
+    widened = {at: read[at].float() for at in match.narrow}
+    return unflatten_dict(leaves | match.values | defaults | read | widened, like=like)
 
 
 def _device(leaf: Tensor) -> torch.device | None:
