@@ -75,9 +75,9 @@ assert torch.equal(model.apply(clone, inputs), model.apply(params, inputs))
 # FILE` prints the same.) Of a large file one branch can be read alone.
 
 # %%
-contents = fdl.io.inspect("params.safetensors")
-print(contents, "\n", contents.metadata)
-assert not tree.diff(contents.read("2"), params["2"])
+info = fdl.io.inspect("params.safetensors")
+print(info, "\n", info.metadata)
+assert not tree.diff(info.read("2"), params["2"])
 
 # %% [markdown]
 # ## Files of PyTorch, both ways

@@ -82,9 +82,9 @@ AT_HOME: dict[str, Callable[[Path], Any]] = {
     "checkpointing.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
     "data.fashion_mnist": images_at_home,
 }
-# They take no path of a user: `Checkpoint` is what `checkpoints` returns, `Contents` what `inspect`
+# They take no path of a user: `Checkpoint` is what `checkpoints` returns, `TreeInfo` what `inspect`
 # returns.
-NOT_GIVEN = {"io.Contents", "checkpointing.Checkpoint"}
+NOT_GIVEN = {"io.TreeInfo", "checkpointing.Checkpoint"}
 
 
 def takers_of_paths() -> set[str]:

@@ -77,8 +77,8 @@ def show_file(config: configs.Inspect) -> int:
     path = config.file
     if path.is_dir():
         path = run_folder.newest(path) / "params.safetensors"
-    contents = inspect(path)
-    print(contents)
-    if contents.metadata:
-        print("metadata", records.to_json(contents.metadata, indent=2))
+    info = inspect(path)
+    print(info)
+    if info.metadata:
+        print("metadata", records.to_json(info.metadata, indent=2))
     return 0

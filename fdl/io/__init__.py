@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fdl.io._inspect import Contents, inspect
+from fdl.io._inspect import TreeInfo, inspect
 from fdl.io._torch_files import load_torch, save_torch
 from fdl.io._tree_file import load, load_matching, save
 
 __all__ = [
-    "Contents",
+    "TreeInfo",
     "inspect",
     "load",
     "load_matching",

@@ -19,19 +19,19 @@ _LIMITS = (80, 24, 16, 24)  # columns; paths get what the others leave of 80
 
 
 @dataclass(frozen=True)
-class Contents:
+class TreeInfo:
     """What a file holds, of which the header alone has been read; `print` shows a table.
 
     >>> import tempfile, fdl
     >>> params = fdl.nn.linear(2, 1).init(fdl.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     fdl.io.save(f"{folder}/it.safetensors", {"fc": params, "step": 5})
-    ...     contents = inspect(f"{folder}/it.safetensors")
-    ...     sorted(contents.read("fc"))  # of a larger file only this would be read
+    ...     info = inspect(f"{folder}/it.safetensors")
+    ...     sorted(info.read("fc"))  # of a larger file only this would be read
     ['bias', 'weight']
-    >>> contents.leaves["fc.weight"].shape
+    >>> info.leaves["fc.weight"].shape
     torch.Size([1, 2])
-    >>> print(contents)
+    >>> print(info)
     path       shape   dtype    bytes
     fc.weight  [1, 2]  float32      8
     fc.bias    [1]     float32      4
@@ -73,7 +73,7 @@ class Contents:
         return _table([*rows, ("total", "", "", f"{total:,}")])
 
 
-def inspect(path: str | os.PathLike[str]) -> Contents:
+def inspect(path: str | os.PathLike[str]) -> TreeInfo:
     """Say what a file holds, reading its header alone.
 
     Args:
@@ -96,7 +96,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
             for at, node in walk(file.structure)
             if opened(node, at) is None
         }
-        return Contents(expanded(path), leaves, file.metadata, file.ties)
+        return TreeInfo(expanded(path), leaves, file.metadata, file.ties)
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:

@@ -275,14 +275,14 @@ def test_one_leaf_is_read_without_the_rest(path, monkeypatch):
     )
     counted, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: counted.append(preadv(*args)) or counted[-1])
-    contents = fdl.io.inspect(path)
-    assert contents.leaves["large"].shape == (2_000_000,) and counted == []
-    assert equal_bits(contents.read("fc.w"), torch.ones(3)) and sum(counted) == 12
-    assert list(contents.read("fc")) == ["w", "b"] and sum(counted) == 12 + 16
+    info = fdl.io.inspect(path)
+    assert info.leaves["large"].shape == (2_000_000,) and counted == []
+    assert equal_bits(info.read("fc.w"), torch.ones(3)) and sum(counted) == 12
+    assert list(info.read("fc")) == ["w", "b"] and sum(counted) == 12 + 16
     fdl.io.load_matching(path, {"fc": {"b": torch.zeros(1)}})
     assert sum(counted) == 12 + 16 + 4
     with pytest.raises(KeyError, match=r"nothing at 'fc\.x' in .*; there are \['large', 'fc\.w'"):
-        contents.read("fc.x")
+        info.read("fc.x")
 
 
 def test_a_damaged_leaf_spoils_none_but_itself(path):
