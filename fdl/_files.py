@@ -21,7 +21,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
     """Write a file so that after a crash, at any moment, there is the old one or the new one.
 
     The content goes to a temporary file in the same folder and to the disk before the name does:
@@ -40,7 +40,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None])
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_whole(f"{folder}/note", lambda file: print(file.write(b"whole"), file.tell()))
+    ...     atomic_write(f"{folder}/note", lambda file: print(file.write(b"whole"), file.tell()))
     ...     Path(folder, "note").read_bytes()
     5 5
     b'whole'

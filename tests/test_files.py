@@ -15,7 +15,7 @@ import torch
 
 import fdl
 from fdl import TrainState, data, nn, optim, random
-from fdl._files import write_whole
+from fdl._files import atomic_write
 from fdl.checkpointing import Checkpointer, _folder
 
 PARAMS = {"w": torch.arange(3.0)}
@@ -194,7 +194,7 @@ def test_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
         (temporary,) = set(tmp_path.iterdir()) - {path}
         seen.append(stat.S_IMODE(temporary.stat().st_mode))
 
-    write_whole(path, write)
+    atomic_write(path, write)
     assert seen == [mode]  # while it is written as well
     assert stat.S_IMODE(path.stat().st_mode) == mode
     for save in (fdl.io.save, fdl.io.save_torch):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 import fdl
-from fdl._files import write_whole
+from fdl._files import atomic_write
 from fdl.data import LABELS, Dataset
 from train.config import Recipe
 from train.loop import Plan
@@ -138,7 +138,7 @@ def _write_text(path: Path, text: str) -> None:
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdl._files import expanded, write_whole
+from fdl._files import atomic_write, expanded
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
 _ALLOWED = re.compile(
@@ -179,7 +179,7 @@ def save_torch(path: str | os.PathLike[str], params: Tree) -> None:
         )
     memo: dict[int, Tensor] = {}
     content = _flat(params, memo)
-    write_whole(path, lambda file: torch.save(content, file))
+    atomic_write(path, lambda file: torch.save(content, file))
 
 
 def _strange(node: Tree, path: str, below_dict: bool) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl._files import write_whole
+from fdl._files import atomic_write
 from fdl.io._compare import differences, narrow_slots, places, without_containers
 from fdl.io._json import as_texts, check, dumps
 from fdl.io._reader import File, opened_file
@@ -69,7 +69,7 @@ def save(
         **({"fdl.floats": _json(places)} if places else {}),
     }
     stored = {name: tensors[name] for name in first.values()}
-    write_whole(path, lambda file: write_tensors(file, stored, meta))
+    atomic_write(path, lambda file: write_tensors(file, stored, meta))
 
 
 def _json(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fdl
 from fdl import TrainState, optim, tree
-from fdl._files import sync_folder, write_whole
+from fdl._files import atomic_write, sync_folder
 from fdl._numerics import best_index
 from fdl.checkpointing import Checkpointer
 from fdl.optim import Optimizer
@@ -142,7 +142,7 @@ def merge(sweep: Path) -> list[Result]:
     def write(file: BinaryIO) -> None:
         file.write("".join(lines).encode())
 
-    write_whole(sweep / "results.jsonl", write)
+    atomic_write(sweep / "results.jsonl", write)
     best = best_of(results)
     for number, group in _groups_in(sweep).items():
         if best is not None and best.point in [row["point"] for row in group["results"]]:
