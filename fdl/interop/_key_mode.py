@@ -1,6 +1,6 @@
 """A module's calls of torch, each led to a pure function: what `from_module` runs a forward in.
 
-Within `with Keyed(key):` the n-th random call draws from `fold_in(key, n)`; functions whose kernels
+Within `with KeyedRandomMode(key):` the n-th random call draws from `fold_in(key, n)`; functions whose kernels
 lack derivatives are written out where those are asked for; a write to what belongs to the caller is
 refused. What can be none of these is refused too, so nothing ever draws from torch's generator.
 """
@@ -31,8 +31,8 @@ REFUSED = {
 }
 
 
-class Keyed(Keys):
-    """Let random functions follow a key: `with Keyed(random.key(0)): F.dropout(x)`.
+class KeyedRandomMode(Keys):
+    """Let random functions follow a key: `with KeyedRandomMode(random.key(0)): F.dropout(x)`.
 
     Args:
         key: the key, or None: then a random function raises.

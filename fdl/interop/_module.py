@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from fdl import tree
 from fdl._modes import under_vmap
-from fdl.interop._key_mode import Keyed, register_with_dynamo
+from fdl.interop._key_mode import KeyedRandomMode, register_with_dynamo
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -94,11 +94,11 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
             register_with_dynamo()
             if parametrize._cache_enabled:
                 raise ValueError("apply: cannot be compiled inside parametrize.cached()")
-            with Keyed(key):
+            with KeyedRandomMode(key):
                 return functional_call(shell, named, inputs, options)
         with _unchanged(shell), _own_cache():
             try:
-                with Keyed(key, owned):
+                with KeyedRandomMode(key, owned):
                     return functional_call(shell, named, inputs, options)
             except Exception as error:
                 error.add_note(_whereabouts(error, shell))
