@@ -25,9 +25,9 @@ __all__ = [
     "Mlp",
     "Predict",
     "Recipe",
+    "RunnerName",
     "Softmax",
     "Sweep",
-    "WayName",
     "WeightDecay",
     "WorkloadName",
     "check",
@@ -259,7 +259,7 @@ class Data:
 WorkloadName = Literal[
     "linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-scaling"
 ]
-WayName = Literal[
+RunnerName = Literal[
     "fdl-scan",
     "fdl-chunk",
     "fdl-step",
@@ -281,14 +281,14 @@ class Bench:
 
     workloads: tuple[WorkloadName, ...] = get_args(WorkloadName)
     """What to train; lenet-scaling is LeNet with each of the batch sizes."""
-    ways: tuple[WayName, ...] = ()
-    """The ways to time; all of them by default."""
+    runners: tuple[RunnerName, ...] = ()
+    """The runners to time; all of them by default."""
     batch_sizes: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     """Batch sizes of lenet-scaling."""
     rounds: int = 5
-    """How many rounds; each times every way once."""
+    """How many rounds; each times every runner once."""
     steps: int = 100
-    """Steps in one call of a way; fewer where an epoch or a scaled batch has fewer."""
+    """Steps in one call of a runner; fewer where an epoch or a scaled batch has fewer."""
     seconds: float = 0.3
     """Repeat the call in a round for at least this long."""
     seed: int = 0

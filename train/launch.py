@@ -14,7 +14,14 @@ import torch
 
 from train.config import Recipe
 
-__all__ = ["Processes", "after_restart", "check_shares", "joined", "own_device", "started"]
+__all__ = [
+    "Processes",
+    "after_restart",
+    "check_shares",
+    "local_device",
+    "process_group",
+    "read_torchrun_env",
+]
 
 
 class Processes(NamedTuple):
@@ -31,13 +38,13 @@ class Processes(NamedTuple):
 ALONE = Processes()
 
 
-def started(environ: Mapping[str, str] = os.environ) -> Processes:
+def read_torchrun_env(environ: Mapping[str, str] = os.environ) -> Processes:
     """Read what `torchrun` has set, if it has started this process.
 
-    >>> started({})
+    >>> read_torchrun_env({})
     Processes(rank=0, size=1, local_rank=0, local_size=1, restarts=0, max_restarts=0)
     >>> torchrun = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "WORLD_SIZE": "2"}
-    >>> started(torchrun | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    >>> read_torchrun_env(torchrun | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     Processes(rank=1, size=2, local_rank=1, local_size=2, restarts=0, max_restarts=0)
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
@@ -48,14 +55,14 @@ def started(environ: Mapping[str, str] = os.environ) -> Processes:
 
 
 @contextmanager
-def joined(here: Processes, device: str, patience: timedelta | None = None) -> Iterator[Any]:
+def process_group(here: Processes, device: str, patience: timedelta | None = None) -> Iterator[Any]:
     """Give the mesh of all processes, None for one alone; only the first of them says anything.
 
     An error that is nobody's expectation is still shown, by whichever process it befalls.
 
     Args:
         here: what `torchrun` says.
-        device: the option; where there are too few GPUs, `own_device` is to say so.
+        device: the option; where there are too few GPUs, `local_device` is to say so.
         patience: how long one may wait for another, torch's default if None.
     """
     if here == ALONE:
@@ -89,13 +96,13 @@ def joined(here: Processes, device: str, patience: timedelta | None = None) -> I
         dist.destroy_process_group()
 
 
-def own_device(device: torch.device, here: Processes) -> torch.device:
+def local_device(device: torch.device, here: Processes) -> torch.device:
     """Give each process of a machine a GPU of its own.
 
     Raises:
         ValueError: there are more processes than GPUs.
 
-    >>> own_device(torch.device("cpu"), ALONE._replace(local_size=2))
+    >>> local_device(torch.device("cpu"), ALONE._replace(local_size=2))
     device(type='cpu')
     """
     if here == ALONE or device.type != "cuda":

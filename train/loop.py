@@ -39,9 +39,9 @@ __all__ = [
     "held_out",
     "make_programs",
     "merge",
-    "noticed",
     "plan",
     "planned",
+    "signal_flag",
     "step_of",
     "steps_of",
     "timed",
@@ -384,10 +384,10 @@ def evaluate_eagerly(problem: Problem, state: TrainState, dataset: Dataset) -> d
 
 
 @contextmanager
-def noticed(number: signal.Signals) -> Iterator[Callable[[], bool]]:
+def signal_flag(number: signal.Signals) -> Iterator[Callable[[], bool]]:
     """Turn a signal into a question that answers True from then on; a second Ctrl-C interrupts.
 
-    >>> with noticed(signal.SIGTERM) as terminated:
+    >>> with signal_flag(signal.SIGTERM) as terminated:
     ...     signal.raise_signal(signal.SIGTERM)
     ...     terminated()
     True

@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     validation: Dataset | None  # held out of the training set
     test: Dataset | None
     data: str  # what the data set is, for the record
-    verdict: Callable[[Tree], str]  # what the final parameters say
+    summary: Callable[[Tree], str]  # what the final parameters say
     passes: int = 1  # over the training set in an epoch
 
 
@@ -114,9 +114,9 @@ def _linreg(config: Linreg, key: Tensor) -> Problem:
     drawn = data.synthetic_linear(key, w, b, config.examples, config.noise)
     model = models.linreg(2)
     loss = supervised(model.apply, losses.squared_loss)
-    verdict = _weights(("true", w, b))
+    summary = _weights(("true", w, b))
     return Problem(
-        model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", verdict
+        model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", summary
     )
 
 
@@ -128,9 +128,9 @@ def _linreg_decay(config: LinregDecay, key: Tensor) -> Problem:
     model = models.linreg(3)
     loss = supervised(model.apply, losses.mse)
     *ridge_w, ridge_b = ridge(train, config.weight_decay).tolist()
-    verdict = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
+    summary = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
     found = f"y = x · {w} + {b}"
-    return Problem(model, _sgd(config), loss, train, validation, None, found, verdict)
+    return Problem(model, _sgd(config), loss, train, validation, None, found, summary)
 
 
 def ridge(train: Dataset, weight_decay: float) -> Tensor:
@@ -153,14 +153,14 @@ def ridge(train: Dataset, weight_decay: float) -> Tensor:
 def _weights(*others: tuple[str, list[float], float]) -> Callable[[Tree], str]:
     """Compare the learned w and b with others, a line each."""
 
-    def verdict(params: Tree) -> str:
+    def summary(params: Tree) -> str:
         learned = ("learned", params["weight"].flatten().tolist(), params["bias"].item())
         return "\n".join(
             f"{name:8}w = [{', '.join(f'{x:.4f}' for x in w)}], b = {b:.4f}"
             for name, w, b in [*others, learned]
         )
 
-    return verdict
+    return summary
 
 
 def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:

@@ -47,8 +47,8 @@ class Run(NamedTuple):
 
 def run(name: str, config: configs.Recipe) -> int:
     """Train, alone or with the processes that `torchrun` has started; give the exit code."""
-    others = launch.started()
-    with launch.joined(others, config.device) as mesh:
+    others = launch.read_torchrun_env()
+    with launch.process_group(others, config.device) as mesh:
         past = None
         try:
             config = launch.after_restart(config, others)
@@ -83,7 +83,7 @@ def prepare(
     mesh: Any,
 ) -> Run:
     """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
-    device = launch.own_device(recipes.find_device(config.device), others)
+    device = launch.local_device(recipes.find_device(config.device), others)
     problem, state, data_key = recipes.set_up(config, device, mesh)
     if past is not None:
         problem = problem._replace(passes=past.passes)
@@ -146,12 +146,14 @@ def train(run: Run) -> int:
     config, folder = run.config, run.folder
     records, epoch = list(run.records), None
     group = run.mesh and run.mesh.get_group()
-    with run.checkpointer as checkpointer, loop.noticed(signal.SIGTERM) as terminated:
+    with run.checkpointer as checkpointer, loop.signal_flag(signal.SIGTERM) as terminated:
         programs = make_programs(run)
         if run.problem.test is not None and run.progress.epoch <= config.epochs:
             print("train: mean over the epoch, while the model learns; test: after the epoch")
         with (
-            loop.noticed(signal.SIGINT) as interrupted,  # there is something to save from now on
+            loop.signal_flag(
+                signal.SIGINT
+            ) as interrupted,  # there is something to save from now on
             tqdm(leave=False, disable=None, ncols=WIDTH - 1, bar_format=BAR) as bar,
         ):
 
@@ -239,7 +241,7 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
             file=sys.stderr,
         )
         return 1
-    print(run.problem.verdict(state.params))
+    print(run.problem.summary(state.params))
     if epoch and epoch.end == "interrupted":
         print(f"interrupted after step {int(state.step)}; to continue:")
         print(command(run.name, "--resume", folder))

@@ -1,4 +1,4 @@
-"""The chart of docs/benchmark.md: how many times the best way's step each way's takes."""
+"""The chart of docs/benchmark.md: how many times the best runner's step each runner's takes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PANELS = 3  # in a row
 
 
 def ratios(workload: dict[str, Any]) -> dict[str, float]:
-    """Divide the median of each way that trains right by the least."""
-    medians = {w["name"]: w["median_us"] for w in workload["ways"] if w["status"] == "right"}
+    """Divide the median of each runner that trains right by the least."""
+    medians = {w["name"]: w["median_us"] for w in workload["runners"] if w["status"] == "right"}
     return {name: value / min(medians.values()) for name, value in medians.items()}
 
 
@@ -31,7 +31,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # a second to import, which nothing else need wait for
 
     workloads = [w for w in document["workloads"] if ratios(w) and not w["scaled"]]
-    names = list(dict.fromkeys(way["name"] for w in workloads for way in w["ways"]))
+    names = list(dict.fromkeys(runner["name"] for w in workloads for runner in w["runners"]))
     columns = max(1, min(PANELS, len(workloads)))
     rows = max(1, -(-len(workloads) // columns))
     height = 0.6 + 0.21 * len(names)
@@ -41,7 +41,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         draw_panel(axes, workload, names)
     for axes in panels[len(workloads) :]:
         axes.set_axis_off()
-    chart.suptitle("Time of a step, times that of the fastest way (logarithmic)", fontsize=10)
+    chart.suptitle("Time of a step, times that of the fastest runner (logarithmic)", fontsize=10)
     # Without the date and version that a file usually holds, equal figures give equal files.
     chart.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -1,4 +1,4 @@
-"""Did a way train as the reference did? A way that did not is wrong, however fast.
+"""Did a runner train as the reference did? A runner that did not is wrong, however fast.
 
 The losses alone do not tell: without weight decay those of LeNet change by 1e-4 in 20 steps, less
 than a difference in rounding may. How far each parameter moved does: it changes by 0.65.
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.bench.runner import Trajectory
 from train.bench.task import Array
-from train.bench.way import Trajectory
 
 __all__ = ["TOLERANCE", "Check", "Reference", "check"]
 
@@ -20,7 +20,7 @@ SIGMAS = 5  # 16 seeds: by chance the mean loss is farther off once in 5,000 tim
 
 
 class Reference(NamedTuple):
-    """The training that every way is compared with."""
+    """The training that every runner is compared with."""
 
     losses: Array  # float64 [steps]
     start: dict[str, Array]  # the initial weights
@@ -38,11 +38,11 @@ class Check(NamedTuple):
 
 
 def check(reference: Reference, found: Trajectory, own_masks: bool) -> Check:
-    """Compare a way's trajectory with the reference's.
+    """Compare a runner's trajectory with the reference's.
 
     Args:
         reference: what is right.
-        found: the way's; where it has fewer losses, each is a mean of as many steps.
+        found: the runner's; where it has fewer losses, each is a mean of as many steps.
         own_masks: whether dropout drew other masks than the reference's.
     """
     if not np.isfinite(found.losses).all():

@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Client", "WayError", "end_session", "environment", "run_module"]
+__all__ = ["Client", "RunnerError", "end_session", "environment", "run_module"]
 
 ROOT = Path(__file__).parents[2]  # where `train` can be imported from
 
 
-class WayError(Exception):
-    """A way raised, or its process died; the message says how."""
+class RunnerError(Exception):
+    """A runner raised, or its process died; the message says how."""
 
 
 def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
@@ -35,19 +35,19 @@ def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or every JAX way takes most of the GPU
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or every JAX runner takes most of the GPU
     }
 
 
 class Client:
     """One worker process. Sessions of their own keep Ctrl-C from them, and let all be ended."""
 
-    def __init__(self, way: str, task: Path, env: dict[str, str], log: Path) -> None:
+    def __init__(self, runner: str, task: Path, env: dict[str, str], log: Path) -> None:
         self.log = log
-        self.warned: list[str] = []  # by the way until its last answer
+        self.warned: list[str] = []  # by the runner until its last answer
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "train.bench.worker", way, str(task)],
+                [sys.executable, "-m", "train.bench.worker", runner, str(task)],
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.PIPE,
@@ -67,15 +67,15 @@ class Client:
         """Read one answer.
 
         Raises:
-            WayError: the answer is an error, or there is none any more.
+            RunnerError: the answer is an error, or there is none any more.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise WayError(self._epitaph())
+            raise RunnerError(self._epitaph())
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
-            raise WayError(found["error"])
+            raise RunnerError(found["error"])
         self.warned = found.pop("warned", [])
         return found
 
@@ -86,7 +86,7 @@ class Client:
             self.process.stdin.write(json.dumps({"do": do, **given}, allow_nan=False) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise WayError(self._epitaph()) from None
+            raise RunnerError(self._epitaph()) from None
         return self.read()
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ def run_module(module: str, *args: str, env: dict[str, str]) -> str:
     """Run a module of the benchmark to its end and return what it printed.
 
     Raises:
-        WayError: it failed; the message is its last line.
+        RunnerError: it failed; the message is its last line.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", module, *args],
@@ -132,5 +132,5 @@ def run_module(module: str, *args: str, env: dict[str, str]) -> str:
     finally:
         end_session(process)
     if process.returncode:
-        raise WayError((err.strip().splitlines() or [f"{module} failed"])[-1][:200])
+        raise RunnerError((err.strip().splitlines() or [f"{module} failed"])[-1][:200])
     return out

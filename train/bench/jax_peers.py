@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax import lax
 
+from train.bench.runner import Loop, Runner
 from train.bench.task import Array, Task
-from train.bench.way import Loop, Way
 
 __all__ = ["Scan", "Step"]
 
@@ -107,12 +107,12 @@ def make_step(task: Task) -> Callable[..., tuple[Carry, jax.Array]]:
     return step
 
 
-class JaxWay(Way):
+class JaxRunner(Runner):
     """What both share: the examples on the device, and the carry."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32, as all ways
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32, as all runners
         self.data = (
             jnp.asarray(task.x),
             jnp.asarray(task.y.astype(np.int32) if task.images else task.y),
@@ -145,7 +145,7 @@ class JaxWay(Way):
         return self._memory("peak_bytes_in_use")
 
 
-class Step(JaxWay, Loop):
+class Step(JaxRunner, Loop):
     """`jax.jit` of one step."""
 
     def __init__(self, task: Task) -> None:
@@ -159,7 +159,7 @@ class Step(JaxWay, Loop):
         return loss
 
 
-class Scan(JaxWay):
+class Scan(JaxRunner):
     """`jax.jit` of `lax.scan` over the rows."""
 
     def __init__(self, task: Task) -> None:

@@ -23,11 +23,11 @@ from train import recipes
 from train.bench import record, registry, render
 from train.bench import task as tasks
 from train.bench.check import Reference, check
-from train.bench.client import Client, WayError, environment, run_module
+from train.bench.client import Client, RunnerError, environment, run_module
+from train.bench.runner import Trajectory
 from train.bench.task import Task
-from train.bench.way import Trajectory
 from train.bench.workloads import Workload, find, make_task
-from train.config import Bench, WayName
+from train.config import Bench, RunnerName
 
 __all__ = ["Setting", "measure", "run"]
 
@@ -58,8 +58,8 @@ def run(config: Bench) -> int:
         return 0
     device = recipes.find_device(config.device).type
     out = config.out or Path("runs/bench") / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
-    if config.ways and not registry.ways_for(device, config.ways, scaling=False):
-        raise ValueError(f"--ways: none of {', '.join(config.ways)} runs on {device}")
+    if config.runners and not registry.runners_for(device, config.runners, scaling=False):
+        raise ValueError(f"--runners: none of {', '.join(config.runners)} runs on {device}")
     if out.exists():
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def find_rates(setting: Setting) -> dict[str, Any]:
             printed = run_module(
                 "train.bench.rates", library, setting.device, env=setting.env("rates")
             )
-        except WayError:  # a JAX without CUDA, say; its ways will tell
+        except RunnerError:  # a JAX without CUDA, say; its runners will tell
             if library == "torch":
                 raise
         else:
@@ -136,12 +136,12 @@ def measure(
     entry["floor"] = record.floor(task, flops, rates)
     say(f"{workload.name}, batch {entry['batch']}, {task.steps} steps a call")
     with ExitStack() as stack:
-        clients: dict[WayName, Client] = {}
-        asked = setting.config.ways
-        for name in registry.ways_for(setting.device, asked, workload.scaled):
-            row: dict[str, Any] = {"name": name, "label": registry.WAYS[name].label}
+        clients: dict[RunnerName, Client] = {}
+        asked = setting.config.runners
+        for name in registry.runners_for(setting.device, asked, workload.scaled):
+            row: dict[str, Any] = {"name": name, "label": registry.RUNNERS[name].label}
             row["status"] = "not installed" if registry.missing(name) else "measuring"
-            entry["ways"].append(row)
+            entry["runners"].append(row)
             if row["status"] == "measuring":
                 client = stack.enter_context(start(setting, workload, name, path))
                 prepare(client, setting, row, reference)
@@ -149,8 +149,8 @@ def measure(
                     clients[name] = client
                 else:
                     client.end()
-            say(f"  {name:20} {told(row)}")
-        rows = {row["name"]: row for row in entry["ways"]}
+            say(f"  {name:20} {status_line(row)}")
+        rows = {row["name"]: row for row in entry["runners"]}
         for number in range(setting.config.rounds):
             for name in rotated(clients, number):
                 attempt(rows[name], lambda name=name: add_round(clients[name], rows[name]))
@@ -158,8 +158,8 @@ def measure(
         for name, client in clients.items():
             attempt(rows[name], lambda client=client, row=rows[name]: add_memory(client, row))
             client.end()
-    for row in entry["ways"]:
-        if row["status"] == "measuring" and registry.WAYS[row["name"]].compiles:
+    for row in entry["runners"]:
+        if row["status"] == "measuring" and registry.RUNNERS[row["name"]].compiles:
             attempt(row, lambda row=row: add_warm_start(setting, workload, row, path))
 
 
@@ -168,15 +168,15 @@ def say(line: str) -> None:
     print(line[:79], flush=True)
 
 
-def told(row: dict[str, Any]) -> str:
-    """Say how the start of a way went."""
+def status_line(row: dict[str, Any]) -> str:
+    """Say how the start of a runner went."""
     if row["status"] == "measuring":
         return f"first call {row['cold_call_s']:.2f} s, trains right"
     return f"{row['status']}: {row['reason']}" if "reason" in row else str(row["status"])
 
 
-def rotated(clients: dict[WayName, Client], number: int) -> Iterator[WayName]:
-    """Let another way begin each round, and leave out those that have failed."""
+def rotated(clients: dict[RunnerName, Client], number: int) -> Iterator[RunnerName]:
+    """Let another runner begin each round, and leave out those that have failed."""
     names = list(clients)
     shift = number % max(1, len(names))
     yield from names[shift:] + names[:shift]
@@ -199,25 +199,25 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
     return Trajectory(rest.pop("losses"), params), rest
 
 
-def start(setting: Setting, workload: Workload, name: WayName, path: Path) -> Client:
-    """Start the worker of a way; its second start finds the caches of the first."""
+def start(setting: Setting, workload: Workload, name: RunnerName, path: Path) -> Client:
+    """Start the worker of a runner; its second start finds the caches of the first."""
     log = setting.folder / f"{workload.name}-{name}.log"
     return Client(name, path, setting.env(workload.name, name), log)
 
 
 def attempt(row: dict[str, Any], call: Any) -> None:
-    """Call, unless the way has failed; a way that fails is a row that says so."""
+    """Call, unless the runner has failed; a runner that fails is a row that says so."""
     if row["status"] != "measuring":
         return
     try:
         call()
-    except WayError as error:
+    except RunnerError as error:
         row["status"], row["reason"] = "failed", str(error)
         row.pop("rounds_us", None)
 
 
 def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Reference) -> None:
-    """Time the first call of a way, and check how it trains."""
+    """Time the first call of a runner, and check how it trains."""
 
     def call() -> None:
         client.read()
@@ -227,7 +227,7 @@ def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Re
         client.ask("trajectory", out=str(out))
         if client.warned:
             row["warnings"] = client.warned
-        found = check(reference, read_trajectory(out)[0], registry.WAYS[row["name"]].own_masks)
+        found = check(reference, read_trajectory(out)[0], registry.RUNNERS[row["name"]].own_masks)
         row["check"] = found._asdict()
         if not found.right:
             row["status"], row["reason"] = "wrong", found.reason

@@ -20,7 +20,7 @@ from train.bench.workloads import Workload
 
 __all__ = ["SCHEMA", "floor", "new_document", "new_workload", "read", "summarise", "write"]
 
-SCHEMA = 1
+SCHEMA = 2
 Record = dict[str, Any]
 
 
@@ -78,7 +78,7 @@ def new_workload(workload: Workload, task: Task) -> Record:
         "lr": task.lr,
         "momentum": task.momentum,
         "weight_decay": task.weight_decay,
-        "ways": [],
+        "runners": [],
     }
 
 
@@ -97,30 +97,30 @@ def floor(task: Task, flops: int, rates: Record) -> Record:
 
 def summarise(workload: Record) -> None:
     """Add the figures that follow from the raw ones; what was not measured stays out."""
-    for way in workload["ways"]:
-        if way["status"] == "measuring":  # interrupted before, or between, its rounds
-            way["status"] = "right" if way.get("rounds_us") else "unfinished"
-        if way.get("rounds_us"):
-            way["min_us"] = min(way["rounds_us"])
-            way["median_us"] = statistics.median(way["rounds_us"])
-            way["examples_per_s"] = workload["batch"] / way["median_us"] * 1e6
+    for runner in workload["runners"]:
+        if runner["status"] == "measuring":  # interrupted before, or between, its rounds
+            runner["status"] = "right" if runner.get("rounds_us") else "unfinished"
+        if runner.get("rounds_us"):
+            runner["min_us"] = min(runner["rounds_us"])
+            runner["median_us"] = statistics.median(runner["rounds_us"])
+            runner["examples_per_s"] = workload["batch"] / runner["median_us"] * 1e6
             for start in ("cold", "warm"):
-                if f"{start}_call_s" in way:  # less the other steps of that call
-                    others = (way["first_steps"] - 1) * way["median_us"] / 1e6
-                    way[f"{start}_s"] = max(0.0, way[f"{start}_call_s"] - others)
+                if f"{start}_call_s" in runner:  # less the other steps of that call
+                    others = (runner["first_steps"] - 1) * runner["median_us"] / 1e6
+                    runner[f"{start}_s"] = max(0.0, runner[f"{start}_call_s"] - others)
     compare(workload)
 
 
 def compare(workload: Record) -> None:
-    """Add what needs several ways: start-up beyond eager's, the best peer, the floor reached."""
-    right = [way for way in workload["ways"] if way["status"] == "right"]
-    eager = next((way for way in right if way["name"] == "eager"), None)
-    for way in right:
+    """Add what needs several runners: start-up beyond eager's, the best peer, the floor reached."""
+    right = [runner for runner in workload["runners"] if runner["status"] == "right"]
+    eager = next((runner for runner in right if runner["name"] == "eager"), None)
+    for runner in right:
         for start in ("cold", "warm"):
-            if eager is not None and f"{start}_s" in way:
-                way[f"{start}_over_eager_s"] = way[f"{start}_s"] - eager["cold_s"]
-    ours = min((way for way in right if is_fdl(way)), key=median, default=None)
-    peer = min((way for way in right if not is_fdl(way)), key=median, default=None)
+            if eager is not None and f"{start}_s" in runner:
+                runner[f"{start}_over_eager_s"] = runner[f"{start}_s"] - eager["cold_s"]
+    ours = min((runner for runner in right if is_fdl(runner)), key=median, default=None)
+    peer = min((runner for runner in right if not is_fdl(runner)), key=median, default=None)
     workload["best_fdl"] = ours and ours["name"]
     workload["best_peer"] = peer and peer["name"]
     if ours and peer:
@@ -129,14 +129,14 @@ def compare(workload: Record) -> None:
         workload["floor_reached"] = workload["floor"]["us"] / ours["median_us"]
 
 
-def is_fdl(way: Record) -> bool:
-    """Say whether a way is one of ours."""
-    return str(way["name"]).startswith("fdl-")
+def is_fdl(runner: Record) -> bool:
+    """Say whether a runner is one of ours."""
+    return str(runner["name"]).startswith("fdl-")
 
 
-def median(way: Record) -> float:
-    """Rank ways."""
-    return float(way["median_us"])
+def median(runner: Record) -> float:
+    """Rank runners."""
+    return float(runner["median_us"])
 
 
 def write(document: Record, path: Path) -> None:

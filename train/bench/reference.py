@@ -1,4 +1,4 @@
-"""What every way is checked against: the imperative loop in float64, in a process of its own.
+"""What every runner is checked against: the imperative loop in float64, in a process of its own.
 
 `python -m train.bench.reference TASK OUT` writes losses and final parameters, and counts the
 floating-point operations of a step.
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdl import random
 from models import torch_modules
 from train.bench.check import Reference
+from train.bench.runner import CALLS
 from train.bench.task import Task, load, save_arrays
 from train.bench.torch_peers import Eager, floats
-from train.bench.way import CALLS
 
 __all__ = ["GivenDropout", "count_flops", "draw_masks", "run", "write"]
 
@@ -77,19 +77,19 @@ def other_masks(task: Task) -> tuple[float, float] | None:
     """Give mean and standard deviation of the mean loss over seeds of torch's own dropout."""
     if not task.rates:
         return None
-    way, means = Eager(task._replace(device="cpu")), []
+    runner, means = Eager(task._replace(device="cpu")), []
     for seed in range(1, SEEDS + 1):
-        way.reset()
-        torch.manual_seed(seed)  # `reset` sets 0, which the ways use
-        means.append(np.mean([way.losses(way.epoch()) for _ in range(CALLS)]))
+        runner.reset()
+        torch.manual_seed(seed)  # `reset` sets 0, which the runners use
+        means.append(np.mean([runner.losses(runner.epoch()) for _ in range(CALLS)]))
     return float(np.mean(means)), float(np.std(means, ddof=1))
 
 
 def count_flops(task: Task) -> int:
     """Count the floating-point operations of the products and convolutions of one step."""
-    way = Eager(task._replace(device="cpu"))
+    runner = Eager(task._replace(device="cpu"))
     with FlopCounterMode(display=False) as counter:
-        way.step(0)
+        runner.step(0)
     return int(counter.get_total_flops())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ def terminal_table(workload: Record) -> str:
         f"{workload['name']}, batch {workload['batch']}, {workload['steps']} steps a call",
         f"{'':19}" + "".join(f"{name:>{w}}" for name, w in zip(head, widths, strict=True)),
     ]
-    for way in sorted(workload["ways"], key=lambda way: way.get("median_us", float("inf"))):
-        said = f"  {status(way)}"
-        if way["status"] == "right":
-            said = "".join(f"{c:>{w}}" for c, w in zip(terminal_cells(way), widths, strict=True))
-        lines.append(f"{way['name']:19}{said}"[:80].rstrip())
+    for runner in sorted(workload["runners"], key=lambda row: row.get("median_us", math.inf)):
+        said = f"  {status(runner)}"
+        if runner["status"] == "right":
+            said = "".join(f"{c:>{w}}" for c, w in zip(terminal_cells(runner), widths, strict=True))
+        lines.append(f"{runner['name']:19}{said}"[:80].rstrip())
     if "fdl_over_best_peer" in workload:
         lines.append(
             f"{workload['best_fdl']} / {workload['best_peer']}, the best peer: "
@@ -40,42 +41,43 @@ def terminal_table(workload: Record) -> str:
             f"{floor['bytes'] / 1e6:.2g} MB): {workload['best_fdl']} reaches "
             f"{workload['floor_reached']:.1%}"
         )
-    for way in workload["ways"]:
-        lines += [f"{way['name']} warned: {said}"[:80] for said in way.get("warnings", [])]
-    if any(masks_differ(way) for way in workload["ways"]):
+    for runner in workload["runners"]:
+        lines += [f"{runner['name']} warned: {said}"[:80] for said in runner.get("warnings", [])]
+    if any(masks_differ(runner) for runner in workload["runners"]):
         lines.append("* other dropout masks: mean loss within 5 σ of its spread over seeds")
     return "\n".join(lines)
 
 
-def terminal_cells(way: Record) -> list[str]:
-    """Write the figures of a way, blank where there is none."""
+def terminal_cells(runner: Record) -> list[str]:
+    """Write the figures of a runner, blank where there is none."""
 
     def cell(name: str, form: str, scale: float = 1.0) -> str:
-        return format(way[name] * scale, f"z{form}") if name in way else ""
+        return format(runner[name] * scale, f"z{form}") if name in runner else ""
 
-    taken = {"+MB": way["peak_bytes"] - way["start_bytes"]} if "peak_bytes" in way else {}
-    found = way["check"]
-    off = found["loss"] if masks_differ(way) else max(found["loss"], found["distance"])
+    taken = {"+MB": runner["peak_bytes"] - runner["start_bytes"]} if "peak_bytes" in runner else {}
+    found = runner["check"]
+    off = found["loss"] if masks_differ(runner) else max(found["loss"], found["distance"])
     return [
-        figure(way["min_us"]),
-        figure(way["median_us"]),
+        figure(runner["min_us"]),
+        figure(runner["median_us"]),
         cell("examples_per_s", ",.0f"),
         cell("cold_over_eager_s", ".1f"),
         cell("warm_over_eager_s", ".1f"),
         cell("peak_bytes", ".0f", 1e-6),
         f"{taken['+MB'] / 1e6:.0f}" if taken else "",
-        f"{off:.0e}" + ("*" if masks_differ(way) else ""),
+        f"{off:.0e}" + ("*" if masks_differ(runner) else ""),
     ]
 
 
-def masks_differ(way: Record) -> bool:
-    """Say whether only the mean loss of a way could be compared."""
-    return "check" in way and way["check"]["right"] and way["check"]["distance"] is None
+def masks_differ(runner: Record) -> bool:
+    """Say whether only the mean loss of a runner could be compared."""
+    return "check" in runner and runner["check"]["right"] and runner["check"]["distance"] is None
 
 
-def status(way: Record) -> str:
-    """Say why a way has no figures."""
-    return f"{way['status']}: {way['reason']}" if "reason" in way else str(way["status"])
+def status(runner: Record) -> str:
+    """Explain why a runner has no figures."""
+    reason = f": {runner['reason']}" if "reason" in runner else ""
+    return f"{runner['status']}{reason}"
 
 
 def markdown(document: Record) -> str:
@@ -108,8 +110,8 @@ def provenance(document: Record) -> str:
 
 
 def table(title: str, heads: list[str], workloads: list[Record]) -> str:
-    """Make one Markdown table: a row for each way, a column for each workload."""
-    labels = {way["name"]: way["label"] for w in workloads for way in w["ways"]}
+    """Make one Markdown table: a row for each runner, a column for each workload."""
+    labels = {runner["name"]: runner["label"] for w in workloads for runner in w["runners"]}
     rows = [[title, *heads], ["---"] * (len(heads) + 1)]
     rows += [
         [f"{label} (`{name}`)", *(markdown_cell(w, name) for w in workloads)]
@@ -131,15 +133,15 @@ def table(title: str, heads: list[str], workloads: list[Record]) -> str:
 
 
 def markdown_cell(workload: Record, name: str) -> str:
-    """Write the median of a way, the least of its workload in bold."""
-    way = next((way for way in workload["ways"] if way["name"] == name), None)
-    if way is None:
+    """Write the median of a runner, the least of its workload in bold."""
+    runner = next((runner for runner in workload["runners"] if runner["name"] == name), None)
+    if runner is None:
         return ""
-    if way["status"] != "right":
-        return str(way["status"])
-    least = min(w["median_us"] for w in workload["ways"] if w["status"] == "right")
-    said = figure(way["median_us"]) + ("*" if masks_differ(way) else "")
-    return f"**{said}**" if way["median_us"] == least else said
+    if runner["status"] != "right":
+        return str(runner["status"])
+    least = min(w["median_us"] for w in workload["runners"] if w["status"] == "right")
+    said = figure(runner["median_us"]) + ("*" if masks_differ(runner) else "")
+    return f"**{said}**" if runner["median_us"] == least else said
 
 
 def optional(workload: Record, name: str, form: str) -> str:
@@ -152,9 +154,9 @@ def optional(workload: Record, name: str, form: str) -> str:
 
 def starts(workload: Record) -> str:
     """Write what the first step of the scanned epoch costs, cold and in a second process."""
-    ways = {way["name"]: way for way in workload["ways"]}
-    way = ways.get(workload["best_fdl"], {})
-    found = [way.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
+    runners = {runner["name"]: runner for runner in workload["runners"]}
+    runner = runners.get(workload["best_fdl"], {})
+    found = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
     return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
 
 
@@ -186,7 +188,7 @@ def replaced(page: str, documents: dict[Path, Record]) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     charts = [
-        f"{markdown(document)}\n\n![Time of a step, times that of the fastest way, "
+        f"{markdown(document)}\n\n![Time of a step, times that of the fastest runner, "
         f"{path.stem}](bench/{path.stem}.png)"
         for path, document in documents.items()
     ]

@@ -201,7 +201,7 @@ def worker() -> None:
     whole, compute, small, large = measured
     everywhere: list[list[float]] = [[] for _ in range(size)]
     dist.all_gather_object(everywhere, compute)
-    dist.barrier()  # nothing is under way
+    dist.barrier()  # nothing is under runner
     before = sent_bytes()
     for _ in range(STEPS):
         step(state, batch)

@@ -1,6 +1,6 @@
-"""What every way is given: the same weights, examples and batches, as NumPy arrays in one file.
+"""What every runner is given: the same weights, examples and batches, as NumPy arrays in one file.
 
-Nothing here imports torch or JAX, so that each worker loads only what its own way needs.
+Nothing here imports torch or JAX, so that each worker loads only what its own runner needs.
 """
 
 from __future__ import annotations

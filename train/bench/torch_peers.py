@@ -13,10 +13,10 @@ from torch.func import functional_call, grad_and_value
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from models import torch_modules
+from train.bench.runner import Loop, Runner, Trajectory
 from train.bench.task import Array, Task
-from train.bench.way import Loop, Trajectory, Way
 
-__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchWay", "floats"]
+__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchRunner", "floats"]
 
 
 def floats(task: Task) -> Tensor:
@@ -25,13 +25,13 @@ def floats(task: Task) -> Tensor:
     return x[:, None].float() / 255 if task.images else x
 
 
-class TorchWay(Way):
-    """What all ways on torch tensors share."""
+class TorchRunner(Runner):
+    """What all runners on torch tensors share."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.device = torch.device(task.device)
-        if self.device.type == "cuda":  # float32, as all ways; of products it is the default
+        if self.device.type == "cuda":  # float32, as all runners; of products it is the default
             torch.backends.cudnn.allow_tf32 = False
 
     def wait(self, losses: Any) -> None:
@@ -48,7 +48,7 @@ class TorchWay(Way):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-class TorchLoop(TorchWay, Loop):
+class TorchLoop(TorchRunner, Loop):
     """What the loops of this file share."""
 
     def __init__(self, task: Task) -> None:
@@ -157,7 +157,7 @@ class Learner(Eager):
         return torch.empty(0)
 
     def over(self, index: Array) -> list[float]:
-        """Train on some batches; the sampler gives the order that all ways have."""
+        """Train on some batches; the sampler gives the order that all runners have."""
         order: list[int] = index.flatten().tolist()
         loader = DataLoader(self.dataset, batch_size=index.shape[1], sampler=order, num_workers=4)
         return [self.train_on(x.to(self.device), y.to(self.device)).item() for x, y in loader]
@@ -176,7 +176,7 @@ class Learner(Eager):
         return 1
 
     def trajectory(self) -> Trajectory:
-        """Train on the rows that the other ways train on."""
+        """Train on the rows that the other runners train on."""
         self.reset()
         losses = self.over(self.task.rows) + self.over(self.task.rows)
         return Trajectory(np.array(losses), self.params())

@@ -1,4 +1,4 @@
-"""The process that one way runs in: `python -m train.bench.worker WAY TASK`.
+"""The process that one runner runs in: `python -m train.bench.worker RUNNER TASK`.
 
 Each line on standard input is a command in JSON, each line on standard output its answer. It ends
 with its input, so it does not outlive the coordinator.
@@ -19,28 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from train.bench import registry, task
-from train.bench.way import Way
+from train.bench.runner import Runner
 
 __all__ = ["Worker", "main"]
 
 
 class Worker:
-    """Answers commands about one way; each method is one."""
+    """Answers commands about one runner; each method is one."""
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
-        self.resident = memory("VmRSS") if way.memory() is None else way.memory()
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.resident = memory("VmRSS") if runner.memory() is None else runner.memory()
         self.idle = time.perf_counter(), time.process_time()
 
     def first(self) -> dict[str, Any]:
         """Time the first call: what was not computed or compiled before is part of it."""
         start = time.perf_counter()
-        steps = self.way.first()
+        steps = self.runner.first()
         return {"seconds": time.perf_counter() - start, "steps": steps}
 
     def trajectory(self, out: str) -> dict[str, Any]:
         """Write where training goes from the initial weights."""
-        found = self.way.trajectory()
+        found = self.runner.trajectory()
         params = {f"params/{k}": p for k, p in found.params.items()}
         task.save_arrays(Path(out), losses=found.losses, **params)
         return {}
@@ -53,27 +53,27 @@ class Worker:
             few = min(calls, 10)
             calls = max(1, math.ceil(seconds / (self._time(few) / few)))
         self.calls = calls
-        return {"calls": calls, "steps": calls * self.way.steps}
+        return {"calls": calls, "steps": calls * self.runner.steps}
 
     def round(self) -> dict[str, Any]:
         """Time one round, from the initial weights; say how busy this process was before it."""
         since, used = self.idle
         idle = (time.process_time() - used) / (time.perf_counter() - since)
         seconds = self._time(self.calls)
-        return {"us": seconds / (self.calls * self.way.steps) * 1e6, "idle_cpu": idle}
+        return {"us": seconds / (self.calls * self.runner.steps) * 1e6, "idle_cpu": idle}
 
     def peak(self) -> dict[str, Any]:
         """Say how much memory was taken at most, and before the first call."""
-        peak = self.way.peak()
+        peak = self.runner.peak()
         return {"peak": memory("VmHWM") if peak is None else peak, "start": self.resident}
 
     def _time(self, calls: int) -> float:
-        self.way.reset()
-        self.way.wait(())
+        self.runner.reset()
+        self.runner.wait(())
         start = time.perf_counter()
         for _ in range(calls):
-            losses = self.way.epoch()
-        self.way.wait(losses)
+            losses = self.runner.epoch()
+        self.runner.wait(losses)
         return time.perf_counter() - start
 
 
@@ -104,7 +104,7 @@ def hear_warnings() -> list[str]:
 
 
 def answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Turn an exception into an answer: one bad way is one line of the table."""
+    """Turn an exception into an answer: one bad runner is one line of the table."""
     try:
         return call()
     except Exception as error:
@@ -113,7 +113,7 @@ def answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(name: Any, path: Path) -> None:
-    """Serve one way until the input ends."""
+    """Serve one runner until the input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed belongs with the errors
     worker: Worker | None = None

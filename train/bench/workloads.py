@@ -1,4 +1,4 @@
-"""The workloads: recipes of the course, and the arrays that every way of training them is given."""
+"""The workloads: recipes of the course, and the arrays that every runner is given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find(config: Bench) -> list[Workload]:
 
 
 def make_task(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Task:
-    """Draw what all ways share: initial weights, the order of the examples, a key.
+    """Draw what all runners share: initial weights, the order of the examples, a key.
 
     Args:
         workload: what to train.

@@ -36,8 +36,8 @@ __all__ = [
     "point_of",
     "results_in",
     "save_run",
+    "summary",
     "table",
-    "verdict",
     "write_results",
 ]
 
@@ -240,7 +240,7 @@ def draw(path: Path, recipe: str, axes: Sequence[Axis], results: Sequence[Result
     figure.savefig(path, dpi=110)
 
 
-def verdict(best: Result, last: dict[str, Any]) -> str:
+def summary(best: Result, last: dict[str, Any]) -> str:
     """Say which point is the best, by what it was chosen, and what the test set says of it.
 
     Args:
@@ -248,7 +248,7 @@ def verdict(best: Result, last: dict[str, Any]) -> str:
         last: the last line of its `metrics.jsonl`.
 
     >>> best = Result({"lr": 0.4}, True, 9, [{"loss": 0.5, "validation_accuracy": 0.8}])
-    >>> print(verdict(best, {"test_accuracy": 0.75}))
+    >>> print(summary(best, {"test_accuracy": 0.75}))
     best by validation accuracy: lr = 0.4
     on the test set, which had no part in the choice: test accuracy 0.75
     """

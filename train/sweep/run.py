@@ -64,8 +64,8 @@ def run(sweep: Sweep) -> int:
     Returns:
         An exit code, see `main`.
     """
-    here = launch.started()
-    with launch.joined(here, sweep.recipe.device, PATIENCE) as mesh:
+    here = launch.read_torchrun_env()
+    with launch.process_group(here, sweep.recipe.device, PATIENCE) as mesh:
         share = Share(mesh, mesh and mesh.get_group(), here)
         try:
             setting, base, axes, groups, size = prepare(sweep, share)
@@ -107,7 +107,7 @@ def prepare(
     points = grid.points(axes)
     for point in points:
         grid.at(base, point)  # raises where one is out of its range
-    device = launch.own_device(recipes.find_device(base.device), share.here)
+    device = launch.local_device(recipes.find_device(base.device), share.here)
     # With the largest values: a rate of 0 would be left out of the state.
     config = grid.at(base, {axis.name: max(axis.values) for axis in axes})
     problem, state, _ = recipes.set_up(config, device, share.mesh)
@@ -235,8 +235,8 @@ def train(
     if done:
         print(f"{len(done)} of {len(groups)} groups are done")
     with (
-        loop.noticed(signal.SIGTERM) as terminated,
-        loop.noticed(signal.SIGINT) as interrupted,
+        loop.signal_flag(signal.SIGTERM) as terminated,
+        loop.signal_flag(signal.SIGINT) as interrupted,
         tqdm(unit="step", leave=False, disable=None, ncols=79) as bar,
         nullcontext() if setting.plan.compile else fdl.disable_jit(),
     ):
@@ -281,7 +281,7 @@ def conclude(setting: Setting, axes: list[Axis]) -> None:
         return
     results.draw(setting.folder / "sweep.png", setting.name, axes, points)
     folder = setting.folder / "best"
-    print(results.verdict(best, results.last_line(folder)))
+    print(results.summary(best, results.last_line(folder)))
     print(
         f"results.jsonl, sweep.png and the best, as an ordinary run, are in\n    {setting.folder}"
     )

@@ -1,4 +1,4 @@
-"""What a way of training has to offer to be measured."""
+"""What a runner of training has to offer to be measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from train.bench.task import Array, Task
 
-__all__ = ["CALLS", "Loop", "Trajectory", "Way"]
+__all__ = ["CALLS", "Loop", "Runner", "Trajectory"]
 
 CALLS = 2  # calls in a trajectory: what one hands to the next is checked as well
 
@@ -21,8 +21,8 @@ class Trajectory(NamedTuple):
     params: dict[str, Array]
 
 
-class Way(ABC):
-    """One way to train a task; nothing is computed or compiled before the first call."""
+class Runner(ABC):
+    """One runner to train a task; nothing is computed or compiled before the first call."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -37,7 +37,7 @@ class Way(ABC):
         """Train on the rows of the task, from where the last call ended; may return early.
 
         Returns:
-            The losses in the way's own form, for `wait` and `losses`.
+            The losses in the runner's own form, for `wait` and `losses`.
         """
 
     @abstractmethod
@@ -71,12 +71,12 @@ class Way(ABC):
         return Trajectory(np.array(losses), self.params())
 
 
-class Loop(Way):
-    """A way whose loop over the steps is written in Python."""
+class Loop(Runner):
+    """A runner whose loop over the steps is written in Python."""
 
     @abstractmethod
     def step(self, i: int) -> Any:
-        """Train on row i of the task and return the loss in the way's own form."""
+        """Train on row i of the task and return the loss in the runner's own form."""
 
     def epoch(self) -> list[Any]:
         """Loop over the rows."""

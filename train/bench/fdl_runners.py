@@ -1,4 +1,4 @@
-"""The ways of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
+"""The runners of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
 from train import config, loop, recipes
+from train.bench.runner import Loop
 from train.bench.task import Array, Task
-from train.bench.torch_peers import TorchWay
-from train.bench.way import Loop
+from train.bench.torch_peers import TorchRunner
 
 __all__ = ["Chunk", "Eager", "Scan", "Step"]
 
@@ -44,7 +44,7 @@ def problem_of(task: Task, device: torch.device) -> recipes.Problem:
     return recipes.build(recipe, random.key(0))._replace(train=examples)
 
 
-class FdlWay(TorchWay):
+class FdlRunner(TorchRunner):
     """What all share: the examples on the device, and the state."""
 
     def __init__(self, task: Task) -> None:
@@ -83,7 +83,7 @@ def step_of(problem: recipes.Problem, task: Task) -> Any:
     return gather_and_step
 
 
-class Scan(FdlWay):
+class Scan(FdlRunner):
     """`fdl.jit` of the scanned epoch, as the README has it: one program."""
 
     def __init__(self, task: Task) -> None:
@@ -108,7 +108,7 @@ class Scan(FdlWay):
         return found
 
 
-class Chunk(FdlWay):
+class Chunk(FdlRunner):
     """The scanned chunk that `train` runs, the whole epoch long: accuracy, guard against NaN."""
 
     def __init__(self, task: Task) -> None:
@@ -126,7 +126,7 @@ class Chunk(FdlWay):
         return [losses.value.item()]
 
 
-class Step(FdlWay, Loop):
+class Step(FdlRunner, Loop):
     """`fdl.jit` of one step, in a Python loop."""
 
     def __init__(self, task: Task) -> None:
