@@ -9,7 +9,7 @@ import time
 from fdl import data, random, tree
 from fdl.io import inspect
 from train import config as configs
-from train import evaluate, options, recipes, records, report, run, run_folder
+from train import evaluate, options, plots, recipes, records, run, run_folder
 from train.bench import measure
 from train.sweep import run as sweep
 
@@ -56,7 +56,7 @@ def show_data(config: configs.Data) -> int:
     train_set = tree.to(train_set, device)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "images.png"
-    report.draw_images(path, train_set)
+    plots.draw_images(path, train_set)
     print(f"{found}; {device}\nten images with their labels: {path}")
     start = time.perf_counter()
     n = len(train_set.x)

@@ -15,9 +15,10 @@ import fdl
 import models
 from fdl import data, random, tree
 from fdl.data import Dataset
-from train import config, loop, recipes, report
+from train import config, loop, recipes, run_folder
 from train.__main__ import wait_without_spinning
 from train.config import Dropout, Linreg, LinregDecay, Softmax
+from train.planning import Plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +159,7 @@ def test_data_draws_ten_images_and_times_a_pass(run, tmp_path):
 
 def walk(config, chunk, compile=False, stopped=lambda: False):
     problem, state, data_key = recipes.set_up(config, torch.device("cpu"))
-    plan = loop.Plan(compile, chunk, "test")
+    plan = Plan(compile, chunk, "test")
     return list(
         loop.epochs(
             problem,
@@ -293,7 +294,7 @@ def test_a_wrong_option_points_at_the_help_of_its_own_command(run, args, command
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [report.open_run(None, "linreg").name for _ in range(3)]
+    names = [run_folder.make(None, "linreg").name for _ in range(3)]
     assert len(set(names)) == 3 and {len(name) for name in names} <= {17, 24}
 
 

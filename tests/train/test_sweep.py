@@ -204,7 +204,7 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
 
     monkeypatch.setattr(run, "make_programs", ended)
     found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 7e-6)
-    assert found[0] == code and "what was done is saved" in found[2]
+    assert found[0] == code and "all results so far are saved" in found[2]
     assert 0 < len(lines("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0
     assert last("sweep/best")["epoch"] == 9

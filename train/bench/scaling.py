@@ -23,7 +23,7 @@ import torch
 
 import fdl
 from fdl import TrainState, losses, optim, parallel, random, tree
-from train import loop
+from train import planning
 from train.bench import step_time
 from train.records import to_json
 
@@ -170,7 +170,7 @@ def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
 def times(act: Callable[[], Any], count: int = STEPS) -> list[float]:
     """Time some calls, after as many as it takes to warm up."""
     cpu = torch.device("cpu")
-    return [loop.timed(act, cpu) for _ in range(count + 5)][5:]
+    return [planning.timed(act, cpu) for _ in range(count + 5)][5:]
 
 
 def worker() -> None:

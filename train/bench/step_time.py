@@ -20,7 +20,7 @@ from fdl import TrainState, interop, losses, optim, random, scan, tree
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
 from fdl.nn import Model, Policy
-from train import loop
+from train import planning
 from train.records import to_json
 
 __all__ = ["IMAGES", "LENGTH", "RESULT", "SEQUENCES", "Transformer", "transformer"]
@@ -104,7 +104,7 @@ def next_token(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metri
 
 def seconds_of(act: Callable[[], Any], device: str) -> float:
     """Give the median over repeats of a call, after some that warm up."""
-    found = [loop.timed(act, torch.device(device)) for _ in range(WARM_UP + REPEATS)]
+    found = [planning.timed(act, torch.device(device)) for _ in range(WARM_UP + REPEATS)]
     return statistics.median(found[WARM_UP:])
 
 
