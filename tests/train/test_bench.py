@@ -279,9 +279,9 @@ def test_a_failed_runner_is_a_row_and_its_rounds_are_dropped():
 
 def test_warnings_of_a_runner_are_told():
     code = (
-        "import warnings\nfrom train.bench.worker import hear_warnings\nheard = hear_warnings()\n"
+        "import warnings\nfrom train.bench.worker import collect_warnings\nwarned = collect_warnings()\n"
         "for _ in range(2): warnings.warn('jit: fell back\\nbecause')\n"
-        "warnings.warn('of torch', FutureWarning)\nprint(heard)"
+        "warnings.warn('of torch', FutureWarning)\nprint(warned)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['jit: fell back']\n", done.stderr
@@ -377,7 +377,7 @@ def test_without_jax_its_runners_are_not_installed(monkeypatch):
         (["--out", "/dev/null/it"], "/dev/null"),
         (
             ["--workloads", "lenet-scaling", "--data", "sample", "--batch-sizes", 8192],
-            "--batch-sizes: every size is more than there are images",
+            "--batch-sizes: every size exceeds the number of images",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

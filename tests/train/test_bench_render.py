@@ -84,11 +84,11 @@ def test_the_page_gets_bold_medians_and_fates():
 def test_a_document_survives_its_file(tmp_path):
     record.write(document(), tmp_path / "it.json")
     assert record.read(tmp_path / "it.json") == record.rounded(document())
-    with pytest.raises(ValueError, match=r"it.json: schema 0, expected 2; measure again"):
+    with pytest.raises(ValueError, match=r"it.json: expected schema 2, got 0; measure again"):
         record.write(document(schema=0), tmp_path / "it.json")
         record.read(tmp_path / "it.json")
     (tmp_path / "it.json").write_text("{")
-    with pytest.raises(ValueError, match=r"it.json: no JSON"):
+    with pytest.raises(ValueError, match=r"it.json: not JSON"):
         record.read(tmp_path / "it.json")
 
 

@@ -1,4 +1,4 @@
-"""The runners of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
+"""The runners of fdl: the epoch as one program, as `train` runs it, step by step, and eager."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def problem_of(task: Task, device: torch.device) -> recipes.Problem:
 
 
 class FdlRunner(TorchRunner):
-    """What all share: the examples on the device, and the state."""
+    """Base of the runners of fdl, with the examples on the device and the state."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -55,7 +55,7 @@ class FdlRunner(TorchRunner):
         self.reset()
 
     def reset(self) -> None:
-        """Make the state of step 0, in memory of its own since it is donated."""
+        """Make the state of step 0 from copies, because it is donated."""
         flat = {name: torch.from_numpy(p).to(self.device) for name, p in self.task.params.items()}
         params = tree.map(torch.clone, tree.unflatten_dict(flat))
         state = TrainState.create(
@@ -65,13 +65,13 @@ class FdlRunner(TorchRunner):
         self.state = state._replace(key=key)
 
     def params(self) -> dict[str, Array]:
-        """Copy them, by path."""
+        """Copy the parameters, by path."""
         flat = tree.flatten_dict(self.state.params)
         return {name: p.cpu().numpy().copy() for name, p in flat.items()}
 
 
 def step_of(problem: recipes.Problem, task: Task) -> Any:
-    """Make the step `(state, dataset, row) -> (state, metrics)`; its one metric is the loss."""
+    """Make the step `(state, dataset, row) -> (state, metrics)`, with the loss as only metric."""
     loss_fn = losses.squared_loss if task.model == "linreg" else losses.cross_entropy
     step = train_step(supervised(problem.model.apply, loss_fn), problem.opt)
 
@@ -84,7 +84,7 @@ def step_of(problem: recipes.Problem, task: Task) -> Any:
 
 
 class Scan(FdlRunner):
-    """`fdl.jit` of the scanned epoch, as the README has it: one program."""
+    """`fdl.jit` of the scanned epoch, one program as in the README."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -103,13 +103,13 @@ class Scan(FdlRunner):
         return metrics["loss"]
 
     def losses(self, losses: Mean) -> list[float]:
-        """Copy them at once."""
-        found: list[float] = losses.value.tolist()
-        return found
+        """Copy all losses at once."""
+        values: list[float] = losses.value.tolist()
+        return values
 
 
 class Chunk(FdlRunner):
-    """The scanned chunk that `train` runs, the whole epoch long: accuracy, guard against NaN."""
+    """The chunk of `train`, one epoch long, with accuracy and guard against NaN."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -122,7 +122,7 @@ class Chunk(FdlRunner):
         return metrics["loss"]
 
     def losses(self, losses: Mean) -> list[float]:
-        """Give the one there is, the mean of the call."""
+        """Return the mean loss of the call."""
         return [losses.value.item()]
 
 
@@ -144,13 +144,13 @@ class Step(FdlRunner, Loop):
         return metrics["loss"]
 
     def losses(self, losses: list[Mean]) -> list[float]:
-        """Divide at the end."""
+        """Compute the means after the loop."""
         return [loss.value.item() for loss in losses]
 
 
 class Eager(Step):
-    """The step as it is written, uncompiled."""
+    """The step without compiling."""
 
     def make_program(self) -> Any:
-        """Leave the step as it is."""
+        """Return the step as it is."""
         return step_of(self.problem, self.task)

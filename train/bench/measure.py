@@ -1,6 +1,6 @@
-"""The coordinator: starts the workers, asks them in turn, and writes down what they answer.
+"""The coordinator: start the workers, ask them in turn, and record their answers.
 
-While one works all others wait for a line of input, so that no two compete for cores.
+While one works, all others wait for a line of input, so that no two compete for cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Setting", "measure", "run"]
 
 
 class Setting(NamedTuple):
-    """What holds for a whole run."""
+    """Settings of a whole benchmark."""
 
     config: Bench
     device: str
@@ -41,17 +41,17 @@ class Setting(NamedTuple):
     folder: Path  # temporary: tasks, caches, logs
 
     def env(self, *parts: str) -> dict[str, str]:
-        """Make the environment of the worker whose caches lie under `parts`."""
+        """Make the environment of the worker whose caches are in the folder `parts`."""
         return environment(self.device, self.threads, self.folder.joinpath(*parts))
 
 
 def run(config: Bench) -> int:
-    """Run the command; 0 when done.
+    """Run the command; return 0.
 
     Raises:
         ValueError: an option is wrong.
         OSError: the result cannot be written.
-        KeyboardInterrupt, SystemExit: what was measured until then is written.
+        KeyboardInterrupt, SystemExit: interrupted; the measurements so far are written.
     """
     if config.render:
         print("\n".join(f"wrote {path}" for path in render.render()))
@@ -69,7 +69,7 @@ def run(config: Bench) -> int:
         print(f"{device}, {setting.threads} threads; {data}", flush=True)
         rates = find_rates(setting)
         document = record.new_document(device, setting.threads, config.rounds, rates, data)
-        record.write(document, out)  # a wrong --out is better known now
+        record.write(document, out)  # an error in --out is raised before measuring
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             for workload, task in pairs:
@@ -87,7 +87,7 @@ def run(config: Bench) -> int:
 
 
 def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
-    """Make the tasks that were asked for, leaving out batches larger than the data set."""
+    """Make the tasks that the options name, without batches larger than the data set."""
     images: Dataset | None = None
     workloads, data, pairs = find(setting.config), "synthetic data", []
     if any(workload.model != "linreg" for workload in workloads):
@@ -99,12 +99,12 @@ def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
             continue
         pairs.append((workload, make_task(workload, setting.config, images, setting.device)))
     if not pairs:
-        raise ValueError("--batch-sizes: every size is more than there are images")
+        raise ValueError("--batch-sizes: every size exceeds the number of images")
     return pairs, data
 
 
 def find_rates(setting: Setting) -> dict[str, Any]:
-    """Measure the rates of the device with each library there is, and keep the best."""
+    """Measure the rates of the device with each installed library, and keep the best."""
     libraries = ["torch"] if registry.missing("jax-step") else ["torch", "jax"]
     found: dict[str, dict[str, float]] = {}
     for library in libraries:
@@ -112,7 +112,7 @@ def find_rates(setting: Setting) -> dict[str, Any]:
             printed = run_module(
                 "train.bench.rates", library, setting.device, env=setting.env("rates")
             )
-        except RunnerError:  # a JAX without CUDA, say; its runners will tell
+        except RunnerError:  # such as a JAX without CUDA, which its runners report
             if library == "torch":
                 raise
         else:
@@ -129,7 +129,7 @@ def find_rates(setting: Setting) -> dict[str, Any]:
 def measure(
     setting: Setting, workload: Workload, task: Task, rates: dict[str, Any], entry: dict[str, Any]
 ) -> None:
-    """Measure one workload; `entry` is filled in as results come, so that none are lost."""
+    """Measure one workload; `entry` is filled in with each result, so that none are lost."""
     path = setting.folder / f"{workload.name}.npz"
     tasks.save(task, path)
     reference, flops = find_reference(setting, task, path)
@@ -164,26 +164,26 @@ def measure(
 
 
 def say(line: str) -> None:
-    """Report progress at once, in one line that fits."""
+    """Print progress at once, cut to one line."""
     print(line[:79], flush=True)
 
 
 def status_line(row: dict[str, Any]) -> str:
-    """Say how the start of a runner went."""
+    """Describe how a runner started, in one line."""
     if row["status"] == "measuring":
-        return f"first call {row['cold_call_s']:.2f} s, trains right"
+        return f"first call {row['cold_call_s']:.2f} s, trains correctly"
     return f"{row['status']}: {row['reason']}" if "reason" in row else str(row["status"])
 
 
 def rotated(clients: dict[RunnerName, Client], number: int) -> Iterator[RunnerName]:
-    """Let another runner begin each round, and leave out those that have failed."""
+    """Yield the runners of a round; each round begins with another one."""
     names = list(clients)
     shift = number % max(1, len(names))
     yield from names[shift:] + names[:shift]
 
 
 def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference, int]:
-    """Have the reference computed."""
+    """Compute the reference in a process of its own."""
     out = path.with_suffix(".reference.npz")
     run_module("train.bench.reference", str(path), str(out), env=setting.env("reference"))
     found, rest = read_trajectory(out)
@@ -192,7 +192,7 @@ def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference,
 
 
 def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
-    """Read losses and parameters, and what else a file holds."""
+    """Read the losses and parameters in a file, and everything else in it."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     params, rest = tasks.split_params(arrays)
@@ -200,13 +200,13 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
 
 
 def start(setting: Setting, workload: Workload, name: RunnerName, path: Path) -> Client:
-    """Start the worker of a runner; its second start finds the caches of the first."""
+    """Start the worker of a runner; a second start finds the caches of the first."""
     log = setting.folder / f"{workload.name}-{name}.log"
     return Client(name, path, setting.env(workload.name, name), log)
 
 
 def attempt(row: dict[str, Any], call: Any) -> None:
-    """Call, unless the runner has failed; a runner that fails is a row that says so."""
+    """Call, unless the runner has failed; an error is recorded in its row."""
     if row["status"] != "measuring":
         return
     try:
@@ -246,13 +246,13 @@ def add_round(client: Client, row: dict[str, Any]) -> None:
 
 
 def add_memory(client: Client, row: dict[str, Any]) -> None:
-    """Note how much memory was taken."""
+    """Record the memory taken."""
     found = client.ask("peak")
     row["peak_bytes"], row["start_bytes"] = found["peak"], found["start"]
 
 
 def add_warm_start(setting: Setting, workload: Workload, row: dict[str, Any], path: Path) -> None:
-    """Time the first call once more in a second process, with what the first left on disk."""
+    """Time the first call in a second process, with the caches that the first left on disk."""
     with start(setting, workload, row["name"], path) as client:
         client.read()
         row["warm_call_s"] = client.ask("first")["seconds"]

@@ -1,9 +1,8 @@
-"""What is written down: the JSON document, and the figures made from raw measurements."""
+"""The JSON document of a benchmark, and the figures computed from raw measurements."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -17,6 +16,7 @@ import torch
 import fdl
 from train.bench.task import Task
 from train.bench.workloads import Workload
+from train.records import to_json
 
 __all__ = ["SCHEMA", "floor", "new_document", "new_workload", "read", "summarise", "write"]
 
@@ -50,7 +50,7 @@ def new_document(device: str, threads: int, rounds: int, rates: Record, data: st
 
 
 def cpu_model() -> str:
-    """Name the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def cpu_model() -> str:
 
 
 def installed(package: str) -> str | None:
-    """Give the version of a package, None where it is absent."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -83,9 +83,9 @@ def new_workload(workload: Workload, task: Task) -> Record:
 
 
 def floor(task: Task, flops: int, rates: Record) -> Record:
-    """Say how fast a step could be: its products at the best rate, or its least memory traffic.
+    """Bound the time of a step: by its products at the best rate, or its least memory traffic.
 
-    A step must read its batch, and read and write every parameter and its slots once.
+    A step must read its batch, and read and write every parameter and its momentum once.
     """
     batch = task.batches.shape[1]
     example = task.x[0].nbytes + task.y[0].nbytes + task.batches.itemsize
@@ -96,7 +96,7 @@ def floor(task: Task, flops: int, rates: Record) -> Record:
 
 
 def summarise(workload: Record) -> None:
-    """Add the figures that follow from the raw ones; what was not measured stays out."""
+    """Add the figures that follow from the raw measurements."""
     for runner in workload["runners"]:
         if runner["status"] == "measuring":  # interrupted before, or between, its rounds
             runner["status"] = "right" if runner.get("rounds_us") else "unfinished"
@@ -105,14 +105,14 @@ def summarise(workload: Record) -> None:
             runner["median_us"] = statistics.median(runner["rounds_us"])
             runner["examples_per_s"] = workload["batch"] / runner["median_us"] * 1e6
             for start in ("cold", "warm"):
-                if f"{start}_call_s" in runner:  # less the other steps of that call
+                if f"{start}_call_s" in runner:  # minus the other steps of that call
                     others = (runner["first_steps"] - 1) * runner["median_us"] / 1e6
                     runner[f"{start}_s"] = max(0.0, runner[f"{start}_call_s"] - others)
     compare(workload)
 
 
 def compare(workload: Record) -> None:
-    """Add what needs several runners: start-up beyond eager's, the best peer, the floor reached."""
+    """Add the comparisons: start-up beyond eager's, the best peer, the share of the floor."""
     right = [runner for runner in workload["runners"] if runner["status"] == "right"]
     eager = next((runner for runner in right if runner["name"] == "eager"), None)
     for runner in right:
@@ -130,29 +130,29 @@ def compare(workload: Record) -> None:
 
 
 def is_fdl(runner: Record) -> bool:
-    """Say whether a runner is one of ours."""
+    """Return True for a runner of fdl."""
     return str(runner["name"]).startswith("fdl-")
 
 
 def median(runner: Record) -> float:
-    """Rank runners."""
+    """Return the median time of a runner, to rank it by."""
     return float(runner["median_us"])
 
 
 def write(document: Record, path: Path) -> None:
-    """Write a document; four digits are more than a measurement has."""
-    path.write_text(json.dumps(rounded(document), indent=1, allow_nan=False) + "\n")
+    """Write a document with four digits, more than a measurement is worth."""
+    path.write_text(to_json(rounded(document), indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:
-    """Round every float to four digits; JSON has none that is not finite.
+    """Round every float to four digits.
 
-    >>> rounded({"us": [12.3456, 7], "loss": float("inf")})
-    {'us': [12.35, 7], 'loss': None}
+    >>> rounded({"us": [12.3456, 7], "loss": 1e-9})
+    {'us': [12.35, 7], 'loss': 1e-09}
     """
     match value:
         case float():
-            return float(f"{value:.4g}") if math.isfinite(value) else None
+            return float(f"{value:.4g}")
         case dict():
             return {key: rounded(item) for key, item in value.items()}
         case list() | tuple():
@@ -164,13 +164,13 @@ def read(path: Path) -> Record:
     """Read a document.
 
     Raises:
-        ValueError: it was written by another release of the benchmark, or is damaged.
+        ValueError: the file was written by another release of the benchmark, or is damaged.
     """
     try:
         document: Record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
-    found = document.get("schema") if isinstance(document, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path}: schema {found}, expected {SCHEMA}; measure again")
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema}; measure again")
     return document

@@ -1,4 +1,4 @@
-"""The list of all runners; importing it imports neither torch nor JAX."""
+"""The list of all runners, which imports neither torch nor JAX."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["RUNNERS", "SCALING", "Entry", "build", "missing", "runners_for"]
 
 
 class Entry(NamedTuple):
-    """A runner as it is listed."""
+    """A runner in the list."""
 
     make: str  # module:function
-    label: str  # what a reader of the table knows it by
+    label: str  # its name in tables
     needs: tuple[str, ...] = ()  # packages
-    device: str | None = None  # where it runs; everywhere if None
+    device: str | None = None  # None: runs on every device
     compiles: bool = True
-    own_masks: bool = False  # its dropout draws from a generator of its own
+    own_masks: bool = False  # dropout draws other masks than fdl
 
 
 RUNNERS: dict[RunnerName, Entry] = {
@@ -51,8 +51,8 @@ RUNNERS: dict[RunnerName, Entry] = {
     "jax-scan": Entry("jax_peers:Scan", "jax.jit(lax.scan(step))", needs=("jax", "optax")),
 }
 
-# Where batches are scaled: the best of each kind. On the CPU JAX's scan of convolutions takes ten
-# times as long as its step, which the workload `lenet` shows.
+# For scaled batches: the best of each kind. On a CPU JAX's scan of convolutions takes ten times as
+# long as its step, as the workload `lenet` shows.
 SCALING: dict[str, tuple[RunnerName, ...]] = {
     "cpu": ("fdl-scan", "eager", "compile-step", "compile-step-cpp", "jax-step"),
     "cuda": ("fdl-scan", "eager", "compile-step", "compile-step-graphs", "jax-step", "jax-scan"),
@@ -60,14 +60,14 @@ SCALING: dict[str, tuple[RunnerName, ...]] = {
 
 
 def build(name: RunnerName, task: Task) -> Runner:
-    """Import a runner and give it its task."""
+    """Import a runner and construct it with a task."""
     module, function = RUNNERS[name].make.split(":")
     runner: Runner = getattr(import_module(f"train.bench.{module}"), function)(task)
     return runner
 
 
 def missing(name: RunnerName) -> list[str]:
-    """List the packages that a runner needs and this environment lacks."""
+    """List the packages that a runner needs and that are not installed."""
     return [package for package in RUNNERS[name].needs if find_spec(package) is None]
 
 

@@ -1,4 +1,4 @@
-"""Shows what was measured: a table on the terminal, tables in docs/benchmark.md, a chart."""
+"""Show measurements: a table on the terminal, tables in docs/benchmark.md, a chart."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def terminal_table(workload: Record) -> str:
         f"{'':19}" + "".join(f"{name:>{w}}" for name, w in zip(head, widths, strict=True)),
     ]
     for runner in sorted(workload["runners"], key=lambda row: row.get("median_us", math.inf)):
-        said = f"  {status(runner)}"
+        cells = f"  {status(runner)}"
         if runner["status"] == "right":
-            said = "".join(f"{c:>{w}}" for c, w in zip(terminal_cells(runner), widths, strict=True))
-        lines.append(f"{runner['name']:19}{said}"[:80].rstrip())
+            cells = "".join(
+                f"{c:>{w}}" for c, w in zip(terminal_cells(runner), widths, strict=True)
+            )
+        lines.append(f"{runner['name']:19}{cells}"[:80].rstrip())
     if "fdl_over_best_peer" in workload:
         lines.append(
             f"{workload['best_fdl']} / {workload['best_peer']}, the best peer: "
@@ -42,14 +44,14 @@ def terminal_table(workload: Record) -> str:
             f"{workload['floor_reached']:.1%}"
         )
     for runner in workload["runners"]:
-        lines += [f"{runner['name']} warned: {said}"[:80] for said in runner.get("warnings", [])]
+        lines += [f"{runner['name']} warned: {text}"[:80] for text in runner.get("warnings", [])]
     if any(masks_differ(runner) for runner in workload["runners"]):
-        lines.append("* other dropout masks: mean loss within 5 σ of its spread over seeds")
+        lines.append("* other dropout masks: mean loss within 5 σ of the mean over seeds")
     return "\n".join(lines)
 
 
 def terminal_cells(runner: Record) -> list[str]:
-    """Write the figures of a runner, blank where there is none."""
+    """Format the figures of a runner; a missing one is blank."""
 
     def cell(name: str, form: str, scale: float = 1.0) -> str:
         return format(runner[name] * scale, f"z{form}") if name in runner else ""
@@ -70,7 +72,7 @@ def terminal_cells(runner: Record) -> list[str]:
 
 
 def masks_differ(runner: Record) -> bool:
-    """Say whether only the mean loss of a runner could be compared."""
+    """Return True if only the mean loss of a runner could be compared."""
     return "check" in runner and runner["check"]["right"] and runner["check"]["distance"] is None
 
 
@@ -95,7 +97,7 @@ def markdown(document: Record) -> str:
 
 
 def provenance(document: Record) -> str:
-    """Say in one sentence where the figures come from."""
+    """Describe in one sentence where the figures come from."""
     machine, versions, rates = (document[name] for name in ("machine", "versions", "rates"))
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
@@ -110,7 +112,7 @@ def provenance(document: Record) -> str:
 
 
 def table(title: str, heads: list[str], workloads: list[Record]) -> str:
-    """Make one Markdown table: a row for each runner, a column for each workload."""
+    """Make a Markdown table with a row for each runner and a column for each workload."""
     labels = {runner["name"]: runner["label"] for w in workloads for runner in w["runners"]}
     rows = [[title, *heads], ["---"] * (len(heads) + 1)]
     rows += [
@@ -133,19 +135,19 @@ def table(title: str, heads: list[str], workloads: list[Record]) -> str:
 
 
 def markdown_cell(workload: Record, name: str) -> str:
-    """Write the median of a runner, the least of its workload in bold."""
+    """Format the median of a runner; the smallest of its workload is bold."""
     runner = next((runner for runner in workload["runners"] if runner["name"] == name), None)
     if runner is None:
         return ""
     if runner["status"] != "right":
         return str(runner["status"])
     least = min(w["median_us"] for w in workload["runners"] if w["status"] == "right")
-    said = figure(runner["median_us"]) + ("*" if masks_differ(runner) else "")
-    return f"**{said}**" if runner["median_us"] == least else said
+    cell = figure(runner["median_us"]) + ("*" if masks_differ(runner) else "")
+    return f"**{cell}**" if runner["median_us"] == least else cell
 
 
 def optional(workload: Record, name: str, form: str) -> str:
-    """Write a figure of a workload where there is one."""
+    """Format a figure of a workload; a missing one is blank."""
     if name not in workload:
         return ""
     value = workload[name]
@@ -153,7 +155,7 @@ def optional(workload: Record, name: str, form: str) -> str:
 
 
 def starts(workload: Record) -> str:
-    """Write what the first step of the scanned epoch costs, cold and in a second process."""
+    """Format the time of the first step of fdl's best runner, cold and in a second process."""
     runners = {runner["name"]: runner for runner in workload["runners"]}
     runner = runners.get(workload["best_fdl"], {})
     found = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
@@ -161,10 +163,10 @@ def starts(workload: Record) -> str:
 
 
 def render(root: Path = ROOT) -> list[Path]:
-    """Remake the tables of docs/benchmark.md and the charts; return what was written.
+    """Rewrite the tables of docs/benchmark.md and the charts; return the files written.
 
     Raises:
-        ValueError: there is no result, or the page lacks the markers.
+        ValueError: there is no result to render, or the page lacks the markers.
     """
     sources = sorted((root / "docs/bench").glob("*.json"))
     if not sources:
@@ -180,7 +182,7 @@ def render(root: Path = ROOT) -> list[Path]:
 
 
 def replaced(page: str, documents: dict[Path, Record]) -> str:
-    """Put the tables between the markers of a page."""
+    """Replace the text between the markers of a page by the tables."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(
             f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each"
@@ -188,7 +190,7 @@ def replaced(page: str, documents: dict[Path, Record]) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     charts = [
-        f"{markdown(document)}\n\n![Time of a step, times that of the fastest runner, "
+        f"{markdown(document)}\n\n![Time per step relative to the fastest, "
         f"{path.stem}](bench/{path.stem}.png)"
         for path, document in documents.items()
     ]
