@@ -279,7 +279,8 @@ def test_a_failed_runner_is_a_row_and_its_rounds_are_dropped():
 
 def test_warnings_of_a_runner_are_told():
     code = (
-        "import warnings\nfrom train.bench.worker import collect_warnings\nwarned = collect_warnings()\n"
+        "import warnings\nfrom train.bench.worker import collect_warnings\n"
+        "warned = collect_warnings()\n"
         "for _ in range(2): warnings.warn('jit: fell back\\nbecause')\n"
         "warnings.warn('of torch', FutureWarning)\nprint(warned)"
     )

@@ -60,15 +60,15 @@ def test_an_axis_is_read(text, axis):
     ("given", "text"),
     [
         ([], "--grid must be given"),
-        (["lr"], "must be name=values"),
+        (["lr"], "expected NAME=VALUES"),
         (["batch_size=1,2"], "'batch_size' cannot be swept.*lr, momentum, weight_decay, seed"),
         (["lr=1,2", "lr=3,4"], "lr is given twice"),
         (["lr=1,1"], "none twice"),
         (["lr=0:1:3log"], "log needs positive ends"),
         (["lr=1:2:1lin"], "an axis has 2 to 10000 values"),
-        (["lr=a,b"], "'a,b' is not of the form"),
+        (["lr=a,b"], "expected values like .*, got 'a,b'"),
         (["seed=5:5"], "at least one value"),
-        (["seed=0.5"], "seeds are whole numbers"),
+        (["seed=0.5"], "seeds must be integers"),
     ],
 )
 def test_a_wrong_grid_is_refused(given, text):
