@@ -14,6 +14,7 @@ import torch
 import fdl
 from fdl import data, random, tree
 from train.sweep import grid, group, results
+from train.sweep import run as sweeping
 from train.sweep.grid import Axis
 from train.sweep.results import Result
 
@@ -202,15 +203,15 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
 
         return programs._replace(train=train)
 
-    monkeypatch.setattr(run, "make_programs", ended)
+    monkeypatch.setattr(sweeping, "make_programs", ended)
     found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 7e-6)
     assert found[0] == code and "all results so far are saved" in found[2]
     assert 0 < len(lines("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0
     assert last("sweep/best")["epoch"] == 9
-    monkeypatch.setattr(run, "make_programs", make)
+    monkeypatch.setattr(sweeping, "make_programs", make)
     code, out, _ = run("sweep", "linreg", "--resume", "sweep")
-    assert code == 0 and "groups of 2, as it began" in out
+    assert code == 0 and "groups of 2, as when the sweep began" in out
     assert run("sweep", *LINREG, "--epochs", 9, *options, "--out", "whole")[0] == 0
     same("sweep", "whole")
 
