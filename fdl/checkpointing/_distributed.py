@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from fdl._dtensor import is_spread
 from fdl._files import sync_folder
 from fdl.io import inspect, load, save
-from fdl.io._compare import differences, places
+from fdl.io._compare import describe_paths, differences
 from fdl.io._schema import describe
 from fdl.parallel._group import on_all, on_first
 from fdl.tree import Tree, flatten_dict, unflatten_dict
@@ -108,7 +108,9 @@ def load_shards(
         wanted: dict[str, Any] = dict.fromkeys(flatten_dict(full))
         like = full
     else:
-        lines = differences(places(*describe(like, "load: like")), places(*describe(full, "load")))
+        lines = differences(
+            describe_paths(*describe(like, "load: like")), describe_paths(*describe(full, "load"))
+        )
         if lines:
             raise ValueError(f"load: {path} does not fit `like`:\n  " + "\n  ".join(lines))
         wanted = flatten_dict(like)

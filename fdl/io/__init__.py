@@ -1,4 +1,4 @@
-"""Trees in files: safetensors of our own, and the files of torch.save."""
+"""Save and load trees: safetensors files with structure, and files of torch.save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file of a tree holds, without loading it."""
+"""List the content of a tree file without loading it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from fdl._files import expanded
-from fdl.io._reader import opened_file
-from fdl.io._schema import leaf_value, opened, walk
+from fdl.io._reader import open_tree_file
+from fdl.io._schema import as_container, leaf_value, walk
 from fdl.tree import Tree
 
-_LIMITS = (80, 24, 16, 24)  # columns; paths get what the others leave of 80
+_LIMITS = (80, 24, 16, 24)  # most columns of a cell; paths get the rest of 80
 
 
 @dataclass(frozen=True)
 class TreeInfo:
-    """What a file holds, of which the header alone has been read; `print` shows a table.
+    """The content of a tree file, from its header alone; `print` shows a table.
 
     >>> import tempfile, fdl
     >>> params = fdl.nn.linear(2, 1).init(fdl.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     fdl.io.save(f"{folder}/it.safetensors", {"fc": params, "step": 5})
     ...     info = inspect(f"{folder}/it.safetensors")
-    ...     sorted(info.read("fc"))  # of a larger file only this would be read
+    ...     sorted(info.read("fc"))  # reads nothing else of the file
     ['bias', 'weight']
     >>> info.leaves["fc.weight"].shape
     torch.Size([1, 2])
@@ -40,22 +40,25 @@ class TreeInfo:
     """
 
     path: Path
-    leaves: dict[str, Any]  # by dotted path; tensors on the device `meta`
-    metadata: dict[str, Any]  # what was given to `save`, or all there is of another writer's
-    ties: dict[str, str] = field(repr=False)  # path -> path under which that tensor is stored
+    leaves: dict[str, Any]  # by dotted path; tensors are on the device `meta`
+    metadata: dict[str, Any]  # as passed to `save`; all metadata of a file of another writer
+    ties: dict[str, str] = field(repr=False)  # path -> path under which the tensor is stored
 
     def read(self, at: str) -> Tree:
         """Read the leaf or subtree at a dotted path, and nothing else of the file.
 
+        Args:
+            at: a path in `leaves`, or of a container of them.
+
         Raises:
-            KeyError: nothing is there.
+            KeyError: there is nothing at this path.
             ValueError: the file is damaged.
         """
-        with opened_file(self.path, "inspect") as file:
+        with open_tree_file(self.path, "inspect") as file:
             for path, node in walk(file.structure):
                 if path == at:
                     return file.subtree(node, at, None)
-        raise KeyError(f"inspect: nothing at {at!r} in {self.path}; there are {list(self.leaves)}")
+        raise KeyError(f"read: nothing at {at!r} in {self.path}; it has {list(self.leaves)}")
 
     def __str__(self) -> str:
         rows = [("path", "shape", "dtype", "bytes")]
@@ -74,13 +77,13 @@ class TreeInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> TreeInfo:
-    """Say what a file holds, reading its header alone.
+    """List the content of a file, reading its header alone.
 
     Args:
-        path: a file of `save`, or of another safetensors writer.
+        path: a file of `save` or of another safetensors writer.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the header is damaged.
 
     >>> import tempfile, fdl
@@ -89,18 +92,18 @@ def inspect(path: str | os.PathLike[str]) -> TreeInfo:
     ...     inspect(f"{folder}/w.safetensors").metadata
     {'epoch': 5}
     """
-    with opened_file(path, "inspect") as file:
+    with open_tree_file(path, "inspect") as file:
         tensors = file.tensors()
         leaves = {
             at: tensors[at] if at in tensors else leaf_value(node)
             for at, node in walk(file.structure)
-            if opened(node, at) is None
+            if as_container(node, at) is None
         }
         return TreeInfo(expanded(path), leaves, file.metadata, file.ties)
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    """Align, in 80 columns; what is too long loses its middle.
+    """Align rows in 80 columns; cells that are too long lose their middle.
 
     >>> print(_table([("path", "shape", "dtype", "bytes"), ("w", "[2]", "float32", "8")]))
     path  shape  dtype    bytes

@@ -1,8 +1,8 @@
-"""Trees on disk: one safetensors file, no pickle, never half-written, safe to open.
+"""Save and load trees as safetensors files: without pickle, written atomically, safe to open.
 
-A file keeps the whole tree: its structure, its tensors to the bit, the numbers and texts in it,
-and which of its tensors are one and the same. It begins with a SHA-256 of its header, where there
-is one of each tensor; whatever is read is verified, and lies in memory of its own.
+A file stores the whole tree: structure, tensors to the bit, numbers and strings, and which tensors
+are identical. It begins with the SHA-256 of its header, which has one of each tensor; everything
+read is verified, and gets memory of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fdl._files import atomic_write
-from fdl.io._compare import differences, narrow_slots, places, without_containers
+from fdl.io._compare import describe_paths, differences, narrow_slots, without_containers
 from fdl.io._json import as_texts, check, dumps
-from fdl.io._reader import File, opened_file
+from fdl.io._reader import File, open_tree_file
 from fdl.io._safetensors import FORMAT, NAMES, write_tensors
 from fdl.io._schema import describe, later_fields, leaf_value, walk
 from fdl.tree import Tree, flatten_dict, unflatten_dict
@@ -26,23 +26,23 @@ from fdl.tree import Tree, flatten_dict, unflatten_dict
 def save(
     path: str | os.PathLike[str], tree: Tree, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a tree to one safetensors file, which appears whole or not at all.
+    """Write a tree to a safetensors file, atomically.
 
     Any safetensors reader finds the tensors under their dotted paths. Leaves that are one tensor,
     or the same view of one memory, are stored once, under the first path, and are one tensor again
-    after `load`. Devices, strides and `requires_grad` are not kept.
+    after `load`. Devices, strides and `requires_grad` are not stored.
 
     Args:
-        path: the file; an old one is replaced and gives the new one its permissions. Through a
-            symbolic link the file it points to is written.
+        path: the file; an old one is replaced, and its permissions are kept. A symbolic link is
+            followed.
         tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str.
-        metadata: what else to keep, for `inspect` to return: dicts, lists and what JSON has, and
-            NaN and the infinities as well.
+        metadata: further data, which `inspect` returns: dicts and lists of JSON values, NaN and the
+            infinities included.
 
     Raises:
-        TypeError: something else in the tree or in the metadata, or tensors of a kind that the
-            format does not know (each is listed with its path).
-        ValueError: a dict key that is empty or holds a dot, or too deep a nesting.
+        TypeError: the tree or the metadata has anything else, or tensors that the format does not
+            support (each is listed with its path).
+        ValueError: a dict key is empty or has a dot, or the nesting is too deep.
         OSError: the file or its folder cannot be written, or `path` is not a regular file.
 
     >>> import tempfile
@@ -77,14 +77,14 @@ def _json(value: Any) -> str:
 
 
 def check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
-    """Refuse tensors of a kind that the format does not know.
+    """Raise if the format does not support some tensors.
 
     Args:
-        tensors: by path.
-        caller: how an error begins.
+        tensors: the tensors by path.
+        caller: first words of the error message.
 
     Raises:
-        TypeError: there are some (each is listed with its path).
+        TypeError: there are such tensors (each is listed with its path).
     """
     lines = []
     for path, leaf in tensors.items():
@@ -93,24 +93,24 @@ def check_storable(tensors: Mapping[str, Tensor], caller: str) -> None:
         elif leaf.layout != torch.strided:
             lines.append(f"{path}: layout {leaf.layout}; make it dense")
         elif leaf.dtype not in NAMES:
-            lines.append(f"{path}: {leaf.dtype}, which the format lacks; use view_as_real or cast")
+            lines.append(f"{path}: {leaf.dtype}, not in the format; use view_as_real or cast")
         elif leaf.device.type == "meta":
-            lines.append(f"{path}: on the device meta, where there are no values")
+            lines.append(f"{path}: on the device meta, which holds no values")
         elif leaf.dtype == torch.float4_e2m1fn_x2 and leaf.ndim == 0:
-            lines.append(f"{path}: a pair of numbers without an axis; give it one")
+            lines.append(f"{path}: a pair of numbers without an axis; add an axis")
         elif path == "__metadata__":
-            lines.append(f"{path}: the format has another use for this name")
+            lines.append(f"{path}: the format reserves this name; rename the leaf")
     if lines:
         raise TypeError(f"{caller}: these tensors cannot be stored:\n  " + "\n  ".join(lines))
 
 
 def _identity(leaf: Tensor) -> Any:
-    """Equal for leaves that are the same view of the same memory."""
+    """Return a value that is equal for leaves with the same view of the same memory."""
     if leaf.numel() == 0:
         return id(leaf)
-    # A lazy conjugate or negative is the same memory, read differently.
-    form = (leaf.dtype, leaf.shape, leaf.stride(), leaf.device, leaf.is_conj(), leaf.is_neg())
-    return leaf.data_ptr(), *form
+    # A lazy conjugate or negative reads the same memory differently.
+    view = (leaf.dtype, leaf.shape, leaf.stride(), leaf.device, leaf.is_conj(), leaf.is_neg())
+    return leaf.data_ptr(), *view
 
 
 def load(
@@ -140,7 +140,7 @@ def load(
     Traceback (most recent call last):
     FileNotFoundError: load: no such file: absent.safetensors
     """
-    with opened_file(path, "load") as file:
+    with open_tree_file(path, "load") as file:
         if like is None:
             return file.subtree(file.structure, "", device)
         match = _match(file, like, "load")
@@ -175,7 +175,7 @@ def load_matching(
     ...     load_matching(f"{folder}/it.safetensors", {"w": torch.zeros(2), "b": torch.zeros(3)})
     ({'w': tensor([1., 1.]), 'b': tensor([0., 0., 0.])}, ['b: expected float32[3], got float32[2]'])
     """
-    with opened_file(path, "load_matching") as file:
+    with open_tree_file(path, "load_matching") as file:
         match = _match(file, like, "load_matching")
         return _read(file, match, like, device), match.differences
 
@@ -192,10 +192,13 @@ class _Match(NamedTuple):
 
 def _match(file: File, like: Tree, caller: str) -> _Match:
     structure, expected = describe(like, f"{caller}: like")
-    wanted, got = places(structure, expected), places(file.structure, file.tensors())
+    wanted, got = (
+        describe_paths(structure, expected),
+        describe_paths(file.structure, file.tensors()),
+    )
     defaults = {at: new for at, new in later_fields(structure).items() if at not in got}
-    wanted = {at: what for at, what in wanted.items() if at not in defaults}
-    if not file.told:
+    wanted = {at: text for at, text in wanted.items() if at not in defaults}
+    if not file.has_structure:
         wanted, got = without_containers(wanted), without_containers(got)
     narrow = narrow_slots(structure, wanted, got)
     got |= {at: wanted[at] for at in narrow}
