@@ -254,7 +254,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 def test_an_absent_or_closed_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=f"cannot make a file in {tmp_path}/absent") as info:
+    with pytest.raises(
+        FileNotFoundError, match=f"cannot create a file in {tmp_path}/absent"
+    ) as info:
         fdl.io.save(tmp_path / "absent" / "it", PARAMS)
     assert info.value.filename == str(tmp_path / "absent" / "it")
 
@@ -262,5 +264,5 @@ def test_an_absent_or_closed_folder_is_named(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(PermissionError, match="Permission denied: cannot make a file in"):
+    with pytest.raises(PermissionError, match="Permission denied: cannot create a file in"):
         fdl.io.save(tmp_path / "it", PARAMS)

@@ -64,8 +64,7 @@ def narrow_slots(structure: Node, wanted: Mapping[str, str], got: Mapping[str, s
     return [
         at
         for path, node in walk(structure)
-        if (container := as_container(node, path))
-        and container[0] in ("fdl.State", "fdl.LBFGSState")
+        if (container := as_container(node, path)) and container[0] in _WITH_SLOTS
         for at, _ in walk(node, path)
         if wanted.get(at, "").startswith("float32")
         and got.get(at, "").removeprefix("b") == wanted[at].replace("32", "16", 1)

@@ -74,7 +74,8 @@ def as_numbers(value: Any, places: Any) -> Any:
     try:
         for place in places:
             node: Any = root
-            *parents, last = [0, *place]
+            parents: list[Any] = [0, *place]
+            last = parents.pop()
             for name in parents:
                 node = node[name]
             if node[last] not in ("NaN", "Infinity", "-Infinity"):

@@ -192,10 +192,8 @@ class _Match(NamedTuple):
 
 def _match(file: File, like: Tree, caller: str) -> _Match:
     structure, expected = describe(like, f"{caller}: like")
-    wanted, got = (
-        describe_paths(structure, expected),
-        describe_paths(file.structure, file.tensors()),
-    )
+    wanted = describe_paths(structure, expected)
+    got = describe_paths(file.structure, file.tensors())
     defaults = {at: new for at, new in later_fields(structure).items() if at not in got}
     wanted = {at: text for at, text in wanted.items() if at not in defaults}
     if not file.has_structure:

@@ -97,9 +97,9 @@ def two(first, second, size=8) -> bytes:
 
 X = '"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
 HOSTILE = {
-    "garbage": (b"x" * 99, "no safetensors header"),
+    "garbage": (b"x" * 99, "expected a safetensors header"),
     "empty": (b"", "expected a safetensors header, got 0 bytes"),
-    "negative-length": (struct.pack("<q", -1) + b"{}", "no safetensors header"),
+    "negative-length": (struct.pack("<q", -1) + b"{}", "expected a safetensors header"),
     "huge-shape": (one(shape=[2**40]), "takes 4,398,046,511,104 bytes by its shape, 4 by its off"),
     "overflowing-shape": (one(shape=[2**33, 2**33]), "impossible shape"),
     "overflow-to-zero": (one(shape=[2**62, 4], offsets=[0, 0], content=b""), "impossible shape"),

@@ -287,7 +287,7 @@ def test_metrics_of_every_kind_of_number(value: Any, expected: float, it: Checkp
 def test_metrics_that_are_no_number_are_refused_at_once(value: Any, it: Checkpointer) -> None:
     with pytest.raises(TypeError, match=r"Checkpointer.save: metrics\['loss'\] must be one number"):
         it.save(STATE, metrics={"loss": value})
-    with pytest.raises(TypeError, match="a name of metrics must be a str, got 1"):
+    with pytest.raises(TypeError, match="names of metrics must be str, got 1"):
         it.save(STATE, metrics={1: 0.5})  # type: ignore[dict-item]
     it.wait()
     assert it.latest() is None

@@ -382,7 +382,8 @@ def test_a_tensor_that_the_format_lacks_is_named(path):
         "c": torch.ones(2).as_subclass(Sub),
     }
     expected = (
-        r"cannot be stored:\n  a: torch\.complex128, not in the format; .*\n  b: layout torch\.sparse_coo.*"
+        r"cannot be stored:\n  a: torch\.complex128, not in the format; .*"
+        r"\n  b: layout torch\.sparse_coo.*"
         r"\n  c: a Sub; make it a plain tensor"
     )
     with pytest.raises(TypeError, match=expected):
