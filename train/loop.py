@@ -48,7 +48,7 @@ Carry = tuple[TrainState, Tensor]  # the state, and bool []: every loss so far w
 
 
 class Progress(NamedTuple):
-    """How far a run is: with the state and the options, enough to continue it."""
+    """Progress of a run; with the state and the options, it is enough to continue."""
 
     epoch: int  # the current one, from 1
     done: int  # steps of this epoch that are done: whole chunks, or all of them

@@ -20,7 +20,7 @@ COMPILE_SECONDS = 20.0  # compiling takes 10 to 20 s the first time; shorter run
 
 
 class Plan(NamedTuple):
-    """How a run is executed; results depend on it only by rounding."""
+    """The way a run is executed; results depend on it only by rounding."""
 
     compile: bool
     chunk: int  # steps

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
@@ -119,7 +120,6 @@ def from_jax(tree: Tree) -> Tree:
         params = fdl.interop.from_jax(arrays)
     """
     import jax
-    from torch.utils.dlpack import from_dlpack
 
     def convert(leaf: Any) -> Tensor:
         if not isinstance(leaf, jax.Array):

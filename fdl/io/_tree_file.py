@@ -181,7 +181,7 @@ def load_matching(
 
 
 class _Match(NamedTuple):
-    """Which leaves of a tree a file has."""
+    """The comparison of a file with `like`."""
 
     differences: list[str]
     tensors: set[str]  # paths of tensors to read

@@ -204,6 +204,9 @@ def test_load_matching_names_itself_in_errors(path):
     path.write_bytes(b"x" * 99)
     with pytest.raises(ValueError, match="load_matching: cannot read"):
         fdl.io.load_matching(path, {})
+    fdl.io.save(path, {})
+    with pytest.raises(TypeError, match="load_matching: like: a dict key must be a str, got 0"):
+        fdl.io.load_matching(path, {0: 1})
 
 
 def test_what_is_missing_is_listed_by_its_leaves(path):
