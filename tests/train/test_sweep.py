@@ -186,6 +186,21 @@ def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
     assert not Path("none/best").exists()
 
 
+@pytest.mark.parametrize("metric", ["validation_accuracy", "loss"])
+def test_best_values_are_the_best_over_further_axes(metric):
+    axes = [Axis("lr", (0.1, 0.2)), Axis("momentum", (0.0, 0.5, 0.9)), Axis("seed", (0, 1))]
+    scores = torch.rand(2, 3, 2, dtype=torch.float64)
+    scores[1, 2] = float("nan")  # these runs diverge
+    runs = [
+        Result(point, score == score, 1, [{metric: score}])
+        for point, score in zip(grid.points(axes), scores.flatten().tolist(), strict=True)
+    ]
+    best = scores.amax(-1) if metric.endswith("accuracy") else scores.amin(-1)
+    assert torch.tensor(results.best_values(axes, runs)).allclose(best.float(), equal_nan=True)
+    row = results.best_values(axes[:1], [run for run in runs if run.point["momentum"] == 0])
+    assert torch.tensor(row).allclose(best[:, 0].float())
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
     make, options = group.make_programs, ("--grid", "lr=0.1,0.4", "--grid", "momentum=0.1,0.5")
