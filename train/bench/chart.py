@@ -51,15 +51,15 @@ def draw_panel(axes: Any, workload: dict[str, Any], names: list[str]) -> None:
 
     Dots, because bars on a logarithmic axis have no zero to start from.
     """
-    found = ratios(workload)
-    most = max(found.values())
+    ratio = ratios(workload)
+    most = max(ratio.values())
     for place, name in enumerate(names):
-        if name not in found:
+        if name not in ratio:
             continue
         ours = name.startswith("fdl-")
-        axes.plot(found[name], place, "o", color=OURS if ours else THEIRS, markersize=5)
+        axes.plot(ratio[name], place, "o", color=OURS if ours else THEIRS, markersize=5)
         axes.annotate(
-            figure(found[name]), (found[name], place), xytext=(6, 0), textcoords="offset points",
+            figure(ratio[name]), (ratio[name], place), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=7.5,
         )  # fmt: skip
     axes.set_xscale("log")

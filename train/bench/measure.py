@@ -227,10 +227,10 @@ def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Re
         client.ask("trajectory", out=str(out))
         if client.warned:
             row["warnings"] = client.warned
-        found = check(reference, read_trajectory(out)[0], registry.RUNNERS[row["name"]].own_masks)
-        row["check"] = found._asdict()
-        if not found.right:
-            row["status"], row["reason"] = "wrong", found.reason
+        result = check(reference, read_trajectory(out)[0], registry.RUNNERS[row["name"]].own_masks)
+        row["check"] = result._asdict()
+        if not result.right:
+            row["status"], row["reason"] = "wrong", result.reason
             return
         row["round"] = client.ask("calibrate", seconds=setting.config.seconds)
         row["rounds_us"] = []
@@ -240,15 +240,15 @@ def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Re
 
 def add_round(client: Client, row: dict[str, Any]) -> None:
     """Time one round."""
-    found = client.ask("round")
-    row["rounds_us"].append(found["us"])
-    row["idle_cpu"] = max(found["idle_cpu"], row.get("idle_cpu", 0.0))
+    answer = client.ask("round")
+    row["rounds_us"].append(answer["us"])
+    row["idle_cpu"] = max(answer["idle_cpu"], row.get("idle_cpu", 0.0))
 
 
 def add_memory(client: Client, row: dict[str, Any]) -> None:
     """Record the memory taken."""
-    found = client.ask("peak")
-    row["peak_bytes"], row["start_bytes"] = found["peak"], found["start"]
+    answer = client.ask("peak")
+    row["peak_bytes"], row["start_bytes"] = answer["peak"], answer["start"]
 
 
 def add_warm_start(setting: Setting, workload: Workload, row: dict[str, Any], path: Path) -> None:

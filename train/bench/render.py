@@ -57,8 +57,8 @@ def terminal_cells(runner: Record) -> list[str]:
         return format(runner[name] * scale, f"z{form}") if name in runner else ""
 
     taken = {"+MB": runner["peak_bytes"] - runner["start_bytes"]} if "peak_bytes" in runner else {}
-    found = runner["check"]
-    off = found["loss"] if masks_differ(runner) else max(found["loss"], found["distance"])
+    checked = runner["check"]
+    off = checked["loss"] if masks_differ(runner) else max(checked["loss"], checked["distance"])
     return [
         figure(runner["min_us"]),
         figure(runner["median_us"]),
@@ -101,10 +101,10 @@ def provenance(document: Record) -> str:
     machine, versions, rates = (document[name] for name in ("machine", "versions", "rates"))
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    made = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
+    packages = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
     return (
         f"**{document['device'].upper()}**: {where}, {threads}; "
-        f"{', '.join(made)}; float32; {document['data']}; {document['date']}; "
+        f"{', '.join(packages)}; float32; {document['data']}; {document['date']}; "
         f"{document['rounds']} interleaved rounds; products at "
         f"{rates['matrix_flops'] / 1e9:,.0f} GFLOP/s (by {rates['matrix_by']}), copies at "
         f"{rates['copy_bytes'] / 1e9:,.0f} GB/s."
@@ -158,8 +158,8 @@ def starts(workload: Record) -> str:
     """Format the time of the first step of fdl's best runner, cold and in a second process."""
     runners = {runner["name"]: runner for runner in workload["runners"]}
     runner = runners.get(workload["best_fdl"], {})
-    found = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
-    return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
+    times = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
+    return ", ".join(f"{seconds:.1f}" for seconds in times if seconds is not None)
 
 
 def render(root: Path = ROOT) -> list[Path]:

@@ -39,16 +39,16 @@ class Workload(NamedTuple):
 
 def find(config: Bench) -> list[Workload]:
     """List the workloads that the options name."""
-    found = []
+    workloads = []
     for name in dict.fromkeys(config.workloads):
         if name == "lenet-scaling":
-            found += [
+            workloads += [
                 Workload(f"lenet-{size}", "lenet", LeNet(batch_size=size), True)
                 for size in config.batch_sizes
             ]
         else:
-            found.append(Workload(name, *RECIPES[name], False))
-    return found
+            workloads.append(Workload(name, *RECIPES[name], False))
+    return workloads
 
 
 def make_task(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Task:

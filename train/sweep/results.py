@@ -165,8 +165,8 @@ def table(axes: Sequence[Axis], results: Sequence[Result]) -> str:
           0.1       0.5      0.75        0.6            0.7
             9  diverged at step 4
     """
-    found = [result for result in results if result.ok]
-    last = found[0].history[-1] if found else {}
+    done = [result for result in results if result.ok]
+    last = done[0].history[-1] if done else {}
     names = [n for n in ("loss", "accuracy", *reversed(CHOICES)) if n in last]
     heads = [f"{_short(axis.name):>9}" for axis in axes] + [f"{_short(n):>8}" for n in names]
     lines = ["  ".join(heads)]
