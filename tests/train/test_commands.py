@@ -254,7 +254,7 @@ def test_evaluation_drops_nothing_at_random():
 
 MODULES = (
     "__main__ bench.scaling bench.step_time config images launch loop options recipes records "
-    "report run run_folder sweep.grid sweep.results sweep.run"
+    "planning plots resume run run_folder sweep.grid sweep.results sweep.run"
 )
 
 
@@ -324,4 +324,6 @@ def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
     (tmp_path / "it").write_bytes(b"x" * 99)
     assert run("inspect", "absent") == (2, "", "error: inspect: no such file: absent\n")
     code, out, err = run("inspect", "it")
-    assert code == 2 and not out and err.startswith("error: inspect: cannot read it: no safetens")
+    assert (
+        code == 2 and not out and err.startswith("error: inspect: cannot read it: expected a safet")
+    )

@@ -213,7 +213,7 @@ def test_a_diverged_run_diverges_again(run, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1: a run goes on"),
+        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1; a resumed run"),
         (["linreg", "--resume", "it", "--compile", "on"], "--compile is auto in it, got on"),
         (["linreg", "--resume", "it", "--out", "there"], "--out is None in it, got there"),
         (["linreg", "--resume", "it", "--epochs", 1], "--epochs 1: it has begun epoch 2 already"),
