@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdl import tree
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl._files import expanded
 from fdl._training import TrainState
 from fdl._version import __version__
@@ -329,7 +329,7 @@ def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check(state: Tree) -> None:
     """Raise if a state cannot be written, in all processes of a group alike."""
     _, tensors = describe(state, "Checkpointer.save")
-    sharded = {at: leaf for at, leaf in tensors.items() if is_spread(leaf)}
+    sharded = {at: leaf for at, leaf in tensors.items() if is_dtensor(leaf)}
     check_reduced(sharded)
     others = {at: leaf for at, leaf in tensors.items() if at not in sharded}
     check_storable(others, "Checkpointer.save")
@@ -342,7 +342,7 @@ def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if is_spread(leaf) and group is None:
+        if is_dtensor(leaf) and group is None:
             raise TypeError(
                 f"Checkpointer: a leaf is a {type(leaf).__name__} of shape {list(leaf.shape)}, "
                 "sharded over processes; make the Checkpointer with group=, in each process"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl._files import sync_folder
 from fdl.io import inspect, load, save
 from fdl.io._compare import describe_paths, differences
@@ -49,7 +49,7 @@ def save_shards(
         TypeError: a DTensor has a pending reduction.
     """
     leaves = flatten_dict(state)
-    sharded = {at: leaf for at, leaf in leaves.items() if is_spread(leaf)}
+    sharded = {at: leaf for at, leaf in leaves.items() if is_dtensor(leaf)}
     check_reduced(sharded)
     temporary = path.with_name(f".{path.name}")
     shards = temporary / SHARDS
@@ -161,7 +161,7 @@ def _digests(files: list[Path]) -> dict[str, str]:
 
 def _allocate(template: Tensor, like: Any, device: torch.device | str | None) -> Tensor:
     """Make the tensor to read into."""
-    if is_spread(like):
+    if is_dtensor(like):
         target = like.device_mesh.device_type if like.device.type == "meta" else like.device
         return torch.empty_like(like.detach(), device=target)
     return torch.empty_like(template, device=_place(like, device))
