@@ -229,8 +229,8 @@ class Counting(torch.nn.Module):
     ("count", "message"),
     [
         (lambda module: module.tensor.add_(1), "would write to attribute 'tensor'"),
-        (lambda module: module.list.append(1), "changes what its attribute 'list' holds"),
-        (lambda module: module.dict.update(n=1), "changes what its attribute 'dict' holds"),
+        (lambda module: module.list.append(1), "changes the content of its attribute 'list'"),
+        (lambda module: module.dict.update(n=1), "changes the content of its attribute 'dict'"),
     ],
     ids=["tensor", "list", "dict"],
 )

@@ -15,7 +15,7 @@ import fdl
 from fdl import tree
 from fdl.checkpointing import _checkpointer, _folder
 from tests.support.asserts import equal_bits
-from train import loop, report
+from train import loop, planning, resume
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ class Killed(BaseException):
 def run(monkeypatch, capsys, tmp_path):
     """Run the command in chunks of `chunk` steps; give its exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
-    plan = loop.plan
+    plan = planning.make_plan
 
     def call(*args, chunk=2):
         monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
@@ -51,7 +51,7 @@ def run(monkeypatch, capsys, tmp_path):
             assert "--resume" not in args, "a resumed run keeps its plan"
             return plan(*given)._replace(chunk=chunk)
 
-        monkeypatch.setattr(loop, "plan", planned)
+        monkeypatch.setattr(planning, "make_plan", planned)
         code = main()
         return code, *capsys.readouterr()
 
@@ -213,7 +213,7 @@ def test_a_diverged_run_diverges_again(run, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1: a run goes on"),
+        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1; a resumed run"),
         (["linreg", "--resume", "it", "--compile", "on"], "--compile is auto in it, got on"),
         (["linreg", "--resume", "it", "--out", "there"], "--out is None in it, got there"),
         (["linreg", "--resume", "it", "--epochs", 1], "--epochs 1: it has begun epoch 2 already"),
@@ -248,10 +248,10 @@ def test_other_data_are_refused(run):
 
 
 def test_another_environment_is_named(run, monkeypatch):
-    here = report.environment(torch.device("cpu"))
-    monkeypatch.setattr(report, "environment", lambda _: here | {"torch": "2.0", "threads": 7})
+    here = resume.environment(torch.device("cpu"))
+    monkeypatch.setattr(resume, "environment", lambda _: here | {"torch": "2.0", "threads": 7})
     assert run("linreg", "--epochs", 1, "--out", "it")[0] == 0
-    monkeypatch.setattr(report, "environment", lambda _: here)
+    monkeypatch.setattr(resume, "environment", lambda _: here)
     code, _, err = run("linreg", "--resume", "it", "--epochs", 2)
     assert code == 0 and f"torch {torch.__version__}, was 2.0" in err
     assert f"threads {torch.get_num_threads()}, was 7" in err
