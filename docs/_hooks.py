@@ -37,7 +37,7 @@ def documented() -> dict[str, ModuleType]:
 # The names of a long page, in the order in which a reader looks for them; others are alphabetical.
 GROUPS = {
     "fdl": {
-        "Training": "TrainState supervised train_step eval_step",
+        "Training": "TrainState supervised StatefulLoss train_step eval_step",
         "Compiling": "jit scan disable_jit",
         "Precision": "Policy with_policy",
         "Files": "save load inspect load_torch save_torch Checkpointer",

@@ -136,7 +136,7 @@ sgd = torch.optim.SGD(net.parameters(), lr=0.1)
 linear = nn.linear(784, 10, weight_init=nn.init.normal(0.01), bias_init=nn.init.zeros)
 model = nn.sequential(nn.flatten(), linear)
 opt = optim.sgd(lr=0.1)
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 step = fdl.train_step(loss, opt)
 state = fdl.TrainState.create(model, opt, key=random.key(0), params={"1": start})
 

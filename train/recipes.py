@@ -113,7 +113,7 @@ def _linreg(config: Linreg, key: Tensor) -> Problem:
     w, b = [2.0, -3.4], 4.2
     drawn = data.synthetic_linear(key, w, b, config.examples, config.noise)
     model = models.linreg(2)
-    loss = supervised(model.apply, losses.squared_loss)
+    loss = supervised(model, losses.squared_loss)
     verdict = _weights(("true", w, b))
     return Problem(
         model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", verdict
@@ -126,7 +126,7 @@ def _linreg_decay(config: LinregDecay, key: Tensor) -> Problem:
         config, data.synthetic_linear(key, w, b, config.examples, config.noise)
     )
     model = models.linreg(3)
-    loss = supervised(model.apply, losses.mse)
+    loss = supervised(model, losses.mse)
     *ridge_w, ridge_b = ridge(train, config.weight_decay).tolist()
     verdict = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
     found = f"y = x · {w} + {b}"
@@ -177,7 +177,7 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
         optim.add_decayed_weights(config.weight_decay, mask="weight"),
         optim.sgd(config.lr, config.momentum),
     )
-    loss = supervised(model.apply, losses.squared_loss)
+    loss = supervised(model, losses.squared_loss)
     return Problem(
         model,
         opt,
@@ -203,7 +203,7 @@ def image_problem(config: Images, train: Dataset, test: Dataset | None, found: s
     'one black image'
     """
     model = image_model(config)
-    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     return Problem(
         model,
         _sgd(config),

@@ -78,7 +78,7 @@ def train_step(
 
     >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.sequential(nn.dropout(0.5), nn.linear(2, 1)), optim.sgd(0.1)
-    >>> loss = supervised(model.apply, losses.mse)
+    >>> loss = supervised(model, losses.mse)
     >>> step = train_step(loss, opt, None, parts=4)      # what 1, 2 and 4 processes compute alike
     >>> state = TrainState.create(model, opt, key=random.key(0))
     >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
@@ -92,7 +92,7 @@ def train_step(
     opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
-        objective = _step.objective_of(loss, state, batch, key)
+        objective = _step.make_objective(loss, state, batch, key)
         grads, (value, (metrics, buffers)) = _step.differentiate(objective, state, grad_fn)
         count = _count(metrics)
         sums = {"grads": grads, "value": value, "buffers": buffers}
@@ -122,7 +122,7 @@ def train_step(
             )
             # A norm over all leaves is a sum over them: to the bit the same only in one order.
             ordered, grads, buffers = in_order((state, grads, buffers))
-            new = _step.updated(opt, ordered, grads, buffers, value, _refuse, count)
+            new = _step.apply_gradients(opt, ordered, grads, buffers, value, _refuse, count)
             new = _dtensor.as_before(new, ordered)
             return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
 

@@ -188,12 +188,12 @@ def test_a_mask_that_nobody_heeds_is_an_error():
     counter = nn.StatefulModel(lambda key: ({}, {"calls": torch.tensor(0)}), count)
     batch = data.Batch(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([True, False]))
     for model in (counter, nn.sequential(counter)):
-        loss = fdl.supervised(model.apply, losses.mse)
+        loss = fdl.supervised(model, losses.mse)
         params, buffers = model.init(KEY)
         with pytest.raises(ValueError, match=r"takes none: padding would .* drop_last=True"):
-            loss(params, buffers, batch, KEY)
+            loss(params, buffers, batch, train=True)
         loss(params, buffers, batch)  # in evaluation padding has no part in statistics
-        loss(params, buffers, batch._replace(mask=()), KEY)
+        loss(params, buffers, batch._replace(mask=()), train=True)
 
 
 class LeNet(oo.Module):
@@ -225,7 +225,7 @@ def test_lenet_bn_over_50_steps_and_evaluated():
     batches = (rows * 7)[:50]
     assert not rows[-1].mask.all()  # the twin gets the last batch without its padding
 
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     start = state.params
     for batch in batches:
         state, _ = step(state, batch)

@@ -85,7 +85,7 @@ def test_parameters_that_do_not_fit_raise_and_every_path_is_listed(change, lines
     ids=["cross_entropy", "partial", "mse", "per-element", "per-example"],
 )
 def test_a_masked_batch_equals_the_shorter_one(loss, y):
-    f = fdl.supervised(NET.apply, loss)
+    f = fdl.supervised(NET, loss)
     grads, (value, found) = torch.func.grad_and_value(f, has_aux=True)(PARAMS, Batch(X, y, MASK))
     short, (expected, plain) = torch.func.grad_and_value(f, has_aux=True)(
         PARAMS, (X[MASK], y[MASK])
@@ -98,13 +98,13 @@ def test_a_masked_batch_equals_the_shorter_one(loss, y):
 
 
 def test_the_loss_is_that_of_the_predictions():
-    value, found = fdl.supervised(NET.apply, losses.cross_entropy)(PARAMS, (X, LABELS))
+    value, found = fdl.supervised(NET, losses.cross_entropy)(PARAMS, (X, LABELS))
     close(value, torch.nn.functional.cross_entropy(NET.apply(PARAMS, X), LABELS))
     assert found["loss"].count == 6 and list(found) == ["loss"]
 
 
 def test_a_scalar_loss_without_weights_refuses_a_mask():
-    f = fdl.supervised(NET.apply, torch.nn.functional.cross_entropy)
+    f = fdl.supervised(NET, torch.nn.functional.cross_entropy)
     assert f(PARAMS, (X, LABELS))[1]["loss"].count == 6
     with pytest.raises(ValueError, match="must take `weights` or return one value per example"):
         f(PARAMS, Batch(X, LABELS, MASK))
@@ -112,7 +112,7 @@ def test_a_scalar_loss_without_weights_refuses_a_mask():
 
 def test_metrics_see_predictions_labels_and_mask():
     hits = NET.apply(PARAMS, X).argmax(1) == LABELS
-    f = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    f = fdl.supervised(NET, losses.cross_entropy, {"accuracy": metrics.accuracy})
     value, found = f(tree.map(torch.nn.Parameter, PARAMS), Batch(X, LABELS, MASK))
     assert found["accuracy"] == metrics.Mean(hits[MASK].double().sum(), torch.tensor(3.0).double())
     assert value.requires_grad and not any(leaf.requires_grad for leaf in tree.leaves(found))
@@ -120,7 +120,7 @@ def test_metrics_see_predictions_labels_and_mask():
 
 
 def test_the_key_switches_training_on():
-    f = fdl.supervised(NET.apply, losses.cross_entropy)
+    f = fdl.supervised(NET, losses.cross_entropy)
     trained = losses.cross_entropy(NET.apply(PARAMS, X, train=True, key=KEY), LABELS)
     evaluated = losses.cross_entropy(NET.apply(PARAMS, X), LABELS)
     assert trained != evaluated
@@ -132,7 +132,7 @@ def test_the_key_switches_training_on():
 
 
 def test_a_step_is_one_update_with_the_key_of_its_number():
-    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    loss = fdl.supervised(NET, losses.cross_entropy)
     step = fdl.train_step(loss, OPT)
     state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
     batch = Batch(X, LABELS, MASK)
@@ -162,19 +162,19 @@ def test_the_optimizer_gets_the_value_and_a_function_for_it():
         return tree.map(lambda g: -g, grads), state
 
     opt = optim.Optimizer(lambda params: (), update)
-    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    loss = fdl.supervised(NET, losses.cross_entropy)
     state = fdl.TrainState.create(NET, opt, key=KEY, params=PARAMS)
     fdl.train_step(loss, opt)(state, (X, LABELS))
     ((value, again, at_zero),) = seen
     # The same batch and the same dropout; and logits of 0 are a loss of log 2.
-    expected, _ = loss(PARAMS, (X, LABELS), random.fold_in(state.key, 0))
+    expected, _ = loss(PARAMS, (X, LABELS), train=True, key=random.fold_in(state.key, 0))
     close(value, expected, rtol=0)
     close(again, expected, rtol=0)
     close(at_zero, torch.tensor(2.0).double().log())
 
 
 def test_evaluation_draws_nothing_and_changes_nothing():
-    loss = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(NET, losses.cross_entropy, {"accuracy": metrics.accuracy})
     state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
     with unchanged(state):
         found = fdl.eval_step(loss)(state, Batch(X, LABELS, MASK))
@@ -206,7 +206,7 @@ def centring():
 
 def test_buffers_go_in_and_come_out():
     model, opt, y = centring(), optim.sgd(0.1), draw(1, 6, 2)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=KEY)
     assert torch.equal(state.buffers["mean"], torch.zeros(3))
     step, w, running = fdl.train_step(loss, opt), state.params["w"], torch.zeros(3).double()
@@ -230,8 +230,8 @@ def test_buffers_go_in_and_come_out():
 def test_the_stateful_loss_returns_metrics_and_buffers():
     model = centring()
     params, buffers = model.init(KEY)
-    loss = fdl.supervised(model.apply, losses.mse)
-    value, (found, new) = loss(params, buffers, (X, draw(1, 6, 2)), KEY)
+    loss = fdl.supervised(model, losses.mse)
+    value, (found, new) = loss(params, buffers, (X, draw(1, 6, 2)), train=True, key=KEY)
     close(found["loss"].value, value)
     close(new["mean"], 0.1 * X.mean(0))
     assert loss(params, buffers, (X, draw(1, 6, 2)))[1][1] is buffers

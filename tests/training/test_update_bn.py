@@ -41,7 +41,7 @@ def test_equals_torch_whatever_the_momentum(n, left_out, momentum, plain_backend
     expected = dict(twin.named_buffers())
 
     def recompute(params, rows):
-        return update_bn(model.apply, params, buffers, DATA, rows)
+        return update_bn(model, params, buffers, DATA, rows)
 
     for found in (recompute(params, rows), fdl.jit(recompute)(params, rows)):
         close(tree.flatten_dict(found), expected)
@@ -55,7 +55,7 @@ def test_of_a_module_taken_over(momentum):
     _, _, _, twin = pair(momentum)
     model, params, buffers = interop.from_module(twin)
     rows = data.epoch_indices(KEY, 50, 16, drop_last=True)
-    found = update_bn(model.apply, params, tree.map(torch.clone, buffers), DATA, rows)
+    found = update_bn(model, params, tree.map(torch.clone, buffers), DATA, rows)
     torch.optim.swa_utils.update_bn([batch.x for batch in data.batches(DATA, rows)], twin)
     close(tree.flatten_dict(found), dict(twin.named_buffers()))
 
@@ -89,13 +89,13 @@ def test_dropout_follows_the_key_and_other_buffers_stay():
 def test_nothing_to_go_by_leaves_the_statistics():
     model, params, buffers, _ = pair(0.1)
     rows = data.Indices(torch.zeros(2, 4).long(), torch.zeros(2, 4).bool())
-    found = update_bn(model.apply, params, buffers, DATA, rows)
+    found = update_bn(model, params, buffers, DATA, rows)
     close(found, buffers, rtol=0, atol=0)
 
 
 def test_errors():
     model, params, _, _ = pair(0.1)
     with pytest.raises(ValueError, match=r"no running statistics, only \['calls'\]"):
-        update_bn(model.apply, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
+        update_bn(model, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
     with pytest.raises(TypeError, match=r"pass model\.apply"):
         update_bn(model, params, {}, DATA, torch.zeros(1, 4).long())

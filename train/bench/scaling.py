@@ -160,7 +160,7 @@ def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
     import models
 
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     state = TrainState.create(model, opt, key=random.key(0))
     x = random.normal(random.key(1), (BATCH, 1, 28, 28))
     y = random.randint(random.key(2), (BATCH,), 0, 10)
