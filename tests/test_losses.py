@@ -194,12 +194,16 @@ def test_a_mean_of_nothing_is_zero():
             ValueError,
             r"mse: prediction \[7, 3\] and target",
         ),
-        (lambda: losses.squared_loss(X, Y[0]), ValueError, r"target \[3\] must have one shape"),
-        (lambda: losses.mse(X, Y, torch.ones(7, 1)), ValueError, r"shape \[7\] .* got \[7, 1\]"),
+        (
+            lambda: losses.squared_loss(X, Y[0]),
+            ValueError,
+            r"target \[3\] must have the same shape",
+        ),
+        (lambda: losses.mse(X, Y, torch.ones(7, 1)), ValueError, r"shape \[7\], .* got \[7, 1\]"),
         (
             lambda: losses.cross_entropy(LOGITS, LABELS, torch.ones(4)),
             ValueError,
-            r"weights must have the shape \[7\] of one number per example, got \[4\]",
+            r"weights must have the shape \[7\], one number per example, got \[4\]",
         ),
         (
             lambda: losses.cross_entropy(LOGITS, LABELS.double()),

@@ -67,7 +67,7 @@ def supervised(
     >>> value, metrics["loss"].count
     (tensor(2.), tensor(5., dtype=torch.float64))
     >>> loss(params, batch, train=True, key=random.key(0))[0]    # with dropout
-    tensor(4.8000)
+    tensor(1.6000)
     """
     check_model("supervised", model)
     if not callable(loss):

@@ -148,7 +148,10 @@ def test_a_policy_works_under_vmap_and_jit(model, plain_backend):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: with_policy(lambda x: x), "model must be a Model or a StatefulModel, got <func"),
+        (
+            lambda: with_policy(lambda x: x),
+            "model must be a Model or a StatefulModel, got the function <lambda>",
+        ),
         (lambda: with_policy(NET, Policy(compute="half")), "compute must be a .* got 'half'"),
         (lambda: with_policy(NET, Policy(param=torch.int8)), "param must be a .* got torch.int8"),
     ],

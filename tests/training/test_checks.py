@@ -90,7 +90,7 @@ CASES = {
     ),
     "arrays": (
         lambda: LOSS(PARAMS, (X.numpy(), Y)),
-        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; interop\.from_numpy",
+        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; convert arrays with interop\.from_numpy",
     ),
     "arrays in a dict": (
         lambda: LOSS(PARAMS, {"x": {"a.b": np.zeros(3)}, "y": Y}),
