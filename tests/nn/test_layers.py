@@ -127,6 +127,27 @@ def test_bad_arguments_raise_when_the_layer_is_built(make, text):
 
 
 @pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: nn.max_pool2d(0), ValueError, "max_pool2d: kernel_size .* at least 1, got 0"),
+        (lambda: nn.avg_pool2d((2, 0)), ValueError, r"avg_pool2d: kernel_size .* got \(2, 0\)"),
+        (lambda: nn.max_pool2d(2, 0), ValueError, "max_pool2d: stride .* at least 1, got 0"),
+        (lambda: nn.avg_pool2d(2, padding=-1), ValueError, "padding .* at least 0, got -1"),
+        (lambda: nn.max_pool2d(2, padding=2), ValueError, "padding 2 is more than half the window"),
+        (lambda: nn.max_pool2d(torch.ones(2, 3)), ValueError, r"got a tensor float32\[2, 3\]"),
+        (lambda: nn.flatten(torch.ones(2)), TypeError, r"start .* an int, got a tensor .* makes a"),
+        (lambda: nn.flatten(1, None), TypeError, "flatten: end must be an int, got a NoneType"),
+        (lambda: nn.flatten(2, 1), ValueError, "end must not come before start, got start=2, end"),
+        (lambda: nn.flatten(-1, -2), ValueError, "got start=-1, end=-2"),
+    ],
+    ids=range(10),
+)
+def test_pools_and_flatten_check_their_arguments_when_built(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
     ("layer", "params", "text"),
     [
         (nn.linear(3, 4), {"weight": torch.ones(3, 4)}, r"'weight'\] of shape \[4, 3\], got \[3"),

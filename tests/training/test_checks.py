@@ -63,6 +63,31 @@ CASES = {
         "opt must be an optimizer .* got the class SGD",
     ),
     "a model for a loss": (lambda: fdl.eval_step(MODULE), "eval_step: loss must be a function"),
+    "an old loss": (
+        lambda: fdl.train_step(lambda params, batch, key: None, OPT),
+        r"train_step: loss must accept \(params, batch, \*, train, key\), got the function "
+        r"<lambda> with the signature \(params, batch, key\) .*'train'",
+    ),
+    "an old loss with buffers": (
+        lambda: fdl.eval_step(lambda params, buffers, batch, *, train, key: None),
+        r"eval_step: loss must accept .* 'batch'.*wrap a loss with buffers in fdl\.StatefulLoss",
+    ),
+    "a stateful loss without buffers": (
+        lambda: fdl.train_step(fdl.StatefulLoss(lambda params, batch, **_: None), OPT),
+        r"loss must accept \(params, buffers, batch, \*, train, key\), got the function <lambda>",
+    ),
+    "a model for the loss": (
+        lambda: fdl.train_step(NET, OPT),
+        r"loss must be the loss of a model, got a Model .*; fdl\.supervised\(model, losses\.mse\)",
+    ),
+    "an apply for the loss": (
+        lambda: fdl.train_step(NET.apply, OPT),
+        r"loss must be the loss of a model, got the function apply .*fdl\.supervised\(model",
+    ),
+    "an apply of one's own": (
+        lambda: fdl.eval_step(lambda params, x, *, train, key: x[0])(STATE, (X, Y)),
+        r"the loss must return \(scalar, metrics\), got a tensor float64\[6, 3\]",
+    ),
     "a scalar": (
         step_of(value),
         r"must return \(scalar, metrics\), got a tensor float64\[\]; return \(value, \{\}\)",
@@ -90,7 +115,7 @@ CASES = {
     ),
     "arrays": (
         lambda: LOSS(PARAMS, (X.numpy(), Y)),
-        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; convert arrays with interop\.from_numpy",
+        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; convert .* interop\.from_numpy",
     ),
     "arrays in a dict": (
         lambda: LOSS(PARAMS, {"x": {"a.b": np.zeros(3)}, "y": Y}),
@@ -146,6 +171,24 @@ def test_every_layer_is_a_layer_or_says_that_it_has_to_be_made(name):
             nn.sequential(thing)
     else:
         nn.sequential(thing)  # a function of torch, which takes x
+
+
+TAKE_A_MODEL = {
+    "supervised": lambda f: fdl.supervised(f, losses.mse),
+    "TrainState.create": lambda f: fdl.TrainState.create(f, OPT, key=KEY),
+    "update_bn": lambda f: fdl.update_bn(f, {}, {}, (X, Y), torch.zeros(1, 2).long()),
+    "with_policy": nn.with_policy,
+    "tied": lambda f: nn.tied(f, {}),
+}
+
+
+@pytest.mark.parametrize("caller", TAKE_A_MODEL)
+@pytest.mark.parametrize("name", ["linear", "flatten", "batch_norm", "sequential"])
+def test_a_factory_in_place_of_a_model_is_named(caller, name):
+    with pytest.raises(
+        TypeError, match=rf"{caller}: model is the function nn\.{name}, which makes"
+    ):
+        TAKE_A_MODEL[caller](getattr(nn, name))
 
 
 @pytest.mark.parametrize("n", [1, 10])

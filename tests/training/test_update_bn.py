@@ -72,9 +72,10 @@ def test_dropout_follows_the_key_and_other_buffers_stay():
         y, new = norm.apply(params, buffers["norm"], x, train=train, mask=mask)
         return y, {"norm": new, "calls": buffers["calls"] + 1}
 
+    model = nn.StatefulModel(init, apply, takes_mask=True)
     params, buffers = tree.cast(init(KEY), torch.float64)
     rows = data.sequential_indices(50, 25)
-    found = update_bn(apply, params, buffers, DATA, rows, KEY)
+    found = update_bn(model, params, buffers, DATA, rows, KEY)
     halves = [
         nn.dropout(0.5).apply({}, half, train=True, key=random.fold_in(KEY, i))
         for i, half in enumerate(X.split(25))
@@ -83,7 +84,7 @@ def test_dropout_follows_the_key_and_other_buffers_stay():
     close(found["norm"]["running_var"], (halves[0].var(0) + halves[1].var(0)) / 2)
     assert found["calls"] == 7 and buffers["norm"]["num_batches_tracked"] == 0
     with pytest.raises(ValueError, match="needs a key"):
-        update_bn(apply, params, buffers, DATA, rows)
+        update_bn(model, params, buffers, DATA, rows)
 
 
 def test_nothing_to_go_by_leaves_the_statistics():
@@ -97,5 +98,12 @@ def test_errors():
     model, params, _, _ = pair(0.1)
     with pytest.raises(ValueError, match=r"no running statistics, only \['calls'\]"):
         update_bn(model, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
-    with pytest.raises(TypeError, match=r"pass model\.apply"):
-        update_bn(model, params, {}, DATA, torch.zeros(1, 4).long())
+    for wrong, text in (
+        (
+            model.apply,
+            "model must be a Model or a StatefulModel, got the function .* not its apply",
+        ),
+        (nn.linear(3, 3), "must be a StatefulModel, got a Model, without buffers"),
+    ):
+        with pytest.raises(TypeError, match=f"update_bn: .*{text}"):
+            update_bn(wrong, params, {}, DATA, torch.zeros(1, 4).long())
