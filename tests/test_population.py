@@ -193,11 +193,13 @@ def test_create_says_what_is_wrong(keys, rates, error, text):
 
 def test_the_other_functions_say_what_is_wrong():
     states = {"w": torch.zeros(3), "b": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"one common first axis, got \{'w': \[3\], 'b': \[2\]\}"):
+    with pytest.raises(
+        ValueError, match=r"one common first axis, the members, got \{'w': \[3\], 'b': \[2\]\}"
+    ):
         population.size(states)
     with pytest.raises(ValueError, match="one common first axis"):
         population.member({"w": torch.zeros(())}, 0)
-    with pytest.raises(IndexError, match="index 3, but there are 3 members"):
+    with pytest.raises(IndexError, match=r"index must be in \[-3, 3\), got 3"):
         population.member({"w": torch.zeros(3)}, 3)
     for dims in (1, (None, None), (0, 1)):
         with pytest.raises(ValueError, match="in_dims must be 0 or"):

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import TrainState, data, losses, metrics, optim, parallel, random, supervised, tree
+from fdl import (
+    StatefulLoss,
+    TrainState,
+    data,
+    losses,
+    metrics,
+    optim,
+    parallel,
+    random,
+    supervised,
+    tree,
+)
 from fdl.data import Dataset
 from fdl.nn import Model, Policy, StatefulModel, with_policy
 from fdl.optim import Optimizer
@@ -51,7 +62,7 @@ class Problem(NamedTuple):
 
     model: Model | StatefulModel
     opt: Optimizer
-    loss: Callable[..., Any]
+    loss: Callable[..., Any] | StatefulLoss
     train: Dataset
     validation: Dataset | None  # held out of the training set
     test: Dataset | None

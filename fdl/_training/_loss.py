@@ -41,3 +41,6 @@ class StatefulLoss(NamedTuple):
     ) -> tuple[Tensor, tuple[Metrics, Tree]]:
         """Call the function."""
         return self.fn(params, buffers, batch, train=train, key=key)
+
+
+Loss = Callable[..., Any] | StatefulLoss

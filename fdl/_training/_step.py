@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from fdl import random
 from fdl._training._checks import check_loss, check_opt, check_result
-from fdl._training._loss import StatefulLoss
+from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
@@ -19,7 +19,7 @@ from fdl.tree import Tree
 
 
 def train_step(
-    loss: Callable[..., Any],
+    loss: Loss,
     opt: Optimizer,
     grad_fn: Callable[..., Any] = grad_and_value,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -73,7 +73,7 @@ def train_step(
 
 
 def make_objective(
-    loss: Callable[..., Any], state: TrainState, batch: Any, key: Tensor
+    loss: Loss, state: TrainState, batch: Any, key: Tensor
 ) -> Callable[[Tree], tuple[Tensor, tuple[Metrics, Tree]]]:
     """Return the training loss as a function `params -> (scalar, (metrics, buffers))`."""
 
@@ -139,7 +139,7 @@ def _scaled(grad_fn: Callable[..., Any], scale: Tensor | None) -> Callable[..., 
     return scaled_grad_fn
 
 
-def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
+def eval_step(loss: Loss) -> Callable[[TrainState, Any], Metrics]:
     """Make an evaluation step `(state, batch) -> metrics`.
 
     Args:
@@ -158,12 +158,14 @@ def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
     tensor(4., dtype=torch.float64)
     """
     check_loss("eval_step", loss)
-    stateful = isinstance(loss, StatefulLoss)
 
     def step(state: TrainState, batch: Any) -> Metrics:
-        args = (state.params, state.buffers, batch) if stateful else (state.params, batch)
-        result = loss(*args, train=False, key=None)
-        check_result("eval_step", result, stateful)
-        return result[1][0] if stateful else result[1]
+        if isinstance(loss, StatefulLoss):
+            result = loss(state.params, state.buffers, batch, train=False, key=None)
+            check_result("eval_step", result, stateful=True)
+            return result[1][0]
+        value_and_metrics = loss(state.params, batch, train=False, key=None)
+        check_result("eval_step", value_and_metrics, stateful=False)
+        return value_and_metrics[1]
 
     return step

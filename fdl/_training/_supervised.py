@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from fdl import tree
 from fdl._checks import describe
 from fdl._training._checks import as_batch, length
-from fdl._training._loss import StatefulLoss
+from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics
 from fdl.data import Batch
 from fdl.losses import weighted_mean
@@ -21,12 +21,22 @@ from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model, check_takes_mask
 from fdl.tree import Tree
 
+Metric = Callable[..., Mean]
 
+
+@overload
+def supervised(
+    model: Model, loss: Callable[..., Tensor], metrics: Mapping[str, Metric] | None = None
+) -> Callable[..., tuple[Tensor, Metrics]]: ...
+@overload
+def supervised(
+    model: StatefulModel, loss: Callable[..., Tensor], metrics: Mapping[str, Metric] | None = None
+) -> StatefulLoss: ...
 def supervised(
     model: Model | StatefulModel,
     loss: Callable[..., Tensor],
-    metrics: Mapping[str, Callable[..., Mean]] | None = None,
-) -> Callable[..., Any]:
+    metrics: Mapping[str, Metric] | None = None,
+) -> Loss:
     """Make the loss of a model: `(params, batch, *, train=False, key=None) -> (scalar, metrics)`.
 
     `train` and `key` are passed to the model's `apply`. A batch is a `data.Batch`, a pair `(x, y)`,

@@ -14,6 +14,8 @@ from fdl._compiler._scan import scan
 from fdl._dtensor import is_spread
 from fdl._numerics import at_least_32_bits
 from fdl._training import TrainState, _step
+from fdl._training._checks import check_loss
+from fdl._training._loss import Loss
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
 from fdl.optim import Optimizer
@@ -26,7 +28,7 @@ from fdl.tree._paths import in_order
 
 
 def train_step(
-    loss: Callable[..., Any],
+    loss: Loss,
     opt: Optimizer,
     mesh: Mesh | None,
     grad_fn: Callable[..., Any] = grad_and_value,
@@ -88,6 +90,7 @@ def train_step(
     group, rank, size = group_of(mesh, "train_step")
     if mesh is None and parts is None:
         return _step.train_step(loss, opt, grad_fn)
+    check_loss("parallel.train_step", loss)
     own = _own_parts(parts, size)
     opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
@@ -129,7 +132,7 @@ def train_step(
     return step
 
 
-def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainState, Any], Metrics]:
+def eval_step(loss: Loss, mesh: Mesh | None) -> Callable[[TrainState, Any], Metrics]:
     """Make `fdl.eval_step` for a batch of which each process holds a part; metrics are summed.
 
     Args:
