@@ -98,6 +98,11 @@ def test_errors():
     model, params, _, _ = pair(0.1)
     with pytest.raises(ValueError, match=r"no running statistics, only \['calls'\]"):
         update_bn(model, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
+    padded, norm = data.sequential_indices(50, 20), nn.batch_norm(3)
+    assert not padded.mask.all()
+    refuses = nn.StatefulModel(norm.init, lambda *args, **options: norm.apply(*args, **options))
+    with pytest.raises(ValueError, match=r"update_bn: the batch has a mask, .* takes none"):
+        update_bn(refuses, *norm.init(KEY), (X.float(), X), padded)
     for wrong, text in (
         (
             model.apply,
