@@ -136,7 +136,7 @@ sgd = torch.optim.SGD(net.parameters(), lr=0.1)
 linear = nn.linear(784, 10, weight_init=nn.init.normal(0.01), bias_init=nn.init.zeros)
 model = nn.sequential(nn.flatten(), linear)
 opt = optim.sgd(lr=0.1)
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 step = fdl.train_step(loss, opt)
 state = fdl.TrainState.create(model, opt, key=random.key(0), params={"1": start})
 
@@ -158,8 +158,8 @@ assert_close(state.params["1"]["weight"], params["weight"], rtol=0, atol=1e-12)
 # was still learning, while the test images are seen by the model at the end of it.
 # `fdl.scan` runs a step along the rows of an
 # index array and stacks what it returns; `.sum()` merges the means of 235 batches into the mean
-# over all examples. Evaluation is the same walk without a key, so that a model could tell it from
-# training.
+# over all examples. Evaluation is the same loop over `eval_step`, which calls the loss with
+# `train=False` and no key.
 
 # %%
 train, test = data.fashion_mnist(), data.fashion_mnist(train=False)

@@ -87,7 +87,7 @@ opt = optim.adam(0.05)
 
 def fit(width, steps=300):
     model = nn.sequential(nn.linear(2, width), nn.relu, nn.linear(width, 2))
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step = vmap(fdl.train_step(loss, opt), in_dims=(0, None))
     states = fdl.population.create(model, opt, random.split(random.key(width), 8))
     for _ in range(steps):
@@ -203,7 +203,7 @@ print(list(tree.flatten_dict(model.init(random.key(0)))))
 
 # %%
 def run(model, params):
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     state = fdl.TrainState.create(model, opt, key=random.key(0), params=params)
     for batch in batches:
         state, _ = step(state, batch)
@@ -222,7 +222,7 @@ assert_close(again["hidden0"], params["hidden"], rtol=0, atol=1e-12)
 
 # %%
 train, test = data.fashion_mnist(), data.fashion_mnist(train=False)
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
 
 def epoch(state, train, order):

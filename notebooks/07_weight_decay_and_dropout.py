@@ -41,7 +41,7 @@ model = models.linreg(200, std=1.0)         # weights start at N(0, 1), much too
 # %%
 decays = torch.tensor([0.0, 3.0, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 30.0, 100.0])
 opt = optim.chain(optim.add_decayed_weights(1.0, mask="weight"), optim.sgd(lr=0.003))
-loss = fdl.supervised(model.apply, losses.squared_loss)
+loss = fdl.supervised(model, losses.squared_loss)
 same_key = random.key(1).expand(len(decays), 2)
 states = fdl.population.create(model, opt, same_key, {"weight_decay": decays})
 
@@ -121,8 +121,8 @@ for _ in range(50):
 # **Functional.** A penalty in the loss, for whatever part of the parameters it is given:
 
 # %%
-def penalised(params, batch, key=None):
-    value, found = loss(params, batch)
+def penalised(params, batch, **options):
+    value, found = loss(params, batch, **options)
     return value + decay * losses.l2_penalty(params["weight"]), found
 
 def run(loss, opt):
@@ -273,7 +273,7 @@ opt = optim.sgd(lr=0.1, momentum=0.9)
 
 def curve(rates, epochs=30):
     model = models.mlp(hidden=(256, 256), rates=rates)
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
     seen = data.Batch(sample.x[:, None].float() / 255, sample.y)
 
@@ -374,8 +374,8 @@ print(f"gap between test and training loss: {gap[0]:.2f} without, {gap[1]:.2f} w
 #
 # ```python
 # linear = models.linreg(200, std=1.0)
-# def absolute(params, batch, key=None):
-#     value, found = loss(params, batch)
+# def absolute(params, batch, **options):
+#     value, found = loss(params, batch, **options)
 #     return value + 3.0 * params["weight"].abs().sum(), found
 # opt = optim.sgd(0.003)
 # step1 = fdl.train_step(absolute, opt)

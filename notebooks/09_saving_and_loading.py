@@ -202,7 +202,7 @@ assert tree.diff(expected, resume(with_generator=False))        # and no error
 # %%
 model = nn.sequential(nn.linear(4, 8), nn.dropout(0.5), nn.linear(8, 1))
 opt = optim.adam(0.01)
-step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 start = fdl.TrainState.create(model, opt, key=random.key(0))
 print(start._fields)
 

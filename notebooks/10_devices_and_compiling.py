@@ -98,7 +98,7 @@ def imperative(params, sample, rows):
 # compiled with it.
 
 # %%
-step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
 
 def one(state, sample, row):
     return step(state, data.gather(sample, row))[0]

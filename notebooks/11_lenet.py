@@ -119,7 +119,7 @@ assert tree.diff(back, start) == []
 # Twenty steps of both, on the same batches, end at the same weights.
 
 # %%
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 opt = optim.sgd(lr=0.9)
 step = fdl.train_step(loss, opt)
 state = fdl.TrainState.create(model, opt, key=random.key(0), params=start)
@@ -146,7 +146,7 @@ assert not tree.allclose(state.params, start, rtol=0, atol=1e-2)
 
 # %%
 def run(model, epochs, opt=opt):
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step, score = fdl.train_step(loss, opt), fdl.eval_step(loss)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
 
@@ -277,7 +277,7 @@ assert accuracy > 0.4 and accuracy_bn > 0.6
 # relu = nn.sequential(
 #     draw(conv, 1, 6, 5), nn.relu, nn.max_pool2d(2), draw(conv, 6, 16, 5), nn.relu, nn.max_pool2d(2),
 #     nn.flatten(), draw(dense, 256, 120), nn.relu, draw(dense, 120, 84), nn.relu, draw(dense, 84, 10))
-# quick = fdl.train_step(fdl.supervised(relu.apply, losses.cross_entropy), optim.sgd(lr=0.1))
+# quick = fdl.train_step(fdl.supervised(relu, losses.cross_entropy), optim.sgd(lr=0.1))
 # awake = fdl.TrainState.create(relu, optim.sgd(lr=0.1), key=random.key(0))
 # rows, values = data.epoch_indices(random.key(1), len(train.x), 64), []
 # for i in range(100):

@@ -22,7 +22,7 @@ train, validation = data.split(random.key(9), everything, 0.1)              # 5,
 x_test = test.x[:, None].float() / 255
 
 model = nn.sequential(nn.flatten(), nn.linear(784, 64), nn.relu, nn.linear(64, 10))
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 opt = optim.sgd(lr=0.1)
 step = fdl.train_step(loss, opt)
 

@@ -18,7 +18,7 @@ from fdl import data, losses, nn, optim, random, transforms, tree
 plt.style.use("fdl.mplstyle")
 images = data.fashion_mnist_sample()
 model = models.softmax_regression()
-loss = fdl.supervised(model.apply, losses.cross_entropy)
+loss = fdl.supervised(model, losses.cross_entropy)
 
 # %% [markdown]
 # ## The gradient of each example
@@ -269,7 +269,7 @@ def fit(params, x, y):
 def adapt(params, x, y):                              # one step on the points of a task
     return tree.map(lambda p, g: p - 0.01 * g, params, grad(fit)(params, x, y))
 
-def maml_loss(params, batch, key):
+def maml_loss(params, batch, *, train, key):
     def of_task(key):
         x, y = draw_task(key, 20)
         return fit(adapt(params, x[:10], y[:10]), x[10:], y[10:])

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import TrainState, data, losses, metrics, optim, parallel, random, supervised, tree
+from fdl import (
+    StatefulLoss,
+    TrainState,
+    data,
+    losses,
+    metrics,
+    optim,
+    parallel,
+    random,
+    supervised,
+    tree,
+)
 from fdl.data import Dataset
 from fdl.nn import Model, Policy, StatefulModel, with_policy
 from fdl.optim import Optimizer
@@ -51,7 +62,7 @@ class Problem(NamedTuple):
 
     model: Model | StatefulModel
     opt: Optimizer
-    loss: Callable[..., Any]
+    loss: Callable[..., Any] | StatefulLoss
     train: Dataset
     validation: Dataset | None  # held out from the training set
     test: Dataset | None
@@ -113,7 +124,7 @@ def _linreg(config: Linreg, key: Tensor) -> Problem:
     w, b = [2.0, -3.4], 4.2
     drawn = data.synthetic_linear(key, w, b, config.examples, config.noise)
     model = models.linreg(2)
-    loss = supervised(model.apply, losses.squared_loss)
+    loss = supervised(model, losses.squared_loss)
     summary = _weights(("true", w, b))
     return Problem(
         model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", summary
@@ -126,7 +137,7 @@ def _linreg_decay(config: LinregDecay, key: Tensor) -> Problem:
         config, data.synthetic_linear(key, w, b, config.examples, config.noise)
     )
     model = models.linreg(3)
-    loss = supervised(model.apply, losses.mse)
+    loss = supervised(model, losses.mse)
     *ridge_w, ridge_b = ridge(train, config.weight_decay).tolist()
     summary = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
     description = f"y = x · {w} + {b}"
@@ -177,7 +188,7 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
         optim.add_decayed_weights(config.weight_decay, mask="weight"),
         optim.sgd(config.lr, config.momentum),
     )
-    loss = supervised(model.apply, losses.squared_loss)
+    loss = supervised(model, losses.squared_loss)
     return Problem(
         model,
         opt,
@@ -205,7 +216,7 @@ def image_problem(
     'one black image'
     """
     model = image_model(config)
-    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     return Problem(
         model,
         _sgd(config),

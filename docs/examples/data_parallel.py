@@ -12,7 +12,7 @@ dist.init_process_group("gloo")  # "nccl" for GPUs
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
 
 model, opt = nn.sequential(nn.flatten(), nn.linear(784, 10)), optim.sgd(lr=0.1, momentum=0.9)
-loss = fdl.supervised(model.apply, losses.cross_entropy)
+loss = fdl.supervised(model, losses.cross_entropy)
 step = parallel.train_step(loss, opt, mesh)  # instead of fdl.train_step(loss, opt)
 
 images = data.fashion_mnist_sample()

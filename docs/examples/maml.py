@@ -43,7 +43,7 @@ def adapt(params, x, y):
     return tree.map(lambda p, g: p - ALPHA * g, params, grad(loss)(params, x, y))
 
 
-def maml_loss(params, batch, key, *, shots):
+def maml_loss(params, batch, *, train, key, shots):
     """Mean over tasks of the loss on K new points, after a step on K others."""
 
     def of_task(key):
@@ -54,7 +54,7 @@ def maml_loss(params, batch, key, *, shots):
     return value, {"loss": metrics.mean(value.detach()[None])}
 
 
-def pretraining_loss(params, batch, key, *, shots):
+def pretraining_loss(params, batch, *, train, key, shots):
     """Mean over tasks of the loss on 2K points, without adapting."""
     x, y = vmap(partial(draw_task, points=2 * shots))(random.split(key, TASKS))
     value = loss(params, x.flatten(0, 1), y.flatten(0, 1))

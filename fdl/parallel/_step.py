@@ -14,6 +14,8 @@ from fdl._compiler._scan import scan
 from fdl._dtensor import is_dtensor
 from fdl._numerics import at_least_32_bits
 from fdl._training import TrainState, _step
+from fdl._training._checks import check_loss
+from fdl._training._loss import Loss
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
 from fdl.optim import Optimizer
@@ -26,7 +28,7 @@ from fdl.tree._paths import in_order
 
 
 def train_step(
-    loss: Callable[..., Any],
+    loss: Loss,
     opt: Optimizer,
     mesh: Mesh | None,
     grad_fn: Callable[..., Any] = grad_and_value,
@@ -78,7 +80,7 @@ def train_step(
 
     >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.sequential(nn.dropout(0.5), nn.linear(2, 1)), optim.sgd(0.1)
-    >>> loss = supervised(model.apply, losses.mse)
+    >>> loss = supervised(model, losses.mse)
     >>> step = train_step(loss, opt, None, parts=4)      # what 1, 2 and 4 processes compute alike
     >>> state = TrainState.create(model, opt, key=random.key(0))
     >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
@@ -88,11 +90,12 @@ def train_step(
     group, rank, size = group_of(mesh, "train_step")
     if mesh is None and parts is None:
         return _step.train_step(loss, opt, grad_fn)
+    check_loss("parallel.train_step", loss)
     own = _own_parts(parts, size)
     opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
-        objective = _step.objective_of(loss, state, batch, key)
+        objective = _step.make_objective(loss, state, batch, key)
         grads, (value, (metrics, buffers)) = _step.differentiate(objective, state, grad_fn)
         count = _count(metrics)
         sums = {"grads": grads, "value": value, "buffers": buffers}
@@ -122,14 +125,14 @@ def train_step(
             )
             # A norm over all leaves is a sum over them: to the bit the same only in one order.
             ordered, grads, buffers = in_order((state, grads, buffers))
-            new = _step.updated(opt, ordered, grads, buffers, value, _refuse, count)
+            new = _step.apply_gradients(opt, ordered, grads, buffers, value, _refuse, count)
             new = _dtensor.redistribute_like(new, ordered)
             return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
 
     return step
 
 
-def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainState, Any], Metrics]:
+def eval_step(loss: Loss, mesh: Mesh | None) -> Callable[[TrainState, Any], Metrics]:
     """Make `fdl.eval_step` for a batch of which each process holds a part; metrics are summed.
 
     Args:

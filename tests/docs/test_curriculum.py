@@ -67,7 +67,7 @@ def test_mean_test_accuracy_of_three_seeds_after_five_epochs(model, lr):
         train, test = data.fashion_mnist(download=False), data.fashion_mnist(train=False)
     except FileNotFoundError as error:
         pytest.skip(f"needs the full Fashion-MNIST: {error}")
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     opt = optim.sgd(lr)
     step = vmap(fdl.train_step(loss, opt), (0, None))
     states = population.create(model, opt, random.split(random.key(0), 3))

@@ -195,7 +195,7 @@ def test_training_a_module_and_its_optimizer_out_again():
     module, x, y = made("linear")[0], draw(0, 8, 4), draw(1, 8, 2)
     model, _, _ = interop.from_module(module)
     opt = optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=KEY)
     step = fdl.train_step(loss, opt)
     for _ in range(3):

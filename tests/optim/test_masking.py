@@ -238,7 +238,7 @@ def test_a_population_over_the_rate_of_one_part():
 
 def test_a_jitted_step_compiles_once_and_equals_eager(count_programs):
     opt = optim.freeze(optim.masked(optim.chain(BOTH, optim.params_ema(0.9)), "*"), "4.bias")
-    step = fdl.train_step(fdl.supervised(NET.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(NET, losses.mse), opt)
     eager = fdl.TrainState.create(NET, opt, key=random.key(0), params=PARAMS)
     compiled, jitted, graphs = eager, fdl.jit(step), count_programs()
     for _ in range(4):

@@ -48,7 +48,7 @@ def test_training_equals_the_twin(adaptive, compiled, plain_backend, count_progr
     """With dropout: both evaluations of a step drop the same units."""
     rho = 1.0 if adaptive else 0.1
     opt = optim.sgd(0.3, 0.9)
-    loss = fdl.supervised(MLP.apply, losses.cross_entropy)
+    loss = fdl.supervised(MLP, losses.cross_entropy)
     step = fdl.train_step(loss, opt, grad_fn=optim.sam(rho, adaptive=adaptive))
     graphs = count_programs()
     if compiled:
@@ -116,7 +116,7 @@ def test_metrics_and_buffers_are_those_of_the_first_evaluation():
         lambda key: ({"w": draw(3, 6, 2)}, {"seen": torch.ones((), dtype=torch.float64)}), apply
     )
     opt, y = optim.sgd(0.1), draw(4, 8, 2)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     new, found = fdl.train_step(loss, opt, grad_fn=optim.sam(0.5))(state, (X[0], y))
     prediction = X[0] @ state.params["w"]

@@ -249,7 +249,7 @@ def test_evaluation_drops_nothing_at_random():
     problem, state, _ = recipes.set_up(Dropout(data="sample"), torch.device("cpu"))
     batch = data.gather(problem.test, whole_set(problem.test))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
-    assert first == second != problem.loss(state.params, batch, random.key(0))[0]
+    assert first == second != problem.loss(state.params, batch, train=True, key=random.key(0))[0]
 
 
 MODULES = (

@@ -163,10 +163,10 @@ def start(recipe: Recipe) -> TrainState:
 
 
 def step_of(recipe: Recipe) -> Callable[..., Any]:
-    plain = fdl.supervised(recipe.model.apply, recipe.loss)
+    plain = fdl.supervised(recipe.model, recipe.loss)
 
-    def loss(params: Any, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-        value, metrics = plain(params, batch, key if recipe.drops else None)
+    def loss(params: Any, batch: Any, **options: Any) -> tuple[Tensor, Any]:
+        value, metrics = plain(params, batch, **options)
         if recipe.penalty:
             value = value + recipe.penalty * losses.l2_penalty(params["weight"])
         return value, metrics

@@ -8,6 +8,7 @@ may come of it.
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +54,9 @@ def init(key: random.Key) -> tuple[Tree, Tree]:
     )
 
 
+@fdl.StatefulLoss
 def loss(
-    params: Tree, buffers: Tree, batch: Batch, key: Tensor | None = None
+    params: Tree, buffers: Tree, batch: Batch, *, train: bool, key: Tensor | None
 ) -> tuple[Tensor, tuple[dict[str, metrics.Mean], Tree]]:
     left, right = params["left"], params["right"]
     prediction = (batch.x @ left["w"] + left["b"]).tanh() @ right["w"] + right["b"]
@@ -137,7 +139,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
 def sixteen_bits(mesh: DeviceMesh) -> None:
     """A sum of gradients times counts would overflow in float16, and round in bfloat16."""
 
-    def steep(params: Tree, batch: Batch, key: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def steep(params: Tree, batch: Batch, **_: Any) -> tuple[Tensor, Tree]:
         n = torch.tensor(float(len(batch[0])), dtype=torch.float64)
         return (params["w"] * 300).sum(), {"loss": metrics.Mean(n, n)}
 

@@ -61,7 +61,7 @@ def trains_as_one_process(mesh):
     """50 steps of each recipe that draws nothing, in parts of unequal length, against the whole."""
     for name in EXACT:
         recipe = RECIPES[name]()
-        loss = fdl.supervised(recipe.model.apply, recipe.loss)
+        loss = fdl.supervised(recipe.model, recipe.loss)
         start = prepare(recipe.model, recipe.opt, mesh)
         whole = on(mesh, padded(recipe.batches, mesh.size()))
         alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
@@ -83,7 +83,7 @@ def draws_its_own_and_averages_statistics(mesh):
         nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
     )
     opt = optim.sgd(0.3, momentum=0.9)
-    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(net, losses.cross_entropy, {"accuracy": metrics.accuracy})
     size, rows = mesh.size(), 8
     x = random.normal(random.key(1), (5, size * rows, 6), torch.float64)
     y = random.randint(random.key(2), (5, size * rows), 0, 3)
@@ -104,7 +104,7 @@ def draws_its_own_and_averages_statistics(mesh):
             part = tree.map(lambda leaf, i=i, r=rank: leaf[i].chunk(size)[r], batches)
 
             def objective(params, part=part, rank=rank, key=key, buffers=buffers):
-                value, aux = loss(params, buffers, part, random.fold_in(key, rank))
+                value, aux = loss(params, buffers, part, train=True, key=random.fold_in(key, rank))
                 return value, aux
 
             g, (found_there, new) = grad(objective, has_aux=True)(params)
@@ -131,7 +131,7 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
         nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
     )
     opt = optim.adam(0.1)
-    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(net, losses.cross_entropy, {"accuracy": metrics.accuracy})
     x = random.normal(random.key(1), (20, 32, 6))
     y = random.randint(random.key(2), (20, 32), 0, 3)
     mask = random.uniform(random.key(3), (20, 32)) < 0.8
@@ -162,7 +162,7 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
         "lenet-bn": (models.lenet_bn(), optim.sgd(0.9), images(16)),
     }
     for name, (model, opt, batches) in found.items():
-        loss = fdl.supervised(model.apply, losses.cross_entropy)
+        loss = fdl.supervised(model, losses.cross_entropy)
         begin, batches = prepare(model, opt, mesh), on(mesh, batches)
         alone = scan(parallel.train_step(loss, opt, None, parts=4), begin, batches)
         step = parallel.train_step(loss, opt, mesh, parts=4)
@@ -175,7 +175,7 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
 def in_parts_the_gradient_is_that_of_the_whole(mesh):
     """What draws nothing does not care how it is cut."""
     recipe = RECIPES["mlp"]()
-    loss = fdl.supervised(recipe.model.apply, recipe.loss)
+    loss = fdl.supervised(recipe.model, recipe.loss)
     start = prepare(recipe.model, recipe.opt, mesh)
     whole = on(mesh, padded(recipe.batches, 8))
     alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
@@ -186,7 +186,7 @@ def in_parts_the_gradient_is_that_of_the_whole(mesh):
 
 def an_epoch_is_one_program(mesh):
     model, opt = models.softmax_regression(), optim.sgd(0.1, momentum=0.9)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     sample = on(mesh, data.fashion_mnist_sample())
     indices = data.epoch_indices(random.key(1, mesh.device_type), 500, 64)  # a short last batch
     rows = parallel.own_rows(indices, mesh)
@@ -210,7 +210,7 @@ def sends_each_gradient_once(mesh):
         return real(tensor, *args)
 
     model, opt = models.mlp(), optim.sgd(0.1)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     collectives.all_reduce = counting
     step(state, on(mesh, (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))))
@@ -222,7 +222,7 @@ def sends_each_gradient_once(mesh):
 def sends_what_theory_says(mesh):
     """By the kernel's own count of the bytes that left this process."""
     model, opt = models.mlp(), optim.sgd(0.1)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     batch = (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
     state, _ = step(state, batch)  # connects
@@ -267,7 +267,7 @@ def loads_once(mesh, folder):
 
 def refuses(mesh):
     model = nn.linear(2, 1)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = TrainState.create(model, optim.sgd(0.1), key=random.key(dist.get_rank()))
     with pytest.raises(ValueError, match=r"weight: float32\[1, 2\] with SHA-256 \w+ on rank 0"):
         parallel.check_replicated(state, mesh)
@@ -295,7 +295,7 @@ def refuses(mesh):
     state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
     with pytest.raises(KeyError, match=r"must give a metric 'loss'.*got \['other'\]"):
         parallel.train_step(
-            lambda params, batch, key=None: (params["weight"].sum(), {"other": state.step}),
+            lambda params, batch, **_: (params["weight"].sum(), {"other": state.step}),
             optim.sgd(0.1),
             mesh,
         )(state, batch)

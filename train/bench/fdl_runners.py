@@ -73,7 +73,7 @@ class FdlRunner(TorchRunner):
 def step_of(problem: recipes.Problem, task: Task) -> Any:
     """Make the step `(state, dataset, row) -> (state, metrics)`, with the loss as only metric."""
     loss_fn = losses.squared_loss if task.model == "linreg" else losses.cross_entropy
-    step = train_step(supervised(problem.model.apply, loss_fn), problem.opt)
+    step = train_step(supervised(problem.model, loss_fn), problem.opt)
 
     def gather_and_step(
         state: TrainState, dataset: Dataset, row: Indices

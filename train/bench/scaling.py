@@ -163,7 +163,7 @@ def sent_bytes() -> int:
 def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
     """Make the step to measure, its state and a batch: LeNet on 64 images per process."""
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     state = TrainState.create(model, opt, key=random.key(0))
     x = random.normal(random.key(1), (BATCH, 1, 28, 28))
     y = random.randint(random.key(2), (BATCH,), 0, 10)

@@ -32,7 +32,7 @@ def make(widths: tuple[int, ...]) -> tuple[Callable[..., TrainState], TrainState
     layers = [nn.linear(a, b) for a, b in pairwise(sizes)]
     model = nn.sequential(nn.flatten(), *[x for layer in layers for x in (layer, nn.relu)][:-1])
     opt = optim.adam(1e-3)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
 
     def steps(state: TrainState, images: data.Dataset, indices: data.Indices) -> TrainState:
         return scan(lambda s, row: step(s, data.gather(images, row)), state, indices)[0]

@@ -48,7 +48,7 @@ def main() -> None:
 
     model = lenet()
     params = model.init(random.key(0))
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     sample = data.fashion_mnist_sample()
     x, y, _ = data.gather(sample, next(zip(*data.sequential_indices(6000, args.batch))))  # noqa: B905
 

@@ -111,7 +111,7 @@ def seconds_of(act: Callable[[], Any], device: str) -> float:
 def lenet(device: str, batch: int = IMAGES, steps: int = LENET_STEPS) -> tuple[float, int]:
     """Time a step of LeNet within a compiled program of many steps."""
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     state = TrainState.create(model, opt, key=random.key(0, device))
     x = random.normal(random.key(1, device), (batch, 1, 28, 28))
     y = random.randint(random.key(2, device), (batch,), 0, 10)
@@ -129,7 +129,7 @@ def resnet(device: str, batch: int = IMAGES, pixels: int = 224) -> tuple[float, 
     state = TrainState.create(model, opt, key=random.key(0, device))
     x = random.normal(random.key(1, device), (batch, 3, pixels, pixels))
     y = random.randint(random.key(2, device), (batch,), 0, 1000)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     return step_seconds(step, state, (x, y), device)
 
 
@@ -142,7 +142,7 @@ def billion(
         fdl.nn.with_policy(full, Policy(compute=torch.bfloat16)),
         optim.sgd(0.1, momentum=0.9),
     )
-    step = fdl.train_step(lambda params, tokens, key: next_token(model, params, tokens), opt)
+    step = fdl.train_step(lambda params, tokens, **_: next_token(model, params, tokens), opt)
     state = TrainState.create(full, opt, key=random.key(0, device))
     tokens = random.randint(random.key(1, device), (batch, length + 1), 0, sizes.vocabulary)
     return step_seconds(step, state, tokens, device)
