@@ -81,7 +81,7 @@ print(f"sigmoid's derivative at 5: {slope(torch.tensor([5.0])).item():.4f}")
 # trained at once (notebook 12 is about that), and the best is shown.
 
 # %%
-points = random.uniform(random.key(2), (400, 2), -1, 1)
+points = random.uniform(random.key(2), (400, 2), minval=-1, maxval=1)
 inside = (points.square().sum(1) < 0.5).long()
 opt = optim.adam(0.05)
 

@@ -256,9 +256,9 @@ assert history[-1] < 0.8 * history[0]
 # %%
 def draw_task(key, points):
     k_amplitude, k_phase, k_x = random.split(key, 3)
-    amplitude = random.uniform(k_amplitude, (), 0.1, 5.0)
-    phase = random.uniform(k_phase, (), 0.0, torch.pi)
-    x = random.uniform(k_x, (points, 1), -5.0, 5.0)
+    amplitude = random.uniform(k_amplitude, (), minval=0.1, maxval=5.0)
+    phase = random.uniform(k_phase, (), minval=0.0, maxval=torch.pi)
+    x = random.uniform(k_x, (points, 1), minval=-5.0, maxval=5.0)
     return x, amplitude * torch.sin(x - phase)
 
 sine = nn.sequential(nn.linear(1, 40), nn.relu, nn.linear(40, 40), nn.relu, nn.linear(40, 1))

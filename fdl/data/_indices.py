@@ -80,7 +80,7 @@ def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
     """
     check_positive("bootstrap_indices", "n", n)
     check_positive("bootstrap_indices", "batch_size", batch_size)
-    return _in_batches(random.randint(key, (n,), 0, n), batch_size)
+    return _in_batches(random.randint(key, (n,), minval=0, maxval=n), batch_size)
 
 
 def sequential_indices(

@@ -150,7 +150,7 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
         ),
         "uniform": with_keys(
-            lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
+            lambda key, x: random.uniform(key, (2, 3), torch.float64, minval=x, maxval=x + 2), (3,)
         ),
     },
     "transforms": TRANSFORMATIONS,
