@@ -19,7 +19,7 @@ __all__ = ["filled", "per_row", "sums"]
 def filled(mask: Tensor, x: Tree) -> Tree:
     """Replace the rows that do not count by rows on which any model is safe.
 
-    They become copies of the first row if that counts, as it does in each batch that `data.gather`
+    They become copies of the first row if that counts, as it does in each batch that `data.batch`
     pads: a model that takes logarithms or divides by norms is as safe on a copy as on the row
     itself. If it does not count, floating leaves are filled with numbers from 1 to 2, of which no
     norm, variance or logarithm is degenerate, and others with 0. (To look for a row that counts

@@ -12,7 +12,7 @@ from fdl import random, tree
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits
 from fdl._training._checks import as_batch, check_apply
-from fdl.data import Batch, Indices, gather
+from fdl.data import Batch, Indices, batch, take
 from fdl.nn._model import check_takes_mask
 from fdl.tree import Tree
 
@@ -39,7 +39,8 @@ def update_bn(
         apply: of a `StatefulModel`.
         params: the parameters to evaluate with.
         buffers: the buffers whose running statistics are replaced.
-        dataset: x `[n, ...]` and y `[n, ...]`; y is not used.
+        dataset: x `[n, ...]`, as the model takes it (for uint8 images `data.to_float(dataset)`),
+            and y `[n, ...]`, which is not used.
         indices: the batches, as for `data.batches`; masked rows do not count.
         key: draws dropout masks, batch i from `fold_in(key, i)`; needed by models with dropout,
             which is on as in training.
@@ -72,17 +73,17 @@ def update_bn(
     if not averaged:
         raise ValueError(f"update_bn: buffers has no running statistics, only {list(before)}")
 
-    def after(old: Tree, batch: Batch, key: Tensor | None) -> dict[str, Tensor]:
+    def after(old: Tree, examples: Batch, key: Tensor | None) -> dict[str, Tensor]:
         options: dict[str, Any] = {"train": True, "key": key}
-        if isinstance(batch.mask, Tensor):
+        if isinstance(examples.mask, Tensor):
             check_takes_mask(apply, "update_bn")
-            options["mask"] = batch.mask
+            options["mask"] = examples.mask
         given = tree.unflatten_dict({**before, **zeros, **averaged, **old}, like=buffers)
-        return tree.flatten_dict(apply(params, given, batch.x, **options)[1])
+        return tree.flatten_dict(apply(params, given, examples.x, **options)[1])
 
     # A layer moves its statistics by new = (1 - rate) · old + rate · batch. What comes of a large
     # power of two, to which the batch adds nothing, tells the rate; old = 0 tells the rest.
-    one = as_batch("update_bn", gather(dataset, tree.map(lambda leaf: leaf[0], indices)))
+    one = as_batch("update_bn", batch(dataset, take(indices, 0)))
     large: Tree = tree.map(lambda z: torch.full_like(z, LARGE), averaged)
     one = one._replace(mask=())
     moved = [after(large, one, key), after({}, one, key)]
@@ -91,7 +92,7 @@ def update_bn(
     def add(carry: Tree, row: Tree) -> tuple[Tree, tuple[()]]:
         step, sums = carry
         own = None if key is None else random.fold_in(key, step)
-        new = after({}, as_batch("update_bn", gather(dataset, row)), own)
+        new = after({}, as_batch("update_bn", batch(dataset, row)), own)
         # A batch without a variance leaves zeros, and its number, as they were.
         return (step + 1, {path: s + new[path].to(s.dtype) for path, s in sums.items()}), ()
 

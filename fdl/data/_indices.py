@@ -7,13 +7,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fdl import random, tree
+from fdl import random
 from fdl._checks import check_positive
 from fdl.data import _rows
+from fdl.data._batches import take
 from fdl.data._types import Indices
 
 T = TypeVar("T")
-"""What the Fashion-MNIST classes 0 to 9 show."""
 
 
 def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:
@@ -143,7 +143,7 @@ def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
             f"got {fraction}"
         )
     second, first = random.permutation(key, n).tensor_split([held_out])
-    return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
+    return take(dataset, first), take(dataset, second)
 
 
 def _in_batches(order: Tensor, batch_size: int) -> Indices:
