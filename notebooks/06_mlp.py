@@ -128,7 +128,7 @@ start = {
 }
 sample = data.fashion_mnist_sample()
 order = data.epoch_indices(random.key(1), n=len(sample.x), batch_size=256, drop_last=True)
-batches = [data.gather(sample, row) for row in zip(*order, strict=True)]
+batches = [data.to_float(data.batch(sample, row)) for row in zip(*order, strict=True)]
 batches = [(batch.x.double(), batch.y) for batch in batches]
 print(tree.summary(start))
 
@@ -226,7 +226,7 @@ loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.ac
 step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
 
 def epoch(state, train, order):
-    return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
+    return fdl.scan(lambda state, row: step(state, data.to_float(data.batch(train, row))), state, order)
 
 compiled = fdl.jit(epoch, donate=0)
 everything = data.Batch(test.x[:, None].float() / 255, test.y)

@@ -58,7 +58,7 @@ state = fdl.TrainState.create(model, opt, key=random.key(0))
 rows = data.epoch_indices(random.key(1), len(images.x), 250)
 step = fdl.train_step(loss, opt)
 for _ in range(5):
-    state, _ = fdl.scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+    state, _ = fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
 x_all, y_all = images.x[:, None].float() / 255, images.y
 norms = transforms.per_sample_norms(loss, chunk=500)(state.params, (x_all, y_all))

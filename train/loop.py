@@ -97,7 +97,7 @@ def plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     order = data.sequential_indices(
         len(problem.train.x), config.batch_size, device=state.key.device
     )
-    batch = data.gather(problem.train, (order.index[0], order.mask[0]))
+    batch = data.to_float(data.batch(problem.train, (order.index[0], order.mask[0])))
     step = train_step(problem.loss, problem.opt)
     seconds = min(timed(lambda: step(state, batch), state.key.device) for _ in range(3))
     return planned(config, seconds, steps)
@@ -156,7 +156,7 @@ def step_of(
 
     def body(carry: Carry, dataset: Dataset, row: Indices) -> tuple[Carry, Metrics]:
         state, ok = carry
-        new, metrics = step(state, data.gather(dataset, row))
+        new, metrics = step(state, data.to_float(data.batch(dataset, row)))
         finite, real = metrics["loss"].total.isfinite(), metrics["loss"].count > 0
         taken = ok & finite & real
         state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
@@ -184,7 +184,9 @@ def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]
     step = parallel.eval_step(problem.loss, mesh)
 
     def evaluate(state: TrainState, dataset: Dataset, indices: Indices) -> Metrics:
-        _, metrics = scan(lambda _, row: ((), step(state, data.gather(dataset, row))), (), indices)
+        _, metrics = scan(
+            lambda _, row: ((), step(state, data.to_float(data.batch(dataset, row)))), (), indices
+        )
         return {name: mean.sum() for name, mean in metrics.items()}
 
     return jit(evaluate)
@@ -351,7 +353,7 @@ def advance(
 def _is_sound(problem: Problem, programs: Programs, state: TrainState, row: Indices) -> bool:
     """Find out whether the loss on a batch, parameters and buffers are finite."""
     with disable_jit():
-        batch = data.gather(problem.train, row)
+        batch = data.to_float(data.batch(problem.train, row))
         loss = parallel.eval_step(problem.loss, programs.mesh)(state, batch)["loss"]
     leaves = tree.leaves((state.params, state.buffers))
     return bool(torch.stack([x.isfinite().all() for x in [loss.value, *leaves]]).all())

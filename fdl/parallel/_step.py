@@ -74,7 +74,7 @@ def train_step(
         mesh = torch.distributed.init_device_mesh("cpu", (4,))     # torchrun --nproc-per-node 4
         step = parallel.train_step(loss, opt, mesh)                # as fdl.train_step(loss, opt)
         rows = parallel.own_rows(data.epoch_indices(key, 60_000, 256), mesh)    # [steps, 64]
-        state, metrics = fdl.scan(lambda s, r: step(s, data.gather(images, r)), state, rows)
+        state, metrics = fdl.scan(lambda s, r: step(s, data.batch(points, r)), state, rows)
 
     >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.sequential(nn.dropout(0.5), nn.linear(2, 1)), optim.sgd(0.1)

@@ -144,7 +144,7 @@ def an_epoch_is_one_program(mesh):
     rows = parallel.own_rows(rows, mesh)
 
     def epoch(state, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     begin = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     spread = shared_out(begin, opt, mesh, ROWS)

@@ -192,7 +192,7 @@ def an_epoch_is_one_program(mesh):
     rows = parallel.own_rows(indices, mesh)
 
     def epoch(state, images, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     start = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     expected = epoch(start, sample, rows)
