@@ -13,6 +13,7 @@ from torch._higher_order_ops.scan import scan as scan_for_dynamo
 from fdl import tree
 from fdl._compiler._scan_eager import _fresh, _row, _scan_as_loop
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 
 def _scan_as_operator(
@@ -39,7 +40,7 @@ def _scan_as_operator(
         carry = unflatten(leaves)
         new, y = f(carry, pytree.tree_unflatten(x[: x_spec.num_leaves], x_spec))
         # Outputs must not alias inputs (unchanged leaves do), and strides must be stable.
-        outputs = tree.match(carry, new, "scan") or leaves
+        outputs = match(carry, new, "scan") or leaves
         ys = tree.leaves(y) or [torch.zeros((), device=device)]
         return [_fresh(leaf) for leaf in outputs], [_fresh(leaf) for leaf in ys]
 

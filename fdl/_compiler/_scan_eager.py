@@ -13,6 +13,7 @@ from fdl import tree
 from fdl._dtensor import is_spread
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
+from fdl.tree._map import match
 
 
 def _row(xs: Tree, i: int) -> Tree:
@@ -21,7 +22,7 @@ def _row(xs: Tree, i: int) -> Tree:
 
 def _checked_carry(init: Tree, carry: Tree) -> Tree:
     """Return `carry` with its leaves in the order of `init`, having compared their forms."""
-    found = tree.match(init, carry, "scan: the carry that f returned")
+    found = match(init, carry, "scan: the carry that f returned")
     check_tensors(found, carry, "scan: every leaf of the carry that f returned")
     for before, after in zip(tree.leaves(init), found, strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:

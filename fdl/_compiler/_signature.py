@@ -14,7 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._dtensor import Spread, apart, is_spread, together
-from fdl.tree import Tree, dotted
+from fdl.tree import Tree
+from fdl.tree._paths import dotted
 
 LEAF = None
 NONE = (type(None), 0)  # None has no leaves, as in JAX

@@ -13,6 +13,7 @@ from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 Metrics = dict[str, Mean]
 
@@ -75,7 +76,7 @@ class TrainState(NamedTuple):
                 raise ValueError(
                     "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
                 )
-            tree.match(expected, params, "TrainState.create: params")  # lists for dicts, say
+            match(expected, params, "TrainState.create: params")  # lists for dicts, say
         return cls(
             params,
             buffers,

@@ -22,6 +22,8 @@ from fdl import tree
 from fdl._kinds import register
 from fdl.optim._hyperparams import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_now
 from fdl.tree import Tree
+from fdl.tree._map import match
+from fdl.tree._paths import dotted
 
 
 class Optimizer(NamedTuple):
@@ -104,9 +106,7 @@ def leafwise(
 
     def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
         leaves, spec = pytree.tree_flatten(params)
-        columns = {
-            name: tree.match(params, state.slots[name], f"{caller}: {name}") for name in first
-        }
+        columns = {name: match(params, state.slots[name], f"{caller}: {name}") for name in first}
         now = rates_now(rates, state.hyper)
         t = (state.hyper.count + 1).double()
         updates: list[Tensor | None] = []
@@ -203,7 +203,7 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     >>> match_grads({"b": None, "w": torch.ones(1)}, {"w": torch.ones(1), "b": 0}, "here")
     [tensor([1.]), None]
     """
-    found = tree.match(params, grads, f"{caller}: grads")
+    found = match(params, grads, f"{caller}: grads")
     leaves = tree.leaves(params)
     if not all(
         g is None or (g.is_floating_point() and g.shape == p.shape)
@@ -328,7 +328,7 @@ def slots(state: Tree) -> dict[str, Tree]:
     """
     pairs, _ = pytree.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, State))
     found = [
-        (tree.dotted(entries), name, slot)
+        (dotted(entries), name, slot)
         for entries, node in pairs
         if isinstance(node, State)
         for name, slot in node.slots.items()

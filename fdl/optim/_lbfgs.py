@@ -23,6 +23,7 @@ from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
 from fdl.optim._line_search import Point, Search, choose, judge, start, when
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 
 class _Task(NamedTuple):
@@ -160,7 +161,7 @@ def lbfgs(
                 "lbfgs: value_fn must be given to update, a function params -> value (train_step "
                 f"gives it), got {value_fn}"
             )
-        found = tree.match(params, grads, "lbfgs: grads")
+        found = match(params, grads, "lbfgs: grads")
         x, leaves = _flatten(params), tree.leaves(params)
         pairs = list(zip(found, leaves, strict=True))
         hyper, sign = state.hyper, -1 if maximize else 1

@@ -18,8 +18,8 @@ change them, never views of parts of them.
 from __future__ import annotations
 
 from fdl.tree._compare import allclose, diff
-from fdl.tree._map import cast, leaves, map, match, size, stack, to, unstack
-from fdl.tree._paths import Tree, Where, dotted, flatten_dict, select, unflatten_dict
+from fdl.tree._map import cast, leaves, map, size, stack, to, unstack
+from fdl.tree._paths import Tree, Where, flatten_dict, unflatten_dict
 from fdl.tree._split import merge, partition
 from fdl.tree._summary import summary
 
@@ -29,14 +29,11 @@ __all__ = [
     "allclose",
     "cast",
     "diff",
-    "dotted",
     "flatten_dict",
     "leaves",
     "map",
-    "match",
     "merge",
     "partition",
-    "select",
     "size",
     "stack",
     "summary",

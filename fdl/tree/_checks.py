@@ -8,8 +8,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl import tree
-from fdl.tree._paths import Tree
+from fdl.tree._paths import Tree, dotted
 
 
 def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
@@ -17,9 +16,7 @@ def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
     if all(isinstance(leaf, Tensor) for leaf in leaves):
         return
     pairs, _ = pytree.tree_flatten_with_path(whole)
-    found = [
-        f"{tree.dotted(p)}: {_shown(leaf)}" for p, leaf in pairs if not isinstance(leaf, Tensor)
-    ]
+    found = [f"{dotted(p)}: {_shown(leaf)}" for p, leaf in pairs if not isinstance(leaf, Tensor)]
     raise TypeError(
         f"{what} must be a tensor; wrap numbers in torch.tensor, arrays in fdl.interop.from_numpy, "
         "close over what is constant. Not tensors:\n  " + "\n  ".join(found)

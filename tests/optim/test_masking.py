@@ -11,6 +11,7 @@ from torch.func import grad_and_value, vmap
 
 import fdl
 from fdl import losses, nn, optim, random, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, trees, unchanged
 from tests.support.optimizers import default_dtype
 
@@ -174,7 +175,7 @@ def test_one_optimizer_in_parts_is_one_optimizer(shapes, bits):
         with unchanged(params, grads, part_state):
             got, part_state = parts.update(grads, part_state, params)
         assert tree.diff(expected, got) == []
-        tree.match(expected, got, "same containers")
+        match(expected, got, "same containers")
 
 
 class Pair(NamedTuple):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdl import tree
+from fdl.tree._map import match
 from tests.support.asserts import Pair, trees, unchanged
 
 W, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.0, 2.0])
@@ -16,7 +17,7 @@ W, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.0, 2.0])
 
 def same(a, b):
     """Equal in containers and leaves, whatever the order of dict keys."""
-    return type(a) is type(b) and a == b and tree.match(a, b, "same") == tree.leaves(a)
+    return type(a) is type(b) and a == b and match(a, b, "same") == tree.leaves(a)
 
 
 # ------------------------------------------------------------------------------ map, match
@@ -32,7 +33,7 @@ def test_map_goes_by_key_and_keeps_the_order_of_the_first_tree():
 
 
 def test_match_lists_leaves_in_the_order_of_like():
-    assert tree.match({"w": 0, "b": (0, None)}, {"b": (1, 2), "w": 3}, "here") == [3, 1, 2]
+    assert match({"w": 0, "b": (0, None)}, {"b": (1, 2), "w": 3}, "here") == [3, 1, 2]
 
 
 @pytest.mark.parametrize("operation", ["map", "match"])
@@ -63,7 +64,7 @@ def test_other_structures_raise_and_every_path_is_listed(operation, like, other,
         if operation == "map":
             tree.map(lambda x, y: x, like, other)
         else:
-            tree.match(like, other, "tree.map")
+            match(like, other, "tree.map")
     assert str(error.value).startswith("tree.map: ")
     for line in lines:
         assert f"\n  {line}" in str(error.value)
@@ -145,7 +146,7 @@ def test_unstack_undoes_stack(t, n):
     if tree.leaves(t):
         for member, back in zip(members, tree.unstack(stacked), strict=True):
             assert tree.diff(member, back) == []
-            tree.match(member, back, "same containers")
+            match(member, back, "same containers")
 
 
 @pytest.mark.parametrize(
