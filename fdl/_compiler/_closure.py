@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._user_lines import is_users
+from fdl.tree._paths import join
+from fdl.tree._summary import shape_dtype
 
 FOREIGN = {"torch", "fdl", "numpy", *sys.stdlib_module_names}  # hold no tensors of the user's
 REGISTRIES = {"_parameters", "_buffers", "_modules"}  # of nn.Module: no part of a name
@@ -80,16 +82,7 @@ class Sources:
         """Say where each tensor is read."""
         paths = _paths(self.root, self.edges)
         hidden = "which no name leads to: always that of the first call"
-        return [paths.get(id(x), f"{shown(x)}, {hidden}") for x in self.tensors]
-
-
-def shown(tensor: Tensor) -> str:
-    """Write the form of a tensor, without values.
-
-    >>> shown(torch.ones(2, 3))
-    'float32[2, 3]'
-    """
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        return [paths.get(id(x), f"{shape_dtype(x)}, {hidden}") for x in self.tensors]
 
 
 def reached(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
@@ -122,7 +115,7 @@ def _leading_to(targets: Sequence[Any], edges: Sequence[Edge]) -> list[Edge]:
 def _paths(root: Any, edges: Sequence[Edge]) -> dict[int, str]:
     paths = {id(root): ""}
     for edge in edges:
-        path = ".".join(filter(None, [paths[id(edge.holder)], edge.name]))
+        path = join(paths[id(edge.holder)], edge.name)
         paths.setdefault(id(edge.value), path)
     return paths
 

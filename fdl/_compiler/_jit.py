@@ -23,6 +23,7 @@ from fdl._compiler._settings import Ambient, ambient, are_watched, changes, has_
 from fdl._compiler._signature import flatten, form, paths
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
+from fdl.tree._summary import dtype_name
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -286,7 +287,7 @@ def _why(key: _Key, earlier: Sequence[_Key]) -> str:
 
 def _describe(form: tuple[Any, ...]) -> str:
     shape, stride, dtype, device = form
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}, strides {list(stride)}, {device}"
+    return f"{dtype_name(dtype)}{list(shape)}, strides {list(stride)}, {device}"
 
 
 def _runs_inline() -> bool:

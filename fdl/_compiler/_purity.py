@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fdl._compiler._closure import reached, shown
+from fdl._compiler._closure import reached
 from fdl._compiler._user_lines import Line, line_here, line_text
+from fdl.tree._summary import shape_dtype
 
 SWITCHES = ("train", "training", "dropout", "dropout_p")  # off, such operations draw nothing
 
@@ -85,7 +86,7 @@ def _describe(kept: list[_Made], fn: Callable[..., Any]) -> str:
     tensor = made.tensor()
     assert tensor is not None
     where = f" at {line_text(made.line)}" if made.line else ""
-    origin = f"{shown(tensor)}, {made.how}{where}"
+    origin = f"{shape_dtype(tensor)}, {made.how}{where}"
     return f"{name}, {origin}" if name else origin
 
 

@@ -15,6 +15,7 @@ from fdl._masks import filled
 from fdl.data import Batch
 from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
+from fdl.tree._summary import shape_dtype
 
 
 def kind(x: Any) -> str:
@@ -24,7 +25,7 @@ def kind(x: Any) -> str:
     ('a tensor float32[2]', 'a float', 'the class int')
     """
     if isinstance(x, Tensor):
-        return f"a tensor {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        return f"a tensor {shape_dtype(x)}"
     if inspect.isclass(x):
         return f"the class {x.__name__}"
     if inspect.isroutine(x):

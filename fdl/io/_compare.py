@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fdl.io._schema import Node, opened, walk
+from fdl.tree._summary import shape_dtype
 
 _CONTAINERS = ("dict", "OrderedDict", "list", "tuple", "NamedTuple")
 
@@ -29,7 +30,7 @@ def places(structure: Node, tensors: Mapping[str, Tensor]) -> dict[str, str]:
             found[path] = kind if inner[1] else f"empty {kind}"
         elif path in tensors:
             leaf = tensors[path]
-            found[path] = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+            found[path] = shape_dtype(leaf)
         else:
             found[path] = "float" if isinstance(node, list) else type(node).__name__
     return found

@@ -24,6 +24,7 @@ from fdl.optim._lbfgs_state import LBFGSState
 from fdl.optim._line_search import Point, Search, choose, judge, start, when
 from fdl.tree import Tree
 from fdl.tree._map import match
+from fdl.tree._summary import dtype_name
 
 
 class _Task(NamedTuple):
@@ -275,7 +276,7 @@ def _flatten(params: Tree) -> Tensor:
     flat = tree.flatten_dict(params)
     dtypes = {leaf.dtype for leaf in flat.values()}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        lines = [f"{path}: {str(leaf.dtype).removeprefix('torch.')}" for path, leaf in flat.items()]
+        lines = [f"{path}: {dtype_name(leaf.dtype)}" for path, leaf in flat.items()]
         raise ValueError(
             "lbfgs: params must share one floating dtype, being one vector, got:\n  "
             + "\n  ".join(lines)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl import tree
 from fdl.parallel._group import Mesh, group_of
 from fdl.tree import Tree
+from fdl.tree._summary import shape_dtype
 
 
 def check_replicated(state: Tree, mesh: Mesh | None) -> None:
@@ -59,4 +60,4 @@ def _shown(leaf: Any) -> str:
         return repr(leaf)
     raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:8]
-    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} with SHA-256 {digest}"
+    return f"{shape_dtype(leaf)} with SHA-256 {digest}"

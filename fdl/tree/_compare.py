@@ -8,8 +8,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl.tree._paths import Tree, dotted, flatten_dict
-from fdl.tree._summary import _signature
+from fdl.tree._paths import Tree, dotted, flatten_dict, join
+from fdl.tree._summary import describe_leaf
 
 
 def diff(
@@ -36,8 +36,8 @@ def diff(
     lines = []
     for path in sorted(one.keys() | two.keys() | kinds.keys() | others.keys()):
         if path in one or path in two:
-            expected = _signature(one[path]) if path in one else "nothing"
-            got = _signature(two[path]) if path in two else "nothing"
+            expected = describe_leaf(one[path]) if path in one else "nothing"
+            got = describe_leaf(two[path]) if path in two else "nothing"
             if expected == got and values and isinstance(one[path], Tensor):
                 lines += _differ(path, one[path], two[path].to(one[path].device), rtol, atol)
         else:
@@ -78,7 +78,7 @@ def _containers(tree: Tree, path: str = "") -> Iterator[tuple[str, str]]:
     kind = "dict" if isinstance(tree, dict) else type(tree).__name__
     yield path, kind if pairs else f"empty {kind}"
     for entries, child in pairs:
-        yield from _containers(child, ".".join(filter(None, [path, dotted(entries)])))
+        yield from _containers(child, join(path, dotted(entries)))
 
 
 def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 
 from fdl.tree._compare import diff
 from fdl.tree._paths import Tree, flatten_dict
-from fdl.tree._summary import _signature
+from fdl.tree._summary import describe_leaf
 
 
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -68,7 +68,7 @@ def _mismatch(caller: str, like: Tree, tree: Tree) -> str:
 
 
 def _describe(tree: Tree) -> dict[str, str]:
-    return {path: _signature(leaf) for path, leaf in flatten_dict(tree).items()}
+    return {path: describe_leaf(leaf) for path, leaf in flatten_dict(tree).items()}
 
 
 def leaves(tree: Tree) -> list[Any]:

@@ -61,14 +61,36 @@ def _part(entry: Any) -> str:
         return str(entry.idx)
     if isinstance(entry, pytree.GetAttrKey):
         return entry.name
-    key = entry.key
+    return check_key("tree", entry.key)
+
+
+def join(path: str, name: str | int) -> str:
+    """Append the name of a child, or a path below it, to the path of its container.
+
+    >>> join("conv.0", "weight"), join("", 3), join("conv", "")
+    ('conv.0.weight', '3', 'conv')
+    """
+    return f"{path}.{name}" if path and name != "" else f"{path}{name}"
+
+
+def check_key(caller: str, key: Any, where: str = "") -> str:
+    """Raise unless a dict key can be part of a dotted path; return the key.
+
+    >>> check_key("save", "a.b", " at the top")
+    Traceback (most recent call last):
+    ValueError: save: a dict key must not contain a dot, got 'a.b' at the top; nest it, as \
+tree.unflatten_dict does
+    """
     if not isinstance(key, str):
-        raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
+        raise TypeError(
+            f"{caller}: a dict key must be a str, got {key!r}{where}; write it as {str(key)!r}"
+        )
     if not key:
-        raise ValueError("tree: a dict key must not be empty, got ''")
+        raise ValueError(f"{caller}: a dict key must not be empty, got ''{where}")
     if "." in key:
         raise ValueError(
-            f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
+            f"{caller}: a dict key must not contain a dot, got {key!r}{where}; nest it, as "
+            "tree.unflatten_dict does"
         )
     return key
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.utils._pytree as pytree
 
-from fdl.tree._paths import Tree, Where, select
+from fdl.tree._paths import Tree, Where, join, select
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
@@ -41,8 +41,7 @@ def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
     if pytree.tree_is_leaf(tree):
         return tree if keep(path) else ()
     children = {
-        name: _keep(child, f"{path}.{name}" if path else name, keep)
-        for name, child in _children(tree).items()
+        name: _keep(child, join(path, name), keep) for name, child in _children(tree).items()
     }
     if isinstance(tree, dict):
         gone = [
@@ -103,7 +102,6 @@ def _merge(a: Tree, b: Tree, path: str) -> Tree:
         )
     one, two = _children(a), _children(b)
     children = {
-        name: _merge(one.get(name, ()), two.get(name, ()), f"{path}.{name}" if path else name)
-        for name in one | two
+        name: _merge(one.get(name, ()), two.get(name, ()), join(path, name)) for name in one | two
     }
     return children if isinstance(a, dict) else _rebuild(a, list(children.values()))

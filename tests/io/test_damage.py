@@ -214,7 +214,7 @@ STRUCTURES = {
     "unknown-kind": ('["set",["tensor"]]', "structure is malformed at ''"),
     "no-kind": ("[]", "structure is malformed"),
     "float": ('{"x":["tensor"],"y":["float","zz"]}', "structure is malformed at 'y'"),
-    "dot": ('{"x":["tensor"],"a.b":1}', "must not hold a dot"),
+    "dot": ('{"x":["tensor"],"a.b":1}', "must not contain a dot"),
     "deep": ('{"a":' * 150 + "1" + "}" * 150, "more than 100 containers|too deep"),
     "deeper": ('["list",' * 50_000, "nested too deep"),
     "other-tensor": ('{"y":["tensor"]}', "names other tensors than there are"),

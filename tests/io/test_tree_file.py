@@ -132,7 +132,7 @@ def test_the_content_reaches_the_disk_before_the_name(path, monkeypatch):
     [
         ({"a": {"b": [{1}]}}, TypeError, "expected a dict, .*, got set at 'a.b.0'"),
         ({"a": 1j}, TypeError, "got complex at 'a'"),
-        ({"a.b": torch.ones(1)}, ValueError, "must not hold a dot, got 'a.b' at the top"),
+        ({"a.b": torch.ones(1)}, ValueError, "must not contain a dot, got 'a.b' at the top"),
         ({"c": {0: torch.ones(1)}}, TypeError, "a dict key must be a str, got 0 at 'c'"),
     ],
     ids=["set", "complex", "dot", "int-key"],
