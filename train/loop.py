@@ -152,7 +152,7 @@ def step_of(
     A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
     batch is all padding. `advance` finds the last good state from what comes back.
     """
-    step = parallel.train_step(problem.loss, problem.opt, mesh, parts=parts)
+    step = parallel.train_step(problem.loss, problem.opt, mesh, microbatches=parts)
 
     def body(carry: Carry, dataset: Dataset, row: Indices) -> tuple[Carry, Metrics]:
         state, ok = carry

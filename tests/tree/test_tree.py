@@ -226,13 +226,24 @@ def test_a_glob_that_matches_nothing_raises(where):
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ((), "needs at least one tree"),
-        (({"a": {"b": 1}}, {"a": {"b": 2}}), "both trees have something at 'a.b'"),
-        (({"a": 1}, {"a": {"b": 2}}), "both trees have something at 'a'"),
-        (({"a": [1, ()]}, {"a": [2]}), r"at 'a' one tree has list\[2\], another list\[1\]"),
-        (({"a": [()]}, {"a": {"0": 2}}), r"at 'a' one tree has list\[1\], another dict\[1\]"),
+        ((), "expected at least one tree"),
+        (({"a": {"b": 1}}, {"a": {"b": 2}}), "'a.b': in two trees, at least once as a leaf"),
+        (({"a": 1}, {"a": {"b": 2}}), "'a': in two trees, at least once as a leaf"),
+        (
+            ({"a": [1, ()]}, {"a": [2]}),
+            r"'a': list\[2\] in one tree, list\[1\] in another",
+        ),
+        (
+            ({"a": [()]}, {"a": {"0": 2}}),
+            r"'a': list\[1\] in one tree, dict\[1\] in another",
+        ),
+        ((1, {"a": 2}), "'': in two trees"),
+        (
+            ({"a": 1, "b": [2], "c": 3}, {"a": 4, "b": [], "d": 5}, {"d": {"e": 6}, "f": 7}),
+            r"trees:\n  'a': in two .*\n  'b': list\[1\] in .*\n  'd': in two trees, at least .*$",
+        ),
     ],
-    ids=["none", "leaf-leaf", "leaf-branch", "length", "type"],
+    ids=["none", "leaf-leaf", "leaf-branch", "length", "type", "root", "several"],
 )
 def test_merge_refuses(parts, text):
     with pytest.raises(ValueError, match=text):
