@@ -59,7 +59,7 @@ def _children(tree: Tree) -> dict[str, Tree]:
     if isinstance(tree, (list, tuple)):
         return {str(i): child for i, child in enumerate(tree)}
     raise TypeError(
-        f"tree: partition and merge take dicts, lists, tuples and NamedTuples, got {type(tree)}"
+        f"tree: partition and merge accept dicts, lists, tuples and NamedTuples, got {type(tree)}"
     )
 
 
@@ -68,7 +68,7 @@ def _rebuild(tree: Tree, children: list[Tree]) -> Tree:
 
 
 def merge(*trees: Tree) -> Tree:
-    """Unite trees whose leaves lie at different paths; the inverse of `partition`.
+    """Unite trees with leaves at different paths: the inverse of `partition`.
 
     Raises:
         ValueError: two trees have a leaf at the same path, or containers of different types there

@@ -134,7 +134,7 @@ HOSTILE = {
     "leaf-and-branch": (
         file_of({"a": json.loads(X.join("{}"))["x"], "a.b": {"dtype": "U8", "shape": [0],
                  "data_offsets": [1, 1]}}, b"a"),
-        "meets another leaf on its way",
+        "is a leaf",
     ),
     "empty-part": (file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"), "must not be empty"),
     "deep-name": (

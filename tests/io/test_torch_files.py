@@ -164,7 +164,7 @@ def test_what_is_no_state_dict_raises_and_writes_nothing(path, params, error, te
         (
             {"a": torch.ones(1), "a.b": torch.ones(1)},
             ValueError,
-            "at '': .*'a.b' meets another leaf",
+            "at '': .*cannot place 'a.b': 'a' is a leaf",
         ),
         ({"a": b"bytes"}, (TypeError, ValueError), "got bytes at 'a'|names '_codecs.encode'"),
         ({"a": {1, 2}}, ValueError, "names '.*builtin.*.set'"),

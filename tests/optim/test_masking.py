@@ -278,7 +278,7 @@ def test_a_part_evaluates_the_loss_where_only_it_has_moved():
         ({"a": "0.*", "b": "2.*"}, r"label of \['a', 'b'\]:\n  4.weight: no label\n  4.bias: no l"),
         ({"a": "*", "b": "2.*"}, r"2.weight: \['a', 'b'\]\n  2.bias: \['a', 'b'\]$"),
         (lambda path, leaf: path[0], r"0.weight: \['0'\]\n"),
-        ({"a": "*.wieght", "b": "2.*"}, r"a: '\*.wieght' matches no path; there"),
+        ({"a": "*.wieght", "b": "2.*"}, r"a: '\*.wieght' matches no path; the"),
     ],
     ids=["uncovered", "twice", "unknown", "misspelt"],
 )
@@ -428,7 +428,7 @@ def test_a_function_that_selects_nothing_is_refused_as_a_glob_is(make):
     params = {"a": torch.ones(3), "b": torch.ones(2)}
     with pytest.raises(ValueError, match=r"selects no path; there are \['a', 'b'\]"):
         make(lambda path, leaf: leaf.ndim > 1).init(params)
-    with pytest.raises(ValueError, match=r"matches no path; there are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"matches no path; the paths are \['a', 'b'\]"):
         make("c").init(params)
 
 

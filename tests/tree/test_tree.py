@@ -126,7 +126,7 @@ def test_keys_without_a_path_raise(f, key, error, text):
 
 @pytest.mark.parametrize("flat", [{"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}, {"a": 1, "a.b.c": 2}])
 def test_a_leaf_that_is_also_a_branch_raises(flat):
-    with pytest.raises(ValueError, match="meets another leaf on its way"):
+    with pytest.raises(ValueError, match=r"cannot place 'a\.b\S*': 'a' is a leaf"):
         tree.unflatten_dict(flat)
 
 
@@ -152,7 +152,7 @@ def test_unstack_undoes_stack(t, n):
 @pytest.mark.parametrize(
     ("members", "text"),
     [
-        ([], "needs at least one tree, got none"),
+        ([], "expected at least one tree, got none"),
         ([{"w": W}, {"w": W}, {"w": B}], r"tree 2 differs.*\n  w: expected float32\[2, 3\]"),
         ([{"w": W}, {"w": W.double()}], r"tree 1 differs.*\n  w: .* got float64"),
         ([{"w": W}, {"v": W}], r"v: expected nothing, got .*\n  w: expected .*, got nothing"),
@@ -169,7 +169,9 @@ def test_stack_refuses(members, text):
     "t", [{}, {"w": W, "s": torch.tensor(1.0)}, {"w": W, "b": torch.zeros(3)}], ids=str
 )
 def test_unstack_needs_one_first_axis(t):
-    with pytest.raises(ValueError, match=r"tree\.unstack: leaves need one common first axis"):
+    with pytest.raises(
+        ValueError, match=r"tree\.unstack: first axes must have the same length"
+    ):
         tree.unstack(t)
 
 
@@ -219,7 +221,9 @@ def test_partition_leaves_holes_only_where_there_is_no_key():
 
 @pytest.mark.parametrize("where", ["*.wieght", ["*.bias", "*.wieght"]], ids=["one", "second"])
 def test_a_glob_that_matches_nothing_raises(where):
-    with pytest.raises(ValueError, match=r"partition: '\*\.wieght' matches no path; there are \["):
+    with pytest.raises(
+        ValueError, match=r"partition: '\*\.wieght' matches no path; the paths are"
+    ):
         tree.partition(PARAMS, where)
 
 
