@@ -112,9 +112,7 @@ def unstack(tree: Tree) -> list[Tree]:
     flat = flatten_dict(tree)
     lengths = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in flat.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
-        raise ValueError(
-            f"tree.unstack: first axes must have the same length, got {lengths}"
-        )
+        raise ValueError(f"tree.unstack: first axes must have the same length, got {lengths}")
     (length,) = set(lengths.values())
     return [map(lambda leaf, i=i: leaf[i].clone(), tree) for i in range(length or 0)]
 

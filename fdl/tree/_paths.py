@@ -124,11 +124,14 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *branches, last = path.split(".")
-        node, at = tree, ""
-        for branch in branches:
-            node, at = node.setdefault(branch, {}), join(at, branch)
-            if at in flat:
-                raise ValueError(f"tree.unflatten_dict: cannot place {path!r}: {at!r} is a leaf")
+        node = tree
+        for depth, branch in enumerate(branches, start=1):
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                other = ".".join(branches[:depth])
+                raise ValueError(f"tree.unflatten_dict: cannot place {path!r}: {other!r} is a leaf")
+        if last in node:
+            raise ValueError(f"tree.unflatten_dict: cannot place {path!r}: leaves are below it")
         node[last] = leaf
     return tree
 

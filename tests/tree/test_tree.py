@@ -1,4 +1,4 @@
-"""Trees: paths, matching by key, splitting and uniting, comparing; nothing is ever mutated."""
+"""Trees: paths, matching by key, splitting and uniting; nothing is ever mutated."""
 
 import re
 from collections import OrderedDict
@@ -124,9 +124,16 @@ def test_keys_without_a_path_raise(f, key, error, text):
         f({"ok": {key: W}})
 
 
-@pytest.mark.parametrize("flat", [{"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}, {"a": 1, "a.b.c": 2}])
-def test_a_leaf_that_is_also_a_branch_raises(flat):
-    with pytest.raises(ValueError, match=r"cannot place 'a\.b\S*': 'a' is a leaf"):
+@pytest.mark.parametrize(
+    ("flat", "text"),
+    [
+        ({"a": 1, "a.b": 2}, "cannot place 'a.b': 'a' is a leaf"),
+        ({"a.b": 2, "a": 1}, "cannot place 'a': leaves are below it"),
+        ({"x.a": 1, "x.a.b.c": 2}, "cannot place 'x.a.b.c': 'x.a' is a leaf"),
+    ],
+)
+def test_a_leaf_that_is_also_a_branch_raises(flat, text):
+    with pytest.raises(ValueError, match=text):
         tree.unflatten_dict(flat)
 
 
@@ -169,9 +176,7 @@ def test_stack_refuses(members, text):
     "t", [{}, {"w": W, "s": torch.tensor(1.0)}, {"w": W, "b": torch.zeros(3)}], ids=str
 )
 def test_unstack_needs_one_first_axis(t):
-    with pytest.raises(
-        ValueError, match=r"tree\.unstack: first axes must have the same length"
-    ):
+    with pytest.raises(ValueError, match=r"tree\.unstack: first axes must have the same length"):
         tree.unstack(t)
 
 
@@ -221,9 +226,7 @@ def test_partition_leaves_holes_only_where_there_is_no_key():
 
 @pytest.mark.parametrize("where", ["*.wieght", ["*.bias", "*.wieght"]], ids=["one", "second"])
 def test_a_glob_that_matches_nothing_raises(where):
-    with pytest.raises(
-        ValueError, match=r"partition: '\*\.wieght' matches no path; the paths are"
-    ):
+    with pytest.raises(ValueError, match=r"partition: '\*\.wieght' matches no path; the paths are"):
         tree.partition(PARAMS, where)
 
 
@@ -291,51 +294,6 @@ def test_summary_is_a_table():
         "step         []        int64         1      8\n"
         "total                            2,004  8,014"
     )
-
-
-# ------------------------------------------------------------------------------ diff, allclose
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "lines"),
-    [
-        ({"w": W, "b": B}, {"b": B, "w": W}, []),
-        ({"w": W}, {}, ["w: expected float32[2, 3], got nothing"]),
-        ({}, {"a": {"w": W}}, ["a.w: expected nothing, got float32[2, 3]"]),
-        (B, B.reshape(2, 1), [": expected float32[2], got float32[2, 1]"]),
-        ([B], [B.double()], ["0: expected float32[2], got float64[2]"]),
-        ([B], [B + torch.tensor([0.0, 0.5])], ["0: 1 of 2 values differ, by at most 0.5"]),
-        ([torch.tensor([NAN, 1.0])], [torch.tensor([NAN, 1.0])], []),
-        (
-            [torch.tensor([NAN, 1.0])],
-            [torch.tensor([NAN, 3.0])],
-            ["0: 1 of 2 values differ, by at most 2"],
-        ),
-        ([torch.tensor([NAN])], [torch.tensor([1.0])], ["0: 1 of 1 values differ, by at most nan"]),
-        ([torch.tensor(True)], [torch.tensor(False)], ["0: 1 of 1 values differ, by at most 1"]),
-        ([torch.tensor(5)], [torch.tensor(7)], ["0: 1 of 1 values differ, by at most 2"]),
-        ({"n": 1}, {"n": 2}, ["n: expected int 1, got int 2"]),
-        ({"n": "sgd", "m": None}, {"n": "sgd", "m": None}, []),
-        ({"n": W}, {"n": 2}, ["n: expected float32[2, 3], got int 2"]),
-    ],
-    ids=[
-        *("key-order", "missing", "unexpected", "shape", "dtype", "value", "equal-nan"),
-        *("beside-nan", "nan", "bool", "int", "other-leaf", "same-other-leaf", "tensor-other"),
-    ],
-)
-def test_diff_names_what_differs(a, b, lines):
-    assert tree.diff(a, b) == lines
-    assert tree.allclose(a, b) == (not lines)
-
-
-def test_diff_within_tolerance_and_without_values():
-    a, b = {"w": torch.tensor([1.0, 100.0])}, {"w": torch.tensor([1.1, 100.1])}
-    assert tree.diff(a, b, atol=0.11) == []
-    assert tree.diff(a, b, rtol=0.01) == ["w: 1 of 2 values differ, by at most 0.1"]
-    assert tree.diff(a, b, values=False) == []
-    assert tree.allclose(a, b, rtol=0, atol=0.11) and not tree.allclose(a, b)
 
 
 # ------------------------------------------------------------------------------ no mutation
