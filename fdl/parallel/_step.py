@@ -57,7 +57,7 @@ def train_step(
         mesh: the processes, a `DeviceMesh` of one dimension; None for this process alone.
         grad_fn: differentiates within a part, as for `fdl.train_step`.
         microbatches: number of microbatches in a batch, over all processes: the number of processes
-            times a power of two.
+            times a power of two (any number on one process).
 
     Returns:
         The step `(state, batch) -> (state, metrics)`; every process must call it equally often.

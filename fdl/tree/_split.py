@@ -102,8 +102,8 @@ def _merge(a: Tree, b: Tree, path: str, conflicts: list[str]) -> Tree:
         conflicts.append(f"{path!r}: in two trees, at least once as a leaf")
         return a
     if type(a) is not type(b) or (not isinstance(a, dict) and len(a) != len(b)):
-        one, other = (f"{type(t).__name__}[{len(t)}]" for t in (a, b))
-        conflicts.append(f"{path!r}: {one} in one tree, {other} in another")
+        kinds = [f"{type(t).__name__}[{len(t)}]" for t in (a, b)]
+        conflicts.append(f"{path!r}: {kinds[0]} in one tree, {kinds[1]} in another")
         return a
     one, two = _children(a), _children(b)
     children = {

@@ -198,7 +198,8 @@ def refuses(mesh):
     state = TrainState.create(model, opt, key=random.key(0))
     state = shared_out(state, opt, mesh, EVERY)
     batch = (torch.ones(2, 2), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"for None, .* both:\n  params\.weight: .*\n  params\.bias: \S"):
+    listed = r"for None, .* both:\n  params\.weight: .*\n  params\.bias: \S"
+    with pytest.raises(ValueError, match=listed):
         parallel.train_step(loss, opt, None, microbatches=2)(state, batch)
 
 
