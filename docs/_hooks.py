@@ -38,7 +38,7 @@ def documented() -> dict[str, ModuleType]:
 GROUPS = {
     "fdl": {
         "Training": "TrainState supervised train_step eval_step update_bn",
-        "Compiling": "jit scan disable_jit Jitted Report",
+        "Compiling": "jit scan map disable_jit Jitted Report",
         "Modules": "nn losses metrics optim data random tree transforms population parallel"
         " interop io checkpointing",
     },

@@ -77,7 +77,7 @@ def test_mean_test_accuracy_of_three_seeds_after_five_epochs(model, lr):
             lambda s, row: step(s, data.to_float(data.batch(images, row))), states, rows
         )
 
-    run = fdl.jit(epoch, donate=0)
+    run = fdl.jit(epoch, donate_argnums=0)
     for e in range(5):
         rows = data.epoch_indices(random.fold_in(random.key(1), e), len(train.x), 256)
         states, _ = run(states, train, rows)

@@ -71,7 +71,7 @@ def test_averages_of_other_states_raise():
 
 
 def test_no_two_leaves_share_memory():
-    """As `jit(..., donate=...)` needs it: the first z is not the parameters, say."""
+    """As `jit(..., donate_argnums=...)` needs it: the first z is not the parameters, say."""
     opt, params = optim.schedule_free_adamw(0.1), start()
     state = opt.init(params)
     for _ in range(2):

@@ -41,7 +41,7 @@ def make(widths: tuple[int, ...]) -> tuple[Callable[..., TrainState], TrainState
 
         return scan(body, state, indices)[0]
 
-    return jit(steps, donate=0), TrainState.create(model, opt, key=random.key(0))
+    return jit(steps, donate_argnums=0), TrainState.create(model, opt, key=random.key(0))
 
 
 def measure(name: str, rounds: int, folder: Path) -> None:
