@@ -70,7 +70,7 @@ def every_optimizer_updates_shards(mesh):
 
     more = {
         "global norm": optim.chain(optim.clip_by_global_norm(0.1), optim.sgd(0.1)),
-        "adaptive clip": optim.chain(optim.adaptive_clip(0.1), optim.sgd(0.1)),
+        "adaptive clip": optim.chain(optim.adaptive_grad_clip(0.1), optim.sgd(0.1)),
         "noise": optim.chain(optim.add_noise(random.key(3), eta=0.1), optim.sgd(0.1)),
         "centralize": optim.chain(optim.centralize(), optim.sgd(0.1)),
         "finite": optim.apply_if_finite(optim.adam(0.1)),
