@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages share."""
+"""Argument checks shared by several packages."""
 
 from __future__ import annotations
 

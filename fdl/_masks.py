@@ -19,7 +19,7 @@ __all__ = ["fill_masked", "per_row", "weighted_sums"]
 def fill_masked(mask: Tensor, x: Tree) -> Tree:
     """Replace masked rows by rows on which any model is as safe as on data.
 
-    They become copies of the first row if it is not masked, as in each batch that `data.gather`
+    They become copies of the first row if it is not masked, as in each batch that `data.batch`
     pads: a model that takes logarithms or divides by norms is as safe on the copy as on the row. If
     the first row is masked, floating leaves are filled with numbers from 1 to 2, whose norm,
     variance and logarithm are not degenerate, and other leaves with 0. (Searching for a row that is

@@ -366,7 +366,7 @@ sgd = torch.optim.SGD(net.parameters(), lr=0.03, weight_decay=0.1)
 for epoch in range(30):
     order = data.epoch_indices(random.fold_in(random.key(4), epoch), 1000, 50)
     for indices in zip(*order, strict=True):
-        batch = data.gather(train, indices)
+        batch = data.batch(train, indices)
         sgd.zero_grad()
         torch.nn.functional.mse_loss(net(batch.x), batch.y).backward()
         sgd.step()

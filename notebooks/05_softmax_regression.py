@@ -64,7 +64,7 @@ plt.show()
 DOUBLE = torch.float64
 sample = data.fashion_mnist_sample()
 order = data.epoch_indices(random.key(1), n=len(sample.x), batch_size=256)
-batches = [data.gather(sample, row) for row in zip(*order, strict=True)]
+batches = [data.to_float(data.batch(sample, row)) for row in zip(*order, strict=True)]
 batches = [batch._replace(x=batch.x.double()) for batch in batches]
 start = {"weight": 0.01 * random.normal(random.key(0), (10, 784), DOUBLE),
          "bias": torch.zeros(10, dtype=DOUBLE)}
@@ -167,12 +167,12 @@ evaluate = fdl.eval_step(loss)
 
 def run_epoch(state, epoch):
     order = data.epoch_indices(random.fold_in(random.key(1), epoch), 60_000, 256)
-    return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
+    return fdl.scan(lambda state, row: step(state, data.to_float(data.batch(train, row))), state, order)
 
 def test_metrics(state):
     order = data.sequential_indices(10_000, 500)
     rows = zip(*order, strict=True)
-    found = [evaluate(state, data.gather(test, row)) for row in rows]
+    found = [evaluate(state, data.to_float(data.batch(test, row))) for row in rows]
     return {name: sum((f[name] for f in found[1:]), found[0][name]) for name in found[0]}
 
 # %%

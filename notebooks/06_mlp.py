@@ -81,7 +81,7 @@ print(f"sigmoid's derivative at 5: {slope(torch.tensor([5.0])).item():.4f}")
 # trained at once (notebook 12 is about that), and the best is shown.
 
 # %%
-points = random.uniform(random.key(2), (400, 2), -1, 1)
+points = random.uniform(random.key(2), (400, 2), minval=-1, maxval=1)
 inside = (points.square().sum(1) < 0.5).long()
 opt = optim.adam(0.05)
 
@@ -128,7 +128,7 @@ start = {
 }
 sample = data.fashion_mnist_sample()
 order = data.epoch_indices(random.key(1), n=len(sample.x), batch_size=256, drop_last=True)
-batches = [data.gather(sample, row) for row in zip(*order, strict=True)]
+batches = [data.to_float(data.batch(sample, row)) for row in zip(*order, strict=True)]
 batches = [(batch.x.double(), batch.y) for batch in batches]
 print(tree.summary(start))
 
@@ -226,7 +226,7 @@ loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy
 step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
 
 def epoch(state, train, order):
-    return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
+    return fdl.scan(lambda state, row: step(state, data.to_float(data.batch(train, row))), state, order)
 
 compiled = fdl.jit(epoch, donate_argnums=0)
 everything = data.Batch(test.x[:, None].float() / 255, test.y)

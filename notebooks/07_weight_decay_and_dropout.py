@@ -55,7 +55,7 @@ for epoch in range(100):
     curves.append(torch.stack([*both, states.params["weight"].norm(dim=(1, 2)).double()]))
     rows = data.epoch_indices(random.fold_in(random.key(2), epoch), n=20, batch_size=1)
     for row in zip(*rows, strict=True):
-        states, _ = step(states, data.gather(train, row))
+        states, _ = step(states, data.to_float(data.batch(train, row)))
 curves = torch.stack(curves)                # [epochs, (train, test, ‖w‖), λ]
 
 # %%
@@ -279,7 +279,7 @@ def curve(rates, epochs=30):
 
     @fdl.jit
     def epoch(state, sample, rows):
-        return fdl.scan(lambda s, row: step(s, data.gather(sample, row)), state, rows)[0]
+        return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(sample, row))), state, rows)[0]
 
     state, found = fdl.TrainState.create(model, opt, key=random.key(0)), []
     for number in range(epochs):

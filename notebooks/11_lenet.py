@@ -151,7 +151,7 @@ def run(model, epochs, opt=opt):
     state = fdl.TrainState.create(model, opt, key=random.key(0))
 
     def epoch(state, images, rows):
-        return fdl.scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     compiled, curve = fdl.jit(epoch, donate_argnums=0), []
     for e in range(epochs):
@@ -161,7 +161,7 @@ def run(model, epochs, opt=opt):
         mean = {name: each.sum().value.item() for name, each in found.items()}
         print(f"epoch {e + 1}: loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.3f}")
     whole = data.sequential_indices(len(test.x), 1000)
-    parts = [score(state, data.gather(test, tree.map(lambda leaf, i=i: leaf[i], whole)))
+    parts = [score(state, data.to_float(data.batch(test, data.take(whole, i))))
              for i in range(10)]
     return state, torch.cat(curve), sum(part["accuracy"] for part in parts).value.item()
 
@@ -281,7 +281,7 @@ assert accuracy > 0.4 and accuracy_bn > 0.6
 # awake = fdl.TrainState.create(relu, optim.sgd(lr=0.1), key=random.key(0))
 # rows, values = data.epoch_indices(random.key(1), len(train.x), 64), []
 # for i in range(100):
-#     batch = data.gather(train, tree.map(lambda leaf, i=i: leaf[i], rows))
+#     batch = data.to_float(data.batch(train, data.take(rows, i)))
 #     awake, found = quick(awake, batch)
 #     values.append(found["loss"].value)
 # assert sum(values[80:]) / 20 < 1.3

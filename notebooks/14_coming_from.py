@@ -38,7 +38,7 @@ key = random.key(0)
 # | `opt.step()` | `opt.update(grads, opt_state, params)` | returns updates and a new state |
 # | `param_groups` | `optim.multi_transform` | a label for each path |
 # | `scheduler.step()` | `optim.adam(lr=schedule)` | a rate may be a function of the count |
-# | `DataLoader(shuffle=True)` | `data.epoch_indices(key, …)`, `data.gather` | an order is a tensor of indices |
+# | `DataLoader(shuffle=True)` | `data.epoch_indices(key, …)`, `data.batch` | an order is a tensor of indices |
 # | `torch.compile(net)` | `fdl.jit(epoch)` | the whole step or epoch, not the model |
 # | `torch.save(net.state_dict())` | `fdl.io.save`, or `fdl.io.save_torch` | no pickle; torch's files too |
 # | a checkpoint dictionary | `fdl.checkpointing.Checkpointer` | the whole `TrainState` |
@@ -100,7 +100,7 @@ step = fdl.train_step(loss, opt)
 states = fdl.population.create(model, opt, random.split(key, 3))
 rows = data.epoch_indices(random.key(1), len(images.x), 200, drop_last=True)
 for i in range(len(rows.index)):
-    batch = data.gather(images, tree.map(lambda leaf, i=i: leaf[i], rows))
+    batch = data.to_float(data.batch(images, data.take(rows, i)))
     states, metrics = vmap(step, (0, None))(states, (batch.x, batch.y))
 print("loss of each member after an epoch:", metrics["loss"].value.tolist())
 

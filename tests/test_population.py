@@ -80,7 +80,7 @@ def test_each_member_equals_the_model_trained_alone(name, own_order, each):
     of_member = [orders(random.key(7 + i * own_order)) for i in range(MEMBERS)]
 
     def one_step(state, row):
-        return step(state, data.gather(images, row))
+        return step(state, data.batch(images, row))
 
     if own_order:
         rows = tree.map(lambda *parts: torch.stack(parts, 1), *of_member)  # [steps, members, batch]
@@ -110,7 +110,7 @@ def test_an_epoch_of_a_population_compiles_to_one_program(each):
 
     def epoch(states, images, rows):
         def many_steps(states, row):
-            return each(step, (0, None))(states, data.gather(images, row))
+            return each(step, (0, None))(states, data.batch(images, row))
 
         return fdl.scan(many_steps, states, rows)
 
@@ -129,7 +129,7 @@ def test_a_member_that_overflows_leaves_the_others_as_they_are():
     def final(lr):
         states = of_float64(population.create(MODEL, OPT, KEYS, {"lr": lr}))
         return fdl.scan(
-            lambda s, row: vmap(step, (0, None))(s, data.gather(images, row)), states, rows
+            lambda s, row: vmap(step, (0, None))(s, data.batch(images, row)), states, rows
         )
 
     good, _ = final(torch.tensor([0.1, 0.1, 0.1]))

@@ -62,7 +62,7 @@ def show_data(config: configs.Data) -> int:
     n = len(train_set.x)
     order = data.epoch_indices(random.key(config.seed, device), n, config.batch_size)
     for row in zip(*order, strict=True):
-        batch = data.gather(train_set, row)
+        batch = data.to_float(data.batch(train_set, row))
     float(batch.x.sum())  # on CUDA, wait for the last one
     seconds = time.perf_counter() - start
     print(

@@ -57,12 +57,11 @@ def predict(config: Predict) -> int:
     read = [read_image(path, config.invert) for path in config.images]
     images = torch.stack([image for image, _ in read]).to(device)
     state = _newest_checkpoint(folder, like=None, device=device).state
-    index = torch.arange(len(images), device=device)
-    batch = data.gather((images, index), (index, index >= 0))
+    x = data.to_float(images)
     if isinstance(model, StatefulModel):
-        logits, _ = model.apply(state.params, state.buffers, batch.x)
+        logits, _ = model.apply(state.params, state.buffers, x)
     else:
-        logits = model.apply(state.params, batch.x)
+        logits = model.apply(state.params, x)
     for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
         print(f"{path}: {LABELS[int(row.argmax())]}", *([f"    {note}"] if note else []), sep="\n")
         for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):

@@ -84,11 +84,11 @@ def step_of(
     A step whose loss is not finite, and every step after it, changes nothing; nor does a step whose
     batch is all padding. `advance` finds the last good state from the result.
     """
-    step = parallel.train_step(problem.loss, problem.opt, mesh, parts=parts)
+    step = parallel.train_step(problem.loss, problem.opt, mesh, microbatches=parts)
 
     def body(carry: Carry, dataset: Dataset, row: Indices) -> tuple[Carry, Metrics]:
         state, ok = carry
-        new, metrics = step(state, data.gather(dataset, row))
+        new, metrics = step(state, data.to_float(data.batch(dataset, row)))
         finite, real = metrics["loss"].total.isfinite(), metrics["loss"].count > 0
         taken = ok & finite & real
         state = tree.map(lambda a, b: torch.where(taken, a, b), new, state)
@@ -116,7 +116,9 @@ def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]
     step = parallel.eval_step(problem.loss, mesh)
 
     def evaluate(state: TrainState, dataset: Dataset, indices: Indices) -> Metrics:
-        _, metrics = scan(lambda _, row: ((), step(state, data.gather(dataset, row))), (), indices)
+        _, metrics = scan(
+            lambda _, row: ((), step(state, data.to_float(data.batch(dataset, row)))), (), indices
+        )
         return {name: mean.sum() for name, mean in metrics.items()}
 
     return jit(evaluate)
@@ -278,7 +280,7 @@ def advance(
 def _is_sound(problem: Problem, programs: Programs, state: TrainState, row: Indices) -> bool:
     """Return True if the loss on a batch, the parameters and the buffers are finite."""
     with disable_jit():
-        batch = data.gather(problem.train, row)
+        batch = data.to_float(data.batch(problem.train, row))
         loss = parallel.eval_step(problem.loss, programs.mesh)(state, batch)["loss"]
     leaves = tree.leaves((state.params, state.buffers))
     return bool(torch.stack([x.isfinite().all() for x in [loss.value, *leaves]]).all())

@@ -32,7 +32,7 @@ def make_plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     order = data.sequential_indices(
         len(problem.train.x), config.batch_size, device=state.key.device
     )
-    batch = data.gather(problem.train, (order.index[0], order.mask[0]))
+    batch = data.to_float(data.batch(problem.train, (order.index[0], order.mask[0])))
     step = train_step(problem.loss, problem.opt)
     seconds = min(timed(lambda: step(state, batch), state.key.device) for _ in range(3))
     return choose_plan(config, seconds, steps_per_epoch(problem, config))

@@ -23,7 +23,7 @@ parallel.check_replicated({"state": start, "rows": rows}, mesh)
 
 def epoch(step, rows):
     """Scan a step over rows of indices."""
-    return fdl.scan(lambda s, row: step(s, data.gather(images, row)), start, rows)
+    return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), start, rows)
 
 
 state, metrics = epoch(step, parallel.own_rows(rows, mesh))  # fdl.jit makes one program of it

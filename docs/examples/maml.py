@@ -27,9 +27,9 @@ net = nn.sequential(nn.linear(1, 40), nn.relu, nn.linear(40, 40), nn.relu, nn.li
 def draw_task(key: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Points `x`, `y` `[points, 1]` of y = a · sin(x − φ), a ~ U[0.1, 5], φ ~ U[0, π]."""
     k_amplitude, k_phase, k_x = random.split(key, 3)
-    amplitude = random.uniform(k_amplitude, (), 0.1, 5.0)
-    phase = random.uniform(k_phase, (), 0.0, torch.pi)
-    x = random.uniform(k_x, (points, 1), -5.0, 5.0)
+    amplitude = random.uniform(k_amplitude, (), minval=0.1, maxval=5.0)
+    phase = random.uniform(k_phase, (), minval=0.0, maxval=torch.pi)
+    x = random.uniform(k_x, (points, 1), minval=-5.0, maxval=5.0)
     return x, amplitude * torch.sin(x - phase)
 
 

@@ -14,6 +14,7 @@ from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
 from fdl.optim import Optimizer
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 Metrics = dict[str, Mean]
 
@@ -78,7 +79,7 @@ class TrainState(NamedTuple):
                 raise ValueError(
                     "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
                 )
-            tree.match(expected, params, "TrainState.create: params")  # containers
+            match(expected, params, "TrainState.create: params")  # containers
         return cls(
             params,
             buffers,

@@ -11,7 +11,7 @@ from fdl import random, tree
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits
 from fdl._training._checks import as_batch
-from fdl.data import Batch, Indices, gather
+from fdl.data import Batch, Indices, batch, take
 from fdl.nn import StatefulModel
 from fdl.nn._model import check_model, check_takes_mask
 from fdl.tree import Tree
@@ -39,7 +39,8 @@ def update_bn(
         model: a model with batch normalisation.
         params: the parameters to compute the statistics for.
         buffers: the buffers in which to replace the running statistics.
-        dataset: x `[n, ...]` and y `[n, ...]`; y is not used.
+        dataset: x `[n, ...]`, as the model takes it (for uint8 images `data.to_float(dataset)`),
+            and y `[n, ...]`, which is not used.
         indices: the batches, as for `data.batches`; masked rows do not count.
         key: used by dropout, which is on as in training; batch i gets `fold_in(key, i)`.
 
@@ -75,17 +76,17 @@ def update_bn(
     if not averaged:
         raise ValueError(f"update_bn: buffers has no running statistics, only {list(before)}")
 
-    def after(old: Tree, batch: Batch, key: Tensor | None) -> dict[str, Tensor]:
+    def after(old: Tree, examples: Batch, key: Tensor | None) -> dict[str, Tensor]:
         options: dict[str, Any] = {"train": True, "key": key}
-        if isinstance(batch.mask, Tensor):
+        if isinstance(examples.mask, Tensor):
             check_takes_mask("update_bn", model)
-            options["mask"] = batch.mask
+            options["mask"] = examples.mask
         start = tree.unflatten_dict({**before, **zeros, **averaged, **old}, like=buffers)
-        return tree.flatten_dict(model.apply(params, start, batch.x, **options)[1])
+        return tree.flatten_dict(model.apply(params, start, examples.x, **options)[1])
 
     # A layer computes new = (1 - rate) · old + rate · batch. Starting at a large power of two, to
     # which the batch adds nothing, reveals the rate; starting at 0 gives rate · batch.
-    one = as_batch("update_bn", gather(dataset, tree.map(lambda leaf: leaf[0], indices)))
+    one = as_batch("update_bn", batch(dataset, take(indices, 0)))
     large: Tree = tree.map(lambda z: torch.full_like(z, LARGE), averaged)
     one = one._replace(mask=())
     moved = [after(large, one, key), after({}, one, key)]
@@ -94,7 +95,7 @@ def update_bn(
     def add(carry: Tree, row: Tree) -> tuple[Tree, tuple[()]]:
         step, sums = carry
         step_key = None if key is None else random.fold_in(key, step)
-        new = after({}, as_batch("update_bn", gather(dataset, row)), step_key)
+        new = after({}, as_batch("update_bn", batch(dataset, row)), step_key)
         # A batch without a variance leaves the statistics and the count at 0.
         return (step + 1, {path: s + new[path].to(s.dtype) for path, s in sums.items()}), ()
 

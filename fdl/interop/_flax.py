@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fdl.tree import Tree
+from fdl.tree._paths import join
 
 Image = tuple[int, int, int]
 
@@ -104,7 +105,7 @@ def _each(
     for name, child in children.items():
         child_kind = "DenseGeneral" if is_attention and name in _ATTENTION else _kind(name)
         is_layer = not any(isinstance(x, Mapping) for x in child.values())
-        inner = f"{path}.{name}" if path else name
+        inner = join(path, name)
         child_kind = child_kind if is_layer else None
         converted[name] = _each(caller, child, None, child_kind, convert, inner)
     return converted

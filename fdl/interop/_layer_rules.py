@@ -111,7 +111,9 @@ def _rrelu(
 ) -> Tensor:
     if training:
         wide = at_least_32_bits(input)
-        slope = random.uniform(mode.next("rrelu"), input.shape, lower, upper, wide).to(input.dtype)
+        slope = random.uniform(
+            mode.next("rrelu"), input.shape, wide, minval=lower, maxval=upper
+        ).to(input.dtype)
         return _written(input, torch.where(input >= 0, input, input * slope), inplace)
     return F.leaky_relu(input, (lower + upper) / 2, inplace)
 

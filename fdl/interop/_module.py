@@ -19,6 +19,7 @@ from fdl._modes import under_vmap
 from fdl.interop._key_mode import KeyedRandomMode, register_with_dynamo
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import join
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -249,7 +250,7 @@ def _check_module(module: nn.Module) -> None:
         for name, x in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if nn.parameter.is_lazy(x):
                 lines.append(f"{where}: {name} is lazy; call the module once with an example")
-            devices.setdefault(x.device, f"{path}.{name}" if path else name)
+            devices.setdefault(x.device, join(path, name))
     if len(devices) > 1:
         on = ", ".join(f"{path} on {device}" for device, path in devices.items())
         lines.append(f"tensors are on {len(devices)} devices: {on}; move them to one")

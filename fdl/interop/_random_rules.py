@@ -29,7 +29,7 @@ def _uniform(
 ) -> Tensor:
     """Draw from [low, high); numbers that round to `high` become the number before it."""
     wide = _wide(dtype)
-    x = random.uniform(key, tuple(shape), low, high, wide).to(dtype)
+    x = random.uniform(key, tuple(shape), wide, minval=low, maxval=high).to(dtype)
     if wide == dtype and (low, high) == (0, 1):  # no rounding
         return x
     end = torch.full((), high, dtype=dtype, device=x.device)
@@ -123,7 +123,7 @@ def _randint(
         *bounds, high = bounds
     if bounds:
         (low,) = bounds
-    x = random.randint(mode.next("randint"), tuple(size), low, high)
+    x = random.randint(mode.next("randint"), tuple(size), minval=low, maxval=high)
     return _made(x.to(dtype or torch.int64), **to)
 
 

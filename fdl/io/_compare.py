@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fdl.io._schema import Node, as_container, walk
+from fdl.tree._summary import shape_dtype
 
 _CONTAINERS = ("dict", "OrderedDict", "list", "tuple", "NamedTuple")
 _WITH_SLOTS = ("fdl.State", "fdl.LBFGSState")
@@ -30,7 +31,7 @@ def describe_paths(structure: Node, tensors: Mapping[str, Tensor]) -> dict[str, 
             described[path] = kind if container[1] else f"empty {kind}"
         elif path in tensors:
             leaf = tensors[path]
-            described[path] = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+            described[path] = shape_dtype(leaf)
         else:
             described[path] = "float" if isinstance(node, list) else type(node).__name__
     return described

@@ -14,6 +14,7 @@ from fdl._files import expanded
 from fdl.io._reader import open_tree_file
 from fdl.io._schema import as_container, leaf_value, walk
 from fdl.tree import Tree
+from fdl.tree._summary import dtype_name
 
 _LIMITS = (80, 24, 16, 24)  # most columns of a cell; paths get the rest of 80
 
@@ -70,9 +71,8 @@ class TreeInfo:
                 continue
             tied = at in self.ties
             total += 0 if tied else leaf.nbytes
-            dtype = str(leaf.dtype).removeprefix("torch.")
             size = f"= {self.ties[at]}" if tied else f"{leaf.nbytes:,}"
-            rows.append((at, str(list(leaf.shape)), dtype, size))
+            rows.append((at, str(list(leaf.shape)), dtype_name(leaf.dtype), size))
         return _table([*rows, ("total", "", "", f"{total:,}")])
 
 

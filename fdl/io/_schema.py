@@ -24,6 +24,7 @@ from torch import Tensor
 from fdl._kinds import KINDS, NAMES
 from fdl.io._json import MAX_DEPTH, MAX_INTEGER
 from fdl.tree import Tree
+from fdl.tree._paths import check_key, join
 
 Node = Any  # a value in the JSON
 
@@ -52,7 +53,7 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
 
         def below(children: dict[Any, Tree]) -> dict[str, Node]:
             return {
-                _checked(name, path, caller): visit(child, _join(path, name), depth + 1)
+                _checked(name, path, caller): visit(child, join(path, name), depth + 1)
                 for name, child in children.items()
             }
 
@@ -84,25 +85,11 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
     return visit(tree, "", 0), tensors
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _checked(name: Any, path: str, caller: str) -> str:
-    at = f"at {path!r}" if path else "at the top"
-    if not isinstance(name, str):
-        raise TypeError(
-            f"{caller}: a dict key must be a str, got {name!r} {at}; write it as {str(name)!r}"
-        )
-    if not name:
-        raise ValueError(f"{caller}: a dict key must not be empty, got '' {at}")
-    if "." in name:
-        raise ValueError(
-            f"{caller}: a dict key must not hold a dot, got {name!r} {at}; "
-            "nest it: tree.unflatten_dict does"
-        )
+    at = f" at {path!r}" if path else " at the top"
+    check_key(caller, name, at)
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise ValueError(f"{caller}: a dict key must be valid Unicode, got {name!r} {at}")
+        raise ValueError(f"{caller}: a dict key must be valid Unicode, got {name!r}{at}")
     return name
 
 
@@ -158,7 +145,7 @@ def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
     yield path, node
     container = as_container(node, path)
     for name, child in (container[1] if container else {}).items():
-        yield from walk(child, _join(path, name))
+        yield from walk(child, join(path, name))
 
 
 def later_fields(structure: Node) -> dict[str, Tensor]:
@@ -168,7 +155,7 @@ def later_fields(structure: Node) -> dict[str, Tensor]:
     {'surplus': tensor(0., dtype=torch.float64)}
     """
     return {
-        _join(path, name): default.clone()
+        join(path, name): default.clone()
         for path, node in walk(structure)
         if (container := as_container(node, path)) and container[0] in KINDS
         for name, default in KINDS[container[0]]._field_defaults.items()  # type: ignore[attr-defined]
@@ -194,7 +181,7 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
     if container is None:
         return tensor(path) if node == ["tensor"] else leaf_value(node)
     kind, nodes = container
-    children = {name: rebuild(child, tensor, _join(path, name)) for name, child in nodes.items()}
+    children = {name: rebuild(child, tensor, join(path, name)) for name, child in nodes.items()}
     if kind == "dict":
         return children
     if kind == "OrderedDict":

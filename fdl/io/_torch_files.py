@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fdl._files import atomic_write, expanded
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import join
 
 _ALLOWED = re.compile(
     r"collections OrderedDict"
@@ -120,7 +121,7 @@ def _nested(node: Any, path: str) -> Tree:
         return node
     if isinstance(node, dict):
         _check_keys(node, path)
-        children = {name: _nested(x, _below(path, name)) for name, x in node.items()}
+        children = {name: _nested(x, join(path, name)) for name, x in node.items()}
         if any(type(name) is int for name in node):
             return children  # the state of an optimizer, by parameter number
         try:
@@ -129,15 +130,11 @@ def _nested(node: Any, path: str) -> Tree:
             raise ValueError(f"load_torch: at {path!r}: {error}") from error
     if type(node) in (list, tuple, torch.Size):
         kind = list if type(node) is list else tuple
-        return kind(_nested(x, _below(path, i)) for i, x in enumerate(node))
+        return kind(_nested(x, join(path, i)) for i, x in enumerate(node))
     raise TypeError(
         f"load_torch: expected a dict, list, tuple, tensor, None, bool, int, float or str, "
         f"got {type(node).__name__} at {path!r}"
     )
-
-
-def _below(path: str, name: str | int) -> str:
-    return f"{path}.{name}" if path else str(name)
 
 
 def _check_keys(node: dict[Any, Any], path: str) -> None:
@@ -185,10 +182,10 @@ def _unsupported(node: Tree, path: str, below_dict: bool) -> Iterator[str]:
     """Yield the leaves that a `state_dict` does not support, a line each."""
     if type(node) in (list, tuple) and not below_dict:
         for i, child in enumerate(node):
-            yield from _unsupported(child, f"{path}.{i}" if path else str(i), below_dict)
+            yield from _unsupported(child, join(path, i), below_dict)
     elif isinstance(node, dict):
         for name, child in node.items():
-            yield from _unsupported(child, f"{path}.{name}" if path else str(name), True)
+            yield from _unsupported(child, join(path, str(name)), True)
     elif not isinstance(node, Tensor):
         yield f"{path}: {type(node).__name__}"
 

@@ -5,7 +5,7 @@ A weight has shape `[out, in, *kernel]`; its fan-in is `in · prod(kernel)` and 
 fan-out counts all groups, as in torch. Any function with that signature is an initializer:
 
 >>> def sparse_uniform(key, shape, dtype=torch.float32):
-...     w = random.uniform(key, shape, -10, 10, dtype)
+...     w = random.uniform(key, shape, dtype, minval=-10, maxval=10)
 ...     return torch.where(w.abs() < 5, 0.0, w)
 >>> sparse_uniform(random.key(0), (2, 3)).shape
 torch.Size([2, 3])
@@ -95,7 +95,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
         raise ValueError(f"init.uniform: low must be below high, got low={low}, high={high}")
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return random.uniform(key, shape, low, high, dtype)
+        return random.uniform(key, shape, dtype, minval=low, maxval=high)
 
     return init
 
@@ -177,7 +177,7 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         bound = gain * math.sqrt(6 / sum(_fans(shape)))
-        return random.uniform(key, shape, -bound, bound, dtype)
+        return random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init
 
@@ -234,7 +234,7 @@ def kaiming_uniform(
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         bound = math.sqrt(3) * std(shape)
-        return random.uniform(key, shape, -bound, bound, dtype)
+        return random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init
 

@@ -33,7 +33,7 @@ def training(opt: optim.Optimizer) -> tuple[fdl.TrainState, Callable[..., Any]]:
     step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 
     def epoch(state: fdl.TrainState, dataset: Any, indices: Any) -> Any:
-        return scan(lambda s, row: step(s, data.gather(dataset, row)), state, indices)
+        return scan(lambda s, row: step(s, data.batch(dataset, row)), state, indices)
 
     return state, epoch
 
@@ -94,7 +94,7 @@ def test_populations_equal_their_members_trained_alone(plain_backend: None) -> N
     @jit
     def population(states: Any, dataset: Any, indices: Any) -> Any:
         return scan(
-            lambda s, row: vmap(step, (0, None))(s, data.gather(dataset, row)), states, indices
+            lambda s, row: vmap(step, (0, None))(s, data.batch(dataset, row)), states, indices
         )
 
     got, metrics = population(tree.stack(states), DATASET, indices)

@@ -134,7 +134,7 @@ HOSTILE = {
     "leaf-and-branch": (
         file_of({"a": json.loads(X.join("{}"))["x"], "a.b": {"dtype": "U8", "shape": [0],
                  "data_offsets": [1, 1]}}, b"a"),
-        "meets another leaf on its way",
+        "is a leaf",
     ),
     "empty-part": (file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"), "must not be empty"),
     "deep-name": (
@@ -214,7 +214,7 @@ STRUCTURES = {
     "unknown-kind": ('["set",["tensor"]]', "structure is malformed at ''"),
     "no-kind": ("[]", "structure is malformed"),
     "float": ('{"x":["tensor"],"y":["float","zz"]}', "structure is malformed at 'y'"),
-    "dot": ('{"x":["tensor"],"a.b":1}', "must not hold a dot"),
+    "dot": ('{"x":["tensor"],"a.b":1}', "must not contain a dot"),
     "deep": ('{"a":' * 150 + "1" + "}" * 150, "nested more than 100 deep|too deep"),
     "deeper": ('["list",' * 50_000, "nested too deep"),
     "other-tensor": ('{"y":["tensor"]}', "structure and its list of tensors disagree"),

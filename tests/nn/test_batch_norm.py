@@ -223,7 +223,7 @@ def test_lenet_bn_over_50_steps_and_evaluated():
     names = [name for name, _ in twin.named_parameters()]
     assert names == list(tree.flatten_dict(state.params))
     x, y = draw(1, 60, 1, 28, 28), random.randint(KEY, (60,), 0, 10)
-    rows = [data.gather((x, y), row) for row in zip(*data.epoch_indices(KEY, 60, 8), strict=True)]
+    rows = [data.batch((x, y), row) for row in zip(*data.epoch_indices(KEY, 60, 8), strict=True)]
     batches = (rows * 7)[:50]
     assert not rows[-1].mask.all()  # the twin gets the last batch without its padding
 

@@ -18,7 +18,7 @@ LOSS = fdl.supervised(NET, losses.mse)
 def padded(n):
     """The batches of 8 of an epoch as fdl cuts them: the last one is padded, and has a mask."""
     rows = data.epoch_indices(random.key(3), n, 8)
-    return [data.gather((X[:n], Y[:n]), one) for one in tree.unstack(rows)]
+    return [data.batch((X[:n], Y[:n]), one) for one in tree.unstack(rows)]
 
 
 def begin(opt):

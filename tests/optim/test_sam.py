@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 import fdl
 import models
 from fdl import losses, nn, optim, random, tree
+from fdl.tree._map import match
 from tests.support import twins
 from tests.support.asserts import close, draw, unchanged
 
@@ -149,7 +150,7 @@ def test_the_gradient_is_that_of_the_worst_point_nearby(rho, adaptive):
     flat = torch.cat([leaf.reshape(-1) for leaf in tree.leaves(grads)])
     close(flat, by_hand(params, rho, adaptive))
     close((value, aux), (bowl(params), params["b"] + 1))
-    tree.match(params, grads, "grads")
+    match(params, grads, "grads")
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])

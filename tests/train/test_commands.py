@@ -236,7 +236,9 @@ def test_evaluation_counts_every_test_image_once(monkeypatch):
     with fdl.disable_jit():
         metrics = found(state, problem.test, tests)
     assert metrics["accuracy"].count == 1000
-    whole = problem.loss(state.params, data.gather(problem.test, whole_set(problem.test)))[1]
+    whole = problem.loss(
+        state.params, data.to_float(data.batch(problem.test, whole_set(problem.test)))
+    )[1]
     assert metrics["loss"].value.item() == pytest.approx(whole["loss"].value.item(), rel=1e-6)
 
 
@@ -247,7 +249,7 @@ def whole_set(dataset: Dataset):
 
 def test_evaluation_drops_nothing_at_random():
     problem, state, _ = recipes.set_up(Dropout(data="sample"), torch.device("cpu"))
-    batch = data.gather(problem.test, whole_set(problem.test))
+    batch = data.to_float(data.batch(problem.test, whole_set(problem.test)))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
     assert first == second != problem.loss(state.params, batch, train=True, key=random.key(0))[0]
 

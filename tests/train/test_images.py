@@ -117,7 +117,7 @@ def model():
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     for epoch in range(10):
         for row in zip(*data.epoch_indices(random.key(epoch), 6000, 256), strict=True):
-            state, _ = step(state, data.gather(train, row))
+            state, _ = step(state, data.to_float(data.batch(train, row)))
     return lambda x: model.apply(state.params, x).argmax(1), test.x[::5].numpy(), test.y[::5]
 
 

@@ -29,7 +29,7 @@ def batches(config):
         order = random.permutation(random.fold_in(data_key, epoch), len(problem.train.x))
         for rows in order.split(config.batch_size):
             mask = torch.ones_like(rows, dtype=torch.bool)
-            yield data.gather(problem.train, (rows, mask))._replace(mask=())
+            yield data.to_float(data.batch(problem.train, (rows, mask)))._replace(mask=())
 
 
 DESTROYED = {

@@ -18,7 +18,7 @@ KEY = random.key(7)  # of the dropout masks
 
 def images(n: int = 32) -> data.Batch:
     row = data.Indices(torch.arange(n), torch.ones(n, dtype=torch.bool))
-    batch = data.gather(data.fashion_mnist_sample(), row)
+    batch = data.to_float(data.batch(data.fashion_mnist_sample(), row))
     return data.Batch(batch.x.double(), batch.y)
 
 

@@ -8,6 +8,7 @@ import torch
 import fdl
 from fdl import losses, metrics, nn, optim, random, tree
 from fdl.data import Batch
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, equal_bits, unchanged
 
 KEY = random.key(7)
@@ -202,7 +203,7 @@ def test_a_step_is_one_update_with_the_key_of_its_number():
         close(metrics_of_step["loss"].value, value)
         assert new.step == number + 1 and equal_bits(new.key, state.key)
         assert tree.diff(state, new, values=False) == []
-        tree.match(state, new, "same form")
+        match(state, new, "same form")
         state = new
 
 

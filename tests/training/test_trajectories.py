@@ -296,7 +296,7 @@ def test_padded_last_batch_equals_the_short_one_of_the_twin(name: str, plain_bac
     step = step_of(recipe)
     epoch = fdl.jit(
         lambda state, dataset, indices: fdl.scan(
-            lambda s, row: step(s, data.gather(dataset, row)), state, indices
+            lambda s, row: step(s, data.batch(dataset, row)), state, indices
         )
     )
     state, metrics = epoch(start(recipe), flat, indices)

@@ -101,7 +101,7 @@ def trains(mesh: DeviceMesh) -> None:
             params = parallel.shard(state.params, mesh, {"*.w": 0, "*": None})
             state = state._replace(params=params, opt_state=OPT.init(params))
         for parts in (None, 4):
-            step = parallel.train_step(loss, OPT, mesh, parts=parts)
+            step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
             new, means = scan(step, state, parallel.own_rows(BATCHES, mesh))
             check_equal((expected, found), (new, means))
             parallel.check_replicated((parallel.gather(new), means), mesh)  # to the bit
@@ -118,7 +118,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
         padded = BATCHES._replace(mask=mask.expand(STEPS, ROWS))
         # What is counted is the first half of the rows; the mean over no parts is left out.
         expected, found = alone(tree.map(lambda leaf, m=mask: leaf[:, m], BATCHES))
-        step = parallel.train_step(loss, OPT, mesh, parts=parts)
+        step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
         check_equal((expected, found), scan(step, start(), parallel.own_rows(padded, mesh)))
     rows = ROWS if dist.get_rank() == 0 else 0  # no rows at all
     some = tree.map(lambda leaf: leaf[:, :rows], BATCHES)
@@ -129,7 +129,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
     check_equal(every, parallel.eval_step(loss, mesh)(start(), one))
     nothing = one._replace(mask=torch.zeros(rows, dtype=torch.bool))
     for parts in (None, 2):
-        step = parallel.train_step(loss, OPT, mesh, parts=parts)
+        step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
         new, means = step(start(), nothing)
         assert tree.diff(start().buffers, new.buffers) == []
         assert tree.diff(start().params, new.params) == []  # Adam's first step by gradients of 0

@@ -129,8 +129,8 @@ def in_parts_it_is_the_same_run_to_the_bit(mesh):
     y = random.randint(random.key(2), (10, 32), 0, 3)
     x, y = on(mesh, (x, y))
     begin = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone = scan(parallel.train_step(loss, opt, None, parts=8), begin, (x, y))
-    step = parallel.train_step(loss, opt, mesh, parts=8)
+    alone = scan(parallel.train_step(loss, opt, None, microbatches=8), begin, (x, y))
+    step = parallel.train_step(loss, opt, mesh, microbatches=8)
     found = scan(step, shared_out(begin, opt, mesh, ROWS), parallel.own_rows((x, y), mesh))
     equal(alone, found, rtol=0, atol=0)
 
@@ -144,7 +144,7 @@ def an_epoch_is_one_program(mesh):
     rows = parallel.own_rows(rows, mesh)
 
     def epoch(state, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     begin = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     spread = shared_out(begin, opt, mesh, ROWS)
@@ -167,10 +167,10 @@ def an_epoch_is_one_program(mesh):
 def refuses(mesh):
     params = {"fc": {"weight": torch.ones(4, 2), "bias": torch.ones(4)}, "scale": torch.ones(())}
     for rules, message in [
-        ({"*weight": 0}, r"fc\.bias: no rule matches it.*\n.*scale: no rule"),
-        ({"*": 0}, r"scale: has 0 dimensions, and '\*' says to cut 0"),
-        ({"fc.*": 1, "*": None}, r"fc\.bias: has 1 dimensions, and 'fc\.\*' says to cut 1"),
-        ({"wieght": 0, "*": None}, r"wieght: a rule that matches no leaf"),
+        ({"*weight": 0}, r"fc\.bias: no rule matches; add.*\n.*scale: no rule"),
+        ({"*": 0}, r"scale: has 0 dimensions, but '\*' shards dimension 0"),
+        ({"fc.*": 1, "*": None}, r"fc\.bias: has 1 dimensions, but 'fc\.\*' shards dimension 1"),
+        ({"wieght": 0, "*": None}, r"wieght: this rule matches no leaf"),
     ]:
         with pytest.raises(ValueError, match=message):
             parallel.shard(params, mesh, rules)
@@ -198,8 +198,9 @@ def refuses(mesh):
     state = TrainState.create(model, opt, key=random.key(0))
     state = shared_out(state, opt, mesh, EVERY)
     batch = (torch.ones(2, 2), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"params\.weight is spread over .*; make both for the s"):
-        parallel.train_step(loss, opt, None, parts=2)(state, batch)
+    listed = r"for None, .* both:\n  params\.weight: .*\n  params\.bias: \S"
+    with pytest.raises(ValueError, match=listed):
+        parallel.train_step(loss, opt, None, microbatches=2)(state, batch)
 
 
 def is_saved_for_any_number_of_processes(mesh, folder):

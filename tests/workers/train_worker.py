@@ -138,8 +138,8 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
     whole = on(mesh, data.Batch(x, y, mask))
     mine = parallel.own_rows(whole, mesh)
     start = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone, expected = scan(parallel.train_step(loss, opt, None, parts=8), start, whole)
-    step = parallel.train_step(loss, opt, mesh, parts=8)
+    alone, expected = scan(parallel.train_step(loss, opt, None, microbatches=8), start, whole)
+    step = parallel.train_step(loss, opt, mesh, microbatches=8)
     assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
     by_rank, _ = scan(parallel.train_step(loss, opt, mesh), start, mine)
     assert tree.diff(alone.params, by_rank.params, rtol=1e-3, atol=1e-3) != []
@@ -147,7 +147,7 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
         compiled = jit(lambda state, batches: scan(step, state, batches), strict=True)
         once = jit(
             lambda state, batches: scan(
-                parallel.train_step(loss, opt, None, parts=8), state, batches
+                parallel.train_step(loss, opt, None, microbatches=8), state, batches
             ),
             strict=True,
         )
@@ -164,8 +164,8 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
     for name, (model, opt, batches) in found.items():
         loss = fdl.supervised(model, losses.cross_entropy)
         begin, batches = prepare(model, opt, mesh), on(mesh, batches)
-        alone = scan(parallel.train_step(loss, opt, None, parts=4), begin, batches)
-        step = parallel.train_step(loss, opt, mesh, parts=4)
+        alone = scan(parallel.train_step(loss, opt, None, microbatches=4), begin, batches)
+        step = parallel.train_step(loss, opt, mesh, microbatches=4)
         together = scan(step, begin, parallel.own_rows(batches, mesh))
         assert tree.diff(alone, together, rtol=1e-10, atol=1e-12) == [], name
         moved = tree.map(lambda a, b: (a - b).abs().max(), begin.params, alone[0].params)
@@ -180,7 +180,7 @@ def in_parts_the_gradient_is_that_of_the_whole(mesh):
     whole = on(mesh, padded(recipe.batches, 8))
     alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
     mine = parallel.own_rows(whole, mesh)
-    found = scan(parallel.train_step(loss, recipe.opt, mesh, parts=8), start, mine)
+    found = scan(parallel.train_step(loss, recipe.opt, mesh, microbatches=8), start, mine)
     assert tree.diff((alone, expected), found, rtol=1e-10, atol=1e-12) == []
 
 
@@ -192,7 +192,7 @@ def an_epoch_is_one_program(mesh):
     rows = parallel.own_rows(indices, mesh)
 
     def epoch(state, images, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     start = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     expected = epoch(start, sample, rows)
@@ -273,15 +273,19 @@ def refuses(mesh):
         parallel.check_replicated(state, mesh)
     with pytest.raises(ValueError, match=r"lr: 0 on rank 0, 1 on rank 1"):
         parallel.check_replicated({"lr": dist.get_rank(), "seed": 3}, mesh)
-    with pytest.raises(ValueError, match=r"mask has the shape \[3, 7\].* by \d processes"):
-        parallel.own_rows(data.Indices(torch.zeros(3, 8), torch.zeros(3, 7)), mesh)
+    with pytest.raises(
+        ValueError, match=r"by the \d processes, got\n  index: \[3, 9\]\n  mask: \[3, 7\]$"
+    ):
+        parallel.own_rows(data.Indices(torch.zeros(3, 9), torch.zeros(3, 7)), mesh)
     with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh.*got ProcessGroup"):
         parallel.train_step(loss, optim.sgd(0.1), mesh.get_group())
     for parts in (0, 3, 5, 6):
-        with pytest.raises(ValueError, match=rf"2 processes times a power of two.*got {parts}"):
-            parallel.train_step(loss, optim.sgd(0.1), mesh, parts=parts)
-    step = parallel.train_step(loss, optim.sgd(0.1), mesh, parts=4)
-    with pytest.raises(ValueError, match=r"0 has the shape \[3, 2\].*divisible into 2 parts"):
+        with pytest.raises(ValueError, match=rf"a power of two times the 2 processes, got {parts}"):
+            parallel.train_step(loss, optim.sgd(0.1), mesh, microbatches=parts)
+    step = parallel.train_step(loss, optim.sgd(0.1), mesh, microbatches=4)
+    with pytest.raises(
+        ValueError, match=r"the 2 microbatches of a process, got\n  0: \[3, 2\]\n  1: \[3, 1\]$"
+    ):
         step(state, (torch.ones(3, 2), torch.ones(3, 1)))
     square = dist.init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("a", "b"))
     with pytest.raises(ValueError, match=r"one dimension, got \[1, \d\]"):
@@ -293,7 +297,7 @@ def refuses(mesh):
     with pytest.raises(NotImplementedError, match="the optimizer evaluates the loss itself"):
         parallel.train_step(loss, line_search, mesh)(state, batch)
     state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
-    with pytest.raises(KeyError, match=r"must give a metric 'loss'.*got \['other'\]"):
+    with pytest.raises(KeyError, match=r"must have a metric 'loss'.*got \['other'\]"):
         parallel.train_step(
             lambda params, batch, **_: (params["weight"].sum(), {"other": state.step}),
             optim.sgd(0.1),

@@ -78,7 +78,7 @@ def step_of(problem: recipes.Problem, task: Task) -> Any:
     def gather_and_step(
         state: TrainState, dataset: Dataset, row: Indices
     ) -> tuple[TrainState, Metrics]:
-        return step(state, data.gather(dataset, row))
+        return step(state, data.to_float(data.batch(dataset, row)))
 
     return gather_and_step
 

@@ -36,7 +36,7 @@ def measure(name: str, members: int, rounds: int, steps: int, device: str) -> No
     one, many = fdl.TrainState.create(model, opt, key=keys[0]), population.create(model, opt, keys)
 
     def with_data(state: Any, row: Any, images: Any) -> Any:
-        return step(state, data.gather(images, row))
+        return step(state, data.to_float(data.batch(images, row)))
 
     ways: dict[str, tuple[Any, Any, Any]] = {
         "one model": (with_data, one, shared),

@@ -75,7 +75,10 @@ def make_programs(
     own = 0 if own_data else None
     step = each(loop.step_of(problem, parts), (0, own, 0 if own_order else None))
     evaluated = fdl.eval_step(problem.loss)
-    score = each(lambda s, dataset, row: evaluated(s, data.gather(dataset, row)), (0, own, None))
+    score = each(
+        lambda s, dataset, row: evaluated(s, data.to_float(data.batch(dataset, row))),
+        (0, own, None),
+    )
 
     def chunk(carry: loop.Carry, dataset: Dataset, rows: Indices) -> tuple[loop.Carry, Metrics]:
         carry, metrics = fdl.scan(lambda carry, row: step(carry, dataset, row), carry, rows)
