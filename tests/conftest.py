@@ -1,6 +1,7 @@
 """What all test files share."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,42 @@ from fdl._compiler import _cuda_graphs, _inductor, _routes
 from train import recipes
 
 torch.set_num_threads(1)  # should a plugin have imported it before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what is marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        _forbid_what_is_slow()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def _forbid_what_is_slow() -> None:
+    """Fail tests that start a process or compile with Inductor and are not marked slow.
+
+    An example in a docstring may compile: its graph is run without Inductor.
+    """
+
+    def forbid(what: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: pytest.fail(f"{what}: mark the test slow (make quick)")
+
+    def lower(graph: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/"):
+            pytest.fail("it compiles: mark the test slow (make quick) or use plain_backend")
+        return lambda leaves: graph(*leaves)
+
+    _inductor.lower = lower
+    torch._TorchCompileInductorWrapper.__call__ = forbid("it compiles with Inductor")
+    subprocess.Popen.__init__ = forbid("it starts a process")
+    os.fork = forbid("it starts a process")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def killing(kind, folder, kills):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_200_times(tmp_path):
     seen = killing("saving", tmp_path / "checkpoints", 200)
     assert seen["kills"] == 200
@@ -37,6 +38,7 @@ def test_a_writer_killed_200_times(tmp_path):
     assert seen["in the middle of a file"] >= 20 and seen["new states"] >= 20
 
 
+@pytest.mark.slow
 def test_a_run_killed_20_times_equals_one_that_was_not(tmp_path):
     assert killing("training", tmp_path, 20)["kills"] >= 20
     assert_same_run(tmp_path / "whole", tmp_path / "cut")

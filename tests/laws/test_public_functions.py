@@ -354,21 +354,25 @@ def check_compiled(group: str, transform: str, backend: str) -> None:
 HAVE_GRADIENTS = [name for name, rows in PROGRAMS.items() if any(c.grads for c in rows.values())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", PROGRAMS)
 def test_compiled_equals_eager(group: str) -> None:
     check_compiled(group, "f", "aot_eager")
 
 
 # Of optimizers, which are long to trace, vmap is compiled together with grad below.
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [name for name in PROGRAMS if not name.startswith("optim[")])
 def test_compiled_vmap_equals_eager(group: str) -> None:
     check_compiled(group, "vmap(f)", "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", HAVE_GRADIENTS)
 def test_compiled_vmap_of_grad_equals_eager(group: str) -> None:
     check_compiled(group, "vmap(grad(f))", "aot_eager")
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_equals_eager() -> None:
     check_compiled("losses", "vmap(grad(f))", "inductor")

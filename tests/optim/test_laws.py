@@ -109,6 +109,7 @@ def test_what_became_nan_stays_nan(name):
     assert all(lost.values()) == (name != "asgd"), lost
 
 
+@pytest.mark.slow
 @each
 def test_memory_stays_flat(name):
     opt, params = ALL[name](0.01, 0.1), begin(name)

@@ -71,6 +71,7 @@ def check_equal(folder, whole):
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one_to_the_bit(tmp_path, whole):
     folder = tmp_path / "two"
     code, output = outcome(*launch(command(2, "dropout", *OPTIONS, "--out", folder)))
@@ -93,6 +94,7 @@ def environment_of(pid):
         return b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
     """SIGKILL to one of the two, at random moments after they have started."""
@@ -132,6 +134,7 @@ def results(folder):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "several"
@@ -153,6 +156,7 @@ def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "restarts", "message"),
     [

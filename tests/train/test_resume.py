@@ -125,6 +125,7 @@ def end_and_continue(run, end_after, name, options, times, every):
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_ended_many_times_equals_one_that_was_not(run, end_after, name, tmp_path):
     options = [*RECIPES[name], "--compile", "off"]
@@ -138,6 +139,7 @@ def options_of(name, options, out):
     return [name, *options, "--out", out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_compiled_run_as_well(run, end_after, name, tmp_path):
     """Each start compiles, so it is ended twice only; FDL_ENDS=24 makes it as often as eagerly."""
@@ -191,6 +193,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(run, end_after, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_more_epochs_are_as_if_asked_for_at_once(run, tmp_path):
     assert run("linreg", "--epochs", 4, "--compile", "off", "--out", "whole")[0] == 0
     assert run("linreg", "--epochs", 2, "--compile", "off", "--out", "cut")[0] == 0
@@ -294,6 +297,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(run, end_after, monke
     assert run("linreg", "--resume", "it")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_continue(number, code, tmp_path):
     process = subprocess.Popen(
