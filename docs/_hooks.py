@@ -37,12 +37,10 @@ def documented() -> dict[str, ModuleType]:
 # The names of a long page, in the order in which a reader looks for them; others are alphabetical.
 GROUPS = {
     "fdl": {
-        "Training": "TrainState supervised train_step eval_step",
-        "Compiling": "jit scan disable_jit",
-        "Precision": "Policy with_policy",
-        "Files": "save load inspect load_torch save_torch Checkpointer",
+        "Training": "TrainState supervised train_step eval_step update_bn",
+        "Compiling": "jit scan disable_jit Jitted Report",
         "Modules": "nn losses metrics optim data random tree transforms population parallel"
-        " interop",
+        " interop io checkpointing",
     },
     "fdl.optim": {
         "Optimizers of torch.optim": "sgd adam adamw adamax nadam radam adagrad adadelta rmsprop"

@@ -12,12 +12,20 @@ __all__ = ["LeNet", "half_mse", "linreg", "loss_of", "make", "mlp", "softmax_reg
 
 
 def linreg(features: int = 2) -> nn.Module:
-    """Linear regression."""
+    """Make linear regression.
+
+    >>> linreg().weight.shape
+    torch.Size([1, 2])
+    """
     return nn.Linear(features, 1)
 
 
 def softmax_regression(features: int = 784, classes: int = 10) -> nn.Module:
-    """One linear layer."""
+    """Make one linear layer on flattened images.
+
+    >>> softmax_regression()[1].weight.shape
+    torch.Size([10, 784])
+    """
     return nn.Sequential(nn.Flatten(), nn.Linear(features, classes))
 
 
@@ -28,7 +36,18 @@ def mlp(
     rates: Sequence[float] = (),
     dropout: Callable[[float], nn.Module] = nn.Dropout,
 ) -> nn.Module:
-    """The multilayer perceptron, with dropout where rates are given."""
+    """Make the multilayer perceptron, with dropout if rates are given.
+
+    Args:
+        features: number of pixels.
+        hidden: widths of the hidden layers.
+        classes: number of classes.
+        rates: dropout rate after each hidden layer; none if empty.
+        dropout: makes a dropout layer of a rate.
+
+    >>> mlp(hidden=(32,)).hidden0.weight.shape
+    torch.Size([32, 784])
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     inputs = features
     for i, width in enumerate(hidden):
@@ -42,7 +61,12 @@ def mlp(
 
 
 class LeNet(nn.Module):
-    """LeNet with sigmoids, without padding."""
+    """LeNet with sigmoids, without padding.
+
+    >>> import torch
+    >>> LeNet()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -64,14 +88,27 @@ class LeNet(nn.Module):
 
 
 def half_mse(prediction: Tensor, y: Tensor) -> Tensor:
-    """Average ½ (ŷ − y)²."""
+    """Average ½ (ŷ − y)².
+
+    >>> import torch
+    >>> half_mse(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor(2.)
+    """
     return F.mse_loss(prediction, y) / 2
 
 
 def make(
     model: str, rates: Sequence[float] = (), dropout: Callable[[float], nn.Module] = nn.Dropout
 ) -> nn.Module:
-    """Make the module of a task's model, of any parameters.
+    """Make the module of a task's model, with torch's own initialization.
+
+    Args:
+        model: name of the recipe.
+        rates: dropout rates of the recipe `dropout`.
+        dropout: makes a dropout layer of a rate.
+
+    Raises:
+        ValueError: no such recipe.
 
     >>> sum(p.numel() for p in make("lenet").parameters())
     44426
@@ -91,5 +128,9 @@ def make(
 
 
 def loss_of(model: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give the loss of a task's model, `(prediction, y) -> scalar`."""
+    """Return the loss of a task's model, `(prediction, y) -> scalar`.
+
+    >>> loss_of("linreg").__name__, loss_of("lenet").__name__
+    ('half_mse', 'cross_entropy')
+    """
     return half_mse if model == "linreg" else F.cross_entropy

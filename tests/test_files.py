@@ -53,34 +53,34 @@ def images_at_home(home: Path) -> bool:
 
 # Each public function that takes a path, and something that is true if it took `~` for the home.
 AT_HOME: dict[str, Callable[[Path], Any]] = {
-    "checkpoint.save": lambda home: (
+    "io.save": lambda home: (
         fdl.io.save("~/it.safetensors", PARAMS) or read_at_home(home) == [0, 1, 2]
     ),
-    "checkpoint.load": lambda home: (
+    "io.load": lambda home: (
         fdl.io.save(home / "it.safetensors", PARAMS) or fdl.io.load("~/it.safetensors")
     ),
-    "checkpoint.inspect": lambda home: (
+    "io.inspect": lambda home: (
         fdl.io.save(home / "it.safetensors", PARAMS)
         or fdl.io.inspect("~/it.safetensors").read("w").shape == (3,)
     ),
-    "checkpoint.save_torch": lambda home: (
+    "io.save_torch": lambda home: (
         fdl.io.save_torch("~/it.pt", PARAMS) or torch.load(home / "it.pt")
     ),
-    "checkpoint.load_torch": lambda home: (
+    "io.load_torch": lambda home: (
         torch.save(PARAMS, home / "it.pt") or fdl.io.load_torch("~/it.pt")
     ),
-    "checkpointer.Checkpointer": lambda home: (
+    "checkpointing.Checkpointer": lambda home: (
         a_checkpoint("~/run") or _folder.checkpoints(home / "run")
     ),
-    "checkpointer.checkpoints": lambda home: (
+    "checkpointing.checkpoints": lambda home: (
         a_checkpoint(home / "run") or _folder.checkpoints("~/run")
     ),
-    "checkpointer.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
+    "checkpointing.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
     "data.fashion_mnist": images_at_home,
 }
 # They take no path of a user: `Checkpoint` is what `checkpoints` returns, `Contents` what `inspect`
 # returns.
-NOT_GIVEN = {"checkpoint.Contents", "checkpointer.Checkpoint"}
+NOT_GIVEN = {"io.Contents", "checkpointing.Checkpoint"}
 
 
 def takers_of_paths() -> set[str]:

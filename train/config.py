@@ -1,7 +1,5 @@
 """What can be set from the command line: one frozen dataclass for each command."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the command line to a configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Sequence

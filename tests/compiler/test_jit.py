@@ -25,7 +25,7 @@ from fdl import (
     train_step,
     tree,
 )
-from fdl._compiler import _inductor, _interpreter, _scan, _trace
+from fdl._compiler import _inductor, _interpreter, _scan_traced, _trace
 from fdl._compiler._signature import flatten
 from tests.support.asserts import assert_equal, close
 
@@ -213,7 +213,7 @@ def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -
 def test_tiny_steps_are_written_one_after_the_other(
     length: int, plain_backend: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    monkeypatch.setattr(_scan_traced, "AT_ONCE", 10)
     init, xs = inputs()
     xs = {"a": torch.arange(3.0 * length).view(length, 3), "b": torch.arange(1.0 * length)}
     for name in ("several", "no y", "no carry", "y is x, carry is constant", "closed over"):
@@ -221,7 +221,7 @@ def test_tiny_steps_are_written_one_after_the_other(
 
 
 def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_scan, "AT_ONCE", 10)
+    monkeypatch.setattr(_scan_traced, "AT_ONCE", 10)
     init, xs = inputs()
     xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
     fn = jit(SCANS["several"], strict=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl import _torch_compat, random
+from fdl import _modes, random
 from fdl.interop._key_mode import RULES, Keyed
 from tests.support.asserts import close, draw
 
@@ -242,7 +242,7 @@ def test_every_spelling(name):
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - DRAWS - FIRST_ONLY - {"Tensor.unflatten"}))
 def test_what_is_written_out_equals_the_kernel_in_every_spelling(name, monkeypatch):
-    monkeypatch.setattr(_torch_compat, "beyond_first", lambda: True)
+    monkeypatch.setattr(_modes, "beyond_first", lambda: True)
     test_every_spelling(name)
 
 

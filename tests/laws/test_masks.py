@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fdl
-from fdl import losses, metrics, nn, optim, random, tree
+from fdl import _training, losses, metrics, nn, optim, random, tree
 from fdl._masks import filled
-from fdl._training import _step
 from fdl.data import Batch
 from tests.support.asserts import close, draw
 
@@ -106,7 +105,7 @@ each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 def test_every_public_function_that_takes_a_mask_has_a_row():
-    modules = {"losses": losses, "metrics": metrics, "training": _step}
+    modules = {"losses": losses, "metrics": metrics, "training": _training}
     public = {f"{name}.{thing}" for name, module in modules.items() for thing in module.__all__}
     assert public | {"losses.weighted_mean", "nn.batch_norm"} == {
         name.partition("(")[0] for name in ROWS

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
-from fdl.nn import _policy
 from fdl.optim import schedules
 from tests.laws.rows import (
     Case,
@@ -39,10 +38,11 @@ elementwise_model = nn.Model(
     lambda key: {"scale": draw(key, 3)},
     lambda params, x, *, train=False, key=None: params["scale"] * x,
 )
-MIXED = _policy.Policy(torch.float64, torch.float32, torch.float64)
+MIXED = nn.Policy(torch.float64, torch.float32, torch.float64)
 
 TABLE: dict[str, dict[str, Case]] = {
     "nn": {
+        "with_policy": layer(nn.with_policy(elementwise_model, MIXED), 3),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
         "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
@@ -118,9 +118,6 @@ TABLE: dict[str, dict[str, Case]] = {
     },
     "optim": OPTIM,
     "optim.schedules": SCHEDULES,
-    "precision": {
-        "with_policy": layer(_policy.with_policy(elementwise_model, MIXED), 3),
-    },
     "random": {
         "bernoulli": Case(
             lambda key, x: random.bernoulli(key, torch.sigmoid(x)),
@@ -209,7 +206,6 @@ MODULES: dict[str, ModuleType] = {
     "metrics": metrics,
     "optim": optim,
     "optim.schedules": schedules,
-    "precision": _policy,
     "random": random,
     "transforms": transforms,
     "data": data,
@@ -235,7 +231,7 @@ NO_ROW = {
     "optim.scale_by_muon": "for matrices, in bfloat16: tests/optim/test_laws.py",
     "optim.Schedule": "a type",
     "optim.schedules": "a module, in the table itself",
-    "precision.Policy": "a type",
+    "nn.Policy": "a type",
     "random.Key": "a type",
     "random.Shape": "a type",
     "random.key": "takes an int, no tensor",

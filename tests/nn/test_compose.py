@@ -242,7 +242,7 @@ def test_no_key_is_made_for_layers_that_draw_nothing(monkeypatch):
     loud = nn.tied(nn.sequential(nn.linear(3, 3), nn.dropout(0.5)), {})
     params, x = quiet.init(KEY), torch.ones(2, 3)
     assert (quiet.draws, loud.draws) == (False, True)
-    monkeypatch.setattr("fdl.nn._model.random.fold_in", None)
+    monkeypatch.setattr("fdl.random.fold_in", None)
     quiet.apply(params, x, train=True, key=KEY)
     with pytest.raises(TypeError):
         loud.apply(params, x, train=True, key=KEY)

@@ -256,8 +256,8 @@ def test_evaluation_drops_nothing_at_random():
 
 
 MODULES = (
-    "__main__ config grid loop options outcome pictures processes recipes records report run "
-    "saved scaling sizes sweep"
+    "__main__ bench.scaling bench.step_time config images launch loop options recipes records "
+    "report run run_folder sweep.grid sweep.results sweep.run"
 )
 
 

@@ -29,7 +29,7 @@ from train.records import to_json
 
 __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simulate"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULT, PAGE = Path("docs/scaling.json"), Path("docs/scaling.md")
 BATCH, STEPS, ROUNDS, SIZES = 64, 40, 6, (1, 2, 3, 4)
 TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the option; where, with bytes sent again, they stand

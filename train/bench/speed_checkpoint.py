@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import fdl
+from train.records import to_json
 
 
 def make_tree(gigabytes: float) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(options.way, options.folder, options.size)))
+        print(to_json(measure(options.way, options.folder, options.size)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

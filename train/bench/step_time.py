@@ -25,7 +25,7 @@ from train.records import to_json
 
 __all__ = ["IMAGES", "LENGTH", "RESULT", "SEQUENCES", "Transformer", "transformer"]
 
-RESULT = Path(__file__).parent.parent / "docs/sizes.json"
+RESULT = Path(__file__).parents[2] / "docs/sizes.json"
 IMAGES, SEQUENCES, LENGTH = 256, 8, 2048  # in a batch; tokens of a sequence
 WARM_UP, REPEATS, LENET_STEPS = 3, 10, 200
 
