@@ -44,18 +44,24 @@ def _forbid_what_is_slow() -> None:
     An example in a docstring may compile: its graph is run without Inductor.
     """
 
-    def forbid(what: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: pytest.fail(f"{what}: mark the test slow (make quick)")
+    def in_a_test() -> bool:
+        return os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/")
 
-    def lower(graph: Callable[..., Any], *_: Any) -> Callable[..., Any]:
-        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/"):
-            pytest.fail("it compiles: mark the test slow (make quick) or use plain_backend")
-        return lambda leaves: graph(*leaves)
+    def forbid(place: Any, name: str, otherwise: Callable[..., Any]) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if in_a_test():
+                pytest.fail(f"{place.__name__}.{name} is called: mark the test slow")
+            return otherwise(*args, **kwargs)
 
-    _inductor.lower = lower
-    torch._TorchCompileInductorWrapper.__call__ = forbid("it compiles with Inductor")
-    subprocess.Popen.__init__ = forbid("it starts a process")
-    os.fork = forbid("it starts a process")
+        setattr(place, name, call)
+
+    forbid(_inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
+    forbid(os, "fork", os.fork)
+    for place, name in (
+        (subprocess.Popen, "__init__"),
+        (torch._TorchCompileInductorWrapper, "__call__"),
+    ):
+        forbid(place, name, getattr(place, name))
 
 
 @pytest.fixture
