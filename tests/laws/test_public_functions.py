@@ -320,10 +320,19 @@ TRANSFORMS: dict[str, Callable[[Case], Callable[..., Any]]] = {
 }
 
 
+def compiled_rows(group: str) -> dict[str, Case]:
+    """The rows of a group that are compiled: `adam` has `scale_by_adam` in it."""
+    return {
+        name: case
+        for name, case in TABLE[group].items()
+        if name.removeprefix("scale_by_") == name or name.removeprefix("scale_by_") not in OPTIM
+    }
+
+
 # What is compiled as one function, one price for many rows; a large group in parts of 12 rows.
 PROGRAMS = {
     f"{group}[{i}:]" if len(rows) > 30 else group: dict(list(rows.items())[i : i + size])
-    for group, rows in TABLE.items()
+    for group, rows in ((group, compiled_rows(group)) for group in TABLE)
     for size in [12 if len(rows) > 30 else len(rows)]
     for i in range(0, len(rows), size)
 }

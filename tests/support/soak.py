@@ -1,7 +1,11 @@
-"""How often a test repeats what it does: `make test-all` repeats it many times."""
+"""How much a test does: `make test-all` has it do more."""
 
 import os
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def repeats(usual: int, many: int) -> int:
+def repeats(usual: T, many: T) -> T:
+    """Choose how often, or for which cases, something is done."""
     return many if os.environ.get("FDL_SOAK") == "1" else usual

@@ -142,7 +142,7 @@ def options_of(name, options, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", repeats(["linreg-decay", "dropout", "lenet-bn"], list(RECIPES)))
 def test_a_compiled_run_as_well(run, end_after, name, tmp_path):
     """Each start compiles, so it is ended once only."""
     ends = repeats(1, 24)
