@@ -1,7 +1,7 @@
 """One of two processes whose dicts were filled in other orders: see tests/parallel/test_step.py.
 
-`python -m tests.workers.forks order_worker FOLDER 2 cpu` runs both. The second process has the keys of every dict reversed: parameters, buffers, metrics, batches. Nothing
-may come of it.
+`python -m tests.workers.forks order_worker FOLDER 2 cpu` runs both. The second process has the keys
+of every dict reversed: parameters, buffers, metrics, batches. Nothing may come of it.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """One process of several that share out a state: see tests/parallel/test_step.py.
 
-`python -m tests.workers.forks shard_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu or cuda.
+`python -m tests.workers.forks shard_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu
+or cuda.
 """
 
 from fnmatch import fnmatchcase

@@ -1,6 +1,7 @@
 """One process of several that train together: see tests/parallel/test_step.py.
 
-`python -m tests.workers.forks train_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu or cuda.
+`python -m tests.workers.forks train_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu
+or cuda.
 """
 
 import sys
