@@ -42,7 +42,7 @@ def documented() -> dict[str, ModuleType]:
 GROUPS = {
     "fdl": {
         "Training": "TrainState supervised train_step eval_step update_bn",
-        "Compiling": "jit scan disable_jit Jitted Report",
+        "Compiling": "jit scan map disable_jit Jitted Report",
         "Modules": "nn losses metrics optim data random tree transforms population parallel"
         " interop io checkpointing",
     },
@@ -54,9 +54,9 @@ GROUPS = {
         "Transformations of gradients": "trace scale scale_by_learning_rate add_decayed_weights"
         " scale_by_adam scale_by_adamax scale_by_nadam scale_by_radam scale_by_adagrad"
         " scale_by_adadelta scale_by_rms scale_by_muon scale_by_lion scale_by_adan"
-        " scale_by_trust_ratio clip clip_by_global_norm adaptive_clip centralize add_noise",
+        " scale_by_trust_ratio clip clip_by_global_norm adaptive_grad_clip centralize add_noise",
         "Around an optimizer": "accumulate apply_if_finite lookahead loss_scale loss_scale_of"
-        " reduce_on_plateau ema schedule_free schedule_free_params",
+        " reduce_on_plateau params_ema schedule_free schedule_free_params",
         "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
         " Schedule schedules from_torch to_torch",
     },

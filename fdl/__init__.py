@@ -17,7 +17,7 @@ from fdl import (
     transforms,
     tree,
 )
-from fdl._compiler import Jitted, Report, disable_jit, jit, scan
+from fdl._compiler import Jitted, Report, disable_jit, jit, map, scan
 from fdl._training import TrainState, eval_step, supervised, train_step, update_bn
 from fdl._version import __version__ as __version__
 
@@ -33,6 +33,7 @@ __all__ = [
     "io",
     "jit",
     "losses",
+    "map",
     "metrics",
     "nn",
     "optim",

@@ -1,4 +1,4 @@
-"""DTensors, leaves that are spread over processes: taken apart for programs, put together again."""
+"""DTensors: convert them to local tensors and back, and redistribute whole trees."""
 
 from __future__ import annotations
 
@@ -18,66 +18,66 @@ from fdl.tree._paths import in_order
 T = TypeVar("T", bound=Tree)
 
 
-class Spread(NamedTuple):
-    """How a leaf is spread: all there is of a DTensor beside this process's part of it."""
+class DTensorSpec(NamedTuple):
+    """All that a DTensor is besides the local tensor of this process."""
 
     mesh: Any
     placements: tuple[Any, ...]
-    shape: torch.Size  # of the whole
+    shape: torch.Size  # global, as is the stride
     stride: tuple[int, ...]
 
 
-def is_spread(leaf: Any) -> bool:
-    """Say whether a leaf is a DTensor, without importing what defines them.
+def is_dtensor(leaf: Any) -> bool:
+    """Check for a DTensor without importing `torch.distributed.tensor`.
 
-    >>> is_spread(torch.ones(1))
+    >>> is_dtensor(torch.ones(1))
     False
     """
-    tensors = sys.modules.get("torch.distributed.tensor")  # there is none before that is imported
+    tensors = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
     return tensors is not None and isinstance(leaf, tensors.DTensor)
 
 
-def are_spread(kinds: Iterable[type]) -> bool:
-    """Say whether DTensor is among some types.
+def any_dtensor_type(types: Iterable[type]) -> bool:
+    """Check whether any of some types is DTensor.
 
-    >>> are_spread([Tensor])
+    >>> any_dtensor_type([Tensor])
     False
     """
     tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in kinds)
+    return tensors is not None and any(issubclass(t, tensors.DTensor) for t in types)
 
 
-def apart(leaf: Any) -> tuple[Tensor, Spread]:
-    """Take a DTensor apart: this process's part of it, and how it is spread.
+def to_local(leaf: Any) -> tuple[Tensor, DTensorSpec]:
+    """Return the local tensor of a DTensor, and what it takes to rebuild it: `from_local`.
 
     Raises:
-        NotImplementedError: it requires grad.
+        NotImplementedError: `leaf` requires grad.
     """
     if leaf.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
-            f"jit: a DTensor of shape {list(leaf.shape)} requires grad, and backward() does not go "
-            "through a jitted function of DTensors; take gradients inside, of whole parameters, as "
-            "fdl.parallel.train_step does, or detach it"
+            f"jit: a DTensor of shape {list(leaf.shape)} requires grad, but backward() through a "
+            "jitted function of DTensors is not supported; take gradients inside the function, as "
+            "fdl.parallel.train_step does, or detach the DTensor"
         )
-    part = leaf._local_tensor  # the very tensor, where to_local() may give an alias
-    return part, Spread(leaf.device_mesh, tuple(leaf.placements), leaf.shape, leaf.stride())
+    local = leaf._local_tensor  # the tensor itself; leaf.to_local() may return an alias
+    return local, DTensorSpec(leaf.device_mesh, tuple(leaf.placements), leaf.shape, leaf.stride())
 
 
-def together(part: Tensor, how: Spread) -> Any:
-    """Make a DTensor of a part: nothing is sent."""
+def from_local(local: Tensor, spec: DTensorSpec) -> Any:
+    """Rebuild a DTensor from its local tensor, without communication."""
     from torch.distributed.tensor import DTensor
 
-    mesh, placements, shape, stride = how
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+    mesh, placements, shape, stride = spec
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def gather(spread: T) -> T:
-    """Give a tree whose DTensors are whole in every process."""
-    return map_in_order(lambda leaf: leaf.full_tensor() if is_spread(leaf) else leaf, spread)
+def gather(sharded: T) -> T:
+    """Replace every DTensor of a tree by the full tensor, in every process."""
+    return map_in_order(lambda leaf: leaf.full_tensor() if is_dtensor(leaf) else leaf, sharded)
 
 
 def map_in_order(f: Callable[..., Any], first: T, *rest: Tree) -> T:
-    """Call `tree.map` in the order of sorted paths: every process sends the same leaves in turn.
+    """Call `tree.map` in the order of sorted paths, so that all processes communicate in one order.
 
     >>> map_in_order(lambda leaf: print(leaf), {"b": 1, "a": 2})
     2
@@ -87,40 +87,40 @@ def map_in_order(f: Callable[..., Any], first: T, *rest: Tree) -> T:
     return tree.map(lambda _, leaf: leaf, first, tree.map(f, in_order(first), *rest))
 
 
-def spread_as(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
-    """Spread a tensor that every process has: each keeps its part of it."""
+def distribute(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
+    """Make a DTensor from a tensor that every process holds in full."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return same.redistribute(mesh, placements)
+    replicated = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, placements)
 
 
 def sum_to_shards(summand: Tensor, like: Any) -> Any:
-    """Sum a tensor over the processes, each of which receives its part of the sum: as `like` is."""
+    """Sum a tensor over the processes; the result is placed like the DTensor `like`."""
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = like.device_mesh
-    parts = DTensor.from_local(summand, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
-    return parts.redistribute(mesh, like.placements)
+    partial = DTensor.from_local(summand, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+    return partial.redistribute(mesh, like.placements)
 
 
-def as_before(after: T, before: Tree) -> T:
-    """Spread each leaf as the one at its path was before: operations may have gathered it."""
+def redistribute_like(after: T, before: Tree) -> T:
+    """Give each leaf the placement that the leaf at its path has in `before`."""
 
-    def settle(new: Any, old: Any) -> Any:
-        if not is_spread(new):
-            return spread_as(new, old.device_mesh, old.placements) if is_spread(old) else new
-        if not is_spread(old):
+    def place(new: Any, old: Any) -> Any:
+        if not is_dtensor(new):
+            return distribute(new, old.device_mesh, old.placements) if is_dtensor(old) else new
+        if not is_dtensor(old):
             return new.full_tensor()
         return new.redistribute(old.device_mesh, old.placements)
 
-    return map_in_order(settle, after, before)
+    return map_in_order(place, after, before)
 
 
 @contextmanager
 def replicating(leaves: Iterable[Any]) -> Iterator[None]:
-    """Let plain tensors, which are the same in every process, meet DTensors, if there are any."""
-    if not any(is_spread(leaf) for leaf in leaves):
+    """If any leaf is a DTensor, treat plain tensors as replicated where the two kinds are mixed."""
+    if not any(is_dtensor(leaf) for leaf in leaves):
         yield
         return
     from torch.distributed.tensor.experimental import implicit_replication

@@ -1,4 +1,4 @@
-"""The mode in which Python code runs: eagerly, traced by `jit` or Dynamo, or transformed."""
+"""The mode in which Python code runs: eager, traced by `jit` or Dynamo, or transformed."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch.autograd import forward_ad
 
 from fdl._torch_compat import assume_constant_result
 
-tracing: ContextVar[Any] = ContextVar("fdl_tracing", default=None)  # what `jit` traces with
+tracing: ContextVar[Any] = ContextVar("fdl_tracing", default=None)  # the tracer of `jit`
 
 
 def is_tracing() -> bool:
-    """Say whether `jit` is tracing."""
+    """Check whether `jit` is tracing."""
     return tracing.get() is not None
 
 
 def is_eager() -> bool:
-    """Say whether Python sees values: nothing is being traced, transformed or jitted."""
+    """Check whether Python sees values: nothing is traced or transformed."""
     return not (torch.compiler.is_compiling() or in_transform() or is_tracing())
 
 
 @assume_constant_result  # Dynamo has the same transformations active while it traces
 def in_transform() -> bool:
-    """Say whether a transformation of torch.func is active."""
+    """Check whether a transformation of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @assume_constant_result
 def under_vmap() -> bool:
-    """Say whether a `vmap` is active."""
+    """Check whether a `vmap` is active."""
     return "Vmap" in _active()
 
 
 @assume_constant_result
 def beyond_first() -> bool:
-    """Say whether derivatives beyond the first in reverse mode may be asked for."""
+    """Check whether higher or forward-mode derivatives may be taken here."""
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return True
     return _active().count("Grad") > 1
 
 
-def lacks_kernels() -> bool:
-    """Say whether a fused kernel that has no rule for `vmap` must not be used."""
+def avoid_fused_kernels() -> bool:
+    """Check whether kernels without higher derivatives or a rule for `vmap` must not be used."""
     return beyond_first() or under_vmap()
 
 
@@ -56,6 +56,6 @@ def _active() -> list[str]:
 
 @assume_constant_result
 def inductor_takes_loops() -> bool:
-    """Say whether the compiler behind Dynamo may count steps: not in a plain `torch.compile`."""
+    """Check whether the compiler behind Dynamo supports loops: plain `torch.compile` does not."""
     mode: Any = TracingContext.get().fake_mode
     return torch.compiler.is_exporting() or mode.shape_env.allow_scalar_outputs

@@ -1,4 +1,4 @@
-"""Facts about torch that its public functions do not tell."""
+"""What fdl needs of torch beyond its public functions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Fn = TypeVar("Fn", bound=Callable[..., Any])
 def assume_constant_result(fn: Fn) -> Fn:
     """Let Dynamo call `fn` while it traces, instead of tracing into it.
 
-    Equals `torch.compiler.assume_constant_result`, which imports Dynamo: that takes a second, which
-    nobody should wait for who does not compile.
+    Equals `torch.compiler.assume_constant_result` without its import of Dynamo, which takes a
+    second.
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn

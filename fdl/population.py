@@ -19,16 +19,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import optim, tree
-from fdl._compiler._scan import scan
 from fdl._modes import is_eager
 from fdl._numerics import at_least_32_bits, best_row
 from fdl._training import TrainState
 from fdl.nn import Model, StatefulModel
 from fdl.optim import Optimizer
 from fdl.tree import Tree
-from fdl.tree._checks import check_tensors
 
-__all__ = ["best", "create", "ensemble", "in_turn", "member", "size"]
+__all__ = ["best", "create", "ensemble", "member", "size"]
 
 
 def create(
@@ -84,68 +82,6 @@ def create(
     states = vmap(one)(keys, values)
     # What no key enters into, a bias of zeros, would be one row seen many times.
     return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), states)
-
-
-def in_turn(
-    f: Callable[..., Tree], in_dims: tuple[int | None, ...] | int = 0
-) -> Callable[..., Tree]:
-    """Run `f` for one member after the other: `torch.vmap(f, in_dims)`, but as a `scan`.
-
-    With `fdl.jit` it is one program as well. Where a single model keeps the device busy nothing is
-    lost, memory for what lies in between is that of one member, and a convolution stays one: under
-    `vmap` it has groups, which takes a CPU about twice as long.
-
-    Args:
-        f: a pure function of trees of tensors.
-        in_dims: for each argument 0, where it has the first axis [members], or None where all
-            share it; one number for all.
-
-    Returns:
-        A function of the same arguments; every leaf of its result has the first axis [members].
-
-    Raises:
-        TypeError: `in_dims` is neither an int nor a tuple; a mapped leaf is no tensor (at call).
-        ValueError: an axis other than 0 or None, or none that is 0; at call, a number of arguments
-            other than that of `in_dims`, or mapped leaves without one common first axis.
-
-    >>> in_turn(torch.dot, (0, None))(torch.eye(2), torch.tensor([3.0, 4.0]))
-    tensor([3., 4.])
-    """
-    if not isinstance(in_dims, (tuple, int)):
-        raise TypeError(f"population.in_turn: in_dims must be 0 or a tuple, got {in_dims!r}")
-    if isinstance(in_dims, tuple) and (0 not in in_dims or not {0, None}.issuperset(in_dims)):
-        raise ValueError(f"population.in_turn: in_dims must be 0 or None, one of them 0: {in_dims}")
-    if isinstance(in_dims, int) and in_dims != 0:
-        raise ValueError(f"population.in_turn: in_dims must be 0 or a tuple, got {in_dims}")
-
-    def call(*args: Tree) -> Tree:
-        dims = in_dims if isinstance(in_dims, tuple) else (0,) * len(args)
-        if len(dims) != len(args):
-            raise ValueError(
-                f"population.in_turn: in_dims has {len(dims)} entries for {len(args)} arguments"
-            )
-
-        mapped = {str(i): arg for i, arg in enumerate(args) if dims[i] == 0}
-        check_tensors(tree.leaves(mapped), mapped, "population.in_turn: every mapped leaf")
-        shapes = {f"args.{p}": list(leaf.shape) for p, leaf in tree.flatten_dict(mapped).items()}
-        if (
-            len({tuple(shape[:1]) for shape in shapes.values()} - {()}) != 1
-            or [] in shapes.values()
-        ):
-            raise ValueError(
-                "population.in_turn: mapped arguments need one common first axis, the members, got "
-                f"{shapes}; in_dims says which are mapped (0) and which all share (None)"
-            )
-
-        def one(carry: Tree, row: list[Tree]) -> tuple[Tree, Tree]:
-            own = iter(row)
-            return carry, f(
-                *(arg if dim is None else next(own) for arg, dim in zip(args, dims, strict=True))
-            )
-
-        return scan(one, (), list(mapped.values()))[1]
-
-    return call
 
 
 def size(states: Tree) -> int:

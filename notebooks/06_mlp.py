@@ -217,7 +217,7 @@ assert_close(again["hidden0"], params["hidden"], rtol=0, atol=1e-12)
 # %% [markdown]
 # ## M1 Training on all of Fashion-MNIST
 # The loop over 235 batches is `fdl.scan`, and `fdl.jit` makes one program of it: Python is called
-# once for an epoch. `donate=0` lets the new state take the memory of the old one. The
+# once for an epoch. `donate_argnums=0` lets the new state take the memory of the old one. The
 # program is compiled at the first call; the epochs after that only run it.
 
 # %%
@@ -228,7 +228,7 @@ step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
 def epoch(state, train, order):
     return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
 
-compiled = fdl.jit(epoch, donate=0)
+compiled = fdl.jit(epoch, donate_argnums=0)
 everything = data.Batch(test.x[:, None].float() / 255, test.y)
 state, history = fdl.TrainState.create(model, opt, key=random.key(0)), []
 for number in range(10):

@@ -153,7 +153,7 @@ def run(model, epochs, opt=opt):
     def epoch(state, images, rows):
         return fdl.scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
 
-    compiled, curve = fdl.jit(epoch, donate=0), []
+    compiled, curve = fdl.jit(epoch, donate_argnums=0), []
     for e in range(epochs):
         rows = data.epoch_indices(random.fold_in(random.key(1), e), len(train.x), 256)
         state, found = compiled(state, train, rows)

@@ -191,7 +191,7 @@ assert_close(state.params["weight"], twin.weight.detach(), rtol=0, atol=1e-12)
 # | `jax.grad`, `jax.value_and_grad` | `torch.func.grad`, `grad_and_value` | gradient first, then value |
 # | `jax.vmap(f, in_axes)` | `torch.vmap(f, in_dims)` | |
 # | `jax.jvp`, `vjp`, `jacrev`, `jacfwd` | the same in `torch.func` | |
-# | `jax.jit(f, donate_argnums)` | `fdl.jit(f, donate=…)` | runs eagerly without it |
+# | `jax.jit(f, donate_argnums)` | `fdl.jit(f, donate_argnums=…)` | runs eagerly without it |
 # | `jax.lax.scan` | `fdl.scan` | |
 # | `jax.checkpoint` | `fdl.transforms.checkpoint` | |
 # | `jax.lax.stop_gradient` | `fdl.transforms.stop_gradient` | `detach`, for trees |

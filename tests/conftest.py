@@ -128,7 +128,7 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def real_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep loops of a few tiny steps, as tests have them, from being written out."""
-    monkeypatch.setattr("fdl._compiler._scan_traced.AT_ONCE", 1)
+    monkeypatch.setattr("fdl._compiler._scan_traced.MAX_UNROLL", 1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch.func import vmap
 
 import fdl
 import models
-from fdl import _numerics, data, losses, nn, optim, population, random, tree
+from fdl import _numerics, data, losses, nn, optim, population, random, transforms, tree
 from tests.support.asserts import close, unchanged
 
 MEMBERS, STEPS, BATCH = 3, 50, 8
@@ -74,7 +74,7 @@ def test_create_equals_train_state_create_bit_for_bit(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("own_order", [False, True], ids=["one order", "own orders"])
-@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+@pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
 def test_each_member_equals_the_model_trained_alone(name, own_order, each):
     model, images = MODELS[name], dataset(name)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
@@ -105,7 +105,7 @@ def test_each_member_equals_the_model_trained_alone(name, own_order, each):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("each", [vmap, population.in_turn], ids=["vmap", "in turn"])
+@pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
 def test_an_epoch_of_a_population_compiles_to_one_program(each):
     model, images = MODELS["conv"], tree.cast(dataset("conv"), torch.float32)
     step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
@@ -201,26 +201,8 @@ def test_the_other_functions_say_what_is_wrong():
         population.member({"w": torch.zeros(())}, 0)
     with pytest.raises(IndexError, match="index 3, but there are 3 members"):
         population.member({"w": torch.zeros(3)}, 3)
-    for dims in (1, (None, None), (0, 1)):
-        with pytest.raises(ValueError, match="in_dims must be 0 or"):
-            population.in_turn(torch.add, dims)
-    with pytest.raises(ValueError, match="in_dims has 2 entries for 1 arguments"):
-        population.in_turn(torch.add, (0, None))(torch.zeros(3))
     with pytest.raises(ValueError, match=r"loss must have the shape \[3\].*got \[2\]"):
         population.best({"w": torch.zeros(3)}, torch.zeros(2))
-    with pytest.raises(TypeError, match=r"in_dims must be 0 or a tuple, got \[0, None\]"):
-        population.in_turn(torch.add, [0, None])
-    state, batch = {"w": torch.zeros(3, 2)}, torch.zeros(5)
-    for f, args, text in [
-        (torch.add, (torch.tensor(1.0), batch), r"got \{'args.0': \[\], 'args.1': \[5\]\}"),
-        (lambda s, b: s, (state, batch), r"'args.0.w': \[3, 2\], 'args.1': \[5\].*in_dims says"),
-        (lambda: (), (), r"got \{\}"),
-        (lambda s: s, ({},), r"got \{\}"),
-    ]:
-        with pytest.raises(ValueError, match=rf"population.in_turn: mapped arguments.*{text}"):
-            population.in_turn(f)(*args)
-    with pytest.raises(TypeError, match=r"(?s)population.in_turn: every mapped leaf.*0.lr: 0.1"):
-        population.in_turn(lambda s: s)({"lr": 0.1})
 
 
 BAD = [torch.nan, torch.inf, -torch.inf]

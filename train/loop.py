@@ -176,7 +176,7 @@ def run_chunk(
         carry, metrics = scan(lambda carry, row: step(carry, dataset, row), carry, indices)
         return carry, {name: mean.sum() for name, mean in metrics.items()}
 
-    return jit(chunk, donate=0)
+    return jit(chunk, donate_argnums=0)
 
 
 def run_evaluation(problem: Problem, mesh: Any = None) -> Callable[..., Metrics]:

@@ -68,7 +68,8 @@ def train(objective, shots, steps, seed=0):
     step = fdl.train_step(partial(objective, shots=shots), opt)
     at_once = min(steps, 1000)
     many = fdl.jit(
-        lambda state: fdl.scan(lambda state, _: step(state, ()), state, length=at_once), donate=0
+        lambda state: fdl.scan(lambda state, _: step(state, ()), state, length=at_once),
+        donate_argnums=0,
     )
     for _ in range(steps // at_once):
         state, found = many(state)

@@ -1,4 +1,4 @@
-"""`loss.backward()` through a jitted function: the backward pass is a jitted function too."""
+"""`loss.backward()` through a jitted function, by a jitted backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdl._compiler._settings import Ambient, under
+from fdl._compiler._settings import Settings, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl.tree import Tree
 
@@ -16,21 +16,21 @@ Pullback = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
 def pullback(
-    fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int], state: Ambient
+    fn: Callable[..., Any], spec: Hashable, wanted: Sequence[int], settings: Settings
 ) -> Pullback:
     """Make the pure function from arguments and cotangents to gradients.
 
-    There is a cotangent for each floating or complex result, a gradient for each `wanted` leaf of
-    the arguments. `fn` runs once more, as in checkpointing, under the settings of its first run.
+    It takes a cotangent for each floating or complex result, and returns a gradient for each
+    `wanted` leaf of the arguments. `fn` runs once more, as in checkpointing, under `settings`.
     """
 
     def backward(leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         def flat(*chosen: Tensor) -> list[Tensor]:
-            whole = list(leaves)
+            replaced = list(leaves)
             for i, leaf in zip(wanted, chosen, strict=True):
-                whole[i] = leaf
-            args, kwargs = unflatten(whole, spec)
-            with under(state):
+                replaced[i] = leaf
+            args, kwargs = unflatten(replaced, spec)
+            with use_settings(settings):
                 result = fn(*args, **kwargs)
             return _differentiable(flatten(result)[0])
 
@@ -47,8 +47,8 @@ class _Call(torch.autograd.Function):
         ctx.pullback = backward
         ctx.wanted = [leaf.requires_grad for leaf in leaves]
         results = run([leaf.detach() for leaf in leaves])
-        continuous = {id(x) for x in _differentiable(results)}
-        ctx.mark_non_differentiable(*(x for x in results if id(x) not in continuous))
+        smooth = {id(x) for x in _differentiable(results)}
+        ctx.mark_non_differentiable(*(x for x in results if id(x) not in smooth))
         return tuple(results)
 
     @staticmethod
@@ -60,11 +60,11 @@ class _Call(torch.autograd.Function):
 def differentiable(
     run: Callable[[list[Tensor]], Tree], backward: Pullback, leaves: Sequence[Tensor]
 ) -> Tree:
-    """Run a function of flat arguments so that autograd finds its backward pass.
+    """Run a function of leaves with a custom backward pass.
 
     Args:
-        run: the function; it does not see autograd.
-        backward: its `pullback` to those of `leaves` that require grad.
+        run: the function; autograd does not record it.
+        backward: its `pullback` to the leaves that require grad.
         leaves: the arguments.
     """
     specs: list[Hashable] = []

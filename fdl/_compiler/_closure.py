@@ -1,8 +1,8 @@
-"""What a function closes over: tensors that it reaches by names, read anew at each call.
+"""The tensors that a function closes over, found by name and read again at each call.
 
-A traced program knows the tensors that it met, not the names by which the function found them.
-These are looked for once, after tracing: from the function through its closure, the globals that it
-mentions, default arguments, attributes and containers.
+A trace contains tensors, not the names by which the function reached them. The names are searched
+for once, after tracing: from the function through its closure, the globals that it mentions,
+default arguments, attributes and containers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl._compiler._user_lines import is_users
+from fdl._compiler._user_lines import is_user_code
 
-FOREIGN = {"torch", "fdl", "numpy", *sys.stdlib_module_names}  # hold no tensors of the user's
-REGISTRIES = {"_parameters", "_buffers", "_modules"}  # of nn.Module: no part of a name
-MOST = 200_000  # things to look at, lest a walk should not end
+FOREIGN = {
+    "torch",
+    "fdl",
+    "numpy",
+    *sys.stdlib_module_names,
+}  # without tensors of users
+REGISTRIES = {"_parameters", "_buffers", "_modules"}  # of nn.Module: left out of names
+MAX_OBJECTS = 200_000  # where a walk stops
 
 
 class Edge(NamedTuple):
-    """One step of the way from a function to what it closes over."""
+    """One step of a path from a function to something that it closes over."""
 
     read: Callable[[Any, Any], Any]  # (holder, key) -> value
     holder: Any
     key: Any
-    value: Any  # as it was found
+    value: Any  # when it was read
     name: str
 
 
 class Sources:
-    """The tensors that a traced program closes over, and where to find them again."""
+    """The tensors that a traced program closes over, and the paths on which to read them again."""
 
     def __init__(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         self.root = fn
@@ -50,19 +55,19 @@ class Sources:
         self.sizes = [(x, len(x)) for x in holders.values() if isinstance(x, dict | list | tuple)]
 
     def read(self) -> list[Tensor] | None:
-        """Return the tensors that the function would meet now; None if it has to be traced anew."""
+        """Return the tensors that the function would reach now, or None if it must be retraced."""
         try:
             if all(read(holder, key) is value for read, holder, key, value, _ in self.edges) and (
                 all(len(holder) == size for holder, size in self.sizes)
             ):
                 return self.tensors
             return self._follow()
-        except (LookupError, AttributeError, ValueError):  # a name is gone
+        except (LookupError, AttributeError, ValueError):  # a name no longer exists
             return None
 
     def _follow(self) -> list[Tensor] | None:
-        """Go the same ways from the function again; all that led to one tensor have to agree."""
-        now: dict[int, Any] = {id(self.root): self.root}  # what is in the place of each thing
+        """Follow the same paths again; all paths that led to one tensor must agree."""
+        now: dict[int, Any] = {id(self.root): self.root}  # what replaces each object
         edges = []
         for read, old, key, before, name in self.edges:
             holder = now[id(old)]
@@ -77,36 +82,36 @@ class Sources:
         return self.tensors
 
     def names(self) -> list[str]:
-        """Say where each tensor is read."""
+        """Return the path of each tensor."""
         paths = _paths(self.root, self.edges)
-        hidden = "which no name leads to: always that of the first call"
-        return [paths.get(id(x), f"{shown(x)}, {hidden}") for x in self.tensors]
+        unnamed = "without a name: fixed at the first call"
+        return [paths.get(id(x), f"{describe(x)}, {unnamed}") for x in self.tensors]
 
 
-def shown(tensor: Tensor) -> str:
-    """Write the form of a tensor, without values.
+def describe(tensor: Tensor) -> str:
+    """Format dtype and shape of a tensor.
 
-    >>> shown(torch.ones(2, 3))
+    >>> describe(torch.ones(2, 3))
     'float32[2, 3]'
     """
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def reached(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+def closed_over_tensors(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
     """List the tensors that a function closes over, each with its name.
 
     >>> w = torch.ones(2)
-    >>> [name for name, _ in reached(lambda x: x * w)]
+    >>> [name for name, _ in closed_over_tensors(lambda x: x * w)]
     ['w']
     """
     edges = list(_walk(fn))
     paths = _paths(fn, edges)
-    found = {id(edge.value): edge.value for edge in edges if isinstance(edge.value, Tensor)}
-    yield from ((paths[i], tensor) for i, tensor in found.items())
+    tensors = {id(edge.value): edge.value for edge in edges if isinstance(edge.value, Tensor)}
+    yield from ((paths[i], tensor) for i, tensor in tensors.items())
 
 
 def _leading_to(targets: Sequence[Any], edges: Sequence[Edge]) -> list[Edge]:
-    """Choose the edges on the ways to some things, in the order of the walk."""
+    """Select the edges on the paths to `targets`, in the order of the walk."""
     into: dict[int, list[Edge]] = {}
     for edge in edges:
         into.setdefault(id(edge.value), []).append(edge)
@@ -128,7 +133,7 @@ def _paths(root: Any, edges: Sequence[Edge]) -> dict[int, str]:
 
 
 def _are_alike(old: Any, new: Any) -> bool:
-    """Say whether a program made with the one serves the other."""
+    """Check whether a program traced with `old` may be used with `new`."""
     if isinstance(old, Tensor):
         return isinstance(new, Tensor)
     if isinstance(old, FunctionType):
@@ -137,10 +142,10 @@ def _are_alike(old: Any, new: Any) -> bool:
 
 
 def _walk(root: Any) -> Iterator[Edge]:
-    """List every way from a function to what it can reach, nearest first."""
+    """List every edge that can be reached from a function, breadth first."""
     queue, seen = deque([root]), {id(root)}
-    keep = [root]  # what is made on the way, as bound methods are, keeps its id
-    while queue and len(seen) < MOST:
+    keep = [root]  # keeps objects created on the way, such as bound methods, and so their ids
+    while queue and len(seen) < MAX_OBJECTS:
         for edge in _parts(queue.popleft()):
             yield edge
             if id(edge.value) not in seen:
@@ -153,7 +158,7 @@ ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device,
 
 
 def _parts(x: Any) -> Iterator[Edge]:
-    """List what something holds."""
+    """List what an object holds."""
     if isinstance(x, ATOMS):
         return
     if isinstance(x, FunctionType):
@@ -184,8 +189,8 @@ def _parts(x: Any) -> Iterator[Edge]:
 
 
 def _parts_of_function(fn: FunctionType) -> Iterator[Edge]:
-    if fn.__globals__.get("__name__") == "fdl.compile" and "__wrapped__" in vars(fn):
-        # A jitted function: what it is made of, and not the programs that it keeps.
+    if fn.__globals__.get("__name__") == f"{__package__}._jit" and "__wrapped__" in vars(fn):
+        # A jitted function: follow the original, not the programs in its cache.
         yield Edge(_attribute, fn, "__wrapped__", vars(fn)["__wrapped__"], "")
         return
     for i, cell in enumerate(fn.__closure__ or ()):
@@ -196,7 +201,7 @@ def _parts_of_function(fn: FunctionType) -> Iterator[Edge]:
             yield Edge(getattr, fn, name, defaults, "default")
     for name, value in vars(fn).items():
         yield Edge(_attribute, fn, name, value, name)
-    if is_users(fn.__code__):
+    if is_user_code(fn.__code__):
         names = _names(fn.__code__)
         for name in names & fn.__globals__.keys():
             value = fn.__globals__[name]
@@ -205,7 +210,7 @@ def _parts_of_function(fn: FunctionType) -> Iterator[Edge]:
 
 
 def _parts_of_module(module: Any, names: set[str]) -> Iterator[Edge]:
-    """List those of the contents of a module that the code of a function mentions."""
+    """List the attributes of a module that the code of a function mentions."""
     if not isinstance(module, ModuleType) or _is_foreign(module.__name__):
         return
     for name in names & vars(module).keys():
@@ -226,7 +231,7 @@ def _parts_of_object(x: Any) -> Iterator[Edge]:
     if type(x).__name__ == "cell":
         try:
             yield Edge(getattr, x, "cell_contents", x.cell_contents, "")
-        except ValueError:  # not filled yet
+        except ValueError:  # still empty
             return
     for name, value in list(getattr(x, "__dict__", {}).items()):
         yield Edge(_attribute, x, name, value, "" if name in REGISTRIES else name)
@@ -248,7 +253,7 @@ def _slots(kind: type) -> Sequence[str]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """List the names that code mentions, those of functions inside included."""
+    """Return the names that code mentions, including its inner functions."""
     inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
     return set(code.co_names).union(*inner)
 

@@ -1,8 +1,8 @@
-"""Operations written in primitives: those of Inductor, but for some that lose a NaN or a sign.
+"""Decompositions into primitives: Inductor's, except for some that lose a NaN or a sign.
 
-Inductor's compare such that a NaN takes the branch of ordinary numbers, so that the derivative of
-a loss that is NaN may be 0 or 1; and `x % y` and `clamp` change the sign of a zero. Those here
-equal torch's own kernels.
+In some of Inductor's a NaN takes the branch of ordinary numbers, so that the derivative of a loss
+that is NaN may be 0 or 1; and its `x % y` and `clamp` change the sign of a zero. The decompositions
+in this file equal torch's own kernels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-MEAN = 1  # of reductions: 0 is none, 2 the sum
+MEAN = 1  # the reduction; 0 is none, 2 the sum
 
 
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return how to write each operation that Inductor does not take as it is."""
-    # A second to import, which those who do not compile save; decompositions look into lowering.
+    """Return the decomposition of each operation that Inductor does not lower directly."""
+    # Imported here because it takes a second; decompositions depend on lowering.
     import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
@@ -31,20 +31,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def elu_backward(
     grad: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor
 ) -> Tensor:
-    """Also of `selu` and `celu`; `x` is what came in, or what came out if `is_result`."""
+    """Also for `selu` and `celu`; `x` is the input, or the output if `is_result`."""
     negative = x + alpha * scale if is_result else alpha * scale * torch.exp(x * input_scale)
     return torch.where(x > 0, grad * scale, grad * input_scale * negative)
 
 
 def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """1 from 3 on, 0 up to −3, x/3 + ½ in between."""
+    """1 for x ≥ 3, 0 for x ≤ −3, x/3 + ½ in between."""
     return torch.where(x >= 3, grad, torch.where(x <= -3, 0.0, grad * (x / 3 + 0.5)))
 
 
 def smooth_l1_loss_backward(
     grad: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float
 ) -> Tensor:
-    """±1 from β on, (x − y)/β nearer to the target."""
+    """±1 if |x − y| ≥ β, (x − y)/β otherwise."""
     difference = x - target
     grad = grad / x.numel() if reduction == MEAN else grad
     far = difference.abs() >= beta
@@ -52,7 +52,7 @@ def smooth_l1_loss_backward(
 
 
 def remainder(x: Tensor, y: Tensor | float) -> Tensor:
-    """Subtract no multiple of y that is rounded: `fmod` is exact, and keeps the sign of a zero."""
+    """Use `fmod`, which is exact and keeps the sign of a zero; x − y ⌊x/y⌋ would be rounded."""
     if not x.is_floating_point():
         return NotImplemented
     rest = torch.fmod(x, y)
@@ -61,17 +61,17 @@ def remainder(x: Tensor, y: Tensor | float) -> Tensor:
 
 
 def clamp_min(x: Tensor, low: float) -> Tensor:
-    """Of two zeros `maximum` takes the second one."""
+    """Rely on `maximum` returning the second of two zeros."""
     return torch.maximum(_scalar(low, x), x) if x.is_floating_point() else NotImplemented
 
 
 def clamp_max(x: Tensor, high: float) -> Tensor:
-    """Of two zeros `minimum` takes the second one."""
+    """Rely on `minimum` returning the second of two zeros."""
     return torch.minimum(_scalar(high, x), x) if x.is_floating_point() else NotImplemented
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """1/√x where torch takes it, which is −∞ at −0 and NaN at −∞."""
+    """Use 1/√x where torch does: it is −∞ at −0 and NaN at −∞."""
     return torch.rsqrt(x) if exponent == -0.5 and x.is_floating_point() else NotImplemented
 
 

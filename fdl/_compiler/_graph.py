@@ -1,4 +1,4 @@
-"""Helpers for `torch.fx` graphs: inputs, outputs, unused results of loops, purity."""
+"""Helpers for `torch.fx` graphs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
-NEEDS_Y = RELEASE < (2, 12)  # the loop has to put something out
+NEEDS_Y = RELEASE < (2, 12)  # the loop has to have a y
 MOVE = torch.ops.prims.device_put.default  # to another device
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
 
-def _forget_unused(module: GraphModule, loop: Node) -> None:
-    """Take from the body of a loop what nobody reads: metrics, say, where only the state counts."""
+def prune_loop_outputs(module: GraphModule, loop: Node) -> None:
+    """Remove loop outputs that are never read, such as unused metrics."""
     reference, init, *_ = cast(Any, loop.args)
     body = cast(GraphModule, module.get_submodule(reference.target))
     results = results_of(body.graph)
@@ -36,23 +36,26 @@ def _forget_unused(module: GraphModule, loop: Node) -> None:
     loop.meta["val"] = tuple(loop.meta["val"][i] for i in kept)
 
 
-def _is_mutable(node: Node) -> bool:
+def is_mutable(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
-def _check_pure(graph: GraphModule, names: Sequence[str]) -> None:
-    """Raise if an argument or a closed-over tensor is changed; all else is pure by now."""
+def check_pure(graph: GraphModule, names: Sequence[str]) -> None:
+    """Raise if an argument or a closed-over tensor is changed in place.
+
+    Other in-place operations have been replaced by now.
+    """
     named = dict(zip(nodes_of(graph.graph, "placeholder"), names, strict=False))
     changed = [
         named.get(cast(Node, node.args[0]), "a closed-over tensor")
         for node in graph.graph.nodes
-        if _is_mutable(node)
+        if is_mutable(node)
     ]
     if changed:
         raise ValueError(
             f"jit: the function changes {', '.join(dict.fromkeys(changed))} in place; a jitted "
-            "function must be pure: compute a new tensor and return it"
+            "function must be pure: return a new tensor instead"
         )
 
 
@@ -62,6 +65,6 @@ def nodes_of(graph: Graph, op: str) -> list[Node]:
 
 
 def results_of(graph: Graph) -> list[Node]:
-    """List what a graph returns."""
+    """List the nodes that a graph returns."""
     (output,) = nodes_of(graph, "output")
     return cast(list[Node], list(cast(Any, output.args[0])))

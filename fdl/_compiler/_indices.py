@@ -1,10 +1,10 @@
-"""Indices in a compiled program: checked as eager torch checks them, and before they are used.
+"""Index checks in a compiled program: those of eager torch, done before the index is used.
 
-Inductor checks an index where it loads from there. So labels that are out of range train silently
-where only the derivative is computed and compares them (`_passes.py`); operations that eager torch
-refuses negative indices for (`index_select`, `index_add`) count them from the end once they are
-written in primitives; and an error in a kernel that several threads run ends the process. Here each
-index of an operation passes through `in_range` while the function is traced.
+Inductor checks an index only where a kernel loads with it. So labels out of range would train
+silently if only the derivative is computed, which compares them (`_passes.py`); operations that
+refuse negative indices in eager torch (`index_select`, `index_add`) would accept them once they are
+decomposed; and an error inside a multithreaded kernel aborts the process. Therefore each index of
+an operation passes through `in_range` while the function is traced.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
-OUT_OF_RANGE = "index out of range"  # how the message of the error begins
+OUT_OF_RANGE = "index out of range"  # beginning of the error message
 
 
 class _Index(NamedTuple):
-    """Where an operation takes an index, and what may stand in it: from `low` to below `high`."""
+    """Which argument of an operation is an index, and its range: `low` <= index < `high`."""
 
     position: int
     low: int
     high: int
-    ignored: int | None = None  # a label that is left out
+    ignored: int | None = None  # a label that may be out of range
 
 
 _Args = Sequence[Any]
 
 
 def _along(args: _Args) -> Iterator[_Index]:
-    """`(x, dim, index, …)`, counted from 0."""
+    """`(x, dim, index, …)`, without negative indices."""
     x, dim = args[:2]
     yield _Index(2, 0, x.shape[dim] if x.ndim else 1)
 
@@ -45,7 +45,7 @@ def _along_from_the_end(args: _Args) -> Iterator[_Index]:
 
 
 def _flat(args: _Args) -> Iterator[_Index]:
-    """`(x, index, …)`, into all elements in a row; negative ones count from the end."""
+    """`(x, index, …)`, into the flattened `x`; negative indices count from the end."""
     yield _Index(1, -args[0].numel(), args[0].numel())
 
 
@@ -60,7 +60,7 @@ def _rows_of_derivative(args: _Args) -> Iterator[_Index]:
 
 
 def _labels(args: _Args) -> Iterator[_Index]:
-    """`(log_p, labels, weight, reduction, ignored)`, with classes along axis 1, or the only one."""
+    """`(log_p, labels, weight, reduction, ignored)`, classes along axis 1, or the only axis."""
     yield _Index(1, 0, args[0].shape[1 if args[0].ndim > 1 else 0], args[4])
 
 
@@ -71,11 +71,11 @@ def _labels_of_derivative(args: _Args) -> Iterator[_Index]:
 
 
 def _unpooled(args: _Args) -> Iterator[_Index]:
-    """`(x, index, sizes, …)`, into all positions of a picture in a row."""
+    """`(x, index, sizes, …)`, into the flattened pixels of an image."""
     yield _Index(1, 0, torch.Size(args[2]).numel())
 
 
-# By the name of the operation; what changes its first argument in place is named with _ behind it.
+# By the name of the operation, without the _ of in-place variants.
 RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _along),
     **dict.fromkeys(("index_select", "index_add", "index_copy", "index_reduce"), _along),
@@ -90,42 +90,42 @@ RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
 LISTS = ("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put")
 
 
-def checked(op: Any, args: _Args) -> _Args:
-    """Put indices that are known to be in range in the place of those of an operation."""
+def check_indices(op: Any, args: _Args) -> _Args:
+    """Replace the indices among the arguments of an operation by checked ones."""
     if any(isinstance(z, Tensor) and z.is_cuda for z in args):
-        return args  # kernels check, and there is no other way to stop
+        return args  # kernels check; nothing else could stop the program
     name = getattr(op, "_opname", "").removesuffix("_")
     new = list(args)
-    if name in LISTS:  # `(x, indices, …)`: one for each of the first axes, None for all of it
+    if name in LISTS:  # `(x, indices, …)`: one for each of the first axes, None for a whole axis
         sizes = zip(args[1], args[0].shape, strict=False)
-        if all(_counts(index) for index in args[1] if index is not None):
+        if all(_is_integer(index) for index in args[1] if index is not None):
             new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
     elif name in RULES:
         for i, low, high, ignored in RULES[name](args):
             if ignored is None or ignored in range(low, high):
                 new[i] = _checked(args[i], low, high)
             else:
-                left_out = args[i] == ignored
-                found = _checked(torch.where(left_out, low, args[i]), low, high)
-                new[i] = torch.where(left_out, ignored, found)
+                is_ignored = args[i] == ignored
+                index = _checked(torch.where(is_ignored, low, args[i]), low, high)
+                new[i] = torch.where(is_ignored, ignored, index)
     return new
 
 
 def _checked(index: Tensor, low: int, high: int) -> Tensor:
-    if index.numel() and low == high:  # nothing is in range
-        raise IndexError(expected(low, high))
+    if index.numel() and low == high:  # the range is empty
+        raise IndexError(range_error(low, high))
     return in_range(index, low, high)
 
 
-def _counts(index: Tensor) -> bool:
-    return index.dtype in (torch.int64, torch.int32)  # a mask does not
+def _is_integer(index: Tensor) -> bool:
+    return index.dtype in (torch.int64, torch.int32)  # not a mask
 
 
 @torch.library.custom_op("fdl::in_range", mutates_args=())
 def in_range(index: Tensor, low: int, high: int) -> Tensor:
-    """Return a copy of `index`; raise unless all of it is from `low` to below `high`."""
+    """Return a copy of `index`; raise unless `low` <= index < `high` for all elements."""
     if index.numel() and not (index.min() >= low and index.max() < high):
-        raise IndexError(expected(low, high))
+        raise IndexError(range_error(low, high))
     return index.clone()
 
 
@@ -134,8 +134,8 @@ def _(index: Tensor, low: int, high: int) -> Tensor:
     return torch.empty_like(index)
 
 
-def expected(low: int, high: int) -> str:
-    """Say what was expected."""
+def range_error(low: int, high: int) -> str:
+    """Return the error message for an index out of range."""
     return f"{OUT_OF_RANGE}: expected {low} <= index < {high}"
 
 
@@ -150,11 +150,11 @@ SAME_ELEMENTS = (
 
 
 def merge_checks(graph: Graph) -> None:
-    """Check once what a value and its derivative take the same index for."""
+    """Merge equal checks of an index, such as those of a value and its derivative."""
     first: dict[tuple[Any, ...], Node] = {}
     for node in graph.find_nodes(op="call_function", target=IN_RANGE):
         index, *limits = cast(Any, node.args)
-        # The body of a loop is traced a second time, with the checks that it has.
+        # A loop body is traced a second time, with the checks that it already has.
         if index.target is IN_RANGE and list(index.args[1:]) == limits:
             same = index
         else:
@@ -165,29 +165,29 @@ def merge_checks(graph: Graph) -> None:
 
 
 def hoist_checks(loop: Node, body: Graph) -> None:
-    """Check all rows of what a loop walks along before it begins, not each at its turn."""
+    """Check indices in the xs of a loop once before the loop, instead of row by row."""
     _, init, xs, _ = cast(Any, loop.args[:4])
     rows = body.find_nodes(op="placeholder")[len(init) : len(init) + len(xs)]
     for i, row in enumerate(rows):
         for low, high in _ranges_of_all(row, body):
             with loop.graph.inserting_before(loop):
-                whole = loop.graph.call_function(IN_RANGE, (xs[i], low, high))
-            whole.meta["val"] = xs[i].meta["val"].clone()
-            xs = [*xs[:i], whole, *xs[i + 1 :]]
+                all_rows = loop.graph.call_function(IN_RANGE, (xs[i], low, high))
+            all_rows.meta["val"] = xs[i].meta["val"].clone()
+            xs = [*xs[:i], all_rows, *xs[i + 1 :]]
             loop.args = (loop.args[0], init, xs, *loop.args[3:])
 
 
 def _ranges_of_all(row: Node, body: Graph) -> list[tuple[int, int]]:
-    """Take the checks of every element of a row out of the body of a loop; list their ranges."""
-    found: dict[tuple[int, int], dict[int | None, list[Node]]] = {}
+    """Remove the checks that cover a whole row from a loop body, and list their ranges."""
+    checks: dict[tuple[int, int], dict[int | None, list[Node]]] = {}
     for node in body.find_nodes(op="call_function", target=IN_RANGE):
         index, low, high = cast(Any, node.args)
         origin, part = _origin(index)
         if origin is row:
-            found.setdefault((low, high), {}).setdefault(part, []).append(node)
+            checks.setdefault((low, high), {}).setdefault(part, []).append(node)
     ranges = []
-    for (low, high), parts in found.items():
-        # Steps that are written one after the other take one part each.
+    for (low, high), parts in checks.items():
+        # Unrolled steps check one part each.
         if None in parts or len(parts) == len(row.meta["val"]):
             ranges.append((low, high))
             for node in [node for nodes in parts.values() for node in nodes]:
@@ -197,7 +197,7 @@ def _ranges_of_all(row: Node, body: Graph) -> list[tuple[int, int]]:
 
 
 def _origin(index: Node) -> tuple[Node, int | None]:
-    """Find the node that has the elements of `index`, or of which it is part number so many."""
+    """Return the node whose elements `index` has, and which part of it `index` is, or None."""
     while index.target in SAME_ELEMENTS:
         index = cast(Node, index.args[0])
     if index.target is aten.select.int and index.args[1] == 0:

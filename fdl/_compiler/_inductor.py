@@ -1,4 +1,4 @@
-"""From a graph to a program: the one place that knows Inductor, torch's compiler."""
+"""Compile a graph with Inductor, torch's compiler; nothing else calls it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
+from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 
-RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
 
 def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
-    """Compile a graph of primitives for fake `inputs`; its last nodes may write to its inputs."""
+    """Compile a graph of primitives for fake `inputs`; its last operations may write to them."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch about itself
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -42,18 +41,18 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         V.set_fake_mode(mode),
         warnings.catch_warnings(),
     ):
-        # Float32 products are float32 unless somebody asks for less.
+        # Float32 products are computed in float32 unless the user asks for less.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         _keep_strides(graph)
         joint_graph_passes(graph)
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
-    return _with_errors_of_torch(cast(Compiled, compiled))
+    return _with_index_errors(cast(Compiled, compiled))
 
 
-def _with_errors_of_torch(compiled: Compiled) -> Compiled:
-    """Raise what torch raises for an index that is out of range; C++ knows one kind of error."""
+def _with_index_errors(compiled: Compiled) -> Compiled:
+    """Raise an IndexError for an index out of range; from C++ every error is a RuntimeError."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         try:
@@ -67,9 +66,9 @@ def _with_errors_of_torch(compiled: Compiled) -> Compiled:
 
 
 def _keep_strides(graph: GraphModule) -> None:
-    """Have results laid out as they were traced, since the next step of a loop takes them.
+    """Keep the strides of the results as traced: the next step of a loop expects them.
 
-    Otherwise those of convolutions, or their weights, may come with channels last.
+    Otherwise convolutions may return channels-last memory.
     """
     (output,) = nodes_of(graph.graph, "output")
     strides = [node.meta["val"].stride() for node in results_of(graph.graph)]
@@ -81,46 +80,46 @@ def _options(on_cpu: bool) -> dict[str, Any]:
     from torch._inductor import config
 
     options: dict[str, Any] = {
-        # What is rounded to 16 bits is rounded, also where a kernel goes on with it in 32.
+        # Round values of 16 bits even if a kernel continues with them in 32 bits.
         "emulate_precision_casts": True,
-        # Inductor copies a shared intermediate result into each of its users until it counts so
-        # many operations. Twenty rounds of Threefry share so much that with the default, 30, a
-        # draw takes ten times longer to compile; the program is as fast.
+        # Inductor recomputes a shared intermediate result in each of its users up to this number of
+        # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw
+        # takes ten times longer to compile, and the program is not faster.
         "realize_opcount_threshold": 8,
-        # Without this a program with a loop is not looked up in the cache on disk.
+        # Without this, programs with a loop are not cached on disk.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
     }
     if on_cpu:
         if config.cpp.vec_isa_ok is None:
-            # Any compiler that reads torch's headers knows the instructions that torch itself looks
-            # for; a trial of each with those headers takes two seconds.
+            # Any compiler that accepts torch's headers supports the instruction sets that torch
+            # looks for; compiling a test for each takes two seconds.
             options["cpp.vec_isa_ok"] = True
-        # Convolutions of a few channels are faster in the layout they have than with channels last.
+        # Convolutions of few channels are faster in their own layout than in channels-last.
         options["layout_optimization"] = False
     if on_cpu and RELEASE >= (2, 12):
-        # Halves the cost of a step of a small model; with torch 2.11 `scan` fails in it.
+        # Halves the cost of a step of a small model; `scan` fails with it in torch 2.11.
         options["cpp_wrapper"] = True
-        # Kernels, and the code around them, which needs less care, as two files: half the time.
+        # Compile kernels and wrapper as two files, the latter unoptimised: half the time.
         options["cpp_wrapper_build_separate"] = True
     return options
 
 
 def kernels_written() -> int:
-    """Count the kernels that Inductor wrote, or found in its cache, in this process."""
+    """Return how many kernels Inductor has generated, or loaded from its cache, in this process."""
     metrics = sys.modules.get("torch._inductor.metrics")
     return metrics.generated_kernel_count if metrics else 0
 
 
 @cache
 def missing_compiler() -> str:
-    """Look for the C++ compiler that Inductor needs on the CPU; say what to do if there is none."""
+    """Return a message if the C++ compiler that Inductor needs on the CPU is missing, else ''."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # what it raises depends on the platform and the release of torch
+    except Exception as error:  # its type depends on the platform and the release of torch
         return (
-            "no C++ compiler was found, and functions of CPU tensors need one; install g++ or "
+            "no C++ compiler was found, which functions of CPU tensors need; install g++ or "
             f"clang++, or set CXX ({error})"
         )
     return ""

@@ -1,7 +1,7 @@
-"""A traced program run operation by operation, its loops over their compiled bodies.
+"""Run a traced program operation by operation, with compiled loop bodies.
 
-So programs with loops run on CUDA, where all of it is recorded once as a CUDA graph
-(`_cuda_graphs.py`), and on the CPU where Inductor cannot emit the loop.
+This is how programs with loops run on CUDA, where everything is then captured as a CUDA graph
+(`_cuda_graphs.py`), and on the CPU if Inductor cannot emit the loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def loop_in_python(
 ) -> list[Tensor]:
     """Run `[*carry, *row, *constants] -> [*carry, *y]` over the rows of xs; stack the ys."""
     carry, ys = init, []
-    xs = [x.contiguous() for x in xs]  # rows are traced so
+    xs = [x.contiguous() for x in xs]  # as the body was traced
     for i in range(len(xs[0])):
         out = body([*carry, *(x[i] for x in xs), *constants])
         carry = list(out[: len(init)])
@@ -35,11 +35,11 @@ def loop_in_python(
 
 
 def compile_bodies(traced: Traced, loop: Loop = loop_in_python) -> Compiled:
-    """Compile the body of each loop; what surrounds the outermost loops is a few small operations.
+    """Compile the body of each loop; around the outermost loops there are few operations.
 
     Args:
         traced: the program.
-        loop: how to run an outermost loop; those inside a body are run in Python.
+        loop: runs an outermost loop; inner loops run in Python.
     """
     bodies: dict[str, Compiled] = {}
     for node in nodes_of(traced.graph.graph, "call_function"):
@@ -58,19 +58,19 @@ def _lower(body: GraphModule, traced: Traced) -> Compiled:
     return _inductor.lower(body, traced.mode, inputs)
 
 
-def uncompiled(traced: Traced, loop: Loop = loop_in_python) -> Compiled:
-    """Run every operation by itself, those of loop bodies too."""
+def interpret(traced: Traced, loop: Loop = loop_in_python) -> Compiled:
+    """Run every operation by itself, also in loop bodies."""
 
     def body_of(name: str) -> Compiled:
         graph = cast(GraphModule, traced.graph.get_submodule(name))
-        return uncompiled(traced._replace(graph=graph))
+        return interpret(traced._replace(graph=graph))
 
     bodies = {name: body_of(name) for name, _ in traced.graph.named_children()}
     return lambda inputs: cast(list[Tensor], _Run(traced.graph, bodies, loop).run(*inputs))
 
 
 class _Run(Interpreter):
-    """Runs a graph operation by operation, save for the bodies of its loops."""
+    """Interprets a graph, except for the bodies of its loops."""
 
     def __init__(self, graph: GraphModule, bodies: dict[str, Compiled], loop: Loop) -> None:
         super().__init__(graph)
@@ -85,6 +85,6 @@ class _Run(Interpreter):
 
 
 def longest_loop(traced: Traced) -> int:
-    """Count the steps of the longest outermost loop; 0 if there is none."""
+    """Return the number of steps of the longest outermost loop, 0 without loops."""
     nodes = [node for node in traced.graph.graph.nodes if node.target is LOOP]
     return max((len(cast(Any, node.args[2])[0].meta["val"]) for node in nodes), default=0)

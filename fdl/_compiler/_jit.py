@@ -16,42 +16,56 @@ from torch import Tensor
 
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources
-from fdl._compiler._donation import donated_indices, give_away, own_memory, take_back
+from fdl._compiler._donation import copy_if_shared, donated_indices, invalidate, revalidate
 from fdl._compiler._inductor import kernels_written
 from fdl._compiler._routes import Program, Refused, Route, build
-from fdl._compiler._settings import Ambient, ambient, are_watched, changes, has_grad
-from fdl._compiler._signature import flatten, form, paths
+from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
+from fdl._compiler._signature import flatten, paths, signature
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
-_Key = tuple[Hashable, tuple[Any, ...], Ambient]  # structure, forms of leaves, settings
+_Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, signature of the leaves, settings
 
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
 
 class Report(NamedTuple):
-    """What one program of a jitted function is.
+    """How `jit` compiled one program, and how it runs: an element of `Jitted.report()`.
+
+    Attributes:
+        why: why the program was compiled: the first call, or what was new about the arguments,
+            torch's settings or the closed-over tensors.
+        route: how it runs: `"one program"` or `"CUDA graph"`, or a slower way: `"compiled loop
+            bodies"`, `"CUDA graphs of loops"`, `"compiled"` (without a graph), `"eager"`.
+        seconds: time to trace, compile and run it the first time.
+        kernels: kernels that Inductor generated; those of a loop body count once.
+        graphs: CUDA graphs; 0 on the CPU.
+        memory: bytes that the CUDA graphs keep between calls.
+        fallbacks: why it does not run in a faster way; empty if it runs in the fastest.
+        closed_over: names of the tensors that it reads besides its arguments.
 
     >>> fn = jit(lambda x: x + 1)
     >>> fn.report()                             # nothing is compiled before the first call
     ()
+    >>> Report._fields[:3]
+    ('why', 'route', 'seconds')
     """
 
-    why: str  # why it was made: what is new in the form of the arguments
-    route: str  # how it runs: "one program", "CUDA graph", …
-    seconds: float  # it took to trace and compile, the first run included
-    kernels: int  # that the compiler wrote; those of a loop's body count once
-    graphs: int  # CUDA graphs: one, but for loops that are too long, and where there is no GPU
-    memory: int  # bytes that they keep for its arguments, results and in between
-    fallbacks: tuple[str, ...]  # why it runs no faster way
-    closed_over: tuple[str, ...] = ()  # names of the tensors that it reads beside its arguments
+    why: str
+    route: str
+    seconds: float
+    kernels: int
+    graphs: int
+    memory: int
+    fallbacks: tuple[str, ...]
+    closed_over: tuple[str, ...] = ()
 
 
 class Jitted(Protocol[P, R]):
-    """A function made by `jit`.
+    """The type of a function that `jit` returns: callable like the original, with `report()`.
 
     >>> fn: Jitted = jit(lambda x: x + 1)
     >>> with disable_jit():
@@ -60,10 +74,14 @@ class Jitted(Protocol[P, R]):
     """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the program for the form of these arguments."""
+        """Run the program for the structure, shapes, dtypes and devices of these arguments."""
 
     def report(self) -> tuple[Report, ...]:
-        """Say what each program is, in the order in which they were made."""
+        """Return a `Report` for each compiled program, oldest first, backward passes last.
+
+        >>> jit(lambda x: x + 1).report()
+        ()
+        """
 
 
 @contextmanager
@@ -84,130 +102,139 @@ def disable_jit() -> Iterator[None]:
 
 
 def jit(
-    fn: Callable[P, R], *, donate: int | Sequence[int] = (), strict: bool = False
+    fn: Callable[P, R], *, donate_argnums: int | Sequence[int] = (), strict: bool = False
 ) -> Jitted[P, R]:
     """Compile a pure function of trees of tensors; equals `fn` to rounding.
 
-    Each structure, shape, stride, dtype and device of the arguments gets a program of its own,
-    compiled at the first call; so does each state of torch's settings (autocast, default dtype and
-    device, grad mode, …). As with `jax.jit`, `fn` is traced, not run: what depends on Python values
-    is decided once per program, so numbers that change must be tensors. Inside another `jit` or a
-    `torch.func` transformation, `fn` is inlined; `backward()` through its result runs a jitted
-    function as well. Tensors that `fn` closes over are looked up by their names at each call; none
-    may be changed in place but those that `fn` makes, and `fn` may keep none.
+    One program is compiled at the first call for each structure, shape, stride, dtype and device of
+    the arguments, and for each state of torch's settings (autocast, default dtype and device, grad
+    mode, …). As with `jax.jit`, `fn` is traced: Python values are fixed when a program is compiled,
+    so numbers that change must be tensors. Inside another `jit` or a `torch.func` transformation,
+    `fn` is inlined; `backward()` through its result runs a jitted function too. Closed-over tensors
+    are looked up by name at each call. `fn` must not change a tensor in place that it did not
+    create, nor keep a tensor after it returns.
 
-    On the CPU all of `fn`, its scans included, is one program. On CUDA it is one CUDA graph: a scan
-    of a whole epoch is launched by a single call.
+    On the CPU all of `fn`, scans included, is one program. On CUDA it is one CUDA graph: a single
+    call launches a scan of a whole epoch.
 
     Args:
         fn: a pure function; every leaf of its arguments and its result is a tensor. Random numbers
             come from keys.
-        donate: positions of arguments whose memory the program may take: results are written right
-            there where forms agree and nothing else refers to it. Using a donated tensor afterwards
-            raises, also after a call that failed or was interrupted while the program ran.
-        strict: raise where a program would run in a slower way than this, rather than warn.
+        donate_argnums: position or positions of arguments whose memory the program may reuse for
+            results of the same shape, dtype and device, as in `jax.jit`. Using a donated tensor
+            afterwards raises, even after a call that failed or was interrupted while running.
+        strict: raise instead of warning if a program would run in a slower way than this.
 
     Returns:
         A function with the signature of `fn`, and with `report()`. Its results never share memory
-        with arguments.
+        with its arguments.
 
     Raises:
         TypeError: an argument or the result holds a leaf that is not a tensor (at call).
-        ValueError: `donate` names an absent argument, a tensor is donated and also passed or
-            closed over, something is donated though an argument requires grad, `fn` closes over a
-            tensor that requires grad, changes in place what it has not made, keeps a tensor after
-            it returned, or draws from torch's generator (at call).
+        ValueError: `donate_argnums` is out of range, a donated tensor is also passed elsewhere or
+            closed over, something is donated although an argument requires grad, or `fn` closes
+            over a tensor that requires grad, changes a tensor in place that it did not create,
+            keeps a tensor after it returned, or draws from torch's generator (at call).
         NotImplementedError: an argument is a DTensor that requires grad (at call).
-        RuntimeError: a slower way was to be taken, and `strict` (at call).
+        RuntimeError: `strict`, and only a slower way is possible (at call).
 
     >>> double = jit(lambda params: {"w": params["w"] * 2})
     >>> with disable_jit():                     # a doctest need not wait for the compiler
     ...     double({"w": torch.ones(2)})
     {'w': tensor([2., 2.])}
     """
-    positions = (donate,) if isinstance(donate, int) else tuple(donate)
-    made: dict[_Key, list[_Made]] = {}  # several where what is closed over had several forms
-    records: list[_Made] = []
+    argnums = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+    cache: dict[_Key, list[_Entry]] = {}  # one entry for each signature of closed-over tensors
+    entries: list[_Entry] = []  # all of the cache, oldest first
     backwards: dict[Any, Any] = {}
-    donated_in: dict[Hashable, list[int]] = {}  # which leaves, by structure
+    donated_in: dict[Hashable, list[int]] = {}  # donated leaves, by structure
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # While Dynamo traces there is nothing to look up, and a ContextVar it could not read.
+        # While Dynamo traces there is nothing to look up, and it cannot read a ContextVar.
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
         leaves, spec = flatten((args, kwargs))
         _check_arguments(fn, leaves, args, kwargs)
-        state = ambient()
+        settings = current_settings()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            return with_backward(leaves, spec, state)
-        if not positions:
-            return run(leaves, spec, state)
+            return with_backward(leaves, spec, settings)
+        if not argnums:
+            return run(leaves, spec, settings)
         if spec not in donated_in:
-            donated_in[spec] = donated_indices(args, positions)
-        return run(leaves, spec, state, donated_in[spec])
+            donated_in[spec] = donated_indices(args, argnums)
+        return run(leaves, spec, settings, donated_in[spec])
 
     def run(
-        leaves: list[Tensor], spec: Hashable, state: Ambient, donated: Sequence[int] = ()
+        leaves: list[Tensor], spec: Hashable, settings: Settings, donated: Sequence[int] = ()
     ) -> Any:
-        given = [leaves[i] for i in donated]
-        own_memory(leaves, donated)
-        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # signs yet to be applied
+        donated_leaves = [leaves[i] for i in donated]
+        copy_if_shared(leaves, donated)
+        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # lazy signs
             leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
-        key = (spec, form(leaves), state)
-        for record in made.get(key, ()):
-            constants = record.sources.read()
-            if constants is not None and form(constants) == record.constants:
-                _check_closed_over(constants, leaves, donated, has_grad(state))
-                return _execute(record.program, leaves, constants, donated, given)
-        return first_run(key, leaves, donated, given)
+        key = (spec, signature(leaves), settings)
+        for entry in cache.get(key, ()):
+            constants = entry.sources.read()
+            if constants is not None and signature(constants) == entry.constants:
+                _check_closed_over(constants, leaves, donated, has_grad(settings))
+                return _execute(entry.program, leaves, constants, donated, donated_leaves)
+        return first_run(key, leaves, donated, donated_leaves)
 
     def first_run(
-        key: _Key, leaves: list[Tensor], donated: Sequence[int], given: list[Tensor]
+        key: _Key, leaves: list[Tensor], donated: Sequence[int], donated_leaves: list[Tensor]
     ) -> Any:
-        spec, _, state = key
+        spec, _, settings = key
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
-        with torch.set_grad_enabled(has_grad(state)):  # inside backward() it is off
+        with torch.set_grad_enabled(has_grad(settings)):  # inside backward() it is off
             program = build(fn, leaves, spec, donated, route)
         sources = Sources(fn, program.constants)
-        _check_closed_over(sources.tensors, leaves, donated, has_grad(state))
-        result = _execute(program, leaves, sources.tensors, donated, given)
-        seconds, written = time.perf_counter() - start, kernels_written() - kernels
-        why = _why(key, [record.key for record in records])
-        record = _Made(key, program, sources, form(sources.tensors), why, route, seconds, written)
-        made.setdefault(key, []).append(record)
-        records.append(record)
+        constants = sources.tensors
+        _check_closed_over(constants, leaves, donated, has_grad(settings))
+        result = _execute(program, leaves, constants, donated, donated_leaves)
+        entry = _Entry(
+            key,
+            program,
+            sources,
+            signature(constants),
+            _why(key, [entry.key for entry in entries]),
+            route,
+            time.perf_counter() - start,
+            kernels_written() - kernels,
+        )
+        cache.setdefault(key, []).append(entry)
+        entries.append(entry)
         return result
 
-    def with_backward(leaves: list[Tensor], spec: Hashable, state: Ambient) -> Any:
-        if positions:
+    def with_backward(leaves: list[Tensor], spec: Hashable, settings: Settings) -> Any:
+        if argnums:
             raise ValueError(
                 "jit: nothing can be donated where an argument requires grad, since backward() "
                 "needs the arguments; detach them, or take gradients inside with torch.func.grad"
             )
         wanted = tuple(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
-        which = (spec, wanted, state)
-        if which not in backwards:
-            backwards[which] = jit(pullback(fn, spec, wanted, state), strict=strict)
-        return differentiable(partial(run, spec=spec, state=state), backwards[which], leaves)
+        backward_key = (spec, wanted, settings)
+        if backward_key not in backwards:
+            backwards[backward_key] = jit(pullback(fn, spec, wanted, settings), strict=strict)
+        forward = partial(run, spec=spec, settings=settings)
+        return differentiable(forward, backwards[backward_key], leaves)
 
     def report() -> tuple[Report, ...]:
-        own = [record.report() for record in records]
+        reports = [entry.report() for entry in entries]
         behind = [r for backward in backwards.values() for r in backward.report()]
-        return (*own, *(r._replace(why=f"backward: {r.why}") for r in behind))
+        return (*reports, *(r._replace(why=f"backward: {r.why}") for r in behind))
 
     jitted = cast(Any, call)
     jitted.report = report
     return cast(Jitted[P, R], jitted)
 
 
-class _Made(NamedTuple):
-    """A program, and what there is to say of it."""
+class _Entry(NamedTuple):
+    """A program in the cache, and what its report needs."""
 
     key: _Key
     program: Program
-    sources: Sources  # of what it closes over
-    constants: tuple[Any, ...]  # their forms
+    sources: Sources  # of the tensors that it closes over
+    constants: tuple[Any, ...]  # their signature
     why: str
     route: Route
     seconds: float
@@ -230,36 +257,36 @@ def _execute(
     leaves: list[Tensor],
     constants: Sequence[Tensor],
     donated: Sequence[int],
-    given: Sequence[Tensor],
+    donated_leaves: Sequence[Tensor],
 ) -> Any:
-    """Run a program; what it may write to is given away first, should it be interrupted."""
+    """Run a program. Tensors that it may write to are invalidated first: it may be interrupted."""
     if not program.writes:
         result = program.run(leaves, constants)
-        for leaf in given:
-            give_away(leaf)
+        for leaf in donated_leaves:
+            invalidate(leaf)
         return result
-    kinds = [type(leaf) for leaf in given]
-    for i, leaf in zip(donated, given, strict=True):
+    types = [type(leaf) for leaf in donated_leaves]
+    for i, leaf in zip(donated, donated_leaves, strict=True):
         if leaves[i] is leaf:
             leaves[i] = leaf.detach()
-        give_away(leaf)
+        invalidate(leaf)
     try:
         return program.run(leaves, constants)
-    except Refused:  # which happens before anything is written
-        for i, leaf, kind in zip(donated, given, kinds, strict=True):
-            take_back(leaf, kind, leaves[i])
+    except Refused:  # raised before anything is written
+        for i, leaf, tensor_type in zip(donated, donated_leaves, types, strict=True):
+            revalidate(leaf, tensor_type, leaves[i])
         raise
 
 
 def _check_closed_over(
-    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], watched: bool
+    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], grad: bool
 ) -> None:
-    """Raise if what a function closes over is given away by this call, or needs a gradient."""
+    """Raise if a closed-over tensor is donated by this call, or requires grad in grad mode."""
     if constants and donated:
-        taken = {leaves[i].untyped_storage()._cdata for i in donated}
-        if any(leaf.untyped_storage()._cdata in taken for leaf in constants):
+        memory = {leaves[i].untyped_storage()._cdata for i in donated}
+        if any(leaf.untyped_storage()._cdata in memory for leaf in constants):
             raise ValueError("jit: a donated tensor is also closed over by the function; clone it")
-    if watched and any(leaf.requires_grad for leaf in constants):
+    if grad and any(leaf.requires_grad for leaf in constants):
         raise ValueError(
             "jit: the function closes over a tensor that requires grad, which backward() would not "
             "reach; pass it as an argument, detach it, or call under torch.no_grad()"
@@ -267,32 +294,32 @@ def _check_closed_over(
 
 
 def _why(key: _Key, earlier: Sequence[_Key]) -> str:
-    """Say what is new in a form of arguments, compared with the last one."""
+    """Describe what is new about a call, compared with the last program."""
     if not earlier:
         return "the first call"
     if key in earlier:
-        return "what the function closes over has another form"
-    spec, forms, state = key
-    last_spec, last_forms, last_state = earlier[-1]
+        return "the closed-over tensors have another signature"
+    spec, signatures, settings = key
+    last_spec, last_signatures, last_settings = earlier[-1]
     if spec != last_spec:
-        return "another structure of the arguments"
+        return "the arguments have another structure"
     changed = [
         f"{path}: {_describe(new)}, was {_describe(old)}"
-        for path, new, old in zip(paths(spec), forms, last_forms, strict=True)
+        for path, new, old in zip(paths(spec), signatures, last_signatures, strict=True)
         if new != old
     ]
-    return "; ".join(changed + changes(state, last_state))
+    return "; ".join(changed + changes(settings, last_settings))
 
 
-def _describe(form: tuple[Any, ...]) -> str:
-    shape, stride, dtype, device = form
+def _describe(leaf_signature: tuple[Any, ...]) -> str:
+    shape, stride, dtype, device = leaf_signature
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}, strides {list(stride)}, {device}"
 
 
 def _runs_inline() -> bool:
     off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return off or is_tracing() or in_transform() or forward_mode or are_watched()
+    return off or is_tracing() or in_transform() or forward_mode or has_active_mode()
 
 
 def _check_arguments(
@@ -302,6 +329,6 @@ def _check_arguments(
         return
     try:
         named: Any = inspect.signature(fn).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # no signature, or one that they do not fit
+    except (TypeError, ValueError):  # without a signature, or one that does not fit
         named = (args, kwargs)
     check_tensors(leaves, named, "jit: every leaf of an argument")

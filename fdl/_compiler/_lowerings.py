@@ -1,4 +1,4 @@
-"""The operations that fdl adds to those of torch, as Inductor writes them."""
+"""Inductor lowerings of the operations that fdl adds to torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdl._compiler._indices import IN_RANGE, expected
+from fdl._compiler._indices import IN_RANGE, range_error
 
 aten = torch.ops.aten
 
 
 @cache
 def has_onednn() -> bool:
-    """Say whether torch was built with oneDNN, and with the product that `fdl::linear` calls."""
+    """Check that torch was built with oneDNN, and with the product that `fdl::linear` calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @torch.library.custom_op("fdl::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x Wᵀ + b by oneDNN, of matrices with any strides."""
+    """Compute x Wᵀ + b by oneDNN, for any strides."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -32,7 +32,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def register() -> None:
-    """Tell Inductor, which this imports."""
+    """Register the lowerings with Inductor, and import it."""
     from torch._inductor.ir import ExternKernel, FixedLayout, NoneLayout, Pointwise, TensorBox
     from torch._inductor.lowering import lowerings, register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
@@ -51,7 +51,7 @@ def register() -> None:
         return TensorBox.create(call)
 
     class RaiseIf(ExternKernel):
-        """An error between kernels: one in a kernel would end a process with several threads."""
+        """Raises between kernels: an error inside a kernel would abort a multithreaded process."""
 
         def __init__(self, flag: TensorBox, message: str) -> None:
             flag.realize()
@@ -82,11 +82,11 @@ def register() -> None:
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:
         below, above = lowerings[aten.lt](index, low), lowerings[aten.ge](index, high)
         outside = lowerings[aten.logical_or](below, above)
-        RaiseIf(lowerings[aten.any](outside), expected(low, high))
+        RaiseIf(lowerings[aten.any](outside), range_error(low, high))
         dtype, load = index.get_dtype(), index.make_loader()
 
         def clamped(at: Any) -> Any:
-            # Nothing else is read, whichever comes first; and Inductor checks no more.
+            # Loads stay in range even if they run before the check, and Inductor adds no check.
             at_least = ops.maximum(load(at), ops.constant(low, dtype))
             return ops.minimum(at_least, ops.constant(high - 1, dtype))
 

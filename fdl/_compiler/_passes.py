@@ -1,12 +1,12 @@
-"""Rewritings of a graph: on the CPU for speed, and where Inductor computes something else.
+"""Graph rewrites: for speed on the CPU, and where Inductor's result would differ from torch's.
 
-torch hands matrix products to MKL, which on processors of other makers falls back to older
-instructions and is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions,
-writes its kernels for the processor at hand: for the products of a classifier of ten classes it
-took a half to a third of the time. And the tiniest products are not worth a call: as a sum of
-products Inductor merges them with what surrounds them.
+torch passes matrix products to MKL, which uses older instructions on processors of other makers and
+is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions, generates kernels
+for the processor at hand: the products of a classifier with ten classes took a half to a third of
+the time. Tiny products are not worth a call: Inductor fuses a sum of products with the operations
+around it.
 
-A rule fires only where the node itself proves that the result is the same to rounding;
+A rule applies only if the node itself proves that the result is the same to rounding;
 `tests/compiler/test_passes.py` has a table for each.
 """
 
@@ -26,9 +26,9 @@ from fdl._compiler._lowerings import has_onednn
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-TINY = 4096  # multiplications up to which a product is written out
+TINY = 4096  # multiplications; a product with at most so many is written as a sum
 
-Call = Callable[..., Node]  # adds a call to the graph; see `_caller`
+Call = Callable[..., Node]  # adds a call to the graph: `_caller`
 
 
 def rewrite(module: GraphModule, on_cpu: bool) -> None:
@@ -51,7 +51,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
 
 
 def _add(call: Call, node: Node) -> Node | None:
-    """Keep x + 0, which is 0 where x is −0, and which Inductor takes for x."""
+    """Keep x + 0, which is 0 for x = −0, but which Inductor replaces by x."""
     x, y = (cast(Any, z) for z in node.args)
     if not _value(node).is_floating_point() or node.kwargs:
         return None
@@ -73,7 +73,7 @@ def _addmm(call: Call, node: Node) -> Node | None:
 def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Node | None:
     (m, k), n = _value(a).shape, _value(b).shape[1]
     dtype = _value(node).dtype
-    # Sums of integers would be int64; sums of 16-bit numbers are kept in float32 by torch's kernel.
+    # Sums of integers would be int64; torch's kernel accumulates 16-bit numbers in float32.
     if m * n * k <= TINY and dtype in (torch.float32, torch.float64):
         # [m, k, 1] · [1, k, n], summed over k
         products = call(
@@ -92,15 +92,15 @@ def _scatter_add(call: Call, node: Node) -> Node | None:
     into, dim, index, source = cast(Any, node.args)
     if not _is_zeros(into) or dim not in (-1, _value(into).ndim - 1):
         return None
-    if _never_meet(index):
+    if _are_distinct(index):
         return call(aten.scatter.src, into, dim, index, source)
-    return _compare(call, into, index, source)
+    return _scatter_by_comparison(call, into, index, source)
 
 
-def _never_meet(index: Node) -> bool:
-    """Say whether an index is that of a pooling with windows that do not overlap, row by row.
+def _are_distinct(index: Node) -> bool:
+    """Check for the indices of a max pooling whose windows do not overlap.
 
-    No two gradients go to one pixel then, and storing does what adding would, atomically.
+    No two gradients go to the same pixel then, so a store can replace the atomic addition.
     """
     positions = prod(_value(index).shape[-1:])
     while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
@@ -109,50 +109,50 @@ def _never_meet(index: Node) -> bool:
         return False
     _, kernel, _, stride, padding, dilation = cast(Any, index.args)
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
-    apart = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
-    # Positions count the pixels of one picture: each row has to be the windows of one.
-    return bool(apart and positions == prod(_value(index).shape[-len(kernel) :]))
+    disjoint = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
+    # Indices count the pixels of one image: each row has to be the windows of one image.
+    return bool(disjoint and positions == prod(_value(index).shape[-len(kernel) :]))
 
 
-def _compare(call: Call, into: Node, index: Node, source: Node) -> Node | None:
-    """Write one entry of each row by comparison: the derivative of taking a label's log p.
+def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) -> Node | None:
+    """Write one entry per row by comparison, as in the derivative of cross entropy.
 
-    A scatter is a call, and a buffer filled before; a comparison merges with its surroundings.
+    A scatter is a call with a buffer to fill; a comparison fuses with its neighbours.
     """
-    shape, one_each = _value(into).shape, _value(index).shape
-    if one_each != (*shape[:-1], 1) or _value(source).shape != one_each:
+    shape, index_shape = _value(into).shape, _value(index).shape
+    if index_shape != (*shape[:-1], 1) or _value(source).shape != index_shape:
         return None
-    form = {"dtype": _value(index).dtype, "device": _value(index).device}
-    columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **form)
-    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=form["device"])
+    options = {"dtype": _value(index).dtype, "device": _value(index).device}
+    columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **options)
+    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=options["device"])
     return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
 
 
 def _avg_pool_backward(call: Call, node: Node) -> Node | None:
-    """Divide by the size of each window first, where some may hang over what was padded.
+    """Divide by the size of each window first if some extend beyond the padding.
 
     Inductor divides by the size of the kernel (pytorch#198119).
     """
-    grad, x, kernel, stride, padding, hang_over, count_padding, divisor = cast(Any, node.args)
-    if not (hang_over and count_padding) or divisor is not None:
+    grad, x, kernel, stride, padding, ceil_mode, count_padding, divisor = cast(Any, node.args)
+    if not (ceil_mode and count_padding) or divisor is not None:
         return None
     stride, padding = stride or kernel, padding or [0] * len(kernel)
     area: Any = 1
     for axis in range(-len(kernel), 0):
         size, windows = _value(x).shape[axis], _value(grad).shape[axis]
-        form = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
-        # How much is left of the padded axis where each window starts.
+        options = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
+        # What is left of the padded axis from the start of each window on.
         left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
         sides = call(
             aten.minimum.default,
-            call(prims.iota.default, windows, **left, **form),
-            call(aten.full.default, [], kernel[axis], dtype=torch.int64, device=form["device"]),
+            call(prims.iota.default, windows, **left, **options),
+            call(aten.full.default, [], kernel[axis], dtype=torch.int64, device=options["device"]),
         )
         for _ in range(-axis - 1):
             sides = call(aten.unsqueeze.default, sides, -1)
         area = call(aten.mul.Tensor, sides, area)
     shares = call(aten.div.Tensor, grad, area)
-    return call(node.target, shares, x, kernel, stride, padding, hang_over, count_padding, 1)
+    return call(node.target, shares, x, kernel, stride, padding, ceil_mode, count_padding, 1)
 
 
 def _is_zeros(node: Node) -> bool:
@@ -160,7 +160,7 @@ def _is_zeros(node: Node) -> bool:
 
 
 def _is_zero(x: Any) -> bool:
-    """Say whether a number is 0, and not −0, or a tensor full of it."""
+    """Check for the number 0, not −0, or a tensor filled with it."""
     while isinstance(x, Node) and x.target is aten.expand.default:
         x = x.args[0]
     if isinstance(x, Node):
@@ -185,7 +185,7 @@ def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
     return call
 
 
-# What each operation is replaced by, if by anything.
+# A rule returns the replacement of a node, or None to keep it.
 RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
     aten.add.Tensor: _add,
     aten.mm.default: _mm,
@@ -194,4 +194,4 @@ RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
 }
-EVERYWHERE = (_add, _avg_pool_backward)  # rules that are not for speed on the CPU
+EVERYWHERE = (_add, _avg_pool_backward)  # rules for correctness, also on CUDA

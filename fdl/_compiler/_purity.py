@@ -1,4 +1,4 @@
-"""What a traced function must not do besides changing its arguments: draw unseen, keep tensors."""
+"""Side effects that a traced function must not have: hidden random draws, tensors that it keeps."""
 
 from __future__ import annotations
 
@@ -12,85 +12,85 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fdl._compiler._closure import reached, shown
-from fdl._compiler._user_lines import Line, line_here, line_text
+from fdl._compiler._closure import closed_over_tensors, describe
+from fdl._compiler._user_lines import Line, current_user_line, format_line
 
-SWITCHES = ("train", "training", "dropout", "dropout_p")  # off, such operations draw nothing
+SWITCHES = ("train", "training", "dropout", "dropout_p")  # without these, nothing is drawn
 
 
 def check_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise if an operation draws from a generator of torch's: a program has none to go on with."""
+    """Raise if an operation draws from torch's generator, whose state a program cannot advance."""
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return
     arguments = func._schema.arguments
-    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
-    if any(given.get(name) in (False, 0.0) for name in SWITCHES if given.get(name) is not None):
+    values = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    values |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    if any(values.get(name) in (False, 0.0) for name in SWITCHES if values.get(name) is not None):
         return
     raise ValueError(
-        f"jit: {_name(func)} draws from torch's generator, at {line_text(line_here())}; in a "
-        "jitted function random numbers come from a key, which is an argument: draw with "
-        "fdl.random or fdl.nn.dropout, or take a module over with fdl.interop.from_module"
+        f"jit: {_name(func)} draws from torch's generator, at {format_line(current_user_line())}; "
+        "in a jitted function randomness comes from a key, which is an argument: draw with "
+        "fdl.random or fdl.nn.dropout, or convert the module with fdl.interop.from_module"
     )
 
 
-class _Made(NamedTuple):
-    tensor: Callable[[], Tensor | None]
-    how: str
+class _TracedTensor(NamedTuple):
+    tensor: Callable[[], Tensor | None]  # a weak reference
+    origin: str
     line: Line | None
 
 
-class Watch:
-    """The tensors that were made while tracing: none may outlive it."""
+class LeakChecker:
+    """Finds tensors of a trace that outlive it."""
 
     def __init__(self) -> None:
-        self.made: list[_Made] = []
+        self.made: list[_TracedTensor] = []
 
     def note(self, tensors: Any, func: Any = None) -> None:
-        """Remember what an operation made, or what the function is given."""
-        how = "an argument" if func is None else f"made by {_name(func)}"
-        line = None if func is None else line_here()
+        """Record the results of an operation, or without `func` the arguments."""
+        origin = "an argument" if func is None else f"made by {_name(func)}"
+        line = None if func is None else current_user_line()
         for tensor in tensors if isinstance(tensors, tuple | list) else [tensors]:
             if isinstance(tensor, Tensor):
-                self.made.append(_Made(weakref.ref(tensor), how, line))
+                self.made.append(_TracedTensor(weakref.ref(tensor), origin, line))
 
-    def check(self, fn: Callable[..., Any], graph: GraphModule, what: str, since: int = 0) -> None:
-        """Raise if `fn`, now traced, has put a tensor somewhere.
+    def check(self, fn: Callable[..., Any], graph: GraphModule, name: str, since: int = 0) -> None:
+        """Raise if `fn`, which has been traced, keeps a tensor.
 
         Args:
             fn: the function.
-            graph: what was traced, which has tensors of its own.
-            what: the name of the function in errors.
-            since: how many tensors were made before it was called.
+            graph: its graph, which may keep tensors.
+            name: name of the function in the error message.
+            since: how many tensors were recorded before it was called.
         """
-        own = {id(value) for value in _values(graph)}
+        in_graph = {id(value) for value in _values(graph)}
         made, self.made[since:] = self.made[since:], []
-        alive = partial(_alive, made, own)
-        if alive() and (gc.collect(), alive())[1]:  # cycles look kept
+        alive = partial(_alive, made, in_graph)
+        if alive() and (gc.collect(), alive())[1]:  # reference cycles keep tensors alive, too
             raise ValueError(
-                f"{what} keeps a tensor after it returned: {_describe(alive(), fn)}. It is traced, "
-                "not run, so there is no value to keep: return the tensor, and keep it outside"
+                f"{name} keeps a tensor after it returned: {_describe(alive(), fn)}. While tracing "
+                "tensors have no values: return the tensor, and keep the result outside"
             )
 
 
-def _alive(made: Iterable[_Made], own: set[int]) -> list[_Made]:
-    return [m for m in made if (tensor := m.tensor()) is not None and id(tensor) not in own]
+def _alive(made: Iterable[_TracedTensor], known: set[int]) -> list[_TracedTensor]:
+    return [m for m in made if (tensor := m.tensor()) is not None and id(tensor) not in known]
 
 
-def _describe(kept: list[_Made], fn: Callable[..., Any]) -> str:
-    """Name the first that is found by a name, or else the first."""
-    names = {id(_innermost(tensor)): name for name, tensor in reached(fn)}
+def _describe(kept: list[_TracedTensor], fn: Callable[..., Any]) -> str:
+    """Describe the first kept tensor that has a name, or else the last one."""
+    names = {id(_innermost(tensor)): name for name, tensor in closed_over_tensors(fn)}
     named = [(names.get(id(m.tensor())), m) for m in kept]
-    name, made = next((pair for pair in named if pair[0]), named[-1])
-    tensor = made.tensor()
+    name, leaked = next((pair for pair in named if pair[0]), named[-1])
+    tensor = leaked.tensor()
     assert tensor is not None
-    where = f" at {line_text(made.line)}" if made.line else ""
-    origin = f"{shown(tensor)}, {made.how}{where}"
-    return f"{name}, {origin}" if name else origin
+    where = f" at {format_line(leaked.line)}" if leaked.line else ""
+    text = f"{describe(tensor)}, {leaked.origin}{where}"
+    return f"{name}, {text}" if name else text
 
 
 def _innermost(tensor: Tensor) -> Tensor:
-    """Unwrap what torch.func has put around a tensor."""
+    """Remove the wrappers of torch.func from a tensor."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

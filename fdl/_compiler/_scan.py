@@ -1,12 +1,12 @@
-"""`scan`, a loop written as a function, and what of `jit` it has to know.
+"""`scan`: a loop as a function.
 
 How a `scan` runs depends on where it is called:
 
-- eagerly, or under a `torch.func` transformation: a Python loop;
-- inside `jit` on the CPU: torch's `scan` operator, so that Inductor emits the loop itself;
-- inside `jit` on CUDA, or where the operator refuses: a loop over a compiled body;
-- inside `torch.compile`: torch's operator, or the Python loop where Inductor refuses the operator
-  (without `fullgraph`) or gets its backward pass wrong.
+- eagerly, or under a `torch.func` transformation: as a Python loop;
+- inside `jit` on the CPU: as torch's `scan` operator, for which Inductor emits a loop;
+- inside `jit` on CUDA, or if Inductor fails: as a Python loop over a compiled body;
+- inside `torch.compile`: as torch's operator, or as a Python loop if Inductor does not support the
+  operator (without `fullgraph`) or computes wrong gradients.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._compiler._scan_dynamo import _scan_as_operator
-from fdl._compiler._scan_eager import _check_whole, _checked_carry, _scan_as_loop
-from fdl._compiler._scan_traced import _scan_traced
+from fdl._compiler._scan_dynamo import scan_as_operator
+from fdl._compiler._scan_eager import check_carry, check_not_sharded, scan_as_loop
+from fdl._compiler._scan_traced import scan_traced
 from fdl._modes import in_transform, inductor_takes_loops, is_tracing
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -30,7 +30,7 @@ Carry = TypeVar("Carry")
 
 
 class _None(NamedTuple):
-    """Stands for None, which is a tree without leaves to JAX, and to torch a leaf."""
+    """Replaces None, which is an empty tree in JAX but a leaf in torch's pytree."""
 
 
 def _has_none(part: Tree) -> bool:
@@ -38,7 +38,7 @@ def _has_none(part: Tree) -> bool:
 
 
 def _hide(part: Tree) -> Tree:
-    """Put a tree without leaves in the place of each None."""
+    """Replace each None by an empty tree."""
     if not _has_none(part):
         return part
     return pytree.tree_map(lambda leaf: _None() if leaf is None else leaf, part)
@@ -63,22 +63,22 @@ def scan(
     """Fold `f` over the first axis of `xs`: `carry, y = f(carry, x)`; equals `jax.lax.scan`.
 
     Args:
-        f: a pure function `(carry, x) -> (carry, y)`. The carry keeps its structure, shapes and
-            dtypes. `y` is any tree of tensors, `None` or `()` for none.
+        f: a pure function `(carry, x) -> (carry, y)`. The new carry has the structure, shapes and
+            dtypes of the old one. `y` is any tree of tensors, or `None` or `()`.
         init: the first carry, a tree of tensors.
-        xs: a tree of tensors with one common first axis; step `i` sees `leaf[i]`. None or `()` for
-            none, which each step sees.
-        length: the number of steps; needed only where `xs` has no leaves.
+        xs: a tree of tensors with one common first axis; step `i` gets `leaf[i]`. With None or `()`
+            every step gets just that.
+        length: the number of steps; only needed if `xs` has no leaves.
 
     Returns:
-        The last carry, and the `y`s stacked along a new first axis. Of no steps, these are `init`
-        and empty leaves, whose forms one run of `f` on zeros tells.
+        The last carry, and the `y`s stacked along a new first axis. If there are no steps, these
+        are `init` and empty leaves; `f` runs once on zeros to find out their shapes and dtypes.
 
     Raises:
-        TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or one of `xs` or `y` a DTensor
-            (every path is listed).
-        ValueError: `xs` has no common first axis, or `f` changed the form of the carry (every
-            path is listed).
+        TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or a leaf of `xs` or `y` is a
+            DTensor (every path is listed).
+        ValueError: `xs` has no common first axis, or `f` changed the structure, a shape or a dtype
+            of the carry (every path is listed).
 
     >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
     (tensor(6), tensor([0, 0, 1, 3]))
@@ -90,44 +90,42 @@ def scan(
         new, y = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
         return _hide(new) if has_none else new, _hide(y)
 
-    for name, part in [("init", init), ("xs", xs)]:
-        check_tensors(tree.leaves(part), part, f"scan: every leaf of {name}")
-    _check_whole(xs, "xs")
-    length = _scan_length(xs, length)
-    carry, ys = _way(length)(step, init, xs, length)
+    check_tensors(tree.leaves(init), init, "scan: every leaf of init")
+    length = _check_xs("scan", xs, length)
+    carry, ys = _implementation(length)(step, init, xs, length)
     return _show(carry), _show(ys)
 
 
-def _way(length: int) -> Callable[..., tuple[Tree, Tree]]:
-    """Choose how a scan of some steps runs here."""
+def _implementation(length: int) -> Callable[..., tuple[Tree, Tree]]:
+    """Choose how a scan of `length` steps runs here."""
     if length == 0:
-        return _scan_of_no_steps
-    if in_transform():  # the operator has no rules for grad, vmap and jvp
-        return _scan_as_loop
+        return _scan_zero_steps
+    if in_transform():  # for which the operator has no rules
+        return scan_as_loop
     if torch.compiler.is_compiling():
-        return _scan_as_operator if inductor_takes_loops() else _scan_as_loop
-    return _scan_traced if is_tracing() and length > 1 else _scan_as_loop
+        return scan_as_operator if inductor_takes_loops() else scan_as_loop
+    return scan_traced if is_tracing() and length > 1 else scan_as_loop
 
 
-def _scan_length(xs: Tree, length: int | None) -> int:
+def _check_xs(caller: str, xs: Tree, length: int | None = None) -> int:
+    """Check that `xs` are tensors with one common first axis, and return its length."""
+    check_tensors(tree.leaves(xs), xs, f"{caller}: every leaf of xs")
+    check_not_sharded(caller, xs, "xs")
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tree.leaves(xs)}
     if length is not None:
         lengths.add(length)
     if len(lengths) != 1 or None in lengths:
-        found = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(xs).items()}
-        raise ValueError(
-            f"scan: xs needs one common first axis (length={length}), got shapes {found}"
-        )
+        shapes = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(xs).items()}
+        given = "" if length is None else f" (length={length})"
+        raise ValueError(f"{caller}: xs needs one common first axis{given}, got shapes {shapes}")
     return cast(int, lengths.pop())
 
 
-def _scan_of_no_steps(
-    f: Callable[..., Any], init: Tree, xs: Tree, length: int
-) -> tuple[Tree, Tree]:
-    """Return the first carry and empty ys, of the forms that `f` returns for a row of zeros."""
+def _scan_zero_steps(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
+    """Return the first carry, and empty ys like those that `f` returns for a row of zeros."""
     row = tree.map(lambda leaf: _zeros(leaf.shape[1:], leaf), xs)
     carry, y = f(init, row)
-    _checked_carry(init, carry)
+    check_carry(init, carry)
     check_tensors(tree.leaves(y), y, "scan: every leaf of y")
     return init, tree.map(lambda leaf: _zeros((length, *leaf.shape), leaf), y)
 

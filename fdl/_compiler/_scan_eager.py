@@ -1,4 +1,4 @@
-"""`scan` as a Python loop, and the checks that every way of running it shares."""
+"""`scan` as a Python loop, and the checks that all its implementations share."""
 
 from __future__ import annotations
 
@@ -10,56 +10,57 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
 
-def _row(xs: Tree, i: int) -> Tree:
+def row_of(xs: Tree, i: int) -> Tree:
     return tree.map(lambda leaf: leaf[i], xs)
 
 
-def _checked_carry(init: Tree, carry: Tree) -> Tree:
-    """Return `carry` with its leaves in the order of `init`, having compared their forms."""
-    found = tree.match(init, carry, "scan: the carry that f returned")
-    check_tensors(found, carry, "scan: every leaf of the carry that f returned")
-    for before, after in zip(tree.leaves(init), found, strict=True):
+def check_carry(init: Tree, carry: Tree) -> Tree:
+    """Check that `carry` is like `init`, and return it with its keys in the order of `init`."""
+    leaves = tree.match(init, carry, "scan: the carry that f returned")
+    check_tensors(leaves, carry, "scan: every leaf of the carry that f returned")
+    for before, after in zip(tree.leaves(init), leaves, strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             lines = tree.diff(init, carry, values=False)
             raise ValueError(
-                "scan: f must return a carry of the form it was given:\n  " + "\n  ".join(lines)
+                "scan: f must keep the structure, shapes and dtypes of the carry:\n  "
+                + "\n  ".join(lines)
             )
         if _placements(before) != _placements(after):
             raise ValueError(
-                "scan: f must return a carry that is spread as it was given: expected "
+                "scan: f must keep the placements of DTensors in the carry: expected "
                 f"{_placements(before)}, got {_placements(after)}, shape {list(after.shape)}"
             )
-    return pytree.tree_unflatten(found, pytree.tree_structure(init))
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(init))
 
 
-def _check_whole(part: Tree, name: str) -> None:
-    spread = [path for path, leaf in tree.flatten_dict(part).items() if is_spread(leaf)]
-    if spread:
+def check_not_sharded(caller: str, part: Tree, name: str) -> None:
+    sharded = [path for path, leaf in tree.flatten_dict(part).items() if is_dtensor(leaf)]
+    if sharded:
         raise TypeError(
-            f"scan: {name} must be whole, got leaves spread over processes: {', '.join(spread)}; "
-            "gather them (fdl.parallel.gather), or keep them in the carry"
+            f"{caller}: {name} must not be sharded, got DTensors at {', '.join(sharded)}; gather "
+            "them (fdl.parallel.gather) or keep them in the carry"
         )
 
 
 def _placements(leaf: Any) -> Any:
-    return leaf.placements if is_spread(leaf) else None
+    return leaf.placements if is_dtensor(leaf) else None
 
 
-def _scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
+def scan_as_loop(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     carry, ys = init, []
     for i in range(length):
-        new, y = f(carry, _row(xs, i))
-        carry = _checked_carry(init, new)
+        new, y = f(carry, row_of(xs, i))
+        carry = check_carry(init, new)
         check_tensors(tree.leaves(y), y, "scan: every leaf of y")
-        _check_whole(y, "y")
+        check_not_sharded("scan", y, "y")
         ys.append(y)
     return carry, tree.map(lambda *rows: torch.stack(rows), *ys)
 
 
-def _fresh(leaf: Tensor) -> Tensor:
+def contiguous_copy(leaf: Tensor) -> Tensor:
     return leaf.clone(memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,100 +11,159 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
-from fdl._compiler._scan_eager import _check_whole, _checked_carry, _fresh, _scan_as_loop
+from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import faked, trace_flat, unshared, watch
+from fdl._compiler._trace import copy_aliases, leak_checker, to_fake, trace_flat
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
 aten = torch.ops.aten
-AT_ONCE = 10  # tiny steps written one after the other
+MAX_UNROLL = 10  # steps of a tiny body
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
-def _scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
+def scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     """Write the loop into the graph that `jit` is tracing, as one node with the body's graph."""
+    body = _trace_body(f, init, xs)
+    unroll = _unroll_factor(body.graph, length)
+    if unroll == length:
+        return scan_as_loop(f, init, xs, length)
+    operands = _choose_operands(body, length)
+    carried, ys = _write_loop(body, operands, length, unroll)
+    carry = dict(zip(operands.changed, carried, strict=True))
+    carry |= {i: body.init[i] for i in operands.unchanged}
+    leaves = [carry[i] for i in range(len(body.init))]
+    return unflatten(leaves, body.carry_spec), unflatten(ys, body.y_spec)
+
+
+class _Body(NamedTuple):
+    """The traced body, and the leaves that the loop starts from."""
+
+    graph: GraphModule  # (*carry, *row, *closed_over) -> [*carry, *y]
+    init: list[Tensor]
+    xs: list[Tensor]
+    closed_over: list[Tensor]
+    carry_spec: Hashable
+    y_spec: Hashable
+
+
+def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
     init_leaves, carry_spec = flatten(init)
     xs_leaves, x_spec = flatten(xs)
     y_specs: list[Hashable] = []
-    n, m = len(init_leaves), len(xs_leaves)
+    n = len(init_leaves)
 
     def flat(*leaves: Tensor) -> list[Tensor]:
         carry = unflatten(leaves[:n], carry_spec)
         new, y = f(carry, unflatten(leaves[n:], x_spec))
         ys, y_spec = flatten(y)
         check_tensors(ys, y, "scan: every leaf of y")
-        _check_whole(y, "y")
+        check_not_sharded("scan", y, "y")
         y_specs.append(y_spec)
-        return [*flatten(_checked_carry(init, new))[0], *ys]
+        return [*flatten(check_carry(init, new))[0], *ys]
 
-    # With one order in memory throughout, a view in the body is one at each step.
-    init_leaves = [leaf.contiguous() for leaf in faked(init_leaves)]
-    xs_leaves = faked(xs_leaves)
-    names = ["the carry of a scan"] * n + ["the row of xs that a scan is at"] * m
-    made_before = len(watch().made)
+    # If the carry has one memory layout throughout, a view in the body is a view at every step.
+    init_leaves = [leaf.contiguous() for leaf in to_fake(init_leaves)]
+    xs_leaves = to_fake(xs_leaves)
+    names = ["the carry of a scan"] * n + ["the row of xs in a scan"] * len(xs_leaves)
+    made_before = len(leak_checker().made)
     with disable_proxy_modes_tracing():
-        # Copies, for the body may close over the carry's first value, which is another thing.
+        # Copies: the body may also close over the first carry itself.
         fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
-        watch().note(fakes)
-        body, closed_over = trace_flat(flat, fakes, names)
+        leak_checker().note(fakes)
+        graph, closed_over = trace_flat(flat, fakes, names)
     del fakes
-    watch().check(f, body, "scan: the body", made_before)
-    times = _steps_at_once(body, length)
-    if times == length:
-        return _scan_as_loop(f, init, xs, length)
-    arguments, results = nodes_of(body.graph, "placeholder"), results_of(body.graph)
-    # What the body hands on as it is does not change: it need not be carried around.
-    moving = [i for i in range(n) if results[i] is not arguments[i]]
-    still = [i for i in range(n) if results[i] is arguments[i]]
-    used = [i for i in range(m) if arguments[n + i].users]
-    # The operator wants something to carry, and something to walk along.
-    device = next((leaf.device for leaf in [*init_leaves, *xs_leaves]), None)
-    filler = torch.zeros(length, device=device)
-    carried = [_fresh(init_leaves[i]) for i in moving] or [filler[0].clone()]
-    walked = [xs_leaves[i] for i in used] or [filler]
-    constant = unshared([*closed_over, *(init_leaves[i] for i in still)], [])  # it insists
+    leak_checker().check(f, graph, "scan: the body", made_before)
+    return _Body(graph, init_leaves, xs_leaves, closed_over, carry_spec, y_specs[0])
 
-    def step(*leaves: Tensor) -> list[Tensor]:
-        """Outputs must not share memory with inputs or each other, and strides must be stable."""
+
+class _Operands(NamedTuple):
+    """The operands of the loop's node, and the leaves of the carry and of xs that they come from.
+
+    The operator insists on a carry and on xs: without any of them, `filler` takes the place.
+    """
+
+    changed: list[int]  # leaves of the carry that change from step to step
+    unchanged: list[int]  # leaves that the body returns as they are: constants of the loop
+    used: list[int]  # leaves of xs that the body reads
+    carried: list[Tensor]
+    walked: list[Tensor]
+    constants: list[Tensor]  # closed over, then unchanged
+    filler: Tensor  # zeros, [length]
+
+
+def _choose_operands(body: _Body, length: int) -> _Operands:
+    """Choose what the loop carries, what it walks along, and what is constant."""
+    n = len(body.init)
+    arguments, results = nodes_of(body.graph.graph, "placeholder"), results_of(body.graph.graph)
+    changed = [i for i in range(n) if results[i] is not arguments[i]]
+    unchanged = [i for i in range(n) if results[i] is arguments[i]]
+    used = [i for i in range(len(body.xs)) if arguments[n + i].users]
+    device = next((leaf.device for leaf in [*body.init, *body.xs]), None)
+    filler = torch.zeros(length, device=device)
+    return _Operands(
+        changed,
+        unchanged,
+        used,
+        carried=[contiguous_copy(body.init[i]) for i in changed] or [filler[0].clone()],
+        walked=[body.xs[i] for i in used] or [filler],
+        # The operator refuses constants that share memory.
+        constants=copy_aliases([*body.closed_over, *(body.init[i] for i in unchanged)], []),
+        filler=filler,
+    )
+
+
+def _write_loop(
+    body: _Body, operands: _Operands, length: int, unroll: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Write the node of a loop that runs `unroll` steps of the body at each turn.
+
+    Returns:
+        The last values of the leaves in `operands.changed`, and the stacked ys.
+    """
+    changed, unchanged, used, carried, walked, constants, filler = operands
+    n, m = len(body.init), len(body.xs)
+
+    def turn(*leaves: Tensor) -> list[Tensor]:
+        # Outputs must not share memory with inputs or each other, and strides must be stable.
         rest = iter(leaves)
         new = [next(rest) for _ in carried]
         rows = [next(rest) for _ in walked]
-        constants = [next(rest) for _ in closed_over]
-        carry = dict(zip(still, rest, strict=True))
+        closed_over = [next(rest) for _ in body.closed_over]
+        carry = dict(zip(unchanged, rest, strict=True))
         ys = []
-        for i in range(times):
-            at_i = rows if times == 1 else [block[i] for block in rows]
-            row = dict(zip(used, at_i, strict=False))
-            carry |= dict(zip(moving, new, strict=False))
-            got = body(*(carry[i] for i in range(n)), *(row.get(i) for i in range(m)), *constants)
-            new = [got[i] for i in moving] or new
-            ys.append(got[n:] or [torch.zeros_like(filler[0])] * NEEDS_Y)
-        out = ys[0] if times == 1 else [torch.stack(y) for y in zip(*ys, strict=True)]
-        return [_fresh(leaf) for leaf in [*new, *out]]
+        for i in range(unroll):
+            row_leaves = rows if unroll == 1 else [block[i] for block in rows]
+            row = dict(zip(used, row_leaves[: len(used)], strict=True))
+            carry |= dict(zip(changed, new[: len(changed)], strict=True))
+            outputs = body.graph(
+                *(carry[j] for j in range(n)), *(row.get(j) for j in range(m)), *closed_over
+            )
+            new = [outputs[j] for j in changed] or new
+            ys.append(outputs[n:] or [torch.zeros_like(filler[0])] * NEEDS_Y)
+        stacked = ys[0] if unroll == 1 else [torch.stack(y) for y in zip(*ys, strict=True)]
+        return [contiguous_copy(leaf) for leaf in [*new, *stacked]]
 
-    if times > 1:  # copies, for the operator suspects views of what the body closes over
-        walked = [leaf.unflatten(0, (length // times, times)).clone() for leaf in walked]
-    out = LOOP(step, carried, walked, tuple(constant))
-    new = dict(zip(moving, out, strict=False)) | {i: init_leaves[i] for i in still}
-    carry = unflatten([new[i] for i in range(n)], carry_spec)
-    ys = [y if times == 1 else y.flatten(0, 1) for y in out[len(carried) :]]
-    return carry, unflatten(ys, y_specs[0])
+    if unroll > 1:  # copies: the operator refuses views of what the body closes over
+        walked = [leaf.unflatten(0, (length // unroll, unroll)).clone() for leaf in walked]
+    outputs = LOOP(turn, carried, walked, tuple(constants))
+    ys = outputs[len(carried) :]
+    return outputs[: len(changed)], ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
 
 
-def _steps_at_once(body: GraphModule, length: int) -> int:
-    """Say how many steps to write one after the other: several where a step is next to nothing.
+def _unroll_factor(body: GraphModule, length: int) -> int:
+    """Return how many steps to unroll: several if the body is tiny.
 
-    Linear regression on ten examples takes less time than the loop around it, which handles a
-    dozen tensors a turn; and one kernel does ten steps.
+    A step of linear regression on ten examples takes less time than the loop around it, which
+    handles a dozen tensors per turn; unrolled, ten steps are one kernel.
     """
     calls = nodes_of(body.graph, "call_function")
     small = len(calls) <= 200 and all(_is_small(node) for node in calls)
-    return max(n for n in range(1, AT_ONCE + 1) if length % n == 0) if small else 1
+    return max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0) if small else 1
 
 
 def _is_small(node: Node) -> bool:
-    """Say whether an operation is merged with its neighbours and done in a microsecond."""
+    """Check whether an operation fuses with its neighbours and takes about a microsecond."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.numel() > 4096 or node.target is LOOP:
         return False

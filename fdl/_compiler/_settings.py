@@ -1,7 +1,7 @@
-"""Settings of torch that a function's values depend on, besides its arguments.
+"""Settings of torch that the values of a function depend on, besides its arguments.
 
-`jit` keeps a program for each state of them; `checkpoint` and `backward()` run a function again in
-the state of its first run.
+`jit` compiles a program for each combination of them; `checkpoint` and `backward()` run a function
+again under the settings of its first run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-Ambient = tuple[Any, ...]  # one value for each of SETTINGS
+Settings = tuple[Any, ...]  # one value for each of SETTINGS
 
 _C: Any = torch._C
-_precision = _C._get_fp32_precision_getter  # the older getters raise where both ways were used
-DEVICES = ("cpu", "cuda", "xpu", "mps")  # where autocast may be on
+_precision = _C._get_fp32_precision_getter  # the older getters raise if both APIs were used
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # devices with autocast
 
 
 def _default_device() -> torch.device | None:
@@ -31,13 +31,13 @@ def _default_device() -> torch.device | None:
 
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
-    """Say of each device whether autocast is on, and its dtype, which counts in `fn` too."""
+    """Return for each device whether autocast is on, and its dtype, which `fn` may use too."""
     if not _C._is_any_autocast_enabled():
         return (False, torch.get_autocast_dtype("cpu")), (False, torch.get_autocast_dtype("cuda"))
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES)
 
 
-# The first three are those that `under` sets, the fourth is `has_grad`.
+# `use_settings` restores the first three; the fourth is `has_grad`.
 SETTINGS: dict[str, Callable[[], Any]] = {
     "default device": _default_device,
     "autocast": _autocast,
@@ -61,25 +61,25 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 _READERS = tuple(SETTINGS.values())
 
 
-def ambient() -> Ambient:
-    """Return the state of all settings; equal states compute equal values.
+def current_settings() -> Settings:
+    """Return the values of all settings; equal settings compute equal values.
 
-    >>> before = ambient()
+    >>> before = current_settings()
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     ambient() == before
+    ...     current_settings() == before
     False
-    >>> ambient() == before
+    >>> current_settings() == before
     True
     """
     return tuple([read() for read in _READERS])
 
 
-def changes(new: Ambient, old: Ambient) -> list[str]:
-    """Say which settings differ.
+def changes(new: Settings, old: Settings) -> list[str]:
+    """List the settings that differ.
 
-    >>> before = ambient()
+    >>> before = current_settings()
     >>> with torch.no_grad():
-    ...     changes(ambient(), before)
+    ...     changes(current_settings(), before)
     ['gradients: False, was True']
     """
     rows = zip(SETTINGS, new, old, strict=True)
@@ -87,62 +87,62 @@ def changes(new: Ambient, old: Ambient) -> list[str]:
 
 
 @contextmanager
-def under(state: Ambient) -> Iterator[None]:
-    """Run a function again under the dtypes and the device of an earlier state.
+def use_settings(settings: Settings) -> Iterator[None]:
+    """Restore the autocast, default dtype and default device of earlier settings.
 
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     state = ambient()
-    >>> with under(state):
+    ...     settings = current_settings()
+    >>> with use_settings(settings):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.bfloat16
     """
-    device, autocast, dtype, *_ = now = ambient()
-    if state[:3] == now[:3]:
+    device, autocast, dtype, *_ = now = current_settings()
+    if settings[:3] == now[:3]:
         yield
         return
     with ExitStack() as stack:
-        if state[0] != device:
-            stack.enter_context(torch.device(state[0] or "cpu"))
-        for kind, old, new in zip_longest(DEVICES, state[1], autocast):
+        if settings[0] != device:
+            stack.enter_context(torch.device(settings[0] or "cpu"))
+        for kind, old, new in zip_longest(DEVICES, settings[1], autocast):
             if old != new and (old or new[0]):
                 on, cast_to = old or (False, None)
                 stack.enter_context(torch.autocast(kind, enabled=on, dtype=cast_to))
-        if state[2] != dtype:
-            torch.set_default_dtype(state[2])
+        if settings[2] != dtype:
+            torch.set_default_dtype(settings[2])
             stack.callback(torch.set_default_dtype, dtype)
         yield
 
 
-def has_grad(state: Ambient) -> bool:
-    """Say whether autograd records in a state.
+def has_grad(settings: Settings) -> bool:
+    """Check whether grad mode is on.
 
-    >>> has_grad(ambient())
+    >>> has_grad(current_settings())
     True
     """
-    return cast(bool, state[3])
+    return cast(bool, settings[3])
 
 
-def is_plain(state: Ambient) -> bool:
-    """Say whether neither autocast nor a default device changes what operations do."""
-    device, autocast, *_ = state
+def is_plain(settings: Settings) -> bool:
+    """Check that neither autocast nor a default device changes what operations do."""
+    device, autocast, *_ = settings
     return device is None and not any(on for on, _ in autocast)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Run operations as they are written: without autocast, on the device that they name."""
+def as_written() -> Iterator[None]:
+    """Run operations as they are written: without autocast or a default device."""
     with _C._DisableAutocast(), torch.device("cpu"):
         yield
 
 
-def are_watched() -> bool:
-    """Say whether a mode is active that wants to see every operation, as FlopCounterMode does.
+def has_active_mode() -> bool:
+    """Check for an active mode that intercepts every operation, such as FlopCounterMode.
 
     >>> from torch.utils.flop_counter import FlopCounterMode
     >>> with FlopCounterMode(display=False):
-    ...     are_watched()
+    ...     has_active_mode()
     True
-    >>> are_watched()
+    >>> has_active_mode()
     False
     """
     if _C._len_torch_dispatch_stack():

@@ -1,8 +1,8 @@
-"""From a pure Python function to a graph of tensor operations.
+"""Trace a pure Python function into a graph of tensor operations.
 
-The function runs once on fake tensors, which have a form and no values, and each operation on them
-is written down (`make_fx`): below `torch.func`, so that `grad` and `vmap` are resolved by then, and
-in the primitives that Inductor knows.
+The function runs once on fake tensors, which have shapes and dtypes but no values, and `make_fx`
+records each operation: below `torch.func`, so that `grad` and `vmap` are already resolved, and in
+the primitives that Inductor knows.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from fdl._compiler._graph import (
     LITERAL,
     LOOP,
     MOVE,
-    _check_pure,
-    _forget_unused,
-    _is_mutable,
     aten,
+    check_pure,
+    is_mutable,
     nodes_of,
+    prune_loop_outputs,
     results_of,
 )
-from fdl._compiler._indices import checked
-from fdl._compiler._purity import Watch, check_draw
-from fdl._compiler._settings import plainly
+from fdl._compiler._indices import check_indices
+from fdl._compiler._purity import LeakChecker, check_draw
+from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, unflatten
-from fdl._compiler._user_lines import line_of, line_text
-from fdl._dtensor import are_spread
+from fdl._compiler._user_lines import format_line, user_line_of
+from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
 
 
 class _Tracing(TorchDispatchMode):
-    """Puts a fake tensor in the place of each real one that the traced function closes over.
+    """Replaces each real tensor that the traced function closes over by a fake one.
 
-    Without it torch would run some operations on real tensors at once, in-place ones too.
+    Otherwise torch would execute some operations on real tensors, in-place ones too.
     """
 
     supports_higher_order_operators = True
@@ -56,63 +56,63 @@ class _Tracing(TorchDispatchMode):
         self.mode = mode
         self.fakes: dict[int, FakeTensor] = {}  # by the id of the real tensor
         self.reals: dict[int, Tensor] = {}  # by the id of the fake tensor
-        self.watch = Watch()
+        self.leaks = LeakChecker()
 
     def fake(self, leaf: Tensor) -> FakeTensor:
         if isinstance(leaf, FakeTensor):
             return leaf
         if id(leaf) not in self.fakes:
             with _disable_current_modes():
-                found = _fake_like(self.mode, leaf)
-            self.fakes[id(leaf)], self.reals[id(found)] = found, leaf
+                fake = _fake_like(self.mode, leaf)
+            self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if are_spread(types):
-            return NotImplemented  # come back with the parts of which it is made
+        if any_dtensor_type(types):
+            return NotImplemented  # DTensor then dispatches on its local tensors
         kwargs = kwargs or {}
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            args = checked(func, args)
+            args = check_indices(func, args)
         result = func(*args, **kwargs)
-        self.watch.note(result, func)
+        self.leaks.note(result, func)
         return result
 
 
 class Traced(NamedTuple):
-    """A function as a graph, for one form of its arguments."""
+    """The graph of a function, for one signature of its arguments."""
 
     graph: GraphModule  # (*leaves, *constants) -> list of results
-    mode: FakeTensorMode  # that of the fake tensors in the graph
-    constants: list[Tensor]  # what the function closes over, read at each call
+    mode: FakeTensorMode  # of the fake tensors in the graph
+    constants: list[Tensor]  # closed-over tensors, read at each call
     results: list[FakeTensor]
     spec: Hashable  # of the result
 
 
-def watch() -> Watch:
-    """Return, while tracing, what watches over the tensors that are made."""
-    return cast(_Tracing, _modes.tracing.get()).watch
+def leak_checker() -> LeakChecker:
+    """Return the leak checker of the current trace."""
+    return cast(_Tracing, _modes.tracing.get()).leaks
 
 
-def faked(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """While tracing, put fake tensors in the place of real ones, which are closed over."""
+def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Replace real tensors by fake ones in the current trace: they are closed over."""
     return [cast(_Tracing, _modes.tracing.get()).fake(leaf) for leaf in leaves]
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
-    """Trace `fn`, whose arguments have the structure `spec` and the forms of `leaves`.
+    """Trace `fn` for arguments with the structure `spec` and the signature of `leaves`.
 
     No result shares memory with an argument, a constant or another result.
 
     Raises:
         TypeError: the result holds a leaf that is not a tensor.
-        ValueError: `fn` changes in place what it has not made itself.
+        ValueError: `fn` changes a tensor in place that it did not create.
     """
     specs: list[Hashable] = []
-    # Loops that Inductor emits itself count their steps with a symbol of this environment.
-    counting = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=counting, static_shapes=True)
+    # Loops that Inductor emits count their steps with a symbol of this environment.
+    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
     tracing = _Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:
@@ -121,25 +121,25 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         results, out_spec = flatten(result)
         check_tensors(results, result, "jit: every leaf of the result")
         specs.append(out_spec)
-        results = faked(results)
-        return unshared(results, [*fakes, *tracing.fakes.values()])
+        results = to_fake(results)
+        return copy_aliases(results, [*fakes, *tracing.fakes.values()])
 
     name = getattr(fn, "__qualname__", repr(fn))
     token = _modes.tracing.set(tracing)
     try:
         with mode:
             fakes = [_fake_like(mode, leaf) for leaf in leaves]
-            tracing.watch.note(fakes)
+            tracing.leaks.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))
         del fakes
-        tracing.watch.check(fn, graph, f"jit: {name}")
+        tracing.leaks.check(fn, graph, f"jit: {name}")
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         operation = getattr(error.func, "overloadpacket", error.func)
         raise RuntimeError(
             f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index, "
-            f"x[i] with a 0-d i), by {operation} at {line_text(line_of(error))}; but it is traced, "
-            "not run; use torch.where, x[i[None]][0], or compute that value outside and close over "
-            "it"
+            f"x[i] with a 0-d i), by {operation} at {format_line(user_line_of(error))}; while "
+            "tracing there are no values: use torch.where or x[i[None]][0], or compute the value "
+            "outside and close over it"
         ) from error
     finally:
         _modes.tracing.reset(token)
@@ -152,43 +152,46 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
 def trace_flat(
     fn: Callable[..., list[Tensor]], fakes: Sequence[Tensor], names: Sequence[str]
 ) -> tuple[GraphModule, list[Tensor]]:
-    """Trace a function of tensors; also give what it closes over, which become its last arguments.
+    """Trace a function of tensors; the tensors that it closes over become its last arguments.
 
-    Operations that change a tensor made by `fn` itself are replaced by ones that make a new one.
+    In-place operations on tensors that `fn` created are replaced by pure ones.
 
     Args:
-        fn: what to trace.
-        fakes: its arguments.
-        names: those of the arguments, for errors.
+        fn: the function to trace.
+        fakes: its arguments, fake tensors.
+        names: names of the arguments, used in error messages.
+
+    Returns:
+        The graph, and the tensors that `fn` closes over.
 
     Raises:
-        ValueError: `fn` changes in place what it has not made itself.
+        ValueError: `fn` changes a tensor in place that it did not create.
     """
 
-    def watched(*fakes: Tensor) -> list[Tensor]:
+    def traced(*fakes: Tensor) -> list[Tensor]:
         with cast(_Tracing, _modes.tracing.get()):
-            return faked(fn(*fakes))
+            return to_fake(fn(*fakes))
 
-    graph = make_fx(watched, decompositions(), _allow_non_fake_inputs=True)(*fakes)
+    graph = make_fx(traced, decompositions(), _allow_non_fake_inputs=True)(*fakes)
     constants = _lift(graph)
-    if any(_is_mutable(node) for node in graph.graph.nodes):
+    if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        with plainly():  # what was to be cast is cast by the graph
+        with as_written():  # the graph contains the casts
             graph = make_fx(pure, decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
-    _check_pure(graph, names)
+    check_pure(graph, names)
     for node in nodes_of(graph.graph, "call_function"):
         if node.target is LOOP:
-            _forget_unused(graph, node)
+            prune_loop_outputs(graph, node)
     graph.recompile()
     return graph, constants
 
 
 def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:
-    """Make a fake tensor of the form of a real one, with memory of its own.
+    """Make a fake tensor like a real one, with memory of its own.
 
-    Arguments that share memory are as good as others, since nothing is written to.
+    Whether arguments share memory does not matter, since none is written to.
     """
     with mode:
         fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
@@ -196,13 +199,13 @@ def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
-    """Make arguments of the tensors that a graph holds; numbers are written into it."""
+    """Turn the tensors that a graph holds into arguments; numbers stay in it as literals."""
     graph, lifted = module.graph, dict[int, Node]()
     constants: list[Tensor] = []
     arguments = nodes_of(graph, "placeholder")
 
     def argument(value: Tensor) -> Node:
-        (fake,) = faked([value])
+        (fake,) = to_fake([value])
         if id(fake) not in lifted:
             with (
                 graph.inserting_after(arguments[-1])
@@ -216,23 +219,24 @@ def _lift(module: GraphModule) -> list[Tensor]:
         return lifted[id(fake)]
 
     def literal(use: Node, value: Tensor) -> Node:
-        made = use.meta["val"]
+        result = use.meta["val"]
         with _disable_current_modes(), graph.inserting_before(use):
             if value.numel() == 1:
-                form = {"dtype": made.dtype, "device": made.device}
-                new = graph.call_function(aten.full.default, (list(made.shape), value.item()), form)
+                options = {"dtype": result.dtype, "device": result.device}
+                full = (list(result.shape), value.item())
+                new = graph.call_function(aten.full.default, full, options)
             else:
-                new = graph.call_function(aten.clone.default, (argument(value.to(made.device)),))
-            new.meta["val"] = made.clone()  # whose memory is not that of `value`
+                new = graph.call_function(aten.clone.default, (argument(value.to(result.device)),))
+            new.meta["val"] = result.clone()  # does not share memory with `value`
         return new
 
     for node in nodes_of(graph, "get_attr"):
         value = getattr(module, cast(str, node.target))
         if not isinstance(value, Tensor):
-            continue  # the body of a loop
+            continue  # a loop body
         for use in list(node.users):
             if use.target in LITERAL:
-                # On another device it is made right there, since a CUDA graph could not copy it.
+                # If it is moved to another device, create it there: a CUDA graph could not copy it.
                 for moved in [user for user in use.users if user.target is MOVE]:
                     moved.replace_all_uses_with(literal(moved, value))
                     graph.erase_node(moved)
@@ -245,16 +249,16 @@ def _lift(module: GraphModule) -> list[Tensor]:
     return constants
 
 
-def unshared(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-    """Copy what shares memory with an argument, a constant or an earlier result."""
-    taken = {_memory(leaf) for leaf in arguments}
-    own = []
+def copy_aliases(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Copy each result that shares memory with an argument or an earlier result."""
+    used = {_memory(leaf) for leaf in arguments}
+    copied = []
     for leaf in results:
-        if _memory(leaf) in taken:
+        if _memory(leaf) in used:
             leaf = leaf.clone()
-        taken.add(_memory(leaf))
-        own.append(leaf)
-    return own
+        used.add(_memory(leaf))
+        copied.append(leaf)
+    return copied
 
 
 def _memory(leaf: Tensor) -> int:

@@ -102,7 +102,7 @@ def _instance_norm(
     """Ulyanov et al., 2016."""
     weight, bias = _in_stats_dtype(running_mean, weight, bias)
     values = (input, running_mean, running_var, weight, bias)
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return _own_gradient_layout(F.instance_norm(*values, use_input_stats, momentum, eps))
     if not use_input_stats:
         return _with_running(*values, eps)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def _rms_norm(
 
 def _weight_norm(mode: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Salimans and Kingma, 2016."""
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return torch._weight_norm(v, g, dim)
     others = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else [*range(v.ndim)]
     return v * (g / norm(v, tuple(others), keepdim=True).to(v.dtype))

@@ -30,9 +30,9 @@ def update_bn(
 ) -> Tree:
     """Recompute the running statistics of batch normalisation at given parameters.
 
-    Averaged parameters (`optim.ema`, the schedule-free optimizers) need statistics of their own:
-    those of the training run belong to the parameters that were averaged. The running means and
-    variances become the averages of those of all batches, whatever the momentum; equals
+    Averaged parameters (`optim.params_ema`, the schedule-free optimizers) need statistics of their
+    own: those of the training run belong to the parameters that were averaged. The running means
+    and variances become the averages of those of all batches, whatever the momentum; equals
     `torch.optim.swa_utils.update_bn`. Other buffers stay as they are.
 
     Args:

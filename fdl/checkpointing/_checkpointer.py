@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdl import tree
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl._files import expanded
 from fdl._training import TrainState
 from fdl._version import __version__
@@ -327,7 +327,7 @@ def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check(state: Tree) -> None:
     """Refuse a state that could not be written; all processes of a group find the same."""
     _, tensors = describe(state, "Checkpointer.save")
-    spread = {at: leaf for at, leaf in tensors.items() if is_spread(leaf)}
+    spread = {at: leaf for at, leaf in tensors.items() if is_dtensor(leaf)}
     check_summed(spread)
     whole = {at: leaf for at, leaf in tensors.items() if at not in spread}
     check_storable(whole, "Checkpointer.save")
@@ -340,7 +340,7 @@ def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if is_spread(leaf) and group is None:
+        if is_dtensor(leaf) and group is None:
             raise TypeError(
                 f"Checkpointer: a leaf is a {type(leaf).__name__} of shape {list(leaf.shape)}, "
                 "spread over processes; make the Checkpointer with group=, in each of them"

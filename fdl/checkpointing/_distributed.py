@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl._files import sync_folder
 from fdl.io import inspect, load, save
 from fdl.io._compare import differences, places
@@ -49,7 +49,7 @@ def save_shards(
         TypeError: a DTensor with sums that are still to be made.
     """
     leaves = flatten_dict(state)
-    spread = {at: leaf for at, leaf in leaves.items() if is_spread(leaf)}
+    spread = {at: leaf for at, leaf in leaves.items() if is_dtensor(leaf)}
     check_summed(spread)
     temporary = path.with_name(f".{path.name}")
     shards = temporary / SHARDS
@@ -159,7 +159,7 @@ def _digests(files: list[Path]) -> dict[str, str]:
 
 def _room(form: Tensor, like: Any, device: torch.device | str | None) -> Tensor:
     """Make the tensor to read into."""
-    if is_spread(like):
+    if is_dtensor(like):
         kind = like.device_mesh.device_type if like.device.type == "meta" else like.device
         return torch.empty_like(like.detach(), device=kind)
     return torch.empty_like(form, device=_place(like, device))

@@ -131,7 +131,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     _check_rate("scaled_dot_product_attention", dropout_p)
-    if dropout_p == 0 and not _modes.lacks_kernels():
+    if dropout_p == 0 and not _modes.avoid_fused_kernels():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -219,7 +219,7 @@ def _decomposed(func: Any, x: Tensor, hidden: Any, *args: Any) -> Any:
     Torch takes it apart where a derivative may be asked for, as under `vjp`, but for the kernels of
     oneDNN and cuDNN, which have no second derivatives.
     """
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return func(x, hidden, *args)
     none = x.new_zeros(())  # has the axes of `vmap` that torch then adds to the hidden state
     hidden = pytree.tree_map(lambda h: h + none if h.is_floating_point() else h, hidden)

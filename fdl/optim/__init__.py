@@ -14,7 +14,7 @@ from fdl.optim._adaptive import (
     scale_by_radam,
     scale_by_rms,
 )
-from fdl.optim._averaging import ema, lookahead
+from fdl.optim._averaging import lookahead, params_ema
 from fdl.optim._base import Optimizer, State, apply_updates, chain, leafwise, slots
 from fdl.optim._basic import (
     add_decayed_weights,
@@ -24,7 +24,7 @@ from fdl.optim._basic import (
     scale_by_learning_rate,
     trace,
 )
-from fdl.optim._clipping import adaptive_clip, clip, clip_by_global_norm
+from fdl.optim._clipping import adaptive_grad_clip, clip, clip_by_global_norm
 from fdl.optim._conditional import accumulate, apply_if_finite
 from fdl.optim._hyperparams import Schedule, hyperparams, with_hyperparams
 from fdl.optim._layerwise import lamb, lars, scale_by_trust_ratio
@@ -67,7 +67,7 @@ __all__ = [
     "adamax",
     "adamw",
     "adan",
-    "adaptive_clip",
+    "adaptive_grad_clip",
     "add_decayed_weights",
     "add_noise",
     "apply_if_finite",
@@ -77,7 +77,6 @@ __all__ = [
     "chain",
     "clip",
     "clip_by_global_norm",
-    "ema",
     "freeze",
     "from_torch",
     "hyperparams",
@@ -93,6 +92,7 @@ __all__ = [
     "multi_transform",
     "muon",
     "nadam",
+    "params_ema",
     "radam",
     "reduce_on_plateau",
     "rmsprop",

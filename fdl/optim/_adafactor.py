@@ -1,4 +1,4 @@
-"""Adafactor: second moments of a matrix as one row and one column."""
+"""Adafactor: Adam with the second moments of a matrix factored into one row and one column."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from torch import Tensor
 
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import scale
-from fdl.optim._hyperparams import Rate, is_zero
+from fdl.optim._descent import negated
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero
 
 
 def adafactor(
-    lr: Rate = 1e-2,
-    beta2_decay: Rate = -0.8,
-    eps: tuple[Rate | None, Rate] = (None, 1e-3),
-    d: Rate = 1.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    beta2_decay: ScalarOrSchedule = -0.8,
+    eps: tuple[ScalarOrSchedule | None, ScalarOrSchedule] = (None, 1e-3),
+    d: ScalarOrSchedule = 1.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam without the first moment, the second one as row means × column means.
+    """Adam without first moments, with second moments factored into row and column means.
 
     With β = 1 − t^`beta2_decay`: R ← βR + (1−β) mean(g², over columns), C likewise over rows,
     V = R C / mean(R); for leaves of fewer than two axes V ← βV + (1−β)g². U = g/√V;
     w ← (1 − lr·λ)w − α U / max(1, rms(U)/d), α = max(ε₂, rms(w)) · min(lr, 1/√t). Equals
-    `torch.optim.Adafactor`; slots `row_var`, `col_var` and `variance`, `[0]` where not used.
-    Source: Shazeer & Stern, 2018.
+    `torch.optim.Adafactor`. Slots: `row_var`, `col_var` and `variance`, of shape `[0]` if unused.
+    Source: Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
+    https://arxiv.org/abs/1804.04235
 
     Args:
-        lr: the largest relative step; later steps are 1/√t if that is less.
-        beta2_decay: how fast β goes to 1, at most 0.
-        eps: ε₁, below which mean(R) and √V do not fall (None: the dtype's epsilon), and ε₂.
-        d: at which root mean square an update is clipped.
+        lr: the largest relative step; the step of update t is at most 1/√t.
+        beta2_decay: exponent that sets how fast β goes to 1, at most 0.
+        eps: ε₁, the lower bound of mean(R) and √V (None: the dtype's epsilon), and ε₂.
+        d: root mean square at which an update is clipped, at least 1.
         weight_decay: λ, decoupled.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -85,11 +86,11 @@ def adafactor(
         rates["eps1"] = eps[0]
     if not is_zero(weight_decay):
         rates["weight_decay"] = weight_decay
-    return chain(*([scale(-1.0)] if maximize else []), leafwise("adafactor", rule, rates, slots))
+    return chain(*negated(maximize), leafwise("adafactor", rule, rates, slots, RANGES))
 
 
 def _rms(x: Tensor) -> Tensor:
-    """Root mean square as float64 [], so that it scales a leaf of any dtype."""
+    """Return the root mean square as float64 [], which scales a leaf of any dtype."""
     return norm(x).double() / x.numel() ** 0.5
 
 

@@ -1,6 +1,6 @@
-"""Transformations that scale each coordinate by what its gradients have been like so far.
+"""Transformations that scale each coordinate by statistics of its past gradients.
 
-Slots have torch.optim's names; t, the number of the update, counts from 1.
+Slots are named as in torch.optim; t, the number of the update, counts from 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl._numerics import root
 from fdl.optim._base import Optimizer, Result, leafwise
-from fdl.optim._hyperparams import Rate
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 
 
 def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -20,17 +20,21 @@ def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def scale_by_adam(
-    betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8, amsgrad: bool = False
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    amsgrad: bool = False,
 ) -> Optimizer:
-    """Divide the mean of gradients by the root of the mean of their squares (Kingma & Ba, 2015).
+    """Divide the mean of gradients by the root of the mean of their squares.
 
     m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; the result is m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε). Slots:
-    `exp_avg` m, `exp_avg_sq` v, and with amsgrad `max_exp_avg_sq`.
+    `exp_avg` m, `exp_avg_sq` v, and with amsgrad `max_exp_avg_sq`. Source: Kingma & Ba, Adam: A
+    Method for Stochastic Optimization, 2015, https://arxiv.org/abs/1412.6980
 
     Args:
         betas: β₁, β₂.
         eps: ε, outside the root.
-        amsgrad: use the largest v so far (Reddi et al., 2018), before its bias is corrected.
+        amsgrad: use the largest v so far, before its bias is corrected. Source: Reddi et al., On
+            the Convergence of Adam and Beyond, 2018, https://arxiv.org/abs/1904.09237
 
     >>> opt, params = scale_by_adam(), {"w": torch.ones(1)}
     >>> opt.update({"w": torch.tensor([5.0])}, opt.init(params), params)[0]
@@ -58,14 +62,17 @@ def scale_by_adam(
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
     names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
-    return leafwise("scale_by_adam", rule, rates, _zeros(*names))
+    return leafwise("scale_by_adam", rule, rates, _zeros(*names), RANGES)
 
 
-def scale_by_adamax(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -> Optimizer:
-    """Divide the mean of gradients by their largest size, which decays (Kingma & Ba, 2015).
+def scale_by_adamax(
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999), eps: ScalarOrSchedule = 1e-8
+) -> Optimizer:
+    """Divide the mean of gradients by their largest absolute value, which decays.
 
     m ← β₁m + (1−β₁)g; u ← max(β₂u, |g| + ε); the result is m/(1−β₁ᵗ) / u. Slots: `exp_avg` m,
-    `exp_inf` u.
+    `exp_inf` u. Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, section 7,
+    https://arxiv.org/abs/1412.6980
 
     >>> opt, params = scale_by_adamax(), {"w": torch.ones(1)}
     >>> opt.update({"w": torch.tensor([5.0])}, opt.init(params), params)[0]
@@ -87,17 +94,20 @@ def scale_by_adamax(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -
         return m / u / (1 - beta1**t), {"exp_avg": m, "exp_inf": u}
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
-    return leafwise("scale_by_adamax", rule, rates, _zeros("exp_avg", "exp_inf"))
+    return leafwise("scale_by_adamax", rule, rates, _zeros("exp_avg", "exp_inf"), RANGES)
 
 
 def scale_by_nadam(
-    betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8, momentum_decay: Rate = 4e-3
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    momentum_decay: ScalarOrSchedule = 4e-3,
 ) -> Optimizer:
-    """Adam with Nesterov's look-ahead and a momentum that warms up (Dozat, 2016).
+    """Scale as Adam does, with Nesterov momentum that warms up.
 
     μ(t) = β₁ (1 − ½·0.96^(t·ψ)), ψ = `momentum_decay`. With m, v as in Adam and Π = μ(1)···μ(t) the
     result is ((1−μ(t)) g/(1−Π) + μ(t+1) m/(1−Π·μ(t+1))) / (√(v/(1−β₂ᵗ)) + ε). Slots: `exp_avg` m,
-    `exp_avg_sq` v, `mu_product` Π (float64 []).
+    `exp_avg_sq` v, `mu_product` Π (float64 []). Source: Dozat, Incorporating Nesterov Momentum into
+    Adam, 2016.
 
     Args:
         betas: β₁, β₂.
@@ -139,15 +149,18 @@ def scale_by_nadam(
     }
     slots = _zeros("exp_avg", "exp_avg_sq")
     slots["mu_product"] = lambda p: torch.ones((), dtype=torch.float64, device=p.device)
-    return leafwise("scale_by_nadam", rule, rates, slots)
+    return leafwise("scale_by_nadam", rule, rates, slots, RANGES)
 
 
-def scale_by_radam(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) -> Optimizer:
-    """Adam that takes plain momentum until v has seen enough gradients (Liu et al., 2020).
+def scale_by_radam(
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999), eps: ScalarOrSchedule = 1e-8
+) -> Optimizer:
+    """Scale as Adam does, but return plain momentum until v averages enough gradients.
 
     ρ∞ = 2/(1−β₂) − 1 and ρ = ρ∞ − 2t β₂ᵗ/(1−β₂ᵗ). With m, v as in Adam the result is m/(1−β₁ᵗ),
     times r √(1−β₂ᵗ)/(√v + ε) once ρ > 5, r² = (ρ−4)(ρ−2)ρ∞ / ((ρ∞−4)(ρ∞−2)ρ). Slots: `exp_avg` m,
-    `exp_avg_sq` v.
+    `exp_avg_sq` v. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond,
+    2020, https://arxiv.org/abs/1908.03265
 
     >>> opt, params = scale_by_radam(), {"w": torch.ones(1)}
     >>> opt.update({"w": torch.tensor([5.0])}, opt.init(params), params)[0]
@@ -169,7 +182,7 @@ def scale_by_radam(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) ->
         bias2 = 1 - beta2**t
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * t * beta2**t / bias2
-        known = rho > 5  # else the variance of the step size is infinite
+        known = rho > 5  # otherwise the variance of the step size is infinite
         r = torch.where(known, rho, 6.0)
         r = (r - 4) * (r - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * r)
         adapted = (r * bias2).sqrt() / (root(v) + eps)
@@ -177,19 +190,22 @@ def scale_by_radam(betas: tuple[Rate, Rate] = (0.9, 0.999), eps: Rate = 1e-8) ->
         return update, {"exp_avg": m, "exp_avg_sq": v}
 
     rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
-    return leafwise("scale_by_radam", rule, rates, _zeros("exp_avg", "exp_avg_sq"))
+    return leafwise("scale_by_radam", rule, rates, _zeros("exp_avg", "exp_avg_sq"), RANGES)
 
 
 def scale_by_adagrad(
-    lr_decay: Rate = 0.0, initial_accumulator_value: float = 0.0, eps: Rate = 1e-10
+    lr_decay: ScalarOrSchedule = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: ScalarOrSchedule = 1e-10,
 ) -> Optimizer:
-    """Divide by the root of the sum of squared gradients (Duchi et al., 2011).
+    """Divide by the root of the sum of squared gradients.
 
-    s ← s + g²; the result is g / (√s + ε) / (1 + (t−1)·lr_decay). Slot: `sum` s.
+    s ← s + g²; the result is g / (√s + ε) / (1 + (t−1)·lr_decay). Slot: `sum` s. Source: Duchi et
+    al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.
 
     Args:
-        lr_decay: how fast the rate falls besides.
-        initial_accumulator_value: the first s.
+        lr_decay: further decay of the step, see above.
+        initial_accumulator_value: initial s.
         eps: ε.
 
     >>> opt, params = scale_by_adagrad(), {"w": torch.ones(1)}
@@ -210,11 +226,12 @@ def scale_by_adagrad(
     return leafwise("scale_by_adagrad", rule, {"lr_decay": lr_decay, "eps": eps}, slots)
 
 
-def scale_by_adadelta(rho: Rate = 0.9, eps: Rate = 1e-6) -> Optimizer:
-    """Scale gradients to the size of past updates (Zeiler, 2012).
+def scale_by_adadelta(rho: ScalarOrSchedule = 0.9, eps: ScalarOrSchedule = 1e-6) -> Optimizer:
+    """Scale gradients to the size of past updates.
 
     v ← ρv + (1−ρ)g²; the result is δ = √(u+ε)/√(v+ε) · g; u ← ρu + (1−ρ)δ². Slots: `square_avg` v,
-    `acc_delta` u.
+    `acc_delta` u. Source: Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012,
+    https://arxiv.org/abs/1212.5701
 
     >>> opt, params = scale_by_adadelta(), {"w": torch.ones(1)}
     >>> opt.update({"w": torch.tensor([5.0])}, opt.init(params), params)[0]
@@ -236,17 +253,21 @@ def scale_by_adadelta(rho: Rate = 0.9, eps: Rate = 1e-6) -> Optimizer:
         return delta, {"square_avg": v, "acc_delta": u}
 
     rates = {"rho": rho, "eps": eps}
-    return leafwise("scale_by_adadelta", rule, rates, _zeros("square_avg", "acc_delta"))
+    return leafwise("scale_by_adadelta", rule, rates, _zeros("square_avg", "acc_delta"), RANGES)
 
 
-def scale_by_rms(alpha: Rate = 0.99, eps: Rate = 1e-8, centered: bool = False) -> Optimizer:
-    """Divide by the root of the mean of squared gradients (Tieleman & Hinton, 2012).
+def scale_by_rms(
+    alpha: ScalarOrSchedule = 0.99, eps: ScalarOrSchedule = 1e-8, centered: bool = False
+) -> Optimizer:
+    """Divide by the root of the mean of squared gradients.
 
-    v ← αv + (1−α)g²; the result is g / (√v + ε), or, centered, with the variance v − m² for v,
-    where m ← αm + (1−α)g (Graves, 2013). Slots: `square_avg` v, and centered `grad_avg` m.
+    v ← αv + (1−α)g²; the result is g / (√v + ε). If `centered`, the variance v − m² takes the place
+    of v, where m ← αm + (1−α)g. Slots: `square_avg` v, and centered `grad_avg` m.
 
-    While a gradient does not change, its variance goes to 0 as αᵗ, and a centered step grows up to
-    g/ε, 1e8 times the gradient: take a larger ε where that may happen.
+    While a gradient stays constant, its variance goes to 0 as αᵗ, and a centered step grows up to
+    g/ε, 1e8 times the gradient: choose a larger ε if that may happen. Source: Tieleman & Hinton,
+    Lecture 6.5: RMSProp, 2012; centered: Graves, Generating Sequences With Recurrent Neural
+    Networks, 2013, https://arxiv.org/abs/1308.0850
 
     Args:
         alpha: α.
@@ -271,7 +292,7 @@ def scale_by_rms(alpha: Rate = 0.99, eps: Rate = 1e-8, centered: bool = False) -
         slots = {"square_avg": v}
         if grad_avg is not None:
             m = slots["grad_avg"] = alpha * grad_avg + (1 - alpha) * g
-            # No less than what rounding alone makes of v − m²: below that nothing is known of it.
+            # At least the rounding error of v − m², below which its value is meaningless.
             v = torch.maximum(v - m * m, torch.finfo(v.dtype).eps * v)
         return g / (root(v) + eps), slots
 

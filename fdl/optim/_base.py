@@ -1,11 +1,11 @@
-"""The protocol that every optimizer and every transformation of gradients follows.
+"""The protocol of optimizers and of transformations of gradients.
 
 `init(params) -> state`, `update(grads, state, params) -> (updates, state)`, and
 `apply_updates(params, updates)` adds the updates. Nothing is mutated, so an optimizer can be
-differentiated, vmapped and compiled. `leafwise` makes a transformation of the maths of one leaf.
+differentiated, vmapped and compiled. `leafwise` makes a transformation from the maths of one leaf.
 
-Everything is computed and remembered in at least 32 bits: `in_32_bits` lifts parameters of 16 bits
-on the way in and rounds their updates once, on the way out of the outermost optimizer.
+Everything is computed and stored in at least 32 bits: `in_32_bits` upcasts 16-bit parameters and
+gradients on the way in and rounds the updates once, on the way out of the outermost optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._hyperparams import Hyper, Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import (
+    AT_LEAST_0,
+    Hyper,
+    Range,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.tree import Tree
 
 
@@ -28,12 +37,12 @@ class Optimizer(NamedTuple):
     """A transformation of gradients, or a chain of them, as two pure functions.
 
     `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is
-    the loss, `value_fn` maps parameters to it, and `count` says how many examples the loss is the
-    mean of. What has no use for them ignores them, and an `update` of your own without a parameter
-    `count` is not given it. A gradient may be `None`: that leaf and its slots stay as they are.
+    the loss, `value_fn` maps parameters to it, and `count` is the number of examples that the loss
+    is the mean of. Most optimizers ignore all three, and an `update` of your own need not have the
+    parameter `count`. A gradient may be `None`: its parameter and slots stay as they are.
 
-    Updates have the dtypes of the parameters. For parameters of 16 bits everything is computed and
-    remembered in float32, and the updates are rounded once, at the end.
+    Updates have the dtypes of the parameters. For 16-bit parameters everything is computed and
+    stored in float32, and the updates are rounded once, at the end.
 
     >>> from fdl import optim
     >>> opt = optim.sgd(lr=0.1)
@@ -49,7 +58,9 @@ class Optimizer(NamedTuple):
 
 @register
 class State(NamedTuple):
-    """The state of a transformation made by `leafwise`.
+    """The state of a transformation made by `leafwise`: hyperparameters and slots.
+
+    Slots (per-parameter state) are trees like the parameters: momenta, second moments and the like.
 
     >>> from fdl import optim
     >>> optim.trace(0.9).init({"w": torch.ones(1)}).slots
@@ -57,29 +68,36 @@ class State(NamedTuple):
     """
 
     hyper: Hyper
-    slots: dict[str, Tree]  # by torch.optim's names, each a tree with the paths of the parameters
+    slots: dict[str, Tree]  # by the names of torch.optim, each with the paths of the parameters
+
+
+Result = tuple[Tensor, dict[str, Tensor]]  # of a rule: the update, and the new slots by name
 
 
 def leafwise(
-    caller: str,
-    rule: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    rates: Mapping[str, Rate],
+    name: str,
+    rule: Callable[..., Result],
+    rates: Mapping[str, ScalarOrSchedule],
     slots: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ranges: Mapping[str, Range] | None = None,
 ) -> Optimizer:
     """Make a transformation from the maths of one leaf.
 
-    `rule(g, p, t, **slots, **rates)` returns the update and the new slots. In it `t` is the number
-    of this update, from 1, and it and the rates are float64 0-d tensors: PyTorch's promotion then
-    keeps a leaf's dtype, and `1 - beta2**t` is exact. A 0-d leaf comes as `[1]` for that reason.
+    `rule(g, p, t, **slots, **rates)` returns the update and the new slots. `t`, the number of this
+    update counted from 1, and the rates are float64 0-d tensors: PyTorch's type promotion then
+    keeps the dtype of a leaf, and `1 - beta2**t` is exact. For the same reason a 0-d leaf is passed
+    to the rule as `[1]`.
 
     Args:
-        caller: how an error begins.
-        rule: pure maths; None gradients do not reach it.
+        name: name of the optimizer, with which its error messages begin.
+        rule: a pure function; it is not called for a gradient that is None.
         rates: hyperparameters by name: numbers, 0-d tensors or schedules.
-        slots: what is remembered for each leaf: name → its first value, a function of the leaf.
+        slots: per-parameter state by name, each a function from a leaf to its initial value.
+        ranges: ranges of rates, in words and as a predicate:
+            `{"momentum": ("in [0, 1)", lambda x: 0 <= x < 1)}`. The others must be at least 0.
 
     Raises:
-        ValueError: a rate out of range; (at init and update) a leaf or a gradient that is not
+        ValueError: a rate out of its range; (at init and update) a leaf or a gradient that is not
             floating, gradients of another structure or shape (each path is listed).
 
     >>> momentum = leafwise(
@@ -92,55 +110,78 @@ def leafwise(
     >>> momentum.update(params, momentum.init(params), params)[0]
     {'w': tensor([1.])}
     """
-    for name, rate in rates.items():
-        check_rate(caller, name, rate)
-    first = slots or {}
+    for rate_name, rate in rates.items():
+        check_rate(name, rate_name, rate, (ranges or {}).get(rate_name, AT_LEAST_0))
+    initial = slots or {}
 
     def init(params: Tree) -> State:
-        check_floating(params, caller)
+        check_floating(params, name)
         return State(
-            init_hyper(rates, params), {name: tree.map(f, params) for name, f in first.items()}
+            init_hyper(rates, params), {slot: tree.map(f, params) for slot, f in initial.items()}
         )
 
     def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
-        leaves, spec = pytree.tree_flatten(params)
-        columns = {
-            name: tree.match(params, state.slots[name], f"{caller}: {name}") for name in first
-        }
+        kept = {slot: state.slots[slot] for slot in initial}
         now = rates_now(rates, state.hyper)
-        t = (state.hyper.count + 1).double()
-        updates: list[Tensor | None] = []
-        for i, (g, p) in enumerate(zip(match_grads(grads, params, caller), leaves, strict=True)):
-            if g is None:
-                updates.append(None)
-                continue
-            # Slots that an earlier version kept in 16 bits go on in 32.
-            old = {name: lift(column[i]) for name, column in columns.items()}
-            with_axis = {name: _with_axis(slot, p) for name, slot in old.items()}
-            u, new = rule(_with_axis(g.to(p.dtype), p), _with_axis(p, p), t, **with_axis, **now)
-            updates.append(u.to(p.dtype).reshape(p.shape))
-            for name, slot in old.items():
-                columns[name][i] = new[name].to(slot.dtype).reshape(slot.shape)
-        slots = {name: pytree.tree_unflatten(column, spec) for name, column in columns.items()}
-        return pytree.tree_unflatten(updates, spec), State(next_hyper(rates, state.hyper), slots)
+        updates, kept = apply_rule(name, rule, grads, kept, params, state.hyper.count, now)
+        return updates, State(next_hyper(rates, state.hyper), kept)
 
     return in_32_bits(init, update)
 
 
+def apply_rule(
+    name: str,
+    rule: Callable[..., Result],
+    grads: Tree,
+    slots: Mapping[str, Tree],
+    params: Tree,
+    count: Tensor,
+    scalars: Mapping[str, Tensor],
+) -> tuple[Tree, dict[str, Tree]]:
+    """Apply the rule of `leafwise` to each leaf, and return updates and new slots.
+
+    Args:
+        name: name of the optimizer, with which error messages begin.
+        rule: see `leafwise`.
+        grads: gradients; the leaves where one is None stay as they are, and so do their slots.
+        slots: trees like `params`, by name.
+        params: the parameters, of at least 32 bits.
+        count: int64 [], updates done.
+        scalars: further arguments of the rule, float64 [], such as the rates.
+    """
+    leaves, spec = pytree.tree_flatten(params)
+    columns = {slot: tree.match(params, slots[slot], f"{name}: {slot}") for slot in slots}
+    t = (count + 1).double()
+    updates: list[Tensor | None] = []
+    for i, (g, p) in enumerate(zip(match_grads(grads, params, name), leaves, strict=True)):
+        if g is None:
+            updates.append(None)
+            continue
+        # A file of an earlier version may hold slots of 16 bits.
+        old = {slot: upcast(column[i]) for slot, column in columns.items()}
+        with_axis = {slot: _with_axis(x, p) for slot, x in old.items()}
+        u, new = rule(_with_axis(g.to(p.dtype), p), _with_axis(p, p), t, **with_axis, **scalars)
+        updates.append(u.to(p.dtype).reshape(p.shape))
+        for slot, x in old.items():
+            columns[slot][i] = new[slot].to(x.dtype).reshape(x.shape)
+    new_slots = {slot: pytree.tree_unflatten(column, spec) for slot, column in columns.items()}
+    return pytree.tree_unflatten(updates, spec), new_slots
+
+
 def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
-    """Give what belongs to a 0-d leaf an axis, so that a float64 rate does not promote it."""
+    """Add an axis to a tensor of a 0-d leaf, so that a float64 rate does not promote it."""
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
 
 
 def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, Tree]]) -> Optimizer:
-    """Make an optimizer that sees parameters and gradients of 16 bits as float32.
+    """Make an optimizer that sees 16-bit parameters and gradients as float32.
 
-    So what it computes and remembers is in 32 bits, and its updates are rounded once, to the dtypes
-    of the parameters. Optimizers inside see float32, and so round nothing.
+    It computes and stores in 32 bits, and rounds the updates once, to the dtypes of the parameters.
+    Optimizers inside it see float32, and so round nothing.
 
     Args:
-        init: of the optimizer, for floating parameters of at least 32 bits.
-        update: likewise; it is given every keyword that comes.
+        init: `init` of the optimizer, for floating parameters of at least 32 bits.
+        update: `update` of the optimizer, likewise; it is passed every keyword.
 
     >>> opt = in_32_bits(lambda params: params, lambda grads, state, params, **_: (grads, state))
     >>> params = {"w": torch.ones(1).half()}
@@ -149,22 +190,22 @@ def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, T
     """
 
     def start(params: Tree) -> Tree:
-        return init(_lifted(params))
+        return init(_upcast_leaves(params))
 
     def step(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         if not any(map(is_narrow, pytree.tree_leaves((grads, params)))):
             return update(grads, state, params, **extra)
         value_fn = extra.get("value_fn")
         if value_fn is not None:
-            extra["value_fn"] = lambda wide: value_fn(tree.map(_rounded, wide, params))
-        updates, state = update(_lifted(grads), state, _lifted(params), **extra)
-        return tree.map(lambda p, u: u if u is None else _rounded(u, p), params, updates), state
+            extra["value_fn"] = lambda wide: value_fn(tree.map(_round_like, wide, params))
+        updates, state = update(_upcast_leaves(grads), state, _upcast_leaves(params), **extra)
+        return tree.map(lambda p, u: u if u is None else _round_like(u, p), params, updates), state
 
     return Optimizer(start, step)
 
 
 def is_narrow(x: Any) -> bool:
-    """Say whether a leaf is a floating tensor of less than 32 bits.
+    """Return True for a floating tensor of less than 32 bits.
 
     >>> is_narrow(torch.ones(1).half()), is_narrow(torch.ones(1)), is_narrow(None)
     (True, False, False)
@@ -172,20 +213,20 @@ def is_narrow(x: Any) -> bool:
     return isinstance(x, Tensor) and torch.is_floating_point(x) and x.dtype.itemsize < 4
 
 
-def lift(x: Any) -> Any:
-    """Turn a floating tensor of less than 32 bits into float32; all else stays as it is.
+def upcast(x: Any) -> Any:
+    """Turn a floating tensor of less than 32 bits into float32, and return anything else as it is.
 
-    >>> lift(torch.ones(1).bfloat16()), lift(torch.ones(1).double()), lift(None)
+    >>> upcast(torch.ones(1).bfloat16()), upcast(torch.ones(1).double()), upcast(None)
     (tensor([1.]), tensor([1.], dtype=torch.float64), None)
     """
     return x.float() if is_narrow(x) else x
 
 
-def _lifted(params: Tree) -> Tree:
-    return tree.map(lift, params)
+def _upcast_leaves(params: Tree) -> Tree:
+    return tree.map(upcast, params)
 
 
-def _rounded(wide: Tensor, like: Tensor) -> Tensor:
+def _round_like(wide: Tensor, like: Tensor) -> Tensor:
     return wide.to(like.dtype) if is_narrow(like) else wide
 
 
@@ -195,7 +236,7 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     Args:
         grads: a tree like `params`.
         params: the parameters.
-        caller: how an error begins.
+        caller: function to name in the message.
 
     Raises:
         ValueError: another structure, another shape, or not floating (each path is listed).
@@ -203,25 +244,25 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     >>> match_grads({"b": None, "w": torch.ones(1)}, {"w": torch.ones(1), "b": 0}, "here")
     [tensor([1.]), None]
     """
-    found = tree.match(params, grads, f"{caller}: grads")
+    matched = tree.match(params, grads, f"{caller}: grads")
     leaves = tree.leaves(params)
     if not all(
         g is None or (g.is_floating_point() and g.shape == p.shape)
-        for g, p in zip(found, leaves, strict=True)
+        for g, p in zip(matched, leaves, strict=True)
     ):
         lines = [
             f"{path}: expected a floating tensor {list(p.shape)}, got {g.dtype} {list(g.shape)}"
-            for path, g, p in zip(tree.flatten_dict(params), found, leaves, strict=True)
+            for path, g, p in zip(tree.flatten_dict(params), matched, leaves, strict=True)
             if g is not None and not (g.is_floating_point() and g.shape == p.shape)
         ]
         raise ValueError(
             f"{caller}: gradients do not fit their parameters:\n  " + "\n  ".join(lines)
         )
-    return found
+    return matched
 
 
 def check_floating(params: Tree, caller: str) -> None:
-    """Raise unless every leaf is a floating tensor; each other one is listed with its path.
+    """Raise unless every leaf is a floating tensor; the paths of the others are listed.
 
     >>> check_floating({"w": torch.ones(1)}, "here")
     """
@@ -232,13 +273,13 @@ def check_floating(params: Tree, caller: str) -> None:
     ]
     if lines:
         raise ValueError(
-            f"{caller}: parameters must be floating tensors; take these out (tree.partition):\n  "
+            f"{caller}: parameters must be floating tensors; tree.partition splits these off:\n  "
             + "\n  ".join(lines)
         )
 
 
 def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
-    """Map over gradients; where one is `None` the result is `None` as well.
+    """Map over gradients; a gradient of `None` stays `None`.
 
     >>> map_grads(lambda g: -g, {"w": torch.ones(1), "frozen": None})
     {'w': tensor([-1.]), 'frozen': None}
@@ -247,15 +288,15 @@ def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
 
 
 def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[Tree, Tree]]:
-    """Take the update of an optimizer as a function that may be given any keyword of `Optimizer`.
+    """Return the `update` of an optimizer, extended to accept every keyword of `Optimizer`.
 
     Args:
-        caller: how an error begins.
-        opt: what a function was given for an optimizer.
-        name: of that argument.
+        caller: function to name in the message.
+        opt: an optimizer, to be checked.
+        name: name of the argument it was passed as.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `opt` is not an optimizer.
 
     >>> from fdl import optim
     >>> params = {"w": torch.ones(1)}
@@ -265,7 +306,7 @@ def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[T
     if not isinstance(opt, Optimizer):
         hint = f"; call it: {opt.__name__}(...)" if inspect.isfunction(opt) else ""
         raise TypeError(f"{caller}: {name} must be an Optimizer, got {opt!r}{hint}")
-    if torch.compiler.is_compiling():  # Dynamo cannot look at a signature that it is just making
+    if torch.compiler.is_compiling():  # Dynamo cannot inspect a function that it is tracing
         return opt.update
     kinds = inspect.signature(opt.update).parameters
     if "count" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values()):
@@ -274,11 +315,11 @@ def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[T
 
 
 def chain(*parts: Optimizer) -> Optimizer:
-    """Apply transformations one after the other; the state is the tuple of their states.
+    """Apply transformations one after another; the state is the tuple of their states.
 
     Raises:
-        TypeError: a part is not an optimizer.
-        ValueError: the state has another number of parts (at update).
+        TypeError: one of `parts` is not an optimizer.
+        ValueError: (at update) the state is that of another number of transformations.
 
     >>> from fdl import optim
     >>> opt = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(lr=0.1))
@@ -305,7 +346,7 @@ def chain(*parts: Optimizer) -> Optimizer:
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Add updates to parameters, in the dtype of each parameter; `None` leaves it as it is.
+    """Add updates to parameters, in the dtype of each; an update of `None` changes nothing.
 
     Raises:
         ValueError: the structures differ (every path is listed).
@@ -318,25 +359,22 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
 
 def slots(state: Tree) -> dict[str, Tree]:
-    """Find what an optimizer remembers of each leaf: trees by name, wherever they are in a state.
+    """Collect the slots (per-parameter state) in an optimizer's state: trees by name.
 
-    A name that occurs more than once is given with its path in the state, as in `hyperparams`.
+    A name that occurs more than once is prefixed with its path in the state, as in `hyperparams`.
 
     >>> from fdl import optim
     >>> list(slots(optim.adam().init({"w": torch.ones(1)})))
     ['exp_avg', 'exp_avg_sq']
     """
     pairs, _ = pytree.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, State))
-    found = [
+    named = [
         (tree.dotted(entries), name, slot)
         for entries, node in pairs
         if isinstance(node, State)
         for name, slot in node.slots.items()
     ]
-    names = [name for _, name, _ in found]
+    names = [name for _, name, _ in named]
     return {
-        name if names.count(name) == 1 else f"{path}.{name}": slot for path, name, slot in found
+        name if names.count(name) == 1 else f"{path}.{name}": slot for path, name, slot in named
     }
-
-
-Result = tuple[Tensor, dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Transformations of gradients, the atoms that optimizers are chained from."""
+"""Transformations of gradients from which optimizers are chained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdl._numerics import root
 from fdl.optim._base import Optimizer, check_floating, in_32_bits, leafwise, map_grads, match_grads
 from fdl.optim._hyperparams import (
     Hyper,
-    Rate,
+    ScalarOrSchedule,
     check_rate,
     init_hyper,
     is_zero,
@@ -27,7 +27,7 @@ from fdl.tree import Tree, Where
 
 
 def scale(factor: float) -> Optimizer:
-    """Multiply gradients by a constant that is part of the program.
+    """Multiply gradients by a constant, which is not a hyperparameter of the state.
 
     >>> scale(-2.0).update({"w": torch.ones(1)}, (), {"w": torch.ones(1)})
     ({'w': tensor([-2.])}, ())
@@ -39,8 +39,8 @@ def scale(factor: float) -> Optimizer:
     return in_32_bits(lambda params: (), update)
 
 
-def scale_by_learning_rate(lr: Rate) -> Optimizer:
-    """Multiply by −lr: the last link of a chain, after which updates point downhill.
+def scale_by_learning_rate(lr: ScalarOrSchedule) -> Optimizer:
+    """Multiply by −lr: the last link of a chain, which turns a direction into a descent step.
 
     Args:
         lr: a number, a 0-d tensor or a schedule.
@@ -60,18 +60,18 @@ def scale_by_learning_rate(lr: Rate) -> Optimizer:
     return leafwise("scale_by_learning_rate", rule, {"lr": lr})
 
 
-def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimizer:
+def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: Where | None = None) -> Optimizer:
     """Add λ·w to the gradient of w: the gradient of the penalty λ · ½ Σ w².
 
     Args:
         weight_decay: λ: a number, a 0-d tensor or a schedule.
-        mask: which parameters decay, as in `tree.partition`: a glob on dotted paths, several, or a
-            predicate `(path, leaf)`; all if None. Where members or layers are stacked along a first
-            axis, and `vmap` is not around, a predicate sees the stacked leaf: `leaf.ndim > 1` then
-            also decays biases. Select by path there.
+        mask: parameters that decay, as in `tree.partition`: a glob on dotted paths, several globs,
+            or a predicate `(path, leaf)`; all if None. A predicate sees stacked members or layers
+            as one leaf, unless under `vmap`: `leaf.ndim > 1` then also selects biases. Select by
+            path there.
 
     Raises:
-        ValueError: `weight_decay` is negative or not finite; (at init) a mask that selects nothing.
+        ValueError: `weight_decay` is negative or not finite; (at init) `mask` selects nothing.
 
     >>> params = {"weight": torch.tensor([2.0]), "bias": torch.tensor([2.0])}
     >>> opt = add_decayed_weights(0.5, mask="weight")
@@ -88,17 +88,20 @@ def add_decayed_weights(weight_decay: Rate, mask: Where | None = None) -> Optimi
     return decay if mask is None else masked_for("add_decayed_weights", decay, mask)
 
 
-def trace(momentum: Rate, dampening: Rate = 0.0, nesterov: bool = False) -> Optimizer:
-    """Momentum as `torch.optim.SGD` has it: m ← momentum · m + (1 − dampening) · g.
+def trace(
+    momentum: ScalarOrSchedule, dampening: ScalarOrSchedule = 0.0, nesterov: bool = False
+) -> Optimizer:
+    """Accumulate momentum as `torch.optim.SGD` does: m ← momentum · m + (1 − dampening) · g.
 
-    The first update sets m = g, undampened; where that gradient is `None`, later ones are dampened
-    from the start (torch counts for each parameter alone). The result is m, or with `nesterov`
-    g + momentum · m (Sutskever et al., 2013). Its slot is `momentum_buffer`.
+    The first update sets m = g, undampened. If the first gradient of a leaf is `None`, all its
+    later ones are dampened (torch counts updates per parameter). The result is m, or with
+    `nesterov` g + momentum · m. Slot: `momentum_buffer` m. Source: Sutskever et al., On the
+    importance of initialization and momentum in deep learning, 2013.
 
     Args:
         momentum: a number, a 0-d tensor or a schedule.
         dampening: likewise.
-        nesterov: look ahead along the new m.
+        nesterov: use Nesterov momentum.
 
     Raises:
         ValueError: a number that is negative or not finite.
@@ -127,9 +130,10 @@ def trace(momentum: Rate, dampening: Rate = 0.0, nesterov: bool = False) -> Opti
 
 
 def centralize() -> Optimizer:
-    """Subtract from each gradient its mean over all axes but the first; vectors stay.
+    """Subtract from each gradient its mean over all axes but the first; vectors are unchanged.
 
-    The sum of the weights of each unit then stays what it was. Source: Yong et al., 2020.
+    The sum of the weights of each unit is then constant. Source: Yong et al., Gradient
+    Centralization, 2020, https://arxiv.org/abs/2004.01461
 
     >>> opt, params = centralize(), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
     >>> grads = {"weight": torch.tensor([[1.0, 3.0]]), "bias": torch.ones(1)}
@@ -148,20 +152,21 @@ class NoiseState(NamedTuple):
     """The state of `add_noise`."""
 
     hyper: Hyper  # eta, gamma
-    key: Tensor  # int64 [2]; never changes, an update draws from fold_in(key, count)
+    key: Tensor  # int64 [2]; constant, each update draws from fold_in(key, count)
 
 
-def add_noise(key: Tensor, eta: Rate, gamma: Rate = 0.55) -> Optimizer:
-    """Add normal noise of the variance eta / (1 + count)^gamma to gradients.
+def add_noise(key: Tensor, eta: ScalarOrSchedule, gamma: ScalarOrSchedule = 0.55) -> Optimizer:
+    """Add normal noise of variance eta / (1 + count)^gamma to gradients.
 
     Leaf i, in the order of sorted paths, draws from `fold_in(fold_in(key, count), i)`. In a
-    population vmapped over states, members with the same key get the same noise: give each its own.
-    Source: Neelakantan et al., 2015.
+    population vmapped over states, members with the same key draw the same noise: give each its own
+    key. Source: Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks,
+    2015, https://arxiv.org/abs/1511.06807
 
     Args:
-        key: of all the noise; lies in the state.
-        eta: the variance of the first update.
-        gamma: how fast the variance falls.
+        key: random key, which is stored in the state.
+        eta: variance of the noise in the first update.
+        gamma: exponent with which the variance falls.
 
     Raises:
         TypeError: `key` is not a key.
@@ -185,19 +190,19 @@ def add_noise(key: Tensor, eta: Rate, gamma: Rate = 0.55) -> Optimizer:
     def update(
         grads: Tree, state: NoiseState, params: Tree, **extra: Any
     ) -> tuple[Tree, NoiseState]:
-        found = match_grads(grads, params, "add_noise")
+        leaves = match_grads(grads, params, "add_noise")
         now = rates_now(rates, state.hyper)
         deviation = root(now["eta"] / (1 + state.hyper.count).double() ** now["gamma"])
-        of_update = random.fold_in(state.key, state.hyper.count)
+        update_key = random.fold_in(state.key, state.hyper.count)
         paths = list(tree.flatten_dict(params))
         noisy: list[Tensor | None] = []
-        for path, g in zip(paths, found, strict=True):
+        for path, g in zip(paths, leaves, strict=True):
             if g is None:
                 noisy.append(None)
                 continue
-            of_leaf = random.fold_in(of_update, sorted(paths).index(path))
-            drawn = random.normal(of_leaf, g.shape, g.dtype)
-            noisy.append(g + (deviation * drawn).to(g.dtype))
+            leaf_key = random.fold_in(update_key, sorted(paths).index(path))
+            noise = random.normal(leaf_key, g.shape, g.dtype)
+            noisy.append(g + (deviation * noise).to(g.dtype))
         updates = pytree.tree_unflatten(noisy, pytree.tree_structure(params))
         return updates, NoiseState(next_hyper(rates, state.hyper), state.key)
 

@@ -1,7 +1,7 @@
-"""Optimizers around an optimizer: they decide when, or with which gradients, it runs.
+"""Wrappers that decide when, or with which gradients, an optimizer runs.
 
-What depends on numbers is chosen with `torch.where`, so that one program serves: the inner
-optimizer is computed in every update, and where it should not have run its result is dropped.
+Decisions that depend on numbers are made with `torch.where`, so that there is one program: the
+inner optimizer runs in every update, and its result is discarded where it should not have run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fdl import tree
 from fdl._kinds import register
 from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads, update_of
 from fdl.optim._helpers import (
-    NOTHING,
+    NO_SURPLUS,
     all_finite,
     as_value,
     check_whole,
-    keep,
     scalar,
     stays_finite,
     surplus_of,
-    times,
+    tree_where,
+    weigh,
     zero_unless,
 )
 from fdl.tree import Tree
@@ -34,18 +34,17 @@ class FiniteState(NamedTuple):
     """The state of `apply_if_finite`."""
 
     inner: Tree
-    skipped: Tensor  # int64 [], updates that were not made
+    skipped: Tensor  # int64 [], number of updates skipped
 
 
 def apply_if_finite(opt: Optimizer) -> Optimizer:
-    """Skip an update where a number that goes in, or one that comes out, is infinite or NaN.
+    """Skip an update if a gradient, the value or a new parameter is infinite or NaN.
 
-    In go the gradients and the value that comes with them; out come the parameters, in their own
-    dtype, where they were finite before. The updates are then 0, the state of `opt` stays as it
-    was, and `skipped` in the state counts one more.
+    The updates are then 0, the state of `opt` does not change, and `skipped` in the state is one
+    higher. New parameters are tested in their own dtype, if they were finite before the update.
 
     Args:
-        opt: what to apply else.
+        opt: applied when everything is finite.
 
     Raises:
         TypeError: `opt` is not an optimizer.
@@ -71,7 +70,7 @@ def apply_if_finite(opt: Optimizer) -> Optimizer:
         updates, inner = step(zero_unless(finite, grads), state.inner, params, value=value, **extra)
         finite = finite & stays_finite(params, updates, device)
         return zero_unless(finite, updates), FiniteState(
-            keep(finite, inner, state.inner), state.skipped + ~finite
+            tree_where(finite, inner, state.inner), state.skipped + ~finite
         )
 
     return Optimizer(init, update)
@@ -84,32 +83,32 @@ class AccumulateState(NamedTuple):
     inner: Tree
     mean: Tree  # like params, in float32 at least: Σ count · g / k so far
     value: Tensor  # float64 []: Σ count · value / k so far
-    gathered: Tensor  # int64 [], gradients so far, below k
-    # float64 [], Σ (count − 1) so far; files of earlier versions, where each counted 1, lack it
-    surplus: Tensor = NOTHING
+    gathered: Tensor  # int64 [], number of gradients so far, below k
+    # float64 [], Σ (count − 1) so far. Files of earlier versions, in which each gradient counted 1,
+    # lack it.
+    surplus: Tensor = NO_SURPLUS
 
 
 def accumulate(opt: Optimizer, k: int) -> Optimizer:
-    """Gather the gradients of k updates, then apply `opt` once, to their mean.
+    """Accumulate the gradients of k updates, then apply `opt` once, to their mean.
 
-    The updates before that are 0. With losses that are means, k micro-batches make the step of the
-    whole batch: each gradient weighs as many examples as `count` says, which `train_step` passes,
-    so that a padded batch weighs less; without a count all weigh alike. `value` becomes the mean of
-    the k values with these weights; `value_fn`, which knows one micro-batch only, is not passed on.
-    A leaf whose gradient is `None` now stays, with what was gathered for it: give it all k
-    gradients, or none.
+    The updates in between are 0. With losses that are means, k micro-batches make the step of the
+    whole batch: each gradient is weighted by `count`, which `train_step` passes, so that a padded
+    batch counts less; without a count all weights are equal. `opt` is passed the mean of the k
+    values with the same weights, and no `value_fn`, which would be that of one micro-batch. A leaf
+    needs all k gradients or none: while its gradient is `None`, it and its mean do not change.
 
-    What has been gathered when training ends is not applied. Make the number of micro-batches a
-    multiple of k, or fill the last window with updates of `count=0`, to which `train_step` turns
-    batches whose mask is all False.
+    Gradients accumulated when training ends are not applied. Make the number of micro-batches a
+    multiple of k, or complete the last window with updates of `count=0`, which `train_step` makes
+    of batches whose mask is all False.
 
     Args:
-        opt: what to apply to the mean.
-        k: how many gradients make one update.
+        opt: applied to the mean.
+        k: number of gradients per update.
 
     Raises:
         TypeError: `opt` is not an optimizer.
-        ValueError: `k` is not an int of at least 1; a value or count with axes (at update).
+        ValueError: `k` is not an int of at least 1; (at update) a value or count with axes.
 
     >>> from fdl import optim
     >>> opt, params = accumulate(optim.sgd(1.0), k=2), {"w": torch.zeros(1)}
@@ -141,16 +140,16 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         gathered, total = state.gathered + 1, state.value
         surplus = state.surplus + surplus_of("accumulate", count, total)
         mean = tree.map(
-            lambda m, g: m if g is None else m + times(count, g.to(m.dtype)) / k, state.mean, grads
+            lambda m, g: m if g is None else m + weigh(count, g.to(m.dtype)) / k, state.mean, grads
         )
         if value is not None:
-            total = total + times(count, as_value("accumulate", value, total)) / k
-        # Σ count examples weigh 1 together; 1 exactly where each count is.
+            total = total + weigh(count, as_value("accumulate", value, total)) / k
+        # Divide by Σ count instead of k: the factor is exactly 1 if each count is 1.
         weight = gathered + surplus
         share = torch.where(weight > 0, k / torch.where(weight > 0, weight, 1.0), 0.0)
-        handed = tree.map(lambda m, g: None if g is None else m * share.to(m.dtype), mean, grads)
+        means = tree.map(lambda m, g: None if g is None else m * share.to(m.dtype), mean, grads)
         updates, inner = step(
-            handed,
+            means,
             state.inner,
             params,
             value=None if value is None else total * share,
@@ -158,7 +157,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         )
         full = gathered >= k
         return zero_unless(full, updates), AccumulateState(
-            keep(full, inner, state.inner),
+            tree_where(full, inner, state.inner),
             tree.map(lambda m, g: m if g is None else torch.where(full, 0.0, m), mean, grads),
             torch.where(full, 0.0, total),
             torch.where(full, 0, gathered),

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl.optim._base import Optimizer, apply_updates, map_grads
-from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Rate, check_rate, device_of, is_zero
-from fdl.tree import Tree, Where
+from fdl._modes import is_eager
+from fdl.optim._base import apply_updates, map_grads
+from fdl.optim._hyperparams import device_of
+from fdl.tree import Tree
+
+T = TypeVar("T")
 
 
-def keep(flag: Tensor, new: Tree, old: Tree) -> Tree:
-    """Take the new tree where a flag (bool []) holds, and the old one where not.
+def tree_where(flag: Tensor, new: T, old: T) -> T:
+    """Select the new tree if a flag (bool []) is True, else the old one.
 
-    >>> keep(torch.tensor(False), {"n": torch.tensor(1)}, {"n": torch.tensor(0)})
+    >>> tree_where(torch.tensor(False), {"n": torch.tensor(1)}, {"n": torch.tensor(0)})
     {'n': tensor(0)}
     """
-    return tree.map(lambda n, o: torch.where(flag, n, o), new, old)
+    return tree.map(lambda n, o: n if n is o else torch.where(flag, n, o), new, old)
+
+
+def where_lazy(flag: Tensor, make_new: Callable[[], T], old: T) -> T:
+    """Select `make_new()`, which an eager call computes only if the flag is True, or the old tree.
+
+    >>> where_lazy(torch.tensor(False), lambda: (torch.zeros(1),), (torch.ones(1),))
+    (tensor([1.]),)
+    """
+    if is_eager():
+        return make_new() if flag else old
+    return tree_where(flag, make_new(), old)
 
 
 def zero_unless(flag: Tensor, grads: Tree) -> Tree:
-    """Take gradients where a flag (bool []) holds, and 0 where not; `None` stays.
+    """Replace gradients by 0 unless a flag (bool []) is True; `None` stays.
 
     >>> zero_unless(torch.tensor(False), {"w": torch.ones(1), "frozen": None})
     {'w': tensor([0.]), 'frozen': None}
@@ -34,13 +48,13 @@ def zero_unless(flag: Tensor, grads: Tree) -> Tree:
 
 
 def check_whole(caller: str, name: str, value: int, least: int) -> None:
-    """Raise unless a number that is part of the program is a whole one, and large enough.
+    """Raise unless an argument is an int of at least `least`.
 
     Args:
-        caller: opens the message.
-        name: of the argument.
-        value: what came.
-        least: the smallest number allowed.
+        caller: function to name in the message.
+        name: name of the argument.
+        value: its value.
+        least: the smallest value allowed.
 
     >>> check_whole("accumulate", "k", 4, least=1)
     """
@@ -52,9 +66,9 @@ def scalar(params: Tree, number: float, dtype: torch.dtype) -> Tensor:
     """Make a 0-d tensor on the device of the parameters.
 
     Args:
-        params: what the state will belong to.
-        number: its value.
-        dtype: its dtype.
+        params: the parameters.
+        number: value of the tensor.
+        dtype: dtype of the tensor.
 
     >>> scalar({"w": torch.ones(1)}, 0, torch.int64)
     tensor(0)
@@ -63,28 +77,28 @@ def scalar(params: Tree, number: float, dtype: torch.dtype) -> Tensor:
 
 
 def as_value(caller: str, value: Any, like: Tensor, name: str = "value") -> Tensor:
-    """Turn the value that came with an update into a float64 0-d tensor.
+    """Turn a number passed to an update into a float64 0-d tensor.
 
     Args:
-        caller: opens the message.
+        caller: function to name in the message.
         value: a number or a 0-d tensor.
-        like: tells the device.
-        name: of the argument.
+        like: a tensor on the device to use.
+        name: name of the argument.
 
     Raises:
-        ValueError: a tensor with axes.
+        ValueError: `value` is a tensor with axes.
 
     >>> as_value("accumulate", 0.5, torch.zeros(()))
     tensor(0.5000, dtype=torch.float64)
     """
-    found = torch.as_tensor(value, dtype=torch.float64, device=like.device)
-    if found.ndim:
-        raise ValueError(f"{caller}: {name} must be a scalar, got {list(found.shape)}")
-    return found
+    scalar = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+    if scalar.ndim:
+        raise ValueError(f"{caller}: {name} must be a scalar, got {list(scalar.shape)}")
+    return scalar
 
 
 def all_finite(grads: Tree, device: torch.device) -> Tensor:
-    """Say whether all gradients are finite (bool []); `None` is.
+    """Test if all gradients are finite (bool []); `None` counts as finite.
 
     >>> all_finite({"w": torch.tensor([1.0, torch.inf]), "frozen": None}, torch.device("cpu"))
     tensor(False)
@@ -94,27 +108,27 @@ def all_finite(grads: Tree, device: torch.device) -> Tensor:
 
 
 def stays_finite(params: Tree, updates: Tree, device: torch.device) -> Tensor:
-    """Say whether updates leave finite parameters finite (bool []), in the dtypes of these.
+    """Test if finite parameters stay finite when updated (bool []), each in its own dtype.
 
     >>> params = {"w": torch.tensor([6e4, torch.inf]).half()}
     >>> stays_finite(params, {"w": torch.tensor([1e4, 1.0])}, torch.device("cpu"))
     tensor(False)
     """
     new = apply_updates(params, updates)
-    spoilt = tree.map(lambda p, n: torch.isfinite(p) & ~torch.isfinite(n), params, new)
-    flags = [~leaf.any() for leaf in tree.leaves(spoilt)]
+    overflows = tree.map(lambda p, n: torch.isfinite(p) & ~torch.isfinite(n), params, new)
+    flags = [~leaf.any() for leaf in tree.leaves(overflows)]
     return reduce(torch.logical_and, flags, torch.ones((), dtype=torch.bool, device=device))
 
 
-NOTHING = torch.zeros((), dtype=torch.float64)  # in the place of a field that a file lacks
+NO_SURPLUS = torch.zeros((), dtype=torch.float64)  # default of a field that old files lack
 
 
-def times(count: Any, x: Tensor) -> Tensor:
-    """Weigh a gradient or a value by how many examples it is the mean of; 1 if that is not said.
+def weigh(count: Any, x: Tensor) -> Tensor:
+    """Multiply a mean over `count` examples by their number; a count of None is 1.
 
-    What is the mean of no examples is 0, whatever it holds.
+    For a count of 0 the result is 0, even if x is NaN.
 
-    >>> times(2, torch.ones(1)), times(0, torch.tensor([torch.nan]))
+    >>> weigh(2, torch.ones(1)), weigh(0, torch.tensor([torch.nan]))
     (tensor([2.]), tensor([0.]))
     """
     if count is None:
@@ -124,29 +138,17 @@ def times(count: Any, x: Tensor) -> Tensor:
 
 
 def surplus_of(caller: str, count: Any, like: Tensor) -> Tensor | float:
-    """Say by how much more than 1 an update counts (float64 []).
+    """Return count − 1 (float64 []), by which the examples of an update exceed one.
 
     Args:
-        caller: opens the message.
-        count: a number or a 0-d tensor, None for 1.
-        like: tells the device.
+        caller: function to name in the message.
+        count: a number or a 0-d tensor; None for 1.
+        like: a tensor on the device to use.
 
     Raises:
-        ValueError: a tensor with axes.
+        ValueError: `count` is a tensor with axes.
 
     >>> surplus_of("accumulate", 4, torch.zeros(()))
     tensor(3., dtype=torch.float64)
     """
     return 0.0 if count is None else as_value(caller, count, like, "count") - 1
-
-
-# ------------------------------------------------------------------------------ optimizers
-
-
-def _decay(caller: str, weight_decay: Rate, mask: Where | None) -> list[Optimizer]:
-    check_rate(caller, "weight_decay", weight_decay)
-    return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay, mask)]
-
-
-def _sign(maximize: bool) -> list[Optimizer]:
-    return [scale(-1.0)] if maximize else []

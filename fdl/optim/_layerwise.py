@@ -1,4 +1,4 @@
-"""One learning rate for each layer, from the norms of its weights and update: `lamb`, `lars`."""
+"""A learning rate per layer, from the norms of its weights and update: `lamb`, `lars`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from fdl._numerics import norm
 from fdl.optim._adaptive import scale_by_adam
 from fdl.optim._base import Optimizer, Result, chain, leafwise
 from fdl.optim._basic import scale_by_learning_rate, trace
-from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._descent import decayed, negated
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.optim._masking import masked
 from fdl.tree import Where
 
 
-def scale_by_trust_ratio(trust_coefficient: Rate = 1.0, eps: Rate = 0.0) -> Optimizer:
-    """Give each update a length in proportion to that of its parameter (You et al., 2017).
+def scale_by_trust_ratio(
+    trust_coefficient: ScalarOrSchedule = 1.0, eps: ScalarOrSchedule = 0.0
+) -> Optimizer:
+    """Scale each update to a norm in proportion to that of its parameter.
 
-    The update u of the parameter w becomes η ‖w‖ / (‖u‖ + ε) · u; it stays u where w or u is 0, as
-    w could never leave 0 otherwise. The norms are those of whole leaves.
+    The update u of the parameter w becomes η ‖w‖ / (‖u‖ + ε) · u. It stays u if w or u is 0, as w
+    could not leave 0 otherwise. The norms are those of whole leaves. Source: You et al., Large
+    Batch Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
 
     Args:
         trust_coefficient: η: a number, a 0-d tensor or a schedule.
@@ -49,30 +52,31 @@ def _trust(trust: Optimizer, mask: Where | None) -> Optimizer:
 
 
 def lamb(
-    lr: Rate,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     trust_mask: Where | None = None,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam with steps in proportion to their parameters, for large batches (You et al., 2020).
+    """Adam with steps in proportion to the norms of their parameters, for large batches.
 
-    w ← w − lr · ‖w‖/‖u‖ · u, where u is Adam's direction + λw, and the ratio is 1 where w or u is
-    0. Source: "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", with
-    φ(z) = z, whose betas and ε these are (λ is 0.01 there); see `scale_by_adam` and
-    `scale_by_trust_ratio`. Equals `optax.lamb`, defaults included.
+    w ← w − lr · ‖w‖/‖u‖ · u, where u is Adam's direction + λw, and the ratio is 1 if w or u is 0.
+    See `scale_by_adam` and `scale_by_trust_ratio`. Equals `optax.lamb`, defaults included; betas
+    and ε are those of the paper (where λ is 0.01, and φ(z) = z here). Source: You et al., Large
+    Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
+    https://arxiv.org/abs/1904.00962
 
     Args:
-        lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        lr: the learning rate; without a default, as in optax, since it depends on the batch size.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
         weight_decay: λ.
-        mask: which parameters decay; all if None.
-        trust_mask: for which ‖w‖/‖u‖ counts; it is 1 for the others. All if None.
-        maximize: climb instead.
+        mask: parameters that decay; all if None.
+        trust_mask: parameters scaled by ‖w‖/‖u‖, which is 1 for the others; all if None.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range; (at init) a glob of a mask
@@ -84,43 +88,44 @@ def lamb(
     """
     check_rate("lamb", "lr", lr)
     return chain(
-        *_sign(maximize),
+        *negated(maximize),
         scale_by_adam(betas, eps),
-        *_decay("lamb", weight_decay, mask),
+        *decayed("lamb", weight_decay, mask),
         _trust(scale_by_trust_ratio(), trust_mask),
         scale_by_learning_rate(lr),
     )
 
 
 def lars(
-    lr: Rate,
-    momentum: Rate = 0.9,
-    weight_decay: Rate = 0.0,
-    trust_coefficient: Rate = 1e-3,
-    eps: Rate = 0.0,
+    lr: ScalarOrSchedule,
+    momentum: ScalarOrSchedule = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    trust_coefficient: ScalarOrSchedule = 1e-3,
+    eps: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     trust_mask: Where | None = None,
     nesterov: bool = False,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """SGD whose steps are in proportion to their parameters, for large batches (You et al., 2017).
+    """SGD with steps in proportion to the norms of their parameters, for large batches.
 
     u = g + λw; m ← momentum · m + lr · η ‖w‖ / (‖u‖ + ε) · u; w ← w − m, and with w or u = 0
-    m ← momentum · m + lr · u. The momentum holds past steps, rate included, unlike that of `sgd`.
-    Source: "Large Batch Training of Convolutional Networks", whose η and momentum these are. Equals
-    `optax.lars`, defaults included; the paper has ‖g‖ + λ‖w‖ for ‖u‖. See `scale_by_trust_ratio`.
+    m ← momentum · m + lr · u. Unlike that of `sgd`, the momentum accumulates steps with their
+    learning rates. See `scale_by_trust_ratio`. Equals `optax.lars`, defaults included; η and
+    momentum are those of the paper, which has ‖g‖ + λ‖w‖ for ‖u‖. Source: You et al., Large Batch
+    Training of Convolutional Networks, 2017, https://arxiv.org/abs/1708.03888
 
     Args:
-        lr: the learning rate.
-        momentum: how much of the last step is kept.
+        lr: the learning rate; without a default, as in optax, since it depends on the batch size.
+        momentum: fraction of the last step that is kept.
         weight_decay: λ.
         trust_coefficient: η.
         eps: ε.
-        mask: which parameters decay; all if None.
-        trust_mask: for which η ‖w‖ / (‖u‖ + ε) counts; it is 1 for the others. All if None.
-        nesterov: look ahead along the momentum.
-        maximize: climb instead.
+        mask: parameters that decay; all if None.
+        trust_mask: parameters scaled by η ‖w‖ / (‖u‖ + ε), which is 1 for the others; all if None.
+        nesterov: use Nesterov momentum.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is negative or not finite; (at init) a glob of a mask matches no
@@ -133,8 +138,8 @@ def lars(
     check_rate("lars", "lr", lr)
     check_rate("lars", "momentum", momentum)
     return chain(
-        *_sign(maximize),
-        *_decay("lars", weight_decay, mask),
+        *negated(maximize),
+        *decayed("lars", weight_decay, mask),
         _trust(scale_by_trust_ratio(trust_coefficient, eps), trust_mask),
         scale_by_learning_rate(lr),
         *([] if is_zero(momentum) else [trace(momentum, nesterov=nesterov)]),

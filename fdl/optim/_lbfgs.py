@@ -17,40 +17,41 @@ from torch.func import grad_and_value
 from fdl import tree
 from fdl._compiler._scan import scan
 from fdl._modes import is_eager
-from fdl.optim._base import Optimizer, in_32_bits, lift
-from fdl.optim._hyperparams import Rate, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._base import Optimizer, in_32_bits, upcast
+from fdl.optim._helpers import check_whole, tree_where, where_lazy
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
 from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
-from fdl.optim._line_search import Point, Search, choose, judge, start, when
+from fdl.optim._line_search import Point, Search, Verdict, judge, start
 from fdl.tree import Tree
 
 
 class _Task(NamedTuple):
-    """What stays as it is throughout an update."""
+    """The constants of an update."""
 
     max_iter: int
     max_eval: int
     tolerance_grad: float
     tolerance_change: float
     searches: bool
-    objective: Callable[[Tensor], Tensor]  # [n] -> [], to be minimised
-    moves: Tensor  # bool [n], False where the gradient given is None
+    objective: Callable[[Tensor], Tensor]  # [n] -> [], to be minimized
+    moves: Tensor  # bool [n], False where the gradient is None
     rate: Tensor  # float64 []
     n_iter: Tensor  # int64 [], before this update
     func_evals: Tensor  # int64 [], likewise
 
 
 class _Walk(NamedTuple):
-    """What changes from turn to turn, and the next update does not need."""
+    """The variables of an update that the next update does not need."""
 
     x: Tensor  # [n], where the inner iteration began
     products: Tensor  # float64 [m, m], s_i · y_j above the diagonal
-    search: Search  # unused where every step is accepted
-    done: Tensor  # bool [], nothing changes any more
+    search: Search  # unused if every step is accepted
+    done: Tensor  # bool [], True once nothing changes any more
 
 
 def lbfgs(
-    lr: Rate = 1.0,
+    lr: ScalarOrSchedule = 1.0,
     max_iter: int = 20,
     max_eval: int | None = None,
     tolerance_grad: float = 1e-7,
@@ -62,42 +63,42 @@ def lbfgs(
 ) -> Optimizer:
     """L-BFGS; an update equals a `step(closure)` of `torch.optim.LBFGS`, up to rounding.
 
-    An update is a whole minimisation of `max_iter` inner iterations x ← x + t · d. In each
+    An update is a whole minimization of up to `max_iter` inner iterations x ← x + t · d. In each
     d = −H g, where H is the inverse Hessian that BFGS builds from the last m = `history_size` pairs
-    s = Δx, y = Δg with y · s > 0, starting at (y · s / y · y) times the identity; t is `lr`, in the
-    very first iteration at most `lr` / ‖g‖₁, and with a line search the first t to be tried.
+    s = Δx, y = Δg with y · s > 0, starting from γI with γ = y · s / y · y. t is `lr`, in the very
+    first iteration at most `lr` / ‖g‖₁; with a line search it is the first trial.
 
-    `update` must be given `value_fn`, which it evaluates and differentiates: `train_step` does so.
-    `grads`, and `value` if it is given, count as the first evaluation. Where a gradient is `None`
-    the leaf is held as it is for this update, and its update is `None`.
+    `update` needs `value_fn`, which it evaluates and differentiates; `train_step` passes it.
+    `grads`, and `value` if given, count as the first evaluation. A leaf whose gradient is `None` is
+    constant in this update, and its update is `None`.
 
     Called eagerly, an update returns as soon as a tolerance is met. Compiled, vmapped or
-    differentiated it is one program without branches: it always pays for `max_eval` evaluations,
-    of which those after the end change nothing. `jit` compiles one evaluation, as the body of a
-    `scan`; a `torch.func` transformation, or parameters that require gradients, unroll them all,
-    which takes long to compile: lower `max_iter` there. The state holds 2 m n numbers from the
+    differentiated it is one program without branches, which always makes `max_eval` evaluations;
+    those after the end change nothing. `jit` compiles one evaluation, as the body of a `scan`; a
+    `torch.func` transformation, or parameters that require gradients, unroll all of them, which is
+    slow to compile: choose a smaller `max_iter` there. The state holds 2 m n numbers from the
     start.
 
-    To a line search a value that is not finite, or whose gradient is not, counts as too high: it
-    stays within the domain of the function, where torch's may leave it. From a point outside the
-    domain nothing moves.
+    A line search treats a value that is not finite, or whose gradient is not, as too high: it stays
+    within the domain of the function, which torch's may leave. An update that starts outside the
+    domain changes nothing.
 
-    Rounding grows along the way, in torch as well: on ill-conditioned or non-convex problems two
-    runs of torch, started one rounding apart, part as fast as a run of this from one of torch.
+    On ill-conditioned or non-convex problems this and torch diverge as fast as two runs of torch
+    whose starts differ by one ulp.
 
     Args:
         lr: a number, a 0-d tensor or a schedule over updates (not inner iterations).
         max_iter: inner iterations per update.
-        max_eval: evaluations per update, 1.25 `max_iter` if None; a line search may do one more.
-        tolerance_grad: end where no component of the gradient is larger.
-        tolerance_change: end where no parameter moves further, or the value changes by less.
-        history_size: m, the pairs remembered.
+        max_eval: evaluations per update, 1.25 `max_iter` if None; a line search may make one more.
+        tolerance_grad: stop when no component of the gradient is larger.
+        tolerance_change: stop when no parameter changes by more, or the value changes by less.
+        history_size: m, number of pairs stored.
         line_search_fn: `"strong_wolfe"`, or None for a fixed step.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number out of range or an unknown line search; leaves that do not share one
-            floating dtype (at init, each path is listed); no `value_fn` (at update).
+        ValueError: a number out of range or an unknown line search; (at init) leaves of several
+            dtypes (each path is listed); (at update) no `value_fn`.
 
     >>> from fdl import optim
     >>> def rosenbrock(p):
@@ -112,9 +113,9 @@ def lbfgs(
     """
     check_rate("lbfgs", "lr", lr)
     max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
-    _check_count("max_iter", max_iter)
-    _check_count("max_eval", max_eval)
-    _check_count("history_size", history_size)
+    check_whole("lbfgs", "max_iter", max_iter, least=1)
+    check_whole("lbfgs", "max_eval", max_eval, least=1)
+    check_whole("lbfgs", "history_size", history_size, least=1)
     for name, least in [("tolerance_grad", tolerance_grad), ("tolerance_change", tolerance_change)]:
         if not least >= 0:
             raise ValueError(f"lbfgs: {name} must be at least 0, got {least}")
@@ -124,8 +125,8 @@ def lbfgs(
         )
     rates = {"lr": lr}
     searches = line_search_fn is not None
-    # Evaluations after the first. Without a search the last inner iteration needs none; a search
-    # that begins when all but one are spent may use one more.
+    # Evaluations after the first. Without a search the last inner iteration needs none; with one,
+    # a search that begins when one evaluation is left may use two.
     turns = max_eval if searches else min(max_iter, max(max_eval, 2)) - 1
 
     def init(params: Tree) -> LBFGSState:
@@ -157,12 +158,12 @@ def lbfgs(
     ) -> tuple[Tree, LBFGSState]:
         if value_fn is None:
             raise ValueError(
-                "lbfgs: value_fn must be given to update, a function params -> value (train_step "
-                f"gives it), got {value_fn}"
+                "lbfgs: update needs the loss as a function, update(grads, state, params, "
+                "value_fn=params -> value), as train_step passes it"
             )
-        found = tree.match(params, grads, "lbfgs: grads")
+        matched = tree.match(params, grads, "lbfgs: grads")
         x, leaves = _flatten(params), tree.leaves(params)
-        pairs = list(zip(found, leaves, strict=True))
+        pairs = list(zip(matched, leaves, strict=True))
         hyper, sign = state.hyper, -1 if maximize else 1
         task = _Task(
             max_iter,
@@ -170,7 +171,7 @@ def lbfgs(
             tolerance_grad,
             tolerance_change,
             searches,
-            objective=lambda x: sign * value_fn(_unflatten(x, params, found, leaves)),
+            objective=lambda x: sign * value_fn(_unflatten(x, params, matched, leaves)),
             moves=_join(torch.full_like(p, g is not None, dtype=torch.bool) for g, p in pairs),
             rate=rates_now(rates, hyper)["lr"],
             n_iter=state.n_iter,
@@ -178,29 +179,24 @@ def lbfgs(
         )
         f = sign * torch.as_tensor(value_fn(params) if value is None else value).double()
         g = sign * _join(torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in pairs)
-        end, state = _minimise(task, tree.map(lift, state), x, f, g, turns)
-        updates = _unflatten(end - x, params, found, [None] * len(found))
-        # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
+        end, state = _minimize(task, tree.map(upcast, state), x, f, g, turns)
+        updates = _unflatten(end - x, params, matched, [None] * len(matched))
+        # A new tuple, since Dynamo of torch 2.11 cannot return the result of _replace.
         return updates, LBFGSState(next_hyper(rates, hyper), *state[1:])
 
     return in_32_bits(init, update)
 
 
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"lbfgs: {name} must be a whole number of at least 1, got {count!r}")
-
-
 # ------------------------------------------------------------------------------ the method
 
 
-def _minimise(
+def _minimize(
     task: _Task, state: LBFGSState, x: Tensor, f: Tensor, g: Tensor, turns: int
 ) -> tuple[Tensor, LBFGSState]:
-    """Go from x, where the value is f and the gradient g, as far as one update does."""
+    """Minimize for one update from x, where the value is f and the gradient g."""
     walk = _Walk(x, products(state), start(f, f, g), done=g.abs().amax() <= task.tolerance_grad)
     state = state._replace(func_evals=state.func_evals + 1)
-    carry = when(~walk.done, lambda: _begin(task, state, walk, f, g), (state, walk))
+    carry = where_lazy(~walk.done, lambda: _begin(task, state, walk, f, g), (state, walk))
     state, walk = _repeat(lambda carry: _turn(task, *carry), carry, turns)
     if task.searches:
         return walk.x, state
@@ -212,7 +208,7 @@ Carry = tuple[LBFGSState, _Walk]
 
 def _repeat(turn: Callable[[Carry], Carry], carry: Carry, turns: int) -> Carry:
     eager = is_eager()
-    # The operator that a scan becomes cannot be differentiated from outside.
+    # A compiled scan cannot be differentiated from outside.
     if eager or not turns or any(leaf.requires_grad for leaf in tree.leaves(carry)):
         for _ in range(turns):
             if eager and carry[1].done:
@@ -235,31 +231,42 @@ def _begin(task: _Task, state: LBFGSState, walk: _Walk, f: Tensor, g: Tensor) ->
 
 
 def _turn(task: _Task, state: LBFGSState, walk: _Walk) -> Carry:
-    """Evaluate at one trial; where that ends an inner iteration, begin another or be done."""
-    carry, live = (state, walk), ~walk.done
-    trial = torch.where(live, _along(walk.x, state.t, state.d), walk.x)
-    g, f = grad_and_value(task.objective)(trial)
-    new = Point(state.t, f.double(), (g @ state.d).double(), g)
+    """Evaluate one trial; if it ends an inner iteration, begin the next one or stop."""
+    before, live = (state, walk), ~walk.done
+    trial = _evaluate(task, state, torch.where(live, _along(walk.x, state.t, state.d), walk.x))
     state = state._replace(func_evals=state.func_evals + 1)
-    evals = state.func_evals - task.func_evals
-    if task.searches:
-        width, last = state.d.abs().amax().double(), evals > task.max_eval
-        search, ended, best, t = judge(walk.search, new, width=width, last=last)
-    else:
-        search, ended, best, t = walk.search, torch.ones_like(live), new, new.t
+    search, ended, best, t = _judge(task, state, walk.search, trial)
     t = torch.where(ended, best.t, t)
     x = torch.where(ended, _along(walk.x, t, state.d), walk.x)
-    stop = (
+    stops = _meets_a_limit(task, state, best, t)
+    after = state._replace(t=t), _Walk(x, walk.products, search, ended & stops)
+    state, walk = tree_where(live, after, before)
+    begins = live & ended & ~stops
+    return where_lazy(begins, lambda: _begin(task, state, walk, best.f, best.g), (state, walk))
+
+
+def _evaluate(task: _Task, state: LBFGSState, x: Tensor) -> Point:
+    g, f = grad_and_value(task.objective)(x)
+    return Point(state.t, f.double(), (g @ state.d).double(), g)
+
+
+def _judge(task: _Task, state: LBFGSState, search: Search, trial: Point) -> Verdict:
+    """Judge a trial; without a line search every one is accepted."""
+    if not task.searches:
+        return Verdict(search, torch.ones_like(trial.t, dtype=torch.bool), trial, trial.t)
+    last = state.func_evals - task.func_evals > task.max_eval
+    return judge(search, trial, width=state.d.abs().amax().double(), last=last)
+
+
+def _meets_a_limit(task: _Task, state: LBFGSState, best: Point, t: Tensor) -> Tensor:
+    """Test if an inner iteration that ends at `best` is the last one of this update (bool [])."""
+    return (
         (state.n_iter - task.n_iter >= task.max_iter)
-        | (evals >= task.max_eval)
+        | (state.func_evals - task.func_evals >= task.max_eval)
         | (best.g.abs().amax() <= task.tolerance_grad)
         | ((t * state.d).abs().amax() <= task.tolerance_change)
         | ((best.f - state.prev_loss).abs() < task.tolerance_change)
     )
-    state, walk = state._replace(t=t), _Walk(x, walk.products, search, ended & stop)
-    state, walk = choose(live, (state, walk), carry)
-    begins = live & ended & ~stop
-    return when(begins, lambda: _begin(task, state, walk, best.f, best.g), (state, walk))
 
 
 def _along(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
@@ -276,7 +283,7 @@ def _flatten(params: Tree) -> Tensor:
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         lines = [f"{path}: {str(leaf.dtype).removeprefix('torch.')}" for path, leaf in flat.items()]
         raise ValueError(
-            "lbfgs: params must share one floating dtype, being one vector, got:\n  "
+            "lbfgs: params must share one floating dtype, as they form one vector, got:\n  "
             + "\n  ".join(lines)
         )
     if not sum(leaf.numel() for leaf in flat.values()):
@@ -288,11 +295,11 @@ def _join(leaves: Iterable[Tensor]) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 
-def _unflatten(x: Tensor, params: Tree, grads: Sequence[Any], held: Sequence[Any]) -> Tree:
-    """Cut a vector into leaves; where the gradient is `None`, take the leaf of `held`."""
+def _unflatten(x: Tensor, params: Tree, grads: Sequence[Any], constant: Sequence[Any]) -> Tree:
+    """Split a vector into leaves; where the gradient is `None`, use the leaf of `constant`."""
     leaves, spec = pytree.tree_flatten(params)
     parts = x.split([leaf.numel() for leaf in leaves])
-    rows = zip(parts, leaves, grads, held, strict=True)
+    rows = zip(parts, leaves, grads, constant, strict=True)
     return pytree.tree_unflatten(
         [other if g is None else part.view(leaf.shape) for part, leaf, g, other in rows], spec
     )

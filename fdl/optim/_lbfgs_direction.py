@@ -1,4 +1,4 @@
-"""The inverse Hessian of `lbfgs`: what it remembers, and the direction that follows from it.
+"""The inverse Hessian of `lbfgs`: its history, and the direction computed from it.
 
 Algorithm 7.4 of Nocedal & Wright, Numerical Optimization, 2nd ed., 2006.
 """
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fdl.optim._helpers import where_lazy
 from fdl.optim._lbfgs_state import LBFGSState
-from fdl.optim._line_search import when
 
-LEAST_CURVATURE = 1e-10  # y · s of a pair that is remembered, as in torch
+LEAST_CURVATURE = 1e-10  # lower bound of y · s for a pair to be stored, as in torch
 
 
 def products(state: LBFGSState) -> Tensor:
@@ -27,13 +27,13 @@ def products(state: LBFGSState) -> Tensor:
 
 
 def remember(state: LBFGSState, above: Tensor, g: Tensor) -> tuple[LBFGSState, Tensor]:
-    """Enter the last step into the histories, the oldest falling out, if the curvature allows."""
+    """Push the last step onto the histories, if its curvature is large enough."""
     y, s = g - state.prev_flat_grad, state.t.to(g.dtype) * state.d
     curvature = y @ s
     enters = curvature > LEAST_CURVATURE
 
-    def entered() -> tuple[LBFGSState, Tensor]:
-        # Under `grad` what is not selected must be finite as well.
+    def pushed() -> tuple[LBFGSState, Tensor]:
+        # Under `grad` values that are not selected must be finite too.
         safe, square = (torch.where(enters, x, 1) for x in (curvature, y @ y))
         column = (state.old_stps[1:] @ y).double()
         shifted = torch.cat([above[1:, 1:], column[:, None]], dim=1)
@@ -45,7 +45,7 @@ def remember(state: LBFGSState, above: Tensor, g: Tensor) -> tuple[LBFGSState, T
             num_old=(state.num_old + 1).clamp(max=len(state.ro)),
         ), pad(shifted, (0, 0, 0, 1))
 
-    return when(enters, entered, (state, above))
+    return where_lazy(enters, pushed, (state, above))
 
 
 def _push(history: Tensor, newest: Tensor) -> Tensor:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import scale_by_learning_rate
-from fdl.optim._helpers import _decay, _sign
-from fdl.optim._hyperparams import Rate, check_rate
+from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.tree import Where
 
-# ------------------------------------------------------------------------------ atoms
 
+def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)) -> Optimizer:
+    """Return the sign of an average of the momentum and the new gradient.
 
-def scale_by_lion(betas: tuple[Rate, Rate] = (0.9, 0.99)) -> Optimizer:
-    """Take the sign of a mean of gradients and the new one (Chen et al., 2023).
-
-    The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m.
+    The result is sign(β₁m + (1−β₁)g); then m ← β₂m + (1−β₂)g. Slot: `exp_avg` m. Source: Chen et
+    al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675
 
     Args:
-        betas: β₁, how much the mean weighs in the sign; β₂, how much of itself it keeps.
+        betas: β₁, the weight of the momentum in the sign; β₂, its decay rate.
 
     Raises:
         ValueError: a number that is not in [0, 1).
@@ -37,29 +35,30 @@ def scale_by_lion(betas: tuple[Rate, Rate] = (0.9, 0.99)) -> Optimizer:
         return sign, {"exp_avg": beta2 * exp_avg + (1 - beta2) * g}
 
     rates = {"beta1": betas[0], "beta2": betas[1]}
-    return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like})
+    return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like}, RANGES)
 
 
 def lion(
-    lr: Rate = 1e-4,
-    betas: tuple[Rate, Rate] = (0.9, 0.99),
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-4,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99),
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Where | None = None,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps of one size for every coordinate, w ← w − lr · (sign(β₁m + (1−β₁)g) + λw).
+    """Step by the same amount in every coordinate, w ← w − lr · (sign(β₁m + (1−β₁)g) + λw).
 
-    Source: Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", whose program has
-    these defaults; see `scale_by_lion`. Equals `optax.lion`, where λ is 1e-3 by default. An lr that
-    suits `adamw` is 3 to 10 times too large here, and λ as much too small.
+    See `scale_by_lion`. The defaults are those of the authors' program. Equals `optax.lion`, where
+    λ is 1e-3 by default. Compared with `adamw`, divide lr by 3 to 10 and multiply λ by as much.
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
+    https://arxiv.org/abs/2302.06675
 
     Args:
         lr: the learning rate.
         betas: β₁, β₂.
-        weight_decay: λ; the step takes lr · λ · w away.
-        mask: which parameters decay; all if None.
-        maximize: climb instead.
+        weight_decay: λ; each step subtracts lr · λ · w.
+        mask: parameters that decay; all if None.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`
@@ -69,6 +68,5 @@ def lion(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1500])}
     """
-    check_rate("lion", "lr", lr)
-    decay = _decay("lion", weight_decay, mask)
-    return chain(*_sign(maximize), scale_by_lion(betas), *decay, scale_by_learning_rate(lr))
+    direction = [scale_by_lion(betas)]
+    return descend("lion", direction, lr, weight_decay, maximize, decoupled=True, mask=mask)

@@ -1,4 +1,4 @@
-"""Scaling of the loss, against underflow of float16 gradients."""
+"""Loss scaling, against underflow of float16 gradients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._base import Optimizer, State, lift, map_grads, match_grads, update_of
+from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast, update_of
 from fdl.optim._conditional import FiniteState
-from fdl.optim._helpers import all_finite, check_whole, keep, scalar, stays_finite, zero_unless
+from fdl.optim._helpers import (
+    all_finite,
+    check_whole,
+    scalar,
+    stays_finite,
+    tree_where,
+    zero_unless,
+)
 from fdl.tree import Tree
 
 LEAST_SCALE = 2.0**-24
@@ -23,8 +30,8 @@ class LossScaleState(NamedTuple):
     """The state of `loss_scale`."""
 
     inner: Tree
-    scale: Tensor  # float32 [], what the next loss is multiplied by
-    good: Tensor  # int64 [], finite gradients since the scale last changed
+    scale: Tensor  # float32 [], factor of the next loss
+    good: Tensor  # int64 [], updates with finite gradients since the scale last changed
 
 
 def loss_scale(
@@ -34,29 +41,31 @@ def loss_scale(
     growth_factor: float = 2.0,
     backoff_factor: float = 0.5,
 ) -> Optimizer:
-    """Multiply the loss before it is differentiated, so that float16 gradients do not underflow.
+    """Scale the loss before it is differentiated, so that float16 gradients do not underflow.
 
-    The gradients are divided by the scale, in float32, before `opt` sees them. If one is not finite
-    then, or a parameter would no longer be, the update is 0, the state of `opt` stays, and the
-    scale falls by `backoff_factor`; after `growth_interval` finite ones in a row it grows by
-    `growth_factor`, unless it would leave float32: the rules of `torch.amp.GradScaler`, except that
-    the scale does not fall below 2⁻²⁴ (or `init`, if that is less), the least number of float16,
-    while torch's falls to 0. `train_step` multiplies the loss itself; a loop of your own
-    differentiates `value * optim.loss_scale_of(state)` and passes the plain `value`.
+    The gradients are divided by the scale, in float32, before `opt` sees them. If one of them is
+    then not finite, or a new parameter would not be, the update is 0, the state of `opt` does not
+    change, and the scale is multiplied by `backoff_factor`. After `growth_interval` finite updates
+    in a row it is multiplied by `growth_factor`, unless it would overflow float32. These are the
+    rules of `torch.amp.GradScaler`, except that the scale does not fall below 2⁻²⁴, the smallest
+    number of float16 (or `init`, if that is less), while torch's falls to 0. `train_step` scales
+    the loss itself; a loop of your own differentiates `value * optim.loss_scale_of(state)` and
+    passes the unscaled `value`.
 
-    Clipping and all else that looks at gradients belongs inside: `loss_scale(chain(clip, sgd))`.
-    Source: Micikevicius et al., 2018.
+    Put clipping and everything else that depends on gradients inside:
+    `loss_scale(chain(clip, sgd))`. Source: Micikevicius et al., Mixed Precision Training, 2018,
+    https://arxiv.org/abs/1710.03740
 
     Args:
-        opt: what to apply to the gradients of the plain loss.
-        init: the first scale.
-        growth_interval: how many finite gradients in a row let it grow.
-        growth_factor: above 1.
-        backoff_factor: between 0 and 1.
+        opt: applied to the unscaled gradients.
+        init: initial scale.
+        growth_interval: number of finite updates in a row after which the scale grows.
+        growth_factor: factor of growth, above 1.
+        backoff_factor: factor after an overflow, between 0 and 1.
 
     Raises:
         TypeError: `opt` is not an optimizer.
-        ValueError: a number out of its range; `opt` holds a `loss_scale` already (at init).
+        ValueError: a number out of its range; (at init) `opt` already contains a `loss_scale`.
 
     >>> from fdl import optim
     >>> opt, params = loss_scale(optim.sgd(1.0), init=4.0), {"w": torch.ones(1)}
@@ -82,7 +91,9 @@ def loss_scale(
     def start(params: Tree) -> LossScaleState:
         inner = opt.init(params)
         if loss_scale_of(inner) is not None:
-            raise ValueError("loss_scale: there is a loss_scale inside already; keep one of them")
+            raise ValueError(
+                "loss_scale: there is a loss_scale inside already; keep one of the two"
+            )
         scale, good = scalar(params, init, torch.float32), scalar(params, 0, torch.int64)
         return LossScaleState(inner, scale, good)
 
@@ -92,7 +103,7 @@ def loss_scale(
         grads: Tree, state: LossScaleState, params: Tree, **extra: Any
     ) -> tuple[Tree, LossScaleState]:
         match_grads(grads, params, "loss_scale")
-        plain = map_grads(lambda g: lift(g) / state.scale, grads)
+        plain = map_grads(lambda g: upcast(g) / state.scale, grads)
         finite = all_finite(plain, state.scale.device)
         updates, inner = step(zero_unless(finite, plain), state.inner, params, **extra)
         finite = finite & stays_finite(params, updates, state.scale.device)
@@ -101,7 +112,7 @@ def loss_scale(
         grown = torch.where(grows & torch.isfinite(grown), grown, state.scale)
         shrunk = (state.scale.double() * backoff_factor).clamp(min=floor).float()
         return zero_unless(finite, updates), LossScaleState(
-            keep(finite, inner, state.inner),
+            tree_where(finite, inner, state.inner),
             torch.where(finite, grown, shrunk),
             torch.where(finite & ~grows, state.good + 1, 0),
         )
@@ -110,10 +121,10 @@ def loss_scale(
 
 
 def loss_scale_of(state: Tree) -> Tensor | None:
-    """Read what the next loss is multiplied by, or `None` if the optimizer scales no losses.
+    """Return the factor of the next loss, or `None` if the optimizer does not scale losses.
 
     Raises:
-        ValueError: a `loss_scale` that does not see all gradients as they come.
+        ValueError: the `loss_scale` is not the first to see all gradients.
 
     >>> from fdl import optim
     >>> params = {"w": torch.ones(1)}
@@ -123,13 +134,13 @@ def loss_scale_of(state: Tree) -> Tensor | None:
     True
     """
     scale = None
-    ends = (LossScaleState, FiniteState, State)  # nothing to be found in a State
+    ends = (LossScaleState, FiniteState, State)  # a State cannot contain a loss_scale
     pairs, _ = pytree.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, ends))
     for entries, node in pairs:
         if isinstance(node, FiniteState) and loss_scale_of(node.inner) is not None:
             raise ValueError(
-                "apply_if_finite: the loss_scale inside never sees an overflow, which it skips "
-                "itself; leave apply_if_finite out, or put it inside"
+                "apply_if_finite: the loss_scale inside never sees an overflow, which is skipped "
+                "before; remove apply_if_finite (loss_scale skips overflows too), or put it inside"
             )
         if not isinstance(node, LossScaleState):
             continue

@@ -1,4 +1,4 @@
-"""Optimizers for parts of a tree: `masked`, `freeze`, `multi_transform`."""
+"""Optimizers for parts of a tree of parameters: `masked`, `freeze`, `multi_transform`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ Labels = Mapping[str, Where] | Callable[[str, Any], str]
 
 
 def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
-    """Optimize each part of the parameters in its own way, as `torch.optim`'s param groups do.
+    """Apply an optimizer to each part of the parameters, like the param groups of `torch.optim`.
 
-    The state is a dict of the optimizers' states by label; each covers its own leaves alone.
+    The state is a dict of the optimizers' states by label; each covers only its own leaves. Optax
+    also calls this `partition`.
 
     Args:
         opts: optimizers by label.
-        labels: for each label what it covers, as in `tree.partition` (a glob on dotted paths,
-            several, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
+        labels: the leaves of each label, as in `tree.partition` (a glob on dotted paths, several
+            globs, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
 
     Raises:
         TypeError: one of `opts` is not an optimizer.
-        ValueError: labels other than those of `opts`; (at init) a leaf that no label covers, or
-            more than one, or a label that covers none; each path is listed.
+        ValueError: the labels are not those of `opts`; (at init) a leaf has no label or several, or
+            a label has no leaves; each path is listed.
 
     >>> import torch
     >>> from fdl import optim
@@ -36,6 +37,8 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     {'body': tensor([-0.1000]), 'head': tensor([-1.])}
     """
     opts = dict(opts)
+    for label, opt in opts.items():
+        update_of("multi_transform", opt, f"opts[{label!r}]")
     if not callable(labels) and labels.keys() != opts.keys():
         raise ValueError(
             f"multi_transform: labels must be those of the optimizers, {sorted(opts)}, "
@@ -45,41 +48,41 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
 
 
 def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict[str, str]:
-    """Give each path its label."""
+    """Map each path to its label."""
     if callable(labels):
-        found = {path: [labels(path, leaf)] for path, leaf in tree.flatten_dict(params).items()}
+        matching = {path: [labels(path, leaf)] for path, leaf in tree.flatten_dict(params).items()}
     else:
         chosen = {
             label: selected(params, where, f"multi_transform: {label}")
             for label, where in labels.items()
         }
-        found = {
+        matching = {
             path: [label for label in labels if chosen[label][path]]
             for path in tree.flatten_dict(params)
         }
     lines = [
-        f"{path}: {found[path] or 'no label'}"
-        for path in found
-        if len(found[path]) != 1 or found[path][0] not in opts
+        f"{path}: {own or 'no label'}"
+        for path, own in matching.items()
+        if len(own) != 1 or own[0] not in opts
     ]
     if lines:
         raise ValueError(
             f"multi_transform: each leaf needs exactly one label of {sorted(opts)}:\n  "
             + "\n  ".join(lines)
         )
-    return {path: label for path, (label,) in found.items()}
+    return {path: label for path, (label,) in matching.items()}
 
 
 def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
-    """Say for each path whether `where` selects it, which it must do for one at least.
+    """Map each path to True if `where` selects it.
 
     Args:
         params: the parameters.
         where: as in `tree.partition`.
-        caller: how an error begins.
+        caller: function to name in the message.
 
     Raises:
-        ValueError: a glob, or the function, selects no path.
+        ValueError: a glob, or the predicate, selects no path.
 
     >>> import torch
     >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
@@ -94,13 +97,12 @@ def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
 def masked(opt: Optimizer, where: Where) -> Optimizer:
     """Transform only the gradients that `where` selects; the others pass unchanged.
 
-    The state covers the selected leaves alone.
+    The state covers only the selected leaves.
 
     Args:
-        opt: what to apply to them.
-        where: as in `tree.partition`: a glob on dotted paths, several, or a predicate
-            `(path, leaf)` on parameters, which sees stacked leaves as they are: see
-            `add_decayed_weights`.
+        opt: applied to the selected gradients.
+        where: as in `tree.partition`: a glob on dotted paths, several globs, or a predicate
+            `(path, leaf)` on parameters; for stacked leaves see `add_decayed_weights`.
 
     Raises:
         TypeError: `opt` is not an optimizer.
@@ -117,12 +119,12 @@ def masked(opt: Optimizer, where: Where) -> Optimizer:
 
 
 def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
-    """Do as `masked`, for another function with a mask.
+    """Make the optimizer of `masked` for another function that takes a mask.
 
     Args:
-        caller: opens the messages.
-        opt: what to apply.
-        where: to which leaves.
+        caller: function to name in error messages.
+        opt: applied to the selected gradients.
+        where: as in `masked`.
 
     >>> import torch
     >>> from fdl import optim
@@ -138,15 +140,16 @@ def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
 
 
 def freeze(opt: Optimizer, where: Where) -> Optimizer:
-    """Leave the parameters that `where` selects as they are, and optimize the others.
+    """Keep the parameters that `where` selects constant, and optimize the others.
 
-    Frozen leaves have no slots in the state, and their updates are `None`. They neither decay nor
-    go on by their momentum, and their gradients are not in a norm that `opt` clips by; put clipping
-    inside, `freeze(chain(clip, sgd), where)`. Those gradients were computed: to save that as well,
-    `tree.partition` the parameters and differentiate by one part.
+    Unlike `optax.freeze`, it wraps the optimizer. Frozen leaves have no slots (per-parameter
+    state), and their updates are `None`: neither weight decay nor momentum moves them. Put clipping
+    inside, `freeze(chain(clip, sgd), where)`, so that their gradients do not count in the norm.
+    Their gradients are computed all the same: to save that, split the parameters with
+    `tree.partition` and differentiate with respect to one part.
 
     Args:
-        opt: optimizes the others.
+        opt: applied to the others.
         where: as in `tree.partition`.
 
     Raises:
@@ -176,14 +179,11 @@ def freeze(opt: Optimizer, where: Where) -> Optimizer:
 def _by_label(
     caller: str, opts: dict[str, Optimizer], label_paths: Callable[[Tree], dict[str, str]]
 ) -> Optimizer:
-    """Apply to each leaf the optimizer of its label; what has another label passes unchanged."""
-    steps = {
-        label: update_of(caller, opt, f"opts[{label!r}]" if len(opts) > 1 else "opt")
-        for label, opt in opts.items()
-    }
+    """Apply to each leaf the optimizer of its label; leaves of other labels pass unchanged."""
+    steps = {label: update_of(caller, opt) for label, opt in opts.items()}
 
-    def part(whole: Tree, labels: dict[str, str], label: str) -> Tree:
-        return tree.partition(whole, lambda path, leaf: labels[path] == label)[0]
+    def part(params: Tree, labels: dict[str, str], label: str) -> Tree:
+        return tree.partition(params, lambda path, leaf: labels[path] == label)[0]
 
     def init(params: Tree) -> Tree:
         labels = label_paths(params)
@@ -199,20 +199,20 @@ def _by_label(
         tree.match(params, grads, f"{caller}: grads")
         flat = tree.flatten_dict(params)
 
-        def of_part(moved: Tree) -> Any:
-            """Evaluate where one part has moved and the others have not."""
+        def part_value_fn(moved: Tree) -> Any:
+            """Evaluate the loss as a function of one part of the parameters."""
             return value_fn(tree.unflatten_dict(flat | tree.flatten_dict(moved), like=params))
 
-        found, states = tree.flatten_dict(grads), {}
+        updates, states = tree.flatten_dict(grads), {}
         for label, step in steps.items():
-            updates, states[label] = step(
+            part_updates, states[label] = step(
                 part(grads, labels, label),
                 state[label],
                 part(params, labels, label),
-                value_fn=None if value_fn is None else of_part,
+                value_fn=None if value_fn is None else part_value_fn,
                 **extra,
             )
-            found |= tree.flatten_dict(updates)
-        return tree.unflatten_dict(found, like=params), states
+            updates |= tree.flatten_dict(part_updates)
+        return tree.unflatten_dict(updates, like=params), states
 
     return Optimizer(init, update)

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalized."""
+"""Muon: orthogonalized momentum for matrices."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import norm
-from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import add_decayed_weights, scale_by_learning_rate
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import ScalarOrSchedule
 from fdl.tree import Tree
 
 
 def scale_by_muon(
-    momentum: Rate = 0.95,
+    momentum: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
     ns_steps: int = 5,
     adjust_lr_fn: str | None = None,
 ) -> Optimizer:
-    """Turn the momentum of a matrix into the nearest matrix with singular values near 1.
+    """Orthogonalize the momentum of a matrix: bring its singular values near 1.
 
-    M ← μM + (1−μ)G; X = (1−μ)G + μM with `nesterov`, else M; X/‖X‖ goes `ns_steps` times through
-    Newton–Schulz, X ← aX + (bA + cA²)X, A = XXᵀ, in bfloat16. Leaves must have two axes. Slot:
-    `momentum_buffer` M. Source: Jordan et al., 2024.
+    M ← μM + (1−μ)G; X = (1−μ)G + μM with `nesterov`, else M. X/‖X‖ then undergoes `ns_steps`
+    iterations of Newton–Schulz, X ← aX + (bA + cA²)X with A = XXᵀ, in bfloat16. Leaves must have
+    two axes. Slot: `momentum_buffer` M. Source: Jordan et al., Muon: An optimizer for hidden layers
+    in neural networks, 2024, https://kellerjordan.github.io/posts/muon/
 
     Args:
         momentum: μ.
-        nesterov: look ahead.
+        nesterov: use Nesterov momentum.
         ns_coefficients: a, b, c.
-        eps: below which the norm of X does not fall.
-        ns_steps: iterations.
-        adjust_lr_fn: by which a matrix `[out, in]` is scaled: "original" (the default), √max(1,
-            out/in); "match_rms_adamw", 0.2 √max(out, in); "spectral_unclamped", √(out/in).
+        eps: lower bound of ‖X‖.
+        ns_steps: number of iterations.
+        adjust_lr_fn: factor of the update of a matrix `[out, in]`: "original" (the default),
+            √max(1, out/in); "match_rms_adamw", 0.2 √max(out, in); "spectral_unclamped", √(out/in).
 
     Raises:
-        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf that
-            has not two axes (each is listed).
+        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf does
+            not have two axes (each path is listed).
 
     >>> opt, params = scale_by_muon(), {"w": torch.ones(2, 2)}
     >>> opt.update({"w": torch.eye(2)}, opt.init(params), params)[0]["w"].diag()
@@ -60,7 +61,7 @@ def scale_by_muon(
         raise ValueError(f"scale_by_muon: ns_steps must be from 1 to 99, got {ns_steps}")
 
     def rule(g: Tensor, p: Tensor, t: Tensor, momentum_buffer: Tensor, momentum: Tensor) -> Result:
-        # torch.lerp, since what is next rounded to bfloat16 should be bit-equal to torch's.
+        # torch.lerp, to equal torch bit by bit before x is rounded to bfloat16.
         m = torch.lerp(momentum_buffer, g, (1 - momentum).to(g.dtype))
         x = torch.lerp(g, m, momentum.to(g.dtype)) if nesterov else m
         ratio = ratios[name](*p.shape)
@@ -80,8 +81,8 @@ def scale_by_muon(
         ]
         if lines:
             raise ValueError(
-                "scale_by_muon: leaves must be matrices [out, in]; give the others to another "
-                "optimizer with multi_transform:\n  " + "\n  ".join(lines)
+                "scale_by_muon: leaves must be matrices [out, in]; use another optimizer for the "
+                "others, with multi_transform:\n  " + "\n  ".join(lines)
             )
         return inner.init(params)
 
@@ -103,40 +104,39 @@ def _orthogonalize(
 
 
 def muon(
-    lr: Rate = 1e-3,
-    weight_decay: Rate = 0.1,
-    momentum: Rate = 0.95,
+    lr: ScalarOrSchedule = 1e-3,
+    weight_decay: ScalarOrSchedule = 0.1,
+    momentum: ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
     ns_steps: int = 5,
     adjust_lr_fn: str | None = None,
 ) -> Optimizer:
-    """Step along orthogonalized momentum; equals `torch.optim.Muon`. For matrices alone.
+    """Step along orthogonalized momentum, for matrices only; equals `torch.optim.Muon`.
 
-    w ← w − lr · (ratio · orthogonalized + λw). Give biases, embeddings and the like to another
-    optimizer with `multi_transform`. Source: Jordan et al., 2024; see `scale_by_muon`.
+    w ← w − lr · (factor · orthogonalized + λw); see `scale_by_muon`. Use another optimizer for
+    biases, embeddings and the like, with `multi_transform`. Source: Jordan et al., Muon: An
+    optimizer for hidden layers in neural networks, 2024,
+    https://kellerjordan.github.io/posts/muon/
 
     Args:
         lr: the learning rate.
         weight_decay: λ, decoupled.
-        momentum: how much of the momentum is kept.
-        nesterov: look ahead.
-        ns_coefficients: of the Newton–Schulz iteration.
-        eps: below which the norm of a matrix does not fall.
-        ns_steps: iterations.
-        adjust_lr_fn: how the shape of a matrix scales its step.
+        momentum: decay rate of the mean of gradients.
+        nesterov: use Nesterov momentum.
+        ns_coefficients: coefficients of the Newton–Schulz iteration.
+        eps: lower bound of the norm of a matrix.
+        ns_steps: number of Newton–Schulz iterations.
+        adjust_lr_fn: name of the function that scales a step by the shape of its matrix.
 
     Raises:
-        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf that
-            has not two axes (each is listed).
+        ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf does
+            not have two axes (each path is listed).
 
     >>> opt, params = muon(lr=0.1, weight_decay=0.0), {"w": torch.ones(2, 2)}
     >>> opt.update({"w": torch.eye(2)}, opt.init(params), params)[0]["w"].diag()
     tensor([-0.1125, -0.1125])
     """
-    check_rate("muon", "lr", lr)
-    check_rate("muon", "weight_decay", weight_decay)
     direction = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(direction, *decay, scale_by_learning_rate(lr))
+    return descend("muon", [direction], lr, weight_decay, decoupled=True)

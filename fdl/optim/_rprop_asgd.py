@@ -1,4 +1,4 @@
-"""Two optimizers that set step sizes by themselves: `rprop` and `asgd`."""
+"""Two optimizers of torch with step sizes of their own: `rprop` and `asgd`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import torch
 from torch import Tensor
 
 from fdl.optim._base import Optimizer, Result, chain, leafwise
-from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
+from fdl.optim._descent import decayed, negated
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate
 
 
 def rprop(
     lr: float | Tensor = 1e-2,
-    etas: tuple[Rate, Rate] = (0.5, 1.2),
-    step_sizes: tuple[Rate, Rate] = (1e-6, 50.0),
+    etas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.5, 1.2),
+    step_sizes: tuple[ScalarOrSchedule, ScalarOrSchedule] = (1e-6, 50.0),
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Step by the sign of the gradient, further while it keeps its sign; `torch.optim.Rprop`.
+    """Step by the sign of the gradient, with steps that grow while it keeps its sign.
 
-    Where g · g' > 0, g' being the last gradient, the step size s grows to η⁺s; where it is < 0, s
-    shrinks to η⁻s and g counts as 0. w ← w − sign(g) · s. For full batches: the sign of a noisy
-    gradient says little. Slots: `prev` g', `step_size` s. Source: Riedmiller & Braun, 1993.
+    Equals `torch.optim.Rprop`. Where g · g' > 0, g' being the last gradient, the step size s grows
+    to η⁺s; where it is < 0, s shrinks to η⁻s and g is set to 0. w ← w − sign(g) · s. For full
+    batches: the sign of a noisy gradient is unreliable. Slots: `prev` g', `step_size` s. Source:
+    Riedmiller & Braun, A direct adaptive method for faster backpropagation learning: the RPROP
+    algorithm, 1993.
 
     Args:
-        lr: the first s; no hyperparameter of the state, since nothing reads it later.
-        etas: η⁻, η⁺.
-        step_sizes: the least and the largest s.
-        maximize: climb instead.
+        lr: initial s; it is not a hyperparameter of the state, since only init reads it.
+        etas: η⁻ in [0, 1), η⁺ above 1.
+        step_sizes: smallest and largest s.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -39,7 +41,7 @@ def rprop(
     {'w': tensor([-0.1000,  0.1000])}
     """
     if callable(lr) and not isinstance(lr, Tensor):
-        raise TypeError(f"rprop: lr is read once, by init: it cannot be a schedule, got {lr!r}")
+        raise TypeError(f"rprop: lr cannot be a schedule, since only init reads it, got {lr!r}")
     check_rate("rprop", "lr", lr)
 
     def rule(
@@ -71,33 +73,33 @@ def rprop(
             torch.as_tensor(lr, dtype=p.dtype, device=p.device).expand_as(p).clone()
         ),
     }
-    return chain(*([scale(-1.0)] if maximize else []), leafwise("rprop", rule, rates, slots))
+    return chain(*negated(maximize), leafwise("rprop", rule, rates, slots, RANGES))
 
 
 def asgd(
-    lr: Rate = 1e-2,
-    lambd: Rate = 1e-4,
-    alpha: Rate = 0.75,
-    t0: Rate = 1e6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    lambd: ScalarOrSchedule = 1e-4,
+    alpha: ScalarOrSchedule = 0.75,
+    t0: ScalarOrSchedule = 1e6,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Gradient descent that also averages what it passes through; equals `torch.optim.ASGD`.
+    """Gradient descent that also averages its iterates; equals `torch.optim.ASGD`.
 
     w ← (1 − λη)w − ηg, η = lr / (1 + λ·lr·t)^α; the average a ← a + (w − a)μ, μ = 1/max(1, t − t0),
     is for evaluation: `slots(state)["ax"]`. Slots: `ax` a, and for the next update `eta` η, `mu` μ
-    (float64 []). As in torch, η of an update comes from the lr of the update before: one that is
-    set or scheduled anew counts an update later. Statistics of batch normalization belong to w.
-    Source: Polyak & Juditsky, 1992.
+    (float64 []). As in torch, η is computed one update ahead: an lr that is replaced or scheduled
+    takes effect one update later. Statistics of batch normalization belong to w. Source: Polyak &
+    Juditsky, Acceleration of stochastic approximation by averaging, 1992.
 
     Args:
         lr: the learning rate.
         lambd: λ, the decay.
-        alpha: α, how fast η falls.
-        t0: the update after which a is an average; until then it is w.
-        weight_decay: enters the gradient, besides λ.
-        maximize: climb instead.
+        alpha: α, exponent with which η falls.
+        t0: number of updates after which the average starts; until then it is w.
+        weight_decay: coefficient of w in the gradient, in addition to λ.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -125,7 +127,7 @@ def asgd(
         next_mu = 1 / (t - t0).clamp(min=1.0)
         return update, {"ax": average, "eta": next_eta, "mu": next_mu}
 
-    check_rate("asgd", "weight_decay", weight_decay)
+    decay = decayed("asgd", weight_decay)
 
     def first_eta(p: Tensor) -> Tensor:
         value = lr(torch.zeros((), dtype=torch.float64, device=p.device)) if callable(lr) else lr
@@ -137,6 +139,4 @@ def asgd(
         "mu": lambda p: torch.ones((), dtype=torch.float64, device=p.device),
     }
     rates = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0}
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(*sign, *decay, leafwise("asgd", rule, rates, slots))
+    return chain(*negated(maximize), *decay, leafwise("asgd", rule, rates, slots))

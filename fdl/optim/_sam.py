@@ -1,4 +1,4 @@
-"""Gradients that look for flat minima: `sam`, in place of `torch.func.grad_and_value`."""
+"""Sharpness-aware minimization: `sam`, in place of `torch.func.grad_and_value`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from torch.func import grad_and_value
 
 from fdl import tree
 from fdl._numerics import global_norm
-from fdl.optim._base import lift
+from fdl.optim._base import upcast
 from fdl.optim._hyperparams import known_values
 from fdl.tree import Tree
 
 
 def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., Any]:
-    """Make a gradient that is taken where the loss rises fastest nearby (Foret et al., 2021).
+    """Make a `grad_fn` that takes gradients where the loss nearby is largest.
 
-    With g the gradient at w and ‖g‖ its norm over all leaves, the new one is that at
-    w + ρg/‖g‖, or adaptive at w + ρw²g/‖|w|g‖ (Kwon et al., 2021, with η = 0); at w itself where
-    the norm is 0. Value and aux, and so metrics and buffers, are those at w: of the first of two
-    evaluations, which both see the same batch and draw from the same key. Pass it to `train_step`
-    with any optimizer: `train_step(loss, opt, grad_fn=optim.sam(0.05))`.
+    It is not an `Optimizer`: it takes the place of `torch.func.grad_and_value`, with any optimizer:
+    `train_step(loss, opt, grad_fn=optim.sam(0.05))`. With g the gradient at w and ‖g‖ its norm over
+    all leaves, the new gradient is that at w + ρg/‖g‖, or if adaptive at w + ρw²g/‖|w|g‖; if the
+    norm is 0, at w. Value and aux, and so metrics and buffers, are those at w. Both evaluations use
+    the same batch and key. Source: Foret et al., Sharpness-Aware Minimization for Efficiently
+    Improving Generalization, 2021, https://arxiv.org/abs/2010.01412; adaptive, with η = 0: Kwon et
+    al., ASAM, 2021, https://arxiv.org/abs/2102.11600
 
     Args:
-        rho: ρ, the radius: a number, or a 0-d tensor, by which the result is differentiable.
-        adaptive: measure the radius relative to the size of each weight. A ρ about ten times as
-            large suits it.
+        rho: ρ, the radius: a number, or a 0-d tensor to differentiate with respect to it.
+        adaptive: measure the radius relative to the size of each weight; choose ρ about ten times
+            as large.
 
     Returns:
-        A function in place of `torch.func.grad_and_value`: `(f, *, has_aux=False)` to a function of
-        the arguments of f that returns `(grads, value)`, or `(grads, (value, aux))`, differentiated
-        by the first.
+        A function `(f, *, has_aux=False)`, which returns a function of the arguments of f. That one
+        returns `(grads, value)`, or `(grads, (value, aux))`, with gradients with respect to the
+        first argument.
 
     Raises:
         ValueError: `rho` is negative, not finite, or a tensor with axes.
@@ -52,8 +54,8 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
             )
     elif not isinstance(rho, (int, float)):
         raise TypeError(
-            f"sam: rho must be a number or a 0-d tensor, got {rho!r}; it has no state to count "
-            "steps in, so a schedule of it is the caller's"
+            f"sam: rho must be a number or a 0-d tensor, got {rho!r}; sam has no state to count "
+            "steps in, so compute the value of a schedule yourself"
         )
     for value in known_values(rho) if isinstance(rho, Tensor) else [rho]:
         if not 0 <= value < math.inf:
@@ -64,17 +66,17 @@ def sam(rho: float | Tensor = 0.05, *, adaptive: bool = False) -> Callable[..., 
 
         def twice(params: Tree, *args: Any, **kwargs: Any) -> tuple[Tree, Any]:
             grads, value = differentiate(params, *args, **kwargs)
-            there = _climb(params, grads, rho, adaptive)
-            return differentiate(there, *args, **kwargs)[0], value
+            perturbed = _ascend(params, grads, rho, adaptive)
+            return differentiate(perturbed, *args, **kwargs)[0], value
 
         return twice
 
     return grad_fn
 
 
-def _climb(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
-    """Go ρ far along the gradient, in the metric of the parameters' sizes if adaptive."""
-    wide, scaled = tree.map(lift, params), tree.map(lift, grads)
+def _ascend(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> Tree:
+    """Move by ρ along the gradient, relative to the size of each weight if adaptive."""
+    wide, scaled = tree.map(upcast, params), tree.map(upcast, grads)
     if adaptive:
         scaled = tree.map(lambda p, g: p.abs() * g, wide, scaled)
     length = global_norm(scaled)

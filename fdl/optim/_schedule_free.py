@@ -1,8 +1,9 @@
-"""Optimizers that average instead of lowering their rate (Defazio et al., 2024).
+"""Optimizers that average their iterates instead of lowering the learning rate.
 
-There are three sequences: z takes the steps, x is a mean of the z, and gradients are taken at y
-between them. Training parameters are y, the state holds z, and x, which `schedule_free_params`
-computes from both, is what to evaluate and to keep.
+There are three sequences: z takes the steps, x is a mean of the z, and gradients are taken at y,
+between the two. The parameters of training are y, and the state holds z. Evaluate and keep x, which
+`schedule_free_params` computes from both. Source: Defazio et al., The Road Less Scheduled, 2024,
+https://arxiv.org/abs/2405.15682
 """
 
 from __future__ import annotations
@@ -16,9 +17,26 @@ from torch import Tensor
 from fdl import tree
 from fdl._kinds import register
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, Result, State, chain, in_32_bits, leafwise
-from fdl.optim._basic import add_decayed_weights, scale
-from fdl.optim._hyperparams import Hyper, Rate, check_rate, is_zero, rates_now
+from fdl.optim._base import (
+    Optimizer,
+    Result,
+    State,
+    apply_rule,
+    chain,
+    check_floating,
+    in_32_bits,
+    leafwise,
+)
+from fdl.optim._descent import decayed, negated
+from fdl.optim._hyperparams import (
+    AT_LEAST_0,
+    RANGES,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.tree import Tree
 
 
@@ -27,29 +45,31 @@ class ScheduleFreeState(NamedTuple):
     """The state of `schedule_free`."""
 
     steps: State  # its slot: z
-    weight_sum: Tensor  # float64 [], Σ of the weights of all z so far
-    lr_max: Tensor  # float64 [], the largest lr so far
-    beta: Tensor  # float64 [], β when y was computed; at first 1, as x = y = z
+    weight_sum: Tensor  # float64 [], sum of the weights of all z so far
+    lr_max: Tensor  # float64 [], largest lr so far
+    beta: Tensor  # float64 [], β with which y was computed; initially 1, as x = y = z
 
 
-def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Optimizer:
+def schedule_free(
+    lr: ScalarOrSchedule, beta: ScalarOrSchedule = 0.9, weight_lr_power: ScalarOrSchedule = 2.0
+) -> Optimizer:
     """Step and average: the last link of a chain, in place of `scale_by_learning_rate`.
 
-    With d the direction that the chain computed from the gradient at y, the parameters:
+    With d the direction that the chain computed from the gradient at the parameters y:
     z ← z − γd; x ← (1−c)x + cz; y ← βx + (1−β)z. Here γ is the lr, c = w / Σw, and w = γₘₐₓᵖ with
-    γₘₐₓ the largest lr so far, so that steps while it warms up count for less. Leave momentum out
-    of the chain: β is in its place. Slot: `z`.
+    γₘₐₓ the largest lr so far, so that steps during warm-up count less. Do not add momentum to the
+    chain: β takes its place. Slot: `z`.
 
-    x is not stored but recomputed as (y − (1−β)z)/β; with parameters of 16 bits, which hold y, the
-    mean soon stops moving. The running statistics of batch normalization belong to y: recompute
-    them for x before you evaluate it, by `fdl.update_bn`.
-    `optax.contrib.schedule_free` (0.2.8) takes w from the lr of the step after, which differs while
-    it warms up, and sums w in the dtype of the parameters.
+    x is not stored but recomputed as (y − (1−β)z)/β; with 16-bit parameters y the mean soon stops
+    moving. Running statistics of batch normalization belong to y: recompute them for x with
+    `fdl.update_bn` before you evaluate it. `optax.contrib.schedule_free` (0.2.8) computes w from
+    the lr of the next step, which differs during warm-up, and sums w in the dtype of the
+    parameters.
 
     Args:
         lr: γ: a number, a 0-d tensor or a schedule; it may warm up and should not decay.
-        beta: β, likewise.
-        weight_lr_power: p; with 0 all steps count alike.
+        beta: β in (0, 1), likewise.
+        weight_lr_power: p; with 0 all steps have the same weight.
 
     Raises:
         ValueError: `beta` is not in (0, 1), or another number is negative or not finite.
@@ -68,7 +88,6 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
         z: Tensor,
         lr: Tensor,
         beta: Tensor,
-        weight_lr_power: Tensor,
         old_beta: Tensor,
         share: Tensor,
     ) -> Result:
@@ -78,30 +97,35 @@ def schedule_free(lr: Rate, beta: Rate = 0.9, weight_lr_power: Rate = 2.0) -> Op
         return beta * x + (1 - beta) * z - p, {"z": z}
 
     rates = {"lr": lr, "beta": beta, "weight_lr_power": weight_lr_power}
-    steps = leafwise("schedule_free", rule, rates, {"z": torch.clone})
+    for name, rate in rates.items():
+        check_rate("schedule_free", name, rate, RANGES.get(name, AT_LEAST_0))
 
     def init(params: Tree) -> ScheduleFreeState:
-        inner = steps.init(params)
-        zero = torch.zeros_like(inner.hyper.count, dtype=torch.float64)
-        return ScheduleFreeState(inner, zero, zero.clone(), torch.ones_like(zero))
+        check_floating(params, "schedule_free")
+        steps = State(init_hyper(rates, params), {"z": tree.map(torch.clone, params)})
+        zero = torch.zeros_like(steps.hyper.count, dtype=torch.float64)
+        return ScheduleFreeState(steps, zero, zero.clone(), torch.ones_like(zero))
 
     def update(
         grads: Tree, state: ScheduleFreeState, params: Tree, **extra: Any
     ) -> tuple[Tree, ScheduleFreeState]:
-        hyper = state.steps.hyper
+        hyper, slots = state.steps
         now = rates_now(rates, hyper)
         lr_max = torch.maximum(state.lr_max, now["lr"])
         weight = lr_max ** now["weight_lr_power"]
         total = state.weight_sum + weight
-        share = weight / torch.where(total > 0, total, 1.0)  # all 0 while the lr is
-        # To the rule these two are rates like the others, but they are not the user's to set.
-        lent = {"old_beta": state.beta, "share": share}
-        inner = state.steps._replace(hyper=hyper._replace(free=hyper.free | lent))
-        updates, inner = steps.update(grads, inner, params)
-        free = {name: value for name, value in inner.hyper.free.items() if name not in lent}
-        # Made anew: what _replace makes, Dynamo of torch 2.11 cannot return from a program.
-        inner = State(Hyper(free, inner.hyper.scheduled, inner.hyper.count), inner.slots)
-        return updates, ScheduleFreeState(inner, total, lr_max, now["beta"].clone())
+        share = weight / torch.where(total > 0, total, 1.0)  # 0 / 1 while the lr is 0
+        scalars = {
+            "lr": now["lr"],
+            "beta": now["beta"],
+            "old_beta": state.beta,
+            "share": share,
+        }
+        updates, slots = apply_rule(
+            "schedule_free", rule, grads, slots, params, hyper.count, scalars
+        )
+        steps = State(next_hyper(rates, hyper), slots)
+        return updates, ScheduleFreeState(steps, total, lr_max, now["beta"].clone())
 
     return in_32_bits(init, update)
 
@@ -113,15 +137,15 @@ def _average(y: Tensor, z: Tensor, beta: Tensor) -> Tensor:
 def schedule_free_params(state: Tree, params: Tree) -> Tree:
     """Compute the averaged parameters x, to evaluate and to keep, from those of training, y.
 
-    Parameters that no schedule-free part of the state covers come back as they are. Over the states
+    Parameters that no schedule-free part of the state covers are returned unchanged. For the states
     of a population, `vmap` it.
 
     Args:
-        state: of an optimizer with `schedule_free` in it, wherever it stands.
-        params: what training goes on with.
+        state: state of an optimizer with `schedule_free` anywhere in it.
+        params: the parameters of training, y.
 
     Raises:
-        ValueError: the state has no schedule-free part, or is one of other parameters (each path
+        ValueError: the state has no schedule-free part, or belongs to other parameters (each path
             is listed).
 
     >>> opt, params = schedule_free_sgd(lr=0.5), {"w": torch.tensor([1.0])}
@@ -151,34 +175,32 @@ def schedule_free_params(state: Tree, params: Tree) -> Tree:
                 flat[path] = _average(y, z, part.beta).to(y.dtype)
     if lines:
         raise ValueError(
-            "schedule_free_params: the state is one of other parameters:\n  " + "\n  ".join(lines)
+            "schedule_free_params: the state belongs to other parameters:\n  " + "\n  ".join(lines)
         )
     return tree.unflatten_dict(flat, like=params)
 
 
 def schedule_free_sgd(
-    lr: Rate = 1.0,
-    momentum: Rate = 0.9,
-    weight_decay: Rate = 0.0,
-    weight_lr_power: Rate = 2.0,
+    lr: ScalarOrSchedule = 1.0,
+    momentum: ScalarOrSchedule = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """SGD without a schedule: steps −lr · (g + λy), averaged; evaluate `schedule_free_params`.
+    """SGD without a schedule: averaged steps −lr · (g + λy).
 
-    Statistics of batch normalization belong to the parameters of training, y: recompute them for
-    those averaged, by `fdl.update_bn`.
-
-    Source: Defazio et al., 2024, "The Road Less Scheduled", whose program and
-    `optax.contrib.schedule_free_sgd` have these defaults; see `schedule_free`, also for where
-    optax differs while the lr warms up.
+    See `schedule_free`, also for batch normalization and for the difference from optax during
+    warm-up; evaluate `schedule_free_params`. The defaults are those of the authors' program and of
+    `optax.contrib.schedule_free_sgd`. Source: Defazio et al., The Road Less Scheduled, 2024,
+    https://arxiv.org/abs/2405.15682
 
     Args:
         lr: the learning rate; it may warm up and should not decay.
-        momentum: β, how near the parameters of training are to the mean.
+        momentum: β in (0, 1); the larger, the closer the parameters of training are to the mean.
         weight_decay: λ.
-        weight_lr_power: each step weighs lrᵖ in the mean.
-        maximize: climb instead.
+        weight_lr_power: p; the weight of a step in the mean is lrᵖ.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: `momentum` is not in (0, 1), or another number is negative or not finite.
@@ -193,30 +215,29 @@ def schedule_free_sgd(
 
 
 def schedule_free_adamw(
-    lr: Rate = 2.5e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    weight_lr_power: Rate = 2.0,
+    lr: ScalarOrSchedule = 2.5e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """AdamW without a schedule: averaged steps −lr · (g / (√v̂ + ε) + λy).
 
-    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam; evaluate `schedule_free_params`. Statistics
-    of batch normalization belong to the parameters of training, y: recompute them for those
-    averaged, by `fdl.update_bn`. Source:
-    Defazio et al., 2024, "The Road Less Scheduled", whose program and
-    `optax.contrib.schedule_free_adamw` have these defaults; see `schedule_free`, also for where
-    optax differs while the lr warms up. Slots: `exp_avg_sq` v, `z`.
+    v ← β₂v + (1−β₂)g² and v̂ = v/(1−β₂ᵗ) as in Adam. Slots: `exp_avg_sq` v, `z`. See
+    `schedule_free`, also for batch normalization and for the difference from optax during warm-up;
+    evaluate `schedule_free_params`. The defaults are those of the authors' program and of
+    `optax.contrib.schedule_free_adamw`. Source: Defazio et al., The Road Less Scheduled, 2024,
+    https://arxiv.org/abs/2405.15682
 
     Args:
         lr: the learning rate; it may warm up and should not decay.
-        betas: β, how near the parameters of training are to the mean; β₂.
+        betas: β in (0, 1), with a larger one the parameters of training are closer to the mean; β₂.
         eps: added to the root in the denominator.
         weight_decay: λ.
-        weight_lr_power: each step weighs lrᵖ in the mean.
-        maximize: climb instead.
+        weight_lr_power: p; the weight of a step in the mean is lrᵖ.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: `betas[0]` is not in (0, 1), or another number is not finite or out of its
@@ -234,7 +255,7 @@ def schedule_free_adamw(
         return g / (root(v) / (1 - beta2**t).sqrt() + eps), {"exp_avg_sq": v}
 
     caller, rates = "schedule_free_adamw", {"beta2": betas[1], "eps": eps}
-    direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like})
+    direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like}, RANGES)
     return _average_steps(
         caller, [direction], lr, ("betas[0]", betas[0]), weight_decay, weight_lr_power, maximize
     )
@@ -243,18 +264,17 @@ def schedule_free_adamw(
 def _average_steps(
     caller: str,
     direction: list[Optimizer],
-    lr: Rate,
-    beta: tuple[str, Rate],
-    weight_decay: Rate,
-    weight_lr_power: Rate,
+    lr: ScalarOrSchedule,
+    beta: tuple[str, ScalarOrSchedule],
+    weight_decay: ScalarOrSchedule,
+    weight_lr_power: ScalarOrSchedule,
     maximize: bool,
 ) -> Optimizer:
     check_rate(caller, "lr", lr)
-    check_rate(caller, "weight_decay", weight_decay)
+    decay = decayed(caller, weight_decay)
     check_rate(caller, "weight_lr_power", weight_lr_power)
     name, rate = beta
     if isinstance(rate, (int, float)) and not 0 < rate < 1:
         raise ValueError(f"{caller}: {name} must be in (0, 1), got {rate}")
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    return chain(*sign, *direction, *decay, schedule_free(lr, rate, weight_lr_power))
+    steps = schedule_free(lr, rate, weight_lr_power)
+    return chain(*negated(maximize), *direction, *decay, steps)

@@ -1,8 +1,8 @@
-"""Every dense optimizer of `torch.optim` by its name in lower case, with its options and defaults.
+"""The dense optimizers of `torch.optim`, in lower case, with torch's options and defaults.
 
-What torch does on request is always so here: `differentiable`, `capturable` (counts and rates are
-tensors), and one fused program where the step is compiled. A rate may be a number, a 0-d tensor or
-a schedule; the number 0 leaves out what it would scale. `maximize` climbs instead.
+Torch's options `differentiable` and `capturable` are always on here (counts and rates are tensors),
+and a compiled step is one fused program. A rate may be a number, a 0-d tensor or a schedule; the
+number 0 leaves out the term it would scale.
 """
 
 from __future__ import annotations
@@ -16,33 +16,17 @@ from fdl.optim._adaptive import (
     scale_by_radam,
     scale_by_rms,
 )
-from fdl.optim._base import Optimizer, chain
-from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate, trace
-from fdl.optim._hyperparams import Rate, check_rate, is_zero
-
-
-def _descend(
-    caller: str,
-    direction: list[Optimizer],
-    lr: Rate,
-    weight_decay: Rate,
-    maximize: bool,
-    decoupled: bool = False,
-) -> Optimizer:
-    """Chain w ← w − lr · direction(±g + λw), or decoupled w ← w − lr · (direction(±g) + λw)."""
-    check_rate(caller, "lr", lr)
-    check_rate(caller, "weight_decay", weight_decay)
-    sign = [scale(-1.0)] if maximize else []
-    decay = [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
-    inner = [*direction, *decay] if decoupled else [*decay, *direction]
-    return chain(*sign, *inner, scale_by_learning_rate(lr))
+from fdl.optim._base import Optimizer
+from fdl.optim._basic import trace
+from fdl.optim._descent import descend
+from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 
 
 def sgd(
-    lr: Rate = 1e-3,
-    momentum: Rate = 0.0,
-    dampening: Rate = 0.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    momentum: ScalarOrSchedule = 0.0,
+    dampening: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     nesterov: bool = False,
     *,
     maximize: bool = False,
@@ -50,17 +34,17 @@ def sgd(
     """Stochastic gradient descent; equals `torch.optim.SGD` in every combination.
 
     g ← ±g + weight_decay · w; m ← momentum · m + (1 − dampening) · g; w ← w − lr · m. A rate may
-    be a number, a 0-d tensor or a schedule, and is a float64 0-d tensor in the state; one given as
-    the number 0 leaves out what it would scale.
+    be a number, a 0-d tensor or a schedule, and is a float64 0-d tensor in the state; the number 0
+    leaves out the term it would scale.
 
     Args:
         lr: the learning rate.
-        momentum: how much of the last step is kept.
-        dampening: how much less of the new gradient enters the momentum.
-        weight_decay: λ of the penalty λ · ½ Σ w²; for some parameters only, chain
+        momentum: fraction of the last step that is kept.
+        dampening: fraction of the new gradient that is left out of the momentum.
+        weight_decay: λ of the penalty λ · ½ Σ w²; to decay only some parameters, chain
             `add_decayed_weights` with a mask.
-        nesterov: look ahead along the momentum; needs momentum and no dampening.
-        maximize: climb instead.
+        nesterov: use Nesterov momentum; needs momentum and no dampening.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is negative or not finite, or `nesterov` without momentum or with
@@ -80,29 +64,33 @@ def sgd(
             f"momentum={momentum}, dampening={dampening}"
         )
     direction = [] if is_zero(momentum) else [trace(momentum, dampening, nesterov)]
-    return _descend("sgd", direction, lr, weight_decay, maximize)
+    return descend("sgd", direction, lr, weight_decay, maximize)
 
 
 def adam(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> Optimizer:
-    """Adam; equals `torch.optim.Adam`. Source: Kingma & Ba, 2015; see `scale_by_adam`.
+    """Adam; equals `torch.optim.Adam`. See `scale_by_adam`.
+
+    Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015,
+    https://arxiv.org/abs/1412.6980
 
     Args:
         lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
-        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
+        weight_decay: λ; λw is added to the gradient, or with `decoupled_weight_decay` to the
+            update.
         amsgrad: divide by the largest second moment so far.
-        maximize: climb instead.
-        decoupled_weight_decay: be `adamw`.
+        maximize: maximize the objective instead.
+        decoupled_weight_decay: if True, identical to `adamw`.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -113,29 +101,30 @@ def adam(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return _descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def adamw(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 1e-2,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Adam with decoupled weight decay, w ← w − lr · (direction + λw); `torch.optim.AdamW`.
 
-    Source: Loshchilov & Hutter, 2019.
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019,
+    https://arxiv.org/abs/1711.05101
 
     Args:
         lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
-        weight_decay: λ; the step takes lr · λ · w away.
+        weight_decay: λ; each step subtracts lr · λ · w.
         amsgrad: divide by the largest second moment so far.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -146,27 +135,28 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return _descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
+    return descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
 
 
 def adamax(
-    lr: Rate = 2e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Adam with the largest gradient in the denominator; equals `torch.optim.Adamax`.
 
-    Source: Kingma & Ba, 2015, section 7; see `scale_by_adamax`.
+    See `scale_by_adamax`. Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015,
+    section 7, https://arxiv.org/abs/1412.6980
 
     Args:
         lr: the learning rate.
-        betas: how much the mean of gradients and their largest size keep.
-        eps: added to the size of each gradient.
-        weight_decay: λ; enters the gradient as λw.
-        maximize: climb instead.
+        betas: decay rates of the mean of gradients and of their largest absolute value.
+        eps: added to the absolute value of each gradient.
+        weight_decay: λ; λw is added to the gradient.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -176,31 +166,32 @@ def adamax(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1000])}
     """
-    return _descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
+    return descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
 
 
 def nadam(
-    lr: Rate = 2e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    momentum_decay: Rate = 4e-3,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum_decay: ScalarOrSchedule = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Adam with Nesterov momentum; equals `torch.optim.NAdam`.
 
-    Source: Dozat, 2016; see `scale_by_nadam`.
+    See `scale_by_nadam`. Source: Dozat, Incorporating Nesterov Momentum into Adam, 2016.
 
     Args:
         lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
-        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
-        momentum_decay: how fast the momentum warms up.
+        weight_decay: λ; λw is added to the gradient, or with `decoupled_weight_decay` to the
+            update.
+        momentum_decay: rate at which the momentum warms up.
         decoupled_weight_decay: decay as in `adamw`.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -211,29 +202,31 @@ def nadam(
     {'w': tensor([-0.1056])}
     """
     direction = [scale_by_nadam(betas, eps, momentum_decay)]
-    return _descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def radam(
-    lr: Rate = 1e-3,
-    betas: tuple[Rate, Rate] = (0.9, 0.999),
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam whose adaptive rate is rectified while its variance is large; `torch.optim.RAdam`.
+    """Adam with an adaptive rate that is rectified while its variance is large.
 
-    Source: Liu et al., 2020; see `scale_by_radam`.
+    Equals `torch.optim.RAdam`; see `scale_by_radam`. Source: Liu et al., On the Variance of the
+    Adaptive Learning Rate and Beyond, 2020, https://arxiv.org/abs/1908.03265
 
     Args:
         lr: the learning rate.
-        betas: how much the means of gradients and of their squares keep.
+        betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
-        weight_decay: λ; enters the gradient as λw, or with `decoupled_weight_decay` the update.
+        weight_decay: λ; λw is added to the gradient, or with `decoupled_weight_decay` to the
+            update.
         decoupled_weight_decay: decay as in `adamw`.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -244,29 +237,30 @@ def radam(
     {'w': tensor([-0.2000])}
     """
     direction = [scale_by_radam(betas, eps)]
-    return _descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
 def adagrad(
-    lr: Rate = 1e-2,
-    lr_decay: Rate = 0.0,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    lr_decay: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     initial_accumulator_value: float = 0.0,
-    eps: Rate = 1e-10,
+    eps: ScalarOrSchedule = 1e-10,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Divide by the root of the sum of squared gradients; equals `torch.optim.Adagrad`.
 
-    Source: Duchi et al., 2011; see `scale_by_adagrad`.
+    See `scale_by_adagrad`. Source: Duchi et al., Adaptive Subgradient Methods for Online Learning
+    and Stochastic Optimization, 2011.
 
     Args:
         lr: the learning rate.
-        lr_decay: update t takes lr / (1 + (t−1) · lr_decay).
-        weight_decay: λ; enters the gradient as λw.
-        initial_accumulator_value: where the sum starts.
+        lr_decay: the learning rate of update t is lr / (1 + (t−1) · lr_decay).
+        weight_decay: λ; λw is added to the gradient.
+        initial_accumulator_value: initial value of the sum.
         eps: added to the root in the denominator.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -277,27 +271,28 @@ def adagrad(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adagrad(lr_decay, initial_accumulator_value, eps)]
-    return _descend("adagrad", direction, lr, weight_decay, maximize)
+    return descend("adagrad", direction, lr, weight_decay, maximize)
 
 
 def adadelta(
-    lr: Rate = 1.0,
-    rho: Rate = 0.9,
-    eps: Rate = 1e-6,
-    weight_decay: Rate = 0.0,
+    lr: ScalarOrSchedule = 1.0,
+    rho: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Scale gradients to the size of past updates; equals `torch.optim.Adadelta`.
 
-    Source: Zeiler, 2012; see `scale_by_adadelta`.
+    See `scale_by_adadelta`. Source: Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012,
+    https://arxiv.org/abs/1212.5701
 
     Args:
         lr: the learning rate.
-        rho: how much the means of squares keep.
+        rho: decay rate of the means of squares.
         eps: added inside both roots.
-        weight_decay: λ; enters the gradient as λw.
-        maximize: climb instead.
+        weight_decay: λ; λw is added to the gradient.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -307,31 +302,31 @@ def adadelta(
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.0032])}
     """
-    return _descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
+    return descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
 
 
 def rmsprop(
-    lr: Rate = 1e-2,
-    alpha: Rate = 0.99,
-    eps: Rate = 1e-8,
-    weight_decay: Rate = 0.0,
-    momentum: Rate = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    alpha: ScalarOrSchedule = 0.99,
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum: ScalarOrSchedule = 0.0,
     centered: bool = False,
     *,
     maximize: bool = False,
 ) -> Optimizer:
     """Divide by the root of the mean of squared gradients; equals `torch.optim.RMSprop`.
 
-    Source: Tieleman & Hinton, 2012; see `scale_by_rms`.
+    See `scale_by_rms`. Source: Tieleman & Hinton, Lecture 6.5: RMSProp, 2012.
 
     Args:
         lr: the learning rate.
-        alpha: how much the mean of squares keeps.
+        alpha: decay rate of the mean of squares.
         eps: added to the root in the denominator.
-        weight_decay: λ; enters the gradient as λw.
-        momentum: how much of the last step is kept.
+        weight_decay: λ; λw is added to the gradient.
+        momentum: fraction of the last step that is kept.
         centered: divide by the standard deviation instead.
-        maximize: climb instead.
+        maximize: maximize the objective instead.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -345,4 +340,4 @@ def rmsprop(
     direction = [scale_by_rms(alpha, eps, centered)]
     if not is_zero(momentum):
         direction.append(trace(momentum))
-    return _descend("rmsprop", direction, lr, weight_decay, maximize)
+    return descend("rmsprop", direction, lr, weight_decay, maximize)

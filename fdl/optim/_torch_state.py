@@ -1,4 +1,4 @@
-"""Continue a run of `torch.optim`, and hand it back: `from_torch`, `to_torch`."""
+"""Continue a run of `torch.optim`, and convert it back: `from_torch`, `to_torch`."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from fdl.tree import Tree
 
 
 def _lbfgs_to_torch(state: LBFGSState) -> dict[str, Any]:
-    """Write the state as `torch.optim.LBFGS` keeps it for its first parameter, bit by bit.
+    """Convert to the state that `torch.optim.LBFGS` keeps for its first parameter, bit by bit.
 
-    The order of the leaves must be that of torch's parameters. Rates and `hyper.count` are not
-    torch's, and its scratch list `al` is left for it to make.
+    The order of the leaves must be that of torch's parameters. Rates and `hyper.count` are not part
+    of torch's state, and torch makes its scratch list `al` itself.
 
     >>> _lbfgs_to_torch(lbfgs().init({"w": torch.ones(2)}))
     {'func_evals': 0, 'n_iter': 0}
     """
     counts = {"func_evals": int(state.func_evals), "n_iter": int(state.n_iter)}
-    if not counts["n_iter"]:  # torch has no more either before the first direction
+    if not counts["n_iter"]:  # torch's state before the first direction
         return counts
     first = len(state.ro) - int(state.num_old)
     histories = {
@@ -54,20 +54,20 @@ def _lbfgs_to_torch(state: LBFGSState) -> dict[str, Any]:
         for name in ("old_dirs", "old_stps", "ro")
     }
     vectors = {name: getattr(state, name).clone() for name in ("d", "H_diag", "prev_flat_grad")}
-    # As Python numbers: torch would cast tensors to the dtype of the parameters when it loads them.
+    # Python numbers, since torch casts tensors to the dtype of the parameters when loading them.
     numbers = {name: float(getattr(state, name)) for name in ("t", "prev_loss")}
     return {**counts, **histories, **vectors, **numbers}
 
 
 def _lbfgs_from_torch(torch_state: dict[str, Any], like: LBFGSState) -> LBFGSState:
-    """Read the state that `torch.optim.LBFGS` keeps for its first parameter; undoes the above.
+    """Convert from the state that `torch.optim.LBFGS` keeps for its first parameter.
 
     Args:
-        torch_state: that dict, which is empty before the first step.
-        like: an initial state for the same parameters, of which the rates are kept.
+        torch_state: that state, which is empty before the first step.
+        like: an initial state for the same parameters; its rates are kept.
 
     Raises:
-        ValueError: the dict is of another number of elements, or holds more pairs than `like`.
+        ValueError: `torch_state` has another number of elements, or more pairs than `like`.
 
     >>> like = lbfgs().init({"w": torch.ones(2)})
     >>> _lbfgs_from_torch({"func_evals": 3, "n_iter": 0}, like).func_evals
@@ -88,8 +88,7 @@ def _lbfgs_from_torch(torch_state: dict[str, Any], like: LBFGSState) -> LBFGSSta
     length, pairs = len(torch_state["d"]), len(torch_state["ro"])
     if length != len(like.d):
         raise ValueError(
-            f"lbfgs: the state of torch must be of {len(like.d)} elements as params are, got "
-            f"{length}"
+            f"lbfgs: the state of torch must have {len(like.d)} elements like params, got {length}"
         )
     if pairs > len(like.ro):
         raise ValueError(
@@ -120,7 +119,7 @@ _BY_CLASS: dict[type, Callable[..., Optimizer]] = {
     torch.optim.SGD: sgd,
 }
 _COUNTS_NO_STEPS = (torch.optim.SGD, torch.optim.Muon)
-# What torch keeps as one tuple in a param group is several hyperparameters here.
+# Tuples in torch's param groups that are several hyperparameters here.
 _TUPLES = {
     "betas": ("beta1", "beta2"),
     "etas": ("etaminus", "etaplus"),
@@ -130,20 +129,20 @@ _TUPLES = {
 
 
 def from_torch(torch_optimizer: torch.optim.Optimizer, params: Tree) -> tuple[Optimizer, Tree]:
-    """Give the pure function that goes on where a `torch.optim` optimizer stands, and its state.
+    """Convert a `torch.optim` optimizer to a pure one and its state, to continue the run.
 
-    Every param group keeps its options; with several, they are parts of a `multi_transform` with
-    labels "0", "1" and so on. Nothing is shared with the torch optimizer, and it is not changed.
+    Every param group keeps its options; several groups become the parts of a `multi_transform` with
+    labels "0", "1" and so on. Nothing is shared with the torch optimizer, which is not changed.
 
     Args:
-        torch_optimizer: an instance of a class of `torch.optim` itself.
-        params: the very tensors it steps, as a tree; of a module
+        torch_optimizer: an instance of a class of `torch.optim` itself, not of a subclass.
+        params: its own parameter tensors, as a tree; for a module
             `tree.unflatten_dict(dict(module.named_parameters()))`.
 
     Raises:
-        TypeError: an optimizer that has no equal here.
-        ValueError: `params` are not exactly its parameters, or parameters of one group have
-            made different numbers of steps (each path is listed); of LBFGS, another order.
+        TypeError: there is no equivalent of the optimizer here.
+        ValueError: `params` are not exactly its parameters, or for LBFGS not in its order, or
+            parameters of one group have made different numbers of steps (each path is listed).
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> theirs = torch.optim.SGD([w], lr=0.1, momentum=0.9)
@@ -157,8 +156,8 @@ def from_torch(torch_optimizer: torch.optim.Optimizer, params: Tree) -> tuple[Op
     make = _BY_CLASS.get(type(torch_optimizer))
     if make is None:
         raise TypeError(
-            f"from_torch: there is no pure function for {type(torch_optimizer).__name__}, only "
-            f"for {sorted(c.__name__ for c in _BY_CLASS)}"
+            f"from_torch: {type(torch_optimizer).__name__} has no equivalent in fdl; "
+            f"supported: {sorted(c.__name__ for c in _BY_CLASS)}"
         )
     labels = _groups(torch_optimizer, params, "from_torch")
     if isinstance(torch_optimizer, torch.optim.LBFGS):  # one vector of all parameters
@@ -168,7 +167,7 @@ def from_torch(torch_optimizer: torch.optim.Optimizer, params: Tree) -> tuple[Op
         return opt, _lbfgs_from_torch(theirs, opt.init(tree.map(torch.Tensor.detach, params)))
     opts = {str(i): _make(make, group) for i, group in enumerate(torch_optimizer.param_groups)}
     counts = {label: _steps(torch_optimizer, params, labels, label) for label in opts}
-    remembered = {
+    torch_states = {
         path: torch_optimizer.state.get(leaf, {})
         for path, leaf in tree.flatten_dict(params).items()
     }
@@ -182,8 +181,8 @@ def from_torch(torch_optimizer: torch.optim.Optimizer, params: Tree) -> tuple[Op
             slots = {
                 name: tree.unflatten_dict(
                     {
-                        path: _copied(remembered[path].get(name), like=first)
-                        for path, first in tree.flatten_dict(slot).items()
+                        path: _copied(torch_states[path].get(name), like=initial)
+                        for path, initial in tree.flatten_dict(slot).items()
                     },
                     like=slot,
                 )
@@ -195,9 +194,9 @@ def from_torch(torch_optimizer: torch.optim.Optimizer, params: Tree) -> tuple[Op
 
     if len(opts) == 1:
         return opts["0"], fill(opts["0"], detached, "0")
-    whole = multi_transform(opts, lambda path, leaf: labels[path])
-    return whole, {
-        label: fill(opt, _part(detached, labels, label), label) for label, opt in opts.items()
+    opt = multi_transform(opts, lambda path, leaf: labels[path])
+    return opt, {
+        label: fill(part, _part(detached, labels, label), label) for label, part in opts.items()
     }
 
 
@@ -216,7 +215,7 @@ def _copied(value: Any, like: Tensor) -> Tensor:
 
 
 def _groups(torch_optimizer: torch.optim.Optimizer, params: Tree, caller: str) -> dict[str, str]:
-    """Give each path the number of its param group, as a label."""
+    """Map each path to the number of its param group, as a label."""
     number = {
         id(leaf): str(i)
         for i, group in enumerate(torch_optimizer.param_groups)
@@ -234,12 +233,13 @@ def _groups(torch_optimizer: torch.optim.Optimizer, params: Tree, caller: str) -
         lines.append(f"{missing} parameters of the optimizer are not in the tree")
     if not lines and isinstance(torch_optimizer, torch.optim.LBFGS) and list(seen) != list(number):
         lines = [
-            f"{path}: in another order than the optimizer's, which is one vector" for path in flat
+            f"{path}: not in the order of the optimizer, for which params are one vector"
+            for path in flat
         ]
     if lines:
         raise ValueError(
-            f"{caller}: params must be the very tensors of the optimizer (with copies it cannot "
-            "be told which is which):\n  " + "\n  ".join(lines)
+            f"{caller}: params must be the optimizer's own tensors, which are matched by identity, "
+            "not copies:\n  " + "\n  ".join(lines)
         )
     return {path: number[id(leaf)] for path, leaf in flat.items()}
 
@@ -247,40 +247,40 @@ def _groups(torch_optimizer: torch.optim.Optimizer, params: Tree, caller: str) -
 def _steps(
     torch_optimizer: torch.optim.Optimizer, params: Tree, labels: dict[str, str], label: str
 ) -> int:
-    """Say how many steps a group has made, which is one count here."""
+    """Return the number of steps of a group, for which there is one count here."""
     states = {
         path: torch_optimizer.state[leaf]
         for path, leaf in tree.flatten_dict(params).items()
         if labels[path] == label and torch_optimizer.state.get(leaf)
     }
     if isinstance(torch_optimizer, _COUNTS_NO_STEPS):
-        # All that is read of the count is whether there was a first step.
+        # These only read if there has been a first step.
         return int(any(state.get("momentum_buffer") is not None for state in states.values()))
     steps = {path: int(state["step"]) for path, state in states.items()}
     if len(set(steps.values())) > 1:
         raise ValueError(
             f"from_torch: the parameters of group {label} have made different numbers of steps; "
-            "put those with other numbers into groups of their own:\n  "
+            "put parameters with equal numbers into one group:\n  "
             + "\n  ".join(f"{path}: {count}" for path, count in steps.items())
         )
     return next(iter(steps.values()), 0)
 
 
 def to_torch(state: Tree, params: Tree, torch_optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Turn a state back into a `state_dict` for the torch optimizer that `from_torch` took.
+    """Convert a state back to a `state_dict` of the torch optimizer passed to `from_torch`.
 
-    Load it with `torch_optimizer.load_state_dict`. Rates go into the param groups as they now are,
-    also those that follow a schedule. Parameters that had no state there while others had some
-    (frozen ones) get none. The module's parameters are copied apart from this.
+    Load it with `torch_optimizer.load_state_dict`. The param groups get the current rates,
+    including those that follow a schedule. Parameters without a state in the torch optimizer get
+    none, if others have one (they are frozen). Copy the parameters to the module separately.
 
     Args:
-        state: as `update` of `from_torch`'s optimizer gives it.
-        params: the tree of the torch optimizer's own tensors, as for `from_torch`.
-        torch_optimizer: gives the form; it is not changed.
+        state: state of the optimizer that `from_torch` returned.
+        params: the torch optimizer's own parameter tensors, as a tree, as for `from_torch`.
+        torch_optimizer: the optimizer to load the result into; it is not changed.
 
     Raises:
-        ValueError: `params` are not exactly its parameters (each path is listed), or `state` is
-            not of the optimizer that `from_torch` makes of it.
+        ValueError: `params` are not exactly its parameters (each path is listed), or `state` does
+            not belong to the optimizer that `from_torch` returns for it.
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> theirs = torch.optim.Adam([w], lr=0.1)
@@ -296,7 +296,7 @@ def to_torch(state: Tree, params: Tree, torch_optimizer: torch.optim.Optimizer) 
     lines = tree.diff(like, state, values=False)
     if lines:
         raise ValueError(
-            "to_torch: the state is not one of this optimizer's:\n  " + "\n  ".join(lines)
+            "to_torch: the state does not belong to this optimizer:\n  " + "\n  ".join(lines)
         )
     result = torch_optimizer.state_dict()
     if isinstance(torch_optimizer, torch.optim.LBFGS):
@@ -332,7 +332,7 @@ def _nodes(state: Tree) -> list[State]:
 
 
 def _put_rates(group: dict[str, Any], rates: dict[str, Tensor]) -> None:
-    """Write rates into a param group, as numbers or as tensors, whichever are there."""
+    """Write rates into a param group, as numbers or as tensors like the old ones."""
     for name, old in group.items():
         if isinstance(old, (tuple, list)) and name in _TUPLES:
             parts = zip(_TUPLES[name], old, strict=True)
@@ -357,8 +357,8 @@ def _put_slots(
     for node in nodes:
         for name, slot in node.slots.items():
             value = tree.flatten_dict(slot)[path].detach()
-            if value.numel() or not leaf.numel():  # adafactor leaves slots empty
-                # torch keeps numbers that belong to a leaf in its default dtype.
+            if value.numel() or not leaf.numel():  # unused slots of adafactor are empty
+                # torch keeps scalars of a leaf in its default dtype.
                 dtype = leaf.dtype if value.dtype == at_least_32_bits(leaf) else scalar
                 slots[name] = value.to(dtype, copy=True)
     return slots

@@ -57,8 +57,8 @@ def shard(params: T, mesh: Mesh | None, rules: Mapping[str, int | None]) -> T:
     from torch.distributed.tensor import Shard
 
     def cut(leaf: Tensor, dim: int) -> Any:
-        part, how = _dtensor.apart(_dtensor.spread_as(leaf, mesh, [Shard(dim)]))
-        return _dtensor.together(part.clone(), how)  # not a view of the whole
+        part, how = _dtensor.to_local(_dtensor.distribute(leaf, mesh, [Shard(dim)]))
+        return _dtensor.from_local(part.clone(), how)  # not a view of the whole
 
     cuts = {p: leaf if (d := dims[p]) is None else cut(leaf, d) for p, leaf in flat.items()}
     return tree.unflatten_dict(cuts, like=params)

@@ -11,7 +11,7 @@ from torch.func import grad_and_value
 
 from fdl import _dtensor, random, tree
 from fdl._compiler._scan import scan
-from fdl._dtensor import is_spread
+from fdl._dtensor import is_dtensor
 from fdl._numerics import at_least_32_bits
 from fdl._training import TrainState, _step
 from fdl._training._state import Metrics
@@ -110,7 +110,7 @@ def train_step(
             keys = torch.stack([random.fold_in(key, rank * own + i) for i in range(own)])
             _, each = scan(lambda _, part: ((), of_part(full, *part)), (), (_cut(batch, own), keys))
             total = sum_in_order(each, group, size)
-            total = _dtensor.as_before(total, {**total, "grads": state.params})
+            total = _dtensor.redistribute_like(total, {**total, "grads": state.params})
         count = _count(total["metrics"])
         with _dtensor.replicating(tree.leaves(state)):
             grads, value = tree.map(lambda x: _mean(x, count), (total["grads"], total["value"]))
@@ -123,7 +123,7 @@ def train_step(
             # A norm over all leaves is a sum over them: to the bit the same only in one order.
             ordered, grads, buffers = in_order((state, grads, buffers))
             new = _step.updated(opt, ordered, grads, buffers, value, _refuse, count)
-            new = _dtensor.as_before(new, ordered)
+            new = _dtensor.redistribute_like(new, ordered)
             return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
 
     return step
@@ -151,7 +151,7 @@ def eval_step(loss: Callable[..., Any], mesh: Mesh | None) -> Callable[[TrainSta
 
 def _check_spread(state: TrainState, mesh: Mesh | None) -> None:
     for path, leaf in tree.flatten_dict(state).items():
-        if is_spread(leaf) and leaf.device_mesh != mesh:
+        if is_dtensor(leaf) and leaf.device_mesh != mesh:
             raise ValueError(
                 f"parallel.train_step: {path} is spread over {leaf.device_mesh}, the step is one "
                 f"of {mesh}; make both for the same mesh"

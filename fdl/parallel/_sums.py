@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._dtensor import is_spread, sum_to_shards
+from fdl._dtensor import is_dtensor, sum_to_shards
 from fdl.parallel._group import T
 from fdl.tree import Tree
 
@@ -28,7 +28,7 @@ def sum_over(summands: T, group: Any, like: Tree | None = None) -> T:
     from torch.distributed._functional_collectives import all_reduce
 
     flat, likes = tree.flatten_dict(summands), tree.flatten_dict(summands if like is None else like)
-    spread = {p: sum_to_shards(flat[p], likes[p]) for p in sorted(flat) if is_spread(likes[p])}
+    spread = {p: sum_to_shards(flat[p], likes[p]) for p in sorted(flat) if is_dtensor(likes[p])}
     rest = {path: leaf for path, leaf in flat.items() if path not in spread}
     rest = _by_dtype(rest, lambda flat: all_reduce(flat, "sum", group), 0)
     return tree.unflatten_dict(rest | spread, like=summands)

@@ -1,8 +1,8 @@
-"""Transformations of functions that torch.func has no name for.
+"""Function transformations beyond those of torch.func.
 
-Gradients of single examples, products with curvature matrices that are never written down, and
-`checkpoint`, which trades time for memory. Like those of torch.func they take pure functions of
-trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
+Gradients of single examples, products with curvature matrices that are never formed, `checkpoint`,
+which trades time for memory, and `sequential_vmap`. Like those of torch.func they take pure
+functions of trees and compose with each other, with `grad`, `vmap`, `jvp` and `fdl.jit`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from fdl.transforms._checkpoint import checkpoint, stop_gradient
 from fdl.transforms._curvature import gnvp, hessian, hutchinson_trace, hvp
 from fdl.transforms._per_sample import clipped_grad_sum, per_sample_grads, per_sample_norms
+from fdl.transforms._sequential import sequential_vmap
 
 __all__ = [
     "checkpoint",
@@ -20,5 +21,6 @@ __all__ = [
     "hvp",
     "per_sample_grads",
     "per_sample_norms",
+    "sequential_vmap",
     "stop_gradient",
 ]

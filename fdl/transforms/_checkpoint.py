@@ -1,4 +1,4 @@
-"""`checkpoint`: forget what a function computes, and compute it again for its gradient."""
+"""`checkpoint`: recompute intermediate values for the gradient instead of storing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from fdl import tree
-from fdl._compiler._settings import ambient, under
+from fdl._compiler._settings import current_settings, use_settings
 from fdl.optim._base import check_floating
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -24,9 +24,9 @@ Named = tuple[str, Tensor]
 
 
 def stop_gradient(value: Tree) -> Tree:
-    """Return the tree as constants: no gradient and no tangent goes through it.
+    """Return a tree through which neither gradients nor tangents flow.
 
-    `detach` for trees, at every level of `torch.func`; equals `jax.lax.stop_gradient`.
+    This is `detach` for trees, at every level of `torch.func`; equals `jax.lax.stop_gradient`.
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -40,24 +40,23 @@ def stop_gradient(value: Tree) -> Tree:
 
 
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `f` keep only its arguments for its gradient, and run again where that is computed.
+    """Make `f` store only its arguments for its gradient, and run again to compute it.
 
-    Values are those of `f`, gradients too, for one more run of `f`; equals `jax.checkpoint`.
-    `torch.utils.checkpoint` does not work inside `torch.func`. Random numbers come from keys, and a
-    key is an argument, so the second run draws the same; it runs under the autocast, the default
-    dtype and the default device of the first. Works under `grad`, `vmap`, `jvp`, in
-    `fdl.jit`, and with `backward()`. Inside `torch.compile` it is `f` itself: Dynamo traces such
-    functions wrongly where they are differentiated twice.
+    Values and gradients are those of `f`, at the price of one more run; equals `jax.checkpoint`.
+    The second run draws the same random numbers, since its key is an argument, and has the
+    autocast, default dtype and default device of the first. Works under `grad`, `vmap` and `jvp`
+    (`torch.utils.checkpoint` does not), in `fdl.jit`, and with `backward()`. Inside `torch.compile`
+    it is `f` itself, because Dynamo traces second derivatives of such functions wrongly.
 
-    A block of a model: `block._replace(apply=checkpoint(block.apply))`.
+    To checkpoint a block of a model: `block._replace(apply=checkpoint(block.apply))`.
 
     Args:
-        f: a pure function of trees to a tree of floating tensors. Whatever is differentiated by
-            must be an argument; arguments that are no tensors (None, flags) pass as they are.
+        f: a pure function from trees to a tree of floating tensors. Gradients may only be taken
+            with respect to its arguments; arguments that are not tensors (None, flags) are allowed.
 
     Raises:
-        ValueError: `f` closes over a tensor that is differentiated by, or its result has leaves
-            that are not floating tensors (at call).
+        ValueError: `f` closes over a tensor with respect to which a gradient is being taken, or its
+            result has leaves that are not floating tensors (at call).
 
     >>> from torch.func import grad
     >>> grad(checkpoint(lambda x: x.sin().sin()))(torch.tensor(0.0))
@@ -70,38 +69,39 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
         tracked = [name for name, leaf in _closed_over(f) if _is_differentiated(leaf)]
         if tracked:
             raise ValueError(
-                f"checkpoint: the function closes over {', '.join(tracked)}, which is "
-                "differentiated by; the gradient would be lost: make it an argument"
+                f"checkpoint: the function closes over {', '.join(tracked)}, and a gradient is "
+                "being taken with respect to it, which would be lost: pass it as an argument"
             )
-        state = ambient()
+        settings = current_settings()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors.sort(key=lambda i: not leaves[i].is_floating_point())
         floats = sum(leaves[i].is_floating_point() for i in tensors)
-        made: list[pytree.TreeSpec] = []
+        out_specs: list[pytree.TreeSpec] = []
 
-        def flat(*given: Tensor) -> tuple[Tensor, ...]:
-            whole = list(leaves)
-            for i, leaf in zip(tensors, given, strict=True):
-                whole[i] = leaf
-            args, kwargs = pytree.tree_unflatten(whole, spec)
-            with under(state):
+        def flat(*tensor_leaves: Tensor) -> tuple[Tensor, ...]:
+            replaced = list(leaves)
+            for i, leaf in zip(tensors, tensor_leaves, strict=True):
+                replaced[i] = leaf
+            args, kwargs = pytree.tree_unflatten(replaced, spec)
+            with use_settings(settings):
                 result = f(*args, **kwargs)
             check_floating(result, "checkpoint: the result")
-            found, made[:] = tree.leaves(result), [pytree.tree_structure(result)]
-            return tuple(found)
+            out_specs[:] = [pytree.tree_structure(result)]
+            return tuple(tree.leaves(result))
 
-        given = [leaves[i] for i in tensors]
-        return pytree.tree_unflatten(_rematerialised(flat, given[:floats], given[floats:]), made[0])
+        xs = [leaves[i] for i in tensors]
+        results = _rematerialised(flat, xs[:floats], xs[floats:])
+        return pytree.tree_unflatten(results, out_specs[0])
 
     return call
 
 
 class _Remat(torch.autograd.Function):
-    """Saves the inputs of a function, and nothing that it computes from them.
+    """Saves the inputs of a function, but no intermediate values.
 
-    The backward pass is one of these too. `torch.func.grad` records it, to be differentiable once
-    more, and would keep everything in it that this is to forget.
+    Its backward pass is a `_Remat` too: `torch.func.grad` records the backward pass, so that it can
+    be differentiated again, and would otherwise keep its intermediate values.
     """
 
     generate_vmap_rule = True
@@ -135,12 +135,12 @@ class _Remat(torch.autograd.Function):
 
 
 def _rematerialised(f: Flat, xs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Call `f(*xs, *others)`, keeping only these for its gradient by `xs`, which are floating."""
+    """Call `f(*xs, *others)`, saving only these for its gradient with respect to floating `xs`."""
     return cast(Any, _Remat.apply(f, len(xs), *xs, *others))
 
 
 def _is_differentiated(x: Tensor) -> bool:
-    """Say whether a gradient or a tangent would go through `x`, at any level of `torch.func`."""
+    """Check whether a gradient or a tangent flows through `x`, at any level of `torch.func`."""
     while True:
         if x.requires_grad or forward_ad.unpack_dual(x).tangent is not None:
             return True
@@ -150,7 +150,7 @@ def _is_differentiated(x: Tensor) -> bool:
 
 
 def _closed_over(f: Any, name: str = "", seen: frozenset[int] = frozenset()) -> Iterator[Named]:
-    """List the tensors in the closure of `f`, and of functions in it, with their names there."""
+    """List the tensors in the closure of `f` and of functions in it, with their names."""
     if id(f) in seen:  # a function that calls itself
         return
     seen |= {id(f)}
@@ -158,7 +158,7 @@ def _closed_over(f: Any, name: str = "", seen: frozenset[int] = frozenset()) -> 
         yield from _closed_over((f.func, f.args, f.keywords), name, seen)
     elif getattr(f, "__closure__", None):
         for inner, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True):
-            with suppress(ValueError):  # a cell that is not filled yet
+            with suppress(ValueError):  # an empty cell
                 yield from _closed_over(cell.cell_contents, inner, seen)
     else:
         for path, leaf in pytree.tree_flatten_with_path(f)[0]:

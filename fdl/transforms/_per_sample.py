@@ -1,4 +1,4 @@
-"""Gradients of single examples: whole, their norms, or clipped and summed for DP-SGD."""
+"""Gradients of single examples, their norms, and their clipped sum for DP-SGD."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import random, tree
+from fdl._compiler._map import map_batches, split_batches
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits, is_visible, keep, row_norms
 from fdl._training._supervised import takes_buffers
 from fdl.data import Batch
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
-from fdl.transforms._chunks import check_chunk, check_scalar, cut, in_chunks
+from fdl.transforms._checks import check_chunk, check_scalar
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -26,23 +27,23 @@ from fdl.tree._checks import check_tensors
 def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tree]:
     """Make the gradient of each example: `(params, batch, key=None) -> grads`.
 
-    Each leaf of the result is `[batch, *shape]`, row i for example i. The loss sees one example at
-    a time, as a batch of one without a mask; example i draws from `fold_in(key, i)`. Where
-    `batch.mask` is False the gradient is 0. So the sum over rows, divided by how many count, is
-    the gradient of a loss that is a mean over examples (without dropout, whose masks differ).
+    Each leaf of the result is `[batch, *shape]`, row i for example i. The loss gets one example at
+    a time, as a batch of one without a mask; example i draws from `fold_in(key, i)`. The gradient
+    is 0 where `batch.mask` is False. For a loss that is a mean over examples, the sum over rows
+    divided by the number of unmasked examples is its gradient (except for dropout masks).
 
-    Equals `vmap(grad(loss))` over examples. With `chunk` the results are still whole, but what is
-    computed in between exists for one chunk at a time.
+    Equals `vmap(grad(loss))` over examples. With `chunk`, intermediate values exist for one chunk
+    at a time; the result is the same.
 
     Args:
-        loss: `(params, batch, key)`, or `(params, batch)` where no key is given, to a scalar or to
-            `(scalar, metrics)`, as `supervised` makes it. Metrics are dropped.
-        chunk: how many examples to do at once; need not divide the batch. All if None.
+        loss: `(params, batch, key)`, or `(params, batch)` if no key is given, to a scalar or to
+            `(scalar, metrics)`, as `supervised` returns it. Metrics are dropped.
+        chunk: how many examples to compute at once; need not divide the batch. All if None.
 
     Raises:
-        TypeError: a loss with buffers; at call, a batch that is not `(x, y)` or `(x, y, mask)`.
-        ValueError: `chunk` < 1; at call, parameters that are not floating tensors, parts of a batch
-            of different lengths, or a loss that is no scalar.
+        TypeError: the loss has buffers; at call, the batch is not `(x, y)` or `(x, y, mask)`.
+        ValueError: `chunk` < 1; at call, parameters are not floating tensors, parts of the batch
+            have different lengths, or the loss is not a scalar.
 
     >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
@@ -55,10 +56,10 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
     def grads(params: Tree, batch: Any, key: Tensor | None = None) -> Tree:
         rows = _rows("per_sample_grads", params, batch, key)
 
-        def some(rows: Tree) -> Tree:
-            return tree.map(lambda g: _of_those_that_count(rows, g), one(params, rows))
+        def of_chunk(rows: Tree) -> Tree:
+            return tree.map(lambda g: _zero_masked(rows, g), one(params, rows))
 
-        return in_chunks(some, rows, chunk)
+        return map_batches(of_chunk, rows, chunk)
 
     return grads
 
@@ -66,13 +67,13 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
 def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tensor]:
     """Make the norm of the gradient of each example: `(params, batch, key=None) -> norms`.
 
-    Norms are `[batch]`, over all leaves together, added up in float64 and returned in the dtype of
-    the parameters, but at least float32; 0 where `batch.mask` is False. With `chunk` no more
-    gradients than those of a chunk exist at a time. Keys and errors as for `per_sample_grads`.
+    Norms are `[batch]`, over all leaves together, accumulated in float64 and returned in the dtype
+    of the parameters, but at least float32; 0 where `batch.mask` is False. With `chunk`, only the
+    gradients of one chunk exist at a time. Keys and errors as for `per_sample_grads`.
 
     Args:
         loss: as for `per_sample_grads`.
-        chunk: how many examples to do at once; all if None.
+        chunk: how many examples to compute at once; all if None.
 
     >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
@@ -84,12 +85,12 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
     def norms(params: Tree, batch: Any, key: Tensor | None = None) -> Tensor:
         rows = _rows("per_sample_norms", params, batch, key)
 
-        def some(rows: Tree) -> Tensor:
+        def of_chunk(rows: Tree) -> Tensor:
             grads = one(params, rows)
             wide = functools.reduce(torch.promote_types, map(at_least_32_bits, tree.leaves(grads)))
-            return _of_those_that_count(rows, row_norms(grads).to(wide))
+            return _zero_masked(rows, row_norms(grads).to(wide))
 
-        return in_chunks(some, rows, chunk)
+        return map_batches(of_chunk, rows, chunk)
 
     return norms
 
@@ -99,22 +100,22 @@ def clipped_grad_sum(
 ) -> Callable[..., Tree]:
     """Make Σᵢ gᵢ / max(1, ‖gᵢ‖ / C), gᵢ the gradient of example i: `(params, batch, key=None)`.
 
-    No example moves the sum by more than C, whatever it holds: a gradient whose norm is not finite,
-    or more than 10³⁷ C, counts as 0. With noise of standard deviation σC added, the sum is the
-    gradient of DP-SGD (Abadi et al., 2016, algorithm 1). Divide by the *expected* batch size, not
-    by how many examples count. With `chunk` no more gradients than those of a chunk exist at a
+    No example changes the sum by more than C, whatever it contains: a gradient whose norm is not
+    finite, or more than 10³⁷ C, counts as 0. With noise of standard deviation σC added, the sum is
+    the gradient of DP-SGD (Abadi et al., 2016, algorithm 1). Divide by the *expected* batch size,
+    not by the number of unmasked examples. With `chunk`, only the gradients of one chunk exist at a
     time. Keys, masks and errors as for `per_sample_grads`.
 
     Norms and sums are computed in at least 32 bits, and the sum is rounded once to the dtype of the
-    parameters. In 16 bits that rounding can move the sum by more than C (in bfloat16, a sum of
-    1,000 C by 4 C): for a guarantee of privacy keep the parameters in float32, and compute in 16
-    bits with `fdl.nn.with_policy`.
+    parameters. In 16 bits that rounding can change the sum by more than C (in bfloat16, a sum of
+    1,000 C by 4 C): for a privacy guarantee keep the parameters in float32, and compute in 16 bits
+    with `fdl.nn.with_policy`.
 
     Args:
         loss: as for `per_sample_grads`.
-        max_norm: C, a number or a 0-d tensor. Under `jit` and `vmap`, where its value is not known,
-            a C that is not positive and finite makes the sum 0.
-        chunk: how many examples to do at once; all if None.
+        max_norm: C, a number or a 0-d tensor. Under `jit` and `vmap`, where its value is unknown, a
+            C that is not positive and finite makes the sum 0.
+        chunk: how many examples to compute at once; all if None.
 
     Raises:
         ValueError: `max_norm` is not positive and finite, or a tensor with axes.
@@ -127,14 +128,14 @@ def clipped_grad_sum(
     one = _example_grad("clipped_grad_sum", loss, chunk)
     _check_bound(max_norm)
 
-    def summed(params: Tree, rows: Tree, real: Tensor) -> Tree:
+    def clipped_sum(params: Tree, rows: Tree, is_row: Tensor) -> Tree:
         grads = one(params, rows)
         norms = row_norms(grads)
         bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
         positive = (bound > 0) & bound.isfinite()
-        counts = norms.isfinite() & positive & real & (rows[2] == () or rows[2] != 0)
+        counts = norms.isfinite() & positive & is_row & (rows[2] == () or rows[2] != 0)
         over = (torch.where(counts, norms, 0) / torch.where(positive, bound, 1)).clamp(min=1)
-        exact = over < 1 / torch.finfo(torch.float32).tiny  # below that a float32 has few digits
+        exact = over < 1 / torch.finfo(torch.float32).tiny  # else 1 / over is subnormal
         weights = torch.where(counts & exact, 1 / over, 0)
         return tree.map(lambda g: _weighted_sum(weights, g), grads)
 
@@ -145,31 +146,31 @@ def clipped_grad_sum(
         if len(first) == 0:
             sums = zeros
         elif chunk is None:
-            sums = summed(params, rows, first.new_ones(len(first), dtype=torch.bool))
+            sums = clipped_sum(params, rows, first.new_ones(len(first), dtype=torch.bool))
         else:
 
-            def add(sums: Tree, some: Any) -> tuple[Tree, Tree]:
-                return tree.map(torch.add, sums, summed(params, *some)), ()
+            def add(sums: Tree, some_rows: Any) -> tuple[Tree, Tree]:
+                return tree.map(torch.add, sums, clipped_sum(params, *some_rows)), ()
 
-            sums = scan(add, zeros, cut(rows, chunk))[0]
+            sums = scan(add, zeros, split_batches(rows, min(chunk, len(first))))[0]
         return tree.map(lambda g, p: g.to(p.dtype), sums, params)
 
     return total
 
 
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """Compute Σᵢ wᵢ rᵢ in at least 32 bits, without the rows of weight 0, which may hold anything.
+    """Compute Σᵢ wᵢ rᵢ in at least 32 bits; rows of weight 0 may contain anything, such as NaN.
 
     Args:
-        weights: `[rows]`.
-        rows: `[rows, ...]`.
+        weights: `[rows]`
+        rows: `[rows, ...]`
     """
     dtype = at_least_32_bits(rows)
     rows, weights = rows.to(dtype), weights.to(dtype)
-    if is_visible(weights):  # a product of matrices, which makes no copy of the rows
+    if is_visible(weights):  # a matrix product, without a copy of the rows
         return torch.tensordot(weights, rows if weights.all() else keep(weights, rows), 1)
-    # Both are written down before the one kernel that multiplies and adds: Inductor would compute
-    # them in it again, and a kernel of so many operations writes down all the rows instead.
+    # as_strided makes Inductor materialise both before the kernel that multiplies and adds. Fused
+    # into it they would be too many operations, and Inductor would materialise the rows instead.
     weights, counts = (x.as_strided(x.shape, (1,)) for x in (weights, weights != 0))
     return (keep(counts, rows) * weights.view(-1, *[1] * (rows.ndim - 1))).sum(0)
 
@@ -190,12 +191,12 @@ def _check_bound(max_norm: float | Tensor) -> None:
 def _example_grad(
     caller: str, loss: Callable[..., Any], chunk: int | None
 ) -> Callable[[Tree, Any], Tree]:
-    """Make the gradients of some of `_rows`, of those too that do not count."""
+    """Make the function from parameters and `_rows` to gradients, those of masked rows included."""
     check_chunk(caller, chunk)
     if takes_buffers(loss):
         raise TypeError(
-            f"{caller}: the loss has buffers, so its model may mix examples, and there is no "
-            "gradient of a single one; close over buffers that do not change"
+            f"{caller}: the loss has buffers, so its model may mix examples, and a single example "
+            "has no gradient of its own; close over buffers that do not change"
         )
 
     def value(params: Tree, row: Any) -> Tensor:
@@ -208,10 +209,10 @@ def _example_grad(
 
 
 def _rows(caller: str, params: Tree, batch: Any, key: Tensor | None) -> tuple[Tree, ...]:
-    """Say of each example its x, its y, whether it counts, and its key: leaves `[batch, ...]`.
+    """Return x, y, mask and key of each example, `()` without mask or key: leaves `[batch, ...]`.
 
-    Those that do not count are copies of one that does: what padding holds may have no gradient,
-    or a label that is none.
+    Masked examples are replaced by an unmasked one: padding may contain invalid labels, or values
+    without a gradient.
     """
     check_floating(params, caller)
     if not (isinstance(batch, tuple) and len(batch) in (2, 3)):
@@ -221,18 +222,18 @@ def _rows(caller: str, params: Tree, batch: Any, key: Tensor | None) -> tuple[Tr
     shapes = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(batch).items()}
     lengths = {tuple(shape[:1]) for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths:
-        raise ValueError(f"{caller}: the parts of a batch need one common first axis, got {shapes}")
-    n, (x, y, counts) = len(tree.leaves(batch)[0]), batch
-    if n and counts != ():
-        some = (counts != 0).to(torch.uint8).argmax().reshape(1)
-        x, y = tree.map(lambda leaf: keep(counts, leaf, leaf.index_select(0, some)), (x, y))
+        raise ValueError(f"{caller}: x, y and mask need one common first axis, got {shapes}")
+    n, (x, y, mask) = len(tree.leaves(batch)[0]), batch
+    if n and mask != ():
+        unmasked = (mask != 0).to(torch.uint8).argmax().reshape(1)
+        x, y = tree.map(lambda leaf: keep(mask, leaf, leaf.index_select(0, unmasked)), (x, y))
     if key is None:
-        return x, y, counts, ()
+        return x, y, mask, ()
     check_key(caller, key)
     numbers = torch.arange(n, device=key.device)
-    return x, y, counts, vmap(random.fold_in, (None, 0))(key, numbers) if n else key.new_empty(0, 2)
+    return x, y, mask, vmap(random.fold_in, (None, 0))(key, numbers) if n else key.new_empty(0, 2)
 
 
-def _of_those_that_count(rows: Tree, x: Tensor) -> Tensor:
-    """Put 0 in the place of what `rows` say does not count."""
+def _zero_masked(rows: Tree, x: Tensor) -> Tensor:
+    """Set the rows of `x` that are masked in `_rows` to 0."""
     return x if rows[2] == () else keep(rows[2], x)

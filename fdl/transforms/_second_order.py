@@ -1,8 +1,8 @@
-"""What `fdl.transforms` does about functions of torch whose higher derivatives are not right.
+"""Correct higher derivatives of functions for which torch's are wrong or missing.
 
-A mode looks at each call of torch while a function runs whose curvature is wanted. Where torch has
-a fused kernel without all derivatives, the rule for it writes the function out in operations that
-have them, or raises an error that names it.
+While a function runs whose curvature is wanted, a mode intercepts its calls of torch. If torch has
+a fused kernel without all derivatives, a rule replaces it by operations that have them, or raises
+an error that names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fdl._numerics import at_least_32_bits, root
 
 
 def written_out(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `f` run with functions written out of which torch lacks the higher derivatives.
+    """Make `f` run with functions decomposed for which torch lacks higher derivatives.
 
     >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     >>> far = written_out(lambda x: torch.cdist(x, x).sum())
@@ -56,25 +56,25 @@ def _cdist(
     p: float = 2.0,
     compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
 ) -> Tensor:
-    """Take the distance of each row of `x1` from each of `x2`: `[..., n, m]`.
+    """Compute the distance of each row of `x1` from each row of `x2`: `[..., n, m]`.
 
-    Under `vmap` the kernel's derivative is wrong where only its cotangent is batched, as it is for
-    the rows of a Jacobian; it has none forwards.
+    The kernel's derivative is wrong under `vmap` if only its cotangent is batched, as for the rows
+    of a Jacobian, and missing in forward mode.
     """
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return torch.cdist(x1, x2, p, compute_mode)
     return _length(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
 
 
 def _pdist(mode: Any, input: Tensor, p: float = 2.0) -> Tensor:
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return torch.pdist(input, p)
     one, other = torch.triu_indices(len(input), len(input), 1, device=input.device)
     return _length(input[one] - input[other], p)
 
 
 def _length(x: Tensor, p: float) -> Tensor:
-    """Take the p-norm of rows; its derivatives at 0 are 0, as those of the kernels are."""
+    """Compute the p-norm of rows; its derivatives at 0 are 0, like those of the kernels."""
     wide = x.to(at_least_32_bits(x)).abs()
     if p == 2:
         length = root((wide * wide).sum(-1))
@@ -86,8 +86,8 @@ def _length(x: Tensor, p: float) -> Tensor:
         length = wide.sum(-1)
     else:
         powers = (wide**p).sum(-1)
-        none = powers == 0
-        length = torch.where(none, 0.0, torch.where(none, 1.0, powers) ** (1 / p))
+        is_zero = powers == 0
+        length = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, powers) ** (1 / p))
     return length.to(x.dtype)
 
 
@@ -105,7 +105,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if not _modes.lacks_kernels():
+    if not _modes.avoid_fused_kernels():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -116,10 +116,10 @@ def _attention(
 
 
 def _multi_head_attention(mode: Any, *args: Any, **kwargs: Any) -> Any:
-    """Have the weights computed: torch writes attention out itself then."""
-    place, wanted = 15, kwargs.pop("need_weights", True)
-    if len(args) > place:
-        wanted, args = args[place], (*args[:place], True, *args[place + 1 :])
+    """Ask for the weights: torch then decomposes attention itself."""
+    position, wanted = 15, kwargs.pop("need_weights", True)
+    if len(args) > position:
+        wanted, args = args[position], (*args[:position], True, *args[position + 1 :])
     else:
         kwargs["need_weights"] = True
     result, weights = F.multi_head_attention_forward(*args, **kwargs)
@@ -130,27 +130,27 @@ def _multi_head_attention(mode: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _scatter_reduce(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Refuse what torch differentiates wrongly: products forwards."""
+    """Raise for products in forward mode, which torch differentiates wrongly."""
 
     def rule(mode: Any, *args: Any, **kwargs: Any) -> Tensor:
         forwards = torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
         if forwards and "prod" in (*args[3:], *kwargs.values()):
             raise NotImplementedError(
-                "scatter_reduce: torch's derivative of reduce='prod' is wrong in forward mode, jvp "
-                "and gnvp; add logarithms, with reduce='sum'"
+                "scatter_reduce: torch's derivative of reduce='prod' is wrong in forward mode, as "
+                "in jvp and gnvp; sum logarithms with reduce='sum' instead"
             )
         return kernel(*args, **kwargs)
 
     return rule
 
 
-def _kernel(place: str) -> Any:
-    module, name = place.split(".")
+def _kernel(path: str) -> Any:
+    module, name = path.split(".")
     return getattr({"F": F, "torch": torch}[module], name)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    **{_kernel(place): rule for place, rule in _functions.RULES.items()},
+    **{_kernel(path): rule for path, rule in _functions.RULES.items()},
     F.multi_head_attention_forward: _multi_head_attention,
     F.scaled_dot_product_attention: _attention,
     torch.pdist: _pdist,

@@ -1,4 +1,4 @@
-"""`backward()` through a jitted function and `torch.func` around one: as without `jit`."""
+"""`backward()` through a jitted function, and `torch.func` around one, equal the function alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,7 @@ def test_each_argument_gets_its_gradient_each_result_its_kind(plain_backend: Non
     got = jit(outputs)(params, x)
     for name, value in outputs(params, x).items():
         assert torch.equal(got[name], value)
-        # What depends on no argument has zeros for a gradient, where autograd knows of none.
+        # A result that depends on no argument gets zeros as its gradient, where autograd has None.
         assert got[name].requires_grad == value.is_floating_point()
     total = got["loss"] + 2 * got["same"].sum() + got["free"].sum()
     w, unused = torch.autograd.grad(total, [params["w"], params["unused"]])
@@ -91,7 +91,7 @@ def test_what_is_cut_off_stays_cut_off(f: Callable[[Tensor], Tensor], plain_back
 
 
 def test_results_are_arguments_of_others(plain_backend: None) -> None:
-    """As a part of a larger computation, with hooks, expanded inputs, and several backwards."""
+    """Part of a larger computation, with hooks, expanded inputs, and several backward passes."""
     inner = jit(lambda w, x: (w * x).sin())
     w, x = leaf(), draw(2, 4)
     y = inner(w.expand(4) * 2, x)
@@ -135,7 +135,7 @@ def test_training_by_torch_optim_compiles_forward_and_backward_once(
 
 
 def test_no_gradient_is_asked_for_where_none_is_wanted(plain_backend: None) -> None:
-    """Not of arguments that need none, nor under no_grad."""
+    """For arguments that do not require grad, and under no_grad."""
     jitted = jit(lambda w, x: (w * x).sum())
     w, x = leaf(3), draw(2, 3)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_no_gradient_is_asked_for_where_none_is_wanted(plain_backend: None) -> N
 
 def test_what_cannot_be_differentiated_raises(plain_backend: None) -> None:
     with pytest.raises(ValueError, match="nothing can be donated where an argument requires grad"):
-        jit(lambda w: w * 2, donate=0)(leaf(3))
+        jit(lambda w: w * 2, donate_argnums=0)(leaf(3))
     w = leaf(3)
     y = jit(lambda w: (w * w).sum())(w)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a jitted function closes over is what its names mean at each call, however it finds it."""
+"""Closed-over tensors are read by name at each call, whatever the path to them."""
 
 import functools
 import types
@@ -14,6 +14,7 @@ from torch.func import functional_call, grad
 
 import fdl
 from fdl import disable_jit, jit, losses, nn, optim, scan
+from fdl._compiler._closure import closed_over_tensors
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -24,7 +25,7 @@ MODULE = types.ModuleType("settings")
 
 
 class Layer:
-    """Something with state in every place that a class has."""
+    """A class with state in every place where a class can have some."""
 
     shared: ClassVar[Tensor] = torch.ones(3)
     __slots__ = ("__dict__", "slot")
@@ -286,6 +287,13 @@ def a_jitted_function_inside() -> Case:
     return lambda x: inner(x) + 1, lambda new: params.update(w=new)
 
 
+def test_a_jitted_function_is_followed_to_its_original_and_not_into_its_programs() -> None:
+    params = {"w": torch.ones(3)}
+    inner = jit(lambda x: x * params["w"])
+    inner(torch.ones(3))
+    assert [name for name, _ in closed_over_tensors(lambda x: inner(x))] == ["inner.params.w"]
+
+
 @case
 def a_module_with_assigned_parameters() -> Case:
     module = torch.nn.Linear(3, 3).requires_grad_(False)
@@ -363,7 +371,7 @@ def test_names_mean_at_each_call_what_they_mean_eagerly(
     assert all("which no name leads to" not in text for text in jitted.report()[0].closed_over)
 
 
-def test_another_tensor_of_the_same_form_is_read_by_the_same_program() -> None:
+def test_another_tensor_of_the_same_signature_is_read_by_the_same_program() -> None:
     params = {"w": torch.ones(3), "deep": [torch.ones(3)]}
     jitted = jit(lambda x: x * params["w"] + params["deep"][0])
     for i in range(4):
@@ -373,7 +381,7 @@ def test_another_tensor_of_the_same_form_is_read_by_the_same_program() -> None:
     assert set(report.closed_over) == {"params.w", "params.deep.0"}
 
 
-def test_forms_take_turns_without_being_traced_again() -> None:
+def test_alternating_signatures_are_not_traced_again() -> None:
     small, large = torch.ones(3), torch.ones(2, 3)
     w = small
     jitted = jit(lambda x: x * w)
@@ -384,7 +392,7 @@ def test_forms_take_turns_without_being_traced_again() -> None:
         assert jitted(X).shape == (2, 3)
     assert [r.why for r in jitted.report()] == [
         "the first call",
-        "what the function closes over has another form",
+        "the closed-over tensors have another signature",
     ]
 
 
@@ -400,7 +408,7 @@ def test_a_name_that_is_gone_raises_as_it_does_eagerly() -> None:
 
 
 def test_globals_of_code_without_a_file_are_read() -> None:
-    """That of `python -c`, of notebooks and of the pages of the documentation."""
+    """As with `python -c`, in notebooks and on the pages of the documentation."""
     for file in ("<string>", "<stdin>", "<ipython-input-1>", "/tmp/ipykernel_1/1.py"):
         names: dict[str, Any] = {"w": torch.ones(3)}
         exec(compile("def f(x): return x * w", file, "exec"), names)
@@ -410,18 +418,16 @@ def test_globals_of_code_without_a_file_are_read() -> None:
             assert torch.equal(jitted(X), X * factor)
 
 
-def test_the_report_names_what_no_name_leads_to() -> None:
+def test_the_report_lists_tensors_without_a_name() -> None:
     hidden = iter([torch.ones(3), torch.ones(3)])
     jitted = jit(lambda x: x * next(hidden))
     jitted(X)
     (report,) = jitted.report()
-    assert report.closed_over == (
-        "float32[3], which no name leads to: always that of the first call",
-    )
+    assert report.closed_over == ("float32[3], without a name: fixed at the first call",)
 
 
 def test_python_numbers_are_decided_once_per_program() -> None:
-    """As with `jax.jit`: what is to change is a tensor."""
+    """As with `jax.jit`: use a tensor for what changes."""
     factor = 2.0
     jitted = jit(lambda x: x * factor)
     jitted(X)

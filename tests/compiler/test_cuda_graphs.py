@@ -1,4 +1,4 @@
-"""Programs recorded as CUDA graphs: by a stand-in on the CPU, and, marked `cuda`, in earnest."""
+"""CUDA graphs of programs: with a stand-in on the CPU, and, marked `cuda`, on a GPU."""
 
 import gc
 from collections.abc import Callable
@@ -22,7 +22,7 @@ needs_cuda = [
 
 
 class Counted(StandIn):
-    """Counts what is recorded and replayed on a GPU."""
+    """Counts captures and replays on a GPU."""
 
     device = "cuda"
     real = staticmethod(_cuda_graphs._capture)
@@ -40,7 +40,7 @@ class Counted(StandIn):
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=needs_cuda)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """What stands for the GPU, and counts."""
+    """The stand-in for the GPU, which counts."""
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
     counted = Counted()
@@ -96,8 +96,8 @@ def test_an_epoch_is_one_graph(gpu: StandIn) -> None:
 
 
 def test_donated_memory_is_written_to(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_graphs, "LARGE", 1)  # never read in place what is given away
-    jitted, xs = jit(epoch, donate=0, strict=True), rows(gpu.device)
+    monkeypatch.setattr(_cuda_graphs, "LARGE", 1)  # donated arguments are never read in place
+    jitted, xs = jit(epoch, donate_argnums=0, strict=True), rows(gpu.device)
     state = start(gpu.device)
     expected = tree.map(torch.clone, state)
     addresses = [leaf.data_ptr() for leaf in state.values()]
@@ -129,7 +129,7 @@ def test_large_arguments_are_read_where_they_are_until_they_move(
         close(jitted(small, one, two), fn(small, one, two))
         assert gpu.recorded == recorded
         least = sum(leaf.nbytes for leaf in [small, *copied])
-        if gpu.device == "cpu":  # a GPU keeps more for what comes in between
+        if gpu.device == "cpu":  # a GPU keeps intermediate values, too
             assert only_report(jitted).memory == least + small.nbytes
 
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_arguments_of_any_strides(gpu: StandIn) -> None:
 
 
 def test_programs_that_take_turns_do_not_disturb_each_other(gpu: StandIn) -> None:
-    one, two = jit(epoch, donate=0, strict=True), jit(epoch, strict=True)
+    one, two = jit(epoch, donate_argnums=0, strict=True), jit(epoch, strict=True)
     short, long = rows(gpu.device, 3), rows(gpu.device, 5)
     first, second, third = (start(gpu.device) for _ in range(3))
     expected = [tree.map(torch.clone, first), second, third]
@@ -223,7 +223,11 @@ def test_backward_runs_recorded_programs(gpu: StandIn) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_replays_keep_no_memory(gpu: StandIn) -> None:
-    jitted, xs, state = jit(epoch, donate=0, strict=True), rows(gpu.device, 2), start(gpu.device)
+    jitted, xs, state = (
+        jit(epoch, donate_argnums=0, strict=True),
+        rows(gpu.device, 2),
+        start(gpu.device),
+    )
 
     def run(times: int) -> int:
         nonlocal state
@@ -285,7 +289,7 @@ def test_a_long_loop_reads_its_data_set_in_place(
 
 
 def elsewhere(gpu: StandIn) -> Tensor:
-    """A tensor that is not on the GPU; the stand-in takes those of int16 for such."""
+    """A tensor that is not on the GPU: for the stand-in, one of int16."""
     return torch.tensor(2, dtype=torch.int16)
 
 
@@ -328,7 +332,7 @@ def test_what_cannot_be_compiled_is_recorded_all_the_same(
 
 @torch.library.custom_op("fdltest::waits", mutates_args=())
 def waits(x: Tensor) -> Tensor:
-    """Wait for the GPU, which cannot be recorded."""
+    """Wait for the GPU, which cannot be captured."""
     return x.cpu().to(x.device).clone()
 
 
@@ -337,7 +341,7 @@ waits.register_fake(torch.empty_like)
 
 @pytest.fixture
 def unrecordable(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """An epoch whose recording fails."""
+    """An epoch whose capture fails."""
     if gpu.device == "cpu":
 
         def capture(run: Callable[[], list[Tensor]]) -> Any:
@@ -356,9 +360,13 @@ def unrecordable(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 def test_what_cannot_be_recorded_is_run_as_it_is(
     donate: Any, gpu: StandIn, unrecordable: Callable[..., Any]
 ) -> None:
-    jitted, state, xs = jit(unrecordable, donate=donate), start(gpu.device), rows(gpu.device)
+    jitted, state, xs = (
+        jit(unrecordable, donate_argnums=donate),
+        start(gpu.device),
+        rows(gpu.device),
+    )
     expected = tree.map(torch.clone, state)
-    with pytest.warns(UserWarning, match="recording a CUDA graph failed: .*one by one") as caught:
+    with pytest.warns(UserWarning, match="capturing a CUDA graph failed: .*one by one") as caught:
         state, metrics = jitted(state, xs)
     assert len(caught) == 1
     for _ in range(2):
@@ -397,7 +405,7 @@ def test_strict_raises_and_takes_nothing(
         fn = request.getfixturevalue("unrecordable")
     else:
         state["rate"] = elsewhere(gpu)
-    jitted = jit(fn, donate=0, strict=True)
+    jitted = jit(fn, donate_argnums=0, strict=True)
     for _ in range(2):
         with (
             unchanged(state, xs),

@@ -1,4 +1,4 @@
-"""Who owns the memory of what goes into a jitted function and comes out of it."""
+"""Memory of the arguments and results of jitted functions: donation, copies, interruptions."""
 
 import _thread
 import threading
@@ -17,7 +17,7 @@ from tests.support.asserts import assert_equal
 
 
 def test_donated_tensors_are_gone_and_others_stay(plain_backend: None) -> None:
-    fn = jit(lambda state, x: ({"w": state["w"] + x, "n": state["n"]}, x), donate=0)
+    fn = jit(lambda state, x: ({"w": state["w"] + x, "n": state["n"]}, x), donate_argnums=0)
     w, n, x = torch.zeros(3), torch.tensor(1), torch.ones(3)
     view = w[:2]
     state, same = fn({"w": w, "n": n}, x)
@@ -26,7 +26,7 @@ def test_donated_tensors_are_gone_and_others_stay(plain_backend: None) -> None:
             use()
     assert torch.equal(view, torch.zeros(2))
     assert torch.equal(x, torch.ones(3)) and torch.equal(same, x)
-    state, _ = fn(state, x)  # what came back is as good as new
+    state, _ = fn(state, x)  # results can be donated again
     assert torch.equal(state["w"], torch.full((3,), 2.0)) and state["n"] == 1
 
 
@@ -35,9 +35,10 @@ def addresses(state: Any) -> list[int]:
 
 
 def test_results_are_written_where_the_donated_tensors_were() -> None:
-    """Swapped, passed through, of two forms, by Inductor: never a result that reads a new value."""
+    """Swapped, passed through, of two dtypes, by Inductor: no result reads an overwritten value."""
     fn = jit(
-        lambda s, x: {"a": s["b"] + x, "b": s["a"] * s["b"], "c": s["c"], "n": s["n"] + 1}, donate=0
+        lambda s, x: {"a": s["b"] + x, "b": s["a"] * s["b"], "c": s["c"], "n": s["n"] + 1},
+        donate_argnums=0,
     )
     state = {name: torch.randn(40) for name in "abc"} | {"n": torch.tensor(0)}
     expected, x = tree.map(torch.clone, state), torch.randn(40)
@@ -51,14 +52,14 @@ def test_results_are_written_where_the_donated_tensors_were() -> None:
 
 
 def mapped(w: Tensor, path: Any) -> Any:
-    """Let a tensor take its memory from a file; return the file's view of it."""
+    """Map a tensor to a file; return the file's view of it."""
     np.zeros(len(w), dtype=np.float32).tofile(path)
     w.data = torch.from_file(str(path), shared=True, size=len(w))
     return np.memmap(path, dtype=np.float32, mode="r")
 
 
 def shared(w: Tensor, _: Any) -> Any:
-    """Move a tensor to memory that other processes see; return what one of them would."""
+    """Move a tensor to shared memory; return the view that another process would have."""
     w.share_memory_()
     return torch.tensor([]).set_(torch.UntypedStorage._new_shared_filename_cpu(*handle(w)))
 
@@ -107,7 +108,7 @@ def test_memory_that_others_see_is_neither_written_to_nor_freed(
 ) -> None:
     w = torch.zeros(size)
     witness = SEEN_BY[other](w, tmp_path / "file")
-    fn = jit(lambda w: w + 1 if fits else (w + 1).sum(), donate=0)
+    fn = jit(lambda w: w + 1 if fits else (w + 1).sum(), donate_argnums=0)
     result = fn(w)
     assert result.sum() == size
     filler = [torch.full((size,), 7.0) for _ in range(20)]  # into memory that was freed
@@ -123,11 +124,11 @@ def test_memory_that_others_see_is_neither_written_to_nor_freed(
 def test_a_base_and_a_row_are_not_written_to(plain_backend: None) -> None:
     base, rows = torch.zeros(4), torch.zeros(2, 4)
     for w, witness in [(base.view(4), base), (rows[0], rows)]:
-        assert jit(lambda w: w + 1, donate=0)(w).sum() == 4 and witness.sum() == 0
+        assert jit(lambda w: w + 1, donate_argnums=0)(w).sum() == 4 and witness.sum() == 0
 
 
 def test_memory_that_nobody_sees_any_more_is_reused(plain_backend: None) -> None:
-    fn, w = jit(lambda w: w + 1, donate=0), torch.zeros(4)
+    fn, w = jit(lambda w: w + 1, donate_argnums=0), torch.zeros(4)
     for look in (lambda w: np.from_dlpack(w), lambda w: w[1:], lambda w: w.detach()):
         assert float(look(w).sum()) >= 0
         before = w.data_ptr()
@@ -136,7 +137,7 @@ def test_memory_that_nobody_sees_any_more_is_reused(plain_backend: None) -> None
 
 
 class Stopped(BaseException):
-    """As KeyboardInterrupt, which tests had better not send."""
+    """Like KeyboardInterrupt, which would stop the tests."""
 
 
 @pytest.mark.parametrize("fits", [True, False], ids=["written", "not written"])
@@ -157,7 +158,7 @@ def test_an_interrupted_call_leaves_the_old_values_or_none(
         return program
 
     monkeypatch.setattr(_inductor, "lower", lower)
-    fn = jit(lambda s: {"w": s["w"] + 1 if fits else (s["w"] + 1)[:2].clone()}, donate=0)
+    fn = jit(lambda s: {"w": s["w"] + 1 if fits else (s["w"] + 1)[:2].clone()}, donate_argnums=0)
     for _ in range(2):  # while it is made, and when it has been
         state = {"w": torch.zeros(4)}
         stopped = True
@@ -173,14 +174,14 @@ def test_an_interrupted_call_leaves_the_old_values_or_none(
 
 
 def test_ctrl_c_in_a_long_program(plain_backend: None) -> None:
-    """In earnest: the signal arrives while operations run, and is raised between two of them."""
+    """With a real signal, which arrives while operations run and is raised between two of them."""
 
     def interrupting(w: Tensor) -> Tensor:
         for _ in range(20):
             w = (w @ w).clamp(0, 1)
         return w
 
-    fn, w = jit(interrupting, donate=0), torch.zeros(256, 256)
+    fn, w = jit(interrupting, donate_argnums=0), torch.zeros(256, 256)
     w = fn(w)
     timer = threading.Timer(0.01, _thread.interrupt_main)
     timer.start()
@@ -196,8 +197,8 @@ def test_ctrl_c_in_a_long_program(plain_backend: None) -> None:
 
 
 def test_what_fails_while_it_runs_has_taken_its_arguments(plain_backend: None) -> None:
-    """An index out of range, say: the memory may have been written to by then."""
-    fn = jit(lambda w, i: w + w[i].sum(), donate=0)
+    """As with an index out of range: the memory may already have been written to."""
+    fn = jit(lambda w, i: w + w[i].sum(), donate_argnums=0)
     w = fn(torch.zeros(4), torch.tensor([0]))
     with pytest.raises(IndexError):
         fn(w, torch.tensor([9]))
@@ -208,11 +209,11 @@ def test_what_fails_while_it_runs_has_taken_its_arguments(plain_backend: None) -
 def test_donated_arguments_may_not_share_memory(plain_backend: None) -> None:
     w = torch.zeros(4)
     with pytest.raises(ValueError, match="shares memory with another argument"):
-        jit(lambda a, b: (a + 1, b), donate=0)(w, w[:2])
+        jit(lambda a, b: (a + 1, b), donate_argnums=0)(w, w[:2])
 
 
 def test_a_call_that_fails_takes_nothing(plain_backend: None) -> None:
-    fn, w = jit(lambda w, x: w @ x, donate=(0,)), torch.ones(2, 2)
+    fn, w = jit(lambda w, x: w @ x, donate_argnums=(0,)), torch.ones(2, 2)
     with pytest.raises(RuntimeError, match=r"size|shape"):
         fn(w, torch.ones(3))
     assert w.sum() == 4
@@ -221,8 +222,8 @@ def test_a_call_that_fails_takes_nothing(plain_backend: None) -> None:
 @pytest.mark.parametrize(
     "donate, args, match",
     [
-        (2, 2, r"donate=\(2,\) must be positions of the 2 arguments"),
-        ((0, -1), 2, r"donate=\(0, -1\) must be positions"),
+        (2, 2, r"donate_argnums=\(2,\) must be positions of the 2 arguments"),
+        ((0, -1), 2, r"donate_argnums=\(0, -1\) must be positions"),
         (0, "same", "donated tensor is passed twice"),
         ((0, 1), "same", "donated tensor is passed twice"),
     ],
@@ -231,7 +232,7 @@ def test_a_call_that_fails_takes_nothing(plain_backend: None) -> None:
 def test_donate_errors(donate: Any, args: Any, match: str) -> None:
     x = torch.ones(2)
     with pytest.raises(ValueError, match=match):
-        jit(lambda a, b: a["x"] + b, donate=donate)(
+        jit(lambda a, b: a["x"] + b, donate_argnums=donate)(
             {"x": x}, x if args == "same" else torch.ones(2)
         )
     assert x.sum() == 2

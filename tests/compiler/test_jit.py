@@ -1,4 +1,4 @@
-"""`jit` and `scan`: equal to plain Python on every route, one compilation, clean errors."""
+"""`jit` and `scan` equal plain Python on every route, compile once, and raise clear errors."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 # ------------------------------------------------------------------------------------ the basics
 
 
-def test_jit_takes_and_gives_trees() -> None:
+def test_jit_takes_and_returns_trees() -> None:
     def fn(pair: Pair, *, more: dict[str, Tensor]) -> dict[str, Any]:
         first, second = pair.right
         return {
@@ -210,18 +210,18 @@ def test_each_scan_compiled_alone_equals_eager(name: str, plain_backend: None) -
 
 
 @pytest.mark.parametrize("length", [4, 11, 12, 30], ids=["written out", "prime", "blocks", "tens"])
-def test_tiny_steps_are_written_one_after_the_other(
+def test_tiny_steps_are_unrolled(
     length: int, plain_backend: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_scan_traced, "AT_ONCE", 10)
+    monkeypatch.setattr(_scan_traced, "MAX_UNROLL", 10)
     init, xs = inputs()
     xs = {"a": torch.arange(3.0 * length).view(length, 3), "b": torch.arange(1.0 * length)}
     for name in ("several", "no y", "no carry", "y is x, carry is constant", "closed over"):
         assert_equal(jit(SCANS[name])(init, xs), SCANS[name](init, xs), rtol=1e-5)
 
 
-def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_scan_traced, "AT_ONCE", 10)
+def test_unrolled_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_scan_traced, "MAX_UNROLL", 10)
     init, xs = inputs()
     xs = tree.map(lambda leaf: torch.cat([leaf] * 5), xs)
     fn = jit(SCANS["several"], strict=True)
@@ -230,9 +230,9 @@ def test_blocks_of_tiny_steps_in_one_inductor_program(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor prefers channels last, on GPUs, and the next step takes what comes out."""
+    """Inductor prefers channels last on GPUs, but the next step expects the original layout."""
     options = _inductor._options
-    no_cache = {"fx_graph_cache": False}  # it does not look at layouts
+    no_cache = {"fx_graph_cache": False}  # which ignores layouts
     monkeypatch.setattr(_inductor, "_options", lambda on_cpu: options(on_cpu=False) | no_cache)
 
     model, opt = models.lenet(), optim.sgd(0.1)
@@ -287,7 +287,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shape": (
         lambda: scan(lambda c, x: ([x, c[1]], ()), [ONE, ONE], X),
         ValueError,
-        r"of the form it was given:\n  0: expected float32\[\], got float32\[3\]",
+        r"keep the .* dtypes of the carry:\n  0: expected float32\[\], got float32\[3\]",
     ),
     "missing": (
         lambda: scan(lambda c, x: ({"a": c["a"]}, ()), {"a": ONE, "b": ONE}, X),
@@ -302,7 +302,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lengths": (
         lambda: scan(lambda c, x: (c, ()), ONE, {"a": X, "b": X[:2]}),
         ValueError,
-        r"one common first axis .*'a': \[4, 3\], 'b': \[2, 3\]",
+        r"one common first axis, got.*'a': \[4, 3\], 'b': \[2, 3\]",
     ),
     "length": (
         lambda: scan(lambda c, x: (c, ()), ONE, X, length=3),
@@ -314,7 +314,7 @@ SCAN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no steps, another carry": (
         lambda: scan(lambda c, x: (x, ()), ONE, X[:0]),
         ValueError,
-        r"of the form it was given:\n  : expected float32\[\], got float32\[3\]",
+        r"keep the .* dtypes of the carry:\n  : expected float32\[\], got float32\[3\]",
     ),
     "init": (
         lambda: scan(lambda c, x: (c, ()), {"a": {"n": 1}}, X),

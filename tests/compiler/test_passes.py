@@ -1,4 +1,4 @@
-"""What the compiler makes of a function equals the function: a table for each rewriting.
+"""Rewritten and decomposed programs equal the function: a table for each rewrite.
 
 Oracle: the same function run by eager torch, values and derivatives. A rule of `_passes` or an
 operation of `_decompositions` without a row fails.
@@ -38,7 +38,7 @@ def below(high: int, *shape: int) -> Tensor:
 
 
 def with_derivative(fn: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return the value and what comes back for a cotangent that differs from entry to entry."""
+    """Return the value, and the gradients for a cotangent whose entries all differ."""
 
     def both(*args: Tensor) -> Any:
         wanted = [i for i, x in enumerate(args) if x.is_floating_point()]
@@ -326,7 +326,7 @@ def test_decompositions_leave_integers_as_they_are(dtype: torch.dtype) -> None:
 
 
 def kahan(carry: tuple[Tensor, Tensor], _: Any) -> tuple[tuple[Tensor, Tensor], Any]:
-    """Add 1e-3 to a weight of 8 bits, and keep what is rounded off."""
+    """Add 1e-3 to a weight of 8 bits, and keep the rounding error."""
     w, lost = carry
     step = torch.full_like(w, 1e-3) - lost
     new = w + step
@@ -361,8 +361,8 @@ def test_what_is_rounded_to_16_bits_stays_rounded(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------- arguments that lie in memory anyhow
 
 
-def test_the_same_form_at_another_place_in_memory() -> None:
-    """Nothing is assumed of the first call's alignment, of sizes that are equal, of sharing."""
+def test_the_same_signature_at_another_place_in_memory() -> None:
+    """No alignment, equal sizes or sharing of the first call is assumed."""
     fn = lambda a, b: (a * 2 + b.sin(), a.sum(), (a * b).cumsum(0))  # noqa: E731
     jitted = jit(fn, strict=True)
     base = some(66, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a traced function may not do is refused at its first call, with the user's own line."""
+"""Side effects of a traced function raise at the first call, and name the line of user code."""
 
 import functools
 import itertools
@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 
 from fdl import interop, jit, nn, random, scan, tree
 from fdl._compiler._purity import check_draw
+from fdl._compiler._user_lines import is_user_code
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -82,6 +83,23 @@ DRAWS: dict[str, Callable[[Tensor], Any]] = {
     "distribution": lambda x: torch.distributions.Gamma(x, x, validate_args=False).sample(),
     "rsample": lambda x: torch.distributions.Normal(x, x, validate_args=False).rsample(),
 }
+
+
+@pytest.mark.parametrize(
+    "fn, expected",
+    [
+        (lambda: 0, True),
+        (pytest.raises, True),
+        (nn.linear, False),
+        (check_draw, False),
+        (F.dropout, False),
+        (functools.wraps, False),
+    ],
+)
+def test_user_code_is_neither_fdl_nor_torch_nor_the_standard_library(
+    fn: Callable[..., Any], expected: bool
+) -> None:
+    assert is_user_code(fn.__code__) is expected
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -236,7 +254,7 @@ def test_a_tensor_that_is_kept_is_named(name: str) -> None:
     KEPT.log.clear(), KEPT.table.clear(), KEPT_SET.clear(), table.cache_clear()
 
 
-def test_what_is_kept_for_the_call_only_or_is_no_tensor_passes() -> None:
+def test_what_is_kept_for_the_call_only_or_is_not_a_tensor_passes() -> None:
     shapes: list[Any] = []
     counts = itertools.count()
 
@@ -269,7 +287,7 @@ NOT_TENSORS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("shown", NOT_TENSORS)
-def test_an_argument_that_is_no_tensor_is_named(shown: str) -> None:
+def test_an_argument_that_is_not_a_tensor_is_named(shown: str) -> None:
     value, jitted = NOT_TENSORS[shown], jit(train)
     for args, kwargs, path in (
         (({"w": value}, X), {}, r"params\.w"),
@@ -286,7 +304,7 @@ def test_none_is_a_tree_without_leaves() -> None:
     jitted = jit(lambda x, mask: (x if mask is None else x * mask, None))
     assert torch.equal(jitted(X, None)[0], X) and jitted(X, None)[1] is None
     assert torch.equal(jitted(X, X)[0], X * X)
-    assert [r.why for r in jitted.report()][1:] == ["another structure of the arguments"]
+    assert [r.why for r in jitted.report()][1:] == ["the arguments have another structure"]
 
 
 # ------------------------------------------------------------------------------------------ values

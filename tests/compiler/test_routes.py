@@ -1,4 +1,4 @@
-"""What becomes of a jitted function: how often it is compiled, what it owns, what replaces it."""
+"""Programs of jitted functions: how often they are compiled, what they keep, their fallbacks."""
 
 import gc
 import resource
@@ -52,7 +52,7 @@ OPTIMIZERS = {
 def test_a_run_compiles_once(name: str, donate: Any, plain_backend: None, count_programs) -> None:
     state, epoch = training(OPTIMIZERS[name]())
     compiled, graphs, expected = (
-        jit(epoch, donate=donate),
+        jit(epoch, donate_argnums=donate),
         count_programs(),
         tree.map(torch.clone, state),
     )
@@ -73,7 +73,7 @@ def test_a_run_compiles_once(name: str, donate: Any, plain_backend: None, count_
     assert state.step == 28
 
 
-def test_another_form_compiles_again(plain_backend: None, count_programs) -> None:
+def test_another_signature_compiles_again(plain_backend: None, count_programs) -> None:
     fn, graphs = jit(lambda x: x * 2), count_programs()
     for x in (torch.ones(2), torch.ones(3), torch.ones(2).double(), torch.ones(4)[::2]):
         fn(x), fn(x + 1)
@@ -126,10 +126,10 @@ def test_twenty_functions_and_twenty_shapes_live_together(
 
 @pytest.mark.slow
 def test_functions_that_take_turns_do_not_disturb_each_other(plain_backend: None) -> None:
-    """Of one code, with donation, and one with its states swapped."""
+    """With the same code, with donation, and with swapped states."""
     first, epoch = training(optim.sgd(0.1, momentum=0.9))
     second, other = training(optim.adam(0.05))
-    runs = [jit(epoch, donate=0), jit(other, donate=0), jit(epoch)]
+    runs = [jit(epoch, donate_argnums=0), jit(other, donate_argnums=0), jit(epoch)]
     states: list[Any] = [tree.map(torch.clone, s) for s in (first, second, first)]
     expected: list[Any] = [first, second, first]
     for e in range(3):
@@ -162,7 +162,7 @@ def test_an_error_inside_a_scan_leaves_the_state_as_it_was(
 
     state, xs = {"w": torch.ones(3), "b": torch.zeros(())}, torch.ones(4, 1)
     state["b"] = state["b"].view(1)
-    run = jit(epoch, donate=donate) if jitted else epoch
+    run = jit(epoch, donate_argnums=donate) if jitted else epoch
     with unchanged(state, xs), pytest.raises(ArithmeticError, match="in the middle"):
         run(state, xs)
     assert torch.equal(run(state, xs)[0]["w"], torch.full((3,), 31.0))
@@ -171,8 +171,8 @@ def test_an_error_inside_a_scan_leaves_the_state_as_it_was(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["kept", "donated", "backward"])
 def test_a_thousand_calls_keep_no_memory(way: str) -> None:
-    """Neither tensors in Python nor what only the process knows of; a state is 256 KB."""
-    jitted = jit(lambda w, x: w * 0.5 + x, donate=0 if way == "donated" else ())
+    """Neither tensors in Python nor other memory of the process; a state is 256 KB."""
+    jitted = jit(lambda w, x: w * 0.5 + x, donate_argnums=0 if way == "donated" else ())
     w, x = torch.zeros(256, 256), torch.ones(256, 256)
     w.requires_grad_(way == "backward")
 
@@ -220,8 +220,8 @@ def test_report_says_why_each_program_was_made(plain_backend: None) -> None:
         "0.0.w: float64[4], strides [1], cpu, was float32[4], strides [1], cpu; "
         "0.1: float32[1], strides [1], cpu, was float32[], strides [], cpu",
         "0.0.w: float64[4], strides [2], cpu, was float64[4], strides [1], cpu",
-        "another structure of the arguments",
-        "another structure of the arguments",
+        "the arguments have another structure",
+        "the arguments have another structure",
         f"threads: {threads + 1}, was {threads}",
     ]
 
@@ -272,7 +272,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @torch.library.custom_op("fdltest::unknown", mutates_args=())
 def unknown(x: Tensor) -> Tensor:
-    """An operation whose result's form nobody can tell without running it."""
+    """An operation without a fake implementation."""
     return x * 2
 
 
@@ -288,7 +288,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("why", REFUSALS)
-def test_the_next_slower_way_is_taken_and_said(
+def test_the_next_slower_way_is_taken_and_reported(
     why: str, request: pytest.FixtureRequest, count_programs
 ) -> None:
     def fn(state: Any, xs: Tensor, rate: Tensor) -> Any:
@@ -303,7 +303,7 @@ def test_the_next_slower_way_is_taken_and_said(
     match, route = REFUSALS[why]
     xs, rate = torch.arange(12.0).view(4, 3), torch.tensor(0.5)
     given = state = torch.zeros(3)
-    jitted, expected = jit(fn, donate=0), state.clone()
+    jitted, expected = jit(fn, donate_argnums=0), state.clone()
     with pytest.warns(UserWarning, match=match) as caught:
         state, ys = jitted(state, xs, rate)
     assert all("which is slower" in str(warning.message) for warning in caught)
@@ -326,7 +326,7 @@ def test_strict_raises_instead_and_takes_nothing(why: str, request: pytest.Fixtu
     if why != "unknown":
         request.getfixturevalue(why)
     op = unknown if why == "unknown" else torch.exp
-    jitted = jit(lambda w, xs: scan(lambda c, x: (op(c), x), w, xs), donate=0, strict=True)
+    jitted = jit(lambda w, xs: scan(lambda c, x: (op(c), x), w, xs), donate_argnums=0, strict=True)
     w, xs = torch.ones(3), torch.ones(2, 3)
     for _ in range(2):
         with (
@@ -339,7 +339,7 @@ def test_strict_raises_instead_and_takes_nothing(why: str, request: pytest.Fixtu
 
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_a_loop_that_inductor_refuses_runs_over_compiled_bodies() -> None:
-    """In earnest: it has no loops over complex numbers."""
+    """With Inductor itself, which has no loops over complex numbers."""
 
     def fn(z: Tensor, xs: Tensor) -> Any:
         return scan(lambda c, x: (c * 1j, x.exp() + 1), z, xs)
@@ -354,7 +354,7 @@ def test_a_loop_that_inductor_refuses_runs_over_compiled_bodies() -> None:
 @pytest.mark.slow
 def test_a_refused_training_run_compiles_its_step_once(no_loops: None, count_programs) -> None:
     state, epoch = training(optim.sgd(0.1, momentum=0.9))
-    compiled, expected = jit(epoch, donate=0), tree.map(torch.clone, state)
+    compiled, expected = jit(epoch, donate_argnums=0), tree.map(torch.clone, state)
     indices = [data.epoch_indices(random.fold_in(random.key(3), e), 50, 8) for e in range(3)]
     with pytest.warns(UserWarning, match="the body of each loop is compiled"):
         state, _ = compiled(state, DATASET, indices[0])

@@ -1,4 +1,4 @@
-"""The forms of `scan` that users of `jax.lax.scan` write: None, no steps; and `torch.compile`."""
+"""`scan` as users of `jax.lax.scan` write it: with None, without steps; and in `torch.compile`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +88,7 @@ def test_a_scan_of_no_steps_returns_the_first_carry_and_empty_leaves(
 
 
 def test_a_scan_of_no_steps_has_no_derivative_through_its_row_of_zeros() -> None:
-    """At zero this body has none, but it is never run."""
+    """The body has no derivative at zero, but it never runs."""
     w = torch.tensor(1.0, requires_grad=True)
     carry, ys = scan(lambda c, x: (c, (w * x).log() / x), w * 3, torch.ones(0))
     carry.backward()
@@ -98,7 +98,7 @@ def test_a_scan_of_no_steps_has_no_derivative_through_its_row_of_zeros() -> None
 @pytest.mark.parametrize("needs", ["", "w", "c", "x", "wcx"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: str) -> None:
-    """Inductor's gradients of torch's operator are wrong; it takes none without fullgraph."""
+    """Inductor's gradients of torch's operator are wrong, and without fullgraph it refuses it."""
     torch._dynamo.reset()
     args = [torch.tensor([0.5, -1.5]), torch.tensor([0.3, 0.2]), X.clone()]
     wanted = [arg.requires_grad_() for name, arg in zip("wcx", args, strict=True) if name in needs]
@@ -116,7 +116,7 @@ def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: 
 
 @pytest.mark.slow
 def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of steps; where there are gradients the steps are written out."""
+    """Whatever the number of steps; with gradients the steps are unrolled."""
     graphs = []
 
     def backend(graph: Any, _: Any) -> Any:

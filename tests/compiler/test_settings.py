@@ -1,4 +1,4 @@
-"""What a function computes depends on settings of torch: each state has its own program."""
+"""Programs depend on torch's settings: each combination has its own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdl import jit, scan, transforms, tree
-from fdl._compiler._settings import SETTINGS, ambient, under
+from fdl._compiler._settings import SETTINGS, current_settings, use_settings
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def test_each_setting_is_seen_by_a_function_that_reads_it(name: str, plain_backe
             assert jitted(x).tolist() == [float(other)] * 2
     assert len(jitted.report()) == 2
     assert f"{name}: " in jitted.report()[1].why
-    assert ambient()[list(SETTINGS).index(name)] == before
+    assert current_settings()[list(SETTINGS).index(name)] == before
 
 
 def both() -> Any:
@@ -111,7 +111,7 @@ W, X = torch.linspace(-1, 1, 12).view(4, 3), torch.linspace(0, 2, 80).view(20, 4
 
 
 def made(w: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """What each of the states changes: a product, a literal, a division of integers."""
+    """What the settings change: a product, a literal, a division of integers."""
     return {"product": x @ w, "ones": torch.ones(2), "half": x.long() / 2}
 
 
@@ -155,18 +155,18 @@ def assert_same(got: Any, expected: Any, rough: bool = False) -> None:
 def test_states_in_any_order_equal_eager(
     way: str, state: str, plain_backend: None, count_programs
 ) -> None:
-    before = ambient()
+    before = current_settings()
     for order in ("plain", state, "plain", state), (state, "plain", state):
         jitted, graphs = jit(WAYS[way]), count_programs()
         for now in order:
             with STATES[now]():
                 assert_same(jitted(W, X), WAYS[way](W, X))
         assert graphs.count() == 2
-    assert ambient() == before
+    assert current_settings() == before
 
 
 def test_states_in_any_order_compiled() -> None:
-    """By Inductor, whose cache on disk knows nothing of some of them."""
+    """By Inductor, whose cache on disk ignores some of them."""
     functions = {name: WAYS[name] for name in ("itself", "scan", "grad", "inside", "switched off")}
 
     def everything(w: Tensor, x: Tensor) -> Any:
@@ -214,7 +214,7 @@ def test_the_cache_of_autocast_takes_nothing_from_a_trace_or_a_recomputation(
 
 
 def test_grad_mode_is_that_of_the_call(plain_backend: None) -> None:
-    """Which is off while autograd runs the forward pass, and while `backward()` runs it again."""
+    """Autograd turns it off in the forward pass, and when `backward()` runs that again."""
     jitted = jit(lambda w: (w * (2 if torch.is_grad_enabled() else 3)).sum())
     w = W.clone().requires_grad_()
     for _ in range(2):
@@ -225,22 +225,22 @@ def test_grad_mode_is_that_of_the_call(plain_backend: None) -> None:
             assert torch.equal(jitted(w), (W * 3).sum())
 
 
-def test_under_sets_what_was_and_puts_back_what_is() -> None:
+def test_use_settings_restores_earlier_settings_and_then_the_current_ones() -> None:
     states = {}
     for name, state in STATES.items():
         with state():
-            states[name] = ambient()
+            states[name] = current_settings()
     for now in STATES:
         with STATES[now]():
             for name, state in states.items():
-                with under(state):
-                    assert ambient()[:3] == state[:3]
+                with use_settings(state):
+                    assert current_settings()[:3] == state[:3]
                     with STATES[name]():
                         expected = made(W, X) if name != "meta" else None
                 if expected is not None:
-                    with under(state):
+                    with use_settings(state):
                         assert_same(made(W, X), expected)
-                assert ambient() == states[now]
+                assert current_settings() == states[now]
 
 
 class Counting(TorchFunctionMode):
@@ -252,7 +252,7 @@ class Counting(TorchFunctionMode):
 
 
 def test_modes_that_watch_operations_see_them(plain_backend: None) -> None:
-    """Before and after there is a program, which they could not look into."""
+    """Before and after a program is compiled, which they could not look into."""
     jitted = jit(lambda x: x @ x.T)
     for _ in range(2):
         with FlopCounterMode(display=False) as flops:

@@ -1,4 +1,4 @@
-"""What `jit` sees of a function: arguments and results of any form, closures, purity."""
+"""Tracing: arguments and results of any shape and layout, closures, purity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ CLOSED = draw(2, 3)
 pytestmark = pytest.mark.usefixtures("real_loops")
 
 
-# --------------------------------------------------------------- equal to the function, every form
+# -------------------------------------------------------------- equal to the function, every layout
 
 
 def changes_its_own(x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_a_sign_that_is_yet_to_be_applied_is() -> None:
-    """The imaginary part of a conjugate holds the memory of the number itself."""
+    """The imaginary part of a conjugate shares the memory of the number itself."""
     jitted = jit(lambda x: x * 2)
     for x in (X, torch.complex(X, X + 1).conj().imag, X):
         assert_same(jitted(x), x * 2)
@@ -213,7 +213,7 @@ def test_closed_over_tensors_are_read_at_each_call(plain_backend: None) -> None:
     assert len(jitted.report()) == 1
 
 
-def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: None) -> None:
+def test_a_closed_over_tensor_of_another_signature_is_traced_again(plain_backend: None) -> None:
     w = torch.ones(3)
     jitted = jit(lambda x: x * w.sum())
     assert jitted(torch.tensor(2.0)) == 6
@@ -221,17 +221,17 @@ def test_a_closed_over_tensor_of_another_form_is_traced_again(plain_backend: Non
     assert jitted(torch.tensor(2.0)) == 10
     assert [r.why for r in jitted.report()] == [
         "the first call",
-        "what the function closes over has another form",
+        "the closed-over tensors have another signature",
     ]
 
 
 def test_a_closed_over_tensor_that_was_donated_raises(plain_backend: None) -> None:
     w = torch.ones(3)
-    jitted, gives = jit(lambda x: x + w), jit(lambda w: w * 2, donate=0)
+    jitted, gives = jit(lambda x: x + w), jit(lambda w: w * 2, donate_argnums=0)
     jitted(X)
     with pytest.raises(ValueError, match="donated tensor is also closed over"):
-        jit(lambda x: (x + w, w * 3), donate=0)(w)
-    kept = jit(lambda x: x + w, donate=0)
+        jit(lambda x: (x + w, w * 3), donate_argnums=0)(w)
+    kept = jit(lambda x: x + w, donate_argnums=0)
     kept(torch.zeros(3))
     with pytest.raises(ValueError, match="donated tensor is also closed over"):
         kept(w)
@@ -284,7 +284,7 @@ IMPURE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "row": (
         lambda x: scan(lambda c, row: (c + row.mul_(2), ()), x[0], x),
-        "changes the row of xs that a scan is at in place",
+        "changes the row of xs in a scan in place",
     ),
     "closed over in a body": (
         lambda x: scan(lambda c, row: (c + CLOSED.mul_(row), ()), x[0], x),
@@ -318,7 +318,7 @@ def test_asking_for_values_raises(fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_a_literal_is_made_on_the_device_it_is_moved_to() -> None:
-    """A copy from the CPU could not be recorded in a CUDA graph."""
+    """A copy from the CPU could not be captured in a CUDA graph."""
 
     def fn(x: Tensor) -> list[Tensor]:
         return [torch.tensor([1.0, 2.0]).to("meta"), torch.tensor(3.0).to("meta"), x]

@@ -76,7 +76,7 @@ def test_mean_test_accuracy_of_three_seeds_after_five_epochs(model, lr):
     def epoch(states, images, rows):
         return fdl.scan(lambda s, row: step(s, data.gather(images, row)), states, rows)
 
-    run = fdl.jit(epoch, donate=0)
+    run = fdl.jit(epoch, donate_argnums=0)
     for e in range(5):
         rows = data.epoch_indices(random.fold_in(random.key(1), e), len(train.x), 256)
         states, _ = run(states, train, rows)

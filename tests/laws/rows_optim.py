@@ -88,7 +88,7 @@ filled = optim.Optimizer(
 
 OPTIM: dict[str, Case] = {
     "accumulate": with_value(optim.accumulate(sgd, 2)),
-    "adaptive_clip": optimizer(optim.adaptive_clip(0.3)),
+    "adaptive_grad_clip": optimizer(optim.adaptive_grad_clip(0.3)),
     "adan": optimizer(optim.adan(0.1, weight_decay=0.1)),
     "add_decayed_weights": optimizer(optim.add_decayed_weights(0.1, mask="*.weight")),
     "add_noise": Case(  # one update: draws are slow to compile
@@ -104,7 +104,7 @@ OPTIM: dict[str, Case] = {
     "chain": optimizer(optim.chain(optim.clip_by_global_norm(0.5), sgd)),
     "clip": optimizer(optim.clip(0.5)),
     "clip_by_global_norm": optimizer(optim.clip_by_global_norm(0.5)),
-    "ema": optimizer(optim.chain(sgd, optim.ema(0.9))),
+    "params_ema": optimizer(optim.chain(sgd, optim.params_ema(0.9))),
     "freeze": optimizer(optim.chain(optim.freeze(sgd, "fc.bias"), filled)),
     "hyperparams": Case(
         lambda params, lr: optim.hyperparams(optim.sgd(lr).init(params)),
@@ -198,7 +198,7 @@ SCHEDULES: dict[str, Case] = {
     ),
     "exponential": schedule(lambda v: schedules.exponential(v, 0.9)),
     "join": schedule(lambda v: schedules.join([schedules.step(v, 2), schedules.linear(v)], [5])),
-    "lambda_": schedule(lambda v: schedules.lambda_(v, lambda t: 0.9**t)),
+    "lambda_lr": schedule(lambda v: schedules.lambda_lr(v, lambda t: 0.9**t)),
     "linear": schedule(lambda v: schedules.linear(v, 0.5)),
     "multi_step": schedule(lambda v: schedules.multi_step(v, [2, 4, 4])),
     "multiplicative": schedule(lambda v: schedules.multiplicative(v, lambda t: 0.9 + t, 5)),
@@ -206,7 +206,7 @@ SCHEDULES: dict[str, Case] = {
     "one_cycle_momentum": schedule(lambda v: schedules.one_cycle_momentum(20, v)),
     "polynomial": schedule(lambda v: schedules.polynomial(v, 9, 2.0)),
     "step": schedule(lambda v: schedules.step(v, 2)),
-    "swa": schedule(lambda v: schedules.swa(schedules.step(v, 2), 0.1, 3, 4)),
+    "swa_anneal": schedule(lambda v: schedules.swa_anneal(schedules.step(v, 2), 0.1, 3, 4)),
     "warmup_cosine": schedule(lambda v: schedules.warmup_cosine(v, 3, 9, 0.1)),
-    "wsd": schedule(lambda v: schedules.wsd(v, 3, 2, 4, 0.1)),
+    "warmup_stable_decay": schedule(lambda v: schedules.warmup_stable_decay(v, 3, 2, 4, 0.1)),
 }

@@ -59,6 +59,11 @@ TRANSFORMATIONS = {
     "per_sample_norms": Case(
         lambda p, x: transforms.per_sample_norms(loss, 2)(p, (x, y)), examples, grads=(0, 1)
     ),
+    "sequential_vmap": Case(
+        lambda p, x: transforms.sequential_vmap(net.apply, (None, 0))(p, x),
+        examples,
+        grads=(0, 1),
+    ),
     "stop_gradient": Case(
         lambda p: tree.map(torch.mul, p, transforms.stop_gradient(p)), lambda key: (weights(key),)
     ),

@@ -256,8 +256,8 @@ def test_poisoned_steps_in_a_scan_and_of_a_population(name, plain_backend):
     states = tree.stack([state] * len(POISONS))
     first = step(state, real)
     close_to(vmap(step)(states, tree.stack(bad)), tree.stack([first] * len(POISONS)))
-    population = fdl.population.in_turn(step)
-    close_to(population(states, tree.stack(bad)), tree.stack([first] * len(POISONS)))
+    one_by_one = fdl.transforms.sequential_vmap(step)
+    close_to(one_by_one(states, tree.stack(bad)), tree.stack([first] * len(POISONS)))
 
 
 @each_model

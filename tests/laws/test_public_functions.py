@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+import fdl
 from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
 from fdl.optim import schedules
 from tests.laws.rows import (
@@ -41,6 +42,21 @@ elementwise_model = nn.Model(
 MIXED = nn.Policy(torch.float64, torch.float32, torch.float64)
 
 TABLE: dict[str, dict[str, Case]] = {
+    "fdl": {
+        "map": Case(
+            lambda x, y: [
+                fdl.map(lambda x: x.sin() * y, x),
+                fdl.map(lambda x: x.sin() * y, x, batch_size=2),
+            ],
+            lambda key: (draw(key, 5, 2), draw(random.fold_in(key, 1), 2)),
+            grads=(0, 1),
+        ),
+        "scan": Case(
+            lambda x, y: fdl.scan(lambda c, x: (c + x.sin() * y, c * x), y, x),
+            lambda key: (draw(key, 5, 2), draw(random.fold_in(key, 1), 2)),
+            grads=(0, 1),
+        ),
+    },
     "nn": {
         "with_policy": layer(nn.with_policy(elementwise_model, MIXED), 3),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
@@ -184,14 +200,6 @@ TABLE: dict[str, dict[str, Case]] = {
             ),
             grads=(0, 1),
         ),
-        "in_turn": Case(
-            lambda w, x: population.in_turn(linear.apply, (0, None))(w, x),
-            lambda key: (
-                {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
-                draw(random.fold_in(key, 2), 5, 3),
-            ),
-            grads=(0, 1),
-        ),
         "member": Case(
             population.member, lambda key: (draw(key, 4, 2), random.randint(key, (), 0, 4))
         ),
@@ -199,6 +207,7 @@ TABLE: dict[str, dict[str, Case]] = {
 }
 
 MODULES: dict[str, ModuleType] = {
+    "fdl": fdl,
     "nn": nn,
     "nn.init": nn.init,
     "interop": interop,
@@ -213,6 +222,18 @@ MODULES: dict[str, ModuleType] = {
 }
 
 NO_ROW = {
+    **{
+        f"fdl.{name}": "a module" for name in fdl.__all__ if isinstance(vars(fdl)[name], ModuleType)
+    },
+    "fdl.Jitted": "a type",
+    "fdl.Report": "a type",
+    "fdl.TrainState": "a type",
+    "fdl.disable_jit": "a context",
+    "fdl.eval_step": "makes a step: tests/training",
+    "fdl.jit": "the whole of tests/compiler",
+    "fdl.supervised": "makes a loss: tests/training",
+    "fdl.train_step": "makes a step: tests/training",
+    "fdl.update_bn": "takes an iterator of batches: tests/training",
     "nn.Layer": "a type",
     "nn.Model": "a type",
     "nn.StatefulModel": "a type",

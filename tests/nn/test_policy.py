@@ -299,7 +299,7 @@ PARAMS = NET.init(KEY)
 @pytest.mark.parametrize(
     "opt",
     [
-        optim.chain(SCALED, optim.ema(0.9)),
+        optim.chain(SCALED, optim.params_ema(0.9)),
         optim.accumulate(optim.lookahead(SCALED), 2),
         optim.reduce_on_plateau(SCALED),
         optim.loss_scale(optim.apply_if_finite(optim.freeze(optim.sgd(), "0.*"))),

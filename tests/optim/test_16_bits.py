@@ -81,7 +81,7 @@ def test_a_second_moment_in_bfloat16_weights_decays():
 
 @HALF
 def test_an_average_of_16_bit_weights_goes_on_moving(dtype):
-    opt, params = optim.ema(0.999), {"w": torch.zeros(1, dtype=dtype)}
+    opt, params = optim.params_ema(0.999), {"w": torch.zeros(1, dtype=dtype)}
     state = opt.init(params)
     _, state = opt.update(tree.map(torch.zeros_like, params), state, params)
     params = {"w": torch.ones(1, dtype=dtype)}
@@ -227,6 +227,6 @@ def test_a_gradient_that_overflows_when_it_is_divided_is_skipped():
 
 def test_a_unit_is_clipped_whose_norm_leaves_float32():
     params = {"w": torch.ones(2, 2)}
-    opt = optim.adaptive_clip(0.01)
+    opt = optim.adaptive_grad_clip(0.01)
     clipped, _ = opt.update({"w": torch.full((2, 2), 3e38)}, opt.init(params), params)
     torch.testing.assert_close(clipped["w"], torch.full((2, 2), 0.01), rtol=1e-6, atol=0)

@@ -55,13 +55,13 @@ def test_clip_equals_torch(max_value, dtype):
     assert any(bool((leaf.grad != leaf).any()) for leaf in leaves) == (max_value < 10)
 
 
-# ------------------------------------------------------------------------------ adaptive_clip
+# ------------------------------------------------------------------------------ adaptive_grad_clip
 
 
 @pytest.mark.parametrize(("clipping", "eps"), [(0.01, 1e-3), (1.5, 1e-3), (1.5, 1.5)])
 def test_adaptive_clip_equals_a_loop_over_units(clipping, eps):
     params, grads = params_(), grads_()
-    got = tree.flatten_dict(once(optim.adaptive_clip(clipping, eps), grads, params))
+    got = tree.flatten_dict(once(optim.adaptive_grad_clip(clipping, eps), grads, params))
     clipped = []
     for path, g in tree.flatten_dict(grads).items():
         p = tree.flatten_dict(params)[path]
@@ -89,7 +89,7 @@ def test_adaptive_clip_equals_optax():
     with enable_x64():
         p, g = tree.map(transposed, params), tree.map(transposed, grads)
         expected, _ = theirs.update(g, theirs.init(p), p)
-    got = tree.map(transposed, once(optim.adaptive_clip(0.3, 0.5), grads, params))
+    got = tree.map(transposed, once(optim.adaptive_grad_clip(0.3, 0.5), grads, params))
     for path, leaf in tree.flatten_dict(got).items():
         np.testing.assert_allclose(leaf, tree.flatten_dict(expected)[path], rtol=1e-12)
 
@@ -102,7 +102,7 @@ def enable_x64():
 @given(seeds, sizes, st.floats(0.01, 2.0))
 def test_adaptive_clip_bounds_each_unit_and_keeps_its_direction(seed, size, clipping):
     params, grads = params_(), grads_(seed, size=size)
-    got = once(optim.adaptive_clip(clipping), grads, params)
+    got = once(optim.adaptive_grad_clip(clipping), grads, params)
     for p, g, u in zip(*map(tree.leaves, (params, grads, got)), strict=True):
         limit = clipping * norms(p).clamp(min=1e-3)
         assert (norms(u) <= limit * (1 + 1e-12)).all()
@@ -113,7 +113,7 @@ def test_adaptive_clip_bounds_each_unit_and_keeps_its_direction(seed, size, clip
 
 
 def test_adaptive_clip_of_zeros_is_zero_and_differentiable():
-    opt, zeros = optim.adaptive_clip(), tree.map(torch.zeros_like, params_())
+    opt, zeros = optim.adaptive_grad_clip(), tree.map(torch.zeros_like, params_())
     assert tree.diff(once(opt, zeros, zeros), zeros) == []
     slope = torch.func.grad(lambda g: sum(u.sum() for u in tree.leaves(once(opt, g, zeros))))(zeros)
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(slope))
@@ -121,7 +121,7 @@ def test_adaptive_clip_of_zeros_is_zero_and_differentiable():
 
 def test_norms_of_float16_do_not_overflow():
     params = {"w": torch.full((2, 4), 6e4, dtype=torch.float16)}  # the norm of a row is 1.2e5
-    close(once(optim.adaptive_clip(0.5), params, params)["w"], params["w"] / 2, rtol=1e-3)
+    close(once(optim.adaptive_grad_clip(0.5), params, params)["w"], params["w"] / 2, rtol=1e-3)
     got = once(optim.clip_by_global_norm(1.0), params, params)["w"]
     close(got, torch.full_like(got, 8**-0.5), rtol=2e-3)
 
@@ -200,7 +200,7 @@ def test_the_state_does_not_alias_the_key():
     assert torch.equal(state.key, KEY)
 
 
-# ------------------------------------------------------------------------------ ema
+# ------------------------------------------------------------------------------ params_ema
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
@@ -213,7 +213,7 @@ def test_ema_equals_averaged_model(decay):
     )
     params = {name: p.detach().clone() for name, p in module.named_parameters()}
     params = tree.unflatten_dict(params)
-    opt = optim.chain(optim.sgd(0.1, momentum=0.9), optim.ema(decay))
+    opt = optim.chain(optim.sgd(0.1, momentum=0.9), optim.params_ema(decay))
     state = opt.init(params)
     assert tree.diff(optim.slots(state)["ema"], params) == []
     x = draw(1, 8, 3)
@@ -235,7 +235,7 @@ def test_ema_passes_updates_and_follows_a_schedule():
     def decay(count):
         return (1 + count.double()) / (10 + count)
 
-    opt, params = optim.ema(decay), params_()
+    opt, params = optim.params_ema(decay), params_()
     state, expected = opt.init(params), params
     for step in range(5):
         updates, state = opt.update(grads_(step), state, params)
@@ -247,7 +247,7 @@ def test_ema_passes_updates_and_follows_a_schedule():
 
 
 def test_ema_approaches_what_has_no_gradient_any_more():
-    opt, params = optim.ema(0.5), {"w": torch.zeros(1).double()}
+    opt, params = optim.params_ema(0.5), {"w": torch.zeros(1).double()}
     state = opt.init(params)
     for g in (1.0, 1.0, None):
         updates = {"w": None if g is None else torch.ones(1).double()}
@@ -258,13 +258,13 @@ def test_ema_approaches_what_has_no_gradient_any_more():
 
 # ------------------------------------------------------------------------------ laws
 
-INNER = optim.chain(optim.sgd(0.1, momentum=0.9), optim.ema(0.9))
+INNER = optim.chain(optim.sgd(0.1, momentum=0.9), optim.params_ema(0.9))
 TRANSFORMATIONS = {
     "clip": optim.clip(0.5),
-    "adaptive_clip": optim.adaptive_clip(0.1),
+    "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
     "centralize": optim.centralize(),
     "add_noise": optim.add_noise(KEY, 0.1),
-    "ema": optim.ema(0.9),
+    "params_ema": optim.params_ema(0.9),
     "lookahead": optim.lookahead(INNER, 2),
     "apply_if_finite": optim.apply_if_finite(INNER),
     "accumulate": optim.accumulate(INNER, 2),
@@ -345,12 +345,24 @@ def test_one_program_serves_all_steps_and_equals_eager(opt, plain_backend, count
     ("make", "error", "text"),
     [
         (lambda: optim.clip(-1.0), ValueError, "clip: max_value must be finite and at least 0"),
-        (lambda: optim.adaptive_clip(-1.0), ValueError, "adaptive_clip: clipping must be finite"),
-        (lambda: optim.adaptive_clip(eps=math.nan), ValueError, "adaptive_clip: eps .* got nan"),
+        (
+            lambda: optim.adaptive_grad_clip(-1.0),
+            ValueError,
+            "adaptive_grad_clip: clipping must be finite",
+        ),
+        (
+            lambda: optim.adaptive_grad_clip(eps=math.nan),
+            ValueError,
+            "adaptive_grad_clip: eps .* got nan",
+        ),
         (lambda: optim.add_noise(0, 0.1), TypeError, r"add_noise: `key` .* random\.key\(0\)"),
         (lambda: optim.add_noise(KEY, -0.1), ValueError, "add_noise: eta must be .* got -0.1"),
         (lambda: optim.add_noise(KEY, 0.1, -1), ValueError, "add_noise: gamma must be .* got -1"),
-        (lambda: optim.ema(1.0), ValueError, r"ema: decay must be finite and in \[0, 1\), got 1"),
+        (
+            lambda: optim.params_ema(1.0),
+            ValueError,
+            r"params_ema: decay must be finite and in \[0, 1\), got 1",
+        ),
     ],
 )
 def test_bad_arguments_raise_when_built(make, error, text):
@@ -358,7 +370,9 @@ def test_bad_arguments_raise_when_built(make, error, text):
         make()
 
 
-@pytest.mark.parametrize("name", ["add_noise", "ema", "adaptive_clip", "accumulate", "loss_scale"])
+@pytest.mark.parametrize(
+    "name", ["add_noise", "params_ema", "adaptive_grad_clip", "accumulate", "loss_scale"]
+)
 def test_gradients_that_do_not_fit_raise(name):
     opt, params = TRANSFORMATIONS[name], params_()
     with pytest.raises(ValueError, match=rf"^{name}: grads: .*\n  vector: missing"):

@@ -41,7 +41,9 @@ def cut(size):
 INNER = {
     "sgd": optim.sgd(0.3, momentum=0.9, weight_decay=0.01),
     "adam": optim.adam(0.05),
-    "clipped": optim.chain(optim.clip_by_global_norm(0.1), optim.adamw(0.05), optim.ema(0.9)),
+    "clipped": optim.chain(
+        optim.clip_by_global_norm(0.1), optim.adamw(0.05), optim.params_ema(0.9)
+    ),
 }
 each_inner = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 

@@ -126,9 +126,9 @@ SCHEDULED = {
     "adan": lambda s: optim.adan(s, (s, s, s)),
     "clip": lambda s: optim.chain(optim.clip(s), optim.sgd(0.1)),
     "clip_by_global_norm": lambda s: optim.chain(optim.clip_by_global_norm(s), optim.sgd(0.1)),
-    "adaptive_clip": lambda s: optim.chain(optim.adaptive_clip(s), optim.sgd(0.1)),
+    "adaptive_grad_clip": lambda s: optim.chain(optim.adaptive_grad_clip(s), optim.sgd(0.1)),
     "add_noise": lambda s: optim.chain(optim.add_noise(random.key(0), s), optim.sgd(0.1)),
-    "ema": lambda s: optim.chain(optim.sgd(0.1), optim.ema(s)),
+    "params_ema": lambda s: optim.chain(optim.sgd(0.1), optim.params_ema(s)),
     "lookahead": lambda s: optim.lookahead(optim.sgd(s), 1, s),
     "schedule_free": lambda s: optim.schedule_free_adamw(s, weight_decay=s),
     "schedule_free beta": lambda s: optim.schedule_free(0.1, beta=s),
@@ -139,7 +139,7 @@ SCHEDULED = {
     "multi_transform": lambda s: optim.multi_transform(
         {"a": optim.sgd(s), "b": optim.adam(s)}, {"a": "w", "b": "b"}
     ),
-    "plateau": lambda s: optim.chain(optim.sgd(0.1), optim.ema(s)),
+    "plateau": lambda s: optim.chain(optim.sgd(0.1), optim.params_ema(s)),
 }
 
 
@@ -312,7 +312,11 @@ def test_derivative_with_respect_to_the_clipping_norm():
         (lambda: optim.sam(tensor(-1.0)), ValueError, "sam: rho must be finite .* got -1.0"),
         (lambda: optim.rprop(tensor(-1.0)), ValueError, "rprop: lr must be finite .* got -1.0"),
         (lambda: schedules.step(tensor(-1.0), 3), ValueError, "step: value must be .* got -1.0"),
-        (lambda: schedules.swa(schedules.step(1.0, 2), tensor(math.inf), 3), ValueError, "got inf"),
+        (
+            lambda: schedules.swa_anneal(schedules.step(1.0, 2), tensor(math.inf), 3),
+            ValueError,
+            "got inf",
+        ),
     ],
     ids=[
         *("lr", "lr-nan", "momentum", "momentum-inf", "dampening", "decay", "nesterov-alone"),
@@ -324,6 +328,74 @@ def test_derivative_with_respect_to_the_clipping_norm():
 def test_bad_rates_raise_when_the_optimizer_is_built(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+# A rate of each range, and where a constructor takes it.
+RANGED = {
+    "lr": lambda x: optim.sgd(x),
+    "max_norm": lambda x: optim.clip_by_global_norm(x),
+    "beta1": lambda x: optim.adam(betas=(x, 0.9)),
+    "beta2": lambda x: optim.schedule_free_adamw(betas=(0.9, x)),
+    "beta3": lambda x: optim.adan(betas=(0.9, 0.9, x)),
+    "decay": lambda x: optim.params_ema(x),
+    "rho": lambda x: optim.adadelta(rho=x),
+    "slow_step": lambda x: optim.lookahead(optim.sgd(), slow_step=x),
+    "beta": lambda x: optim.schedule_free(0.1, beta=x),
+    "etaminus": lambda x: optim.rprop(etas=(x, 2.0)),
+    "etaplus": lambda x: optim.rprop(etas=(0.5, x)),
+    "d": lambda x: optim.adafactor(d=x),
+    "beta2_decay": lambda x: optim.adafactor(beta2_decay=x),
+}
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_with_hyperparams_refuses_what_the_constructor_refuses(name):
+    def refusal(f, *args, **kwargs):
+        try:
+            f(*args, **kwargs)
+        except ValueError as error:
+            return str(error).partition(": ")[2]
+        return None
+
+    numbers = (-math.inf, -0.5, 0.0, 0.5, 1.0, 1.5, math.inf, math.nan)
+    wanted = [refusal(RANGED[name], x) for x in numbers]
+    allowed = [x for x, text in zip(numbers, wanted, strict=True) if text is None]
+    assert 0 < len(allowed) < len(numbers)
+    for start in allowed:
+        state = RANGED[name](start).init(PARAMS)
+        for give in (float, torch.tensor):
+            got = [refusal(optim.with_hyperparams, state, **{name: give(x)}) for x in numbers]
+            assert got == wanted
+
+
+def shifted(shift, ranges=None):
+    return optim.leafwise("shifted", lambda g, p, t, d: (g + d, {}), {"d": shift}, ranges=ranges)
+
+
+def test_a_name_has_no_range_of_its_own():
+    """`d` of Adafactor is at least 1, which is nothing to another optimizer."""
+    opt = shifted(0.5)
+    updates, state = opt.update(PARAMS, opt.init(PARAMS), PARAMS)
+    close(updates, tree.map(lambda p: p + 0.5, PARAMS))
+    state = optim.with_hyperparams(state, d=0.25)
+    close(opt.update(PARAMS, state, PARAMS)[0], tree.map(lambda p: p + 0.25, PARAMS))
+    with pytest.raises(ValueError, match=r"^with_hyperparams: d must be finite and .*, got nan"):
+        optim.with_hyperparams(state, d=math.nan)
+    with pytest.raises(ValueError, match=r"^adafactor: d must be finite and at least 1, got 0\.5$"):
+        optim.adafactor(d=0.5)
+    assert callable(optim.sam(rho=2))
+
+
+def test_a_range_is_an_argument_of_leafwise():
+    text = r"^shifted: d must be finite and at least 0, got -1\.0$"
+    with pytest.raises(ValueError, match=text):
+        shifted(-1.0)
+    below = {"d": ("below 0", lambda x: x < 0)}
+    opt = shifted(-1.0, below)
+    close(opt.update(PARAMS, opt.init(PARAMS), PARAMS)[0], tree.map(lambda p: p - 1, PARAMS))
+    for wrong in (0.0, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match=r"^shifted: d must be finite and below 0, got 0\.0$"):
+            shifted(wrong, below)
 
 
 def test_update_compares_structures():

@@ -1,4 +1,4 @@
-"""Proof 3: laws that every optimizer keeps: vmap, derivatives, dtypes, memory, errors."""
+"""Laws that every optimizer keeps: vmap, derivatives, dtypes, memory, errors."""
 
 import gc
 import weakref
@@ -312,7 +312,7 @@ def test_bad_values_are_refused_when_a_rate_is_set():
 
 
 def test_what_cannot_follow_a_schedule_or_is_no_matrix():
-    with pytest.raises(TypeError, match="rprop: lr is read once, by init: it cannot be a schedule"):
+    with pytest.raises(TypeError, match="rprop: lr cannot be a schedule, since only init reads it"):
         optim.rprop(optim.schedules.constant(0.1))
     with pytest.raises(TypeError, match="adam: lr must be a number, a 0-d tensor or a schedule"):
         optim.adam(lr="fast")

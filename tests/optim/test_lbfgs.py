@@ -351,5 +351,5 @@ def test_a_state_of_torch_that_does_not_fit_raises():
     _, slots = torch_step(quadratic, {"max_iter": 5}, begin(), {})
     with pytest.raises(ValueError, match=r"history_size must be at least 4, the pairs .* got 2"):
         _lbfgs_from_torch(slots, optim.lbfgs(history_size=2).init(begin()))
-    with pytest.raises(ValueError, match=r"of 3 elements as params are, got 18"):
+    with pytest.raises(ValueError, match=r"must have 3 elements like params, got 18"):
         _lbfgs_from_torch(slots, optim.lbfgs().init({"x": torch.zeros(3)}))

@@ -1,5 +1,7 @@
 """masked, freeze, multi_transform against torch's param groups, in float64."""
 
+import inspect
+import re
 from typing import NamedTuple
 
 import pytest
@@ -235,7 +237,7 @@ def test_a_population_over_the_rate_of_one_part():
 
 
 def test_a_jitted_step_compiles_once_and_equals_eager(count_programs):
-    opt = optim.freeze(optim.masked(optim.chain(BOTH, optim.ema(0.9)), "*"), "4.bias")
+    opt = optim.freeze(optim.masked(optim.chain(BOTH, optim.params_ema(0.9)), "*"), "4.bias")
     step = fdl.train_step(fdl.supervised(NET.apply, losses.mse), opt)
     eager = fdl.TrainState.create(NET, opt, key=random.key(0), params=PARAMS)
     compiled, jitted, graphs = eager, fdl.jit(step), count_programs()
@@ -404,6 +406,36 @@ def test_a_frozen_leaf_is_out_of_the_norm_and_stays_as_in_torch(name, absent_fro
 def test_what_is_no_optimizer_is_refused_by_name(make, text):
     with pytest.raises(TypeError, match=f"^{text}"):
         make()
+
+
+def first_parameter(name):
+    function = getattr(optim, name)
+    kinds = inspect.signature(function).parameters.values() if inspect.isfunction(function) else ()
+    return next(iter(kinds), None)
+
+
+TAKING = {
+    name: parameter.name
+    for name in optim.__all__
+    if (parameter := first_parameter(name))
+    and re.search(r"(?<!torch\.optim\.)\bOptimizer\b", str(parameter.annotation))
+}
+# What they need besides.
+BESIDES = {"accumulate": (2,), "freeze": ("w",), "masked": ("w",), "multi_transform": ({"a": "w"},)}
+
+
+def test_every_function_of_optimizers_is_known():
+    around = {"apply_if_finite", "lookahead", "loss_scale", "reduce_on_plateau", "chain"}
+    assert TAKING.keys() == around | BESIDES.keys()
+
+
+@pytest.mark.parametrize("wrong", [None, 0.1, optim.sgd, (lambda p: (), lambda g, s, p: (g, s))])
+@pytest.mark.parametrize("name", TAKING)
+def test_every_function_of_optimizers_checks_what_it_is_given(name, wrong):
+    argument = {"a": wrong} if name == "multi_transform" else wrong
+    label = {"chain": "part 0", "multi_transform": r"opts\['a'\]"}.get(name, TAKING[name])
+    with pytest.raises(TypeError, match=f"^{name}: {label} must be an Optimizer, got "):
+        getattr(optim, name)(argument, *BESIDES.get(name, ()))
 
 
 @pytest.mark.parametrize(

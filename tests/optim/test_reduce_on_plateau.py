@@ -150,7 +150,7 @@ def test_it_looks_at_the_mean_of_the_values_since_the_last_look(every):
 def test_all_learning_rates_fall_each_by_itself():
     parts = {
         "w": optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(0.3)),
-        "b": optim.chain(optim.sgd(0.002, momentum=0.9), optim.ema(0.9)),
+        "b": optim.chain(optim.sgd(0.002, momentum=0.9), optim.params_ema(0.9)),
     }
     inner = optim.multi_transform(parts, {"w": "w", "b": "b"})
     opt = optim.reduce_on_plateau(inner, patience=1, factor=0.3, min_lr=1e-3)

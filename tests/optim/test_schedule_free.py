@@ -64,14 +64,14 @@ def test_averages_of_other_states_raise():
     with pytest.raises(ValueError, match=r"schedule_free_params: the state has no schedule-free"):
         optim.schedule_free_params(optim.adam().init(params), params)
     other = {"scalar": params["scalar"], "vector": torch.ones(2)}
-    with pytest.raises(ValueError, match="the state is one of other parameters") as error:
+    with pytest.raises(ValueError, match="the state belongs to other parameters") as error:
         optim.schedule_free_params(optim.schedule_free_sgd().init(params), other)
     for line in ("vector: expected [3], got [2]", "nested.matrix: expected [2, 3], missing"):
         assert f"\n  {line}" in str(error.value)
 
 
 def test_no_two_leaves_share_memory():
-    """As `jit(..., donate=...)` needs it: the first z is not the parameters, say."""
+    """As `jit(..., donate_argnums=...)` needs it: the first z is not the parameters, say."""
     opt, params = optim.schedule_free_adamw(0.1), start()
     state = opt.init(params)
     for _ in range(2):

@@ -64,7 +64,7 @@ def free(name: str, function: str, *args: Any, steps: int = 300, **options: Any)
 def swa(swa_lr: float, start: int, before: Any = None, value: Any = LR, **options: Any) -> Row:
     return Row(
         "SWALR",
-        ours.swa(value, swa_lr, start, **options),
+        ours.swa_anneal(value, swa_lr, start, **options),
         lambda optimizer: Handover(optimizer, start, before, swa_lr=swa_lr, **options),
     )
 
@@ -94,8 +94,8 @@ def wobble(t):
 
 
 ROWS = [
-    same("LambdaLR", "lambda_", lambda t: 0.95**t),
-    same("LambdaLR", "lambda_", hyperbola),
+    same("LambdaLR", "lambda_lr", lambda t: 0.95**t),
+    same("LambdaLR", "lambda_lr", hyperbola),
     Row(
         "MultiplicativeLR",
         ours.multiplicative(LR, wobble, total_iters=300),

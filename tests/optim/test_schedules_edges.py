@@ -61,7 +61,7 @@ def warmup_cosine(t, warmup, total, end):
     return end + (LR - end) * (1 + math.cos(math.pi * x)) / 2
 
 
-def wsd(t, warmup, stable, decay, end):
+def warmup_stable_decay(t, warmup, stable, decay, end):
     if t < warmup + stable:
         return LR * min(1, t / max(warmup, 1) if warmup else 1)
     x = min(1, (t - warmup - stable) / decay)
@@ -73,16 +73,17 @@ def wsd(t, warmup, stable, decay, end):
     [
         (warmup_cosine, (10, 250, 0.001)),
         (warmup_cosine, (0, 300, 0.0)),
-        (wsd, (10, 100, 150, 0.001)),
-        (wsd, (0, 0, 300, 0.0)),
-        (wsd, (50, 0, 1, 0.0)),
+        (warmup_stable_decay, (10, 100, 150, 0.001)),
+        (warmup_stable_decay, (0, 0, 300, 0.0)),
+        (warmup_stable_decay, (50, 0, 1, 0.0)),
     ],
 )
 def test_warm_ups_equal_their_formulas(formula, args):
     schedule = getattr(ours, formula.__name__)(LR, *args)
     wanted = torch.tensor([formula(t, *args) for t in range(300)], dtype=torch.float64)
     agree(schedule(torch.arange(300)), wanted)
-    assert ours.wsd(LR, 0, 5, 0, 0.01)(torch.tensor([4, 5, 6])).tolist() == [LR, 0.01, 0.01]
+    jump = ours.warmup_stable_decay(LR, 0, 5, 0, 0.01)
+    assert jump(torch.tensor([4, 5, 6])).tolist() == [LR, 0.01, 0.01]
 
 
 def test_warm_ups_equal_optax():
@@ -101,7 +102,7 @@ def test_warm_ups_equal_optax():
         )(counts)
     wanted = torch.tensor([cosine.tolist(), trapezoid.tolist()], dtype=torch.float64)
     agree(ours.warmup_cosine(LR, 30, 250, 0.01)(torch.arange(300)), wanted[0])
-    agree(ours.wsd(LR, 30, 100, 120, 0.01)(torch.arange(300)), wanted[1])
+    agree(ours.warmup_stable_decay(LR, 30, 100, 120, 0.01)(torch.arange(300)), wanted[1])
 
 
 def test_a_schedule_may_return_a_number():
@@ -122,7 +123,7 @@ def test_lists_are_copied():
 
 REQUIRED = {
     "constant": (),
-    "lambda_": (hyperbola,),
+    "lambda_lr": (hyperbola,),
     "multiplicative": (hyperbola, 5),
     "step": (5,),
     "multi_step": ([5],),
@@ -134,9 +135,9 @@ REQUIRED = {
     "cyclic": (0.1,),
     "cyclic_momentum": (),
     "one_cycle": (5,),
-    "swa": (0.1, 5),
+    "swa_anneal": (0.1, 5),
     "warmup_cosine": (5, 9),
-    "wsd": (5, 5, 5),
+    "warmup_stable_decay": (5, 5, 5),
     "chained": (ours.constant(1.0),),
 }
 
@@ -164,7 +165,7 @@ INT = "must be an int, got "
 ERRORS = [
     ("constant", (0.1, -0.5), "factor must be finite and at least 0, got -0.5"),
     ("constant", (0.1, 0.5, -1), "total_iters must be at least 0, got -1"),
-    ("lambda_", (0.1, 0.5), "factor must be callable, got 0.5"),
+    ("lambda_lr", (0.1, 0.5), "factor must be callable, got 0.5"),
     ("multiplicative", (0.1, 0.5, 10), "factor must be callable, got 0.5"),
     ("multiplicative", (0.1, hyperbola, 0), "total_iters must be at least 1, got 0"),
     ("multiplicative", (0.1, hyperbola, 2.0), f"total_iters {INT}2.0"),
@@ -208,17 +209,17 @@ ERRORS = [
     ),
     ("one_cycle_momentum", (9.0,), f"total_steps {INT}9.0"),
     ("one_cycle_momentum", (9, -0.1), "base_momentum must be finite and at least 0, got -0.1"),
-    ("swa", (0.1, -1, 5), "swa_lr must be finite and at least 0, got -1"),
-    ("swa", (0.1, 0.1, -1), "swa_start must be at least 0, got -1"),
-    ("swa", (0.1, 0.1, 5, 2.5), f"anneal_epochs {INT}2.5"),
-    ("swa", (0.1, 0.1, 5, 2, "sin"), "anneal_strategy must be one of .*, got 'sin'"),
+    ("swa_anneal", (0.1, -1, 5), "swa_lr must be finite and at least 0, got -1"),
+    ("swa_anneal", (0.1, 0.1, -1), "swa_start must be at least 0, got -1"),
+    ("swa_anneal", (0.1, 0.1, 5, 2.5), f"anneal_epochs {INT}2.5"),
+    ("swa_anneal", (0.1, 0.1, 5, 2, "sin"), "anneal_strategy must be one of .*, got 'sin'"),
     ("warmup_cosine", (0.1, -1, 5), "warmup must be at least 0, got -1"),
     ("warmup_cosine", (0.1, 5, 5), "total must be at least 6, got 5"),
     ("warmup_cosine", (0.1, 5, 9, -1), "end must be finite and at least 0, got -1"),
-    ("wsd", (0.1, 1, 2.0, 3), f"stable {INT}2.0"),
-    ("wsd", (0.1, 1, 2, -3), "decay must be at least 0, got -3"),
-    ("join", ([], []), "milestones must be one less than schedules, got 0 for 0"),
-    ("join", ([hyperbola], [3]), "milestones must be one less than schedules, got 1 for 1"),
+    ("warmup_stable_decay", (0.1, 1, 2.0, 3), f"stable {INT}2.0"),
+    ("warmup_stable_decay", (0.1, 1, 2, -3), "decay must be at least 0, got -3"),
+    ("join", ([], []), "milestones must be one fewer than schedules, got 0 for 0"),
+    ("join", ([hyperbola], [3]), "milestones must be one fewer than schedules, got 1 for 1"),
     ("join", ([hyperbola, 0.1], [3]), "schedules must be callable, got 0.1"),
     ("join", ([hyperbola] * 3, [3, 2]), r"milestones must be in ascending order, got \[3, 2\]"),
     ("chained", (0.1,), "factors must be at least one schedule, got none"),

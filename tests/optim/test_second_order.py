@@ -89,7 +89,7 @@ def test_second_derivatives_equal_finite_differences(name, place):
 
 CLIPS = {
     "clip_by_global_norm": optim.clip_by_global_norm(0.1),
-    "adaptive_clip": optim.adaptive_clip(0.1),
+    "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
     "lamb": optim.lamb(0.1),
     "adafactor": optim.adafactor(0.1),
 }
@@ -131,7 +131,7 @@ def test_norms_of_eight_million_numbers_are_right():
     params, grads = {"w": x}, {"w": x}
     for opt, expected in {
         optim.clip_by_global_norm(1.0): x[0].double() / norm,
-        optim.adaptive_clip(0.5): 0.5 * x[0].double(),
+        optim.adaptive_grad_clip(0.5): 0.5 * x[0].double(),
         optim.scale_by_trust_ratio(): x[0].double(),
     }.items():
         got = opt.update(grads, opt.init(params), params)[0]["w"]

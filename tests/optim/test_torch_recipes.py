@@ -1,4 +1,4 @@
-"""Proof 1: every dense configuration that torch tests of its optimizers, 100 steps in float64.
+"""Every dense configuration of optimizers that torch itself tests: 100 steps in float64.
 
 `python -m tests.optim.test_torch_recipes` prints the table of the largest relative differences.
 """
@@ -14,7 +14,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASE
 
 
 def both(case):
-    """Run a case both ways; give parameters, slots, and torch's leaves and slots by path."""
+    """Run a case both ways; return parameters, slots, and torch's leaves and slots by path."""
     with default_dtype(torch.float64):
         begin = start(shapes=case.shapes)
         params, state = run(case.ours(), begin, STEPS)
@@ -56,10 +56,10 @@ def relative(ours, theirs):
 
 HEAD = f"""# How far optimizers are from torch.optim
 
-The largest difference after {STEPS} float64 steps, relative to the largest value of its leaf: of
-the way the parameters went, and of the slots (torch {torch.__version__.partition("+")[0]}; made by
-`python -m tests.optim.test_torch_recipes`; the tests hold it to 1e-10). In Muon both sides round
-alike.
+The largest differences after {STEPS} float64 steps, relative to the largest value of their leaf: of
+the change of the parameters, and of the slots (per-parameter state). Made with torch
+{torch.__version__.partition("+")[0]} by `python -m tests.optim.test_torch_recipes`; the tests
+require 1e-10. In Muon both sides round to bfloat16.
 
 | configuration | parameters | slots |
 |---|---|---|"""

@@ -4,7 +4,7 @@ import torch
 
 from fdl import optim, random
 
-# Public names that are no optimizers, nor make any.
+# Public names that are neither optimizers nor transformations.
 OTHERS = {
     *("Optimizer", "Schedule", "State", "apply_updates", "from_torch", "hyperparams"),
     *("loss_scale_of", "sam", "schedule_free_params", "schedules", "slots", "to_torch"),
@@ -24,16 +24,16 @@ EVERY: dict[str, optim.Optimizer] = {
     "adamax": optim.adamax(0.1),
     "adamw": optim.adamw(0.1),
     "adan": optim.adan(0.1, weight_decay=0.1),
-    "adaptive_clip": optim.adaptive_clip(0.1),
+    "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
     "add_decayed_weights": optim.add_decayed_weights(0.1),
     "add_noise": optim.add_noise(random.key(0), 0.01),
     "apply_if_finite": optim.apply_if_finite(_inner),
     "asgd": optim.asgd(0.1, 0.1, t0=1),
     "centralize": optim.centralize(),
-    "chain": optim.chain(optim.clip_by_global_norm(0.1), optim.adam(0.1), optim.ema(0.9)),
+    "chain": optim.chain(optim.clip_by_global_norm(0.1), optim.adam(0.1), optim.params_ema(0.9)),
     "clip": optim.clip(0.5),
     "clip_by_global_norm": optim.clip_by_global_norm(0.5),
-    "ema": optim.ema(0.9),
+    "params_ema": optim.params_ema(0.9),
     "freeze": optim.freeze(_inner, "b"),
     "lamb": optim.lamb(0.1, weight_decay=0.1),
     "lars": optim.lars(0.1, weight_decay=0.1, trust_coefficient=0.5),

@@ -125,7 +125,7 @@ def by_bodies(run: Run) -> Any:
 
 def in_parts(run: Run) -> Any:
     """Five jitted epochs of twenty steps each, one program for all."""
-    jitted, state, found = jit(run.epoch, donate=0, strict=True), run.state, []
+    jitted, state, found = jit(run.epoch, donate_argnums=0, strict=True), run.state, []
     state = tree.map(torch.clone, state)
     for e in range(0, STEPS, 20):
         rows = tree.map(lambda leaf, e=e: leaf[e : e + 20], run.indices)

@@ -1,4 +1,4 @@
-"""`checkpoint` changes no value and no gradient, only what is kept; `stop_gradient` stops all."""
+"""`checkpoint` keeps values and gradients and saves memory; `stop_gradient` stops both modes."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def kept(params, x):
 
 
 def norm(f):
-    """A function of parameters that needs another derivative."""
+    """A function of parameters that itself takes a derivative."""
     return lambda p, x: sum((g**2).sum() for g in tree.leaves(grad(f)(p, x)))
 
 
@@ -100,7 +100,7 @@ def four(w, x):
 
 
 def peak(f, *args):
-    """Bytes that are allocated at once while `f` runs, from the profiler's record of each."""
+    """Peak of the bytes allocated while `f` runs, from the profiler's records."""
     f(*args)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -133,7 +133,7 @@ def test_memory_falls(way):
     assert layers > 1.5 * kept > 1.5 * 4 * rows.nbytes
 
 
-def test_what_is_no_tensor_passes_and_results_are_trees():
+def test_arguments_may_be_no_tensors_and_results_are_trees():
     def f(p, *, scale, offset=None, flags):
         assert offset is None and flags == ("a", 2)
         return {"y": (p["w"] * scale).sin(), "z": [p["w"].sum()]}
@@ -163,7 +163,7 @@ def test_closing_over_what_is_differentiated_is_an_error():
     closed = lambda w: checkpoint(lambda x: (x * w["a"]).sum())(x[0])  # noqa: E731
     w = {"a": draw(5, 3)}
     partly = lambda w: checkpoint(partial(lambda w, x: (w["a"] * x).sum(), w))(x[0])  # noqa: E731
-    match = "closes over .*a, which is differentiated by.*make it an argument"
+    match = "closes over .*a, and a gradient is being taken.*pass it as an argument"
     for f in (closed, partly):
         for transformed in (grad(f), vmap(grad(f)), lambda w, f=f: jvp(f, (w,), (w,))):
             with pytest.raises(ValueError, match=match):

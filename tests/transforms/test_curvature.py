@@ -1,4 +1,4 @@
-"""Products with curvature matrices against the matrices, and those against finite differences."""
+"""Curvature products equal those with the matrix, and matrices equal finite differences."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_a_third_derivative_equals_finite_differences():
 
 
 def test_torch_has_jacobians_of_trees_in_chunks():
-    """The reason why fdl has none."""
+    """This is why fdl has no Jacobians of its own."""
     got = jacrev(predict, chunk_size=5)(params)
     flat = torch.cat([leaf.flatten(2) for leaf in tree.leaves(got)], 2)
     close(flat, torch.autograd.functional.jacobian(lambda w: predict(unravel(w)), ravel(params)))
@@ -197,17 +197,19 @@ def test_errors():
             product(f, params, tree.cast(v, torch.float32))
         with pytest.raises(ValueError, match="w: float"):
             product(f, {"w": 1.0}, {"w": 1.0})
-    with pytest.raises(ValueError, match=r"hvp: f must give a scalar, a 0-d tensor, got \[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"hvp: f must return a scalar, a 0-d tensor, got \[4, 3\]"
+    ):
         hvp(predict, params, v)
-    with pytest.raises(ValueError, match=r"gnvp: loss must give a scalar.*got \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"gnvp: loss must return a scalar.*got \[4, 3\]"):
         gnvp(predict, lambda z: z, params, v)
-    with pytest.raises(ValueError, match=r"hessian: f must give a scalar.*got tuple"):
+    with pytest.raises(ValueError, match=r"hessian: f must return a scalar.*got tuple"):
         hessian(lambda p: (f(p), {}))(params)
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         hessian(f, 0)
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         hutchinson_trace(lambda v: v, params, random.key(0), 0)
-    with pytest.raises(ValueError, match="result of matvec: trees of different forms"):
+    with pytest.raises(ValueError, match="result of matvec: trees differ in"):
         hutchinson_trace(lambda v: v["0"], params, random.key(0), 1)
     with pytest.raises(ValueError, match=r"step: torch\.int64"):
         hutchinson_trace(lambda v: v, {"step": torch.tensor(1)}, random.key(0), 1)

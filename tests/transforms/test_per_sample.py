@@ -1,4 +1,4 @@
-"""Gradients of single examples against a loop, and what DP-SGD makes of them."""
+"""Gradients of single examples equal a loop, and DP-SGD equals its formula."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ each_chunk = pytest.mark.parametrize("chunk", CHUNKS)
 
 
 def loop(loss=loss, params=params, batch=batch, key=None):
-    """One example after the other, by `backward()`."""
+    """One example after another, by `backward()`."""
     rows = []
     for i in range(len(batch.y)):
         leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
@@ -105,7 +105,7 @@ def test_lenet_equals_a_loop():
 
 
 def test_a_scan_of_private_steps_compiled_equals_the_formula(plain_backend, real_loops):
-    """DP-SGD: clip, sum, add noise, divide by the batch size expected, step."""
+    """DP-SGD: clip, sum, add noise, divide by the expected batch size, step."""
     bound, sigma, size = 0.5, 1.1, N
     noise = optim.add_noise(random.key(9), eta=(sigma * bound / size) ** 2, gamma=0)
     opt = optim.chain(noise, optim.sgd(0.3))
@@ -158,7 +158,7 @@ def test_errors(make):
         make(loss, 2.0)
     with pytest.raises(TypeError, match="the loss has buffers"):
         make(lambda params, buffers, batch, key: None)
-    with pytest.raises(ValueError, match=r"loss must give a scalar, a 0-d tensor, got \[1\]"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar, a 0-d tensor, got \[1\]"):
         make(lambda p, b: p["0"]["bias"][:1])(params, batch)
     with pytest.raises(ValueError, match=r"0\.weight: int"):
         make(loss)({"0": {"weight": 3}}, batch)
@@ -194,7 +194,7 @@ def test_a_bound_that_is_not_positive_makes_the_sum_0_where_its_value_is_not_kno
 
 
 def inner(p, batch, key=None):
-    """A loss whose gradient by `w` is the row itself, and by `b` the label."""
+    """A loss whose gradient is the row itself for `w`, and the label for `b`."""
     return (p["w"] * batch.x).sum() + (p["b"] * batch.y).sum()
 
 
@@ -237,7 +237,7 @@ def test_no_row_moves_the_sum_by_more_than_the_bound(row, bound, dtype, chunk, p
     others = draw(5, 3, 4).to(dtype)
     whole = torch.cat([others[:place], torch.tensor([row], dtype=dtype), others[place:]])
     total = clipped_grad_sum(inner, bound, chunk)
-    # What is traced takes another way than what is eager; `vmap` is traced from within.
+    # Traced code takes another branch than eager code, and `vmap` takes that branch, too.
     run = (lambda p, b: tree.map(lambda x: x[0], vmap(total, (None, 0))(p, b))) if jitted else total
     stack = (lambda b: tree.map(lambda x: x[None], b)) if jitted else (lambda b: b)
     start = at_origin(dtype)
@@ -246,7 +246,7 @@ def test_no_row_moves_the_sum_by_more_than_the_bound(row, bound, dtype, chunk, p
     moved = (with_row - without).norm().item()
     assert moved <= bound * (1 + 1e-6)
     norm = torch.tensor(row, dtype=dtype).double().norm().item()
-    if norm < 1e37 * bound:  # what is finite counts as much as it may
+    if norm < 1e37 * bound:  # a finite row contributes as much as it may
         assert moved == pytest.approx(min(norm, bound), rel=1e-5, abs=1e-6 * bound)
     elif not norm < 1e38 * bound:
         assert moved <= 1e-6 * bound
@@ -277,7 +277,7 @@ def test_three_thousand_ones_in_sixteen_bits(chunk):
 @each_chunk
 @pytest.mark.parametrize("make", [per_sample_grads, per_sample_norms], ids=["grads", "norms"])
 def test_padding_may_hold_anything(make, chunk):
-    """Labels that are none and inputs that are not finite, and derivatives do not see them."""
+    """Invalid labels and inputs that are not finite do not affect derivatives."""
     padded = masked._replace(
         x=torch.where(mask[:, None], masked.x, torch.inf), y=torch.where(mask, labels, -100)
     )
@@ -300,9 +300,9 @@ def test_padding_may_hold_anything(make, chunk):
 
 @each_chunk
 @pytest.mark.parametrize("key", [None, random.key(0)], ids=["no key", "key"])
-@pytest.mark.parametrize("form", [batch, masked], ids=["plain", "masked"])
-def test_no_rows_give_no_rows_and_a_sum_of_0(chunk, key, form, plain_backend):
-    none = tree.map(lambda leaf: leaf[:0], form)
+@pytest.mark.parametrize("rows", [batch, masked], ids=["plain", "masked"])
+def test_no_rows_give_no_rows_and_a_sum_of_0(chunk, key, rows, plain_backend):
+    none = tree.map(lambda leaf: leaf[:0], rows)
     args = (params, none) if key is None else (params, none, key)
     for jitted in (False, True):
         run = (lambda f: fdl.jit(f)) if jitted else (lambda f: f)

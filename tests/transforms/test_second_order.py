@@ -1,4 +1,4 @@
-"""Second and third derivatives of torch's functions against differences, and all of them at 0."""
+"""Second and third derivatives of torch's functions equal differences, and are finite at 0."""
 
 from collections.abc import Callable
 
@@ -72,7 +72,7 @@ def pair(f: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable, tuple[int, ..
     return lambda x: f(x[0], x[1]), (2, 3, 4)
 
 
-# What people build models and losses from: the function, and the shape of its argument.
+# The functions that models and losses consist of, and the shapes of their arguments.
 FUNCTIONS = {
     # normalisation
     "layer_norm": plain(lambda x: F.layer_norm(x, (4,))),
@@ -325,13 +325,15 @@ AT_ZERO = {
     "transforms.hvp": lambda p: hvp(lambda p: flat(OUTPUT(p)), p, p),
     "transforms.per_sample_grads": lambda p: transforms.per_sample_grads(loss_of)(p, BATCH),
     "transforms.per_sample_norms": lambda p: transforms.per_sample_norms(loss_of)(p, BATCH),
+    "transforms.sequential_vmap": lambda p: transforms.sequential_vmap(
+        lambda p: OUTPUT(p).square()
+    )(TWO(p)),
     "transforms.stop_gradient": lambda p: tree.map(torch.mul, p, transforms.stop_gradient(p)),
     "population.best": lambda p: population.best(TWO(p), torch.tensor([1.0, 0.0])),
     "population.create": None,  # draws; nothing floating goes in but rates
     "population.ensemble": lambda p: population.ensemble(
         lambda p, x: x @ p["w"].outer(p["w"]), TWO(p), BATCH[0]
     ),
-    "population.in_turn": lambda p: population.in_turn(lambda p: OUTPUT(p).square())(TWO(p)),
     "population.member": lambda p: population.member(TWO(p), 1),
     "population.size": None,  # counts
 }

@@ -69,7 +69,7 @@ def every_optimizer_updates_shards(mesh):
 
     more = {
         "global norm": optim.chain(optim.clip_by_global_norm(0.1), optim.sgd(0.1)),
-        "adaptive clip": optim.chain(optim.adaptive_clip(0.1), optim.sgd(0.1)),
+        "adaptive clip": optim.chain(optim.adaptive_grad_clip(0.1), optim.sgd(0.1)),
         "noise": optim.chain(optim.add_noise(random.key(3), eta=0.1), optim.sgd(0.1)),
         "centralize": optim.chain(optim.centralize(), optim.sgd(0.1)),
         "finite": optim.apply_if_finite(optim.adam(0.1)),
@@ -155,7 +155,7 @@ def an_epoch_is_one_program(mesh):
     assert report.route == ROUTES[mesh.device_type] and report.fallbacks == ()
     compiled(found[0], rows)
     assert len(compiled.report()) == 1  # of the same form
-    donating = jit(epoch, strict=True, donate=0)
+    donating = jit(epoch, strict=True, donate_argnums=0)
     after = tree.map(torch.clone, found[0])
     one, other = compiled(found[0], rows), donating(after, rows)
     equal(parallel.gather(one), other, rtol=0, atol=0)
@@ -183,12 +183,12 @@ def refuses(mesh):
     with pytest.raises(TypeError, match=r"fc\.weight: expected a plain tensor, got DTensor"):
         parallel.shard(spread, mesh, rules)
     leaf = spread["fc"]["weight"]
-    with pytest.raises(TypeError, match=r"xs must be whole, got leaves spread.*: w;"):
+    with pytest.raises(TypeError, match=r"xs must not be sharded, got DTensors at w;"):
         scan(lambda carry, x: (carry, ()), torch.ones(()), {"w": leaf})
     for run in (lambda f: f(leaf), lambda f: jit(f)(leaf)):
-        with pytest.raises(ValueError, match=r"spread as it was given: expected \(Shard"):
+        with pytest.raises(ValueError, match=r"placements .* the carry: expected \(Shard"):
             run(lambda w: scan(lambda w, _: (w.redistribute(mesh, [Shard(0)]), ()), w, length=3))
-        with pytest.raises(TypeError, match="y must be whole"):
+        with pytest.raises(TypeError, match="y must not be sharded"):
             run(lambda w: scan(lambda w, _: (w, {"w": w}), w, length=3))
     with pytest.raises(NotImplementedError, match=r"DTensor of shape \[4, 2\] requires grad"):
         jit(lambda w: w * 2)(leaf.detach().requires_grad_())

@@ -95,7 +95,7 @@ class Scan(FdlWay):
         ) -> tuple[TrainState, Metrics]:
             return scan(lambda state, row: step(state, dataset, row), state, order)
 
-        self.program = jit(epoch, donate=0)
+        self.program = jit(epoch, donate_argnums=0)
 
     def epoch(self) -> Mean:
         """Call the program."""
@@ -136,7 +136,7 @@ class Step(FdlWay, Loop):
 
     def make_program(self) -> Any:
         """Compile the step."""
-        return jit(step_of(self.problem, self.task), donate=0)
+        return jit(step_of(self.problem, self.task), donate_argnums=0)
 
     def step(self, i: int) -> Mean:
         """Call the program."""

@@ -37,7 +37,7 @@ def make(widths: tuple[int, ...]) -> tuple[Callable[..., TrainState], TrainState
     def steps(state: TrainState, images: data.Dataset, indices: data.Indices) -> TrainState:
         return scan(lambda s, row: step(s, data.gather(images, row)), state, indices)[0]
 
-    return jit(steps, donate=0), TrainState.create(model, opt, key=random.key(0))
+    return jit(steps, donate_argnums=0), TrainState.create(model, opt, key=random.key(0))
 
 
 def measure(name: str, rounds: int, folder: Path) -> None:

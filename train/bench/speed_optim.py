@@ -37,7 +37,7 @@ class Ours:
             updates, state = opt.update(grads, state, params)
             return optim.apply_updates(params, updates), state
 
-        self.update, self.grads = jit(update, donate=(0, 1)), grads
+        self.update, self.grads = jit(update, donate_argnums=(0, 1)), grads
         self.params = tree.map(torch.clone, params)
         self.state = opt.init(self.params)
 

@@ -20,6 +20,7 @@ import fdl
 import models
 from fdl import data, losses, nn, optim, population, random, tree
 from fdl.data import Indices
+from fdl.transforms import sequential_vmap
 
 MODELS: dict[str, Callable[[], nn.Model]] = {"mlp": models.mlp, "lenet": models.lenet}
 
@@ -41,8 +42,8 @@ def measure(name: str, members: int, rounds: int, steps: int, device: str) -> No
         "one model": (with_data, one, shared),
         "vmap, one order": (vmap(with_data, (0, None, None)), many, shared),
         "vmap, own orders": (vmap(with_data, (0, 0, None)), many, own),
-        "in turn, one order": (population.in_turn(with_data, (0, None, None)), many, shared),
-        "in turn, own orders": (population.in_turn(with_data, (0, 0, None)), many, own),
+        "sequential, one order": (sequential_vmap(with_data, (0, None, None)), many, shared),
+        "sequential, own orders": (sequential_vmap(with_data, (0, 0, None)), many, own),
     }
     runs, times = {}, {way: list[float]() for way in ways}
     for way, (f, state, rows) in ways.items():

@@ -152,7 +152,7 @@ def step_seconds(
     step: Callable[..., Any], state: TrainState, batch: Any, device: str
 ) -> tuple[float, int]:
     """Time a step that is compiled, its state donated; count the parameters."""
-    run, size = fdl.jit(step, donate=0), tree.size(state.params)
+    run, size = fdl.jit(step, donate_argnums=0), tree.size(state.params)
 
     def act() -> None:
         nonlocal state

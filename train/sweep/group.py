@@ -13,7 +13,7 @@ from torch.func import vmap
 from tqdm import tqdm
 
 import fdl
-from fdl import TrainState, data, population, random, tree
+from fdl import TrainState, data, population, random, transforms, tree
 from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
@@ -69,7 +69,7 @@ def make_programs(
 ) -> loop.Programs:
     """Make the functions of `loop.Programs` for a population: a scan of the vmapped step."""
     # Many models' convolutions are one in groups, which takes the CPU twice as long.
-    each = population.in_turn if convolves and not problem.train.x.is_cuda else vmap
+    each = transforms.sequential_vmap if convolves and not problem.train.x.is_cuda else vmap
     # What all members share has no axis, so that it is read and looked up once.
     own = 0 if own_data else None
     step = each(loop.step_of(problem, parts), (0, own, 0 if own_order else None))
@@ -83,7 +83,7 @@ def make_programs(
     def evaluate(states: TrainState, dataset: Dataset, rows: Indices) -> Metrics:
         return _total(fdl.scan(lambda _, row: ((), score(states, dataset, row)), (), rows)[1])
 
-    return loop.Programs(fdl.jit(chunk, donate=0), fdl.jit(evaluate))
+    return loop.Programs(fdl.jit(chunk, donate_argnums=0), fdl.jit(evaluate))
 
 
 def _total(metrics: Metrics) -> Metrics:

@@ -1,9 +1,9 @@
 """Schedules: pure functions from the count of updates (int64 tensor) to a value (float64 tensor).
 
 Pass one wherever an optimizer takes a rate: `sgd(lr=schedules.step(0.1, step_size=30))`. Every
-class of `torch.optim.lr_scheduler` that knows nothing but the count has a function here, with
-torch's names of the arguments. Torch multiplies the rate of before; here a value is a closed form
-of the count, on its device, so it can be compiled once, vmapped, or plotted at a vector of counts.
+class of `torch.optim.lr_scheduler` that depends only on the count has a function here, with torch's
+names for the arguments. Torch updates the previous rate; here a value is a closed form of the
+count, on its device, so it can be compiled once, vmapped, or plotted at a vector of counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fdl.optim.schedules._basic import (
     constant,
     exponential,
     join,
-    lambda_,
+    lambda_lr,
     linear,
     multi_step,
     multiplicative,
@@ -26,7 +26,13 @@ from fdl.optim.schedules._periodic import (
     cyclic,
     cyclic_momentum,
 )
-from fdl.optim.schedules._phases import one_cycle, one_cycle_momentum, swa, warmup_cosine, wsd
+from fdl.optim.schedules._phases import (
+    one_cycle,
+    one_cycle_momentum,
+    swa_anneal,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 __all__ = [
     "chained",
@@ -37,7 +43,7 @@ __all__ = [
     "cyclic_momentum",
     "exponential",
     "join",
-    "lambda_",
+    "lambda_lr",
     "linear",
     "multi_step",
     "multiplicative",
@@ -45,7 +51,7 @@ __all__ = [
     "one_cycle_momentum",
     "polynomial",
     "step",
-    "swa",
+    "swa_anneal",
     "warmup_cosine",
-    "wsd",
+    "warmup_stable_decay",
 ]

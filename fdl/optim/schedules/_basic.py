@@ -1,4 +1,4 @@
-"""Schedules made of one formula, and how to join and multiply them."""
+"""Schedules of one formula, and functions that join and multiply schedules."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from fdl.optim.schedules._helpers import (
 
 
 def constant(value: Value, factor: float = 1.0, total_iters: int = 0) -> Schedule:
-    """Return always the same value, after `total_iters` updates at a part of it: `ConstantLR`.
+    """Hold `value`, after `factor * value` for the first `total_iters` updates: `ConstantLR`.
 
-    value · factor for t < total_iters, then value. Unlike a plain number it cannot be set from
-    outside. Torch's defaults are 1/3 and 5; with 0, torch never comes back from the factor.
+    Unlike a plain number it cannot be replaced with `with_hyperparams`. Torch's defaults are 1/3
+    and 5; with `total_iters=0`, torch keeps the factor forever.
 
     Args:
         value: the value.
-        factor: what it is multiplied by at first; may be above 1.
-        total_iters: how many updates that lasts.
+        factor: initial factor; may be above 1.
+        total_iters: number of updates with the factor.
 
     Raises:
-        ValueError: `value` or `factor` negative or not finite; `total_iters` no int of at least 0.
+        ValueError: `value` or `factor` is negative or not finite; `total_iters` is not an int of at
+            least 0.
 
     >>> constant(0.1)(torch.tensor(7))
     tensor(0.1000, dtype=torch.float64)
@@ -48,20 +49,20 @@ def constant(value: Value, factor: float = 1.0, total_iters: int = 0) -> Schedul
     return lambda count: value * geometric(factor, count < total_iters)
 
 
-def lambda_(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
+def lambda_lr(value: Value, factor: Callable[[Tensor], Any]) -> Schedule:
     """Multiply by a function of the count: `LambdaLR`.
 
-    The function is given the count as float64, so that `0.95**count` is float64 as well (for an
-    int64 tensor it would be float32); as an index write `table[count.long()]`.
+    The function is passed the count as float64, so that `0.95**count` is float64 as well (for an
+    int64 tensor it would be float32); to index with it, write `table[count.long()]`.
 
     Raises:
-        ValueError: `value` is negative or not finite; `factor` is no function.
+        ValueError: `value` is negative or not finite; `factor` is not callable.
 
-    >>> lambda_(1.0, lambda count: 1 / (1 + count))(torch.tensor(3))
+    >>> lambda_lr(1.0, lambda count: 1 / (1 + count))(torch.tensor(3))
     tensor(0.2500, dtype=torch.float64)
     """
-    check_values("lambda_", value=value)
-    check_callable("lambda_", factor=factor)
+    check_values("lambda_lr", value=value)
+    check_callable("lambda_lr", factor=factor)
     return lambda count: value * call(factor, count.double())
 
 
@@ -70,16 +71,16 @@ def multiplicative(value: Value, factor: Callable[[Tensor], Any], total_iters: i
 
     value · factor(1) · … · factor(t). There is no closed form: at each count all `total_iters`
     factors are computed at once and those up to t multiplied, hence the bound; after it the last
-    value is held. Where the product is known, `lambda_` is cheaper.
+    value is held. If you know the product, `lambda_lr` is cheaper.
 
     Args:
-        value: the first value.
-        factor: an elementwise function, given the counts 1 … total_iters, a float64 vector.
+        value: initial value.
+        factor: an elementwise function of the counts 1 … total_iters, a float64 vector.
         total_iters: the last update that multiplies.
 
     Raises:
-        ValueError: `value` is negative or not finite; `factor` is no function; `total_iters` is no
-            int of at least 1.
+        ValueError: `value` is negative or not finite; `factor` is not callable; `total_iters` is
+            not an int of at least 1.
 
     >>> multiplicative(1.0, lambda count: count, total_iters=4)(torch.arange(6))
     tensor([ 1.,  1.,  2.,  6., 24., 24.], dtype=torch.float64)
@@ -99,15 +100,16 @@ def multiplicative(value: Value, factor: Callable[[Tensor], Any], total_iters: i
 def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
     """Multiply by `gamma` after each `step_size` updates: `StepLR`.
 
-    value · gamma^⌊t / step_size⌋
+    value · gamma^⌊t / step_size⌋.
 
     Args:
-        value: the first value.
-        step_size: how many updates each value lasts.
+        value: initial value.
+        step_size: number of updates with each value.
         gamma: the factor.
 
     Raises:
-        ValueError: `value` or `gamma` negative or not finite; `step_size` no int of at least 1.
+        ValueError: `value` or `gamma` is negative or not finite; `step_size` is not an int of at
+            least 1.
 
     >>> step(1.0, step_size=2, gamma=0.5)(torch.arange(5))
     tensor([1.0000, 1.0000, 0.5000, 0.5000, 0.2500], dtype=torch.float64)
@@ -121,16 +123,16 @@ def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
 def multi_step(value: Value, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
     """Multiply by `gamma` at each milestone: `MultiStepLR`.
 
-    value · gamma^(number of milestones ≤ t); one that is there twice counts twice.
+    value · gamma^(number of milestones ≤ t); one that is listed twice counts twice.
 
     Args:
-        value: the first value.
+        value: initial value.
         milestones: counts of updates, in ascending order.
         gamma: the factor.
 
     Raises:
-        ValueError: `value` or `gamma` negative or not finite; milestones not sorted or no ints of
-            at least 0.
+        ValueError: `value` or `gamma` is negative or not finite; `milestones` are not ascending
+            ints of at least 0.
 
     >>> multi_step(1.0, [2, 3, 3], gamma=0.5)(torch.arange(5))
     tensor([1.0000, 1.0000, 0.5000, 0.1250, 0.1250], dtype=torch.float64)
@@ -156,13 +158,13 @@ def linear(
     the factors may be 0 and above 1.
 
     Args:
-        value: what the factors multiply.
-        start_factor: the factor at first.
-        end_factor: the factor in the end.
-        total_iters: how many updates that takes.
+        value: value that the factors multiply.
+        start_factor: initial factor.
+        end_factor: final factor.
+        total_iters: number of updates from the first to the last factor.
 
     Raises:
-        ValueError: a number negative or not finite; `total_iters` no int of at least 1.
+        ValueError: a number is negative or not finite; `total_iters` is not an int of at least 1.
 
     >>> linear(1.0, start_factor=0.5, total_iters=2)(torch.arange(4))
     tensor([0.5000, 0.7500, 1.0000, 1.0000], dtype=torch.float64)
@@ -191,12 +193,13 @@ def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedu
     """Fall to 0 along a polynomial: value · (1 − min(t / total_iters, 1))^power, `PolynomialLR`.
 
     Args:
-        value: the first value.
-        total_iters: how many updates that takes.
+        value: initial value.
+        total_iters: number of updates until the value is 0.
         power: the exponent.
 
     Raises:
-        ValueError: `value` or `power` negative or not finite; `total_iters` no int of at least 1.
+        ValueError: `value` or `power` is negative or not finite; `total_iters` is not an int of at
+            least 1.
 
     >>> polynomial(1.0, total_iters=2, power=2.0)(torch.arange(4))
     tensor([1.0000, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
@@ -208,18 +211,18 @@ def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedu
 
 
 def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
-    """Follow one schedule after the other, each counting from its own start: `SequentialLR`.
+    """Follow schedules one after another, each counting from its own start: `SequentialLR`.
 
-    Schedule i + 1 begins at milestone i. Torch's `MultiplicativeLR` would go on from the rate that
-    it finds; here each schedule begins with its own value.
+    Schedule i + 1 begins at milestone i, with its own initial value; torch's `MultiplicativeLR`
+    would continue from the last rate instead.
 
     Args:
-        schedules: at least one.
-        milestones: one less, counts of updates in ascending order.
+        schedules: one schedule or more.
+        milestones: counts of updates in ascending order, one fewer than schedules.
 
     Raises:
-        ValueError: no schedules, or what cannot be called; milestones not one less, not sorted or
-            no ints of at least 0.
+        ValueError: a schedule is not callable; `milestones` are not one fewer than `schedules`, or
+            not ascending ints of at least 0.
 
     >>> join([linear(1.0, 0.0, 1.0, 2), step(1.0, 1, gamma=0.5)], [2])(torch.arange(5))
     tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.2500], dtype=torch.float64)
@@ -230,7 +233,7 @@ def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
     check_milestones("join", milestones)
     if len(milestones) != len(schedules) - 1:
         raise ValueError(
-            f"schedules.join: milestones must be one less than schedules, got {len(milestones)} "
+            f"schedules.join: milestones must be one fewer than schedules, got {len(milestones)} "
             f"for {len(schedules)}"
         )
 
@@ -245,19 +248,19 @@ def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
 
 
 def chained(value: Value, *factors: Schedule) -> Schedule:
-    """Multiply a value by schedules: `ChainedScheduler` of those that multiply the rate.
+    """Multiply a value by schedules: `ChainedScheduler` of schedules that multiply the rate.
 
     value · Π factor(t), each factor a schedule made with the value 1: `constant`, `multiplicative`,
-    `step`, `multi_step`, `linear`, `exponential`, `polynomial`. Torch's others are no factors: they
-    set the rate anew, or, as `CosineAnnealingLR`, add to what the others left (with `eta_min` 0 and
-    up to `T_max` that is still the product); chained, their values depend on the whole past.
+    `step`, `multi_step`, `linear`, `exponential`, `polynomial`. Torch's other schedulers are not
+    factors: they set the rate or, like `CosineAnnealingLR`, add to it (with `eta_min` 0 and up to
+    `T_max` that equals the product), so that chained, their values depend on the whole past.
 
     Args:
-        value: what is multiplied.
-        *factors: at least one schedule.
+        value: value that the factors multiply.
+        *factors: one schedule or more.
 
     Raises:
-        ValueError: `value` is negative or not finite; no factors, or what cannot be called.
+        ValueError: `value` is negative or not finite; there is no factor, or one is not callable.
 
     >>> warm = linear(1.0, 0.5, total_iters=2)
     >>> chained(0.1, warm, step(1.0, step_size=3))(torch.arange(4))

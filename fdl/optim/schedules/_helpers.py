@@ -1,4 +1,4 @@
-"""What the schedules are made of: checked arguments, progress, annealing, powers."""
+"""Helpers of the schedules: checks of arguments, progress, annealing, powers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdl.optim._hyperparams import known_values
 
-Value = float | Tensor  # a finite number of at least 0, or a 0-d tensor
+Value = float | Tensor  # finite and at least 0; a tensor is 0-d
 
 
 def check_values(caller: str, **values: Value) -> None:
@@ -65,7 +65,7 @@ def check_ints(caller: str, low: int, **ints: int) -> None:
 
 
 def check_milestones(caller: str, milestones: Sequence[int]) -> None:
-    """Raise unless milestones are ints of at least 0 in ascending order; repeated ones may be.
+    """Raise unless milestones are ints of at least 0 in ascending order, possibly repeated.
 
     >>> check_milestones("join", [10, 20, 20])
     """
@@ -78,7 +78,7 @@ def check_milestones(caller: str, milestones: Sequence[int]) -> None:
 
 
 def check_choice(caller: str, name: str, choice: str, choices: Sequence[str]) -> None:
-    """Raise unless a name is one of those known.
+    """Raise unless `choice` is one of `choices`.
 
     >>> check_choice("one_cycle", "anneal_strategy", "cos", ["cos", "linear"])
     """
@@ -89,7 +89,7 @@ def check_choice(caller: str, name: str, choice: str, choices: Sequence[str]) ->
 def check_callable(caller: str, **functions: Any) -> None:
     """Raise unless each can be called.
 
-    >>> check_callable("lambda_", factor=abs)
+    >>> check_callable("lambda_lr", factor=abs)
     """
     for name, f in functions.items():
         if not callable(f):
@@ -97,7 +97,7 @@ def check_callable(caller: str, **functions: Any) -> None:
 
 
 def call(f: Callable[[Tensor], Any], count: Tensor) -> Tensor:
-    """Evaluate a caller's function; what it returns becomes float64.
+    """Evaluate a user's function, and convert the result to float64.
 
     >>> call(lambda t: 2, torch.tensor(5))
     tensor(2., dtype=torch.float64)
@@ -106,7 +106,7 @@ def call(f: Callable[[Tensor], Any], count: Tensor) -> Tensor:
 
 
 def geometric(gamma: float, times: Tensor) -> Tensor:
-    """Raise to the power of a count, in float64.
+    """Compute gamma ** times in float64.
 
     >>> geometric(0.5, torch.tensor([0, 1, 2]))
     tensor([1.0000, 0.5000, 0.2500], dtype=torch.float64)
@@ -115,7 +115,7 @@ def geometric(gamma: float, times: Tensor) -> Tensor:
 
 
 def progress(count: Tensor, length: float, start: float = 0) -> Tensor:
-    """Say how much of a phase is over: 0 up to `start`, 1 from `start + length` on.
+    """Return the fraction of a phase that is over: 0 up to `start`, 1 from `start + length` on.
 
     >>> progress(torch.tensor([0, 5, 10, 15]), 10)
     tensor([0.0000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
@@ -126,7 +126,7 @@ def progress(count: Tensor, length: float, start: float = 0) -> Tensor:
 
 
 def cosine(first: Value, last: Value, x: Tensor) -> Tensor:
-    """Go from `first` at x = 0 to `last` at x = 1 along half a cosine.
+    """Anneal from `first` at x = 0 to `last` at x = 1 along half a cosine.
 
     >>> cosine(3.0, 1.0, torch.tensor([0.0, 0.5, 1.0]))
     tensor([3., 2., 1.])
@@ -135,7 +135,7 @@ def cosine(first: Value, last: Value, x: Tensor) -> Tensor:
 
 
 def line(first: Value, last: Value, x: Tensor) -> Tensor:
-    """Go from `first` at x = 0 to `last` at x = 1 along a line.
+    """Anneal from `first` at x = 0 to `last` at x = 1 along a line.
 
     >>> line(3.0, 1.0, torch.tensor([0.0, 0.5, 1.0]))
     tensor([3., 2., 1.])

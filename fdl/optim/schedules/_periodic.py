@@ -1,4 +1,4 @@
-"""Schedules that come and go, along cosines and triangles, public in `fdl.optim.schedules`."""
+"""Periodic schedules: cosines and triangles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from fdl.optim.schedules._helpers import (
     geometric,
 )
 
-MODES: dict[str, tuple[Callable[[float, Tensor], Any], str]] = {  # (gamma, x) -> scale, of what
+# By mode: the scale as a function (gamma, x), and what x counts.
+MODES: dict[str, tuple[Callable[[float, Tensor], Any], str]] = {
     "triangular": (lambda gamma, x: 1.0, "cycle"),
     "triangular2": (lambda gamma, x: geometric(0.5, x - 1), "cycle"),
     "exp_range": (lambda gamma, x: geometric(gamma, x), "iterations"),
@@ -31,18 +32,18 @@ MODES: dict[str, tuple[Callable[[float, Tensor], Any], str]] = {  # (gamma, x) -
 
 
 def cosine_annealing(value: Value, T_max: int, eta_min: Value = 0.0) -> Schedule:
-    """Follow a cosine between `value` and `eta_min`, as `CosineAnnealingLR`.
+    """Follow a cosine between `value` and `eta_min`: `CosineAnnealingLR`.
 
-    eta_min + ½(value − eta_min)(1 + cos(πt / T_max)): at `T_max` it is `eta_min`, then it climbs
-    back to `value` at 2·T_max, and so on, as torch's does.
+    eta_min + ½(value − eta_min)(1 + cos(πt / T_max)): `eta_min` at `T_max`, `value` again at
+    2·T_max, and so on, as in torch.
 
     Args:
-        value: the first value.
+        value: initial value.
         T_max: half a period, in updates.
-        eta_min: the other end.
+        eta_min: the smallest value.
 
     Raises:
-        ValueError: a value negative or not finite; `T_max` no int of at least 1.
+        ValueError: a value is negative or not finite; `T_max` is not an int of at least 1.
 
     >>> cosine_annealing(1.0, 2)(torch.arange(5))
     tensor([1.0000, 0.5000, 0.0000, 0.5000, 1.0000], dtype=torch.float64)
@@ -55,19 +56,21 @@ def cosine_annealing(value: Value, T_max: int, eta_min: Value = 0.0) -> Schedule
 def cosine_annealing_warm_restarts(
     value: Value, T_0: int, T_mult: int = 1, eta_min: Value = 0.0
 ) -> Schedule:
-    """Follow half a cosine, again and again, as `CosineAnnealingWarmRestarts`.
+    """Follow half a cosine again and again: `CosineAnnealingWarmRestarts`.
 
     eta_min + ½(value − eta_min)(1 + cos(πt / T)), where t counts from the last restart and T is
-    T_0 · T_multⁿ after n restarts. (Loshchilov & Hutter, 2017)
+    T_0 · T_multⁿ after n restarts. Source: Loshchilov & Hutter, SGDR: Stochastic Gradient Descent
+    with Warm Restarts, 2017, https://arxiv.org/abs/1608.03983
 
     Args:
-        value: the value at each restart.
-        T_0: updates before the first restart.
-        T_mult: how many times longer each stretch is than the one before.
-        eta_min: where each stretch ends.
+        value: value at each restart.
+        T_0: number of updates before the first restart.
+        T_mult: factor of the length of each cycle relative to the one before.
+        eta_min: value at the end of each cycle.
 
     Raises:
-        ValueError: a value negative or not finite; `T_0` or `T_mult` no int of at least 1.
+        ValueError: a value is negative or not finite; `T_0` or `T_mult` is not an int of at least
+            1.
 
     >>> cosine_annealing_warm_restarts(1.0, T_0=1, T_mult=2)(torch.arange(4))
     tensor([1.0000, 1.0000, 0.5000, 1.0000], dtype=torch.float64)
@@ -78,8 +81,8 @@ def cosine_annealing_warm_restarts(
         return lambda count: cosine(value, eta_min, (count % T_0).double() / T_0)
 
     def schedule(count: Tensor) -> Tensor:
-        # Restart n is at T_0 (T_multⁿ − 1) / (T_mult − 1). Half an update more than the count keeps
-        # the logarithm off the integers, where rounding would decide.
+        # Restart n is at T_0 (T_multⁿ − 1) / (T_mult − 1). Half an update is added to the count so
+        # that the logarithm is never an integer, where rounding would decide.
         t = count.double()
         n = torch.log1p((t + 0.5) * (T_mult - 1) / T_0) / math.log(T_mult)
         length = T_0 * geometric(T_mult, n.floor())
@@ -98,25 +101,27 @@ def cyclic(
     scale_fn: Callable[[Tensor], Any] | None = None,
     scale_mode: str = "cycle",
 ) -> Schedule:
-    """Rise and fall in triangles, as `CyclicLR`; for the momentum see `cyclic_momentum`.
+    """Rise and fall in triangles: `CyclicLR`; for the momentum see `cyclic_momentum`.
 
     base_lr + (max_lr − base_lr) · height · scale, where the height goes linearly from 0 to 1 in
-    `step_size_up` updates and back to 0 in `step_size_down`. (Smith, 2017)
+    `step_size_up` updates and back to 0 in `step_size_down`. Source: Smith, Cyclical Learning Rates
+    for Training Neural Networks, 2017, https://arxiv.org/abs/1506.01186
 
     Args:
-        base_lr: the value at the feet.
-        max_lr: the value at the first peak.
-        step_size_up: updates from a foot to a peak.
-        step_size_down: updates from a peak to a foot; `step_size_up` if None, 0 to fall at once.
-        mode: the scale: "triangular" is 1, "triangular2" halves it from cycle to cycle,
-            "exp_range" is gamma^t. Ignored where there is a `scale_fn`.
-        gamma: of "exp_range".
-        scale_fn: the scale, a function of a float64 tensor: see `scale_mode`.
-        scale_mode: what `scale_fn` is given: "cycle", the number of the cycle from 1, or
+        base_lr: value at the start of each cycle.
+        max_lr: value at the first peak.
+        step_size_up: number of updates from the start to the peak.
+        step_size_down: number of updates back; `step_size_up` if None, 0 to fall at once.
+        mode: the scale: "triangular" is 1, "triangular2" halves with each cycle, "exp_range" is
+            gamma^t. Ignored if there is a `scale_fn`.
+        gamma: base of "exp_range".
+        scale_fn: the scale, a function of a float64 tensor, see `scale_mode`.
+        scale_mode: argument of `scale_fn`: "cycle", the number of the cycle from 1, or
             "iterations", the count of updates.
 
     Raises:
-        ValueError: a value negative or not finite, a size no int or too small, an unknown mode.
+        ValueError: a value is negative or not finite, a size is not an int or too small, a mode is
+            unknown.
 
     >>> cyclic(1.0, 3.0, step_size_up=2)(torch.arange(6))
     tensor([1., 2., 3., 2., 1., 2.], dtype=torch.float64)
@@ -137,23 +142,23 @@ def cyclic_momentum(
     scale_fn: Callable[[Tensor], Any] | None = None,
     scale_mode: str = "cycle",
 ) -> Schedule:
-    """Cycle a momentum against `cyclic`, as `CyclicLR` with `cycle_momentum` does.
+    """Cycle a momentum inversely to `cyclic`: `CyclicLR` with `cycle_momentum`.
 
     max_momentum − (max_momentum − base_momentum) · height · scale: lowest where the rate peaks.
-    Pass it beside the rate: `sgd(lr=cyclic(0.1, 1.0), momentum=cyclic_momentum())`.
+    Pass it with the rate: `sgd(lr=cyclic(0.1, 1.0), momentum=cyclic_momentum())`.
 
     Args:
-        base_momentum: the value at the first trough.
-        max_momentum: the value at the start of each cycle.
-        step_size_up: as in `cyclic`, and so on.
-        step_size_down: of the way back to `max_momentum`.
-        mode: "triangular", "triangular2" or "exp_range".
-        gamma: of "exp_range".
-        scale_fn: a scale of your own.
-        scale_mode: what `scale_fn` is given, "cycle" or "iterations".
+        base_momentum: value at the first trough.
+        max_momentum: value at the start of each cycle.
+        step_size_up: number of updates from the start to the trough.
+        step_size_down: number of updates back to `max_momentum`, as in `cyclic`.
+        mode: "triangular", "triangular2" or "exp_range", as in `cyclic`.
+        gamma: base of "exp_range".
+        scale_fn: the scale, a function of your own.
+        scale_mode: argument of `scale_fn`, "cycle" or "iterations".
 
     Raises:
-        ValueError: as `cyclic`.
+        ValueError: as in `cyclic`.
 
     >>> cyclic_momentum(0.5, 1.0, step_size_up=2)(torch.arange(5))
     tensor([1.0000, 0.7500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Schedules that go from value to value and then stay, public in `fdl.optim.schedules`."""
+"""Schedules that go through phases and then hold their last value."""
 
 from __future__ import annotations
 
@@ -32,23 +32,25 @@ def one_cycle(
     final_div_factor: float = 1e4,
     three_phase: bool = False,
 ) -> Schedule:
-    """Rise to `max_lr` and fall below the start, once, as `OneCycleLR`.
+    """Rise to `max_lr` and fall below the initial value, once: `OneCycleLR`.
 
     From max_lr / div_factor to max_lr at update pct_start · total_steps − 1, then to
-    max_lr / (div_factor · final_div_factor) at update total_steps − 1. The last value is held:
-    torch raises an error later on, which a compiled program cannot. (Smith & Topin, 2017)
+    max_lr / (div_factor · final_div_factor) at update total_steps − 1. The last value is held,
+    while torch raises an error there, which a compiled program cannot. Source: Smith & Topin,
+    Super-Convergence, 2017, https://arxiv.org/abs/1708.07120
 
     Args:
         max_lr: the peak.
-        total_steps: updates in all.
-        pct_start: which part of them is spent rising, in [0, 1].
+        total_steps: number of updates.
+        pct_start: fraction of the updates in which the value rises, in [0, 1].
         anneal_strategy: "cos" or "linear".
-        div_factor: how many times smaller the first value is than the peak.
-        final_div_factor: how many times smaller the last value is than the first.
-        three_phase: fall to the first value as long as it took to rise, then on to the last.
+        div_factor: ratio of the peak to the initial value.
+        final_div_factor: ratio of the initial to the last value.
+        three_phase: fall to the initial value in as many updates as it rose in, then to the last.
 
     Raises:
-        ValueError: a number out of range, `total_steps` no int of at least 1, an unknown strategy.
+        ValueError: a number out of range, `total_steps` is not an int of at least 1, an unknown
+            strategy.
 
     >>> schedule = one_cycle(1.0, 5, pct_start=0.6, div_factor=2.0, final_div_factor=2.0)
     >>> schedule(torch.arange(6))
@@ -69,21 +71,21 @@ def one_cycle_momentum(
     anneal_strategy: str = "cos",
     three_phase: bool = False,
 ) -> Schedule:
-    """Turn a momentum against `one_cycle`, as `OneCycleLR` with `cycle_momentum` does.
+    """Move a momentum inversely to `one_cycle`: `OneCycleLR` with `cycle_momentum`.
 
-    From max_momentum to base_momentum, where the rate peaks, and back. Pass it beside the rate:
+    From max_momentum to base_momentum, where the rate peaks, and back. Pass it with the rate:
     `sgd(lr=one_cycle(0.1, n), momentum=one_cycle_momentum(n))`.
 
     Args:
-        total_steps: updates in all; the last value is held.
-        base_momentum: the value where the rate peaks.
-        max_momentum: the value at both ends.
-        pct_start: which part of the updates is spent falling, in [0, 1].
+        total_steps: number of updates; the last value is held.
+        base_momentum: value where the rate peaks.
+        max_momentum: value at both ends.
+        pct_start: fraction of the updates in which the value falls, in [0, 1].
         anneal_strategy: "cos" or "linear".
-        three_phase: be back as soon as the rate is, and stay.
+        three_phase: return as soon as the rate does, then hold the value.
 
     Raises:
-        ValueError: as `one_cycle`.
+        ValueError: as in `one_cycle`.
 
     >>> one_cycle_momentum(5, 0.5, 1.0, pct_start=0.6)(torch.arange(5))
     tensor([1.0000, 0.7500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
@@ -101,7 +103,7 @@ def _phases(
     check_numbers(caller, high=1.0, pct_start=pct_start)
     check_choice(caller, "anneal_strategy", strategy, list(ANNEAL))
     last = total_steps - 1
-    peak = pct_start * total_steps - 1  # any number, from −1 on
+    peak = pct_start * total_steps - 1  # at least −1, not always an integer
     ends = [peak, last] if len(turns) == 3 else [peak, 2 * peak, last]
 
     def schedule(count: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def _phases(
         result = turns[0] + torch.zeros_like(t)
         start = 0.0
         for end, first, then in zip(ends, turns, turns[1:], strict=False):
-            if end > start:  # else no count is in this phase
+            if end > start:  # otherwise no count is in this phase
                 x = progress(t, end - start, start)
                 result = torch.where(t > start, ANNEAL[strategy](first, then, x), result)
             start = end
@@ -118,37 +120,38 @@ def _phases(
     return schedule
 
 
-def swa(
+def swa_anneal(
     value: Value | Schedule,
     swa_lr: Value,
     swa_start: int,
     anneal_epochs: int = 10,
     anneal_strategy: str = "cos",
 ) -> Schedule:
-    """Go over to the rate of stochastic weight averaging: `torch.optim.swa_utils.SWALR`.
+    """Anneal to the rate of stochastic weight averaging: `torch.optim.swa_utils.SWALR`.
 
     The value at update `swa_start` is annealed to `swa_lr`, which is reached `anneal_epochs`
-    updates later and held. (Izmailov et al., 2018)
+    updates later and held. Source: Izmailov et al., Averaging Weights Leads to Wider Optima and
+    Better Generalization, 2018, https://arxiv.org/abs/1803.05407
 
     Args:
-        value: the value up to `swa_start`, or the schedule that says it.
-        swa_lr: the value in the end.
-        swa_start: the count at which to set out; torch's scheduler is stepped from there on.
-        anneal_epochs: how many updates it takes; 0 to jump.
+        value: the value up to `swa_start`, or a schedule of it.
+        swa_lr: the last value.
+        swa_start: count at which annealing starts, from which on torch's scheduler is stepped.
+        anneal_epochs: number of updates (not epochs) of annealing; 0 to jump.
         anneal_strategy: "cos" or "linear".
 
     Raises:
-        ValueError: a value negative or not finite; a number of updates no int of at least 0; an
-            unknown strategy.
+        ValueError: a value is negative or not finite; a number of updates is not an int of at least
+            0; an unknown strategy.
 
-    >>> swa(1.0, 0.5, swa_start=1, anneal_epochs=2)(torch.arange(5))
+    >>> swa_anneal(1.0, 0.5, swa_start=1, anneal_epochs=2)(torch.arange(5))
     tensor([1.0000, 1.0000, 0.7500, 0.5000, 0.5000], dtype=torch.float64)
     """
-    check_values("swa", swa_lr=swa_lr)
+    check_values("swa_anneal", swa_lr=swa_lr)
     if not callable(value):
-        check_values("swa", value=value)
-    check_ints("swa", low=0, swa_start=swa_start, anneal_epochs=anneal_epochs)
-    check_choice("swa", "anneal_strategy", anneal_strategy, list(ANNEAL))
+        check_values("swa_anneal", value=value)
+    check_ints("swa_anneal", low=0, swa_start=swa_start, anneal_epochs=anneal_epochs)
+    check_choice("swa_anneal", "anneal_strategy", anneal_strategy, list(ANNEAL))
 
     def schedule(count: Tensor) -> Tensor:
         first = call(value, count.clamp(max=swa_start)) if callable(value) else value
@@ -162,13 +165,13 @@ def warmup_cosine(value: Value, warmup: int, total: int, end: Value = 0.0) -> Sc
 
     Args:
         value: the peak, at update `warmup`.
-        warmup: how many updates the rise takes; with 0 the first value is the peak.
-        total: the update at which `end` is reached.
+        warmup: number of updates of the rise; with 0 the initial value is the peak.
+        total: update at which `end` is reached.
         end: the last value.
 
     Raises:
-        ValueError: a value negative or not finite; `warmup` no int of at least 0, `total` no
-            greater int.
+        ValueError: a value is negative or not finite; `warmup` is not an int of at least 0, or
+            `total` not a greater int.
 
     >>> warmup_cosine(1.0, warmup=2, total=4)(torch.arange(6))
     tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000, 0.0000], dtype=torch.float64)
@@ -184,26 +187,29 @@ def warmup_cosine(value: Value, warmup: int, total: int, end: Value = 0.0) -> Sc
     return schedule
 
 
-def wsd(value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0) -> Schedule:
-    """Rise from 0 to `value`, hold it, fall to `end`, and stay: warm-up, stable, decay.
+def warmup_stable_decay(
+    value: Value, warmup: int, stable: int, decay: int, end: Value = 0.0
+) -> Schedule:
+    """Rise from 0 to `value`, hold it, fall to `end`, and stay: the schedule called WSD.
 
-    Both ways are lines. (Hu et al., 2024)
+    Both ramps are lines. Source: Hu et al., MiniCPM, 2024, https://arxiv.org/abs/2404.06395
 
     Args:
         value: the value held.
-        warmup: how many updates the rise takes; with 0 the first value is the one held.
-        stable: how many updates the value is held.
-        decay: how many updates the fall takes; 0 to jump.
+        warmup: number of updates of the rise; with 0 the initial value is the one held.
+        stable: number of updates for which the value is held.
+        decay: number of updates of the fall; 0 to jump.
         end: the last value.
 
     Raises:
-        ValueError: a value negative or not finite; a number of updates no int of at least 0.
+        ValueError: a value is negative or not finite; a number of updates is not an int of at least
+            0.
 
-    >>> wsd(1.0, warmup=2, stable=1, decay=2)(torch.arange(6))
+    >>> warmup_stable_decay(1.0, warmup=2, stable=1, decay=2)(torch.arange(6))
     tensor([0.0000, 0.5000, 1.0000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
-    check_values("wsd", value=value, end=end)
-    check_ints("wsd", low=0, warmup=warmup, stable=stable, decay=decay)
+    check_values("warmup_stable_decay", value=value, end=end)
+    check_ints("warmup_stable_decay", low=0, warmup=warmup, stable=stable, decay=decay)
     start = warmup + stable
 
     def schedule(count: Tensor) -> Tensor:
