@@ -2,29 +2,42 @@
 PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
+# Two processes; one that has nothing left to do takes tests from the other.
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: lenet test test-oldest kills lint notebooks docs clean
+.PHONY: lenet quick test test-all quick-oldest test-oldest kills lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
 	$(VENV)/bin/python -m train lenet $(ARGS)
 
+# The tests that start no process, compile nothing and take less than a second each.
+quick: $(VENV)/ready
+	$(VENV)/bin/python $(PYTEST) --quick
+
 # Everything that must hold: lint, types, tests.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python $(PYTEST)
+
+# The same, where what is repeated is repeated many times: before a release.
+test-all: lint
+	FDL_SOAK=1 $(VENV)/bin/python $(PYTEST)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# 25 times SIGKILL to one of two processes that train together.
+# Processes killed at random: 200 writers, 20 runs, 25 times one of two that train together.
 kills: $(VENV)/ready
-	FDL_KILLS=25 $(VENV)/bin/python -m pytest tests/train/test_launch.py -k killed
+	FDL_SOAK=1 $(VENV)/bin/python -m pytest tests/checkpointing/test_crash.py tests/train/test_launch.py -k killed
 
-# The same tests on the oldest supported releases.
+# make quick and make test on the oldest supported releases.
+quick-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python $(PYTEST) --quick
+
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python $(PYTEST)
 
 # Remake notebooks/*.ipynb from the texts beside them; one: make notebooks ARGS=06_mlp
 notebooks: $(VENV)/ready

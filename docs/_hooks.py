@@ -5,6 +5,7 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,9 @@ from mkdocs.structure.pages import Page
 from mkdocs.structure.toc import get_toc
 
 import fdl
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _graph
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -93,6 +97,26 @@ def entry(path: str, thing: Any) -> str:
     return f"::: {path}"
 
 
+def how_it_is_built() -> str:
+    """Write the page of the maps that stand beside the code, with the graph of the modules."""
+    library = (ROOT / "fdl" / "README.md").read_text().partition("\n")[2]
+    compiler = (ROOT / "fdl" / "_compiler" / "README.md").read_text()
+    introduction, table, rest = library.partition("\n| from the top")
+    links = {
+        name.removeprefix("fdl."): f"reference/{name}.html"
+        for name in documented()
+        if name.count(".") == 1
+    }
+    graph = f'<div class="scroll">\n{_graph.svg(links)}\n</div>'
+    legend = (
+        "An arrow leads from a unit to one that it imports; what follows from other arrows is left"
+        " out. Public packages are coloured and lead to their reference pages."
+    )
+    parts = ["# How it is built", introduction, graph, legend, table + rest, f"#{compiler}"]
+    page = "\n\n".join(part.strip() for part in parts) + "\n"
+    return page.replace("](_compiler/README.md)", "](#how-a-jitted-call-runs)")
+
+
 def on_config(config: Any) -> Any:
     """Fill in the navigation."""
     for section in config.nav:
@@ -120,6 +144,7 @@ def on_files(files: Files, config: Any) -> Files:
         # Not File.generated: mkdocs-jupyter wraps the file, and then its content is not found.
         site, pretty = config.site_dir, config.use_directory_urls
         files.append(File(f"notebooks/{path.name}", str(ROOT), site, pretty))
+    files.append(File.generated(config, "built.md", content=how_it_is_built()))
     for name, module in documented().items():
         text = reference(name, module)
         files.append(File.generated(config, f"reference/{name}.md", content=text))
@@ -129,7 +154,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, files: Files, **kwargs: Any) -> str:
     """Links that lead out of docs/ on a disk lead to pages of the site here."""
     if page.file.src_uri in ROOT_PAGES:
-        return markdown.replace("](docs/", "](").replace("](notebooks)", "](curriculum.md)")
+        markdown = markdown.replace("](docs/", "](").replace("](notebooks)", "](curriculum.md)")
+        return markdown.replace("](fdl/README.md)", "](built.md)")
 
     def inside(match: re.Match[str]) -> str:
         text, target = match[1], match[2]

@@ -1,6 +1,7 @@
 """What all test files share."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,43 @@ from fdl._compiler import _cuda_graphs, _inductor, _routes
 from train import recipes
 
 torch.set_num_threads(1)  # should a plugin have imported it before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what is marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        _skip_what_takes_long()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def _skip_what_takes_long() -> None:
+    """Skip a test where it starts a process or compiles with Inductor: none can forget to say so.
+
+    An example in a docstring may compile: its graph is run without Inductor.
+    """
+
+    def guard(place: Any, name: str, what: str, otherwise: Callable[..., Any]) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/"):
+                pytest.skip(f"{what}, which make quick does not")
+            return otherwise(*args, **kwargs)
+
+        setattr(place, name, call)
+
+    inductor = torch._TorchCompileInductorWrapper
+    guard(_inductor, "lower", "compiles", lambda graph, *_: lambda leaves: graph(*leaves))
+    guard(inductor, "__call__", "compiles", inductor.__call__)
+    guard(subprocess.Popen, "__init__", "starts a process", subprocess.Popen.__init__)
+    guard(os, "fork", "starts a process", os.fork)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_create_equals_train_state_create_bit_for_bit(name):
     assert weights and not any(torch.equal(leaf[0], leaf[1]) for leaf in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("own_order", [False, True], ids=["one order", "own orders"])
 @pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
@@ -103,6 +104,7 @@ def test_each_member_equals_the_model_trained_alone(name, own_order, each):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
 def test_an_epoch_of_a_population_compiles_to_one_program(each):
     model, images = MODELS["conv"], tree.cast(dataset("conv"), torch.float32)

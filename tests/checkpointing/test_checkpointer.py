@@ -220,6 +220,7 @@ with Checkpointer(sys.argv[1]) as it:
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_leaves_the_earlier_ones(folder):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True

@@ -51,6 +51,7 @@ def copied(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_nothing_else(saved):
     names = sorted(path.name for path in saved.iterdir())
     assert names == ["000003-step-3", "000004-step-4", "lock"]
@@ -75,17 +76,20 @@ def test_one_process_reads_what_two_wrote(saved, like):
     assert tree.diff(found.state, state) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_reads_it_spread_in_any_way(copied, size):
     together("restore", copied, size)
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_write_is_raised_in_all(copied):
     together("fail", copied)
     together("fail_late", copied)
     assert sorted(p.name for p in copied.iterdir()) == ["000003-step-3", "000004-step-4", "lock"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_checkpoints_before(copied):
     together("killed", copied, rcs=(0, -9))
     assert [found.step for found in checkpoints(copied)] == [5, 4]
@@ -94,10 +98,12 @@ def test_a_killed_process_leaves_the_checkpoints_before(copied):
     assert not list(copied.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_first_process_says_when_one_is_due(tmp_path):
     together("due", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bit", "missing", "more"])
 def test_a_damaged_one_is_skipped_by_all(copied, damage):
     file = sorted((copied / "000004-step-4" / "shards").iterdir())[1]

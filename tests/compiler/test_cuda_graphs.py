@@ -221,6 +221,7 @@ def test_backward_runs_recorded_programs(gpu: StandIn) -> None:
     assert gpu.recorded == 2 and [r.route for r in jitted.report()] == ["CUDA graph"] * 2
 
 
+@pytest.mark.slow
 def test_a_thousand_replays_keep_no_memory(gpu: StandIn) -> None:
     jitted, xs, state = (
         jit(epoch, donate_argnums=0, strict=True),

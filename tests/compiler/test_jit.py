@@ -228,6 +228,7 @@ def test_unrolled_steps_in_one_inductor_program(monkeypatch: pytest.MonkeyPatch)
     assert_equal(fn(init, xs), SCANS["several"](init, xs), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor prefers channels last on GPUs, but the next step expects the original layout."""
     options = _inductor._options
@@ -346,6 +347,7 @@ def test_scan_errors(name: str, jitted: bool) -> None:
         jit(run)() if jitted else run()
 
 
+@pytest.mark.slow
 def test_importing_fdl_does_not_wait_for_the_compiler():
     """Dynamo and Inductor take two seconds to import, which eager users need not spend."""
     code = "import sys, fdl; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"

@@ -217,6 +217,7 @@ def test_every_rule_has_a_table() -> None:
     assert TABLES.keys() | {aten.add.Tensor} == RULES.keys()  # x + 0: see ELEMENTWISE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", TABLES, ids=str)
 def test_a_rule_keeps_values_and_derivatives(rule: Any) -> None:
     check(dict(TABLES[rule]()))

@@ -241,6 +241,7 @@ EFFECTS: dict[str, tuple[Callable[[], Callable[[Tensor], Any]], str]] = {
 KEPT_SET: set[Tensor] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EFFECTS)
 def test_a_tensor_that_is_kept_is_named(name: str) -> None:
     make, match = EFFECTS[name]

@@ -124,6 +124,7 @@ def test_twenty_functions_and_twenty_shapes_live_together(
     assert graphs.count() == 19 and len(fn.report()) == 20  # size 3 was there
 
 
+@pytest.mark.slow
 def test_functions_that_take_turns_do_not_disturb_each_other(plain_backend: None) -> None:
     """With the same code, with donation, and with swapped states."""
     first, epoch = training(optim.sgd(0.1, momentum=0.9))
@@ -167,6 +168,7 @@ def test_an_error_inside_a_scan_leaves_the_state_as_it_was(
     assert torch.equal(run(state, xs)[0]["w"], torch.full((3,), 31.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["kept", "donated", "backward"])
 def test_a_thousand_calls_keep_no_memory(way: str) -> None:
     """Neither tensors in Python nor other memory of the process; a state is 256 KB."""
@@ -349,6 +351,7 @@ def test_a_loop_that_inductor_refuses_runs_over_compiled_bodies() -> None:
     assert report.route == "compiled loop bodies" and report.kernels > 0
 
 
+@pytest.mark.slow
 def test_a_refused_training_run_compiles_its_step_once(no_loops: None, count_programs) -> None:
     state, epoch = training(optim.sgd(0.1, momentum=0.9))
     compiled, expected = jit(epoch, donate_argnums=0), tree.map(torch.clone, state)

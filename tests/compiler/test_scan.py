@@ -36,6 +36,7 @@ FORMS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], Any], bool]] =
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_loops")
 @runs
 @pytest.mark.parametrize("steps", [0, 1, 3, 20])
@@ -65,6 +66,7 @@ def body(c: Tensor, x: dict[str, Tensor]) -> Any:
     return c * x["a"].sum(), {"y": (c, x["b"] > 0), "row": x["a"].double()}
 
 
+@pytest.mark.slow
 @runs
 def test_a_scan_of_no_steps_returns_the_first_carry_and_empty_leaves(
     run: str, plain_backend: None
@@ -112,6 +114,7 @@ def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: 
         torch.testing.assert_close(torch.autograd.grad(got, wanted), expected)
 
 
+@pytest.mark.slow
 def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of steps; with gradients the steps are unrolled."""
     graphs = []

@@ -152,6 +152,7 @@ def assert_same(got: Any, expected: Any) -> None:
     assert tree.diff(expected, got, rtol=1e-12, atol=1e-14) == []
 
 
+@pytest.mark.slow
 @each
 def test_traced_equals_eager(name: str, plain_backend: None) -> None:
     fn, args = FUNCTIONS[name]
@@ -161,6 +162,7 @@ def test_traced_equals_eager(name: str, plain_backend: None) -> None:
             assert_same(jitted(*args), fn(*args))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     functions = {name: row for name, row in FUNCTIONS.items() if name != "complex"}
     args = {name: row[1] for name, row in functions.items()}

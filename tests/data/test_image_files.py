@@ -126,6 +126,7 @@ def test_parquet_of_bare_bytes_and_in_several_files() -> None:
     check(read("mine"))
 
 
+@pytest.mark.slow
 @needs_full_data
 @pytest.mark.parametrize("kind", ["npz", "parquet", "keras-folder"])
 def test_the_full_test_set_in_each_format(

@@ -58,6 +58,7 @@ def test_einops_reshapes_what_a_gradient_and_vmap_go_through(plain_backend):
     assert torch.equal(grad(lambda x: patches(x).sum())(x[0]), torch.full_like(x[0], 1 / 16))
 
 
+@pytest.mark.slow
 @pytest.mark.curriculum("S1", "M1")
 @pytest.mark.parametrize(
     "model, lr", [(models.softmax_regression(), 0.1), (models.mlp(), 0.5)], ids=["S1", "M1"]

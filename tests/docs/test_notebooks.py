@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 execute = importlib.import_module("execute")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", execute.TEXTS)
 def test_a_notebook_runs_with_its_answers(name, tmp_path, monkeypatch):
     path = execute.TEXTS[name]

@@ -26,6 +26,7 @@ def restored_jax():
         sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_examples_of_a_page_run(page, restored_jax):
     names: dict = {}
@@ -38,6 +39,7 @@ def test_examples_of_a_page_run(page, restored_jax):
         exec(block, names)
 
 
+@pytest.mark.slow
 def test_the_example_of_several_processes_runs():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

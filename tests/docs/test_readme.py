@@ -25,6 +25,7 @@ def test_the_chinese_one_has_the_same_code_pictures_and_links():
     assert set(links[0]) ^ set(links[1]) == {"README.md", "README.zh.md"}
 
 
+@pytest.mark.slow
 def test_examples_run(monkeypatch, tmp_path):
     try:
         fdl.data.fashion_mnist(download=False)

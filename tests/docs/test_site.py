@@ -73,6 +73,7 @@ def pages(site):
     return found
 
 
+@pytest.mark.slow
 def test_every_link_leads_somewhere(site, pages):
     broken = []
     for address, page in pages.items():

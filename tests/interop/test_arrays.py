@@ -132,6 +132,7 @@ def test_layouts_there_and_back():
             convert({name: torch.ones(3, 3)}, image=(1, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flax's own calls
 def test_a_lenet_of_flax_and_optax(jax):
     linen, optax = pytest.importorskip("flax.linen"), pytest.importorskip("optax")

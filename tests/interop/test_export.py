@@ -96,6 +96,7 @@ CAME_IN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CAME_IN)
 def test_onnx_of_a_module_that_came_in(name):

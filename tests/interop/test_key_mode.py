@@ -90,6 +90,7 @@ def test_the_key_decides_alone(name):
 
 
 # One of each kind: a function, an opened one, a method that fills, a maker of numbers.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dropout2d", "attention", "stochastic depth", "rand", "randint", "bernoulli"]
 )

@@ -90,6 +90,7 @@ def refuses(name, check):
     return name in REFUSED and re.fullmatch(REFUSED[name][0], check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_equal_differences(name):
     function, theta = taken_over(name, CASES[name].train)
@@ -231,6 +232,7 @@ def test_a_gradient_by_frequency_is_refused(make):
         model.apply(params, IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "compiler"),
     [

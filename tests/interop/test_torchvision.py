@@ -105,6 +105,7 @@ FAMILIES = {
 RANDOM = {f.__name__: f for f in (mobilenet, efficientnet, convnext, vit, swin, densenet)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A NumPy version")  # scipy's, which torchvision imports
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_goes_in_and_out(name):

@@ -39,6 +39,7 @@ def boundaries(content: bytes) -> list[int]:
     return [*range(9), *tokens, *(i + 1 for i in tokens), *range(8 + length, len(content))]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(tmp_path):
     path = tmp_path / "it"
     content = written(path)
@@ -271,6 +272,7 @@ def cost(path) -> tuple[str, int, int]:
     return error, *map(int, figures.split())
 
 
+@pytest.mark.slow
 def test_a_gigabyte_of_header_is_refused_without_reading_it(tmp_path):
     path = tmp_path / "it"
     with path.open("wb") as file:  # sparse: takes no room
@@ -281,6 +283,7 @@ def test_a_gigabyte_of_header_is_refused_without_reading_it(tmp_path):
     assert seconds < 10 and memory < 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["[],", '"",', "0,", "{},"])
 def test_the_largest_header_of_nonsense_takes_bounded_memory(tmp_path, unit):
     path = tmp_path / "it"
@@ -289,6 +292,7 @@ def test_the_largest_header_of_nonsense_takes_bounded_memory(tmp_path, unit):
     assert "refused" in error and seconds < 30 and memory < 1_000_000
 
 
+@pytest.mark.slow
 def test_a_terabyte_that_is_not_there_is_not_allocated(tmp_path):
     path = tmp_path / "it"
     path.write_bytes(one(shape=[2**40], offsets=[0, 2**42], content=b""))

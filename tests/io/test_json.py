@@ -133,6 +133,7 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and repr(a) == repr(b)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(METADATA)
 def test_metadata_comes_back_from_a_file_of_strict_json(

@@ -119,6 +119,7 @@ def same_view(x: Tensor, y: Tensor) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=nested())
 def test_any_tree_comes_back_as_it_was(tmp_path_factory, tree):

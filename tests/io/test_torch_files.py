@@ -266,6 +266,7 @@ def cost(path) -> tuple[str, int]:
     return error, int(memory)
 
 
+@pytest.mark.slow
 def test_a_zip_bomb_is_refused(path):
     torch.save({"w": torch.zeros(25_000_000)}, path)
     replace(path, {}, zipfile.ZIP_DEFLATED)
@@ -292,6 +293,7 @@ def test_an_archive_whose_records_overlap_is_refused(path):
         fdl.io.load_torch(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2**28, 2**40])
 def test_a_tensor_that_claims_more_than_there_is_takes_no_memory(saved, size):
     path = saved({"w": torch.ones(0x35)})

@@ -23,6 +23,7 @@ STOREYS = [
     {"checkpointing"},
     {"__init__"},
 ]
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 LEVEL = {unit: level for level, units in enumerate(STOREYS) for unit in units}
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -58,6 +59,35 @@ def climbs(path):
         target = name.split(".")[0]
         if target in LEVEL and target != unit and LEVEL[target] >= LEVEL[unit]:
             yield f"{path.relative_to(ROOT)}:{line}: {unit} imports {name}"
+
+
+# What a function imports since it takes long, or is not there on every platform or installation.
+IMPORTED_LATE = {
+    "PIL", "jax", "ml_dtypes", "pyarrow", "torch._dynamo", "torch._inductor", "torch.distributed",
+    "torch.utils.dlpack", "torchvision",
+}  # fmt: skip
+
+
+def late_imports(path):
+    """The modules that a file imports in its functions: (name, line)."""
+    functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, FUNCTION))
+    for node in {node for function in functions for node in ast.walk(function)}:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, node.lineno
+
+
+def is_listed(name):
+    return any(f"{name}.".startswith(f"{module}.") for module in IMPORTED_LATE)
+
+
+def test_functions_import_only_what_is_heavy():
+    found = [(path, *each) for path in FILES for each in late_imports(path)]
+    assert [each for each in found if not is_listed(each[1])] == []
+    assert {m for m in IMPORTED_LATE for _, name, _ in found if f"{name}.".startswith(f"{m}.")} == (
+        IMPORTED_LATE
+    )
 
 
 def test_every_unit_has_a_storey():

@@ -239,6 +239,7 @@ def test_targets_are_replaced_for_losses_without_weights(loss, poison):
     close_to(step(state, bad), step(state, Batch(LOGITS[MASK], y[MASK])))
 
 
+@pytest.mark.slow
 @each_model
 def test_poisoned_steps_in_a_scan_and_of_a_population(name, plain_backend):
     step, _, state, x = prepared(name)

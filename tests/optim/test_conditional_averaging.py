@@ -85,6 +85,7 @@ def test_any_number_of_gradients_leaves_the_rest_for_later(k, steps, seed):
     close(state.mean["w"], sum(gathered, torch.zeros(3).double()) / k)
 
 
+@pytest.mark.slow
 def test_accumulate_equals_multi_steps_of_optax():
     optax = pytest.importorskip("optax")
     jax = pytest.importorskip("jax")

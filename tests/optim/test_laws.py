@@ -12,6 +12,7 @@ from fdl import jit, optim, random, scan, tree
 from fdl.tree._map import match
 from tests.support.asserts import close, draw, unchanged
 from tests.support.optimizers import ALL, MATRICES, SHAPES, grads_at, run, start
+from tests.support.soak import repeats
 
 each = pytest.mark.parametrize("name", ALL)
 
@@ -110,17 +111,19 @@ def test_what_became_nan_stays_nan(name):
     assert all(lost.values()) == (name != "asgd"), lost
 
 
+@pytest.mark.slow
 @each
 def test_memory_stays_flat(name):
     opt, params = ALL[name](0.01, 0.1), begin(name)
     state = opt.init(params)
     counts = []
-    for step in range(1000):
+    steps = repeats(200, 1000)
+    for step in range(steps):
         updates, state = opt.update(grads_at(params, step % 100), state, params)
         params = optim.apply_updates(params, updates)
         if step == 9:
             old = [weakref.ref(leaf) for leaf in tree.leaves(state)]
-        if step in (9, 999):
+        if step in (9, steps - 1):
             gc.collect()
             counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
     assert counts[0] == counts[1]

@@ -92,6 +92,7 @@ def same_slots(state, slots):
 # ------------------------------------------------------------------------------ against torch
 
 
+@pytest.mark.slow
 @each_problem
 @pytest.mark.parametrize("kwargs", [*CONFIGS.values(), *MORE.values()], ids=[*CONFIGS, *MORE])
 def test_every_update_equals_torch(f, kwargs):
@@ -108,6 +109,7 @@ def test_every_update_equals_torch(f, kwargs):
     assert moved(params, begin()) > 0.01
 
 
+@pytest.mark.slow
 @each_problem
 @each_config
 def test_a_run_parts_from_torch_no_sooner_than_torch_from_itself(f, kwargs):
@@ -137,6 +139,7 @@ def wavy(seed):
     return lambda p: heights @ torch.sin(2 * waves @ p["x"] + phases) + p["x"].square().sum() / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [1e-3, 0.3, 5.0, 50.0])
 @pytest.mark.parametrize("max_eval", [1, 2, 3, 4, 7, 12])
 def test_searches_of_every_shape_equal_torch(max_eval, lr):
@@ -308,6 +311,7 @@ def test_rosenbrock_in_two_dimensions_is_solved_in_one_update():
     assert 30 < state.num_old < state.n_iter < state.func_evals < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["torch first", "ours first"])
 @pytest.mark.parametrize("kwargs", [SEARCH, {"history_size": 3, "max_iter": 2}, {"lr": 0.01}])
 def test_a_run_may_change_hands(kwargs, order):

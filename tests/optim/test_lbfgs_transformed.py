@@ -109,6 +109,7 @@ def test_gradients_stay_finite_where_nothing_is_selected():
             assert slopes["x"].isfinite().all()
 
 
+@pytest.mark.slow
 @either_search
 def test_compiled_once_equals_eager(kwargs, plain_backend, count_programs):
     opt = optim.lbfgs(**{"max_iter": 3, "history_size": 4} | kwargs)
@@ -126,6 +127,7 @@ def test_compiled_once_equals_eager(kwargs, plain_backend, count_programs):
     assert expected[1].n_iter >= 6 and expected[1].num_old == 4
 
 
+@pytest.mark.slow
 def test_compiled_gradients_equal_eager(plain_backend):
     take = twice({"max_iter": 1, "history_size": 2, **SEARCH})
     slopes = []
@@ -143,6 +145,7 @@ def regression():
     return fdl.supervised(model, losses.mse), model, (x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_train_step_solves_a_regression(backend, request):
     if backend == "aot_eager":

@@ -139,6 +139,7 @@ def run_optax(opt, steps=100):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), CASES.items(), ids=CASES)
 def test_equals_optax(name, case):
     ours, theirs = case

@@ -61,6 +61,7 @@ def test_gradients_by_where_training_starts_equal_finite_differences(momentum):
     assert along.abs() > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled_gradients_through_training_equal_eager(plain_backend):
     few = tree.map(lambda leaf: leaf[:2], batches)
     one = lambda r: grad(after_training, argnums=1)(start, r, momentum, few)  # noqa: E731
@@ -103,6 +104,7 @@ def maml():
     return module
 
 
+@pytest.mark.slow
 def test_maml_learns_to_learn_in_one_step(maml, monkeypatch):
     monkeypatch.setenv("FDL_JIT", "0")
     params = maml.train(maml.maml_loss, shots=5, steps=300)

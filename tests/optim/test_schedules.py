@@ -251,6 +251,7 @@ def test_stays_on_the_device_of_the_count(name):
     assert TABLE[name].ours(torch.tensor(3, device="meta")).device.type == "meta"
 
 
+@pytest.mark.slow
 def test_one_compiled_training_step_computes_all_schedules(plain_backend, count_programs):
     """Rate and momentum cycle as under `CyclicLR`, and beside them runs every other schedule."""
     opt = optim.sgd(ours.cyclic(0.01, 0.1, 20), ours.cyclic_momentum(step_size_up=20))

@@ -23,6 +23,7 @@ def both(case):
     return params, optim.slots(state), leaves, theirs
 
 
+@pytest.mark.slow
 @each_case
 def test_parameters_and_slots_equal_torch(case):
     params, slots, leaves, theirs = both(case)

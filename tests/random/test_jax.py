@@ -127,6 +127,7 @@ def test_signatures_are_those_of_jax(name):
     assert all(list(ours).index(p) == list(theirs).index(p) for p in both)
 
 
+@pytest.mark.slow
 def test_recorded_vectors_are_those_of_this_jax():
     for case in json.loads(VECTORS.read_text())["cases"]:
         drawn = call_jax(case["sampler"], case["seed"], case["kwargs"], case["x64"])
@@ -153,6 +154,7 @@ def test_keys_and_bits(seed, shape, data):
     assert_same(random.bits(key, shape), jax.random.bits(theirs, shape))
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, shapes, st.sampled_from(["bfloat16", "float16", "float32", "float64"]))
 def test_unit_uniform_and_bernoulli_are_the_same_bits(seed, shape, name):
@@ -190,6 +192,7 @@ INT_TYPES = ("int64", "int32", "int16", "int8", "uint8")
 corners = st.sampled_from([0, 1, -1, 2**16, 2**31 - 1, 2**32, 2**62, -(2**62)])
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, shapes, st.sampled_from(INT_TYPES), st.data())
 def test_randint_of_any_span(seed, shape, name, data):
@@ -208,6 +211,7 @@ def test_randint_of_any_span(seed, shape, name, data):
         assert torch.equal(ours, numbers)
 
 
+@pytest.mark.slow
 def test_randint_over_whole_types_and_arrays_of_bounds():
     key, theirs = random.key(6), jax_key(6)
     with x64(True):
@@ -304,6 +308,7 @@ def test_truncated_normal(name, lower, upper):
     torch.testing.assert_close(ours[middle], theirs[middle], rtol=0, atol=16 * unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [None, (50, 4), (1000, 50, 4)])
 def test_categorical(name, shape):

@@ -160,6 +160,7 @@ def row(results, i):
     return tuple({name: value[i] for name, value in group.items()} for group in results)
 
 
+@pytest.mark.slow
 def test_compiled_is_eager_and_batched_is_one_by_one():
     keys = random.split(random.key(5), 3)
     one_by_one = [everything(key, *inputs()) for key in keys]
@@ -172,6 +173,7 @@ def test_compiled_is_eager_and_batched_is_one_by_one():
         assert_same_draws(row(compiled_batch, i), reference)
 
 
+@pytest.mark.slow
 def test_traced_is_eager(plain_backend):
     key = random.key(5)
     assert_same_draws(jit(everything)(key, *inputs()), everything(key, *inputs()))

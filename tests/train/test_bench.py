@@ -77,6 +77,7 @@ ELSEWHERE = ("learner", "compile-step-cpp", "compile-step-graphs")
 IN_PROCESS = [name for name in registry.RUNNERS if name not in ELSEWHERE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("runner", IN_PROCESS)
 def test_a_runner_trains_as_the_reference_does(runner, name, references):
@@ -133,6 +134,7 @@ def test_a_task_survives_its_file(tmp_path):
     assert loaded.images and loaded.rates == (0.2, 0.5) and loaded.rows.shape == (4, 32)
 
 
+@pytest.mark.slow
 def test_a_worker_of_jax_does_not_import_torch():
     code = "import sys, train.bench.worker; print('torch' in sys.modules)"
     if HAS_JAX:
@@ -295,6 +297,7 @@ QUICK = ("--workloads", "linreg", "--rounds", 1, "--steps", 5, "--seconds", 0.01
 RUNNERS = ("fdl-eager", "learner", "eager", *(["jax-step"] if HAS_JAX else []))
 
 
+@pytest.mark.slow
 def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "find_rates", lambda setting: RATES)
     code, out, err = command(
@@ -324,6 +327,7 @@ def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
     assert entry["floor"]["bytes"] == 10 * (8 + 4 + 8) + 2 * 4 * 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_was_measured_and_leaves_no_process(command, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "find_rates", lambda setting: RATES)
     monkeypatch.setattr(

@@ -60,6 +60,7 @@ def test_run_folder_holds_configuration_metrics_curves_and_parameters(run, tmp_p
     assert (guesses == test.y).double().mean().item() == pytest.approx(last["test_accuracy"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_pass")
 def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
     options = ["--data", "sample", "--epochs", 2, "--batch-size", 500, "--compile", "off"]
@@ -95,6 +96,7 @@ def test_auto_falls_back_to_the_sample_and_says_why_in_two_lines(run, monkeypatc
     assert max(len(why), len(what)) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -197,6 +199,7 @@ def test_the_loop_equals_a_plain_loop_over_short_batches():
     assert not tree.diff(state.params, walk(config, 2)[-1].state.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [Linreg(epochs=2, examples=95)], ids=["linreg"])
 def test_compiled_and_eager_runs_agree(config):
     eager, compiled = walk(config, 4), walk(config, 4, compile=True)
@@ -210,6 +213,7 @@ def test_a_stop_ends_after_the_chunk_with_what_is_done():
     assert epoch.end == "interrupted" and epoch.examples == 60 and int(epoch.state.step) == 6
 
 
+@pytest.mark.slow
 def test_a_run_is_reproduced_by_its_seed(run, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         args = ("dropout", "--data", "sample", "--epochs", 1, "--seed", seed, "--out", name)

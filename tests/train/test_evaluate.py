@@ -44,6 +44,7 @@ def run(runs, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "bfloat16"])
 def test_eval_finds_what_the_run_reported(run, runs, name):
     code, out, _ = run("eval", name)

@@ -131,6 +131,7 @@ def accuracy(model, tmp_path, make, ending=".png"):
     return (guess(x) == labels).double().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_a_picture_however_made_is_recognised_as_well(model, tmp_path, kind):
     plain = accuracy(model, tmp_path, MADE["plain"])

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("FDL_KILLS", 3))  # make kills: 25
+from tests.support.soak import repeats
+
+KILLS = repeats(1, 25)
 LONGEST = 9.0  # seconds from the start of two processes to the death of one; training begins at 4
 OPTIONS = ["--data", "sample", "--epochs", "3", "--batch-size", "2000", "--parts", "4"]  # 30 steps
 
@@ -71,6 +73,7 @@ def check_equal(folder, whole):
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one_to_the_bit(tmp_path, whole):
     folder = tmp_path / "two"
     code, output = outcome(*launch(command(2, "dropout", *OPTIONS, "--out", folder)))
@@ -93,6 +96,7 @@ def environment_of(pid):
         return b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
     """SIGKILL to one of the two, at random moments after they have started."""
@@ -124,7 +128,7 @@ def test_killed_processes_lose_nothing_and_repeat_nothing(tmp_path):
 
 
 SWEEP = ["sweep", "dropout", *OPTIONS[:2], "--epochs", "1", "--compile", "off"]
-SWEEP += ["--grid", "lr=0.01:0.4:4log", "--grid", "momentum=0.3,0.6", "--memory", "1e-6"]
+SWEEP += ["--grid", "lr=0.01:0.4:2log", "--grid", "momentum=0.3,0.6", "--memory", "1e-6"]
 
 
 def results(folder):
@@ -132,6 +136,7 @@ def results(folder):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "several"
@@ -146,13 +151,14 @@ def test_a_sweep_is_shared_out_and_survives_the_loss_of_a_process(tmp_path):
     written = {path: path.stat().st_mtime_ns for path in done}
     code, output = outcome(launcher, said)
     assert code == 0, output
-    assert "of 8 groups are done" in output and "8 of 8" not in output
+    assert "of 4 groups are done" in output and "4 of 4" not in output
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    assert len(results(folder)) == 8 and results(folder) == results(whole)
+    assert len(results(folder)) == 4 and results(folder) == results(whole)
     name = "best/params.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "restarts", "message"),
     [

@@ -78,6 +78,7 @@ def agree(got: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-10) -> 
     assert tree.diff(expected, got, rtol=rtol, atol=atol) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_compiled_equals_eager(dtype: torch.dtype) -> None:
     """All recipes as one function, which takes far less time to compile than each alone."""
@@ -134,6 +135,7 @@ def in_parts(run: Run) -> Any:
     return state, tree.map(lambda *rows: torch.cat(rows), *found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_steps_bodies_parts_and_graphs_equal_eager(name: str, stand_in: StandIn) -> None:
     run = prepare(name, torch.float64)
@@ -146,6 +148,7 @@ def test_steps_bodies_parts_and_graphs_equal_eager(name: str, stand_in: StandIn)
     assert stand_in.replayed == STEPS + STEPS // 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
     name: str, monkeypatch: pytest.MonkeyPatch

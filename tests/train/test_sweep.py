@@ -77,6 +77,7 @@ def test_a_wrong_grid_is_refused(given, text):
         grid.parse(given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -97,6 +98,7 @@ def test_a_wrong_option_ends_with_2(run, options, text):
 # -------------------------------------------------------------------- as the ordinary runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "axes", "points"),
     [
@@ -125,6 +127,7 @@ def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
         close(found[point], ordinary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [["lr=0.03,0.003", "momentum=0,0.01", "weight_decay=0,9"]])
 @pytest.mark.parametrize("recipe", ["linreg", "weight-decay"])
 def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
@@ -153,6 +156,7 @@ def test_the_best_is_an_ordinary_run_that_goes_on(run, recipe, axes):
     assert tree.diff(whole, resumed, rtol=1e-4, atol=1e-5) == []
 
 
+@pytest.mark.slow
 def test_groups_that_fit_the_memory_give_what_one_gives(run):
     axes = ["--grid", "lr=0.01:0.1:5log"]
     _, whole, _ = run("sweep", *LINREG, *axes, "--out", "whole")
@@ -165,6 +169,7 @@ def test_groups_that_fit_the_memory_give_what_one_gives(run):
     assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
 
 
+@pytest.mark.slow
 def test_compiled_as_eager(run):
     axes = ["--grid", "lr=0.01,0.1", "--grid", "seed=0:2"]
     run("sweep", *LINREG, *axes, "--out", "eager")
@@ -177,6 +182,7 @@ def test_compiled_as_eager(run):
 # ------------------------------------------------------------------------- how it may end
 
 
+@pytest.mark.slow
 def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
     code, out, _ = run("sweep", *LINREG, "--grid", "lr=0.1,1e30", "--out", "sweep")
     good, bad = lines("sweep")
@@ -201,6 +207,7 @@ def test_best_values_are_the_best_over_further_axes(metric):
     assert torch.tensor(row).allclose(best[:, 0].float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
     make, options = group.make_programs, ("--grid", "lr=0.1,0.4", "--grid", "momentum=0.1,0.5")
@@ -239,6 +246,7 @@ def same(folder, whole):
     assert tree.diff(one, other, rtol=1e-5, atol=1e-6) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -258,6 +266,7 @@ def test_a_sweep_goes_on_as_it_began(run, args, message):
     assert Path("sweep/results.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_by_images_that_no_member_trained_on_and_tests_the_best_alone(run):
     """Its accuracies are those of the parameters it has saved, on the images documented."""
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep"]
@@ -288,6 +297,7 @@ def test_what_a_sweep_chooses_by(share):
     assert results.best_of(found).point == {"seed": 2 if share else 1}
 
 
+@pytest.mark.slow
 def test_a_sweep_stands_for_its_best_run(run):
     for folder in ("sweeps/a", "sweeps/b"):
         run("sweep", *LINREG, "--grid", "lr=0.01,0.1", "--out", folder)
@@ -299,6 +309,7 @@ def test_a_sweep_stands_for_its_best_run(run):
     assert code == 0 and "the newest sweep in sweeps: sweeps/b" in out
 
 
+@pytest.mark.slow
 def test_without_a_validation_set_the_choice_is_said_to_flatter(run):
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--validation", 0]
     code, out, _ = run("sweep", "softmax", *options)
@@ -307,6 +318,7 @@ def test_without_a_validation_set_the_choice_is_said_to_flatter(run):
     assert "which flatters it" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
     """Its options name none, its numbers may be NaN, and an epoch was one pass."""
     options = [*DROPOUT[1:], "--grid", "lr=0.05,0.4", "--out", "sweep", "--memory", 1e-5]
@@ -327,12 +339,14 @@ def test_a_sweep_from_before_there_was_a_validation_set_goes_on(run):
     assert run("eval", "sweep/best")[0] == 0
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_are_saved_with_the_best(run):
     options = ["--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off"]
     assert run("sweep", "lenet-bn", *options, "--grid", "lr=0.1", "--out", "sweep")[0] == 0
     assert "running_var" in fdl.io.load("sweep/best/params.safetensors")["fc"]["1"]
 
 
+@pytest.mark.slow
 def test_each_seed_is_scored_on_its_own_data_where_data_are_drawn(run):
     options = ["weight-decay", "--epochs", 2, "--compile", "off", "--validation", 0]
     assert run("sweep", *options, "--grid", "seed=0:3", "--out", "sweep")[0] == 0

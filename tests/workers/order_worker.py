@@ -1,11 +1,9 @@
 """One of two processes whose dicts were filled in other orders: see tests/parallel/test_step.py.
 
-`python -m tests.workers.order_worker FOLDER RANK SIZE DEVICE`, each with the same FOLDER. The
-second process has the keys of every dict reversed: parameters, buffers, metrics, batches. Nothing
-may come of it.
+`python -m tests.workers.forks order_worker FOLDER 2 cpu` runs both. The second process has the keys
+of every dict reversed: parameters, buffers, metrics, batches. Nothing may come of it.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,7 +218,3 @@ def main(folder: Path, rank: int, size: int, device: str) -> None:
     saves(mesh, folder)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,10 +1,9 @@
 """One process of several that share out a state: see tests/parallel/test_step.py.
 
-`python -m tests.workers.shard_worker FOLDER RANK SIZE DEVICE`, each with the same FOLDER; DEVICE
-is cpu or cuda.
+`python -m tests.workers.forks shard_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu
+or cuda.
 """
 
-import sys
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -253,7 +252,3 @@ def main(folder: Path, rank: int, size: int, device: str) -> None:
         check(mesh)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

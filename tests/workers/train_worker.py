@@ -1,7 +1,7 @@
 """One process of several that train together: see tests/parallel/test_step.py.
 
-`python -m tests.workers.train_worker FOLDER RANK SIZE DEVICE`, each with the same FOLDER; DEVICE
-is cpu or cuda.
+`python -m tests.workers.forks train_worker FOLDER SIZE DEVICE` runs all of them; DEVICE is cpu
+or cuda.
 """
 
 import sys
@@ -17,12 +17,17 @@ from torch.func import grad
 import fdl
 import models
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
+from tests.support.soak import repeats
 from tests.training.test_trajectories import RECIPES, images
 from train.bench.scaling import all_reduce_bytes, sent_bytes
 
-STEPS = 50
+STEPS = repeats(20, 50)
 ROUTES = {"cpu": "one program", "cuda": "CUDA graph"}
 EXACT = ["linreg", "linreg-decay", "weight-decay", "softmax", "mlp", "lenet"]
+
+
+def first_steps(batches):
+    return tree.map(lambda leaf: leaf[:STEPS], batches)
 
 
 def padded(batches, size):
@@ -58,12 +63,12 @@ def prepare(model, opt, mesh):
 
 
 def trains_as_one_process(mesh):
-    """50 steps of each recipe that draws nothing, in parts of unequal length, against the whole."""
+    """Steps of each recipe that draws nothing, in parts of unequal length, against the whole."""
     for name in EXACT:
         recipe = RECIPES[name]()
         loss = fdl.supervised(recipe.model, recipe.loss)
         start = prepare(recipe.model, recipe.opt, mesh)
-        whole = on(mesh, padded(recipe.batches, mesh.size()))
+        whole = on(mesh, padded(first_steps(recipe.batches), mesh.size()))
         alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
         mine = parallel.own_rows(whole, mesh)
         state, found = scan(parallel.train_step(loss, recipe.opt, mesh), start, mine)
@@ -155,7 +160,7 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
 
 
 def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
-    """The rest of the recipes: 50 steps in float64, on one process and on several."""
+    """The rest of the recipes: steps in float64, on one process and on several."""
     dropout = RECIPES["dropout"]()
     found = {
         "dropout": (dropout.model, dropout.opt, dropout.batches),
@@ -163,7 +168,7 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
     }
     for name, (model, opt, batches) in found.items():
         loss = fdl.supervised(model, losses.cross_entropy)
-        begin, batches = prepare(model, opt, mesh), on(mesh, batches)
+        begin, batches = prepare(model, opt, mesh), on(mesh, first_steps(batches))
         alone = scan(parallel.train_step(loss, opt, None, microbatches=4), begin, batches)
         step = parallel.train_step(loss, opt, mesh, microbatches=4)
         together = scan(step, begin, parallel.own_rows(batches, mesh))
@@ -177,7 +182,7 @@ def in_parts_the_gradient_is_that_of_the_whole(mesh):
     recipe = RECIPES["mlp"]()
     loss = fdl.supervised(recipe.model, recipe.loss)
     start = prepare(recipe.model, recipe.opt, mesh)
-    whole = on(mesh, padded(recipe.batches, 8))
+    whole = on(mesh, padded(first_steps(recipe.batches), 8))
     alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
     mine = parallel.own_rows(whole, mesh)
     found = scan(parallel.train_step(loss, recipe.opt, mesh, microbatches=8), start, mine)
@@ -329,7 +334,3 @@ def main(folder: Path, rank: int, size: int, device: str) -> None:
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match=r"parallel\.own_rows: no process group is initialised"):
         parallel.own_rows(torch.zeros(1, size), mesh)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
