@@ -180,7 +180,7 @@ plt.show()
 # A pure step costs more in eager mode, since `grad` and the new trees are Python too. Compiled,
 # that is gone: the trees exist while the program is made, and not when it runs. Compiling has to
 # be won back, though. The compiler keeps its files on disk, and this notebook had run here
-# before; the README gives 7.4 s for a perceptron without them:
+# before; the [benchmark](../docs/benchmark.md) gives 7.4 s for a perceptron without them:
 
 # %%
 saved = median["nn.Module, eager"] - median["jit(scan(step))"]
@@ -190,8 +190,8 @@ for took, where in ((here, "here"), (7.4, "on a machine that compiles it for the
 
 # %% [markdown]
 # So a short run is better left eager (`python -m train --compile auto` times a few steps and
-# decides). The gain is largest where steps are small; the README has the table for six recipes, and
-# against JAX.
+# decides). The gain is largest where steps are small; the [benchmark](../docs/benchmark.md)
+# has the table for six recipes, and against JAX.
 
 # %% [markdown]
 # ## What compiles again, and what does not
