@@ -46,6 +46,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, donate", [("momentum", ()), ("schedule", (0,))], ids=["kept", "donated"]
 )

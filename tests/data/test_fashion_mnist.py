@@ -90,6 +90,7 @@ def same(got: data.Dataset, files: dict[str, bytes]) -> bool:
 # The files
 
 
+@pytest.mark.slow
 @pytest.mark.curriculum("D1")
 @needs_full_data
 @SPLITS

@@ -203,6 +203,7 @@ def test_each_member_of_a_population_has_its_own_plateaus(options):
         assert found == [lr for (lr,) in torch_rates(row, **options)]
 
 
+@pytest.mark.slow
 def test_one_compiled_program_looks_300_times(count_programs):
     """All cases in one program, by Inductor, each with its own walk."""
     opts = {name: optim.reduce_on_plateau(optim.sgd(0.3), **o) for name, o in CASES.items()}

@@ -55,6 +55,7 @@ def test_eval_finds_what_the_run_reported(run, runs, name):
     assert accuracy == f"test accuracy {last['test_accuracy']:.6g}"
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_without_test_data(run):
     code, out, _ = run("eval", "linreg")
     assert code == 0 and "linreg after step 300" in out
