@@ -159,6 +159,7 @@ def test_dropping_the_only_batch_is_refused() -> None:
         data.epoch_indices(random.key(0), 5, 6, drop_last=True)
 
 
+@pytest.mark.slow
 def test_epoch_indices_under_vmap_and_compile() -> None:
     keys = random.split(random.key(0), 3)
     for drop_last in (False, True):

@@ -95,6 +95,7 @@ def test_also_with_values_that_are_not_finite(
     assert rates(opt, values) == torch_rates(values, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(-10, 10), min_size=20, max_size=60),
