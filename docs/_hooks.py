@@ -41,7 +41,7 @@ def documented() -> dict[str, ModuleType]:
 # The names of a long page, in the order in which a reader looks for them; others are alphabetical.
 GROUPS = {
     "fdl": {
-        "Training": "TrainState supervised train_step eval_step update_bn",
+        "Training": "TrainState supervised StatefulLoss train_step eval_step update_bn",
         "Compiling": "jit scan map disable_jit Jitted Report",
         "Modules": "nn losses metrics optim data random tree transforms population parallel"
         " interop io checkpointing",

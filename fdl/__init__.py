@@ -18,12 +18,13 @@ from fdl import (
     tree,
 )
 from fdl._compiler import Jitted, Report, disable_jit, jit, map, scan
-from fdl._training import TrainState, eval_step, supervised, train_step, update_bn
+from fdl._training import StatefulLoss, TrainState, eval_step, supervised, train_step, update_bn
 from fdl._version import __version__ as __version__
 
 __all__ = [
     "Jitted",
     "Report",
+    "StatefulLoss",
     "TrainState",
     "checkpointing",
     "data",

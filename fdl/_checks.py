@@ -1,6 +1,11 @@
-"""Checks of arguments that several packages share."""
+"""Argument checks shared by several packages."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
 
 
 def check_positive(caller: str, name: str, value: int) -> None:
@@ -9,3 +14,22 @@ def check_positive(caller: str, name: str, value: int) -> None:
         raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
+
+
+def describe(x: Any) -> str:
+    """Describe an argument by type, shape and dtype, never by its values.
+
+    >>> import torch
+    >>> describe(torch.zeros(2)), describe(0.5), describe(int)
+    ('a tensor float32[2]', 'a float', 'the class int')
+    """
+    if isinstance(x, Tensor):
+        return f"a tensor {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    if inspect.isclass(x):
+        return f"the class {x.__name__}"
+    if inspect.isroutine(x):
+        return f"the function {getattr(x, '__name__', 'without a name')}"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{type(x).__module__.partition('.')[0]} {x.dtype}{list(x.shape)}"
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Make a path of what a user gave, with `~` as the home folder, as a shell does it.
+    """Convert a user's path to a `Path`, with `~` as the home folder.
 
     >>> expanded("~/run") == Path.home() / "run", expanded("a~/b")
     (True, PosixPath('a~/b'))
@@ -21,18 +21,18 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that after a crash, at any moment, there is the old one or the new one.
+def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that a crash at any time leaves either the old or the new one.
 
-    The content goes to a temporary file in the same folder and to the disk before the name does:
-    write, flush, fsync, rename, fsync of the folder. After an error nothing is left behind.
+    The content is written to a temporary file in the same folder: write, flush, fsync, rename,
+    fsync of the folder. After an error the temporary file is removed.
 
-    An old file gives the new one its permissions, and its owner where that is allowed. Symbolic
-    links stay, and the file they lead to is written; a hard link to the old file keeps that one.
+    The new file gets the permissions of the old one, and its owner if possible. Symbolic links are
+    followed; a hard link to the old file keeps the old content.
 
     Args:
         path: the file; an old one is replaced.
-        write: puts the content into the open file, at which it may also seek.
+        write: function that writes the content to the open file; it may seek.
 
     Raises:
         OSError: the folder or the old file cannot be written, `path` is a folder or a device, or
@@ -40,19 +40,19 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None])
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_whole(f"{folder}/note", lambda file: print(file.write(b"whole"), file.tell()))
+    ...     atomic_write(f"{folder}/note", lambda file: print(file.write(b"whole"), file.tell()))
     ...     Path(folder, "note").read_bytes()
     5 5
     b'whole'
     """
     target, old = _target(expanded(path))
-    # Short, so that it fits where the name does; still that of the file, to be recognised by.
+    # Short enough for the file system, and recognisable by the name of the file.
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(8)}")
     try:
-        # Opened like any file, so that a new one gets the usual permissions.
+        # Opened normally, so that a new file gets the usual permissions.
         file = temporary.open("xb")
     except OSError as error:
-        reason = f"{error.strerror}: cannot make a file in {target.parent}"
+        reason = f"{error.strerror}: cannot create a file in {target.parent}"
         raise OSError(error.errno, reason, os.fspath(target)) from error
     try:
         with file:
@@ -69,15 +69,15 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None])
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
-    """Follow symbolic links to the file that is meant; return what is there already as well."""
+    """Resolve symbolic links; return the target and its `stat`, None if it does not exist."""
     target = Path(os.path.realpath(path))
     try:
-        old = target.stat()  # raises for a link that leads back to itself
+        old = target.stat()  # raises for a link to itself
     except FileNotFoundError:
         return target, None
     if stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", os.fspath(path))
-    if not stat.S_ISREG(old.st_mode):  # a device or a pipe would be replaced by a file
+    if not stat.S_ISREG(old.st_mode):  # a file would replace a device or a pipe
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "the file is read-only", os.fspath(path))
@@ -85,7 +85,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
 
 
 def _take_over(descriptor: int, old: os.stat_result) -> None:
-    """Give an open file the owner, where that is allowed, and the permissions of an old one."""
+    """Give an open file the permissions of an old one, and its owner if possible."""
     new = os.fstat(descriptor)
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         with contextlib.suppress(PermissionError):
@@ -94,7 +94,7 @@ def _take_over(descriptor: int, old: os.stat_result) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the names in a folder, new and removed ones, survive a power cut.
+    """Flush the entries of a folder to the disk, so that they survive a power failure.
 
     >>> sync_folder(".")
     """

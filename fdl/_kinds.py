@@ -1,19 +1,19 @@
-"""The classes that a file of a tree may name."""
+"""The NamedTuples that files of trees refer to by name."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-KINDS: dict[str, type] = {}  # the names stand in files: one may be added, none changed
+KINDS: dict[str, type] = {}  # the names are in files: add some, change none
 NAMES: dict[type, str] = {}
 
 Kind = TypeVar("Kind", bound=type)
 
 
 def register(kind: Kind) -> Kind:
-    """Let files name a class, as `fdl.` and its name, wherever the class is defined.
+    """Let files refer to a NamedTuple as `fdl.` and its name, wherever it is defined (a decorator).
 
-    A decorator for NamedTuples. Reading a file looks a name up here and imports nothing.
+    A reader of files looks names up here, and imports nothing.
 
     >>> from fdl.metrics import Mean
     >>> KINDS["fdl.Mean"] is Mean, NAMES[Mean]

@@ -1,7 +1,7 @@
-"""What is masked does not count: the one way in which the library leaves rows of a batch out.
+"""Masked rows: how the whole library leaves rows of a batch out.
 
-Rows are replaced, never multiplied by 0, since 0 · NaN is NaN. They are replaced before anything is
-computed from them, because 0 times the derivative of what a mask hides may be NaN as well.
+Masked rows are replaced, never multiplied by 0, since 0 · NaN is NaN. They are replaced before
+anything is computed from them, since 0 times the derivative at a masked row may be NaN too.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 from fdl._numerics import keep
 from fdl.tree import Tree
 
-__all__ = ["filled", "per_row", "sums"]
+__all__ = ["fill_masked", "per_row", "weighted_sums"]
 
 
-def filled(mask: Tensor, x: Tree) -> Tree:
-    """Replace the rows that do not count by rows on which any model is safe.
+def fill_masked(mask: Tensor, x: Tree) -> Tree:
+    """Replace masked rows by rows on which any model is as safe as on data.
 
-    They become copies of the first row if that counts, as it does in each batch that `data.gather`
-    pads: a model that takes logarithms or divides by norms is as safe on a copy as on the row
-    itself. If it does not count, floating leaves are filled with numbers from 1 to 2, of which no
-    norm, variance or logarithm is degenerate, and others with 0. (To look for a row that counts
-    would take a fifth of a step of softmax regression.)
+    They become copies of the first row if it is not masked, as in each batch that `data.batch`
+    pads: a model that takes logarithms or divides by norms is as safe on the copy as on the row. If
+    the first row is masked, floating leaves are filled with numbers from 1 to 2, whose norm,
+    variance and logarithm are not degenerate, and other leaves with 0. (Searching for a row that is
+    not masked would take a fifth of a step of softmax regression.)
 
     Args:
         mask: `[batch]`, bool, or numbers of which 0 leaves a row out.
-        x: leaves `[batch, ...]` of any dtype; others stay as they are.
+        x: leaves `[batch, ...]` of any dtype; leaves of another shape are returned unchanged.
 
-    >>> filled(torch.tensor([True, False]), torch.tensor([[3.0], [torch.nan]]))
+    >>> fill_masked(torch.tensor([True, False]), torch.tensor([[3.0], [torch.nan]]))
     tensor([[3.],
             [3.]])
     """
@@ -53,7 +53,7 @@ def _harmless(like: Tensor) -> Tensor:
 
 
 def per_row(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Average `[batch, ...]` over all axes but the first: `[batch]`, of `dtype`.
+    """Average `[batch, ...]` over all axes but the first; the result is `[batch]`, of `dtype`.
 
     >>> per_row(torch.tensor([[1.0, 3.0], [4.0, 4.0]]))
     tensor([2., 4.], dtype=torch.float64)
@@ -61,20 +61,20 @@ def per_row(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return values.flatten(1).mean(1, dtype=dtype) if values.ndim > 1 else values.to(dtype)
 
 
-def sums(
+def weighted_sums(
     values: Tensor, weights: Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Add up `[batch, ...]`, averaged over further axes, and the weights: `[]` each, of `dtype`.
+    """Return Σ wᵢ valueᵢ and Σ wᵢ, both `[]`; axes of `values` after the first are averaged.
 
-    A value of weight 0 may be anything, NaN as well. The derivative with respect to a floating
-    weight is the value, if that is finite, also where the weight is 0.
+    A value of weight 0 may be anything, even NaN. The derivative with respect to a floating weight
+    is the value if that is finite, also at weight 0.
 
     Args:
         values: `[batch, ...]`, of any real dtype.
-        weights: `[batch]`, a bool mask or numbers; 1 if None.
-        dtype: in which to add, and of the results.
+        weights: `[batch]`, a bool mask or numbers; if None, all are 1.
+        dtype: dtype of the sums.
 
-    >>> sums(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+    >>> weighted_sums(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
     (tensor(1., dtype=torch.float64), tensor(1., dtype=torch.float64))
     """
     each = per_row(values, dtype)

@@ -1,12 +1,12 @@
-"""Numerics that the whole library shares: the norm, what is left out, the precision of sums.
+"""Numerics that the whole library shares: norms, masked values, precision of sums, the best value.
 
-Each has one home, so that a rule found out the hard way holds everywhere:
+Each rule is written once, so that it holds everywhere:
 
-- A norm has a derivative of every order at 0, and neither overflows nor vanishes where its value
-  would not: `norm`, `global_norm`, `row_norms`, never `torch.linalg.vector_norm`.
-- What does not count is replaced, never multiplied by 0: 0 · NaN is NaN. `keep`.
-- Sums are taken in at least 32 bits: `at_least_32_bits`.
-- NaN and the infinities are never the best of some numbers: `best_index`, `best_row`.
+- A norm has derivatives of every order at 0, and neither overflows nor underflows unless its value
+  does: use `norm`, `global_norm` and `row_norms`, never `torch.linalg.vector_norm`.
+- Masked values are replaced, never multiplied by 0, since 0 · NaN is NaN: use `keep`.
+- Sums are computed in at least 32 bits: use `at_least_32_bits`.
+- NaN and infinities are never the best: use `best_index` and `best_row`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ __all__ = [
 
 
 def root(x: Tensor) -> Tensor:
-    """Take the square root with derivative 0 at 0, where that of `torch.sqrt` is infinite.
+    """Return the square root, with derivative 0 at 0, where that of `torch.sqrt` is infinite.
 
-    A leaf whose gradient has been 0 so far would otherwise turn the derivative of a whole training
-    run into NaN.
+    Otherwise a leaf whose gradient has always been 0 would make the derivative of a whole training
+    run NaN.
 
     >>> torch.func.grad(root)(torch.tensor(0.0)), torch.func.grad(root)(torch.tensor(4.0))
     (tensor(0.), tensor(0.2500))
     """
-    none = x <= 0  # False for NaN, so that NaN stays NaN
-    return torch.where(none, 0.0, torch.where(none, 1.0, x).sqrt())
+    is_zero = x <= 0  # False for NaN, so that NaN propagates
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
 
 
 def at_least_32_bits(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to compute what would be lost in 16 bits.
+    """Return the dtype in which to compute with `x`: its own, but at least float32.
 
     >>> at_least_32_bits(torch.ones(1).bfloat16()), at_least_32_bits(torch.ones(1).double())
     (torch.float32, torch.float64)
@@ -58,16 +58,16 @@ def at_least_32_bits(x: Tensor) -> torch.dtype:
 
 
 def norm(x: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
-    """Take the Euclidean norm, in at least 32 bits; its derivatives of every order are 0 at 0.
+    """Return the Euclidean norm, in at least 32 bits; all its derivatives at 0 are 0.
 
-    `torch.linalg.vector_norm` has NaN for a second derivative at 0, and loses up to 0.6 % of the
-    norm of a few million numbers. Squares are added in float64, in which those of float32 neither
-    overflow nor vanish.
+    The second derivative of `torch.linalg.vector_norm` at 0 is NaN, and its value is up to 0.6 %
+    too small for a few million numbers. Squares are added in float64, in which those of float32
+    neither overflow nor underflow.
 
     Args:
         x: floating, any shape.
-        dim: the axes to reduce; all of them if None, none of them if `()`.
-        keepdim: keep those axes with the size 1.
+        dim: the axes to reduce; None means all, `()` none.
+        keepdim: if True, keep the reduced axes with size 1.
 
     >>> norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=1)
     tensor([5., 0.])
@@ -78,7 +78,7 @@ def norm(x: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = Fa
 
 
 def global_norm(tree: Tree) -> Tensor:
-    """Take the norm over all leaves of a tree together: float64 []; None leaves are left out.
+    """Return the norm over all leaves of a tree together, float64 `[]`; None leaves are ignored.
 
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0), "frozen": None})
     tensor(5., dtype=torch.float64)
@@ -88,7 +88,7 @@ def global_norm(tree: Tree) -> Tensor:
 
 
 def row_norms(tree: Tree) -> Tensor:
-    """Take the norm of each row over all leaves `[rows, ...]` of a tree together: float64 [rows].
+    """Return the norm of each row over all leaves `[rows, ...]` of a tree: float64 `[rows]`.
 
     >>> row_norms({"w": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([4.0, 0.0])})
     tensor([5., 0.], dtype=torch.float64)
@@ -105,7 +105,7 @@ def _wide_norm(
     large = x.dtype is torch.float32 and x.numel() > 4096
     if large and axes and axes == last and is_visible(x):
         quick = _norm_in_blocks(x, len(last))
-        if ((quick > 1e-12) & quick.isfinite()).all():  # else squares may have vanished
+        if ((quick > 1e-12) & quick.isfinite()).all():  # otherwise squares may have underflowed
             return quick.view(*quick.shape, *[1] * len(axes)) if keepdim else quick
     wide = x.double()
     squares = wide * wide
@@ -113,9 +113,9 @@ def _wide_norm(
 
 
 def _norm_in_blocks(x: Tensor, axes: int) -> Tensor:
-    """Take the norm over the last axes, squares in float32, sums of 128 of them in float64.
+    """Return the norm over the last axes: blocks of 128 in float32, their sum in float64.
 
-    Twenty times as fast as a sum in float64 throughout, and right to 1e-7 as well.
+    This is twenty times as fast as float64 throughout, and also accurate to 1e-7.
     """
     flat = x.flatten(x.ndim - axes)
     whole = flat.shape[-1] // 128 * 128
@@ -125,10 +125,10 @@ def _norm_in_blocks(x: Tensor, axes: int) -> Tensor:
 
 
 def is_visible(x: Tensor) -> bool:
-    """Say whether Python may read the values of a tensor, and nothing differentiates it.
+    """Return whether Python may read the values of a tensor, and nothing differentiates it.
 
-    What is faster for most values, and not right for all, may be chosen then. Not on a GPU, for
-    whose results Python would have to wait.
+    If so, a computation that is faster but not right for all values may be chosen by the values.
+    False for a tensor on a GPU, since Python would have to wait for it.
 
     >>> is_visible(torch.ones(1)), torch.vmap(lambda x: torch.tensor(is_visible(x)))(torch.ones(1))
     (True, tensor([False]))
@@ -139,9 +139,9 @@ def is_visible(x: Tensor) -> bool:
 
 
 def keep(counts: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
-    """Keep the rows of `x` `[batch, ...]` that count, and put `other` where they do not.
+    """Keep the rows of `x` `[batch, ...]` that count, and replace the others by `other`.
 
-    The rows left out may hold anything, NaN as well: neither values nor derivatives see them.
+    The replaced rows may hold anything, even NaN: they affect neither values nor derivatives.
 
     Args:
         counts: `[batch]`, bool, or numbers of which 0 leaves a row out.
@@ -157,13 +157,13 @@ def keep(counts: Tensor, x: Tensor, other: Tensor | float = 0) -> Tensor:
 
 
 def best_index(values: Sequence[float], mode: Literal["min", "max"] = "min") -> int | None:
-    """Return the index of the best number, the first of equals; None where none is finite.
+    """Return the index of the best finite number, the first of equals; None if none is finite.
 
-    NaN, +inf and -inf never win, in neither mode: each is what a run that diverged reports.
+    NaN, +inf and -inf never win in either mode: a diverged run may report any of them.
 
     Args:
-        values: numbers of the host.
-        mode: whether the smallest or the largest is the best.
+        values: Python numbers.
+        mode: "min" if the smallest is the best, "max" if the largest is.
 
     >>> best_index([0.5, float("nan"), 0.2, float("-inf")]), best_index([float("inf")], "max")
     (2, None)
@@ -177,10 +177,10 @@ def best_row(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the index of the smallest finite number, and whether there is one; see `best_index`.
 
     Args:
-        values: floating `[n]`, n at least 1.
+        values: floating `[n]`, with n at least 1.
 
     Returns:
-        int64 [], which is 0 where no number is finite, and bool [].
+        int64 `[]`, which is 0 if no number is finite, and bool `[]`.
 
     >>> best_row(torch.tensor([0.5, torch.nan, 0.2, -torch.inf]))
     (tensor(2), tensor(True))

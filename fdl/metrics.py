@@ -1,4 +1,4 @@
-"""Metrics as running means that are exact for batches of unequal size."""
+"""Metrics as running means, exact for batches of unequal size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from fdl._kinds import register
-from fdl._masks import sums
+from fdl._masks import weighted_sums
 
 __all__ = ["Mean", "accuracy", "mean"]
 
 
 @register
 class Mean(NamedTuple):
-    """A mean that is still a sum and a count: adding two merges them, `.value` divides.
+    """A mean stored as a sum and a count: `+` merges two means, `.value` divides.
 
-    Means stacked by `scan` are merged by `.sum()`.
+    Merge means that `scan` has stacked with `.sum()`.
 
     >>> a, b = mean(torch.tensor([1.0, 2.0, 3.0])), mean(torch.tensor([10.0]))
     >>> (a + b).value, sum([a, b]).value
@@ -25,21 +25,21 @@ class Mean(NamedTuple):
     """
 
     total: Tensor  # float64 []
-    count: Tensor  # type: ignore[assignment]  # float64 [], the weights added up
+    count: Tensor  # type: ignore[assignment]  # float64 [], the sum of the weights
 
     @property
     def value(self) -> Tensor:
-        """The mean, NaN where nothing was counted."""
+        """The mean; NaN if the count is 0."""
         return self.total / self.count
 
     def __add__(self, other: Any) -> Mean:  # merges, where a tuple would concatenate
         return Mean(self.total + other.total, self.count + other.count)
 
-    def __radd__(self, other: Any) -> Mean:  # what `sum` begins with
+    def __radd__(self, other: Any) -> Mean:  # the built-in `sum` starts with 0
         return self if other == 0 else NotImplemented
 
     def sum(self) -> Mean:
-        """Merge the means along the first axis, as `scan` stacks them."""
+        """Merge means along the first axis, along which `scan` stacks them."""
         return Mean(self.total.sum(0), self.count.sum(0))
 
 
@@ -48,8 +48,8 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
 
     Args:
         values: `[batch, ...]`; further axes are averaged as well.
-        weights: `[batch]`, the weight of each example, 1 if None; a value of weight 0 may be
-            anything, NaN as well.
+        weights: `[batch]`, the weight of each example; if None, all are 1. A value of weight 0 may
+            be anything, even NaN.
 
     Raises:
         ValueError: `weights` does not have the shape `[batch]`.
@@ -59,7 +59,7 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
     """
     if weights is not None:
         check_weights("metrics.mean", values, weights)
-    return Mean(*sums(values, weights))
+    return Mean(*weighted_sums(values, weights))
 
 
 def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
@@ -69,13 +69,13 @@ def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
     """
     if weights.shape != values.shape[:1]:
         raise ValueError(
-            f"{caller}: weights must have the shape {list(values.shape[:1])} of one number per "
+            f"{caller}: weights must have the shape {list(values.shape[:1])}, one number per "
             f"example, got {list(weights.shape)}"
         )
 
 
 def check_labels(caller: str, logits: Tensor, labels: Tensor) -> None:
-    """Raise unless `labels` are `[batch]` for logits `[batch, classes]`: nothing is broadcast.
+    """Raise unless `labels` is `[batch]` for logits `[batch, classes]`: nothing is broadcast.
 
     >>> check_labels("accuracy", torch.zeros(3, 2), torch.tensor([0, 1, 1]))
     """
@@ -87,19 +87,19 @@ def check_labels(caller: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def accuracy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Mean:
-    """Count how often the largest logit is that of the label; a row with a NaN counts as wrong.
+    """Return the fraction of rows whose largest logit is the label's; a row with a NaN is wrong.
 
     Args:
         logits: `[batch, classes]`.
         labels: `[batch]`, of any integer dtype.
-        weights: `[batch]`, a bool mask or numbers; 1 if None.
+        weights: `[batch]`, a bool mask or numbers; if None, all are 1.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).value
     tensor(0.5000, dtype=torch.float64)
     """
     check_labels("accuracy", logits, labels)
-    unknown = torch.amax(logits, -1).isnan()  # a NaN counts as the largest, for argmax as well
-    return mean((logits.argmax(-1) == labels) & ~unknown, weights)
+    has_nan = torch.amax(logits, -1).isnan()  # amax returns NaN if there is one
+    return mean((logits.argmax(-1) == labels) & ~has_nan, weights)

@@ -1,13 +1,13 @@
 """Many models at once: a population is a `TrainState` whose leaves have a first axis, the members.
 
-Nothing else about training changes: `vmap` of a step trains the population, a `scan` of that is its
-epoch, and `fdl.jit` makes one program of it.
+Nothing else about training changes: `vmap` a step to train all members, `scan` that for an epoch,
+and compile it with `fdl.jit`.
 
     states = population.create(model, opt, random.split(random.key(0), 16), {"lr": rates})
-    step   = torch.vmap(fdl.train_step(loss, opt), in_dims=(0, None))   # one batch, for all members
+    step   = torch.vmap(fdl.train_step(loss, opt), in_dims=(0, None))   # one batch for all members
     epoch  = lambda states, batches: fdl.scan(step, states, batches)
 
-Members never meet: one whose loss overflows leaves the others as they are.
+Members are independent: if the loss of one overflows, the others are not affected.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ def create(
     keys: Tensor,
     hyperparams: Mapping[str, Tensor] | None = None,
 ) -> TrainState:
-    """Draw the parameters of every member: `TrainState.create` for each key, bit for bit.
+    """Initialise every member: `TrainState.create` for each key, bit for bit.
 
     Args:
-        model: what to train.
-        opt: what to train it with. A rate that is to be set must be in its state, so give it
-            another value than the number 0, which leaves it out.
-        keys: int64 [members, 2], as `random.split` gives them.
-        hyperparams: values by the names of `optim.hyperparams`: [members], or [] for all alike.
+        model: the model to train.
+        opt: the optimizer to train it with. A rate given as the number 0 is left out of its state
+            and cannot be set, so give the rates in `hyperparams` another value.
+        keys: int64 `[members, 2]`, as `random.split` returns them.
+        hyperparams: values by the names of `optim.hyperparams`: `[members]`, or `[]` for one value
+            for all.
 
     Returns:
-        A state in which every leaf has the first axis [members].
+        A state in which every leaf is `[members, ...]`.
 
     Raises:
-        TypeError: a hyperparameter that is not a tensor.
-        ValueError: keys or a hyperparameter of another shape, or a name that cannot be set (what
-            can be is listed).
+        TypeError: `model` is not a model, or a hyperparameter is not a tensor.
+        ValueError: `keys` or a hyperparameter has another shape, or a name cannot be set (the error
+            lists those that can).
 
     >>> from fdl import nn, random
     >>> keys = random.split(random.key(0), 3)
@@ -62,7 +63,7 @@ def create(
     if keys.ndim != 2 or keys.shape[1] != 2 or not len(keys):
         raise ValueError(
             f"population.create: keys must have the shape [members, 2], got {list(keys.shape)}; "
-            "random.split(key, members) makes them"
+            "make them with random.split(key, members)"
         )
     values = dict(hyperparams or {})
     for name, value in values.items():
@@ -70,25 +71,25 @@ def create(
             raise TypeError(f"population.create: {name!r} must be a tensor, got {value!r}")
         if value.shape not in ((), keys.shape[:1]):
             raise ValueError(
-                f"population.create: {name!r} must have the shape [{len(keys)}], a value for each "
+                f"population.create: {name!r} must have the shape [{len(keys)}], one value per "
                 f"key, or [], got {list(value.shape)}"
             )
     values = {name: value.to(keys.device).expand(len(keys)) for name, value in values.items()}
 
-    def one(key: Tensor, values: dict[str, Tensor]) -> TrainState:
+    def create_one(key: Tensor, values: dict[str, Tensor]) -> TrainState:
         state = TrainState.create(model, opt, key=key)
         return state._replace(opt_state=optim.with_hyperparams(state.opt_state, **values))
 
-    states = vmap(one)(keys, values)
-    # What no key enters into, a bias of zeros, would be one row seen many times.
+    states = vmap(create_one)(keys, values)
+    # vmap expands leaves that do not depend on the key, such as a bias of zeros: copy them.
     return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), states)
 
 
 def size(states: Tree) -> int:
-    """Count the members.
+    """Return the number of members.
 
     Raises:
-        ValueError: no leaves, or leaves without one common first axis.
+        ValueError: there are no leaves, or they have no common first axis.
 
     >>> size({"w": torch.zeros(3, 2), "b": torch.zeros(3)})
     3
@@ -96,21 +97,23 @@ def size(states: Tree) -> int:
     shapes = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(states).items()}
     counts = {shape[0] if shape else None for shape in shapes.values()}
     if len(counts) != 1 or None in counts:
-        raise ValueError(f"population: leaves need one common first axis, got {shapes}")
+        raise ValueError(
+            f"population: leaves need one common first axis, the members, got {shapes}"
+        )
     (count,) = counts
     return int(count or 0)
 
 
 def member(states: Tree, index: int | Tensor) -> Tree:
-    """Take one member out of a population, or one row out of any stacked tree, as a copy.
+    """Return a copy of one member of a population, or of one row of any stacked tree.
 
     Args:
-        states: leaves [members, ...].
-        index: which; a 0-d int64 tensor works inside `jit` and `vmap` as well.
+        states: leaves `[members, ...]`.
+        index: the member; a 0-d int64 tensor also works inside `jit` and `vmap`.
 
     Raises:
-        IndexError: a number outside −members … members − 1.
-        ValueError: leaves without one common first axis.
+        IndexError: an int outside −members … members − 1.
+        ValueError: the leaves have no common first axis.
 
     >>> member({"w": torch.arange(3)}, 1)
     {'w': tensor(1)}
@@ -119,59 +122,63 @@ def member(states: Tree, index: int | Tensor) -> Tree:
     if isinstance(index, Tensor):
         return tree.map(lambda leaf: leaf.index_select(0, index.reshape(1)).squeeze(0), states)
     if not -count <= index < count:
-        raise IndexError(f"population.member: index {index}, but there are {count} members")
+        raise IndexError(f"population.member: index must be in [-{count}, {count}), got {index}")
     return tree.map(lambda leaf: leaf[index].clone(), states)
 
 
 def best(states: Tree, loss: Tensor) -> Tree:
-    """Take the member of the smallest loss, the first of equals, as a copy.
+    """Return a copy of the member with the smallest loss, the first if several are equal.
 
-    A member whose loss is NaN or infinite, of either sign, is never the best. Where no loss is
-    finite there is no best: that is an error, or, inside `jit` and `torch.func` transformations,
-    which cannot raise for a value, a member whose floating leaves are all NaN.
+    A member whose loss is NaN or infinite, of either sign, is never the best. If no loss is finite,
+    this raises; inside `jit` and `torch.func` transformations, which cannot raise depending on a
+    value, it returns a member whose floating leaves are all NaN.
 
-    For what should be large, such as an accuracy, give it with a minus.
+    To maximise a score such as an accuracy, pass its negative.
 
     Args:
-        states: leaves [members, ...].
-        loss: [members], floating.
+        states: leaves `[members, ...]`.
+        loss: `[members]`, floating.
 
     Raises:
-        ValueError: `loss` of another shape, leaves without one common first axis, or no loss that
-            is finite.
+        ValueError: `loss` has another shape, the leaves have no common first axis, or no loss is
+            finite.
 
     >>> best({"w": torch.arange(3)}, torch.tensor([0.5, float("nan"), 0.2]))
     {'w': tensor(2)}
     """
     if loss.shape != (size(states),):
         raise ValueError(
-            f"population.best: loss must have the shape [{size(states)}], a number for each "
-            f"member, got {list(loss.shape)}"
+            f"population.best: loss must have the shape [{size(states)}], one number per member, "
+            f"got {list(loss.shape)}"
         )
-    index, found = best_row(loss)
-    if is_eager() and not found:
+    index, any_finite = best_row(loss)
+    if is_eager() and not any_finite:
         raise ValueError(f"population.best: no loss is finite, got {loss.tolist()}")
     return tree.map(
-        lambda leaf: torch.where(found, leaf, torch.nan) if leaf.is_floating_point() else leaf,
+        lambda leaf: torch.where(any_finite, leaf, torch.nan) if leaf.is_floating_point() else leaf,
         member(states, index),
     )
 
 
 def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
-    """Average the probabilities that the members give: softmax of logits, then the mean.
+    """Average the members' probabilities: the softmax of the logits, then the mean over members.
 
-    A member that gives NaN for an example is left out of the mean for it; where all do, the mean is
-    NaN. The log-probabilities of an ensemble are the logarithm of this mean, not the mean of
-    theirs. Source: Lakshminarayanan et al., 2017.
+    If a member's probabilities for an example contain NaN, the member is left out of that mean; if
+    all do, the mean is NaN. The log-probabilities of an ensemble are the logarithm of this mean,
+    not the mean of the members' log-probabilities.
 
     Args:
-        apply: `(params, x) -> logits [batch, classes]`, that of a `Model`. For a model with buffers
-            `lambda both, x: model.apply(*both, x)[0]`, with `(params, buffers)` as `params`.
-        params: of the members, leaves [members, ...].
-        x: [batch, ...], the same for all.
+        apply: `(params, x) -> logits [batch, classes]`, such as the `apply` of a `Model`. For a
+            model with buffers, pass `lambda both, x: model.apply(*both, x)[0]` and
+            `(params, buffers)` as `params`.
+        params: the members' parameters, leaves `[members, ...]`.
+        x: `[batch, ...]`, the same for all members.
 
     Returns:
-        Probabilities [batch, classes].
+        Probabilities `[batch, classes]`.
+
+    Source: Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using
+    Deep Ensembles, 2017, https://arxiv.org/abs/1612.01474
 
     >>> from fdl import nn, random
     >>> model = nn.linear(2, 3)
@@ -180,6 +187,6 @@ def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
     torch.Size([4, 3])
     """
     logits = vmap(apply, (0, None))(params, x)
-    each = logits.softmax(-1, dtype=at_least_32_bits(logits))
-    counts = each.isfinite().all(-1, keepdim=True)
-    return (torch.where(counts, each, 0).sum(0) / counts.sum(0)).to(logits.dtype)
+    probabilities = logits.softmax(-1, dtype=at_least_32_bits(logits))
+    counts = probabilities.isfinite().all(-1, keepdim=True)
+    return (torch.where(counts, probabilities, 0).sum(0) / counts.sum(0)).to(logits.dtype)

@@ -1,4 +1,4 @@
-"""The models of the course: each a page that reads like its maths, each returns a `Model`."""
+"""The models of the course, one per file; each function returns a model."""
 
 from __future__ import annotations
 

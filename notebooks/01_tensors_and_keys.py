@@ -79,7 +79,7 @@ k = random.split(random.key(1), 8)
 shape = (1000, 4)
 random.uniform(k[0], shape)                     # torch.rand(1000, 4)
 random.normal(k[1], shape)                      # torch.randn(1000, 4)
-random.uniform(k[2], shape, -1.0, 1.0)          # torch.empty(1000, 4).uniform_(-1, 1)
+random.uniform(k[2], shape, minval=-1.0)        # torch.empty(1000, 4).uniform_(-1, 1)
 5.0 + 0.1 * random.normal(k[3], shape)          # torch.normal(5.0, 0.1, size=(1000, 4))
 random.permutation(k[4], 10)                    # torch.randperm(10)
 random.randint(k[5], shape, 0, 6)               # torch.randint(0, 6, (1000, 4))
@@ -92,7 +92,7 @@ assert random.permutation(k[4], 10).sort().values.equal(torch.arange(10))
 # They are the distributions they claim to be: 100,000 draws against the density.
 
 # %%
-draws = {"uniform on [-1, 1)": random.uniform(k[2], (100_000,), -1.0, 1.0),
+draws = {"uniform on [-1, 1)": random.uniform(k[2], (100_000,), minval=-1.0, maxval=1.0),
          "normal, mean 0, std 1": random.normal(k[1], (100_000,))}
 t = torch.linspace(-4, 4, 401)
 density = {"uniform on [-1, 1)": (t.abs() <= 1) / 2,

@@ -205,7 +205,7 @@ assert list(tree.flatten_dict(named.init(init_key))) == list(third.state_dict())
 
 # %%
 opt = optim.sgd(lr=0.03)
-step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 state = fdl.TrainState.create(model, opt, key=init_key, params=drawn)
 net.load_state_dict(tree.flatten_dict(drawn))
 
@@ -262,7 +262,7 @@ def twins(make_sgd, opt, between=lambda step, sgd, state: state):
     net = two_layers()
     net.load_state_dict(tree.flatten_dict(drawn))
     sgd = make_sgd(net)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
     state = fdl.TrainState.create(model, opt, key=init_key, params=drawn)
     for i, batch in enumerate(batches[:60]):
         state = between(i, sgd, state)
@@ -321,7 +321,7 @@ assert twins(plain, optim.sgd(lr=0.03), between=drop_at_30) < 1e-12
 # %%
 model = nn.sequential(linear)
 opt = optim.sgd(lr=0.03)
-step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 rates = torch.logspace(-4, 0.3, 200)
 states = fdl.population.create(model, opt, random.split(init_key, 200), {"lr": rates})
 curve = []
@@ -356,7 +356,7 @@ train = data.synthetic_linear(random.key(1), truth, 5.0, n=1000, noise=0.01)
 model, opt = nn.linear(3, 1), optim.sgd(lr=0.03, weight_decay=0.1)
 drawn = tree.cast(model.init(random.key(2)), DOUBLE)
 state = fdl.TrainState.create(model, opt, key=random.key(3), params=drawn)
-step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 
 net = torch.nn.Linear(3, 1).double()
 net.load_state_dict(drawn)
@@ -366,7 +366,7 @@ sgd = torch.optim.SGD(net.parameters(), lr=0.03, weight_decay=0.1)
 for epoch in range(30):
     order = data.epoch_indices(random.fold_in(random.key(4), epoch), 1000, 50)
     for indices in zip(*order, strict=True):
-        batch = data.gather(train, indices)
+        batch = data.batch(train, indices)
         sgd.zero_grad()
         torch.nn.functional.mse_loss(net(batch.x), batch.y).backward()
         sgd.step()
@@ -404,7 +404,7 @@ assert_close(found, ridge, rtol=0, atol=0.05)
 # for criterion, lr in ((losses.mse, 0.03), (losses.squared_loss, 0.06)):
 #     opt = optim.sgd(lr=lr)
 #     state = fdl.TrainState.create(model, opt, key=random.key(0), params=drawn)
-#     step = fdl.train_step(fdl.supervised(model.apply, criterion), opt)
+#     step = fdl.train_step(fdl.supervised(model, criterion), opt)
 #     for _ in range(10):
 #         state, _ = step(state, batch)
 #     ends.append(state.params)
@@ -423,7 +423,7 @@ assert_close(found, ridge, rtol=0, atol=0.05)
 # ```python
 # opt = optim.chain(optim.add_decayed_weights(0.1, mask="weight"), optim.sgd(lr=0.03))
 # state = fdl.TrainState.create(nn.linear(3, 1), opt, key=random.key(0), params=drawn)
-# step = fdl.train_step(fdl.supervised(nn.linear(3, 1).apply, losses.mse), opt)
+# step = fdl.train_step(fdl.supervised(nn.linear(3, 1), losses.mse), opt)
 # for _ in range(300):
 #     state, _ = step(state, data.Batch(*train))
 # assert abs(state.params["bias"].item() - 5) < 0.05

@@ -77,7 +77,7 @@ print(type(theirs).__name__, list(image.shape), image.dtype, data.LABELS[label])
 def every(count):
     return torch.arange(count), torch.ones(count, dtype=torch.bool)
 
-batch = data.gather(train, every(100))
+batch = data.to_float(data.batch(train, every(100)))
 assert all(torch.equal(batch.x[i], theirs[i][0]) for i in range(100))
 assert torch.equal(train.x, theirs.data) and torch.equal(train.y, theirs.targets)
 
@@ -136,9 +136,9 @@ def pass_over(batches):
 
 imperative, loaded = pass_over(loader)
 steps = zip(index, mask, strict=True)
-functional, gathered = pass_over(data.gather(train, row) for row in steps)
+functional, gathered = pass_over(data.to_float(data.batch(train, row)) for row in steps)
 assert torch.equal(loaded, gathered)
-print(f"the DataLoader took {imperative / functional:.0f} times as long as gather")
+print(f"the DataLoader took {imperative / functional:.0f} times as long as data.batch")
 
 # %% [markdown]
 # What takes the time is Python, 60,000 times: one image, one PIL object, one transformation. Worker

@@ -64,7 +64,7 @@ plt.show()
 DOUBLE = torch.float64
 sample = data.fashion_mnist_sample()
 order = data.epoch_indices(random.key(1), n=len(sample.x), batch_size=256)
-batches = [data.gather(sample, row) for row in zip(*order, strict=True)]
+batches = [data.to_float(data.batch(sample, row)) for row in zip(*order, strict=True)]
 batches = [batch._replace(x=batch.x.double()) for batch in batches]
 start = {"weight": 0.01 * random.normal(random.key(0), (10, 784), DOUBLE),
          "bias": torch.zeros(10, dtype=DOUBLE)}
@@ -136,7 +136,7 @@ sgd = torch.optim.SGD(net.parameters(), lr=0.1)
 linear = nn.linear(784, 10, weight_init=nn.init.normal(0.01), bias_init=nn.init.zeros)
 model = nn.sequential(nn.flatten(), linear)
 opt = optim.sgd(lr=0.1)
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 step = fdl.train_step(loss, opt)
 state = fdl.TrainState.create(model, opt, key=random.key(0), params={"1": start})
 
@@ -158,8 +158,8 @@ assert_close(state.params["1"]["weight"], params["weight"], rtol=0, atol=1e-12)
 # was still learning, while the test images are seen by the model at the end of it.
 # `fdl.scan` runs a step along the rows of an
 # index array and stacks what it returns; `.sum()` merges the means of 235 batches into the mean
-# over all examples. Evaluation is the same walk without a key, so that a model could tell it from
-# training.
+# over all examples. Evaluation is the same loop over `eval_step`, which calls the loss with
+# `train=False` and no key.
 
 # %%
 train, test = data.fashion_mnist(), data.fashion_mnist(train=False)
@@ -167,12 +167,12 @@ evaluate = fdl.eval_step(loss)
 
 def run_epoch(state, epoch):
     order = data.epoch_indices(random.fold_in(random.key(1), epoch), 60_000, 256)
-    return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
+    return fdl.scan(lambda state, row: step(state, data.to_float(data.batch(train, row))), state, order)
 
 def test_metrics(state):
     order = data.sequential_indices(10_000, 500)
     rows = zip(*order, strict=True)
-    found = [evaluate(state, data.gather(test, row)) for row in rows]
+    found = [evaluate(state, data.to_float(data.batch(test, row))) for row in rows]
     return {name: sum((f[name] for f in found[1:]), found[0][name]) for name in found[0]}
 
 # %%

@@ -81,13 +81,13 @@ print(f"sigmoid's derivative at 5: {slope(torch.tensor([5.0])).item():.4f}")
 # trained at once (notebook 12 is about that), and the best is shown.
 
 # %%
-points = random.uniform(random.key(2), (400, 2), -1, 1)
+points = random.uniform(random.key(2), (400, 2), minval=-1, maxval=1)
 inside = (points.square().sum(1) < 0.5).long()
 opt = optim.adam(0.05)
 
 def fit(width, steps=300):
     model = nn.sequential(nn.linear(2, width), nn.relu, nn.linear(width, 2))
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step = vmap(fdl.train_step(loss, opt), in_dims=(0, None))
     states = fdl.population.create(model, opt, random.split(random.key(width), 8))
     for _ in range(steps):
@@ -128,7 +128,7 @@ start = {
 }
 sample = data.fashion_mnist_sample()
 order = data.epoch_indices(random.key(1), n=len(sample.x), batch_size=256, drop_last=True)
-batches = [data.gather(sample, row) for row in zip(*order, strict=True)]
+batches = [data.to_float(data.batch(sample, row)) for row in zip(*order, strict=True)]
 batches = [(batch.x.double(), batch.y) for batch in batches]
 print(tree.summary(start))
 
@@ -203,7 +203,7 @@ print(list(tree.flatten_dict(model.init(random.key(0)))))
 
 # %%
 def run(model, params):
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     state = fdl.TrainState.create(model, opt, key=random.key(0), params=params)
     for batch in batches:
         state, _ = step(state, batch)
@@ -222,11 +222,11 @@ assert_close(again["hidden0"], params["hidden"], rtol=0, atol=1e-12)
 
 # %%
 train, test = data.fashion_mnist(), data.fashion_mnist(train=False)
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
 
 def epoch(state, train, order):
-    return fdl.scan(lambda state, row: step(state, data.gather(train, row)), state, order)
+    return fdl.scan(lambda state, row: step(state, data.to_float(data.batch(train, row))), state, order)
 
 compiled = fdl.jit(epoch, donate_argnums=0)
 everything = data.Batch(test.x[:, None].float() / 255, test.y)

@@ -41,7 +41,7 @@ model = models.linreg(200, std=1.0)         # weights start at N(0, 1), much too
 # %%
 decays = torch.tensor([0.0, 3.0, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 30.0, 100.0])
 opt = optim.chain(optim.add_decayed_weights(1.0, mask="weight"), optim.sgd(lr=0.003))
-loss = fdl.supervised(model.apply, losses.squared_loss)
+loss = fdl.supervised(model, losses.squared_loss)
 same_key = random.key(1).expand(len(decays), 2)
 states = fdl.population.create(model, opt, same_key, {"weight_decay": decays})
 
@@ -55,7 +55,7 @@ for epoch in range(100):
     curves.append(torch.stack([*both, states.params["weight"].norm(dim=(1, 2)).double()]))
     rows = data.epoch_indices(random.fold_in(random.key(2), epoch), n=20, batch_size=1)
     for row in zip(*rows, strict=True):
-        states, _ = step(states, data.gather(train, row))
+        states, _ = step(states, data.to_float(data.batch(train, row)))
 curves = torch.stack(curves)                # [epochs, (train, test, ‖w‖), λ]
 
 # %%
@@ -121,8 +121,8 @@ for _ in range(50):
 # **Functional.** A penalty in the loss, for whatever part of the parameters it is given:
 
 # %%
-def penalised(params, batch, key=None):
-    value, found = loss(params, batch)
+def penalised(params, batch, **options):
+    value, found = loss(params, batch, **options)
     return value + decay * losses.l2_penalty(params["weight"]), found
 
 def run(loss, opt):
@@ -273,13 +273,13 @@ opt = optim.sgd(lr=0.1, momentum=0.9)
 
 def curve(rates, epochs=30):
     model = models.mlp(hidden=(256, 256), rates=rates)
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step, evaluate = fdl.train_step(loss, opt), fdl.eval_step(loss)
     seen = data.Batch(sample.x[:, None].float() / 255, sample.y)
 
     @fdl.jit
     def epoch(state, sample, rows):
-        return fdl.scan(lambda s, row: step(s, data.gather(sample, row)), state, rows)[0]
+        return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(sample, row))), state, rows)[0]
 
     state, found = fdl.TrainState.create(model, opt, key=random.key(0)), []
     for number in range(epochs):
@@ -374,8 +374,8 @@ print(f"gap between test and training loss: {gap[0]:.2f} without, {gap[1]:.2f} w
 #
 # ```python
 # linear = models.linreg(200, std=1.0)
-# def absolute(params, batch, key=None):
-#     value, found = loss(params, batch)
+# def absolute(params, batch, **options):
+#     value, found = loss(params, batch, **options)
 #     return value + 3.0 * params["weight"].abs().sum(), found
 # opt = optim.sgd(0.003)
 # step1 = fdl.train_step(absolute, opt)

@@ -125,7 +125,7 @@ assert not p["hidden"]["bias"].any() and p["hidden"]["weight"].abs().max() < 0.0
 
 # %%
 def sparse_uniform(key, shape, dtype=torch.float32):
-    w = random.uniform(key, shape, -10, 10, dtype)
+    w = random.uniform(key, shape, dtype, minval=-10, maxval=10)
     return torch.where(w.abs() < 5, 0.0, w)
 
 w = nn.linear(20, 32, weight_init=sparse_uniform).init(random.key(0))["weight"]

@@ -75,9 +75,9 @@ assert torch.equal(model.apply(clone, inputs), model.apply(params, inputs))
 # FILE` prints the same.) Of a large file one branch can be read alone.
 
 # %%
-contents = fdl.io.inspect("params.safetensors")
-print(contents, "\n", contents.metadata)
-assert not tree.diff(contents.read("2"), params["2"])
+info = fdl.io.inspect("params.safetensors")
+print(info, "\n", info.metadata)
+assert not tree.diff(info.read("2"), params["2"])
 
 # %% [markdown]
 # ## Files of PyTorch, both ways
@@ -108,9 +108,9 @@ except ValueError as error:
 # Fine-tuning wants just that: what fits, and new values for the rest.
 
 # %%
-tuned, lines = fdl.io.load("params.safetensors", like=wider, strict=False)
+tuned, differences = fdl.io.load_matching("params.safetensors", wider)
 assert tuned["0"]["weight"].equal(params["0"]["weight"])
-assert tuned["2"]["weight"].equal(wider["2"]["weight"]) and len(lines) == 2
+assert tuned["2"]["weight"].equal(wider["2"]["weight"]) and len(differences) == 2
 
 # %% [markdown]
 # ## Damage, and files with intentions
@@ -202,7 +202,7 @@ assert tree.diff(expected, resume(with_generator=False))        # and no error
 # %%
 model = nn.sequential(nn.linear(4, 8), nn.dropout(0.5), nn.linear(8, 1))
 opt = optim.adam(0.01)
-step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 start = fdl.TrainState.create(model, opt, key=random.key(0))
 print(start._fields)
 

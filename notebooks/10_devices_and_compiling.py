@@ -98,10 +98,10 @@ def imperative(params, sample, rows):
 # compiled with it.
 
 # %%
-step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
 
 def one(state, sample, row):
-    return step(state, data.gather(sample, row))[0]
+    return step(state, data.to_float(data.batch(sample, row)))[0]
 
 def looped(one):
     def epoch(state, sample, rows):
@@ -111,7 +111,7 @@ def looped(one):
     return epoch
 
 def scanned(state, sample, rows):
-    return fdl.scan(lambda s, row: step(s, data.gather(sample, row)), state, rows)[0]
+    return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(sample, row))), state, rows)[0]
 
 compiled_step, compiled_epoch = fdl.jit(one), fdl.jit(scanned)
 

@@ -119,7 +119,7 @@ assert tree.diff(back, start) == []
 # Twenty steps of both, on the same batches, end at the same weights.
 
 # %%
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 opt = optim.sgd(lr=0.9)
 step = fdl.train_step(loss, opt)
 state = fdl.TrainState.create(model, opt, key=random.key(0), params=start)
@@ -146,12 +146,12 @@ assert not tree.allclose(state.params, start, rtol=0, atol=1e-2)
 
 # %%
 def run(model, epochs, opt=opt):
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     step, score = fdl.train_step(loss, opt), fdl.eval_step(loss)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
 
     def epoch(state, images, rows):
-        return fdl.scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     compiled, curve = fdl.jit(epoch, donate_argnums=0), []
     for e in range(epochs):
@@ -161,7 +161,7 @@ def run(model, epochs, opt=opt):
         mean = {name: each.sum().value.item() for name, each in found.items()}
         print(f"epoch {e + 1}: loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.3f}")
     whole = data.sequential_indices(len(test.x), 1000)
-    parts = [score(state, data.gather(test, tree.map(lambda leaf, i=i: leaf[i], whole)))
+    parts = [score(state, data.to_float(data.batch(test, data.take(whole, i))))
              for i in range(10)]
     return state, torch.cat(curve), sum(part["accuracy"] for part in parts).value.item()
 
@@ -277,11 +277,11 @@ assert accuracy > 0.4 and accuracy_bn > 0.6
 # relu = nn.sequential(
 #     draw(conv, 1, 6, 5), nn.relu, nn.max_pool2d(2), draw(conv, 6, 16, 5), nn.relu, nn.max_pool2d(2),
 #     nn.flatten(), draw(dense, 256, 120), nn.relu, draw(dense, 120, 84), nn.relu, draw(dense, 84, 10))
-# quick = fdl.train_step(fdl.supervised(relu.apply, losses.cross_entropy), optim.sgd(lr=0.1))
+# quick = fdl.train_step(fdl.supervised(relu, losses.cross_entropy), optim.sgd(lr=0.1))
 # awake = fdl.TrainState.create(relu, optim.sgd(lr=0.1), key=random.key(0))
 # rows, values = data.epoch_indices(random.key(1), len(train.x), 64), []
 # for i in range(100):
-#     batch = data.gather(train, tree.map(lambda leaf, i=i: leaf[i], rows))
+#     batch = data.to_float(data.batch(train, data.take(rows, i)))
 #     awake, found = quick(awake, batch)
 #     values.append(found["loss"].value)
 # assert sum(values[80:]) / 20 < 1.3

@@ -22,7 +22,7 @@ train, validation = data.split(random.key(9), everything, 0.1)              # 5,
 x_test = test.x[:, None].float() / 255
 
 model = nn.sequential(nn.flatten(), nn.linear(784, 64), nn.relu, nn.linear(64, 10))
-loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
 opt = optim.sgd(lr=0.1)
 step = fdl.train_step(loss, opt)
 
@@ -48,7 +48,7 @@ print({path: list(leaf.shape) for path, leaf in tree.flatten_dict(states.params)
 # %%
 def epoch(states, images, rows):
     def all_step(states, row):
-        return vmap(step, (0, None))(states, data.gather(images, row))
+        return vmap(step, (0, None))(states, data.to_float(data.batch(images, row)))
     return fdl.scan(all_step, states, rows)
 
 train_all = fdl.jit(epoch)                                                  # one program
@@ -94,7 +94,7 @@ plt.show()
 
 # %%
 def in_float64(row):
-    return tree.cast(data.gather(train, row), torch.float64)
+    return tree.cast(data.to_float(data.batch(train, row)), torch.float64)
 
 few = [0, 9, 14]
 rows = data.epoch_indices(random.key(2), len(train.x), 200)
@@ -125,7 +125,7 @@ print(f"best of 24: {grid.max():.3f} on validation images, {accuracy(winner, tes
 # size leaves the time it takes to start each small operation, on a GPU nearly the whole device.
 
 # %%
-batch = data.gather(train, tree.map(lambda leaf: leaf[0], rows))
+batch = data.to_float(data.batch(train, data.take(rows, 0)))
 one_step, all_steps = fdl.jit(step), fdl.jit(vmap(step, (0, None)))
 members = [population.member(states, i) for i in range(24)]
 ways = {"one by one": lambda: [one_step(s, batch) for s in members],
@@ -154,7 +154,7 @@ step = fdl.train_step(loss, optim.sgd(lr=0.2))
 
 def own_epoch(states, images, rows):                                        # rows [steps, members, batch]
     def own_step(state, row):
-        return step(state, data.gather(images, row))
+        return step(state, data.to_float(data.batch(images, row)))
     return fdl.scan(vmap(own_step), states, rows)
 
 for e in range(6):

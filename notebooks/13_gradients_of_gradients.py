@@ -18,7 +18,7 @@ from fdl import data, losses, nn, optim, random, transforms, tree
 plt.style.use("fdl.mplstyle")
 images = data.fashion_mnist_sample()
 model = models.softmax_regression()
-loss = fdl.supervised(model.apply, losses.cross_entropy)
+loss = fdl.supervised(model, losses.cross_entropy)
 
 # %% [markdown]
 # ## The gradient of each example
@@ -58,7 +58,7 @@ state = fdl.TrainState.create(model, opt, key=random.key(0))
 rows = data.epoch_indices(random.key(1), len(images.x), 250)
 step = fdl.train_step(loss, opt)
 for _ in range(5):
-    state, _ = fdl.scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+    state, _ = fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
 x_all, y_all = images.x[:, None].float() / 255, images.y
 norms = transforms.per_sample_norms(loss, chunk=500)(state.params, (x_all, y_all))
@@ -256,9 +256,9 @@ assert history[-1] < 0.8 * history[0]
 # %%
 def draw_task(key, points):
     k_amplitude, k_phase, k_x = random.split(key, 3)
-    amplitude = random.uniform(k_amplitude, (), 0.1, 5.0)
-    phase = random.uniform(k_phase, (), 0.0, torch.pi)
-    x = random.uniform(k_x, (points, 1), -5.0, 5.0)
+    amplitude = random.uniform(k_amplitude, (), minval=0.1, maxval=5.0)
+    phase = random.uniform(k_phase, (), minval=0.0, maxval=torch.pi)
+    x = random.uniform(k_x, (points, 1), minval=-5.0, maxval=5.0)
     return x, amplitude * torch.sin(x - phase)
 
 sine = nn.sequential(nn.linear(1, 40), nn.relu, nn.linear(40, 40), nn.relu, nn.linear(40, 1))
@@ -269,7 +269,7 @@ def fit(params, x, y):
 def adapt(params, x, y):                              # one step on the points of a task
     return tree.map(lambda p, g: p - 0.01 * g, params, grad(fit)(params, x, y))
 
-def maml_loss(params, batch, key):
+def maml_loss(params, batch, *, train, key):
     def of_task(key):
         x, y = draw_task(key, 20)
         return fit(adapt(params, x[:10], y[:10]), x[10:], y[10:])

@@ -38,7 +38,7 @@ key = random.key(0)
 # | `opt.step()` | `opt.update(grads, opt_state, params)` | returns updates and a new state |
 # | `param_groups` | `optim.multi_transform` | a label for each path |
 # | `scheduler.step()` | `optim.adam(lr=schedule)` | a rate may be a function of the count |
-# | `DataLoader(shuffle=True)` | `data.epoch_indices(key, …)`, `data.gather` | an order is a tensor of indices |
+# | `DataLoader(shuffle=True)` | `data.epoch_indices(key, …)`, `data.batch` | an order is a tensor of indices |
 # | `torch.compile(net)` | `fdl.jit(epoch)` | the whole step or epoch, not the model |
 # | `torch.save(net.state_dict())` | `fdl.io.save`, or `fdl.io.save_torch` | no pickle; torch's files too |
 # | a checkpoint dictionary | `fdl.checkpointing.Checkpointer` | the whole `TrainState` |
@@ -95,12 +95,12 @@ assert torch.equal(after["norm"]["running_mean"], buffers["norm"]["running_mean"
 # %%
 images, test = data.fashion_mnist_sample(), data.fashion_mnist_sample(train=False)
 opt = optim.adam(1e-3)
-loss = fdl.supervised(model.apply, losses.cross_entropy)
+loss = fdl.supervised(model, losses.cross_entropy)
 step = fdl.train_step(loss, opt)
 states = fdl.population.create(model, opt, random.split(key, 3))
 rows = data.epoch_indices(random.key(1), len(images.x), 200, drop_last=True)
 for i in range(len(rows.index)):
-    batch = data.gather(images, tree.map(lambda leaf, i=i: leaf[i], rows))
+    batch = data.to_float(data.batch(images, data.take(rows, i)))
     states, metrics = vmap(step, (0, None))(states, (batch.x, batch.y))
 print("loss of each member after an epoch:", metrics["loss"].value.tolist())
 
@@ -176,7 +176,7 @@ theirs = tree.unflatten_dict(dict(twin.named_parameters()))     # the very tenso
 opt, opt_state = optim.from_torch(adam, theirs)
 line, copies = nn.linear(3, 1), tree.map(lambda leaf: leaf.detach().clone(), theirs)
 state = fdl.TrainState.create(line, opt, key=key, params=copies)._replace(opt_state=opt_state)
-step = fdl.train_step(fdl.supervised(line.apply, losses.mse), opt)
+step = fdl.train_step(fdl.supervised(line, losses.mse), opt)
 for _ in range(20):
     imperative_step()
     state, _ = step(state, (X, Y))
@@ -356,7 +356,7 @@ if have_jax and importlib.util.find_spec("flax"):
 # frozen = optim.freeze(optim.sgd(0.1), "hidden.*")
 # state = fdl.TrainState.create(native, frozen, key=key, params=best.params)
 # small = (pictures[:64], test.y[:64])
-# new, _ = fdl.train_step(fdl.supervised(native.apply, losses.cross_entropy), frozen)(state, small)
+# new, _ = fdl.train_step(fdl.supervised(native, losses.cross_entropy), frozen)(state, small)
 # assert torch.equal(new.params["hidden"]["weight"], best.params["hidden"]["weight"])
 # assert not torch.equal(new.params["output"]["weight"], best.params["output"]["weight"])
 # ```

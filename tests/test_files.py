@@ -15,7 +15,7 @@ import torch
 
 import fdl
 from fdl import TrainState, data, nn, optim, random
-from fdl._files import write_whole
+from fdl._files import atomic_write
 from fdl.checkpointing import Checkpointer, _folder
 
 PARAMS = {"w": torch.arange(3.0)}
@@ -59,6 +59,10 @@ AT_HOME: dict[str, Callable[[Path], Any]] = {
     "io.load": lambda home: (
         fdl.io.save(home / "it.safetensors", PARAMS) or fdl.io.load("~/it.safetensors")
     ),
+    "io.load_matching": lambda home: (
+        fdl.io.save(home / "it.safetensors", PARAMS)
+        or fdl.io.load_matching("~/it.safetensors", PARAMS)[1] == []
+    ),
     "io.inspect": lambda home: (
         fdl.io.save(home / "it.safetensors", PARAMS)
         or fdl.io.inspect("~/it.safetensors").read("w").shape == (3,)
@@ -78,9 +82,9 @@ AT_HOME: dict[str, Callable[[Path], Any]] = {
     "checkpointing.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
     "data.fashion_mnist": images_at_home,
 }
-# They take no path of a user: `Checkpoint` is what `checkpoints` returns, `Contents` what `inspect`
+# They take no path of a user: `Checkpoint` is what `checkpoints` returns, `TreeInfo` what `inspect`
 # returns.
-NOT_GIVEN = {"io.Contents", "checkpointing.Checkpoint"}
+NOT_GIVEN = {"io.TreeInfo", "checkpointing.Checkpoint"}
 
 
 def takers_of_paths() -> set[str]:
@@ -190,7 +194,7 @@ def test_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
         (temporary,) = set(tmp_path.iterdir()) - {path}
         seen.append(stat.S_IMODE(temporary.stat().st_mode))
 
-    write_whole(path, write)
+    atomic_write(path, write)
     assert seen == [mode]  # while it is written as well
     assert stat.S_IMODE(path.stat().st_mode) == mode
     for save in (fdl.io.save, fdl.io.save_torch):
@@ -250,7 +254,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 def test_an_absent_or_closed_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=f"cannot make a file in {tmp_path}/absent") as info:
+    with pytest.raises(
+        FileNotFoundError, match=f"cannot create a file in {tmp_path}/absent"
+    ) as info:
         fdl.io.save(tmp_path / "absent" / "it", PARAMS)
     assert info.value.filename == str(tmp_path / "absent" / "it")
 
@@ -258,5 +264,5 @@ def test_an_absent_or_closed_folder_is_named(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(PermissionError, match="Permission denied: cannot make a file in"):
+    with pytest.raises(PermissionError, match="Permission denied: cannot create a file in"):
         fdl.io.save(tmp_path / "it", PARAMS)

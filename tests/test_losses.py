@@ -186,6 +186,31 @@ def test_a_mean_of_nothing_is_zero():
             assert value == 0 and grad.shape == (0, 3)
 
 
+# Shapes that torch would broadcast, by function: those of its two arguments.
+BROADCAST = {
+    "cross_entropy": [((7,), (7, 1)), ((7, 4), (7, 1)), ((7, 4), ())],
+    "mse": [((7,), (7, 1)), ((7, 1), (7,)), ((7, 1), ()), ((7, 4), (7, 1))],
+    "squared_loss": [((7,), (7, 1)), ((7, 1), (7,)), ((7, 1), ()), ((7, 4), (7, 1))],
+    "accuracy": [((7,), (7, 1)), ((7, 4), (7, 1)), ((7, 4), ())],
+}
+
+
+def test_every_loss_of_two_arguments_is_tried_with_shapes_that_broadcast():
+    assert BROADCAST.keys() == {*losses.__all__, "accuracy"} - {"l2_penalty"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"), [(name, pair) for name, pairs in BROADCAST.items() for pair in pairs]
+)
+def test_nothing_is_broadcast(name, shapes):
+    function = getattr(metrics if name == "accuracy" else losses, name)
+    dtype = torch.int64 if name in ("cross_entropy", "accuracy") else torch.float32
+    first, second = torch.zeros(shapes[0]), torch.zeros(shapes[1], dtype=dtype)
+    texts = (str(list(shape)).replace("[", r"\[") for shape in shapes)
+    with pytest.raises(ValueError, match=f"{name}: .*{'.*'.join(texts)}"):
+        function(first, second)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -194,12 +219,16 @@ def test_a_mean_of_nothing_is_zero():
             ValueError,
             r"mse: prediction \[7, 3\] and target",
         ),
-        (lambda: losses.squared_loss(X, Y[0]), ValueError, r"target \[3\] must have one shape"),
-        (lambda: losses.mse(X, Y, torch.ones(7, 1)), ValueError, r"shape \[7\] .* got \[7, 1\]"),
+        (
+            lambda: losses.squared_loss(X, Y[0]),
+            ValueError,
+            r"target \[3\] must have the same shape",
+        ),
+        (lambda: losses.mse(X, Y, torch.ones(7, 1)), ValueError, r"shape \[7\], .* got \[7, 1\]"),
         (
             lambda: losses.cross_entropy(LOGITS, LABELS, torch.ones(4)),
             ValueError,
-            r"weights must have the shape \[7\] of one number per example, got \[4\]",
+            r"weights must have the shape \[7\], one number per example, got \[4\]",
         ),
         (
             lambda: losses.cross_entropy(LOGITS, LABELS.double()),

@@ -97,8 +97,8 @@ def test_a_row_with_nan_is_never_right(labels):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: metrics.mean(torch.ones(3), torch.ones(2)), r"shape \[3\] .* got \[2\]"),
-        (lambda: metrics.mean(torch.ones(3, 2), torch.ones(3, 2)), r"shape \[3\] .* got \[3, 2\]"),
+        (lambda: metrics.mean(torch.ones(3), torch.ones(2)), r"shape \[3\], .* got \[2\]"),
+        (lambda: metrics.mean(torch.ones(3, 2), torch.ones(3, 2)), r"shape \[3\], .* got \[3, 2\]"),
         (
             lambda: metrics.accuracy(torch.ones(3, 2), torch.ones(3, 1).long()),
             r"accuracy: expected logits \[batch, classes\] and labels \[batch\], got \[3, 2\] and ",
@@ -109,7 +109,7 @@ def test_a_row_with_nan_is_never_right(labels):
         ),
         (
             lambda: metrics.accuracy(torch.ones(3, 2), torch.ones(3).long(), torch.ones(2)),
-            r"weights must have the shape \[3\] of one number per example, got \[2\]",
+            r"weights must have the shape \[3\], one number per example, got \[2\]",
         ),
     ],
     ids=["length", "axes", "labels", "one-label", "accuracy-weights"],

@@ -77,11 +77,11 @@ def test_create_equals_train_state_create_bit_for_bit(name):
 @pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
 def test_each_member_equals_the_model_trained_alone(name, own_order, each):
     model, images = MODELS[name], dataset(name)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), OPT)
     of_member = [orders(random.key(7 + i * own_order)) for i in range(MEMBERS)]
 
     def one_step(state, row):
-        return step(state, data.gather(images, row))
+        return step(state, data.batch(images, row))
 
     if own_order:
         rows = tree.map(lambda *parts: torch.stack(parts, 1), *of_member)  # [steps, members, batch]
@@ -108,11 +108,11 @@ def test_each_member_equals_the_model_trained_alone(name, own_order, each):
 @pytest.mark.parametrize("each", [vmap, transforms.sequential_vmap], ids=["vmap", "sequential"])
 def test_an_epoch_of_a_population_compiles_to_one_program(each):
     model, images = MODELS["conv"], tree.cast(dataset("conv"), torch.float32)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), OPT)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), OPT)
 
     def epoch(states, images, rows):
         def many_steps(states, row):
-            return each(step, (0, None))(states, data.gather(images, row))
+            return each(step, (0, None))(states, data.batch(images, row))
 
         return fdl.scan(many_steps, states, rows)
 
@@ -126,12 +126,12 @@ def test_an_epoch_of_a_population_compiles_to_one_program(each):
 
 def test_a_member_that_overflows_leaves_the_others_as_they_are():
     images, rows = dataset("dropout"), orders(random.key(7))
-    step = fdl.train_step(fdl.supervised(MODEL.apply, losses.cross_entropy), OPT)
+    step = fdl.train_step(fdl.supervised(MODEL, losses.cross_entropy), OPT)
 
     def final(lr):
         states = of_float64(population.create(MODEL, OPT, KEYS, {"lr": lr}))
         return fdl.scan(
-            lambda s, row: vmap(step, (0, None))(s, data.gather(images, row)), states, rows
+            lambda s, row: vmap(step, (0, None))(s, data.batch(images, row)), states, rows
         )
 
     good, _ = final(torch.tensor([0.1, 0.1, 0.1]))
@@ -195,11 +195,13 @@ def test_create_says_what_is_wrong(keys, rates, error, text):
 
 def test_the_other_functions_say_what_is_wrong():
     states = {"w": torch.zeros(3), "b": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"one common first axis, got \{'w': \[3\], 'b': \[2\]\}"):
+    with pytest.raises(
+        ValueError, match=r"one common first axis, the members, got \{'w': \[3\], 'b': \[2\]\}"
+    ):
         population.size(states)
     with pytest.raises(ValueError, match="one common first axis"):
         population.member({"w": torch.zeros(())}, 0)
-    with pytest.raises(IndexError, match="index 3, but there are 3 members"):
+    with pytest.raises(IndexError, match=r"index must be in \[-3, 3\), got 3"):
         population.member({"w": torch.zeros(3)}, 3)
     with pytest.raises(ValueError, match=r"loss must have the shape \[3\].*got \[2\]"):
         population.best({"w": torch.zeros(3)}, torch.zeros(2))

@@ -7,29 +7,29 @@ import sys
 import warnings
 from collections.abc import MutableMapping
 
-SPINS = "3000"  # some 0.1 ms; GNU's OpenMP has 100 times that
-ABOUT_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+SPINS = "3000"  # about 0.1 ms, a hundredth of the default of GNU's OpenMP
+WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
 def wait_without_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's threads sleep soon when they wait for each other, unless the user has decided.
+    """Let torch's waiting threads sleep soon, unless the user has set how they wait.
 
-    By default they spin for milliseconds, which costs nothing alone on a machine and stops
-    everybody where two runs share its cores. OpenMP reads this when torch is imported.
+    By default they spin for milliseconds. This is free for a single run, and very slow if two runs
+    share the cores of a machine. OpenMP reads the variable when torch is imported.
 
     >>> environ = {}
     >>> wait_without_spinning(environ)
     >>> environ
     {'GOMP_SPINCOUNT': '3000'}
     """
-    if not any(name in environ for name in ABOUT_WAITING):
+    if not any(name in environ for name in WAIT_SETTINGS):
         environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def main() -> int:
-    """Run one command; give its exit code, see `commands.main`."""
+    """Run one command and return its exit code, see `commands.main`."""
     try:
-        from train import commands  # torch, which takes seconds
+        from train import commands  # imports torch, which takes seconds
 
         return commands.main()
     except KeyboardInterrupt:
@@ -39,6 +39,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if sys.argv[1:2] != ["bench"]:  # which measures torch as it is
+    if sys.argv[1:2] != ["bench"]:  # it measures torch with its defaults
         wait_without_spinning()
     sys.exit(main())

@@ -9,7 +9,7 @@ import time
 from fdl import data, random, tree
 from fdl.io import inspect
 from train import config as configs
-from train import evaluate, options, recipes, records, report, run, run_folder
+from train import evaluate, options, plots, recipes, records, run, run_folder
 from train.bench import measure
 from train.sweep import run as sweep
 
@@ -21,9 +21,9 @@ def main() -> int:
 
     Returns:
         0 done; 1 diverged; 2 an option is wrong; 74 a result could not be written; 75 ended by
-        SIGTERM, all saved: start it again with --resume; 130 interrupted.
+        SIGTERM with everything saved, start it again with --resume; 130 interrupted.
     """
-    # Of a machine with CUDA's compiler and no GPU, which the first line says anyway.
+    # It warns on machines with CUDA's compiler but no GPU; the first line names the device anyway.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     name, config = options.parse(sys.argv[1:])
     if isinstance(config, configs.Recipe):
@@ -52,17 +52,17 @@ def main() -> int:
 def show_data(config: configs.Data) -> int:
     """Draw ten images with their labels, and time one pass over the training set."""
     device = recipes.find_device(config.device)
-    train_set, _, found = recipes.load_images(config.data)
+    train_set, _, description = recipes.load_images(config.data)
     train_set = tree.to(train_set, device)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "images.png"
-    report.draw_images(path, train_set)
-    print(f"{found}; {device}\nten images with their labels: {path}")
+    plots.draw_images(path, train_set)
+    print(f"{description}; {device}\nten images with their labels: {path}")
     start = time.perf_counter()
     n = len(train_set.x)
     order = data.epoch_indices(random.key(config.seed, device), n, config.batch_size)
     for row in zip(*order, strict=True):
-        batch = data.gather(train_set, row)
+        batch = data.to_float(data.batch(train_set, row))
     float(batch.x.sum())  # on CUDA, wait for the last one
     seconds = time.perf_counter() - start
     print(
@@ -73,12 +73,12 @@ def show_data(config: configs.Data) -> int:
 
 
 def show_file(config: configs.Inspect) -> int:
-    """Print the table of a saved tree, and what was saved beside it."""
+    """Print the table of a saved tree and its metadata."""
     path = config.file
     if path.is_dir():
         path = run_folder.newest(path) / "params.safetensors"
-    contents = inspect(path)
-    print(contents)
-    if contents.metadata:
-        print("metadata", records.to_json(contents.metadata, indent=2))
+    info = inspect(path)
+    print(info)
+    if info.metadata:
+        print("metadata", records.to_json(info.metadata, indent=2))
     return 0

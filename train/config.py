@@ -1,4 +1,4 @@
-"""What can be set from the command line: one frozen dataclass for each command."""
+"""The options of the command line: a frozen dataclass for each command."""
 
 import math
 from dataclasses import dataclass, fields, make_dataclass
@@ -23,9 +23,9 @@ __all__ = [
     "Mlp",
     "Predict",
     "Recipe",
+    "RunnerName",
     "Softmax",
     "Sweep",
-    "WayName",
     "WeightDecay",
     "WorkloadName",
     "check",
@@ -34,12 +34,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every recipe has."""
+    """Options of every recipe."""
 
     epochs: int = 10
     """Passes over the training set."""
     batch_size: int = 256
-    """Examples in a step; the last, smaller batch of an epoch is padded and masked."""
+    """Examples in a step; a smaller last batch of an epoch is padded and masked."""
     lr: float = 0.1
     """Learning rate."""
     momentum: float = 0.0
@@ -47,21 +47,21 @@ class Recipe:
     weight_decay: float = 0.0
     """λ of the penalty λ · ½ Σ w²."""
     parts: int | None = None
-    """Cut batches into this many parts, so that torchrun gives the bits of one process."""
+    """Number of parts to cut batches into; equal parts give equal bits with torchrun."""
     validation: float = 0.0
-    """Share of the training examples, 0 to 1, to hold out and evaluate on after each epoch."""
+    """Fraction of the training examples to hold out, and to evaluate on after each epoch."""
     seed: int = 0
-    """Seed of the first parameters, the order of the data, and dropout."""
+    """Seed of the initial parameters, the order of the data, and dropout."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether to compile; auto compiles runs that are long enough to pay for it."""
+    """on, off, or auto, which compiles runs that are long enough to pay for it."""
     out: Path | None = None
-    """Folder for the results, which must not hold a run yet; runs/RECIPE/TIME by default."""
+    """Folder for the results, not that of another run; runs/RECIPE/TIME by default."""
     resume: Path | None = None
-    """Folder of a run to continue, or runs/RECIPE for its newest; it keeps its options."""
+    """Folder of a run to continue with its options, or runs/RECIPE for the newest run there."""
     save_every: float = 30.0
-    """Seconds between checkpoints; another is saved at the end, and on Ctrl-C or SIGTERM."""
+    """Seconds between checkpoints; the end, Ctrl-C and SIGTERM save one more."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Linreg(Recipe):
     batch_size: int = 10
     lr: float = 0.03
     examples: int = 1000
-    """Examples to draw."""
+    """Number of examples to draw."""
     noise: float = 0.01
     """Standard deviation of the noise."""
 
@@ -88,26 +88,26 @@ class LinregDecay(Linreg):
 
 @dataclass(frozen=True)
 class WeightDecay(Recipe):
-    """200 features, 20 training examples: what decay of the weights does to overfitting."""
+    """Weight decay against overfitting: 200 features, 20 training examples."""
 
     epochs: int = 100
     batch_size: int = 1
     lr: float = 0.003
     weight_decay: float = 3.0
     examples: int = 20
-    """Training examples; 100 more are drawn for testing."""
+    """Number of training examples; 100 more are drawn for testing."""
 
 
 @dataclass(frozen=True)
 class Images(Recipe):
-    """What every recipe on Fashion-MNIST has."""
+    """Options of every recipe on Fashion-MNIST."""
 
     epochs: int = 10
-    """Passes over Fashion-MNIST; ten over the sample of a tenth of it count as one."""
+    """Passes over Fashion-MNIST; ten passes over the sample count as one."""
     data: str = "auto"
     """Where Fashion-MNIST is: a folder, auto (find or download it), or sample (a tenth of it)."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """What the model computes in; tf32 is for GPUs. Parameters and loss stay in float32."""
+    """Precision of the model; tf32 is for GPUs. Parameters and loss stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Dropout(Images):
     epochs: int = 5
     lr: float = 0.5
     rates: tuple[float, float] = (0.2, 0.5)
-    """Fraction dropped after each hidden layer."""
+    """Fraction of units dropped after each hidden layer."""
 
 
 @dataclass(frozen=True)
@@ -166,18 +166,18 @@ Grid = Annotated[
     tyro.conf.arg(
         metavar="NAME=VALUES",
         help="An option and the values to try, such as lr=0.1:1.6:8log, momentum=0:0.9:4lin, "
-        "seed=0:8 or weight-decay=0,0.001. Give it once for each axis of the grid.",
+        "seed=0:8 or weight-decay=0,0.001. Repeat it for each axis of the grid.",
     ),
 ]
 Gigabytes = Annotated[
     float | None,
-    tyro.conf.arg(help="Gigabytes of memory to use at most; by default half of what is free."),
+    tyro.conf.arg(help="Most gigabytes of memory to use; by default half of the free memory."),
 ]
 Validation = Annotated[
     float,
     tyro.conf.arg(
-        help="Share of the training examples to hold out and to choose by, from 0 to 1; the same "
-        "examples for every point. 0 chooses by the test set, which flatters the winner."
+        help="Fraction of the training examples to hold out and to choose by, the same examples "
+        "for every point. 0 chooses by the test set, which flatters the winner."
     ),
 ]
 SWEEPS: dict[str, Any] = {
@@ -217,11 +217,11 @@ class Eval:
     """Evaluate a saved run."""
 
     run: tyro.conf.Positional[Path]
-    """A run's folder, runs/RECIPE/TIME, or runs/RECIPE for the newest there."""
+    """Folder of a run, runs/RECIPE/TIME, or runs/RECIPE for the newest run there."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str | None = None
-    """Where Fashion-MNIST is: auto, sample or a folder; by default where the run had it."""
+    """Where Fashion-MNIST is: auto, sample or a folder; by default as in the run."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +229,11 @@ class Predict:
     """Classify images with a saved run."""
 
     run: tyro.conf.Positional[Path]
-    """A run's folder, runs/RECIPE/TIME, or runs/RECIPE for the newest there."""
+    """Folder of a run, runs/RECIPE/TIME, or runs/RECIPE for the newest run there."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
     """PNG, JPEG or WebP files; other sizes are cropped, made square and resized to 28 × 28."""
     invert: Literal["auto", "on", "off"] = "auto"
-    """Swap light and dark, since Fashion-MNIST is light on black; auto looks at the corners."""
+    """Swap light and dark, as Fashion-MNIST is light on black; auto looks at the corners."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
 
@@ -243,7 +243,7 @@ class Data:
     """Draw ten images with their labels and time one pass over the training set."""
 
     batch_size: int = 256
-    """Examples in a batch."""
+    """Number of examples in a batch."""
     seed: int = 0
     """Seed of the shuffle."""
     device: str = "auto"
@@ -257,7 +257,7 @@ class Data:
 WorkloadName = Literal[
     "linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-scaling"
 ]
-WayName = Literal[
+RunnerName = Literal[
     "fdl-scan",
     "fdl-chunk",
     "fdl-step",
@@ -275,38 +275,38 @@ WayName = Literal[
 
 @dataclass(frozen=True)
 class Bench:
-    """Time fdl against every peer on the same work, and check that all train alike."""
+    """Time fdl and its peers on the same work, and check that all train alike."""
 
     workloads: tuple[WorkloadName, ...] = get_args(WorkloadName)
-    """What to train; lenet-scaling is LeNet with each of the batch sizes."""
-    ways: tuple[WayName, ...] = ()
-    """The ways to time; all of them by default."""
+    """Workloads to train; lenet-scaling is LeNet with each of the batch sizes."""
+    runners: tuple[RunnerName, ...] = ()
+    """Runners to time, each one way to train; all by default."""
     batch_sizes: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     """Batch sizes of lenet-scaling."""
     rounds: int = 5
-    """How many rounds; each times every way once."""
+    """Number of rounds; each times every runner once."""
     steps: int = 100
-    """Steps in one call of a way; fewer where an epoch or a scaled batch has fewer."""
+    """Steps in one call of a runner, at most an epoch."""
     seconds: float = 0.3
-    """Repeat the call in a round for at least this long."""
+    """Seconds that a round takes at least; it repeats the call."""
     seed: int = 0
-    """Seed of the first parameters, the order of the data, and dropout."""
+    """Seed of the initial parameters, the order of the data, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto (a GPU if there is one), cpu or cuda."""
     data: str = "auto"
     """Where Fashion-MNIST is: auto, sample or a folder."""
     out: Path | None = None
-    """The JSON file to write, which must not exist; runs/bench/TIME.json by default."""
+    """JSON file to write, which must not exist; runs/bench/TIME.json by default."""
     render: bool = False
-    """Measure nothing; write the tables of docs/benchmark.md and the charts anew."""
+    """Do not measure; rewrite docs/benchmark.md and its charts from docs/bench/*.json."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """List what a saved file holds (path, shape, dtype, bytes) without loading it."""
+    """List the leaves of a saved file (path, shape, dtype, bytes) without loading them."""
 
     file: tyro.conf.Positional[Path]
-    """A .safetensors file, or a run's folder, which stands for its params.safetensors."""
+    """A .safetensors file, or the folder of a run for its params.safetensors."""
 
 
 AT_LEAST_ONE = ("parts", "epochs", "batch_size", "examples", "rounds", "steps")
@@ -314,7 +314,7 @@ NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_ever
 
 
 def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
-    """Raise ValueError for the first option out of its range, as the command line names it.
+    """Raise ValueError for the first option that is out of its range.
 
     >>> check(Linreg(lr=float("nan")))
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""A saved run put to use: `python -m train eval RUN` and `predict RUN IMAGE…`."""
+"""Use a saved run: `python -m train eval RUN` and `predict RUN IMAGE…`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["evaluate", "predict"]
 
 
 def evaluate(config: Eval) -> int:
-    """Print the metrics of the newest checkpoint of a run; 0 when done.
+    """Print the metrics of the newest checkpoint of a run; return 0.
 
     Raises:
-        ValueError: no run, or no checkpoint in it yet, or it was trained on no images.
+        ValueError: there is no run or no checkpoint, or `--data` is given for a run on drawn data.
     """
     folder = run_folder.newest(config.run)
     run = run_folder.read_run(folder)
@@ -43,26 +43,25 @@ def evaluate(config: Eval) -> int:
 
 
 def predict(config: Predict) -> int:
-    """Print the label of each image, and the probability of every class; 0 when done.
+    """Print the label of each image and the probability of every class; return 0.
 
     Raises:
-        ValueError: no run on images, no checkpoint in it yet, or a file that is no image.
+        ValueError: the run is not on images or has no checkpoint, or a file is not an image.
     """
     folder = run_folder.newest(config.run)
     run = run_folder.read_run(folder)
     if not isinstance(run.config, Images):
-        raise ValueError(f"predict needs a run on images, {folder} is one of {run.recipe}")
+        raise ValueError(f"predict needs a run on images, got {folder}, a run of {run.recipe}")
     device = recipes.find_device(config.device)
     model = recipes.image_model(run.config)
     read = [read_image(path, config.invert) for path in config.images]
     images = torch.stack([image for image, _ in read]).to(device)
     state = _newest_checkpoint(folder, like=None, device=device).state
-    index = torch.arange(len(images), device=device)
-    batch = data.gather((images, index), (index, index >= 0))
+    x = data.to_float(images)
     if isinstance(model, StatefulModel):
-        logits, _ = model.apply(state.params, state.buffers, batch.x)
+        logits, _ = model.apply(state.params, state.buffers, x)
     else:
-        logits = model.apply(state.params, batch.x)
+        logits = model.apply(state.params, x)
     for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
         print(f"{path}: {LABELS[int(row.argmax())]}", *([f"    {note}"] if note else []), sep="\n")
         for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):
@@ -72,7 +71,7 @@ def predict(config: Predict) -> int:
 
 def _newest_checkpoint(folder: Path, *, like: Any, device: torch.device | str) -> Restored:
     path = folder / "checkpoints"
-    found = _folder.restore(path, like=like, device=device) if path.is_dir() else None
-    if found is None:
+    restored = _folder.restore(path, like=like, device=device) if path.is_dir() else None
+    if restored is None:
         raise ValueError(f"{folder} holds no checkpoint yet: there is none in {path}")
-    return found
+    return restored

@@ -1,4 +1,4 @@
-"""From a picture in a file to an image like those of Fashion-MNIST: 28 × 28, light on black."""
+"""Convert a picture in a file to an image like Fashion-MNIST's: 28 × 28, light on black."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ __all__ = ["FORMATS", "read_image"]
 
 SIDE = 28
 FORMATS = ("PNG", "JPEG", "WEBP")
-SHOWN = 24  # how far from the background a grey level is something that the picture shows
-ENOUGH = 128  # pixels on the longest side suffice to find where that is
+CONTRAST = 24  # minimum difference in grey level between an object and the background
+THUMBNAIL = 128  # pixels on the longest side of the copy that is searched for the object
 
 Invert = Literal["auto", "on", "off"]
 
 
 def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
-    """Read a picture as uint8 [28, 28], and say what was changed for that.
+    """Read a picture as uint8 `[28, 28]`, and describe the changes made to it.
 
-    As Fashion-MNIST was made of photographs: what the picture shows is cropped out, on a square of
-    its background, resized, and inverted where the background is light. A picture of 28 × 28 keeps
-    its pixels.
+    Follows the way Fashion-MNIST was made from photographs: the object is cropped, centred on a
+    square, resized, and inverted if the background is light. A picture of 28 × 28 is not resized.
 
     Args:
-        path: of a PNG, JPEG or WebP file.
-        invert: whether to swap light and dark; "auto" looks at the corners.
+        path: a PNG, JPEG or WebP file.
+        invert: "on" swaps light and dark; "auto" does if the corners are light.
 
     Raises:
-        ValueError: the file is absent, damaged, enormous, or of another format.
+        ValueError: the file is absent, damaged, too large, or has another format.
 
     >>> read_image(Path("absent.png"))
     Traceback (most recent call last):
@@ -50,7 +49,7 @@ def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
         raise ValueError(f"{path} is not a PNG, JPEG or WebP file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # how Pillow says it is damaged
+    except (OSError, SyntaxError, ValueError) as error:  # raised by Pillow for damaged files
         raise ValueError(f"{path} cannot be read: {error}") from error
     changes = []
     if invert == "on" or (invert == "auto" and background > 127):
@@ -64,36 +63,37 @@ def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
 
 
 def _gray(image: Image.Image) -> tuple[Image.Image, int]:
-    """Make 8 bits of grey, and find the level of the background: it fills the corners."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+    """Convert to 8-bit grey, and return the level of the background, taken from the corners."""
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     gray = image.convert("L")
     if image.has_transparency_data:
-        shown = np.asarray(image.convert("RGBA").getchannel("A")) / 255
-        if (shown < 1).any():
-            return _on_contrast(np.asarray(gray), shown)
+        opacity = np.asarray(image.convert("RGBA").getchannel("A")) / 255
+        if (opacity < 1).any():
+            return _on_contrast(np.asarray(gray), opacity)
     pixels, side = np.asarray(gray), max(1, min(gray.size) // 10)
     ends = np.r_[:side, -side:0]
     return gray, int(np.median(pixels[ends][:, ends]))
 
 
-def _on_contrast(gray: np.ndarray, shown: np.ndarray) -> tuple[Image.Image, int]:
-    """Put what is shown, 0 to 1, on black or on white, from which it stands out more."""
-    mean = (shown * gray).sum() / max(shown.sum(), 1)
+def _on_contrast(gray: np.ndarray, opacity: np.ndarray) -> tuple[Image.Image, int]:
+    """Put a transparent image, opacity 0 to 1, on black or white, whichever contrasts more."""
+    mean = (opacity * gray).sum() / max(opacity.sum(), 1)
     background = 0 if mean > 127 else 255
-    pixels = shown * gray + (1 - shown) * background
+    pixels = opacity * gray + (1 - opacity) * background
     return Image.fromarray(pixels.round().astype(np.uint8)), background
 
 
 def _square(image: Image.Image, background: int) -> Image.Image:
-    """Crop what stands out from the background, and centre it on a black square."""
+    """Crop the object, and centre it on a black square."""
     small = image.copy()
-    small.thumbnail((ENOUGH, ENOUGH), Image.Resampling.BOX)  # its means are free of noise
-    shown = np.abs(np.asarray(small).astype(int) - background) > SHOWN
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)  # averages out noise
+    object_ = np.abs(np.asarray(small).astype(int) - background) > CONTRAST
     scale = image.width / small.width
     box = (0, 0, *image.size)
-    if shown.any():
-        (top, bottom), (left, right) = (np.flatnonzero(shown.any(axis))[[0, -1]] for axis in (1, 0))
+    if object_.any():
+        spans = [np.flatnonzero(object_.any(axis))[[0, -1]] for axis in (1, 0)]
+        (top, bottom), (left, right) = spans
         edges = [edge * scale for edge in (left, top, right + 1, bottom + 1)]
         box = (round(edges[0]), round(edges[1]), round(edges[2]), round(edges[3]))
     level = image.point(lambda v: max(0, v - background) * 255 / max(1, 255 - background))

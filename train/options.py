@@ -1,4 +1,4 @@
-"""From the command line to a configuration."""
+"""Parse the command line into a configuration."""
 
 import dataclasses
 import os
@@ -25,15 +25,15 @@ COMMANDS: dict[str, Any] = {
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
-    """Read a whole command line; give the name of the command and its configuration.
+    """Parse a whole command line; return the name of the command and its configuration.
 
     Raises:
-        SystemExit: help was asked for, or an argument is wrong; either has been printed.
+        SystemExit: after printing the help, or an error in the arguments.
 
     >>> parse(["linreg", "--epochs", "5"])[1].epochs
     5
     """
-    match list(arguments):  # of one command alone, so that errors speak of no other
+    match list(arguments):  # one command alone, so that errors name no other
         case ["sweep", recipe, *rest] if recipe in configs.SWEEPS:
             return "sweep", configs.Sweep(read(configs.SWEEPS[recipe], f"sweep {recipe}", rest))
         case [name, *rest] if name in COMMANDS and name != "sweep":
@@ -42,19 +42,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     for name, kind in COMMANDS.items():
         command = Annotated[kind, tyro.conf.subcommand(name)]  # type: ignore[valid-type]
         choice = command if choice is None else choice | command
-    text = "Recipes of deep learning as pure functions, and what to do with what they have learned."
-    found: Any = tyro.cli(choice, prog=PROGRAM, description=text, args=arguments)
-    return next(name for name, kind in COMMANDS.items() if type(found) is kind), found
+    text = "Train recipes of deep learning as pure functions, and use the results."
+    config: Any = tyro.cli(choice, prog=PROGRAM, description=text, args=arguments)
+    return next(name for name, kind in COMMANDS.items() if type(config) is kind), config
 
 
 def read(kind: Any, command: str, arguments: Sequence[str], default: Any = None) -> Any:
-    """Read the options of one command; `~` in paths is the home folder.
+    """Parse the options of one command; `~` in paths is the home folder.
 
     >>> str(read(configs.Eval, "eval", ["~/it"]).run) == os.path.expanduser("~/it")
     True
     """
-    given = {} if default is None else {"default": default}
-    config = tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **given)
+    defaults = {} if default is None else {"default": default}
+    config = tyro.cli(kind, prog=f"{PROGRAM} {command}", args=arguments, **defaults)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{name: _at_home(name, v) for name, v in values.items()})
 

@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: data, model, loss, optimizer."""
+"""Make data, model, loss and optimizer of a recipe from its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 import models
-from fdl import TrainState, data, losses, metrics, optim, parallel, random, supervised, tree
+from fdl import (
+    StatefulLoss,
+    TrainState,
+    data,
+    losses,
+    metrics,
+    optim,
+    parallel,
+    random,
+    supervised,
+    tree,
+)
 from fdl.data import Dataset
 from fdl.nn import Model, Policy, StatefulModel, with_policy
 from fdl.optim import Optimizer
@@ -47,25 +58,25 @@ EXAMPLES = 60_000  # in an epoch of images: one pass over Fashion-MNIST, ten ove
 
 
 class Problem(NamedTuple):
-    """What a recipe trains, on one device."""
+    """The training problem of a recipe, on one device."""
 
     model: Model | StatefulModel
     opt: Optimizer
-    loss: Callable[..., Any]
+    loss: Callable[..., Any] | StatefulLoss
     train: Dataset
-    validation: Dataset | None  # held out of the training set
+    validation: Dataset | None  # held out from the training set
     test: Dataset | None
-    data: str  # what the data set is, for the record
-    verdict: Callable[[Tree], str]  # what the final parameters say
+    data: str  # description of the data set
+    summary: Callable[[Tree], str]  # describes the final parameters
     passes: int = 1  # over the training set in an epoch
 
 
 def set_up(
     config: Recipe, device: torch.device, mesh: Any = None
 ) -> tuple[Problem, TrainState, Tensor]:
-    """Make the problem of a recipe, the state it starts from, and the key of the data's order.
+    """Make the problem of a recipe, its initial state, and the key of the order of the data.
 
-    Processes of a mesh load images once for all on their host.
+    The processes of a mesh share one copy of the images on each host.
 
     >>> problem, state, data_key = set_up(Linreg(), torch.device("cpu"))
     >>> state.step, data_key.shape
@@ -96,12 +107,12 @@ def build(config: Recipe, key: Tensor, mesh: Any = None) -> Problem:
 
 
 def _hold_out(config: Recipe, train: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Split off the validation set: the same rows whatever the seed, which a sweep may vary."""
+    """Split off the validation set; its rows do not depend on the seed, which a sweep may vary."""
     if not config.validation:
         return train, None
     n = len(train.x)
     if not 0 < round(config.validation * n) < n:
-        raise ValueError(f"--validation {config.validation} of {n} examples leaves a part empty")
+        raise ValueError(f"--validation {config.validation} of {n} examples leaves one part empty")
     return data.split(random.key(0, train.x.device), train, config.validation)
 
 
@@ -113,10 +124,10 @@ def _linreg(config: Linreg, key: Tensor) -> Problem:
     w, b = [2.0, -3.4], 4.2
     drawn = data.synthetic_linear(key, w, b, config.examples, config.noise)
     model = models.linreg(2)
-    loss = supervised(model.apply, losses.squared_loss)
-    verdict = _weights(("true", w, b))
+    loss = supervised(model, losses.squared_loss)
+    summary = _weights(("true", w, b))
     return Problem(
-        model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", verdict
+        model, _sgd(config), loss, *_hold_out(config, drawn), None, f"y = x · {w} + {b}", summary
     )
 
 
@@ -126,17 +137,17 @@ def _linreg_decay(config: LinregDecay, key: Tensor) -> Problem:
         config, data.synthetic_linear(key, w, b, config.examples, config.noise)
     )
     model = models.linreg(3)
-    loss = supervised(model.apply, losses.mse)
+    loss = supervised(model, losses.mse)
     *ridge_w, ridge_b = ridge(train, config.weight_decay).tolist()
-    verdict = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
-    found = f"y = x · {w} + {b}"
-    return Problem(model, _sgd(config), loss, train, validation, None, found, verdict)
+    summary = _weights(("true", w, b), ("ridge", ridge_w, ridge_b))
+    description = f"y = x · {w} + {b}"
+    return Problem(model, _sgd(config), loss, train, validation, None, description, summary)
 
 
 def ridge(train: Dataset, weight_decay: float) -> Tensor:
     """Minimise the mean of (x·w + b − y)² plus λ · ½ (Σ w² + b²), in closed form.
 
-    Setting the gradient to 0: (2/n · XᵀX + λ I) [w, b] = 2/n · Xᵀy, X having a column of ones.
+    A gradient of 0 means (2/n · XᵀX + λ I) [w, b] = 2/n · Xᵀy, where X has a column of ones.
 
     >>> x = torch.tensor([[1.0], [2.0], [3.0]])
     >>> ridge(Dataset(x, 2 * x + 1), 0.0)
@@ -151,16 +162,16 @@ def ridge(train: Dataset, weight_decay: float) -> Tensor:
 
 
 def _weights(*others: tuple[str, list[float], float]) -> Callable[[Tree], str]:
-    """Compare the learned w and b with others, a line each."""
+    """Make a summary that lists the learned w and b below others, a line each."""
 
-    def verdict(params: Tree) -> str:
+    def summary(params: Tree) -> str:
         learned = ("learned", params["weight"].flatten().tolist(), params["bias"].item())
         return "\n".join(
             f"{name:8}w = [{', '.join(f'{x:.4f}' for x in w)}], b = {b:.4f}"
             for name, w, b in [*others, learned]
         )
 
-    return verdict
+    return summary
 
 
 def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
@@ -172,12 +183,12 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
         for rows in (slice(config.examples), slice(config.examples, None))
     )
     model = models.linreg(features, std=1.0)
-    # The bias shifts the fit and cannot overfit: only weights decay.
+    # Only weights decay: a bias shifts the fit and cannot overfit.
     opt = optim.chain(
         optim.add_decayed_weights(config.weight_decay, mask="weight"),
         optim.sgd(config.lr, config.momentum),
     )
-    loss = supervised(model.apply, losses.squared_loss)
+    loss = supervised(model, losses.squared_loss)
     return Problem(
         model,
         opt,
@@ -190,27 +201,29 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
 
 
 def _images(config: Images, device: torch.device, mesh: Any) -> Problem:
-    train, test, found = parallel.load_once(lambda: load_images(config.data), mesh)
+    train, test, description = parallel.load_once(lambda: load_images(config.data), mesh)
     train, test = tree.to((train, test), device)
-    return image_problem(config, train, test, found)._replace(passes=EXAMPLES // len(train.x))
+    return image_problem(config, train, test, description)._replace(passes=EXAMPLES // len(train.x))
 
 
-def image_problem(config: Images, train: Dataset, test: Dataset | None, found: str) -> Problem:
-    """Make the problem of a recipe on images that are loaded already.
+def image_problem(
+    config: Images, train: Dataset, test: Dataset | None, description: str
+) -> Problem:
+    """Make the problem of a recipe from loaded images.
 
     >>> x, y = torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     >>> image_problem(LeNet(), Dataset(x, y), None, "one black image").data
     'one black image'
     """
     model = image_model(config)
-    loss = supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     return Problem(
         model,
         _sgd(config),
         loss,
         *_hold_out(config, train),
         test,
-        found,
+        description,
         tree.summary,
     )
 
@@ -241,25 +254,28 @@ def image_model(config: Images) -> Model | StatefulModel:
 
 
 def load_images(where: str) -> tuple[Dataset, Dataset, str]:
-    """Load Fashion-MNIST for training and testing, and say what was found.
+    """Load the training and test set of Fashion-MNIST, and describe them.
+
+    Args:
+        where: a folder, "auto" or "sample".
 
     Raises:
-        FileNotFoundError: a folder was named, and the files are nowhere.
-        ValueError: a file is damaged.
+        FileNotFoundError: the folder does not hold the files.
+        ValueError: a file is damaged, or there is no such folder.
 
-    >>> train, test, found = load_images("sample")
+    >>> train, test, description = load_images("sample")
     >>> len(train.x), len(test.x)
     (6000, 1000)
     """
-    whole = "Fashion-MNIST, 60,000 + 10,000 images"
+    full = "Fashion-MNIST, 60,000 + 10,000 images"
     if where == "auto":
         try:
-            return _both(data.fashion_mnist, whole)
+            return _both(data.fashion_mnist, full)
         except FileNotFoundError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             print(
                 textwrap.shorten(f"no Fashion-MNIST on this machine: {reason}", 80),
-                "the sample that comes with fdl stands in, 6,000 + 1,000 of its images",
+                "using the sample that comes with fdl instead, 6,000 + 1,000 of its images",
                 sep="\n",
                 file=sys.stderr,
             )
@@ -268,12 +284,12 @@ def load_images(where: str) -> tuple[Dataset, Dataset, str]:
             raise ValueError(
                 f"--data must be auto, sample or a folder, got {where!r}: no such folder"
             )
-        return _both(lambda train: data.fashion_mnist(where, train=train, download=False), whole)
+        return _both(lambda train: data.fashion_mnist(where, train=train, download=False), full)
     return _both(data.fashion_mnist_sample, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images")
 
 
 def notes(problem: Problem) -> list[str]:
-    """Say what is not obvious of the data of a problem, in lines.
+    """Describe what is special about the data of a problem, in lines.
 
     >>> notes(build(Linreg(validation=0.1), random.key(0)))
     ['100 of the training examples are held out for validation']
@@ -290,32 +306,30 @@ def notes(problem: Problem) -> list[str]:
 
 
 def set_precision(config: Recipe, device: torch.device) -> None:
-    """Let this process compute float32 products in tf32, if the options ask for it.
+    """Make this process compute float32 products in tf32, if the options say so.
 
     Raises:
-        ValueError: `device` has no such products.
+        ValueError: `device` has no tf32.
 
     >>> set_precision(LeNet(precision="tf32"), torch.device("cpu"))
     Traceback (most recent call last):
-    ValueError: --precision tf32 needs a CUDA device, got cpu; there is bfloat16
+    ValueError: --precision tf32 needs a CUDA device, got cpu; use bfloat16
     """
     if isinstance(config, Images) and config.precision == "tf32":
         if device.type != "cuda":
-            raise ValueError(
-                f"--precision tf32 needs a CUDA device, got {device}; there is bfloat16"
-            )
+            raise ValueError(f"--precision tf32 needs a CUDA device, got {device}; use bfloat16")
         torch.set_float32_matmul_precision("high")
 
 
-def _both(read: Callable[..., Dataset], found: str) -> tuple[Dataset, Dataset, str]:
-    return read(train=True), read(train=False), found
+def _both(read: Callable[..., Dataset], description: str) -> tuple[Dataset, Dataset, str]:
+    return read(train=True), read(train=False), description
 
 
 def find_device(name: str) -> torch.device:
-    """Turn `--device` into a device that is present.
+    """Convert `--device` to a device of this machine.
 
     Raises:
-        ValueError: an unknown name, or a device this machine lacks.
+        ValueError: the name is unknown, or this machine has no such device.
 
     >>> find_device("cpu")
     device(type='cpu')

@@ -1,4 +1,4 @@
-"""What train writes as JSON, and reads back: strict JSON, which has no NaN and no infinities."""
+"""Read and write strict JSON, which has no NaN and no infinities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["from_json", "numbers", "to_json"]
 
 
 def to_json(record: Any, **layout: Any) -> str:
-    """Write JSON that every reader accepts: null stands for NaN and the infinities.
+    """Convert to JSON that every reader accepts: null stands for NaN and the infinities.
 
     Args:
         record: dicts, lists, strings and numbers.
@@ -37,14 +37,14 @@ def _finite(value: Any) -> Any:
 def from_json(text: str) -> dict[str, Any]:
     """Read a record of numbers, a line of `metrics.jsonl`.
 
-    >>> from_json('{"epoch": 1, "loss": null}'), from_json('{"loss": NaN}')  # an older file
+    >>> from_json('{"epoch": 1, "loss": null}'), from_json('{"loss": NaN}')  # from an older file
     ({'epoch': 1, 'loss': nan}, {'loss': nan})
     """
     return numbers(json.loads(text))
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Take null for NaN in a record of numbers.
+    """Replace null by NaN in a record of numbers.
 
     >>> numbers({"epoch": 1, "loss": None})
     {'epoch': 1, 'loss': nan}

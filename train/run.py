@@ -1,4 +1,4 @@
-"""One run of a recipe: set up, trained, kept and summed up."""
+"""One run of a recipe: set it up, train it, save and summarise it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fdl import TrainState, parallel, random, tree
 from fdl.checkpointing import Checkpointer
 from fdl.parallel._group import on_all, on_first
 from train import config as configs
-from train import launch, loop, recipes, report, run_folder, usual
+from train import launch, loop, planning, plots, recipes, resume, run_folder, usual
 
 __all__ = ["line", "next_commands", "run"]
 
@@ -29,37 +29,37 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
 
 
 class Run(NamedTuple):
-    """A run that is set up: whatever was wrong with the options has been said by now."""
+    """A run that is set up; errors in its options have been raised by now."""
 
     name: str
     config: configs.Recipe
     problem: recipes.Problem
     state: TrainState
     data_key: random.Key
-    plan: loop.Plan
+    plan: planning.Plan
     folder: Path
     checkpointer: Checkpointer
-    mesh: Any  # the processes that train together, None where this is the only one
-    first: bool  # is this the process that writes?
+    mesh: Any  # of the processes that train together; None for a single one
+    first: bool  # this process writes the files
     progress: loop.Progress = loop.START
     records: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl
 
 
 def run(name: str, config: configs.Recipe) -> int:
-    """Train, alone or with the processes that `torchrun` has started; give the exit code."""
-    others = launch.started()
-    with launch.joined(others, config.device) as mesh:
+    """Train, alone or with the processes started by `torchrun`; return the exit code."""
+    processes = launch.read_torchrun_env()
+    with launch.process_group(processes, config.device) as mesh:
         past = None
         try:
-            config = launch.after_restart(config, others)
+            config = launch.after_restart(config, processes)
             if config.resume is not None:
                 given, group = config.resume, mesh and mesh.get_group()
                 folder = on_first(group, lambda: run_folder.newest(given))
                 past = run_folder.read_run(folder)
-                config = run_folder.given_anew(name, folder, past, sys.argv[2:])
+                config = resume.resumed_options(name, folder, past, sys.argv[2:])
             configs.check(config)
-            launch.check_shares(config, others)
-            prepared = prepare(name, config, past, others, mesh)
+            launch.check_shares(config, processes)
+            prepared = prepare(name, config, past, processes, mesh)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -79,62 +79,65 @@ def prepare(
     name: str,
     config: configs.Recipe,
     past: run_folder.Saved | None,
-    others: launch.Processes,
+    processes: launch.Processes,
     mesh: Any,
 ) -> Run:
-    """Set up a run, `past` or new: everything that can be wrong with the options is found here."""
-    device = launch.own_device(recipes.find_device(config.device), others)
+    """Set up a run, new or `past`; all errors in the options are raised here."""
+    device = launch.local_device(recipes.find_device(config.device), processes)
     problem, state, data_key = recipes.set_up(config, device, mesh)
     if past is not None:
         problem = problem._replace(passes=past.passes)
     group = mesh and mesh.get_group()
     options = dataclasses.asdict(config) | {"device": device.type}
     parallel.check_replicated({"option": options, "state": state, "data": problem.data}, mesh)
-    folder = config.resume or on_first(group, lambda: report.open_run(config.out, name))
+    folder = config.resume or on_first(group, lambda: run_folder.make(config.out, name))
     print(
         f"{name}: {problem.data}; {device}, seed {config.seed}", *recipes.notes(problem), sep="\n"
     )
     if mesh is not None:
         print(
-            f"{others.size} processes, {config.batch_size // others.size} examples of a batch each"
+            f"{processes.size} processes, "
+            f"each with {config.batch_size // processes.size} examples of a batch"
         )
-    plan = past.plan if past else on_first(group, lambda: loop.plan(problem, config, state))
-    here = report.environment(device) | {"processes": others.size}
-    with ExitStack() as stack:  # lets go of the folder where something is wrong
+    plan = (
+        past.plan if past else on_first(group, lambda: planning.make_plan(problem, config, state))
+    )
+    environment = resume.environment(device) | {"processes": processes.size}
+    with ExitStack() as stack:  # releases the folder after an error
         checkpointer = stack.enter_context(
             Checkpointer(folder / "checkpoints", every=config.save_every, group=group)
         )
-        first = others.rank == 0
+        first = processes.rank == 0
         run = Run(name, config, problem, state, data_key, plan, folder, checkpointer, mesh, first)
         if past is None and first:
-            report.write_config(folder, name, config, problem, plan, here)
+            run_folder.write_config(folder, name, config, problem, plan, environment)
         if past is not None:
-            run = resume(run, past, here)
+            run = restore(run, past, environment)
         stack.pop_all()
     return run
 
 
-def resume(run: Run, past: run_folder.Saved, here: dict[str, Any]) -> Run:
-    """Go to where the newest checkpoint of a run is, or to its start where it has none yet."""
+def restore(run: Run, past: run_folder.Saved, environment: dict[str, Any]) -> Run:
+    """Restore the newest checkpoint of a run; without one, begin at its start."""
     config, folder, state, progress = run.config, run.folder, run.state, run.progress
     if run.problem.data != past.data:
         raise ValueError(f"--data: {folder} was trained on {past.data}, got {run.problem.data}")
     device = state.key.device
-    found = run.checkpointer.restore(like=state, device=device)
-    if found is not None:
-        state = found.state
-        progress = run_folder.progress_from_json(found.checkpoint.config["progress"], device)
+    restored = run.checkpointer.restore(like=state, device=device)
+    if restored is not None:
+        state = restored.state
+        progress = resume.progress_from_json(restored.checkpoint.config["progress"], device)
     begun = progress.epoch if progress.done else progress.epoch - 1
     if begun > config.epochs:
         raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
     group, epochs = run.mesh and run.mesh.get_group(), progress.epoch - 1
-    records = on_first(group, lambda: report.cut_metrics(folder, epochs))
+    records = on_first(group, lambda: run_folder.cut_metrics(folder, epochs))
     resumed = past.resumed
-    if changes := run_folder.differences({"processes": 1} | past.environment, here):
-        print(f"warning: {changes}: numbers may be rounded otherwise", file=sys.stderr)
-        resumed = [*resumed, {"step": int(state.step), "environment": here}]
+    if changes := resume.differences({"processes": 1} | past.environment, environment):
+        print(f"warning: {changes}: numbers may be rounded differently", file=sys.stderr)
+        resumed = [*resumed, {"step": int(state.step), "environment": environment}]
     if run.first:
-        report.write_config(
+        run_folder.write_config(
             folder, run.name, config, run.problem, past.plan, past.environment, resumed
         )
     print(f"continues after step {int(state.step)}")
@@ -142,16 +145,16 @@ def resume(run: Run, past: run_folder.Saved, here: dict[str, Any]) -> Run:
 
 
 def train(run: Run) -> int:
-    """Train to the end, or to a signal or a loss that is not finite, and keep what was done."""
+    """Train to the end, a signal or a loss that is not finite, and save the result."""
     config, folder = run.config, run.folder
     records, epoch = list(run.records), None
     group = run.mesh and run.mesh.get_group()
-    with run.checkpointer as checkpointer, loop.noticed(signal.SIGTERM) as terminated:
+    with run.checkpointer as checkpointer, loop.signal_flag(signal.SIGTERM) as terminated:
         programs = make_programs(run)
         if run.problem.test is not None and run.progress.epoch <= config.epochs:
             print("train: mean over the epoch, while the model learns; test: after the epoch")
         with (
-            loop.noticed(signal.SIGINT) as interrupted,  # there is something to save from now on
+            loop.signal_flag(signal.SIGINT) as interrupted,  # from now on there is a state to save
             tqdm(leave=False, disable=None, ncols=WIDTH - 1, bar_format=BAR) as bar,
         ):
 
@@ -159,9 +162,9 @@ def train(run: Run) -> int:
                 return any(on_all(group, lambda: interrupted() or terminated()))
 
             def save(state: TrainState, progress: loop.Progress, metrics: dict[str, float]) -> None:
-                # Before a checkpoint that counts on its lines.
-                on_first(group, lambda: report.sync_metrics(folder))
-                config = {"progress": run_folder.progress_as_json(progress)}
+                # Before the checkpoint, which needs the lines of its epochs.
+                on_first(group, lambda: run_folder.sync_metrics(folder))
+                config = {"progress": resume.progress_to_json(progress)}
                 checkpointer.save(state, metrics=metrics, config=config)
 
             def on_chunk(
@@ -173,7 +176,7 @@ def train(run: Run) -> int:
                 bar.set_postfix_str(
                     "stopping" if stopped() else f"loss {loss:.4f}, {left:.0f} s left"
                 )
-                if checkpointer.due() and not stopped():  # which saves anyway
+                if checkpointer.due() and not stopped():  # a stopped run saves anyway
                     save(state, progress, {})
 
             for epoch in loop.epochs(
@@ -187,10 +190,10 @@ def train(run: Run) -> int:
                 stopped=stopped,
                 on_chunk=on_chunk,
             ):
-                if epoch.examples:  # none where the first step of an epoch diverged
+                if epoch.examples:  # 0 if the first step of an epoch diverged
                     records.append(record_of(epoch))
                     if run.first:
-                        report.append_metrics(folder, records[-1])
+                        run_folder.append_metrics(folder, records[-1])
                     bar.write(line(records[-1], config.epochs))
                 last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
                 if epoch.end != "diverged" and (last or checkpointer.due()):
@@ -201,11 +204,11 @@ def train(run: Run) -> int:
 
 
 def make_programs(run: Run) -> loop.Programs:
-    """Compile, if the plan says so and something is left to do."""
+    """Make the programs; compile them if the plan says so and steps are left to do."""
     start, left = time.perf_counter(), run.progress.epoch <= run.config.epochs
     plan = run.plan._replace(compile=run.plan.compile and left)
     if left:
-        print(loop.describe(plan), flush=True)
+        print(planning.describe(plan), flush=True)
     programs = loop.make_programs(run.problem, run.config, plan, run.state, run.mesh)
     if plan.compile:
         print(f"compiled in {time.perf_counter() - start:.1f} s")
@@ -213,7 +216,7 @@ def make_programs(run: Run) -> loop.Programs:
 
 
 def record_of(epoch: loop.Epoch) -> dict[str, Any]:
-    """Make the line of `metrics.jsonl`."""
+    """Make the line of an epoch in `metrics.jsonl`."""
     return {
         "epoch": epoch.progress.epoch,
         "step": int(epoch.state.step),
@@ -224,13 +227,13 @@ def record_of(epoch: loop.Epoch) -> dict[str, Any]:
 
 
 def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
-    """Keep what a run came to, and say how it ended; no `epoch` where nothing was left to do."""
+    """Save the results of a run and print how it ended; `epoch` is None if no step was left."""
     folder, state = run.folder, epoch.state if epoch else run.state
     if run.first:
         # As in a state_dict, buffers lie among the parameters: evaluation needs both.
         fdl.io.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
     if records and run.first:
-        report.draw_curves(folder, f"{run.name}, seed {run.config.seed}", records)
+        plots.draw_curves(folder / "curves.png", f"{run.name}, seed {run.config.seed}", records)
     if epoch and epoch.end == "diverged":
         print(
             f"step {int(state.step) + 1} (epoch {epoch.progress.epoch}): the loss is not finite; "
@@ -239,7 +242,7 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
             file=sys.stderr,
         )
         return 1
-    print(run.problem.verdict(state.params))
+    print(run.problem.summary(state.params))
     if epoch and epoch.end == "interrupted":
         print(f"interrupted after step {int(state.step)}; to continue:")
         print(command(run.name, "--resume", folder))
@@ -252,7 +255,7 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
 
 
 def next_commands(name: str, config: configs.Recipe, folder: Path) -> list[str]:
-    """Give the commands that go on from a run that is done."""
+    """List commands that continue from a finished run."""
     commands = [command("eval", folder)]
     if isinstance(config, configs.Images):
         commands.append(command("predict", folder, "IMAGE.png"))
@@ -260,20 +263,20 @@ def next_commands(name: str, config: configs.Recipe, folder: Path) -> list[str]:
 
 
 def command(*arguments: Any) -> str:
-    """Write a command to be copied, on two lines where it is longer than one.
+    """Write a command to be copied, on two lines if it is too long for one.
 
     >>> print(command("eval", Path("runs/my lenet")))
         python -m train eval 'runs/my lenet'
     """
     words = ["    python -m train", *(shlex.quote(str(argument)) for argument in arguments)]
-    whole = " ".join(words)
-    if len(whole) <= WIDTH:
-        return whole
+    text = " ".join(words)
+    if len(text) <= WIDTH:
+        return text
     return f"{' '.join(words[:-2])} \\\n        {' '.join(words[-2:])}"
 
 
 def line(record: dict[str, Any], epochs: int) -> str:
-    """Say an epoch in one line; the speed of training stands at its end where there is room.
+    """Summarise an epoch in one line, with the training speed at its end if there is room.
 
     >>> line({"epoch": 1, "loss": 0.5, "examples_per_second": 1e4}, 10)
     'epoch  1/10  loss       0.5  10,000/s'

@@ -1,41 +1,190 @@
-"""Runs that exist already: what their folders say, and how they go on."""
+"""The folder of a run or a sweep: make or find it, and write and read what it holds."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import torch
-from torch import Tensor
-
-from fdl.metrics import Mean
+from fdl._files import atomic_write
 from train.config import RECIPES, SWEEPS, Recipe
-from train.loop import Plan, Progress
-from train.options import read
+from train.planning import Plan
+from train.recipes import Problem
+from train.records import from_json, to_json
 
 __all__ = [
-    "SWEEP_MAY_CHANGE",
     "Saved",
     "SavedSweep",
-    "differences",
-    "given_anew",
+    "append_metrics",
+    "cut_metrics",
+    "make",
     "newest",
-    "progress_as_json",
-    "progress_from_json",
     "read_run",
     "read_sweep",
+    "sync_metrics",
+    "write_config",
+    "write_sweep",
+    "write_text",
 ]
 
 MARKS = {"run": "config.json", "sweep": "sweep.json"}
-SWEEP_MAY_CHANGE = ("device", "data", "memory", "resume")
-MAY_CHANGE = ("epochs", "device", "data", "save_every", "resume")
+"""The file that makes a folder a run or a sweep."""
+
+
+def make(out: Path | None, recipe: str) -> Path:
+    """Make the folder of a new run: `out`, or `runs/RECIPE/TIME`.
+
+    Raises:
+        ValueError: `out` holds a run already, which would be overwritten.
+        OSError: the folder cannot be made.
+    """
+    if out is None:
+        return _make_by_time(Path("runs") / recipe)
+    if any((out / mark).exists() for mark in MARKS.values()) or any(
+        out.glob("checkpoints/*.safetensors")
+    ):
+        raise ValueError(f"--out {out} holds a run already; choose another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _make_by_time(runs: Path) -> Path:
+    """Make a folder named by the time, with microseconds if another run began this second."""
+    runs.mkdir(parents=True, exist_ok=True)
+    now = datetime.now()
+    folder = runs / now.strftime("%Y-%m-%d-%H%M%S")
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        folder = runs / now.strftime("%Y-%m-%d-%H%M%S-%f")
+        folder.mkdir()
+    return folder
+
+
+def newest(folder: Path, what: str = "run") -> Path:
+    """Return the folder if it is a run, else the newest run in it, which is printed.
+
+    Args:
+        folder: a run, the runs of a recipe such as runs/lenet, a sweep, or a folder of sweeps.
+        what: "run" or "sweep".
+
+    Raises:
+        ValueError: there is no run; the message names what was found.
+
+    >>> newest(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere holds no run: there is no such folder
+    """
+    mark = MARKS[what]
+    if (folder / mark).is_file():
+        return folder
+    candidates = [*folder.glob(f"*/{mark}"), *folder.glob(f"*/best/{mark}")]  # of a sweep, its best
+    marks = sorted(candidates, key=lambda path: path.stat().st_mtime)
+    if not marks:
+        raise ValueError(f"{folder} holds no {what}: {_found_instead(folder, mark)}")
+    print(f"the newest {what} in {folder}: {marks[-1].parent}")
+    return marks[-1].parent
+
+
+def _found_instead(folder: Path, mark: str) -> str:
+    """Name what was found, and what to pass instead."""
+    if not folder.exists():
+        return "there is no such folder" + _suggestions(folder.parent, mark)
+    if not folder.is_dir():
+        return "it is a file; give the folder of a run"
+    if (folder.parent / mark).is_file():
+        return f"it is part of one, {folder.parent}"
+    if (folder / "sweep.json").is_file():
+        return "it is a sweep without a best run"
+    if (folder / "config.json").is_file():
+        return f"it is a run of {read_run(folder).recipe}"
+    return f"there is no {folder / mark}" + _suggestions(folder, mark)
+
+
+def _suggestions(folder: Path, mark: str) -> str:
+    """Name up to three runs, and folders of runs, in a folder."""
+    runs = {path.parent for path in folder.glob(f"*/{mark}")}
+    runs |= {path.parent.parent for path in folder.glob(f"*/*/{mark}")}
+    names = sorted(str(run) for run in runs)
+    more = ", …" if len(names) > 3 else ""
+    return f"; there is {', '.join(names[:3])}{more}" if names else ""
+
+
+def write_config(
+    folder: Path,
+    recipe: str,
+    config: Recipe,
+    problem: Problem,
+    plan: Plan,
+    environment: Mapping[str, Any],
+    resumed: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write `config.json`: every option, and whatever else the numbers depend on.
+
+    Args:
+        folder: folder of the run.
+        recipe: name of the recipe.
+        config: its options.
+        problem: gives the name of the data and the number of passes over them in an epoch.
+        plan: how the run is executed.
+        environment: the environment the run began in.
+        resumed: the steps at which the run was resumed in another environment.
+    """
+    extra = {"environment": environment, "resumed": list(resumed)}
+    _write_record(folder / MARKS["run"], folder, recipe, config, problem, plan, extra)
+
+
+def write_sweep(
+    folder: Path, recipe: str, config: Recipe, problem: Problem, plan: Plan, size: int
+) -> None:
+    """Write `sweep.json`: every option of a sweep.
+
+    Args:
+        folder: folder of the sweep.
+        recipe: name of the recipe.
+        config: its options, the grid among them.
+        problem: gives the name of the data and the number of passes over them in an epoch.
+        plan: how the groups are executed.
+        size: number of members in a group.
+    """
+    _write_record(folder / MARKS["sweep"], folder, recipe, config, problem, plan, {"size": size})
+
+
+def _write_record(
+    path: Path,
+    folder: Path,
+    recipe: str,
+    config: Recipe,
+    problem: Problem,
+    plan: Plan,
+    extra: Mapping[str, Any],
+) -> None:
+    record = {
+        "recipe": recipe,
+        "options": dataclasses.asdict(config) | {"out": str(folder), "resume": None},
+        "data": problem.data,
+        "passes": problem.passes,
+        "plan": plan._asdict(),
+        **extra,
+    }
+    write_text(path, to_json(record, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    atomic_write(path, write)
 
 
 class Saved(NamedTuple):
-    """What `config.json` says of a run."""
+    """The content of `config.json`."""
 
     recipe: str
     config: Recipe
@@ -46,63 +195,14 @@ class Saved(NamedTuple):
     resumed: list[dict[str, Any]]
 
 
-def newest(folder: Path, what: str = "run") -> Path:
-    """Return the folder itself where it is a run, or the newest run in it, and say which.
-
-    Args:
-        folder: of a run, or of the runs of a recipe, such as runs/lenet, or of a sweep or sweeps.
-        what: "run" or "sweep".
-
-    Raises:
-        ValueError: there is no run; what there is instead is named.
-
-    >>> newest(Path("nowhere"))
-    Traceback (most recent call last):
-    ValueError: nowhere holds no run: there is no such folder
-    """
-    mark = MARKS[what]
-    if (folder / mark).is_file():
-        return folder
-    found = [*folder.glob(f"*/{mark}"), *folder.glob(f"*/best/{mark}")]  # of a sweep, its best
-    marks = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not marks:
-        raise ValueError(f"{folder} holds no {what}: {_found_instead(folder, mark)}")
-    print(f"the newest {what} in {folder}: {marks[-1].parent}")
-    return marks[-1].parent
-
-
-def _found_instead(folder: Path, mark: str) -> str:
-    """Say what is there, and what to give instead."""
-    if not folder.exists():
-        return "there is no such folder" + _such_as(folder.parent, mark)
-    if not folder.is_dir():
-        return "it is a file; give the folder of a run"
-    if (folder.parent / mark).is_file():
-        return f"it is part of one, {folder.parent}"
-    if (folder / "sweep.json").is_file():
-        return "it is a sweep without a best run"
-    if (folder / "config.json").is_file():
-        return f"it is a run of {read_run(folder).recipe}"
-    return f"there is no {folder / mark}" + _such_as(folder, mark)
-
-
-def _such_as(folder: Path, mark: str) -> str:
-    """Name the runs in a folder, and the folders of runs."""
-    runs = {path.parent for path in folder.glob(f"*/{mark}")}
-    runs |= {path.parent.parent for path in folder.glob(f"*/*/{mark}")}
-    names = sorted(str(run) for run in runs)
-    more = ", …" if len(names) > 3 else ""
-    return f"; there is {', '.join(names[:3])}{more}" if names else ""
-
-
 def read_run(folder: Path) -> Saved:
     """Read `config.json` of a run.
 
     Raises:
-        ValueError: it is not one of ours.
-        OSError: there is none.
+        ValueError: the file was not written by this version of fdl.
+        OSError: there is no such file.
     """
-    path = folder / "config.json"
+    path = folder / MARKS["run"]
     try:
         record = json.loads(path.read_text())
         config = RECIPES[record["recipe"]](**_options(record))
@@ -110,7 +210,7 @@ def read_run(folder: Path) -> Saved:
             record["recipe"],
             config,
             record["data"],
-            record.get("passes", 1),  # which older runs do not say
+            record.get("passes", 1),  # missing in older runs
             Plan(**record["plan"]),
             record["environment"],
             record["resumed"],
@@ -122,7 +222,7 @@ def read_run(folder: Path) -> Saved:
 
 
 class SavedSweep(NamedTuple):
-    """What `sweep.json` says of a sweep."""
+    """The content of `sweep.json`."""
 
     recipe: str
     config: Recipe  # with its grid
@@ -136,10 +236,10 @@ def read_sweep(folder: Path) -> SavedSweep:
     """Read `sweep.json` of a sweep.
 
     Raises:
-        ValueError: it is not one of ours.
-        OSError: there is none.
+        ValueError: the file was not written by this version of fdl.
+        OSError: there is no such file.
     """
-    path = folder / "sweep.json"
+    path = folder / MARKS["sweep"]
     try:
         record = json.loads(path.read_text())
         config = SWEEPS[record["recipe"]](**_options(record))
@@ -147,7 +247,7 @@ def read_sweep(folder: Path) -> SavedSweep:
             record["recipe"],
             config,
             record["data"],
-            record.get("passes", 1),
+            record.get("passes", 1),  # missing in older sweeps
             Plan(**record["plan"]),
             record["size"],
         )
@@ -159,90 +259,41 @@ def read_sweep(folder: Path) -> SavedSweep:
 
 
 def _options(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Read options; those of runs and sweeps from before there was a validation set have none."""
+    """Read options; runs and sweeps older than the option --validation had no validation set."""
     options = {"validation": 0.0} | record["options"] | {"out": None}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
 
 
-def given_anew(
-    recipe: str,
-    folder: Path,
-    saved: Saved | SavedSweep,
-    arguments: Sequence[str],
-    may_change: Sequence[str] = MAY_CHANGE,
-) -> Recipe:
-    """Take the options of a run, and over them those on the command line.
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Append one line to `metrics.jsonl`."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(to_json(record) + "\n")
 
-    Args:
-        recipe: that is asked for.
-        folder: of the run.
-        saved: what it says.
-        arguments: after the name of the recipe.
-        may_change: options that leave it the same run.
+
+def sync_metrics(folder: Path) -> None:
+    """Flush `metrics.jsonl` to the disk, if it exists."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def cut_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """Cut `metrics.jsonl` to the lines of the first epochs, and return these.
+
+    The lines cut were written after the checkpoint, and will be written again: lines of whole
+    epochs, of a part of one, or one that was incomplete when the run died.
 
     Raises:
-        ValueError: an option differs that would make it another run.
+        ValueError: lines of the first epochs are missing.
     """
-    if saved.recipe != recipe:
-        raise ValueError(f"--resume {folder} is a run of {saved.recipe}, got {recipe}")
-    default: Any = saved.config
-    grid = {"grid": default.grid} if hasattr(default, "grid") else {}
-    if grid:  # which the command line would add to
-        default = dataclasses.replace(default, **dict.fromkeys(grid, ()))
-    command = f"sweep {recipe}" if grid else recipe
-    config: Any = read(type(default), command, arguments, default)
-    if grid and not config.grid:
-        config = dataclasses.replace(config, **grid)
-    for field in dataclasses.fields(config):
-        was, now = getattr(saved.config, field.name), getattr(config, field.name)
-        if field.name == "out" and now == folder:
-            continue  # the command that began the run, repeated
-        if field.name not in may_change and was != now:
-            option = "--" + field.name.replace("_", "-")
-            raise ValueError(
-                f"{option} is {was} in {folder}, got {now}: a run goes on as it began; "
-                f"leave {option} out, or start another run"
-            )
-    going_on: Recipe = dataclasses.replace(config, resume=folder, out=None)
-    return going_on
-
-
-def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name what differs between two environments and may show in the bits of a result.
-
-    >>> differences({"torch": "2.11.0", "threads": 1}, {"torch": "2.15.0", "threads": 1})
-    'torch 2.15.0, was 2.11.0'
-    """
-    return "; ".join(
-        f"{name} {now[name]}, was {began.get(name)}"
-        for name in now
-        if name != "python" and now[name] != began.get(name)
-    )
-
-
-def progress_as_json(progress: Progress) -> dict[str, Any]:
-    """Write a `Progress` as JSON, which keeps every bit of a float64.
-
-    >>> total = {"loss": Mean(torch.tensor(0.1).double(), torch.tensor(3.0).double())}
-    >>> progress_as_json(Progress(2, 5, total, 1.5))["total"]
-    {'loss': [0.10000000149011612, 3.0]}
-    """
-    total = {name: [mean.total.item(), mean.count.item()] for name, mean in progress.total.items()}
-    return progress._asdict() | {"total": total}
-
-
-def progress_from_json(record: Mapping[str, Any], device: torch.device) -> Progress:
-    """Read what `progress_as_json` wrote.
-
-    >>> record = {"epoch": 2, "done": 5, "total": {"loss": [0.5, 3.0]}, "seconds": 1.5}
-    >>> progress_as_json(progress_from_json(record, torch.device("cpu"))) == record
-    True
-    """
-
-    def tensor(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=device)
-
-    total = {
-        name: Mean(tensor(total), tensor(count)) for name, (total, count) in record["total"].items()
-    }
-    return Progress(record["epoch"], record["done"], total, record["seconds"])
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [from_json(line) for line in lines[:epochs]]
+    if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
+        raise ValueError(
+            f"{path} must have a line for each of the {epochs} epochs in the checkpoint, "
+            f"got {len(records)} lines; restore the file that the run wrote"
+        )
+    write_text(path, "".join(line + "\n" for line in lines[:epochs]))
+    return records

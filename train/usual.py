@@ -1,4 +1,4 @@
-"""What recipes usually come to, so that a good run can be told from a broken one."""
+"""Usual accuracies of the recipes, to tell a good run from a broken one."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ USUAL: dict[tuple[str, int, int], tuple[float, ...]] = {
     ("lenet", 6_000, 10): (0.834, 0.833, 0.818),
     ("lenet-bn", 6_000, 10): (0.834, 0.843, 0.836),
 }
-"""(recipe, training images, epochs): test accuracies of seeds 0, 1 and 2 with default options."""
+"""Test accuracies of seeds 0, 1 and 2 with default options, by (recipe, images, epochs)."""
 
-# Options that do not make it another model or another way to train.
+# Options that change neither the model nor its training.
 FREE = ("epochs", "seed", "device", "compile", "out", "resume", "save_every", "data")
 
 
 def compare(
     name: str, config: Recipe, problem: recipes.Problem, record: Mapping[str, Any]
 ) -> str | None:
-    """Say what is usual where the last epoch of a run ends; None where that is not known."""
+    """Compare the last test accuracy of a run with the usual one; None if that is not known."""
     default: Recipe = RECIPES[name]()
     free = {option: getattr(default, option) for option in FREE if hasattr(default, option)}
     images = len(problem.train.x)
     known = USUAL.get((name, images, record["epoch"]))
-    whole = problem.passes * images == recipes.EXAMPLES  # older runs on the sample had one pass
-    if known is None or not whole or dataclasses.replace(config, **free) != default:
+    full_epoch = problem.passes * images == recipes.EXAMPLES  # older runs on the sample: one pass
+    if known is None or not full_epoch or dataclasses.replace(config, **free) != default:
         return None
     return (
         f"test accuracy {record['test_accuracy']:.3f}; usual after {record['epoch']} epochs is "

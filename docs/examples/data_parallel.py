@@ -12,7 +12,7 @@ dist.init_process_group("gloo")  # "nccl" for GPUs
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
 
 model, opt = nn.sequential(nn.flatten(), nn.linear(784, 10)), optim.sgd(lr=0.1, momentum=0.9)
-loss = fdl.supervised(model.apply, losses.cross_entropy)
+loss = fdl.supervised(model, losses.cross_entropy)
 step = parallel.train_step(loss, opt, mesh)  # instead of fdl.train_step(loss, opt)
 
 images = data.fashion_mnist_sample()
@@ -23,7 +23,7 @@ parallel.check_replicated({"state": start, "rows": rows}, mesh)
 
 def epoch(step, rows):
     """Scan a step over rows of indices."""
-    return fdl.scan(lambda s, row: step(s, data.gather(images, row)), start, rows)
+    return fdl.scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), start, rows)
 
 
 state, metrics = epoch(step, parallel.own_rows(rows, mesh))  # fdl.jit makes one program of it

@@ -27,9 +27,9 @@ net = nn.sequential(nn.linear(1, 40), nn.relu, nn.linear(40, 40), nn.relu, nn.li
 def draw_task(key: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Points `x`, `y` `[points, 1]` of y = a · sin(x − φ), a ~ U[0.1, 5], φ ~ U[0, π]."""
     k_amplitude, k_phase, k_x = random.split(key, 3)
-    amplitude = random.uniform(k_amplitude, (), 0.1, 5.0)
-    phase = random.uniform(k_phase, (), 0.0, torch.pi)
-    x = random.uniform(k_x, (points, 1), -5.0, 5.0)
+    amplitude = random.uniform(k_amplitude, (), minval=0.1, maxval=5.0)
+    phase = random.uniform(k_phase, (), minval=0.0, maxval=torch.pi)
+    x = random.uniform(k_x, (points, 1), minval=-5.0, maxval=5.0)
     return x, amplitude * torch.sin(x - phase)
 
 
@@ -43,7 +43,7 @@ def adapt(params, x, y):
     return tree.map(lambda p, g: p - ALPHA * g, params, grad(loss)(params, x, y))
 
 
-def maml_loss(params, batch, key, *, shots):
+def maml_loss(params, batch, *, train, key, shots):
     """Mean over tasks of the loss on K new points, after a step on K others."""
 
     def of_task(key):
@@ -54,7 +54,7 @@ def maml_loss(params, batch, key, *, shots):
     return value, {"loss": metrics.mean(value.detach()[None])}
 
 
-def pretraining_loss(params, batch, key, *, shots):
+def pretraining_loss(params, batch, *, train, key, shots):
     """Mean over tasks of the loss on 2K points, without adapting."""
     x, y = vmap(partial(draw_task, points=2 * shots))(random.split(key, TASKS))
     value = loss(params, x.flatten(0, 1), y.flatten(0, 1))

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._user_lines import is_user_code
+from fdl.tree._paths import join
+from fdl.tree._summary import shape_dtype
 
 FOREIGN = {
     "torch",
@@ -85,16 +87,7 @@ class Sources:
         """Return the path of each tensor."""
         paths = _paths(self.root, self.edges)
         unnamed = "without a name: fixed at the first call"
-        return [paths.get(id(x), f"{describe(x)}, {unnamed}") for x in self.tensors]
-
-
-def describe(tensor: Tensor) -> str:
-    """Format dtype and shape of a tensor.
-
-    >>> describe(torch.ones(2, 3))
-    'float32[2, 3]'
-    """
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        return [paths.get(id(x), f"{shape_dtype(x)}, {unnamed}") for x in self.tensors]
 
 
 def closed_over_tensors(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +120,7 @@ def _leading_to(targets: Sequence[Any], edges: Sequence[Edge]) -> list[Edge]:
 def _paths(root: Any, edges: Sequence[Edge]) -> dict[int, str]:
     paths = {id(root): ""}
     for edge in edges:
-        path = ".".join(filter(None, [paths[id(edge.holder)], edge.name]))
+        path = join(paths[id(edge.holder)], edge.name)
         paths.setdefault(id(edge.value), path)
     return paths
 

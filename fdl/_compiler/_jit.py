@@ -23,6 +23,7 @@ from fdl._compiler._settings import Settings, changes, current_settings, has_act
 from fdl._compiler._signature import flatten, paths, signature
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
+from fdl.tree._summary import dtype_name
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -313,7 +314,7 @@ def _why(key: _Key, earlier: Sequence[_Key]) -> str:
 
 def _describe(leaf_signature: tuple[Any, ...]) -> str:
     shape, stride, dtype, device = leaf_signature
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}, strides {list(stride)}, {device}"
+    return f"{dtype_name(dtype)}{list(shape)}, strides {list(stride)}, {device}"
 
 
 def _runs_inline() -> bool:

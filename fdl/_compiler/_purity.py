@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fdl._compiler._closure import closed_over_tensors, describe
+from fdl._compiler._closure import closed_over_tensors
 from fdl._compiler._user_lines import Line, current_user_line, format_line
+from fdl.tree._summary import shape_dtype
 
 SWITCHES = ("train", "training", "dropout", "dropout_p")  # without these, nothing is drawn
 
@@ -85,7 +86,7 @@ def _describe(kept: list[_TracedTensor], fn: Callable[..., Any]) -> str:
     tensor = leaked.tensor()
     assert tensor is not None
     where = f" at {format_line(leaked.line)}" if leaked.line else ""
-    text = f"{describe(tensor)}, {leaked.origin}{where}"
+    text = f"{shape_dtype(tensor)}, {leaked.origin}{where}"
     return f"{name}, {text}" if name else text
 
 

@@ -13,6 +13,7 @@ from torch._higher_order_ops.scan import scan as scan_for_dynamo
 from fdl import tree
 from fdl._compiler._scan_eager import contiguous_copy, row_of, scan_as_loop
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 
 def scan_as_operator(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
@@ -37,7 +38,7 @@ def scan_as_operator(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -
         carry = unflatten(leaves)
         new, y = f(carry, pytree.tree_unflatten(x[: x_spec.num_leaves], x_spec))
         # Outputs must not alias inputs, as unchanged leaves do, and strides must be stable.
-        outputs = tree.match(carry, new, "scan") or leaves
+        outputs = match(carry, new, "scan") or leaves
         ys = tree.leaves(y) or [torch.zeros((), device=device)]
         return [contiguous_copy(leaf) for leaf in outputs], [contiguous_copy(leaf) for leaf in ys]
 

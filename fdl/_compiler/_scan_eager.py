@@ -13,6 +13,7 @@ from fdl import tree
 from fdl._dtensor import is_dtensor
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
+from fdl.tree._map import match
 
 
 def row_of(xs: Tree, i: int) -> Tree:
@@ -21,7 +22,7 @@ def row_of(xs: Tree, i: int) -> Tree:
 
 def check_carry(init: Tree, carry: Tree) -> Tree:
     """Check that `carry` is like `init`, and return it with its keys in the order of `init`."""
-    leaves = tree.match(init, carry, "scan: the carry that f returned")
+    leaves = match(init, carry, "scan: the carry that f returned")
     check_tensors(leaves, carry, "scan: every leaf of the carry that f returned")
     for before, after in zip(tree.leaves(init), leaves, strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:

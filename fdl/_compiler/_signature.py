@@ -14,7 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._dtensor import DTensorSpec, from_local, is_dtensor, to_local
-from fdl.tree import Tree, dotted
+from fdl.tree import Tree
+from fdl.tree._paths import dotted
 
 LEAF = None
 NONE = (type(None), 0)  # as in JAX, None has no leaves

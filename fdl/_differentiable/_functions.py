@@ -1,10 +1,10 @@
-"""Functions of torch whose kernels lack derivatives, written out in operations that have them all.
+"""Functions of torch whose kernels lack derivatives, written out in differentiable operations.
 
-Torch's fused kernels have a first derivative in reverse mode. Of normalisation, what follows is
-silently wrong (jvp of jvp, grad of jvp, all third derivatives); attention has no more at all. So a
-kernel serves as long as one `grad` is active at most; from a `jvp` or a second `grad` on, the
-function is written out. Attention and weight normalisation are written out under `vmap` as well,
-where torch would run their kernels once for each example.
+Torch's fused kernels have a first derivative in reverse mode. Those of normalisation return wrong
+values beyond it without an error (jvp of jvp, grad of jvp, all third derivatives); attention has no
+further derivatives. So kernels are used while at most one `grad` is active; under a `jvp` or a
+second `grad` the function is written out. Attention and weight normalisation are written out under
+`vmap` as well, where torch would run their kernels once per example.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def attention(
     enable_gqa: bool,
     drop: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return softmax(Q Kᵀ · scale + mask) V; a query that may look at nothing gets 0."""
+    """Return softmax(Q Kᵀ · scale + mask) V; queries whose keys are all masked get 0."""
     if is_causal and attn_mask is not None:
-        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both")
+        raise ValueError("scaled_dot_product_attention: pass attn_mask or is_causal, not both")
     if enable_gqa:
         heads = query.shape[-3]
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
@@ -48,8 +48,8 @@ def attention(
         scores = torch.where(attn_mask, scores, -math.inf)
     else:
         scores = scores + attn_mask
-    blind = (scores == -math.inf).all(-1, keepdim=True)
-    weights = torch.where(blind, 0, torch.where(blind, 0, scores).softmax(-1))
+    masked = (scores == -math.inf).all(-1, keepdim=True)
+    weights = torch.where(masked, 0, torch.where(masked, 0, scores).softmax(-1))
     return drop(weights) @ value
 
 
@@ -66,7 +66,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Look rows up; gradients are dense, and that of the padding row is 0 in every mode."""
+    """Look up rows; gradients are dense, and the gradient of the padding row is always 0."""
     _check_embedding("embedding", max_norm, scale_grad_by_freq)
     y = F.embedding(input, weight, padding_idx)
     if padding_idx is None or not _modes.beyond_first():
@@ -107,7 +107,7 @@ def _check_embedding(name: str, max_norm: float | None, by_frequency: bool) -> N
         )
     if by_frequency:
         raise NotImplementedError(
-            f"{name}: what scale_grad_by_freq=True makes is no derivative; weight the loss instead"
+            f"{name}: scale_grad_by_freq=True does not give a derivative; weight the loss instead"
         )
 
 
@@ -176,7 +176,7 @@ def _soft_margin_loss(
 
 def _check_plain(name: str, *options: Any) -> None:
     if any(option is not None for option in options):
-        _refuse(name, "unless it is called without weight, size_average and reduce")
+        _refuse(name, "call it without weight, size_average and reduce")
 
 
 def _reduced(each: Tensor, reduction: str) -> Tensor:
@@ -186,7 +186,7 @@ def _reduced(each: Tensor, reduction: str) -> Tensor:
 
 
 def _first_only(kernel: Callable[..., Tensor], instead: str) -> Callable[..., Tensor]:
-    """Make the rule of a function that has a first derivative and no other."""
+    """Make the rule of a function that has only a first derivative."""
 
     def rule(mode: Any, *args: Any, **kwargs: Any) -> Tensor:
         if _modes.beyond_first():
@@ -211,7 +211,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "F.mse_loss": _mse_loss,
     "F.huber_loss": _huber_loss,
     "F.soft_margin_loss": _soft_margin_loss,
-    "F.ctc_loss": _first_only(F.ctc_loss, "torch has no others"),
+    "F.ctc_loss": _first_only(F.ctc_loss, "use another loss"),
     "F.multi_margin_loss": _first_only(F.multi_margin_loss, "write it out"),
     "F.multilabel_margin_loss": _first_only(F.multilabel_margin_loss, "write it out"),
     "torch.embedding": (

@@ -1,4 +1,4 @@
-"""Normalisation written out: torch's fused kernels have right first derivatives only."""
+"""Normalisation written out: torch's fused kernels have correct first derivatives only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdl._numerics import at_least_32_bits, norm
 
 
 def _normalised(x: Tensor, dims: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over `dims`, divide by the deviation; return both statistics as well."""
+    """Normalise over `dims`; return the result, the mean and the variance."""
     wide = x.to(at_least_32_bits(x))
     mean = wide.mean(dims, keepdim=True)
     centred = wide - mean
@@ -34,7 +34,7 @@ def _move(running: Tensor | None, value: Tensor, momentum: float) -> None:
 
 
 def _in_stats_dtype(mean: Tensor | None, *values: Tensor | None) -> list[Tensor | None]:
-    """Have scale and shift in the running statistics' dtype, which a `Policy` leaves alone."""
+    """Cast scale and shift to the dtype of the running statistics, which a `Policy` keeps."""
     return [x if x is None or mean is None else x.to(mean.dtype) for x in values]
 
 
@@ -51,7 +51,7 @@ def _with_batch_statistics(
 ) -> Tensor:
     y, now_mean, now_var = _normalised(x, dims, eps)
     n = x.numel() // now_mean.numel()
-    # An instance's statistics are averaged over the batch.
+    # Statistics of instances are averaged over the batch.
     now_mean, now_var = (s.reshape(s.shape[:2]).mean(0) for s in (now_mean, now_var))
     _move(mean, now_mean, momentum)
     _move(var, now_var * (n / max(n - 1, 1)), momentum)
@@ -59,7 +59,7 @@ def _with_batch_statistics(
 
 
 def _own_gradient_layout(y: Tensor) -> Tensor:
-    """Have the gradient in plain layout where torch's kernel misreads others: a batch of one."""
+    """Give the gradient a contiguous layout: torch's kernel misreads others for a batch of one."""
     return y.reshape(-1).view(y.shape)
 
 
@@ -83,7 +83,9 @@ def _batch_norm(
     if not training:
         return _with_running(*values, eps)  # type: ignore[arg-type]
     if input.numel() == input.shape[1]:
-        raise ValueError(f"batch_norm: one value per channel has no variance: {list(input.shape)}")
+        raise ValueError(
+            f"batch_norm: expected several values per channel, got {list(input.shape)}"
+        )
     dims = [0, *range(2, input.ndim)]
     return _with_batch_statistics(input, dims, *values[1:], momentum, eps)
 
@@ -107,7 +109,9 @@ def _instance_norm(
     if not use_input_stats:
         return _with_running(*values, eps)  # type: ignore[arg-type]
     if input.numel() == input.shape[0] * input.shape[1]:
-        raise ValueError(f"instance_norm: one value per channel has no variance: {input.shape}")
+        raise ValueError(
+            f"instance_norm: expected several values per channel, got {[*input.shape]}"
+        )
     return _with_batch_statistics(input, [*range(2, input.ndim)], *values[1:], momentum, eps)
 
 
@@ -176,13 +180,13 @@ def _normalize(
     eps: float = 1e-12,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Copy to `out`, as `spectral_norm` does to its vectors: constants to every derivative."""
+    """Copy a result for `out` without derivatives, as `spectral_norm` needs for its vectors."""
     y = F.normalize(input, p, dim, eps)
     return y if out is None else out.copy_(y.detach())
 
 
 def _in_torchs_order(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make the rule of `torch.batch_norm`: scale and shift come before the statistics."""
+    """Make the rule of `torch.batch_norm`, which takes scale and shift before the statistics."""
 
     def ordered(
         mode: Any,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
 from fdl._training._step import eval_step, train_step
 from fdl._training._supervised import supervised
 from fdl._training._update_bn import update_bn
 
 __all__ = [
+    "StatefulLoss",
     "TrainState",
     "eval_step",
     "supervised",

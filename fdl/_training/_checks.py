@@ -1,4 +1,4 @@
-"""What a training step is given, looked at where it comes in: a loss, a model's apply, a batch."""
+"""Checks of what a training step receives: a loss, an optimizer, a batch."""
 
 from __future__ import annotations
 
@@ -11,40 +11,24 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._masks import filled
+from fdl._checks import describe
+from fdl._masks import fill_masked
+from fdl._training._loss import StatefulLoss
 from fdl.data import Batch
-from fdl.nn import Model, StatefulModel
+from fdl.nn._model import is_model
 from fdl.optim import Optimizer
 
 
-def kind(x: Any) -> str:
-    """Describe an argument by type, shape and dtype, never by its values.
-
-    >>> kind(torch.zeros(2)), kind(0.5), kind(int)
-    ('a tensor float32[2]', 'a float', 'the class int')
-    """
-    if isinstance(x, Tensor):
-        return f"a tensor {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    if inspect.isclass(x):
-        return f"the class {x.__name__}"
-    if inspect.isroutine(x):
-        return f"the function {getattr(x, '__name__', 'without a name')}"
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{type(x).__module__.partition('.')[0]} {x.dtype}{list(x.shape)}"
-    name = type(x).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
 def as_batch(caller: str, batch: Any) -> Batch:
-    """Make a `Batch` of what a step was given, with the rows that do not count replaced.
+    """Return the `Batch` that a step received, with its masked rows replaced by harmless ones.
 
     Args:
-        caller: how an error begins.
+        caller: first words of an error message.
         batch: a `Batch`, a tuple or list (x, y) or (x, y, mask), or a dict with these names.
 
     Raises:
-        TypeError: a batch of another form, or one with arrays that are not torch's.
-        ValueError: a mask of another shape than `[batch]`.
+        TypeError: `batch` is none of these, or contains arrays that are not tensors.
+        ValueError: the mask does not have the shape `[batch]`.
 
     >>> as_batch("here", {"x": torch.zeros(3, 2), "y": torch.zeros(3)}).mask
     ()
@@ -55,7 +39,7 @@ def as_batch(caller: str, batch: Any) -> Batch:
     elif names is None and isinstance(batch, tuple | list) and len(batch) in (2, 3):
         batch = Batch(batch[0], batch[1], batch[2] if len(batch) == 3 else ())
     else:
-        got = f"the entries {list(batch)}" if names is not None else kind(batch)
+        got = f"the entries {list(batch)}" if names is not None else describe(batch)
         raise TypeError(
             f"{caller}: batch must be Batch(x, y), Batch(x, y, mask), a tuple of these or a dict "
             f"with the entries x, y and mask, got {got}"
@@ -63,8 +47,8 @@ def as_batch(caller: str, batch: Any) -> Batch:
     for path, leaf in _leaves(batch):
         if not isinstance(leaf, Tensor) and hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
             raise TypeError(
-                f"{caller}: batch{path} must be a tensor, got {kind(leaf)}; "
-                "interop.from_numpy and interop.from_jax make tensors of arrays"
+                f"{caller}: batch{path} must be a tensor, got {describe(leaf)}; "
+                "convert arrays with interop.from_numpy or interop.from_jax"
             )
     if not isinstance(batch.mask, Tensor):
         return batch
@@ -73,12 +57,12 @@ def as_batch(caller: str, batch: Any) -> Batch:
             f"{caller}: mask must have the shape [{length(batch)}], one entry per example, got "
             f"{list(batch.mask.shape)}"
         )
-    x, y = filled(batch.mask, (batch.x, batch.y))
+    x, y = fill_masked(batch.mask, (batch.x, batch.y))
     return Batch(x, y, batch.mask)
 
 
 def length(batch: Batch) -> int:
-    """Count the examples of a batch, by the first axis of y, or of x where there is no y.
+    """Return the number of examples: the size of the first axis of y, or of x if y has no leaves.
 
     >>> length(Batch({"text": torch.zeros(3, 2)}, ()))
     3
@@ -88,39 +72,36 @@ def length(batch: Batch) -> int:
     )
 
 
-def check_apply(caller: str, apply: Any) -> None:
-    """Raise unless `apply` can be that of a model: `(params, x, *, train=False, key=None)`.
-
-    >>> check_apply("here", lambda params, x, *, train=False, key=None: x)
-    """
-    if isinstance(apply, Model | StatefulModel):
-        raise TypeError(f"{caller}: apply must be a function, got a model; pass model.apply")
-    if isinstance(apply, torch.nn.Module):
-        raise TypeError(
-            f"{caller}: apply must be a function, got the module {type(apply).__name__}; "
-            "interop.from_module makes a model of it, whose apply to pass"
-        )
-    if not callable(apply):
-        raise TypeError(f"{caller}: apply must be a function, got {kind(apply)}")
-    parameters = inspect.signature(apply).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not any_name and not {"train", "key"} <= parameters.keys():
-        raise TypeError(
-            f"{caller}: apply must be that of a model, (params, x, *, train=False, key=None), got "
-            f"{kind(apply)} with the parameters {list(parameters)}"
-        )
-
-
 def check_loss(caller: str, loss: Any) -> None:
-    """Raise unless `loss` can be called.
+    """Raise unless `loss` can be called as a loss of its type, with `train` and `key`.
 
-    >>> check_loss("here", lambda params, batch, key=None: (params, {}))
+    >>> check_loss("here", lambda params, batch, *, train, key: (params, {}))
     """
+    if is_model(loss) or getattr(loss, "__module__", "").startswith(("fdl.nn.", "fdl.interop.")):
+        raise TypeError(
+            f"{caller}: loss must be the loss of a model, got {describe(loss)} of fdl itself; "
+            "fdl.supervised(model, losses.mse) makes the loss of a model"
+        )
     if isinstance(loss, Optimizer) or not callable(loss) or isinstance(loss, torch.nn.Module):
         raise TypeError(
-            f"{caller}: loss must be a function (params, batch, key) -> (scalar, metrics), as "
-            f"fdl.supervised makes it, got {kind(loss)}"
+            f"{caller}: loss must be a function (params, batch, *, train, key) -> "
+            f"(scalar, metrics), as fdl.supervised makes it, got {describe(loss)}"
         )
+    stateful = isinstance(loss, StatefulLoss)
+    fn = loss.fn if stateful else loss
+    positional = ("params", "buffers", "batch") if stateful else ("params", "batch")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin may have none
+        return
+    try:
+        signature.bind(*positional, train=True, key=None)
+    except TypeError as error:
+        hint = "" if stateful else "; wrap a loss with buffers in fdl.StatefulLoss"
+        raise TypeError(
+            f"{caller}: loss must accept ({', '.join(positional)}, *, train, key), got "
+            f"{describe(fn)} with the signature {signature} ({error}){hint}"
+        ) from None
 
 
 def check_opt(caller: str, opt: Any) -> None:
@@ -130,11 +111,13 @@ def check_opt(caller: str, opt: Any) -> None:
     >>> check_opt("here", optim.sgd(0.1))
     """
     if not isinstance(opt, Optimizer):
-        raise TypeError(f"{caller}: opt must be an optimizer, as optim.sgd(0.1), got {kind(opt)}")
+        raise TypeError(
+            f"{caller}: opt must be an optimizer such as optim.sgd(0.1), got {describe(opt)}"
+        )
 
 
 def check_result(caller: str, result: Any, stateful: bool) -> None:
-    """Raise unless a loss gave `(scalar, metrics)`, or `(scalar, (metrics, buffers))`.
+    """Raise unless a loss returned `(scalar, metrics)`, or `(scalar, (metrics, buffers))`.
 
     >>> check_result("here", (torch.tensor(1.0), {}), stateful=False)
     """
@@ -142,22 +125,22 @@ def check_result(caller: str, result: Any, stateful: bool) -> None:
     if not (isinstance(result, tuple) and len(result) == 2):
         empty = "(value, ({}, buffers))" if stateful else "(value, {})"
         raise TypeError(
-            f"{caller}: the loss must return {expected}, got {kind(result)}; return {empty} if "
+            f"{caller}: the loss must return {expected}, got {describe(result)}; return {empty} if "
             "there is nothing to report"
         )
     value, rest = result
     if not isinstance(value, Tensor) or value.ndim:
-        raise TypeError(f"{caller}: the loss must return a 0-d tensor first, got {kind(value)}")
+        raise TypeError(f"{caller}: the loss must return a 0-d tensor first, got {describe(value)}")
     if stateful and not (isinstance(rest, tuple) and len(rest) == 2):
-        raise TypeError(f"{caller}: the loss must return {expected}, got {kind(rest)} second")
+        raise TypeError(f"{caller}: the loss must return {expected}, got {describe(rest)} second")
     for path, leaf in _leaves(rest[0] if stateful else rest):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"{caller}: metrics{path} must be a Mean or a tensor, got {kind(leaf)}; "
-                "fdl.metrics.mean(values) makes a Mean"
+                f"{caller}: metrics{path} must be a Mean or a tensor, got {describe(leaf)}; "
+                "make a Mean with fdl.metrics.mean(values)"
             )
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    """List the leaves with their paths as Python writes them, since a name may hold dots."""
+    """Return (path, leaf) pairs, paths in Python's notation, since a name may contain dots."""
     return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]

@@ -1,4 +1,4 @@
-"""The state of training."""
+"""`TrainState`: everything that training changes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from fdl import random, tree
 from fdl._kinds import register
 from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
+from fdl.nn._model import check_model
 from fdl.optim import Optimizer
 from fdl.tree import Tree
+from fdl.tree._map import match
 
 Metrics = dict[str, Mean]
 
 
 @register
 class TrainState(NamedTuple):
-    """Everything that training changes, and the key: a tree like any other.
+    """Everything that training changes, and the key of the run: a tree like any other.
 
     >>> from fdl import nn, optim
     >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
@@ -28,10 +30,10 @@ class TrainState(NamedTuple):
     """
 
     params: Tree
-    buffers: Tree  # {} where the model has none
+    buffers: Tree  # {} if the model has none
     opt_state: Tree
-    key: Tensor  # int64 [2]; never changes, step k draws from fold_in(key, k)
-    step: Tensor  # int64 [], steps done
+    key: Tensor  # int64 [2]; never changes: step k uses fold_in(key, k)
+    step: Tensor  # int64 [], number of steps done
 
     @classmethod
     def create(
@@ -42,15 +44,16 @@ class TrainState(NamedTuple):
         key: Tensor,
         params: Tree | None = None,
     ) -> TrainState:
-        """Draw the parameters and initialise the optimizer, on the device of `key`.
+        """Initialise the parameters and the optimizer, on the device of `key`.
 
         Args:
-            model: what to train.
-            opt: what to train it with.
-            key: split once: one half draws the parameters, the other is kept for the run.
-            params: start from these instead, of any floating dtype.
+            model: the model to train.
+            opt: the optimizer to train it with.
+            key: split once: one half initialises the parameters, the other becomes `state.key`.
+            params: parameters to start from, of any floating dtype; if None, `model.init`'s.
 
         Raises:
+            TypeError: `model` is not a model.
             ValueError: `params` differs from the model's in paths or shapes, or is not floating
                 (each path is listed).
 
@@ -59,13 +62,14 @@ class TrainState(NamedTuple):
         >>> state.params["weight"].shape, state.step
         (torch.Size([1, 2]), tensor(0))
         """
+        check_model("TrainState.create", model)
         init_key, run_key = random.split(key)
-        drawn = model.init(init_key)
-        expected, buffers = drawn if isinstance(model, StatefulModel) else (drawn, {})
+        initial = model.init(init_key)
+        expected, buffers = initial if isinstance(model, StatefulModel) else (initial, {})
         if params is None:
             params = expected
         else:
-            # Of the given parameters only the floating dtype may be another.
+            # The given parameters may differ from the model's in their floating dtype only.
             lines = tree.diff(
                 tree.cast(expected, torch.float32),
                 tree.cast(params, torch.float32),
@@ -75,7 +79,7 @@ class TrainState(NamedTuple):
                 raise ValueError(
                     "TrainState.create: params do not fit the model:\n  " + "\n  ".join(lines)
                 )
-            tree.match(expected, params, "TrainState.create: params")  # lists for dicts, say
+            match(expected, params, "TrainState.create: params")  # containers
         return cls(
             params,
             buffers,

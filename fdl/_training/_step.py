@@ -1,4 +1,4 @@
-"""Steps of training and evaluation."""
+"""One step of training or evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.func import grad_and_value
 
 from fdl import random
 from fdl._training._checks import check_loss, check_opt, check_result
+from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics, TrainState
-from fdl._training._supervised import takes_buffers
 from fdl.metrics import Mean
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
 from fdl.optim._base import update_of
@@ -19,66 +19,72 @@ from fdl.tree import Tree
 
 
 def train_step(
-    loss: Callable[..., Any],
+    loss: Loss,
     opt: Optimizer,
     grad_fn: Callable[..., Any] = grad_and_value,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make one step of training: a pure function `(state, batch) -> (state, metrics)`.
 
-    The metrics are those of the state that goes in, before the update, on the batch it learns from.
+    The step calls the loss with `train=True` and `key=fold_in(state.key, state.step)`. The metrics
+    are computed before the update, on the batch of the step.
 
     Args:
-        loss: `(params, batch, key) -> (scalar, metrics)`, as `supervised` makes it, or with buffers
-            `(params, buffers, batch, key) -> (scalar, (metrics, buffers))`.
+        loss: `(params, batch, *, train, key) -> (scalar, metrics)` or a `StatefulLoss`;
+            `supervised` makes either.
         opt: an optimizer. `optim.loss_scale` scales the objective, not its value or the metrics.
-        grad_fn: how to differentiate: `grad_fn(f, has_aux=True)(params)` returns
+        grad_fn: the transformation that differentiates: `grad_fn(f, has_aux=True)(params)` returns
             `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam`.
 
     Returns:
         The step; compile it with `fdl.jit`, loop over it with `fdl.scan`.
 
     Raises:
-        TypeError: `loss` is not a function, `opt` not an optimizer; at call, a loss that returns
-            something else than the above, whose metrics are trees of tensors.
+        TypeError: `loss` is not a function or does not accept these arguments, or `opt` is not an
+            optimizer; at call, the loss returns something else.
 
     >>> import torch
-    >>> from fdl import metrics, supervised
-    >>> from fdl import losses, nn, optim
+    >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.linear(2, 1), optim.sgd(0.1)
     >>> state = TrainState.create(model, opt, key=random.key(0))
-    >>> step = train_step(supervised(model.apply, losses.mse), opt)
+    >>> step = train_step(supervised(model, losses.mse), opt)
     >>> state, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
     >>> state.step, sorted(metrics)
     (tensor(1), ['loss'])
+
+    A loss of your own is a function with the keywords `train` and `key`, here ignored:
+
+    >>> def loss(params, batch, **_):
+    ...     return ((batch[0] @ params["weight"].T - batch[1]) ** 2).mean(), {}
+    >>> train_step(loss, opt)(state, (torch.ones(8, 2), torch.zeros(8, 1)))[0].step
+    tensor(2)
     """
     check_loss("train_step", loss)
     check_opt("train_step", opt)
     opt = Optimizer(opt.init, update_of("train_step", opt))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        objective = objective_of(loss, state, batch, random.fold_in(state.key, state.step))
+        objective = make_objective(loss, state, batch, random.fold_in(state.key, state.step))
         grads, (value, (metrics, buffers)) = differentiate(objective, state, grad_fn)
         value_fn = lambda params: objective(params)[0]  # noqa: E731
-        new = updated(opt, state, grads, buffers, value, value_fn, count_of(metrics))
-        return new, metrics
+        count = example_count(metrics)
+        return apply_gradients(opt, state, grads, buffers, value, value_fn, count), metrics
 
     return step
 
 
-def objective_of(
-    loss: Callable[..., Any], state: TrainState, batch: Any, key: Tensor
+def make_objective(
+    loss: Loss, state: TrainState, batch: Any, key: Tensor
 ) -> Callable[[Tree], tuple[Tensor, tuple[Metrics, Tree]]]:
-    """Make a loss a function of the parameters alone: `params -> (scalar, (metrics, buffers))`."""
-    stateful = takes_buffers(loss)
+    """Return the training loss as a function `params -> (scalar, (metrics, buffers))`."""
 
     def objective(params: Tree) -> tuple[Tensor, tuple[Metrics, Tree]]:
-        if stateful:
-            result = loss(params, state.buffers, batch, key)
-            check_result("train_step", result, stateful)
+        if isinstance(loss, StatefulLoss):
+            result = loss(params, state.buffers, batch, train=True, key=key)
+            check_result("train_step", result, stateful=True)
             return result
-        result = loss(params, batch, key)
-        check_result("train_step", result, stateful)
-        return result[0], (result[1], state.buffers)
+        value_and_metrics = loss(params, batch, train=True, key=key)
+        check_result("train_step", value_and_metrics, stateful=False)
+        return value_and_metrics[0], (value_and_metrics[1], state.buffers)
 
     return objective
 
@@ -86,11 +92,11 @@ def objective_of(
 def differentiate(
     objective: Callable[..., Any], state: TrainState, grad_fn: Callable[..., Any]
 ) -> tuple[Tree, Any]:
-    """Give `(grads, (value, aux))` at a state, the gradients scaled if its optimizer says so."""
+    """Return `(grads, (value, aux))`; `optim.loss_scale` in the optimizer scales the gradients."""
     return _scaled(grad_fn, loss_scale_of(state.opt_state))(objective, has_aux=True)(state.params)
 
 
-def updated(
+def apply_gradients(
     opt: Optimizer,
     state: TrainState,
     grads: Tree,
@@ -99,7 +105,7 @@ def updated(
     value_fn: Callable[[Tree], Tensor],
     count: Tensor | None = None,
 ) -> TrainState:
-    """Give the state after one update."""
+    """Return the state after one update."""
     extra = {} if count is None else {"count": count}
     updates, opt_state = opt.update(
         grads, state.opt_state, state.params, value=value, value_fn=value_fn, **extra
@@ -108,10 +114,10 @@ def updated(
     return TrainState(params, buffers, opt_state, state.key, state.step + 1)
 
 
-def count_of(metrics: Metrics) -> Tensor | None:
-    """Say how many examples a loss is the mean of, if its metrics tell."""
-    found = metrics.get("loss") if isinstance(metrics, dict) else None
-    return found.count if isinstance(found, Mean) else None
+def example_count(metrics: Metrics) -> Tensor | None:
+    """Return the number of examples that a loss averages, or None if its metrics do not tell."""
+    loss = metrics.get("loss") if isinstance(metrics, dict) else None
+    return loss.count if isinstance(loss, Mean) else None
 
 
 def _scaled(grad_fn: Callable[..., Any], scale: Tensor | None) -> Callable[..., Any]:
@@ -133,32 +139,33 @@ def _scaled(grad_fn: Callable[..., Any], scale: Tensor | None) -> Callable[..., 
     return scaled_grad_fn
 
 
-def eval_step(loss: Callable[..., Any]) -> Callable[[TrainState, Any], Metrics]:
-    """Make an evaluation step `(state, batch) -> metrics`: no key, so `train=False`.
+def eval_step(loss: Loss) -> Callable[[TrainState, Any], Metrics]:
+    """Make an evaluation step `(state, batch) -> metrics`.
 
     Args:
-        loss: as for `train_step`.
+        loss: as for `train_step`; called with `train=False` and `key=None`.
 
     Raises:
         TypeError: as for `train_step`.
 
     >>> import torch
-    >>> from fdl import metrics, supervised
-    >>> from fdl import losses, nn, optim
+    >>> from fdl import losses, nn, optim, supervised
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
     >>> state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
-    >>> metrics = eval_step(supervised(model.apply, losses.mse))(
-    ...     state, (torch.ones(8, 2), torch.zeros(8, 1)))
+    >>> evaluate = eval_step(supervised(model, losses.mse))
+    >>> metrics = evaluate(state, (torch.ones(8, 2), torch.zeros(8, 1)))
     >>> metrics["loss"].value
     tensor(4., dtype=torch.float64)
     """
     check_loss("eval_step", loss)
-    stateful = takes_buffers(loss)
 
     def step(state: TrainState, batch: Any) -> Metrics:
-        args = (state.params, state.buffers, batch) if stateful else (state.params, batch)
-        result = loss(*args)
-        check_result("eval_step", result, stateful)
-        return result[1][0] if stateful else result[1]
+        if isinstance(loss, StatefulLoss):
+            result = loss(state.params, state.buffers, batch, train=False, key=None)
+            check_result("eval_step", result, stateful=True)
+            return result[1][0]
+        value_and_metrics = loss(state.params, batch, train=False, key=None)
+        check_result("eval_step", value_and_metrics, stateful=False)
+        return value_and_metrics[1]
 
     return step

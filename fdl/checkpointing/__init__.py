@@ -1,4 +1,4 @@
-"""Checkpoints of a run in a folder: written in the background, verified, the newest few kept."""
+"""Checkpoints of a run in a folder: written in the background, verified on reading."""
 
 from __future__ import annotations
 

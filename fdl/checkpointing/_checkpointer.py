@@ -1,8 +1,8 @@
-"""Checkpoints of a run: the newest few in a folder, each whole, and the newest intact one back.
+"""Save the newest checkpoints of a run in a folder, and restore the newest intact one.
 
 with fdl.checkpointing.Checkpointer("run/checkpoints") as checkpointer:
-    found = checkpointer.restore(like=state)      # None in a new folder
-    state = found.state if found else state
+    restored = checkpointer.restore(like=state)  # None in a new folder
+    state = restored.state if restored else state
     ...
     checkpointer.save(state, metrics={"loss": 0.1})
 """
@@ -29,7 +29,7 @@ from fdl._dtensor import is_dtensor
 from fdl._files import expanded
 from fdl._training import TrainState
 from fdl._version import __version__
-from fdl.checkpointing._distributed import check_summed, save_shards
+from fdl.checkpointing._distributed import check_reduced, save_shards
 from fdl.checkpointing._folder import (
     Checkpoint,
     Mode,
@@ -53,26 +53,26 @@ from fdl.tree import Tree
 class Checkpointer:
     """Keep the newest checkpoints of a run in a folder, written while training goes on.
 
-    A checkpoint is a file that appears whole or not at all, with a SHA-256 of all it holds. `save`
-    copies the state to host memory and returns; a thread writes. What goes wrong there is raised by
-    the next call, or by leaving the `with` block. Older checkpoints are removed once the new one is
-    on the disk, so a full disk leaves them as they are.
+    A checkpoint is a file that is written atomically and verified by SHA-256. `save` copies the
+    state to host memory and returns; a thread writes the file. Its errors are raised by the next
+    call, or on leaving the `with` block. Older checkpoints are removed once the new one is on the
+    disk, so a full disk leaves them as they are.
 
     Args:
-        folder: made if absent; locked, so that no other process saves there until `close`.
-        keep: how many of the newest stay, at least 1.
-        every: seconds between checkpoints, by which `due` answers.
-        best: a metric and "min" or "max": its best checkpoint stays as well; NaN and the
+        folder: folder of the checkpoints, created if absent and locked until `close`.
+        keep: number of newest checkpoints to keep, at least 1.
+        every: seconds between checkpoints, used by `due`.
+        best: a metric and "min" or "max": the best checkpoint is kept as well; NaN and the
             infinities are never the best.
-        group: the processes that save one state together, `torch.distributed.group.WORLD` say: each
-            of them makes this object and calls it alike. Leaves that are DTensors are written by
-            all, each its part, everything else by the first.
+        group: processes that save one state together, such as `torch.distributed.group.WORLD`.
+            Each process constructs a `Checkpointer` and makes the same calls. Of DTensors each
+            writes its part; the first writes everything else.
 
     Raises:
-        TypeError: `keep` is not an int, or `best` not a pair.
+        TypeError: `keep` is not an int, or `best` is not a pair.
         ValueError: `keep`, `every` or `best` is out of range.
-        BlockingIOError: another process, or another `Checkpointer`, has the folder.
-        OSError: the folder cannot be made or written.
+        BlockingIOError: another process, or another `Checkpointer`, uses the folder.
+        OSError: the folder cannot be created or written.
 
     >>> from fdl.checkpointing import checkpoints
     >>> import tempfile
@@ -82,10 +82,10 @@ class Checkpointer:
     ...     for step in range(3):
     ...         state = state._replace(step=torch.tensor(step))
     ...         checkpointer.save(state, metrics={"loss": 1.0 / (step + 1)})
-    ...     found = checkpointer.restore(like=state)
+    ...     restored = checkpointer.restore(like=state)
     ...     [checkpoint.step for checkpoint in checkpoints(folder)]
     [2, 1]
-    >>> found.checkpoint.metrics, tree.diff(found.state, state)
+    >>> restored.checkpoint.metrics, tree.diff(restored.state, state)
     ({'loss': 0.3333333333333333}, [])
     """
 
@@ -107,13 +107,13 @@ class Checkpointer:
         if best is not None:
             if not isinstance(best, tuple) or len(best) != 2:
                 raise TypeError(
-                    f'Checkpointer: best must be a metric and a mode, ("loss", "min") say, '
+                    'Checkpointer: best must be a metric and a mode, such as ("loss", "min"), '
                     f"got {best!r}"
                 )
             check_mode("Checkpointer: best", best[1])
-        self.folder = expanded(folder).absolute()  # the thread writes, wherever the process goes
+        self.folder = expanded(folder).absolute()  # the working directory may change
         self._keep, self._every, self._best = keep, every, best
-        self._group, self._writers = group, group and _another(group)
+        self._group, self._writers = group, group and _duplicate(group)
         self._lock: Lock | None = None
         self._closed = False
         on_first(group, self._take_folder)
@@ -128,7 +128,7 @@ class Checkpointer:
             _remove(leftover)
 
     def due(self) -> bool:
-        """Say whether `every` seconds have passed since the last checkpoint, or the beginning."""
+        """Return True if `every` seconds have passed since the last checkpoint, or the start."""
         return on_first(self._group, lambda: time.monotonic() - self._saved >= self._every)
 
     def save(
@@ -138,23 +138,24 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take a copy of the state, which may change or be donated at once, and begin to write it.
+        """Copy the state, which may then change or be donated, and start to write it.
 
-        Waits for the checkpoint before, if that is still being written.
+        Waits until the previous checkpoint is written.
 
         Args:
-            state: what to save, whole, on any devices.
-            metrics: numbers by name, for `best`: Python's, NumPy's, tensors of one element, or the
+            state: the state to save, on any devices.
+            metrics: numbers by name, for `best`: of Python or NumPy, tensors of one element, or the
                 `Mean`s that a step returns.
-            config: what else is needed to go on from here: dicts, lists and what JSON has, NaN and
-                the infinities.
+            config: further data needed to resume: dicts and lists of JSON values, NaN and the
+                infinities included.
 
         Raises:
-            TypeError: something in `state`, `metrics` or `config` that cannot be saved (its path is
-                named); a DTensor, and no `group` was given, or one whose parts are yet to be
-                summed. Nothing is queued then.
-            OSError: the checkpoint before could not be written; there is none of it.
-            ValueError: this one is closed, or the state cannot be saved, see `fdl.io.save`.
+            TypeError: something in `state`, `metrics` or `config` cannot be saved (its path is
+                named), or there is a DTensor without a `group` or with a pending reduction. Nothing
+                is written then.
+            OSError: the previous checkpoint could not be written.
+            ValueError: the `Checkpointer` is closed, or the state cannot be saved, see
+                `fdl.io.save`.
         """
         if self._closed:
             raise ValueError(f"Checkpointer: {self.folder} is closed; make a new one")
@@ -165,13 +166,13 @@ class Checkpointer:
                 "without a tensor .step; fdl.io.save takes any tree"
             )
         metadata = {
-            "step": int(state.step.max()),  # of a population they are one
-            # As text, which has NaN and infinities, unlike JSON.
+            "step": int(state.step.max()),  # equal for all members of a population
+            # As strings, because JSON has no NaN and infinities.
             "metrics": {name: str(_number(name, value)) for name, value in (metrics or {}).items()},
             "config": _config(config),
             "versions": _versions(),
         }
-        # All that can be wrong is found here, not in the thread: there it would be raised late.
+        # Errors are raised here, because those of the thread come late.
         _check(state)
         copied = _on_host(state, self._group)
         self._saved = time.monotonic()
@@ -200,30 +201,29 @@ class Checkpointer:
         """Wait until the last checkpoint is on the disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest(self) -> Checkpoint | None:
-        """Find the newest checkpoint, None where there is none; one that is unreadable is skipped.
+        """Return the newest readable checkpoint, None if there is none.
 
-        Only what it says of itself is read; `restore` reads and verifies it all.
+        Only its metadata is read; `restore` reads and verifies everything.
         """
         self.wait()
         return next(readable(files_in(self.folder)), None)
 
     def best(self, metric: str, mode: Mode) -> Checkpoint | None:
-        """Find, among the checkpoints that are there, the one where a metric is best.
+        """Return the checkpoint with the best value of a metric, None if there is none.
 
         Args:
-            metric: its name; a checkpoint without it, or where it is NaN or infinite, does not
-                count.
+            metric: name of the metric; checkpoints where it is missing or not finite are ignored.
             mode: "min" or "max".
 
         Raises:
-            ValueError: another mode.
+            ValueError: the mode is neither.
         """
         check_mode("best: mode", mode)
         self.wait()
@@ -236,18 +236,20 @@ class Checkpointer:
         like: Tree = None,
         device: torch.device | str | None = None,
     ) -> Restored | None:
-        """Read the newest intact checkpoint, None where there is none at all; see `restore`.
+        """Read the newest intact checkpoint; return None if there are no checkpoints.
+
+        Damaged checkpoints are skipped as by `restore`.
 
         Args:
-            checkpoint: this one instead of the newest, from `best` say.
-            like: a state of the structure, shapes and dtypes to expect.
-            device: where its tensors go.
+            checkpoint: read this one instead of the newest, such as the result of `best`.
+            like: a state with the expected structure, shapes and dtypes.
+            device: where the tensors go.
         """
         self.wait()
         return restore_newest(self.folder, checkpoint, like, device, self._writers)
 
     def close(self) -> None:
-        """Wait for the last checkpoint and let go of the folder; further calls do nothing.
+        """Wait for the last checkpoint and release the folder; further calls do nothing.
 
         Raises:
             OSError: the last checkpoint could not be written.
@@ -276,7 +278,7 @@ class Checkpointer:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; a folder under another name first, so that no half of one is seen."""
+    """Remove a checkpoint; a folder is renamed first, so that no incomplete one is seen."""
     if path.is_dir():
         hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}")
         path.rename(hidden)
@@ -285,21 +287,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _another(group: ProcessGroup) -> ProcessGroup:
+def _duplicate(group: ProcessGroup) -> ProcessGroup:
     """Make a group of the same processes for the thread that writes.
 
-    Two threads must not use one group: each process would send in another order.
+    Two threads must not share a group, because processes would send in different orders.
     """
     ranks = dist.get_process_group_ranks(group)
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(made, ProcessGroup)  # this process is one of them
-    return made
+    duplicate = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(duplicate, ProcessGroup)  # this process is one of them
+    return duplicate
 
 
 def _number(name: str, value: Any) -> float:
-    """Take a metric as a number of the host."""
+    """Convert a metric to a float."""
     if type(name) is not str:
-        raise TypeError(f"Checkpointer.save: a name of metrics must be a str, got {name!r}")
+        raise TypeError(f"Checkpointer.save: names of metrics must be str, got {name!r}")
     try:
         if isinstance(value, str):  # float would parse it
             raise TypeError
@@ -313,11 +315,11 @@ def _number(name: str, value: Any) -> float:
 
 
 def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Copy what JSON can say, and refuse everything else."""
+    """Copy a config; raise if JSON cannot represent it."""
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(
             f"Checkpointer.save: config must be a dict, got {type(config).__name__}; "
-            "of a dataclass take dataclasses.asdict"
+            "for a dataclass use dataclasses.asdict"
         )
     copied = dict(config or {})
     _json.check(copied, "config", "Checkpointer.save")
@@ -325,16 +327,16 @@ def _config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check(state: Tree) -> None:
-    """Refuse a state that could not be written; all processes of a group find the same."""
+    """Raise if a state cannot be written, in all processes of a group alike."""
     _, tensors = describe(state, "Checkpointer.save")
-    spread = {at: leaf for at, leaf in tensors.items() if is_dtensor(leaf)}
-    check_summed(spread)
-    whole = {at: leaf for at, leaf in tensors.items() if at not in spread}
-    check_storable(whole, "Checkpointer.save")
+    sharded = {at: leaf for at, leaf in tensors.items() if is_dtensor(leaf)}
+    check_reduced(sharded)
+    others = {at: leaf for at, leaf in tensors.items() if at not in sharded}
+    check_storable(others, "Checkpointer.save")
 
 
 def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
-    """Copy a tree to host memory; leaves that were one tensor stay one."""
+    """Copy a tree to host memory; tied leaves stay tied."""
     copies: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
@@ -343,7 +345,7 @@ def _on_host(state: Tree, group: ProcessGroup | None) -> Tree:
         if is_dtensor(leaf) and group is None:
             raise TypeError(
                 f"Checkpointer: a leaf is a {type(leaf).__name__} of shape {list(leaf.shape)}, "
-                "spread over processes; make the Checkpointer with group=, in each of them"
+                "sharded over processes; make the Checkpointer with group=, in each process"
             )
         if id(leaf) not in copies:
             copies[id(leaf)] = leaf.detach().to("cpu", copy=True)

@@ -1,11 +1,11 @@
-"""Checkpoints of a state that is spread over processes: a folder each, whole or not there.
+"""Checkpoints of a state sharded over processes: a folder each, which appears atomically.
 
     000007-step-500/
-      about.safetensors     what is not spread, the structure, a SHA-256 of each file below
-      shards/*.safetensors  what is: by torch.distributed.checkpoint, each process its part
+      about.safetensors     the structure, the leaves not sharded, the SHA-256 of each file below
+      shards/*.safetensors  the sharded leaves: each process writes its part
 
-Every process of a group calls these functions. What fails in one of them is raised in all, so that
-none waits for ever for another.
+Every process of a group calls these functions. An error in one of them is raised in all, so that
+none waits forever for another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from fdl._dtensor import is_dtensor
 from fdl._files import sync_folder
 from fdl.io import inspect, load, save
-from fdl.io._compare import differences, places
+from fdl.io._compare import describe_paths, differences
 from fdl.io._schema import describe
 from fdl.parallel._group import on_all, on_first
 from fdl.tree import Tree, flatten_dict, unflatten_dict
@@ -36,21 +36,21 @@ ABOUT, SHARDS = "about.safetensors", "shards"
 def save_shards(
     path: Path, state: Tree, metadata: Mapping[str, Any], group: ProcessGroup | None
 ) -> None:
-    """Write a state, each process what it has of the spread leaves, the first one all else.
+    """Write a state: each process its part of the sharded leaves, the first one all other leaves.
 
     Args:
-        path: the folder that appears once all is on the disk; the same in each process.
-        state: the state; what is not spread is equal in all processes.
-        metadata: what else to keep: anything that JSON can say.
-        group: the processes.
+        path: the folder, which appears once everything is on the disk; equal in all processes.
+        state: the state; leaves that are not sharded are equal in all processes.
+        metadata: further data that JSON can represent.
+        group: the processes; None for this one alone.
 
     Raises:
-        OSError: one of them could not write; there is no such folder then.
-        TypeError: a DTensor with sums that are still to be made.
+        OSError: a process could not write; then there is no folder.
+        TypeError: a DTensor has a pending reduction.
     """
     leaves = flatten_dict(state)
-    spread = {at: leaf for at, leaf in leaves.items() if is_dtensor(leaf)}
-    check_summed(spread)
+    sharded = {at: leaf for at, leaf in leaves.items() if is_dtensor(leaf)}
+    check_reduced(sharded)
     temporary = path.with_name(f".{path.name}")
     shards = temporary / SHARDS
 
@@ -59,10 +59,10 @@ def save_shards(
         shards.mkdir(parents=True)
 
     def finish() -> None:
-        forms = {at: [str(leaf.dtype), list(leaf.shape)] for at, leaf in spread.items()}
-        rest = unflatten_dict(leaves | dict.fromkeys(spread), like=state)
+        shapes = {at: [str(leaf.dtype), list(leaf.shape)] for at, leaf in sharded.items()}
+        rest = unflatten_dict(leaves | dict.fromkeys(sharded), like=state)
         files = {name: digest for part in digests for name, digest in part.items()}
-        about = {**metadata, "sharded": {"leaves": forms, "files": files}}
+        about = {**metadata, "sharded": {"leaves": shapes, "files": files}}
         save(temporary / ABOUT, rest, metadata=about)
         sync_folder(shards)
         os.rename(temporary, path)
@@ -70,8 +70,8 @@ def save_shards(
 
     try:
         on_first(group, prepare)
-        if spread:
-            _dcp_save(spread, shards, group)
+        if sharded:
+            _dcp_save(sharded, shards, group)
         digests = on_all(group, lambda: _digests(_share(shards, group)))
         on_first(group, finish)
     except BaseException:
@@ -83,41 +83,42 @@ def save_shards(
 def load_shards(
     path: Path, like: Tree, device: torch.device | str | None, group: ProcessGroup | None
 ) -> Tree:
-    """Read what `save_shards` wrote, by any number of processes, spread as `like` is.
+    """Read a folder of `save_shards` with any number of processes, sharded like `like`.
 
     Args:
         path: the folder.
-        like: a state of the structure, shapes and dtypes to expect. Leaves that are DTensors there
-            come back so, with the same placements; all others, and all without it, are whole.
-        device: where the whole ones go, see `fdl.io.load`.
-        group: the processes, which verify a share of the files each; None is this one alone.
+        like: a state with the expected structure, shapes and dtypes. Its DTensors come back as
+            DTensors with the same placements; all other leaves come back as full tensors.
+        device: where the full tensors go, see `fdl.io.load`.
+        group: the processes, each of which verifies a share of the files; None for this one alone.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, or does not fit `like` (each path is listed).
+        OSError: the folder cannot be read.
+        ValueError: the checkpoint is damaged, or does not match `like` (each path is listed).
     """
     check_shards(path, group)
-    forms = inspect(path / ABOUT).metadata["sharded"]["leaves"]
+    shapes = inspect(path / ABOUT).metadata["sharded"]["leaves"]
     saved = load(path / ABOUT)
-    whole = {
+    templates = {
         at: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
-        for at, (dtype, shape) in forms.items()
+        for at, (dtype, shape) in shapes.items()
     }
-    full = unflatten_dict(flatten_dict(saved) | whole, like=saved)
+    full = unflatten_dict(flatten_dict(saved) | templates, like=saved)
     if like is None:
         wanted: dict[str, Any] = dict.fromkeys(flatten_dict(full))
         like = full
     else:
-        lines = differences(places(*describe(like, "load: like")), places(*describe(full, "load")))
+        expected = describe_paths(*describe(like, "load: like"))
+        lines = differences(expected, describe_paths(*describe(full, "load")))
         if lines:
-            raise ValueError(f"load: {path} does not fit `like`:\n  " + "\n  ".join(lines))
+            raise ValueError(f"load: {path} does not match `like`:\n  " + "\n  ".join(lines))
         wanted = flatten_dict(like)
-    spread = {at: _room(whole[at], wanted[at], device) for at in whole}
-    if spread:
-        _dcp_load(spread, path / SHARDS, group)
-    kept = {at: leaf for at, leaf in flatten_dict(saved).items() if at not in whole}
-    moved = {at: _moved(leaf, wanted[at], device) for at, leaf in kept.items()}
-    return unflatten_dict(moved | spread, like=like)
+    sharded = {at: _allocate(templates[at], wanted[at], device) for at in templates}
+    if sharded:
+        _dcp_load(sharded, path / SHARDS, group)
+    others = {at: leaf for at, leaf in flatten_dict(saved).items() if at not in templates}
+    moved = {at: _moved(leaf, wanted[at], device) for at, leaf in others.items()}
+    return unflatten_dict(moved | sharded, like=like)
 
 
 def check_shards(path: Path, group: ProcessGroup | None) -> None:
@@ -125,18 +126,19 @@ def check_shards(path: Path, group: ProcessGroup | None) -> None:
 
     Args:
         path: the folder.
-        group: the processes that verify a share each.
+        group: the processes, each of which verifies a share of the files.
 
     Raises:
-        ValueError: a file is damaged, missing, or one too many.
+        ValueError: a file is damaged, missing or unexpected.
     """
     expected = inspect(path / ABOUT).metadata["sharded"]["files"]
-    found = {
+    digests = {
         name: digest
         for part in on_all(group, lambda: _digests(_share(path / SHARDS, group)))
         for name, digest in part.items()
     }
-    wrong = [name for name in expected.keys() | found if expected.get(name) != found.get(name)]
+    names = expected.keys() | digests
+    wrong = [name for name in names if expected.get(name) != digests.get(name)]
     if wrong:
         raise ValueError(
             f"load: cannot read {path}: damaged or missing: {', '.join(sorted(wrong))}"
@@ -144,7 +146,7 @@ def check_shards(path: Path, group: ProcessGroup | None) -> None:
 
 
 def _share(folder: Path, group: ProcessGroup | None) -> list[Path]:
-    """Give the files of which this process takes care, each to one of them."""
+    """Return the share of this process: each file belongs to one process."""
     first, stride = (0, 1) if group is None else (group.rank(), group.size())
     return sorted(folder.iterdir())[first::stride]
 
@@ -157,12 +159,12 @@ def _digests(files: list[Path]) -> dict[str, str]:
     return digests
 
 
-def _room(form: Tensor, like: Any, device: torch.device | str | None) -> Tensor:
+def _allocate(template: Tensor, like: Any, device: torch.device | str | None) -> Tensor:
     """Make the tensor to read into."""
     if is_dtensor(like):
-        kind = like.device_mesh.device_type if like.device.type == "meta" else like.device
-        return torch.empty_like(like.detach(), device=kind)
-    return torch.empty_like(form, device=_place(like, device))
+        target = like.device_mesh.device_type if like.device.type == "meta" else like.device
+        return torch.empty_like(like.detach(), device=target)
+    return torch.empty_like(template, device=_place(like, device))
 
 
 def _moved(leaf: Any, like: Any, device: torch.device | str | None) -> Any:
@@ -175,48 +177,48 @@ def _place(like: Any, device: torch.device | str | None) -> torch.device | str:
     return like.device if isinstance(like, Tensor) and like.device.type != "meta" else "cpu"
 
 
-def check_summed(spread: Mapping[str, Any]) -> None:
-    """Refuse DTensors with sums that are still to be made.
+def check_reduced(sharded: Mapping[str, Any]) -> None:
+    """Raise if DTensors have a pending reduction.
 
     Args:
-        spread: leaves by path.
+        sharded: leaves by path.
 
     Raises:
-        TypeError: there are some (each path is listed).
+        TypeError: there are such leaves (each path is listed).
     """
-    partial = [at for at, leaf in spread.items() if any(p.is_partial() for p in leaf.placements)]
+    partial = [at for at, leaf in sharded.items() if any(p.is_partial() for p in leaf.placements)]
     if partial:
         raise TypeError(
-            "Checkpointer: leaves whose parts are still to be summed: "
-            f"{', '.join(partial)}; redistribute them to Shard or Replicate"
+            f"Checkpointer: leaves with the placement Partial: {', '.join(partial)}; "
+            "redistribute them to Shard or Replicate"
         )
 
 
-# Of the formats that torch.distributed.checkpoint has, that of Hugging Face: it is safetensors all
-# through, where the usual one keeps its table of contents as a pickle.
+# Of the formats of torch.distributed.checkpoint, the one of Hugging Face consists of safetensors;
+# the default one stores its metadata as a pickle. The imports take half a second.
 
 
-def _dcp_save(spread: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:
+def _dcp_save(sharded: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save_parts(spread, storage_writer=writer, process_group=group, no_dist=group is None)
+        save_parts(sharded, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # a BaseException
         raise OSError(f"Checkpointer: cannot write {folder}: {error}") from error
 
 
-def _dcp_load(spread: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:
+def _dcp_load(sharded: dict[str, Any], folder: Path, group: ProcessGroup | None) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        with warnings.catch_warnings():  # it warns of being alone, which is as we want it
+        with warnings.catch_warnings():  # it warns if there is a single process
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load_parts(spread, storage_reader=reader, process_group=group, no_dist=group is None)
+            load_parts(sharded, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # a BaseException
         raise OSError(f"Checkpointer: cannot read {folder}: {error}") from error

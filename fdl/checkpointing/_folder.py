@@ -1,4 +1,4 @@
-"""What is in a folder of checkpoints: each of them, the best one, the newest intact one."""
+"""List the checkpoints in a folder, and find the best or restore the newest intact one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fdl.tree import Tree
 
 Mode = Literal["min", "max"]
 
-# Counted, and not only by step: a run that goes on from an earlier checkpoint does steps again.
-_NAME = re.compile(r"(\d{6,})-step-(\d+)(\.safetensors)?")  # a folder if of many processes
+# With a serial number, because a run resumed from an earlier checkpoint repeats steps.
+_NAME = re.compile(r"(\d{6,})-step-(\d+)(\.safetensors)?")  # a folder if sharded
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint in its folder, and what it says of itself.
+    """A checkpoint in a folder, and its metadata.
 
     >>> checkpoint = Checkpoint(Path("000001-step-5.safetensors"), 5, {"loss": 0.1}, {}, {})
     >>> checkpoint.metrics["loss"]
@@ -38,11 +38,11 @@ class Checkpoint(NamedTuple):
     step: int
     metrics: dict[str, float]
     config: dict[str, Any]
-    versions: dict[str, str]  # of fdl and torch, that wrote it
+    versions: dict[str, str]  # of fdl and torch that wrote it
 
 
 class Restored(NamedTuple):
-    """A state, and the checkpoint it was read from.
+    """A state and the checkpoint it was read from.
 
     >>> checkpoint = Checkpoint(Path("000001-step-5.safetensors"), 5, {}, {}, {})
     >>> state, (_, step, *_) = Restored({"w": torch.ones(1)}, checkpoint)
@@ -55,13 +55,13 @@ class Restored(NamedTuple):
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
-    """List the readable checkpoints in a folder, the newest first, whoever is writing there.
+    """List the readable checkpoints in a folder, the newest first.
 
     Args:
-        folder: of a `Checkpointer`.
+        folder: folder of a `Checkpointer`, which may be writing there.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder does not exist.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -78,21 +78,21 @@ def restore(
     like: Tree = None,
     device: torch.device | str | None = None,
 ) -> Restored | None:
-    """Read the newest checkpoint that is intact, None where there is none at all.
+    """Read the newest intact checkpoint; return None if there are no checkpoints.
 
-    A damaged one is skipped with a warning that names it.
+    Damaged checkpoints are skipped with a warning that names them.
 
     Args:
-        folder: of a `Checkpointer`, which another process may be writing to.
-        checkpoint: this one instead of the newest.
-        like: a state of the structure, shapes and dtypes to expect; without it the file alone
-            says what there is.
+        folder: folder of a `Checkpointer`, which may be writing there.
+        checkpoint: read this one instead of the newest.
+        like: a state with the expected structure, shapes and dtypes; by default these come from
+            the file.
         device: where the tensors go, see `fdl.io.load`.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: there are checkpoints, and all are damaged; or one is intact and is not `like`
-            this (each path is listed).
+        FileNotFoundError: the folder does not exist.
+        ValueError: all checkpoints are damaged, or an intact one does not match `like` (each path
+            is listed).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -109,8 +109,8 @@ def restore_newest(
     group: ProcessGroup | None,
 ) -> Restored | None:
     files = on_first(group, lambda: files_in(folder)) if checkpoint is None else [checkpoint.path]
-    found = readable(files) if checkpoint is None else iter([checkpoint])
-    for candidate in found:
+    candidates = readable(files) if checkpoint is None else iter([checkpoint])
+    for candidate in candidates:
         try:
             if candidate.path.is_dir():
                 state = load_shards(candidate.path, like, device, group)
@@ -125,14 +125,14 @@ def restore_newest(
         return None
     raise ValueError(
         f"restore: none of the {len(files)} checkpoints in {folder} is intact; "
-        "move them away to begin anew"
+        "move them away to start a new run"
     )
 
 
 def files_in(folder: Path) -> list[Path]:
     """List the checkpoints, the newest first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=serial_of, reverse=True)
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=serial_of, reverse=True)
 
 
 def serial_of(path: Path) -> int:
@@ -150,7 +150,7 @@ def readable(files: list[Path]) -> Iterator[Checkpoint]:
 
 
 def _warn(path: Path, error: Exception) -> None:
-    if path.exists():  # a writer may have removed it meanwhile, as one too old
+    if path.exists():  # else a writer has removed it as too old
         warnings.warn(
             f"Checkpointer: skipped {path}, which is damaged: {error}", RuntimeWarning, stacklevel=4
         )
@@ -171,11 +171,11 @@ def _is_intact(path: Path, group: ProcessGroup | None) -> bool:
     return True
 
 
-def best_of(found: Iterator[Checkpoint], metric: str, mode: Mode) -> Checkpoint | None:
-    """Find the best one by `best_index`; of equal ones, the newest."""
-    with_it = [checkpoint for checkpoint in found if metric in checkpoint.metrics]
-    i = best_index([checkpoint.metrics[metric] for checkpoint in with_it], mode)
-    return None if i is None else with_it[i]
+def best_of(checkpoints: Iterator[Checkpoint], metric: str, mode: Mode) -> Checkpoint | None:
+    """Find the checkpoint with the best metric; among equal ones, the newest."""
+    candidates = [checkpoint for checkpoint in checkpoints if metric in checkpoint.metrics]
+    i = best_index([checkpoint.metrics[metric] for checkpoint in candidates], mode)
+    return None if i is None else candidates[i]
 
 
 def check_mode(what: str, mode: str) -> None:

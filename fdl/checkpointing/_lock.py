@@ -1,4 +1,4 @@
-"""A folder for one process at a time."""
+"""A file lock, which lets one process at a time use a folder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 class Lock:
-    """Hold a file locked until `release`, or until the process ends, however it ends.
+    """Lock a file until `release`, or until the process ends in any way.
 
     Args:
-        path: of the file, which is made and stays; it names the process that holds it.
-        what: is locked, for the error.
+        path: the lock file, which is created and stays; it names the process that holds it.
+        what: name of the locked thing, used in the error message.
 
     Raises:
-        BlockingIOError: another process, or this one, holds it.
+        BlockingIOError: another process, or this one, holds the lock.
         OSError: the file cannot be opened.
 
     >>> import tempfile
@@ -28,7 +28,7 @@ class Lock:
 
     def __init__(self, path: Path, what: str) -> None:
         self.released = True
-        # Not inherited by programs that this one starts: they may live longer.
+        # Not inherited by programs that this process starts, which may outlive it.
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +37,7 @@ class Lock:
             os.close(self._descriptor)
             raise BlockingIOError(
                 f"{what} is in use by process {holder or 'unknown'}; "
-                "wait until that has ended, or choose another folder"
+                "wait until it has ended, or choose another folder"
             ) from None
         self.released = False
         try:
@@ -48,7 +48,7 @@ class Lock:
             raise
 
     def release(self) -> None:
-        """Let others have it; further calls do nothing."""
+        """Release the lock; further calls do nothing."""
         if not self.released:
             self.released = True
             os.close(self._descriptor)

@@ -1,12 +1,21 @@
 """Data sets as plain tensors, and batches as rows of index arrays.
 
-A data set stays where its tensors are; an epoch is an array of indices, and `gather` takes one row
-of it to a batch. Nothing is shuffled, copied or cached behind the caller's back.
+A data set stays where its tensors are. An epoch is an array of indices, and `batch` returns the
+examples of one of its rows. Nothing is shuffled, copied or cached implicitly, and no dtype changes
+unless you call `to_float`.
+
+>>> from fdl import data, random
+>>> images = data.fashion_mnist_sample()  # uint8
+>>> indices = data.epoch_indices(random.key(0), n=6000, batch_size=100)
+>>> for row in zip(*indices):
+...     batch = data.to_float(data.batch(images, row))
+>>> batch.x.shape, batch.x.dtype
+(torch.Size([100, 1, 28, 28]), torch.float32)
 """
 
 from __future__ import annotations
 
-from fdl.data._batches import batches, gather
+from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
 from fdl.data._synthetic import synthetic_linear
@@ -17,13 +26,15 @@ __all__ = [
     "Batch",
     "Dataset",
     "Indices",
+    "batch",
     "batches",
     "bootstrap_indices",
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
-    "gather",
     "sequential_indices",
     "split",
     "synthetic_linear",
+    "take",
+    "to_float",
 ]

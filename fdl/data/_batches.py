@@ -1,101 +1,177 @@
-"""From a data set and indices to batches."""
+"""Rows of data sets: `take`, batches for one step or an epoch, and images as floats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl.data._types import Batch
+from fdl.data._types import Batch, Dataset
+from fdl.random._checks import describe
+from fdl.tree import Tree, flatten_dict
+
+T = TypeVar("T", bound=Tree)
+Images = TypeVar("Images", Tensor, Batch, Dataset)
 
 
-def gather(dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any]) -> Batch:
-    """Take the examples of one step out of a data set, images as floats.
-
-    uint8 images [n, height, width] or [n, channels, height, width] become float32 in [0, 1] with a
-    channel axis, as torchvision's `ToTensor` makes them. All else keeps its dtype and shape.
+def take(tree: T, index: int | Tensor) -> T:
+    """Return the rows `leaf[index]` of every leaf.
 
     Args:
-        dataset: A `Dataset`, or any pair of x [n, ...] and y [n, ...].
-        indices: An index, int64 [batch], on the device of the data set; or one row of `Indices`,
-            such an index and its mask, bool [batch], or [0] or () where all of them count.
+        tree: tensors [n, ...]: a `Dataset`, `Indices` (rows are steps), or any other tree.
+        index: an int, or int64 of any shape, on the device of the leaves.
 
     Returns:
-        `x` [batch, ...], `y` [batch, ...] and the row's `mask`, () if it has none.
+        The same structure and dtypes, leaves [*index.shape, ...].
 
     Raises:
-        TypeError: The index is not an int64 tensor.
+        TypeError: the index is neither an int nor int64, or a leaf is not a tensor with rows.
+        ValueError: leaves and index are on different devices.
+
+    >>> take({"x": torch.tensor([[1, 2], [3, 4]]), "y": torch.tensor([5, 6])}, 1)
+    {'x': tensor([3, 4]), 'y': tensor(6)}
+    >>> take(torch.tensor([5, 6, 7]), torch.tensor([2, 2]))
+    tensor([7, 7])
+    """
+    if not isinstance(index, int):
+        _check_index("take", index)
+    lines = []
+    for path, leaf in flatten_dict(tree).items():
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            lines.append(f"{path or 'tree'}: {describe(leaf)}")
+    if lines:
+        raise TypeError("take: tree must hold tensors [n, ...], got\n  " + "\n  ".join(lines))
+    if isinstance(index, Tensor):
+        devices = {str(leaf.device) for leaf in pytree.tree_leaves(tree)}
+        if devices - {str(index.device)}:
+            raise ValueError(
+                f"take: tree and index must be on one device, got {sorted(devices)} and "
+                f"{index.device}; move them with .to(...)"
+            )
+    return pytree.tree_map(lambda leaf: leaf[index], tree)
+
+
+def batch(dataset: tuple[Tensor, Tensor], row: Tensor | tuple[Tensor, Any]) -> Batch:
+    """Return the examples of one step, dtypes unchanged; see `to_float` for images.
+
+    Args:
+        dataset: a `Dataset`, or any pair of x [n, ...] and y [n, ...].
+        row: an index, int64 [batch], on the device of the data set; or one row of `Indices`, which
+            is such an index and its mask, bool [batch] ([0] or () if every example counts).
+
+    Returns:
+        `x` [batch, ...], `y` [batch, ...] and the `mask` of the row, () if it has none.
+
+    Raises:
+        TypeError: the index is not an int64 tensor.
         ValueError: x and y differ in length, data and index are on different devices, or the mask
             has another shape than the index.
 
-    >>> from fdl.data import fashion_mnist_sample, sequential_indices
-    >>> sample = fashion_mnist_sample(train=False)
-    >>> for row in zip(*sequential_indices(len(sample.x), batch_size=300)):
-    ...     batch = gather(sample, row)
-    >>> batch.x.shape, batch.x.dtype, batch.mask.sum()
-    (torch.Size([300, 1, 28, 28]), torch.float32, tensor(100))
-    >>> gather(sample, torch.tensor([5, 7])).mask
+    >>> from fdl.data import sequential_indices
+    >>> points = Dataset(torch.arange(5.0), torch.arange(5))
+    >>> for row in zip(*sequential_indices(5, batch_size=3)):
+    ...     print(batch(points, row).y, batch(points, row).mask)
+    tensor([0, 1, 2]) tensor([True, True, True])
+    tensor([3, 4, 0]) tensor([ True,  True, False])
+    >>> batch(points, torch.tensor([4, 2])).mask
     ()
     """
     x, y = dataset
-    index, mask = _index_and_mask(indices)
+    index, mask = _index_and_mask(row)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
-            f"gather: dataset must have as many rows in y as in x, got {x.shape[0]} in x and "
+            f"batch: dataset must have as many rows in y as in x, got {x.shape[0]} in x and "
             f"{y.shape[0]} in y"
         )
     if not x.device == y.device == index.device:
         raise ValueError(
-            "gather: dataset and index must be on one device, got "
+            "batch: dataset and index must be on one device, got "
             f"x on {x.device}, y on {y.device}, index on {index.device}; move them with .to(...)"
         )
-    rows = x[index]
-    if x.dtype == torch.uint8 and x.ndim in (3, 4):
-        rows = (rows if x.ndim == 4 else rows.unsqueeze(-3)).to(torch.float32) / 255
-    return Batch(rows, y[index], mask)
+    return Batch(x[index], y[index], mask)
 
 
 def batches(
     dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any]
 ) -> Iterator[Batch]:
-    """Iterate over the batches of an epoch, in a Python loop: `gather` for each step.
+    """Iterate over the batches of an epoch in a Python loop: `batch` for each step.
 
     Args:
-        dataset: As for `gather`.
+        dataset: as for `batch`.
         indices: `Indices`, or an index of all steps, int64 [steps, batch].
 
     Raises:
-        TypeError: The index is not an int64 tensor.
-        ValueError: As for `gather`.
+        TypeError: as for `batch`.
+        ValueError: as for `batch`.
 
     >>> from fdl.data import sequential_indices
-    >>> from fdl.data import Dataset
     >>> points = Dataset(torch.arange(5.0), torch.arange(5))
     >>> [batch.y.tolist() for batch in batches(points, sequential_indices(5, batch_size=2))]
     [[0, 1], [2, 3], [4, 0]]
     """
     rows = indices if isinstance(indices, Tensor) else zip(*indices, strict=True)
-    return (gather(dataset, row) for row in rows)
+    return (batch(dataset, row) for row in rows)
 
 
-def _index_and_mask(indices: Any) -> tuple[Tensor, Tensor | tuple[()]]:
-    alone = isinstance(indices, Tensor)
-    if not alone and not (isinstance(indices, tuple | list) and len(indices) == 2):
+def to_float(x: Images) -> Images:
+    """Convert uint8 images to float32 in [0, 1] with a channel axis, as torchvision's `ToTensor`.
+
+    Args:
+        x: uint8 [n, height, width] or [n, channels, height, width], or a `Batch` or `Dataset` with
+            such an `x`. Floating tensors are returned as they are.
+
+    Returns:
+        float32 [n, channels, height, width], or the `Batch` or `Dataset` with this `x`.
+
+    Raises:
+        TypeError: the dtype is neither uint8 nor floating.
+        ValueError: uint8 of another shape.
+
+    >>> to_float(torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8))
+    tensor([[[[0.0000, 0.2000],
+              [0.4000, 1.0000]]]])
+    >>> from fdl.data import fashion_mnist_sample
+    >>> sample = fashion_mnist_sample(train=False)
+    >>> to_float(batch(sample, torch.tensor([5, 7]))).x.shape
+    torch.Size([2, 1, 28, 28])
+    """
+    if isinstance(x, (Batch, Dataset)):
+        return x._replace(x=to_float(x.x))
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x
+    expected = "to_float: x must be floating, or uint8 images [n, height, width] or [n, channels, "
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        raise TypeError(f"{expected}height, width], got {describe(x)}")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"{expected}height, width], got {describe(x)}")
+    return (x if x.ndim == 4 else x.unsqueeze(-3)).to(torch.float32) / 255
+
+
+def _index_and_mask(row: Any) -> tuple[Tensor, Tensor | tuple[()]]:
+    if isinstance(row, Tensor):
+        index, mask = row, ()
+    elif isinstance(row, tuple | list) and len(row) == 2:
+        index, mask = row
+    else:
         raise TypeError(
-            "gather: indices must be an index, int64 [batch], or a pair of one and its mask, got "
-            f"{type(indices).__name__}"
+            "batch: row must be an index, int64 [batch], or a pair of an index and its mask, got "
+            f"{type(row).__name__}"
         )
-    index, mask = (indices, ()) if alone else indices
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"gather: the index must be int64, got {got}; cast it")
+    _check_index("batch", index)
     if not isinstance(mask, Tensor) or (mask.shape[-1:] == (0,) and index.shape[-1:] != (0,)):
         return index, ()
     if mask.shape != index.shape:
         raise ValueError(
-            f"gather: the mask must have the shape {list(index.shape)} of the index, got "
+            f"batch: the mask must have the shape {list(index.shape)} of the index, got "
             f"{list(mask.shape)}"
         )
     return index, mask
+
+
+def _check_index(caller: str, index: Any) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{caller}: the index must be int64, got {got}; cast it")

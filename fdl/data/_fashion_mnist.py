@@ -1,4 +1,4 @@
-"""Fashion-MNIST, whole or a tenth of it."""
+"""Fashion-MNIST, complete or a tenth of it."""
 
 from __future__ import annotations
 
@@ -13,56 +13,54 @@ def fashion_mnist(
 ) -> Dataset:
     """Read Fashion-MNIST: 28×28 grey images of clothes in ten classes (see `LABELS`).
 
-    It comes from the first of these places that has it: `root`, `data/FashionMNIST/raw` below the
-    working directory (where torchvision is usually told to put it), and
-    `/usr/share/datasets/fashion-mnist` (the Debian package `dataset-fashion-mnist`). If none has
-    it, torchvision downloads it, into `root` or else `data`.
+    Searched are, in this order: `root`; `data/FashionMNIST/raw` in the working directory, where
+    torchvision usually puts it; and `/usr/share/datasets/fashion-mnist`, from the Debian package
+    `dataset-fashion-mnist`. If all lack it, torchvision downloads it into `root`, or `data`.
 
-    `root` may hold the four IDX files, gzipped or not, itself or in `FashionMNIST/raw`; a `.npz`
-    file with x_train, y_train, x_test and y_test; or Parquet files as Hugging Face serves them
-    (`pip install 'fdl[parquet]'`). Contents are verified, so all give the same tensors or an error.
+    `root` may contain the four IDX files, gzipped or not, directly or in `FashionMNIST/raw`; a
+    `.npz` file with x_train, y_train, x_test and y_test; or Parquet files as Hugging Face serves
+    them (`pip install 'fdl[parquet]'`). Contents are verified, so all of these give the same
+    tensors or an error.
 
     Args:
-        root: A folder that holds the images, or that torchvision is or was given as its `root`, or
-            the `.npz` file itself.
-        train: The 60,000 training images if true, the 10,000 test images if false.
-        download: Whether to download what is in none of the places. If false, a `root` that holds
-            nothing but other files is an error.
+        root: a folder with the images, or torchvision's `root`, or the `.npz` file itself.
+        train: read the 60,000 training images; if false, the 10,000 test images.
+        download: download the images if they are not found. If false, a `root` that contains only
+            other files is an error.
 
     Returns:
         `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
 
     Raises:
-        FileNotFoundError: The images are in none of the places and were not downloaded, or `root`
-            holds only other files; the error lists them, and what can be read.
-        ValueError: A file that was found is damaged, or holds other images; no other place is
-            tried then.
-        ImportError: They are in Parquet files, and pyarrow is not installed.
+        FileNotFoundError: the images were neither found nor downloaded, or `root` contains only
+            other files; the error lists them, and the formats that can be read.
+        ValueError: a file is damaged or contains other images; the search ends there.
+        ImportError: the images are in Parquet files, and pyarrow is not installed.
 
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, https://arxiv.org/abs/1708.07747
 
     Example::
 
         images, labels = fashion_mnist()  # uint8 [60000, 28, 28] and int64 [60000]
-        test = fashion_mnist(train=False)  # 10,000 images that training does not see
+        test = fashion_mnist(train=False)  # 10,000 images for testing
     """
     return Dataset(*_fashion_mnist_files.load(root, train, download))
 
 
 def fashion_mnist_sample(*, train: bool = True) -> Dataset:
-    """Read a tenth of Fashion-MNIST, which comes with this package: real images, no download.
+    """Read a tenth of Fashion-MNIST, which is part of this package: real images, no download.
 
-    It holds the first 600 training or 100 test images of each class, in the order of the full set.
+    The sample has the first 600 training or 100 test images of each class, in their original order.
 
     Args:
-        train: 6,000 training images if true, 1,000 test images if false.
+        train: read the 6,000 training images; if false, the 1,000 test images.
 
     Returns:
         `x` uint8 [n, 28, 28], 0 (background) to 255, and `y` int64 [n], the classes 0 to 9.
 
     Raises:
-        FileNotFoundError: The installation lacks a file of the sample.
-        ValueError: A file of the sample is truncated or damaged.
+        FileNotFoundError: the installation lacks a file of the sample.
+        ValueError: a file of the sample is truncated or damaged.
 
     Source: as `fashion_mnist`; MIT licence, Copyright (c) 2017 Zalando SE.
 

@@ -1,6 +1,6 @@
-"""Fashion-MNIST: where it may be, how to get it, and whether it is what it should be.
+"""Fashion-MNIST: find, download and verify the files.
 
-The public functions are in `fdl.data`, the formats in `fdl._image_files`.
+The public functions are in `fdl.data`, the file formats in `fdl.data._image_files`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fdl.data._image_files import Part, Read
 
 Pair = tuple[Tensor, Tensor]  # images uint8 [n, 28, 28] and labels int64 [n]
 
-# MD5 of the unpacked IDX files: of any other format those bytes are made again. They belong to the
-# archives whose own MD5s torchvision lists as `FashionMNIST.resources`.
+# MD5 of the unpacked IDX files; other formats are converted to their bytes first. The files come
+# from the archives whose MD5s torchvision lists as `FashionMNIST.resources`.
 _FULL = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -39,19 +39,19 @@ _SAMPLE = {
 }
 _SAMPLE_FOLDER = Path(__file__).parent / "fashion_mnist_sample"
 _SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-_DEBIAN = Path("/etc/debian_version")  # Ubuntu has it too
+_DEBIAN = Path("/etc/debian_version")  # on Ubuntu as well
 _TORCHVISION_ROOT = Path("data")
 _TORCHVISION_RAW = Path("FashionMNIST", "raw")
 
 
 def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pair:
-    """Read the whole set from the first place that has it; see `fdl.data.fashion_mnist`."""
+    """Read the complete set from the first place that has it; see `fdl.data.fashion_mnist`."""
     home = _TORCHVISION_ROOT if root is None else expanded(root)
     usual = (_TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
     read = _image_files.find(home, train) if root is not None else None
     if read is None and root is not None and (home.is_file() or not download):
         _check_nothing_else(home)
-    for place in usual:  # in IDX files alone: nobody named these places
+    for place in usual:  # in IDX files only, since the user did not name these places
         read = read or _image_files.find_idx(place, train)
     failure = None
     if read is None and download:
@@ -61,10 +61,10 @@ def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pa
         searched = ", ".join(str(place) for place in (() if root is None else (home,)) + usual)
         why = f"; downloading it failed: {_one_line(failure)}" if failure else ""
         raise FileNotFoundError(
-            f"fashion_mnist: found nothing in {searched}{why}\n"
-            f"{_way_to_get_it()}, or pass as root the folder that holds it"
+            f"fashion_mnist: found no images in {searched}{why}\n"
+            f"{_how_to_install()}, or pass the folder that contains it as root"
         ) from failure
-    return _verified(read, train, _FULL, f"remove it; {_way_to_get_it('--reinstall ')}")
+    return _verified(read, train, _FULL, f"remove it; {_how_to_install('--reinstall ')}")
 
 
 def load_sample(train: bool) -> Pair:
@@ -81,14 +81,14 @@ def load_sample(train: bool) -> Pair:
 
 
 def _verified(read: Read, train: bool, digests: Mapping[str, str], advice: str) -> Pair:
-    """Read, and compare with the MD5 of the IDX files, whatever format the arrays come from."""
+    """Read images and labels, and compare the MD5 of their IDX form, whatever format they have."""
     try:
         images, labels = read()
         for name, part in zip(_image_files.idx_names(train), (images, labels), strict=True):
             _compare(part, digests[name])
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from error
-    # Copied, since what was read from bytes cannot be written to.
+    # Copied, since arrays read from bytes are read-only.
     return torch.from_numpy(images[1].copy()), torch.from_numpy(labels[1].astype(np.int64))
 
 
@@ -104,21 +104,21 @@ def _compare(part: Part, md5: str) -> None:
 
 
 def _check_nothing_else(root: Path) -> None:
-    """Raise if the root that was named holds other things, which are then not what was meant."""
+    """Raise if `root` contains only other files, which suggests a mistake."""
     if root.is_dir():
-        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     else:
-        found = [root.name] if root.exists() else []
-    if found:
-        shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if found[10:] else "")
+        names = [root.name] if root.exists() else []
+    if names:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
         raise FileNotFoundError(
-            f"fashion_mnist: found no images that can be read in {root}: {shown}\n"
-            f"what can be read is\n{_image_files.ACCEPTED}"
+            f"fashion_mnist: found no readable images in {root}: {shown}\n"
+            f"readable are\n{_image_files.ACCEPTED}"
         )
 
 
-def _way_to_get_it(option: str = "") -> str:
-    """Say how to install the files, in the words of this system."""
+def _how_to_install(option: str = "") -> str:
+    """Return the command that installs the files on this system."""
     if _DEBIAN.exists():
         sudo = "" if os.geteuid() == 0 else "sudo "
         return f"`{sudo}apt install {option}dataset-fashion-mnist` provides it"
@@ -126,11 +126,11 @@ def _way_to_get_it(option: str = "") -> str:
 
 
 def _download(root: Path) -> Exception | None:
-    """Let torchvision download all files into `root`; returns why that failed, if it did."""
+    """Let torchvision download all files into `root`; return the error if that fails."""
     from torchvision.datasets import FashionMNIST
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a line for each address that it tries
+        with contextlib.redirect_stdout(io.StringIO()):  # prints a line for each address it tries
             FashionMNIST(root, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         return error
@@ -138,7 +138,7 @@ def _download(root: Path) -> Exception | None:
 
 
 def _one_line(error: Exception) -> str:
-    """Say why a download failed: the reason that torchvision gives last, for its last address."""
+    """Return the reason that torchvision gives for the last address it tried."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return last.removeprefix("<urlopen error ").removesuffix(">") if "urlopen" in last else last

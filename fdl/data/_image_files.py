@@ -1,8 +1,7 @@
-"""Labelled grey images of 28 × 28 as people keep them: IDX files, one .npz, Parquet.
+"""Readers of labelled 28×28 grey images in the usual formats: IDX, .npz and Parquet.
 
-Each format has a function that looks into a folder and returns a function that reads, or None where
-the folder does not hold the format. Nothing in a file is unpickled, and sizes are checked before
-memory is taken for them.
+Each format has a function that searches a folder and returns a function that reads the files, or
+None if there are none. Nothing is unpickled, and sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-Part = tuple[Path, np.ndarray]  # the file, and what it holds: uint8 [n, 28, 28] or [n]
+Part = tuple[Path, np.ndarray]  # the file and its contents, uint8 [n, 28, 28] or [n]
 Read = Callable[[], tuple[Part, Part]]  # images and labels
 
 ACCEPTED = """\
@@ -32,7 +31,7 @@ _CLASSES = 10
 
 
 def find(place: Path, train: bool) -> Read | None:
-    """Look for the images in a folder, or in one .npz file; return what reads them.
+    """Search a folder, or one .npz file, for images; return a function that reads them.
 
     >>> find(Path("nowhere"), train=True) is None
     True
@@ -45,7 +44,7 @@ def find(place: Path, train: bool) -> Read | None:
 
 
 def wrong(path: Path, expected: str, got: str) -> ValueError:
-    """Make the error for a file that holds something else than it should.
+    """Return the error for a file with unexpected contents.
 
     >>> wrong(Path("a.npz"), "uint8", "float32")
     ValueError('a.npz is damaged, or not Fashion-MNIST: expected uint8, got float32')
@@ -67,7 +66,7 @@ def idx_names(train: bool) -> tuple[str, str]:
 
 
 def find_idx(folder: Path, train: bool) -> Read | None:
-    """Look for the two IDX files of a split, in torchvision's sub-folders as well."""
+    """Search for the two IDX files of a split, in torchvision's sub-folders as well."""
     for place in (folder, folder / "FashionMNIST" / "raw", folder / "raw"):
         files = [
             next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
@@ -84,7 +83,7 @@ def _read_both_idx(images: Path, labels: Path) -> tuple[Part, Part]:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Read a file of bytes in the IDX format: a magic number, the sizes, the bytes."""
+    """Read an IDX file of bytes: a magic number, the sizes, the bytes."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
@@ -106,7 +105,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 
 def find_npz(place: Path, train: bool) -> Read | None:
-    """Look for a .npz file with the four arrays, which may be the place itself."""
+    """Search for a .npz file with the arrays of a split; `place` may be that file."""
     files = [place] if place.suffix == ".npz" else sorted(place.glob("*.npz"))
     split = "train" if train else "test"
     names = f"x_{split}", f"y_{split}"
@@ -130,7 +129,7 @@ def names_in(path: Path) -> list[str]:
 
 
 def _member(path: Path, name: str, ndim: int) -> np.ndarray:
-    """Read one array; its header is looked at before memory is taken, and objects are refused."""
+    """Read one array, without pickled objects; check its header before memory is allocated."""
     try:
         with zipfile.ZipFile(path) as archive:
             with archive.open(f"{name}.npy") as file:
@@ -141,7 +140,7 @@ def _member(path: Path, name: str, ndim: int) -> np.ndarray:
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = header(file)
-            _check_form(path, name, dtype, shape, ndim)
+            _check_header(path, name, dtype, shape, ndim)
             with archive.open(f"{name}.npy") as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
@@ -153,12 +152,12 @@ def _member(path: Path, name: str, ndim: int) -> np.ndarray:
     return as_bytes(path, name, array.reshape(shape[:ndim]))
 
 
-def _check_form(path: Path, name: str, dtype: np.dtype, shape: Sequence[int], ndim: int) -> None:
+def _check_header(path: Path, name: str, dtype: np.dtype, shape: Sequence[int], ndim: int) -> None:
     got = f"{dtype} {list(shape)}"
     if ndim == 3:
         if dtype != np.uint8 or len(shape) not in (3, 4) or tuple(shape[1:3]) != (_SIDE, _SIDE):
             raise wrong(path, f"uint8 [n, {_SIDE}, {_SIDE}] in {name}", got)
-        if tuple(shape[3:]) not in ((), (1,)):  # one channel is as good as none
+        if tuple(shape[3:]) not in ((), (1,)):  # one channel may have an axis
             raise wrong(path, f"uint8 [n, {_SIDE}, {_SIDE}] in {name}", got)
     elif dtype.kind not in "iu" or len(shape) != 1:
         raise wrong(path, f"integers [n] in {name}", got)
@@ -167,7 +166,7 @@ def _check_form(path: Path, name: str, dtype: np.dtype, shape: Sequence[int], nd
 
 
 def as_bytes(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    """Store labels as the bytes that they are in IDX files; other numbers are refused."""
+    """Convert to uint8 as in IDX files; raise for labels outside 0 to 9."""
     if array.ndim == 1 and array.size and not 0 <= array.min() <= array.max() < _CLASSES:
         raise wrong(path, f"labels 0 to 9 in {name}", f"{array.min()} to {array.max()}")
     return np.ascontiguousarray(array, dtype=np.uint8)
@@ -177,7 +176,7 @@ def as_bytes(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def find_parquet(folder: Path, train: bool) -> Read | None:
-    """Look for the Parquet files of a split, in the sub-folders of hubs as well."""
+    """Search for the Parquet files of a split, in the sub-folders of Hugging Face as well."""
     split = "train" if train else "test"
     for place in (folder, folder / "fashion_mnist", folder / "data"):
         for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet"):

@@ -1,4 +1,4 @@
-"""The order of examples: which of them are in which batch."""
+"""Index arrays: shuffled, resampled, in order, or split in two."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fdl import random, tree
+from fdl import random
 from fdl._checks import check_positive
 from fdl.data import _rows
+from fdl.data._batches import take
 from fdl.data._types import Indices
 
 T = TypeVar("T")
-"""What the Fashion-MNIST classes 0 to 9 show."""
 
 
 def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool = False) -> Indices:
     """Shuffle the examples 0 to n − 1 and cut them into the batches of one epoch.
 
-    Where `batch_size` does not divide n, the last batch is filled up with index 0 and mask False:
-    means over the mask are then exact, and every step has the same shape. Where it does, or with
+    If `batch_size` does not divide n, the last batch is padded with index 0 and mask False, so that
+    every step has the same shape and means over the mask are exact. Otherwise, and with
     `drop_last`, there is no mask.
 
     Args:
-        key: The key of this epoch, `fold_in(data_key, epoch)`; the result is on its device.
-        n: How many examples there are, at least 1.
-        batch_size: Examples in a batch, at least 1.
-        drop_last: Leave out the smaller last batch instead of filling it up.
+        key: the key of this epoch, `fold_in(data_key, epoch)`; the result is on its device.
+        n: number of examples, at least 1.
+        batch_size: examples in a batch, at least 1.
+        drop_last: leave out a smaller last batch instead of padding it.
 
     Returns:
         `index` int64 and `mask` bool [steps, batch_size], with steps = ⌈n / batch_size⌉, or
-        ⌊n / batch_size⌋ if `drop_last`; `mask` is [steps, 0] where nothing is filled up.
+        ⌊n / batch_size⌋ if `drop_last`; `mask` is [steps, 0] if there is no padding.
 
     Raises:
-        TypeError: `n` or `batch_size` is no int.
-        ValueError: `n` or `batch_size` is below 1, or `drop_last` would leave no batch at all.
+        TypeError: `n` or `batch_size` is not an int.
+        ValueError: `n` or `batch_size` is below 1, or `drop_last` would leave no batch.
 
     >>> index, mask = epoch_indices(random.key(0), 5, batch_size=2)
     >>> sorted(index[mask].tolist())
@@ -48,31 +48,33 @@ def epoch_indices(key: random.Key, n: int, batch_size: int, *, drop_last: bool =
     if drop_last and batch_size > n:
         raise ValueError(
             f"epoch_indices: batch_size must be at most n={n} with drop_last=True, got "
-            f"{batch_size}: no batch would be left; use a smaller one or drop_last=False"
+            f"{batch_size}, which leaves no batch; use a smaller one or drop_last=False"
         )
     order = random.permutation(key, n)
     return _in_batches(order[: n - n % batch_size] if drop_last else order, batch_size)
 
 
 def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
-    """Draw n of the examples 0 to n − 1, with replacement, and cut them into batches.
+    """Draw n of the examples 0 to n − 1 with replacement, and cut them into batches.
 
-    About 63 % of the examples are among them, some several times. One key draws one sample: for
-    bagging every member of a population keeps its own (Breiman, 1996).
+    About 63 % of the examples are drawn, some of them several times. For bagging, give each member
+    of a population a key of its own, and use it in every epoch.
 
     Args:
-        key: The key of this sample; the result is on its device.
-        n: How many examples there are, at least 1.
-        batch_size: Examples in a batch, at least 1; the last batch is filled up with index 0 and
-            mask False.
+        key: the key of this sample; the result is on its device.
+        n: number of examples, at least 1.
+        batch_size: examples in a batch, at least 1; the last batch is padded with index 0 and mask
+            False.
 
     Returns:
-        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] where
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] if
         `batch_size` divides n.
 
     Raises:
-        TypeError: `n` or `batch_size` is no int.
+        TypeError: `n` or `batch_size` is not an int.
         ValueError: `n` or `batch_size` is below 1.
+
+    Source: Breiman, Bagging predictors, Machine Learning 24, 1996.
 
     >>> index, mask = bootstrap_indices(random.key(0), 1000, batch_size=100)
     >>> index.shape, len(index.unique())
@@ -80,26 +82,26 @@ def bootstrap_indices(key: random.Key, n: int, batch_size: int) -> Indices:
     """
     check_positive("bootstrap_indices", "n", n)
     check_positive("bootstrap_indices", "batch_size", batch_size)
-    return _in_batches(random.randint(key, (n,), 0, n), batch_size)
+    return _in_batches(random.randint(key, (n,), minval=0, maxval=n), batch_size)
 
 
 def sequential_indices(
     n: int, batch_size: int, *, device: torch.device | str | None = None
 ) -> Indices:
-    """Cut the examples 0 to n − 1 into batches in their own order, for evaluation.
+    """Cut the examples 0 to n − 1 into batches in order, for evaluation.
 
     Args:
-        n: How many examples there are, at least 1.
-        batch_size: Examples in a batch, at least 1; the last batch is filled up with index 0 and
-            mask False.
-        device: Where the result is to be; torch's default device if None.
+        n: number of examples, at least 1.
+        batch_size: examples in a batch, at least 1; the last batch is padded with index 0 and mask
+            False.
+        device: device of the result; torch's default device if None.
 
     Returns:
-        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] where
+        `index` int64 and `mask` bool [⌈n / batch_size⌉, batch_size]; `mask` is [steps, 0] if
         `batch_size` divides n.
 
     Raises:
-        TypeError: `n` or `batch_size` is no int.
+        TypeError: `n` or `batch_size` is not an int.
         ValueError: `n` or `batch_size` is below 1.
 
     >>> sequential_indices(3, batch_size=2).index.tolist()
@@ -111,22 +113,22 @@ def sequential_indices(
 
 
 def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
-    """Split a data set at random into two, to train on the first and to validate on the second.
+    """Split a data set at random into two parts, such as one for training and one for validation.
 
-    Each example is in exactly one of them. The second holds the first round(fraction · n) entries
-    of `random.permutation(key, n)`, the first holds the others.
+    The second part has the examples `random.permutation(key, n)[:round(fraction * n)]`, the first
+    part has all others.
 
     Args:
-        key: A key, on the device of the data set.
-        dataset: A `Dataset`, or any tree of tensors [n, ...] with one row for each example.
-        fraction: The share of the second, between 0 and 1; rounding must leave no part empty.
+        key: a key, on the device of the data set.
+        dataset: a `Dataset`, or any tree of tensors [n, ...] with one row for each example.
+        fraction: share of the second part, between 0 and 1; neither part may be empty.
 
     Returns:
-        Two trees of the structure of `dataset`; they are copies.
+        Two trees of the structure of `dataset`; their leaves are copies.
 
     Raises:
-        TypeError: `dataset` holds something other than tensors, or `fraction` is not a float.
-        ValueError: The tensors differ in length or device, or a part would be empty.
+        TypeError: `dataset` has leaves that are not tensors, or `fraction` is not a float.
+        ValueError: the tensors differ in length or device, or a part would be empty.
 
     >>> from fdl.data import fashion_mnist_sample
     >>> train, validation = split(random.key(0), fashion_mnist_sample(), 0.1)
@@ -143,7 +145,7 @@ def split(key: random.Key, dataset: T, fraction: float) -> tuple[T, T]:
             f"got {fraction}"
         )
     second, first = random.permutation(key, n).tensor_split([held_out])
-    return tree.map(lambda x: x[first], dataset), tree.map(lambda x: x[second], dataset)
+    return take(dataset, first), take(dataset, second)
 
 
 def _in_batches(order: Tensor, batch_size: int) -> Indices:
@@ -151,8 +153,8 @@ def _in_batches(order: Tensor, batch_size: int) -> Indices:
     steps = -(-n // batch_size)
     padding = torch.zeros(steps * batch_size - n, dtype=order.dtype, device=order.device)
     index = torch.cat([order, padding])
-    # Compared with zeros like the index, which have its axes under vmap: torch 2.11's vmap fails
-    # on results that have none of them.
+    # Compared with zeros_like(index), which has the axes of vmap: torch 2.11's vmap fails on
+    # results without them.
     mask = torch.arange(n - len(index), n, device=order.device).flip(0) >= torch.zeros_like(index)
     width = batch_size if len(padding) else 0
     return Indices(

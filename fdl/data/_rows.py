@@ -1,4 +1,4 @@
-"""Data sets as trees of tensors that have one row for each example."""
+"""Data sets as trees of tensors with one row for each example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdl.tree import Tree, flatten_dict
 
 
 def count(caller: str, key: Tensor, dataset: Tree) -> int:
-    """Count the examples of a tree of tensors, one row each, on the device of `key`."""
+    """Return the number of rows, after checking that all leaves have it, on the device of `key`."""
     check_key(caller, key)
     leaves = flatten_dict(dataset)
     for path, leaf in leaves.items():
@@ -21,7 +21,8 @@ def count(caller: str, key: Tensor, dataset: Tree) -> int:
     lengths = {path: leaf.shape[0] for path, leaf in leaves.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(
-            f"{caller}: dataset must have as many rows in each tensor, got {lengths or 'no tensor'}"
+            f"{caller}: all tensors of dataset must have the same number of rows, got "
+            f"{lengths or 'no tensor'}"
         )
     devices = {str(key.device), *(str(leaf.device) for leaf in leaves.values())}
     if len(devices) > 1:

@@ -1,4 +1,4 @@
-"""Synthetic data."""
+"""Synthetic data sets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def synthetic_linear(
 ) -> Dataset:
     """Draw examples of a linear model with Gaussian features: y = x·w + b + noise·ε.
 
-    Every entry of x and of ε is N(0, 1) and independent of the others.
+    The entries of x and ε are independent N(0, 1).
 
     Args:
-        key: A key; the examples are on its device.
-        w: The weights, [in]. A floating tensor sets the dtype, all else gives float32.
-        b: The offset, one number.
-        n: How many examples, at least 1.
-        noise: The standard deviation of the noise, at least 0, in units of y.
+        key: a key; the examples are on its device.
+        w: the weights, [in]. A floating tensor determines the dtype, anything else gives float32.
+        b: the offset, one number.
+        n: number of examples, at least 1.
+        noise: standard deviation of the noise in units of y, at least 0.
 
     Returns:
-        `x` [n, in] and `y` [n, 1], the shape that a linear layer with one output gives.
+        `x` [n, in] and `y` [n, 1], the shape of the output of a linear layer.
 
     Raises:
-        TypeError: `n` is no int.
-        ValueError: `w` is no vector, `b` not one number, `n` < 1, or `noise` negative.
+        TypeError: `n` is not an int.
+        ValueError: `w` is not a vector, `b` is not one number, `n` < 1, or `noise` is negative.
 
     >>> x, y = synthetic_linear(random.key(0), [2.0, -3.4], 4.2, n=1000, noise=0.0)
     >>> x.shape, y.shape
@@ -48,7 +48,7 @@ def synthetic_linear(
     if weight.ndim != 1:
         raise ValueError(
             f"synthetic_linear: w must have shape [in], got {list(weight.shape)}; "
-            "flatten it, there is one output"
+            "flatten it (there is one output)"
         )
     offset = torch.as_tensor(b, dtype=dtype, device=key.device)
     if offset.numel() != 1:

@@ -36,7 +36,7 @@ class Dataset(NamedTuple):
 
 @register
 class Batch(NamedTuple):
-    """What a training step takes: some examples and which of them count.
+    """The examples of one training step, and a mask of those that count.
 
     >>> import torch
     >>> Batch(torch.zeros(3, 2), torch.zeros(3)).mask
@@ -45,15 +45,15 @@ class Batch(NamedTuple):
 
     x: Tensor  # [batch, ...]
     y: Tensor  # [batch, ...]
-    mask: Tensor | tuple[()] = ()  # bool [batch], False where a row is padding; () if none is
+    mask: Tensor | tuple[()] = ()  # bool [batch], False where a row is padding; () if all count
 
 
 @register
 class Indices(NamedTuple):
-    """Which examples each step of an epoch takes; `scan` and `zip(*indices)` walk over the steps.
+    """The rows of a data set for each step of an epoch; `scan` and `zip(*indices)` iterate over it.
 
-    Where no step holds padding the mask has the width 0, and `gather` makes batches without one:
-    a model computes faster without a mask, and one that takes none can be trained.
+    If there is no padding, the mask has width 0, and `batch` returns batches without one: models
+    are faster without a mask, and some do not accept any.
 
     >>> from fdl.data import sequential_indices
     >>> for index, mask in zip(*sequential_indices(3, batch_size=2)):
@@ -63,4 +63,4 @@ class Indices(NamedTuple):
     """
 
     index: Tensor  # type: ignore[assignment]  # int64 [steps, batch], rows of a data set
-    mask: Tensor  # bool [steps, batch], False where `index` is padding; [steps, 0] if none is
+    mask: Tensor  # bool [steps, batch], False where `index` is padding; [steps, 0] without any

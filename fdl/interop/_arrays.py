@@ -1,4 +1,4 @@
-"""Trees of tensors to and from NumPy and JAX; `fdl.interop` is where to import them from."""
+"""Convert trees of tensors to and from NumPy and JAX."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 
 
 def to_numpy(tree: Tree) -> Tree:
-    """Turn every tensor into a NumPy array that shares its memory; from a GPU it is copied.
+    """Convert every tensor to a NumPy array that shares its memory; GPU tensors are copied.
 
-    The tensor owns the memory: a write to either is seen in both. bfloat16, which NumPy lacks,
-    needs the package `ml_dtypes` (JAX brings it).
+    The tensor owns the memory: a write to either is seen in both. bfloat16, which NumPy does not
+    have, needs the package `ml_dtypes` (installed with JAX).
 
     Raises:
-        TypeError: a leaf that is no tensor, or bfloat16 without `ml_dtypes` (with its path).
-        ValueError: a leaf that requires grad (with its path).
+        TypeError: a leaf is not a tensor, or bfloat16 without `ml_dtypes` (with its path).
+        ValueError: a leaf requires grad (with its path).
 
     >>> to_numpy({"w": torch.ones(2)})
     {'w': array([1., 1.], dtype=float32)}
@@ -43,13 +44,13 @@ def _to_numpy(leaf: Any) -> Any:
 
 
 def from_numpy(tree: Tree) -> Tree:
-    """Turn every NumPy array into a tensor that shares its memory, on the CPU.
+    """Convert every NumPy array to a CPU tensor that shares its memory.
 
-    The array owns the memory: a write to either is seen in both. What torch cannot share is copied:
-    read-only arrays, negative strides, foreign byte orders, NumPy scalars.
+    The array owns the memory: a write to either is seen in both. Arrays that torch cannot share are
+    copied: read-only ones, negative strides, foreign byte orders, NumPy scalars.
 
     Raises:
-        TypeError: a leaf that is no array, or of a dtype torch lacks (with its path).
+        TypeError: a leaf is not an array, or has a dtype that torch does not have (with its path).
 
     >>> from_numpy({"w": np.ones(2)})
     {'w': tensor([1., 1.], dtype=torch.float64)}
@@ -65,24 +66,23 @@ def _from_numpy(leaf: Any) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    if array.dtype.name == "bfloat16":  # of ml_dtypes
+    if array.dtype.name == "bfloat16":  # from ml_dtypes
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def to_jax(tree: Tree) -> Tree:
-    """Turn every tensor into a JAX array on its device, through DLPack.
+    """Convert every tensor to a JAX array on its device, through DLPack.
 
-    The memory is shared where JAX can (aligned to 64 bytes and without gaps); the tensor then must
-    not be written to any more, nor donated to `fdl.jit`: JAX takes its arrays for constant.
+    The memory is shared if JAX supports it (aligned to 64 bytes and without gaps). Do not write to
+    such a tensor afterwards, nor donate it to `fdl.jit`: JAX assumes that its arrays are constant.
 
-    A key of ours is int64 `[2]`, JAX's are uint32:
+    Keys of fdl are int64 `[2]`, those of JAX uint32:
     `jax.random.wrap_key_data(to_jax(key.to(torch.uint32)))`.
 
     Raises:
-        TypeError: a leaf that is no tensor, or of 64 bits where JAX would make it 32 (with its
-            path).
-        ValueError: a leaf that requires grad (with its path).
+        TypeError: a leaf is not a tensor, or has 64 bits and JAX would make it 32 (with its path).
+        ValueError: a leaf requires grad (with its path).
         ImportError: JAX is not installed.
 
     Example::
@@ -96,7 +96,7 @@ def to_jax(tree: Tree) -> Tree:
         bits = 8 * leaf.dtype.itemsize // (2 if leaf.is_complex() else 1)
         if bits == 64 and not jax.config.read("jax_enable_x64"):
             raise TypeError(
-                f"JAX would make 32 bits of {leaf.dtype}: turn on its 64 bits "
+                f"JAX would convert {leaf.dtype} to 32 bits; enable 64 bits "
                 '(jax.config.update("jax_enable_x64", True)) or cast the leaf'
             )
         return jax.dlpack.from_dlpack(leaf.contiguous())
@@ -105,14 +105,14 @@ def to_jax(tree: Tree) -> Tree:
 
 
 def from_jax(tree: Tree) -> Tree:
-    """Turn every JAX array into a tensor on its device that shares its memory, through DLPack.
+    """Convert every JAX array to a tensor on its device that shares its memory, through DLPack.
 
-    JAX owns the memory and takes it for constant: do not write to the tensors, nor donate them to
-    `fdl.jit`; clone them first (`tree.map(torch.clone, …)`). JAX's typed keys of Threefry, its
-    default, become ours, int64 `[..., 2]`; its raw ones are plain uint32.
+    JAX owns the memory and assumes that it is constant: do not write to the tensors, nor donate
+    them to `fdl.jit`; clone them first (`tree.map(torch.clone, …)`). JAX's typed Threefry keys, its
+    default, become keys of fdl, int64 `[..., 2]`; its raw keys stay uint32.
 
     Raises:
-        TypeError: a leaf that is no JAX array, or a key of another generator (with its path).
+        TypeError: a leaf is not a JAX array, or is a key of another generator (with its path).
         ImportError: JAX is not installed.
 
     Example::
@@ -120,7 +120,6 @@ def from_jax(tree: Tree) -> Tree:
         params = fdl.interop.from_jax(arrays)
     """
     import jax
-    from torch.utils.dlpack import from_dlpack
 
     def convert(leaf: Any) -> Tensor:
         if not isinstance(leaf, jax.Array):
@@ -129,7 +128,7 @@ def from_jax(tree: Tree) -> Tree:
             generator = str(jax.random.key_impl(leaf))
             if generator != "threefry2x32":
                 raise TypeError(
-                    f"a key of the generator {generator!r}; only Threefry's can be ours: "
+                    f"expected a Threefry key, got one of the generator {generator!r}: use "
                     "jax.random.key(seed, impl='threefry2x32')"
                 )
             return from_dlpack(jax.random.key_data(leaf)).long()
@@ -142,15 +141,15 @@ def _check_tensor(leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"expected a tensor, got {type(leaf).__name__} {leaf!r}")
     if leaf.requires_grad:
-        raise ValueError("the tensor requires grad, which would be lost; detach it")
+        raise ValueError("the tensor requires grad, which would be lost; detach it first")
 
 
 def _each(caller: str, tree: Tree, f: Callable[[Any], Any]) -> Tree:
-    """Map the leaves; errors get the path."""
-    found = {}
+    """Map the leaves, and add their paths to errors."""
+    converted = {}
     for path, leaf in flatten_dict(tree).items():
         try:
-            found[path] = f(leaf)
+            converted[path] = f(leaf)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{caller}: at {path!r}: {error}") from error
-    return unflatten_dict(found, like=tree)
+    return unflatten_dict(converted, like=tree)

@@ -1,6 +1,6 @@
-"""Flax's names and layouts of parameters, and torch's; `fdl.interop` is where to import them from.
+"""Convert parameters between the names and layouts of Flax and torch.
 
-Torch keeps `[out, in, *window]`, Flax `[*window, in, out]`.
+The weights of torch are `[out, in, *window]`, those of Flax `[*window, in, out]`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fdl.tree import Tree
+from fdl.tree._paths import join
 
 Image = tuple[int, int, int]
 
@@ -30,7 +31,7 @@ def from_flax(
       `[out, in, *window]` (OIHW).
     - The `scale` of a normalisation and the `embedding` of an `Embed` become `weight`; the `mean`
       and `var` of `batch_stats` become `running_mean` and `running_var`.
-    - Anything else stays as it is, under its name.
+    - Other leaves stay unchanged, under their names.
 
     First `from_jax`, then this:
 
@@ -42,18 +43,18 @@ def from_flax(
 
     Args:
         layer: the dict of one layer, or nested dicts of layers.
-        image: `(channels, height, width)` of what is flattened right before a dense layer: Flax
-            flattens height first, torch channels first, so the inputs change their order.
-        kind: the layer's class in Flax, such as `"ConvTranspose"` or `"DenseGeneral"`, whose
-            kernels have the shape of a convolution's. Flax's own names (`"ConvTranspose_0"`) and
-            those of its attention say it in a tree; of other names a kernel with more than two
-            axes is taken for that of `Conv`.
+        image: `(channels, height, width)` of the images flattened right before a dense layer: Flax
+            flattens height first, torch channels first, so the order of the inputs changes.
+        kind: class of the layer in Flax, such as `"ConvTranspose"` or `"DenseGeneral"`, whose
+            kernels have the shape of a convolution's. In a tree the class is read from Flax's own
+            names (`"ConvTranspose_0"`) and those of its attention; under another name a kernel with
+            more than two axes is converted as that of `Conv`.
 
     Raises:
-        TypeError: a leaf that is no tensor (with its path).
-        ValueError: a kernel whose inputs are not as many as `image` says, `image` or `kind` with a
-            tree of several layers, a kind without a rule, or a `DenseGeneral` without bias, of
-            which nothing says how many axes its output has (with its path).
+        TypeError: a leaf is not a tensor (with its path).
+        ValueError: a kernel has another number of inputs than `image`, `image` or `kind` is given
+            for several layers, there is no rule for the kind, or a `DenseGeneral` has no bias, so
+            the number of axes of its output is unknown (with its path).
     """
     return _each("from_flax", layer, image, kind, _layer_from_flax)
 
@@ -62,15 +63,15 @@ def to_flax(layer: Mapping[str, Any], image: Image | None = None, kind: str | No
     """Convert parameters to Flax's names and layouts; the inverse of `from_flax`.
 
     Args:
-        layer: `weight` and perhaps `bias`, of a linear layer, a convolution or, where `weight`
-            has one axis, a normalisation; or nested dicts of such layers.
+        layer: the `weight`, and `bias` if there is one, of a linear layer, a convolution or, if
+            `weight` has one axis, a normalisation; or nested dicts of such layers.
         image: as for `from_flax`.
-        kind: as for `from_flax`; `"Embed"` has to be said, `"DenseGeneral"` has no inverse.
+        kind: as for `from_flax`; required for `"Embed"`, and `"DenseGeneral"` has no inverse.
 
     Raises:
-        TypeError: a leaf that is no tensor (with its path).
-        ValueError: a weight whose inputs are not as many as `image` says, `image` or `kind` with a
-            tree of several layers, or a kind without a rule (with its path).
+        TypeError: a leaf is not a tensor (with its path).
+        ValueError: a weight has another number of inputs than `image`, `image` or `kind` is given
+            for several layers, or there is no rule for the kind (with its path).
 
     >>> import torch
     >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)})["kernel"].shape
@@ -87,7 +88,7 @@ def _each(
     convert: Callable[..., Tree],
     path: str = "",
 ) -> Tree:
-    """Convert the leaves of a dict together, as one layer, and its dicts each for itself."""
+    """Convert the leaves of a dict as one layer, and its dicts one by one."""
     where = f"{caller}: at {path!r}" if path else caller
     children = {name: x for name, x in layer.items() if isinstance(x, Mapping)}
     leaves = {name: x for name, x in layer.items() if name not in children}
@@ -96,21 +97,22 @@ def _each(
             raise TypeError(f"{where}: {name!r} must be a tensor, got {type(x).__name__} {x!r}")
     if children and (image is not None or kind is not None):
         raise ValueError(
-            f"{where}: image and kind describe one layer, and {list(children)} are several; "
-            "convert that layer by itself"
+            f"{where}: image and kind describe one layer, got several: {list(children)}; "
+            "convert that layer separately"
         )
-    found = convert(where, leaves, image, kind) if leaves else {}
-    attends = children.keys() >= _ATTENTION
+    converted = convert(where, leaves, image, kind) if leaves else {}
+    is_attention = children.keys() >= _ATTENTION
     for name, child in children.items():
-        own = "DenseGeneral" if attends and name in _ATTENTION else _kind(name)
+        child_kind = "DenseGeneral" if is_attention and name in _ATTENTION else _kind(name)
         is_layer = not any(isinstance(x, Mapping) for x in child.values())
-        inner = f"{path}.{name}" if path else name
-        found[name] = _each(caller, child, None, own if is_layer else None, convert, inner)
-    return found
+        inner = join(path, name)
+        child_kind = child_kind if is_layer else None
+        converted[name] = _each(caller, child, None, child_kind, convert, inner)
+    return converted
 
 
 def _kind(name: str) -> str | None:
-    """Read the class out of a name that Flax gives, such as `Dense_0`."""
+    """Read the class from a name of Flax, such as `Dense_0`."""
     match = re.fullmatch(r"([A-Z]\w*)_\d+", name)
     return match[1] if match and match[1] in {*_FROM, *_NORMS} else None
 
@@ -149,7 +151,10 @@ def _layer_to_flax(
     if weight.ndim == 1:
         return {"scale": weight, **found}
     if kind == "DenseGeneral":
-        raise ValueError(f"{where}: DenseGeneral has axes of which torch knows nothing; reshape")
+        raise ValueError(
+            f"{where}: kind='DenseGeneral' has no inverse; convert the layer as 'Dense' and "
+            "reshape its kernel"
+        )
     if kind == "ConvTranspose":
         kernel = weight.flip(*range(2, weight.ndim)).movedim((1, 0), (-1, -2))
     else:
@@ -166,14 +171,14 @@ def _plain(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _transposed(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Torch's is the transpose of a convolution; Flax's slides the kernel itself."""
+    """Flip the window: torch transposes a convolution, Flax slides the kernel itself."""
     return kernel.flip(*range(kernel.ndim - 2)).movedim((-2, -1), (0, 1))
 
 
 def _general(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         raise ValueError(
-            f"{where}: a DenseGeneral without bias does not say how many axes its output has; "
+            f"{where}: a DenseGeneral without bias has an unknown number of output axes; "
             "reshape its kernel to [in, out] and convert it as kind='Dense'"
         )
     return kernel.flatten(kernel.ndim - bias.ndim).flatten(0, -2).mT
@@ -198,7 +203,7 @@ def _check_image(where: str, image: Image, kernel: Tensor) -> Image:
     channels, height, width = image
     if kernel.ndim != 2 or channels * height * width != kernel.shape[0]:
         raise ValueError(
-            f"{where}: image={image}, (channels, height, width), has "
-            f"{channels * height * width} numbers, but the layer takes {kernel.shape[0]}"
+            f"{where}: image={image}, (channels, height, width), must have as many numbers as the "
+            f"layer has inputs, expected {kernel.shape[0]}, got {channels * height * width}"
         )
     return image

@@ -1,8 +1,8 @@
-"""A module's calls of torch, each led to a pure function: what `from_module` runs a forward in.
+"""The mode in which `from_module` runs a forward: it makes calls of torch pure.
 
-Within `with Keyed(key):` the n-th random call draws from `fold_in(key, n)`; functions whose kernels
-lack derivatives are written out where those are asked for; a write to what belongs to the caller is
-refused. What can be none of these is refused too, so nothing ever draws from torch's generator.
+Within `with KeyedRandomMode(key):` the n-th random call draws from `fold_in(key, n)`. Functions
+whose kernels lack derivatives are written out when these are needed. Writes to values of the caller
+raise, and so do random functions without a rule: nothing draws from torch's generator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fdl._torch_compat import assume_constant_result
 from fdl.interop import _layer_rules, _random_rules
 from fdl.interop._keys import Keys
 
-# Functions by where torch keeps them: `F.dropout` and `torch.dropout` differ in their arguments.
+# By module and name, because `F.dropout` and `torch.dropout` differ in their arguments.
 RULES: dict[str, Callable[..., Any]] = _layer_rules.RULES | _random_rules.RULES | _functions.RULES
 REFUSED = {
     *("alpha_dropout_", "dropout_", "feature_alpha_dropout_", "feature_dropout"),
@@ -31,12 +31,12 @@ REFUSED = {
 }
 
 
-class Keyed(Keys):
-    """Let random functions follow a key: `with Keyed(random.key(0)): F.dropout(x)`.
+class KeyedRandomMode(Keys):
+    """Make random functions draw from a key: `with KeyedRandomMode(random.key(0)): F.dropout(x)`.
 
     Args:
-        key: the key, or None: then a random function raises.
-        owned: what belongs to the caller, by name; writing to it raises.
+        key: the key; with None random functions raise.
+        owned: values of the caller, by name; a write to them raises.
     """
 
     def __init__(self, key: Tensor | None, owned: dict[str, Any] | None = None) -> None:
@@ -49,21 +49,21 @@ class Keyed(Keys):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not torch.compiler.is_compiling():  # Dynamo cannot follow memory
+        if not torch.compiler.is_compiling():  # Dynamo cannot trace storages
             self._check_writes(func, name.partition(".")[0], args, kwargs)
         rule = RULES.get(f"{_place(func)}.{name}")
         if rule is None:
             if name in REFUSED:
                 raise NotImplementedError(
-                    f"{name} draws from torch's global generator and cannot follow a key"
+                    f"{name} draws from torch's global generator and cannot draw from a key"
                 )
             return func(*args, **kwargs)
         if kwargs.pop("generator", None) is not None:
-            raise NotImplementedError(f"{name}: a torch.Generator cannot follow a key")
+            raise NotImplementedError(f"{name}: a torch.Generator cannot draw from a key; omit it")
         return rule(self, *args, **kwargs)
 
     def _check_writes(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
-        """Raise if a call would write to what belongs to the caller."""
+        """Raise if a call would write to a value of the caller."""
         for target in _targets(func, name, args, kwargs):
             if self.owners is None:
                 named = pytree.tree_flatten_with_path(self.owned)[0]
@@ -72,7 +72,7 @@ class Keyed(Keys):
             if where is not None:
                 raise ValueError(
                     f"apply: {name} would write to {where}, which belongs to the caller: a forward "
-                    "may change nothing but buffers (register_buffer), which apply returns; use "
+                    "may change only buffers (register_buffer), which apply returns; use "
                     "inplace=False or the function that returns a new tensor"
                 )
 
@@ -81,7 +81,7 @@ _PLACES = {None: "Tensor", "torch.nn.functional": "F", "torch._C._nn": "F", "tor
 
 
 def _place(func: Any) -> str:
-    """Say where torch keeps a function: methods know of no module."""
+    """Return the module of a torch function; methods have none."""
     return _PLACES.get(getattr(func, "__module__", None), "torch")
 
 
@@ -93,7 +93,7 @@ _IN_PLACE = {f"__i{name}__" for name in _OPERATORS.split(" ")} | {"__setitem__"}
 
 
 def _targets(func: Any, name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Give the tensors that a call writes to."""
+    """Yield the tensors that a call writes to."""
     into_first = (
         name in _IN_PLACE
         or (kwargs.get("inplace") and ("dropout" not in name or kwargs.get("training")))
@@ -111,7 +111,7 @@ def _has_memory(x: Any) -> bool:
 
 
 def _memory(x: Tensor) -> int:
-    """Identify the memory under a tensor and under the wrappers of `grad` and `vmap`."""
+    """Identify the storage of a tensor, below the wrappers of `grad` and `vmap`."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
@@ -123,15 +123,15 @@ def _named(path: Any) -> str:
     return f"{kind} {'.'.join(rest)!r}"
 
 
-@assume_constant_result  # called while Dynamo traces, not traced itself
+@assume_constant_result  # called while Dynamo traces, but not traced
 def register_with_dynamo() -> None:
-    """Have Dynamo ask the mode about `torch.rand` and the like too.
+    """Make Dynamo pass `torch.rand` and similar functions to the mode, as eager torch does.
 
-    Eager torch does; Dynamo goes by a list of functions that lacks some of them.
+    Its list of overridable functions lacks some of them.
     """
-    from torch._dynamo.variables.torch import get_overridable_functions
+    from torch._dynamo.variables.torch import get_overridable_functions  # loads Dynamo
 
-    asked = get_overridable_functions()
+    overridable = get_overridable_functions()
     for name in {rule.removeprefix("torch.") for rule in RULES} | REFUSED:
         if hasattr(torch, name):
-            asked.add(getattr(torch, name))
+            overridable.add(getattr(torch, name))

@@ -1,4 +1,4 @@
-"""A source of keys, one for each random call of a module's forward."""
+"""Derive a key for each random call of a module's forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Keys(TorchFunctionMode):
     """Count random calls: the n-th draws from `fold_in(key, n)`.
 
     Args:
-        key: the key, or None: then a random call raises.
+        key: the key; with None random calls raise.
     """
 
     def __init__(self, key: Tensor | None) -> None:
@@ -21,7 +21,7 @@ class Keys(TorchFunctionMode):
         self.drawn = 0
 
     def next(self, name: str) -> Tensor:
-        """Derive the key of the next draw; an error names the function that draws."""
+        """Return the key of the next draw; `name` is that of the function, used in the error."""
         if self.key is None:
             raise ValueError(
                 f"{name} draws random numbers and needs a key: pass key=fdl.random.key(seed) to "

@@ -1,4 +1,4 @@
-"""Rules for the layers of torch that draw random numbers: dropout, attention, recurrent ones."""
+"""Rules for the layers of torch that draw random numbers: dropout, attention, recurrent layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fdl.interop._keys import Keys
 
 
 def _kept(mode: Keys, name: str, rate: float, shape: Any) -> Tensor:
-    """Draw what is kept, as `nn.dropout` does."""
+    """Draw the mask of kept units, as `nn.dropout` does."""
     return random.uniform(mode.next(name), shape) >= rate
 
 
@@ -54,7 +54,7 @@ def _dropout(
 
 
 def _per_channel(x: Tensor, batched: bool) -> list[int]:
-    """Give the shape of a mask that keeps or drops whole channels."""
+    """Return the shape of a mask that drops whole channels."""
     lead = 2 if batched else 1
     return [*x.shape[:lead], *[1] * (x.ndim - lead)]
 
@@ -72,7 +72,7 @@ def _dropout_of_channels(unbatched: int) -> Callable[..., Tensor]:
 
 
 def _alpha_dropped(mode: Keys, x: Tensor, p: float, train: bool, inplace: bool, shape: Any) -> Any:
-    """Klambauer et al., 2017: what is dropped becomes α′, then mean 0 and variance 1 again."""
+    """Set dropped units to α′, and restore mean 0 and variance 1 (Klambauer et al., 2017)."""
     _check_rate("alpha_dropout", p)
     if not train or p == 0:
         return x
@@ -97,7 +97,7 @@ def _feature_alpha_dropout(
 
 
 def _torchs(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make the rule of `torch.dropout` from that of `F.dropout`: it calls `training` `train`."""
+    """Make the rule of `torch.dropout`, whose argument is `train` instead of `training`."""
     return lambda mode, input, p, train: rule(mode, input, p, train)
 
 
@@ -111,7 +111,9 @@ def _rrelu(
 ) -> Tensor:
     if training:
         wide = at_least_32_bits(input)
-        slope = random.uniform(mode.next("rrelu"), input.shape, lower, upper, wide).to(input.dtype)
+        slope = random.uniform(
+            mode.next("rrelu"), input.shape, wide, minval=lower, maxval=upper
+        ).to(input.dtype)
         return _written(input, torch.where(input >= 0, input, input * slope), inplace)
     return F.leaky_relu(input, (lower + upper) / 2, inplace)
 
@@ -142,10 +144,10 @@ def _attention(
     return _functions.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, drop)
 
 
-def _opened(f: Any) -> Callable[..., Any]:
-    """Copy a Python function of torch so that it runs, rather than asks the mode again.
+def _traced_through(f: Any) -> Callable[..., Any]:
+    """Copy a Python function of torch, so that its body runs instead of calling the mode again.
 
-    What it calls then asks the mode: its dropout follows the key.
+    The functions it calls go through the mode: its dropout draws from the key.
     """
     never = {name: lambda *_: False for name in f.__globals__ if "has_torch_function" in name}
     body = types.FunctionType(f.__code__, f.__globals__ | never, f.__name__, f.__defaults__)
@@ -173,15 +175,16 @@ def _recurrent(func: Any) -> Callable[..., Any]:
         # The fourth argument is the parameters of a packed sequence, or has_biases.
         packed = "data" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         names = _PACKED if packed else _PADDED
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given["dropout"] == 0 or not given["train"]:
-            return _decomposed(func, *(given[name] for name in names))
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        values = [arguments[name] for name in names]
+        if arguments["dropout"] == 0 or not arguments["train"]:
+            return _decomposed(func, *values)
         if packed:
             raise NotImplementedError(
-                f"{func.__name__}: dropout between layers of a packed sequence cannot follow a "
+                f"{func.__name__}: dropout between layers of a packed sequence cannot draw from a "
                 "key; pad the sequences, or set dropout=0"
             )
-        return _one_by_one(mode, func, *(given[name] for name in names))
+        return _one_by_one(mode, func, *values)
 
     return rule
 
@@ -199,14 +202,14 @@ def _one_by_one(
     two_way: bool,
     batch_first: bool,
 ) -> Any:
-    """Run a stack of recurrent layers one by one, to drop out between them."""
+    """Run a stack of recurrent layers one by one, with dropout between them."""
     directions, width = 2 if two_way else 1, len(weights) // layers
     last = []
     for i in range(layers):
         rows = slice(i * directions, (i + 1) * directions)
         start = hidden[rows] if isinstance(hidden, Tensor) else [h[rows] for h in hidden]
-        here = weights[i * width : (i + 1) * width]
-        x, *end = _decomposed(func, x, start, here, bias, 1, 0.0, train, two_way, batch_first)
+        own = weights[i * width : (i + 1) * width]
+        x, *end = _decomposed(func, x, start, own, bias, 1, 0.0, train, two_way, batch_first)
         last.append(end)
         if i < layers - 1:
             x = _dropout(mode, x, rate)
@@ -214,14 +217,14 @@ def _one_by_one(
 
 
 def _decomposed(func: Any, x: Tensor, hidden: Any, *args: Any) -> Any:
-    """Call a recurrent function; where its kernels do not serve, in the operations it is made of.
+    """Call a recurrent function, decomposed into its operations if its kernels lack derivatives.
 
-    Torch takes it apart where a derivative may be asked for, as under `vjp`, but for the kernels of
-    oneDNN and cuDNN, which have no second derivatives.
+    Torch decomposes it under `vjp`, except into the kernels of oneDNN and cuDNN, which have no
+    second derivatives.
     """
     if not _modes.avoid_fused_kernels():
         return func(x, hidden, *args)
-    none = x.new_zeros(())  # has the axes of `vmap` that torch then adds to the hidden state
+    none = x.new_zeros(())  # gives the hidden state the axes of `vmap` that x has
     hidden = pytree.tree_map(lambda h: h + none if h.is_floating_point() else h, hidden)
     with _without_kernels():
         return torch.func.vjp(lambda x: func(x, hidden, *args), x)[0]
@@ -257,8 +260,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "torch.alpha_dropout": _torchs(_alpha_dropout),
     "torch.feature_alpha_dropout": _torchs(_feature_alpha_dropout),
     "torch.rrelu": _rrelu,
-    "F.gumbel_softmax": _opened(F.gumbel_softmax),
-    "F.multi_head_attention_forward": _opened(F.multi_head_attention_forward),
+    "F.gumbel_softmax": _traced_through(F.gumbel_softmax),
+    "F.multi_head_attention_forward": _traced_through(F.multi_head_attention_forward),
     "F.scaled_dot_product_attention": _attention,
     **{
         f"torch.{name}": _recurrent(getattr(torch, name))

@@ -1,4 +1,4 @@
-"""From an `nn.Module` to pure functions, and back."""
+"""Convert an `nn.Module` to pure functions, and back."""
 
 from __future__ import annotations
 
@@ -16,49 +16,54 @@ from torch.nn.utils import parametrize
 
 from fdl import tree
 from fdl._modes import under_vmap
-from fdl.interop._key_mode import Keyed, register_with_dynamo
+from fdl.interop._key_mode import KeyedRandomMode, register_with_dynamo
 from fdl.nn import Model, StatefulModel
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import join
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
-    """Turn a module into pure functions, its parameters and its buffers.
+    """Convert a module to pure functions, its parameters and its buffers.
 
-    The values are copies: training them leaves the module as it is, and what happens to the module
-    later does not reach the model. Their paths are those of `named_parameters()` and
-    `named_buffers()`; a tied parameter is there once, and its gradient is the sum over all uses.
+    The values are copies: training them does not change the module, and later changes to the module
+    do not reach the model. Their paths are those of `named_parameters()` and `named_buffers()`; a
+    tied parameter is stored once, and its gradient is the sum over all uses.
 
     `apply(params, *inputs, train=False, key=None, **options)` calls the module with `inputs` and
-    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`. Both may
-    come flat, as `dict(module.named_parameters())` does.
+    `options`; with buffers it is `apply(params, buffers, *inputs, …) -> (y, new_buffers)`. Both
+    also accept flat dicts such as `dict(module.named_parameters())`.
 
-    - *Mode*: `train=False` evaluates every submodule. `train=True` trains, but for submodules
-      that were in eval mode while the module itself was not: those were frozen on purpose.
-    - *Randomness*: the n-th random call inside, be it dropout, attention's, an LSTM's, stochastic
-      depth or `torch.rand`, draws from `fold_in(key, n)`. Torch's generator is never used.
-    - *Derivatives*: of every order, in either mode and under `vmap`. Where torch's kernels have
-      none, as those of normalisation and attention beyond the first, they are not used.
-    - *Writes*: a forward may write to buffers, of which it has copies, and to nothing else that
-      comes from outside. `ReLU(inplace=True)` on the input is an error.
-    - *`init(key)`* gives the module's own values on the key's device, whatever the key: a module
-      draws its parameters in its constructor, which has run. For `TrainState.create`.
-    - *`requires_grad`* does not count: `grad` differentiates by what it is given; `optim.freeze`
-      keeps parameters as they are.
+    - *Mode*: `train=False` evaluates every submodule. `train=True` trains all except submodules
+      that were in eval mode while the module itself was not: these are frozen.
+    - *Randomness*: the n-th random call in the forward draws from `fold_in(key, n)`, in dropout,
+      attention, an LSTM, stochastic depth or `torch.rand`. Torch's generator is never used.
+    - *Derivatives*: of every order, in reverse and forward mode and under `vmap`. Kernels of torch
+      that lack derivatives, such as normalisation and attention beyond the first, are replaced.
+    - *Writes*: a forward may write to its buffers, which are copied before, and to no other value
+      from outside. `ReLU(inplace=True)` on the input is an error.
+    - *`init(key)`* returns the module's own values on the device of the key, for
+      `TrainState.create`. The key has no other effect, because the module was initialised in its
+      constructor.
+    - *`requires_grad`* is ignored: `grad` differentiates with respect to its argument. Use
+      `optim.freeze` to keep parameters constant.
+
+    Args:
+        module: the module, on one device and without hooks.
 
     Returns:
         The model, a `StatefulModel` if there are buffers; the parameters; the buffers, `{}` if
         there are none.
 
     Raises:
-        TypeError: no `nn.Module`, or one that is compiled to TorchScript.
-        ValueError: a submodule has hooks, lazy parameters that are not there yet, or tensors on
-            several devices (each is listed); parameters or buffers of other paths or shapes, a
-            random function without a key, a forward that sets attributes or writes to parameters
-            or inputs (at apply).
-        NotImplementedError: a random function that cannot follow a key, or a derivative that a
-            function does not have (at apply).
+        TypeError: `module` is not an `nn.Module`, or is compiled to TorchScript.
+        ValueError: a submodule has hooks, uninitialised lazy parameters, or tensors on several
+            devices (each is listed); at apply: parameters or buffers have other paths or shapes, a
+            random function has no key, or the forward sets attributes or writes to parameters or
+            inputs.
+        NotImplementedError: at apply: a random function cannot draw from a key, or a function does
+            not have the derivative.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     >>> model, params, buffers = from_module(net)
@@ -77,28 +82,28 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     held = {train: _tensors_held(shell) for train, shell in shells.items()}
 
     def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
-        flat = [_flat(given) for given in values]
-        for kind, found, expected in zip(("params", "buffers"), flat, shapes, strict=True):
-            _check_values(f"apply of {type(module).__name__}: {kind}", found, expected)
+        flat = [_flat(tree) for tree in values]
+        for kind, leaves, expected in zip(("params", "buffers"), flat, shapes, strict=True):
+            _check_values(f"apply of {type(module).__name__}: {kind}", leaves, expected)
         owned = {
             "params": flat[0],
             "input": inputs,
             "option": options,
             "attribute": held[train],  # tensors that are neither parameters nor buffers
         }
-        # A module writes to its buffers: let it have copies.
+        # Copies, because a module writes to its buffers.
         flat[1] = _copies(flat[1], (flat[0], inputs, options, key) if train else ())
-        named = {f"module.{path}": x for found in flat for path, x in found.items()}
+        named = {f"module.{path}": x for leaves in flat for path, x in leaves.items()}
         shell = shells[train]
-        if torch.compiler.is_compiling():  # Dynamo could follow none of the checks below
+        if torch.compiler.is_compiling():  # Dynamo cannot trace the checks below
             register_with_dynamo()
             if parametrize._cache_enabled:
                 raise ValueError("apply: cannot be compiled inside parametrize.cached()")
-            with Keyed(key):
+            with KeyedRandomMode(key):
                 return functional_call(shell, named, inputs, options)
         with _unchanged(shell), _own_cache():
             try:
-                with Keyed(key, owned):
+                with KeyedRandomMode(key, owned):
                     return functional_call(shell, named, inputs, options)
             except Exception as error:
                 error.add_note(_whereabouts(error, shell))
@@ -128,19 +133,19 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
 
 
 def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> nn.Module:
-    """Make a copy of `module` that has these parameters and buffers; equals `load_state_dict`.
+    """Copy a module with other parameters and buffers, as `load_state_dict` does.
 
-    The module itself stays as it is, and the copy owns its memory. Parameters that `module` ties
-    are tied in the copy; mode, `requires_grad` and hooks are as in `module`, dtypes and devices
+    The module itself is not changed, and the copy owns its memory. Parameters tied in `module` are
+    tied in the copy; mode, `requires_grad` and hooks are those of `module`, dtypes and devices
     those of the values.
 
     Args:
-        params: what `from_module` gave, trained since; any tree of those paths.
-        module: of which to make a copy.
-        buffers: likewise; may be left out only if the module has none.
+        params: parameters with the paths of `from_module`.
+        module: the module to copy.
+        buffers: buffers with the paths of `from_module`; required if the module has buffers.
 
     Raises:
-        TypeError: no `nn.Module`, or a leaf that is no tensor.
+        TypeError: `module` is not an `nn.Module`, or a leaf is not a tensor.
         ValueError: paths or shapes differ from those of the module (each is listed).
 
     >>> net = torch.nn.Linear(3, 2)
@@ -155,21 +160,21 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
         ("params", params, dict(module.named_parameters())),
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
-    for kind, given, own in pairs:
-        found = _flat(given)
-        for path, x in found.items():
+    for kind, values, own in pairs:
+        leaves = _flat(values)
+        for path, x in leaves.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
-        _check_values(f"to_module: {kind}", found, {path: x.shape for path, x in own.items()})
+        _check_values(f"to_module: {kind}", leaves, {path: x.shape for path, x in own.items()})
         for path, old in own.items():
-            new = found[path].detach().clone()
+            new = leaves[path].detach().clone()
             is_parameter = isinstance(old, nn.Parameter)
             memo[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
     return copy.deepcopy(module, memo)
 
 
 class _Shell(nn.Module):
-    """A module that also returns its buffers as they are after the call."""
+    """Wrap a module so that it also returns its buffers after the call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -186,28 +191,28 @@ class _Shell(nn.Module):
 
 
 def _shell(module: nn.Module, train: bool) -> nn.Module:
-    """Copy a module without its values; ties stay, since what is one tensor has one stand-in."""
+    """Copy a module without its values; tied tensors stay tied."""
     stand_ins: dict[int, Any] = {
         id(x): torch.empty_like(x, device="meta") for x in module.buffers()
     } | {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
     shell = _Shell(copy.deepcopy(module, stand_ins))
-    # Where only parts are in eval mode, they were frozen: `train` leaves the flags as they are.
+    # Submodules in eval mode within a training module are frozen: keep the flags.
     return shell if train and module.training else shell.train(train)
 
 
 def _flat(values: Tree) -> dict[str, Any]:
-    """Map paths to values; `dict(module.named_parameters())`, flat already, is taken as it is."""
+    """Map paths to values; flat dicts such as `dict(module.named_parameters())` stay flat."""
     if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
         return dict(values)
     return flatten_dict(values)
 
 
 def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:
-    """Copy buffers; under `vmap` they have the axes of all that may be written to them."""
+    """Copy buffers; under `vmap` they get the axes of all values that may be written to them."""
     copies = {path: x.clone() for path, x in buffers.items()}
     if not (others and copies and under_vmap()):
         return copies
-    # A 0 made by a tensor has its axes of `vmap`.
+    # A 0 made from a tensor has its axes of `vmap`.
     leaves = [x for x in tree.leaves(others) if isinstance(x, Tensor)]
     return {
         path: sum((x.new_zeros((), dtype=copy.dtype) for x in leaves), copy)
@@ -236,42 +241,42 @@ def _check_module(module: nn.Module) -> None:
     for path, part in module.named_modules():
         where = f"{path or 'the module itself'} ({type(part).__name__})"
         if isinstance(part, torch.jit.ScriptModule):
-            raise TypeError(f"from_module: {where} is TorchScript; pass what it was made from")
+            raise TypeError(f"from_module: {where} is TorchScript; pass its nn.Module")
         if any(getattr(part, hooks) for hooks in _HOOKS):
             lines.append(
-                f"{where}: has hooks, which may change what they like; remove them (instead of "
-                "nn.utils.weight_norm and spectral_norm there are nn.utils.parametrizations)"
+                f"{where}: has hooks, which may have side effects; remove them (replace "
+                "nn.utils.weight_norm and spectral_norm by those of nn.utils.parametrizations)"
             )
         for name, x in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if nn.parameter.is_lazy(x):
-                lines.append(f"{where}: {name} is lazy; call the module once on an example")
-            devices.setdefault(x.device, f"{path}.{name}" if path else name)
+                lines.append(f"{where}: {name} is lazy; call the module once with an example")
+            devices.setdefault(x.device, join(path, name))
     if len(devices) > 1:
         on = ", ".join(f"{path} on {device}" for device, path in devices.items())
-        lines.append(f"tensors lie on {len(devices)} devices: {on}; move them to one")
+        lines.append(f"tensors are on {len(devices)} devices: {on}; move them to one")
     if lines:
         raise ValueError("from_module: cannot take this module:\n  " + "\n  ".join(lines))
 
 
 def _check_values(
-    what: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+    what: str, leaves: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     lines = [f"{path}: expected {list(expected[path])}, got nothing"
-             for path in expected if path not in found]  # fmt: skip
-    for path, x in found.items():
+             for path in expected if path not in leaves]  # fmt: skip
+    for path, x in leaves.items():
         if path not in expected:
             lines.append(f"{path}: expected nothing, got {x if x is None else list(x.shape)}")
         elif x.shape != expected[path]:
             lines.append(f"{path}: expected {list(expected[path])}, got {list(x.shape)}")
     if lines:
-        raise ValueError(f"{what} are not those of the module:\n  " + "\n  ".join(sorted(lines)))
+        raise ValueError(f"{what} do not match the module:\n  " + "\n  ".join(sorted(lines)))
 
 
 @contextmanager
 def _unchanged(shell: nn.Module) -> Iterator[None]:
-    """Put attributes back that a forward has set, and raise: they would be hidden state."""
+    """Restore attributes that a forward has set, and raise: they would be hidden state."""
     before = [(path, part, dict(vars(part))) for path, part in shell.named_modules()]
-    # Torch's own, such as the list of an LSTM's weights, are made anew at each call.
+    # Attributes of torch's modules, such as the list of an LSTM's weights, are set at each call.
     users = {path for path, part, _ in before if not type(part).__module__.startswith("torch.")}
     contents = [
         (path, name, value, value.copy())
@@ -295,10 +300,10 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
             if not _holds_the_same(value, old):
                 value.clear()
                 value.extend(old) if isinstance(value, list) else value.update(old)
-                changed.append(f"{_inside(path)} changes what its attribute {name!r} holds")
+                changed.append(f"{_inside(path)} changes the content of its attribute {name!r}")
     if changed:
         raise ValueError(
-            "apply: a forward must change nothing but buffers (register_buffer), which apply "
+            "apply: a forward may change only buffers (register_buffer), which apply "
             "returns:\n  " + "\n  ".join(changed)
         )
 
@@ -306,13 +311,13 @@ def _unchanged(shell: nn.Module) -> Iterator[None]:
 def _holds_the_same(now: Any, old: Any) -> bool:
     if isinstance(now, dict):
         return list(now) == list(old) and _holds_the_same([*now.values()], [*old.values()])
-    if isinstance(now, set):  # a copy may come in another order
+    if isinstance(now, set):  # a copy may have another order
         return now == old
     return len(now) == len(old) and all(map(operator.is_, now, old))
 
 
 def _tensors_held(shell: nn.Module) -> dict[str, Tensor]:
-    """Find the tensors that are plain attributes, by their paths."""
+    """Return the tensors that are plain attributes, by path."""
     return {
         f"{path}.{name}".removeprefix("module").removeprefix("."): value
         for path, part in shell.named_modules()
@@ -321,12 +326,12 @@ def _tensors_held(shell: nn.Module) -> dict[str, Tensor]:
     }
 
 
-_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: hooks, parameters
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes of every module: hooks, parameters
 
 
 @contextmanager
 def _own_cache() -> Iterator[None]:
-    """Keep the weights that a caller's `parametrize.cached()` remembers out of the call."""
+    """Hide the cache of a caller's `parametrize.cached()` from the call."""
     theirs = parametrize._cache
     parametrize._cache = {}
     try:
@@ -340,11 +345,11 @@ def _inside(path: str) -> str:
 
 
 def _whereabouts(error: Exception, shell: nn.Module) -> str:
-    """Say which submodule an error comes from: the innermost whose method was running."""
+    """Name the submodule that an error comes from: the innermost with a running method."""
     names = {id(part): path for path, part in shell.named_modules()}
-    found = ""
+    whereabouts = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         part = frame.f_locals.get("self")
         if id(part) in names:
-            found = f"in {_inside(names[id(part)])} ({type(part).__name__})"
-    return found
+            whereabouts = f"in {_inside(names[id(part)])} ({type(part).__name__})"
+    return whereabouts

@@ -1,7 +1,7 @@
-"""Rules for the functions of torch that make random numbers: `torch.rand`, `x.normal_()`.
+"""Rules for the functions of torch that draw random numbers: `torch.rand`, `x.normal_()`.
 
-All draw in 32 bits at least and round then: 16 bits cannot hold a chance of 0.001, the tails of a
-normal distribution or an exponential number that is not 0.
+All draw in at least 32 bits and then round: 16 bits cannot represent a probability of 0.001, the
+tails of a normal distribution, or a small exponential number.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _uniform(
     key: Tensor, shape: Any, dtype: torch.dtype, low: Any = 0.0, high: Any = 1.0
 ) -> Tensor:
-    """Draw from [low, high): what rounds to `high` becomes the number before it."""
+    """Draw from [low, high); numbers that round to `high` become the number before it."""
     wide = _wide(dtype)
-    x = random.uniform(key, tuple(shape), low, high, wide).to(dtype)
+    x = random.uniform(key, tuple(shape), wide, minval=low, maxval=high).to(dtype)
     if wide == dtype and (low, high) == (0, 1):  # no rounding
         return x
     end = torch.full((), high, dtype=dtype, device=x.device)
@@ -42,10 +42,10 @@ def _normal(key: Tensor, shape: Any, dtype: torch.dtype, mean: Any = 0.0, std: A
 
 
 def _exponential(key: Tensor, shape: Any, dtype: torch.dtype, lambd: float = 1.0) -> Tensor:
-    """Draw by inverting the distribution function; never 0, of which users take the logarithm."""
+    """Draw by inverting the distribution function; never 0, because users take the logarithm."""
     wide, info = _wide(dtype), torch.finfo(dtype)
     u = random.uniform(key, tuple(shape), dtype=wide)
-    # 0 stands for the first step of the grid: its middle. In the end the smallest number is kept.
+    # 0 stands for the middle of the first step of the grid. The result is at least `least`.
     x = -torch.log1p(-u.clamp(min=torch.finfo(wide).eps / 2)) / lambd
     least = info.tiny * (info.eps if dtype == torch.float16 else 1)
     return x.to(dtype).clamp(min=least)
@@ -70,9 +70,9 @@ def _made(
     out: Tensor | None = None,
     names: None = None,
 ) -> Tensor:
-    """Finish what a function such as `torch.rand` returns."""
+    """Apply the options of a function such as `torch.rand` to its result."""
     if layout not in (None, torch.strided) or names is not None:
-        raise NotImplementedError(f"random numbers with layout={layout}, names={names}: no rule")
+        raise NotImplementedError(f"no rule for random numbers with layout={layout}, names={names}")
     if device is not None:
         x = x.to(device)
     if memory_format not in (None, torch.preserve_format):
@@ -90,7 +90,7 @@ def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _floating(draw: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """Make the rule of `torch.rand(*size)` and its kin."""
+    """Make the rule of a function such as `torch.rand(*size)`."""
 
     def rule(mode: Keys, *args: Any, size: Any = None, dtype: Any = None, **to: Any) -> Tensor:
         shape = _shape(args) if size is None else tuple(size)
@@ -117,13 +117,13 @@ def _randint(
     dtype: torch.dtype | None = None,
     **to: Any,
 ) -> Tensor:
-    """`torch.randint(low=0, high, size)`: what comes by position is named from the right."""
+    """`torch.randint(low=0, high, size)`; positional arguments are counted from the right."""
     *bounds, size = args if size is None else (*args, size)
     if high is None:
         *bounds, high = bounds
     if bounds:
         (low,) = bounds
-    x = random.randint(mode.next("randint"), tuple(size), low, high)
+    x = random.randint(mode.next("randint"), tuple(size), minval=low, maxval=high)
     return _made(x.to(dtype or torch.int64), **to)
 
 
@@ -145,7 +145,7 @@ def _torch_normal(
     dtype: torch.dtype | None = None,
     **to: Any,
 ) -> Tensor:
-    """`torch.normal`: mean and deviation are numbers with a size, or tensors that broadcast."""
+    """`torch.normal`; mean and deviation are numbers with a size, or tensors that broadcast."""
     tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
     if size is None:
         size = torch.broadcast_shapes(*(x.shape for x in tensors))
@@ -172,7 +172,7 @@ def _fill_bernoulli(key: Tensor, shape: Any, dtype: torch.dtype, p: Any = 0.5) -
 
 
 def _fill_uniform(key: Tensor, shape: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
-    low, high = kwargs.get("from", 0.0), kwargs.get("to", 1.0)  # `from` is no name in Python
+    low, high = kwargs.get("from", 0.0), kwargs.get("to", 1.0)  # `from` is a keyword of Python
     return _uniform(key, shape, dtype, *args, *(low, high)[len(args) :])
 
 
@@ -200,7 +200,7 @@ def _init_kaiming_uniform(
 
 
 def _empty(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Memory that is made to be filled with random numbers: under `vmap`, one for each key."""
+    """Make the rule of `torch.empty`: under `vmap` of keys the result has their axes."""
 
     def rule(mode: Keys, *args: Any, **kwargs: Any) -> Tensor:
         x = f(*args, **kwargs)
@@ -212,7 +212,7 @@ def _empty(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _unflatten(mode: Keys, input: Tensor, dim: int, sizes: Any) -> Tensor:
-    """Dynamo before torch 2.12 cannot follow the method, only the function."""
+    """Call the function: Dynamo before torch 2.12 cannot trace the method."""
     return torch.unflatten(input, dim, sizes)
 
 

@@ -1,4 +1,4 @@
-"""What a file of a tree holds, without loading it."""
+"""List the content of a tree file without loading it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from typing import Any
 from torch import Tensor
 
 from fdl._files import expanded
-from fdl.io._reader import opened_file
-from fdl.io._schema import leaf_value, opened, walk
+from fdl.io._reader import open_tree_file
+from fdl.io._schema import as_container, leaf_value, walk
 from fdl.tree import Tree
+from fdl.tree._summary import dtype_name
 
-_LIMITS = (80, 24, 16, 24)  # columns; paths get what the others leave of 80
+_LIMITS = (80, 24, 16, 24)  # most columns of a cell; paths get the rest of 80
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file holds, of which the header alone has been read; `print` shows a table.
+class TreeInfo:
+    """The content of a tree file, from its header alone; `print` shows a table.
 
     >>> import tempfile, fdl
     >>> params = fdl.nn.linear(2, 1).init(fdl.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     fdl.io.save(f"{folder}/it.safetensors", {"fc": params, "step": 5})
-    ...     contents = inspect(f"{folder}/it.safetensors")
-    ...     sorted(contents.read("fc"))  # of a larger file only this would be read
+    ...     info = inspect(f"{folder}/it.safetensors")
+    ...     sorted(info.read("fc"))  # reads nothing else of the file
     ['bias', 'weight']
-    >>> contents.leaves["fc.weight"].shape
+    >>> info.leaves["fc.weight"].shape
     torch.Size([1, 2])
-    >>> print(contents)
+    >>> print(info)
     path       shape   dtype    bytes
     fc.weight  [1, 2]  float32      8
     fc.bias    [1]     float32      4
@@ -40,22 +41,25 @@ class Contents:
     """
 
     path: Path
-    leaves: dict[str, Any]  # by dotted path; tensors on the device `meta`
-    metadata: dict[str, Any]  # what was given to `save`, or all there is of another writer's
-    ties: dict[str, str] = field(repr=False)  # path -> path under which that tensor is stored
+    leaves: dict[str, Any]  # by dotted path; tensors are on the device `meta`
+    metadata: dict[str, Any]  # as passed to `save`; all metadata of a file of another writer
+    ties: dict[str, str] = field(repr=False)  # path -> path under which the tensor is stored
 
     def read(self, at: str) -> Tree:
         """Read the leaf or subtree at a dotted path, and nothing else of the file.
 
+        Args:
+            at: a path in `leaves`, or of a container of them.
+
         Raises:
-            KeyError: nothing is there.
+            KeyError: there is nothing at this path.
             ValueError: the file is damaged.
         """
-        with opened_file(self.path, "inspect") as file:
+        with open_tree_file(self.path, "inspect") as file:
             for path, node in walk(file.structure):
                 if path == at:
                     return file.subtree(node, at, None)
-        raise KeyError(f"inspect: nothing at {at!r} in {self.path}; there are {list(self.leaves)}")
+        raise KeyError(f"read: nothing at {at!r} in {self.path}; it has {list(self.leaves)}")
 
     def __str__(self) -> str:
         rows = [("path", "shape", "dtype", "bytes")]
@@ -67,20 +71,19 @@ class Contents:
                 continue
             tied = at in self.ties
             total += 0 if tied else leaf.nbytes
-            dtype = str(leaf.dtype).removeprefix("torch.")
             size = f"= {self.ties[at]}" if tied else f"{leaf.nbytes:,}"
-            rows.append((at, str(list(leaf.shape)), dtype, size))
+            rows.append((at, str(list(leaf.shape)), dtype_name(leaf.dtype), size))
         return _table([*rows, ("total", "", "", f"{total:,}")])
 
 
-def inspect(path: str | os.PathLike[str]) -> Contents:
-    """Say what a file holds, reading its header alone.
+def inspect(path: str | os.PathLike[str]) -> TreeInfo:
+    """List the content of a file, reading its header alone.
 
     Args:
-        path: a file of `save`, or of another safetensors writer.
+        path: a file of `save` or of another safetensors writer.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the header is damaged.
 
     >>> import tempfile, fdl
@@ -89,18 +92,18 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
     ...     inspect(f"{folder}/w.safetensors").metadata
     {'epoch': 5}
     """
-    with opened_file(path, "inspect") as file:
+    with open_tree_file(path, "inspect") as file:
         tensors = file.tensors()
         leaves = {
             at: tensors[at] if at in tensors else leaf_value(node)
             for at, node in walk(file.structure)
-            if opened(node, at) is None
+            if as_container(node, at) is None
         }
-        return Contents(expanded(path), leaves, file.metadata, file.ties)
+        return TreeInfo(expanded(path), leaves, file.metadata, file.ties)
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    """Align, in 80 columns; what is too long loses its middle.
+    """Align rows in 80 columns; cells that are too long lose their middle.
 
     >>> print(_table([("path", "shape", "dtype", "bytes"), ("w", "[2]", "float32", "8")]))
     path  shape  dtype    bytes

@@ -1,4 +1,4 @@
-"""An open file of a tree: its header checked, its tensors still on the disk."""
+"""Open a tree file: the header is checked, the tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from fdl.tree import Tree, unflatten_dict
 
 
 class File(NamedTuple):
-    """An open file whose header is in order."""
+    """An open tree file with a valid header."""
 
     descriptor: int
-    where: str  # how an error begins
+    where: str  # first words of error messages
     header: Header
     structure: Node
-    ties: dict[str, str]  # path of a tensor -> the path under which it is stored, if another
-    told: bool  # whether the file itself tells the structure, or names alone
+    ties: dict[str, str]  # path of a tensor -> path under which it is stored, if they differ
+    has_structure: bool  # False for a file that only has names of tensors
     metadata: dict[str, Any]
 
     def name(self, path: str) -> str:
         return self.ties.get(path, path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map the path of each tensor to one of its form, without values."""
+        """Map the path of each tensor to a `meta` tensor of its shape and dtype."""
         return {
             path: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             for path, node in walk(self.structure)
@@ -42,15 +42,15 @@ class File(NamedTuple):
         }
 
     def read(self, paths: Mapping[str, torch.device | str | None]) -> dict[str, Tensor]:
-        """Read the tensors of some paths to their devices; what is tied stays so."""
-        kept = read_tensors(
+        """Read the tensors at some paths to their devices; tied tensors stay tied."""
+        stored = read_tensors(
             self.descriptor, self.header, {self.name(path) for path in paths}, self.where
         )
         moved: dict[Any, Tensor] = {}
         for path, device in paths.items():
             place = self.name(path), torch.device(device or "cpu")
             if place not in moved:
-                moved[place] = kept[place[0]].to(place[1])
+                moved[place] = stored[place[0]].to(place[1])
         return {
             path: moved[self.name(path), torch.device(device or "cpu")]
             for path, device in paths.items()
@@ -59,7 +59,7 @@ class File(NamedTuple):
     def subtree(self, node: Node, at: str, device: torch.device | str | None) -> Tree:
         paths = {path: device for path, inner in walk(node, at) if inner == ["tensor"]}
         try:
-            # Once without tensors, since a NamedTuple that is not known should cost no reading.
+            # First without tensors: an unknown NamedTuple is an error before anything is read.
             rebuild(node, lambda path: torch.empty(0), at)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
@@ -67,7 +67,7 @@ class File(NamedTuple):
 
 
 @contextmanager
-def opened_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
+def open_tree_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
     path = expanded(path)
     where = f"{caller}: cannot read {path}"
     if not path.exists():
@@ -78,7 +78,7 @@ def opened_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
     try:
         header = read_header(descriptor, where)
         try:
-            file = File(descriptor, where, header, *_told(header, where))
+            file = File(descriptor, where, header, *_parse_metadata(header, where))
         except RecursionError as error:
             raise ValueError(f"{where}: the structure is nested too deep") from error
         yield file
@@ -86,10 +86,12 @@ def opened_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
         os.close(descriptor)
 
 
-def _told(header: Header, where: str) -> tuple[Node, dict[str, str], bool, dict[str, Any]]:
-    """Take structure, ties and the user's metadata from a header, and see that they agree."""
-    told = "fdl.tree" in header.metadata
-    if told:
+def _parse_metadata(
+    header: Header, where: str
+) -> tuple[Node, dict[str, str], bool, dict[str, Any]]:
+    """Parse structure, ties and the user's metadata from a header, and check that they agree."""
+    has_structure = "fdl.tree" in header.metadata
+    if has_structure:
         structure, ties, metadata = (
             parse_json(header.metadata.get(name, ""), f"{where}: {name}")
             for name in ("fdl.tree", "fdl.ties", "fdl.metadata")
@@ -104,11 +106,11 @@ def _told(header: Header, where: str) -> tuple[Node, dict[str, str], bool, dict[
     else:
         structure, ties, metadata = None, {}, dict(header.metadata)
     try:
-        if not told:
+        if not has_structure:
             structure = unflatten_dict({name: ["tensor"] for name in header.entries})
         stored = [ties.get(path, path) for path, node in walk(structure) if node == ["tensor"]]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not all(isinstance(name, str) for name in stored) or set(stored) != header.entries.keys():
-        raise ValueError(f"{where}: the structure names other tensors than there are")
-    return structure, ties, told, metadata
+        raise ValueError(f"{where}: the header's structure and its list of tensors disagree")
+    return structure, ties, has_structure, metadata

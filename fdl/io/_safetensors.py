@@ -1,9 +1,8 @@
 """The safetensors format: the length of a header, the header as JSON, the bytes of the tensors.
 
-Files are read as if an enemy had written them: nothing is allocated, and no tensor made, before the
-header has been found to describe exactly the bytes that are there. A file of ours has a SHA-256 for
-each tensor in its header, and begins with one of the header, so one tensor can be read, and
-verified, without the rest.
+Files are read as if an enemy had written them: nothing is allocated before the header was found to
+describe exactly the bytes in the file. Files of fdl have the SHA-256 of each tensor in the header,
+and first of all that of the header, so a tensor can be read and verified without the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from fdl.io._json import dumps
 
 FORMAT = "2"  # under "fdl" in the metadata; "1" had names alone, and no digests
-MAX_HEADER = 2**25  # bytes; 100,000 tensors need about 20 MB. Parsing takes some 20 times as much
+MAX_HEADER = 2**25  # bytes; 100,000 tensors need about 20 MB. Parsing takes 20 times as much
 MAX_ELEMENTS = 2**63
 
 DTYPES = {
@@ -50,8 +49,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _OPENING = b'{"__metadata__":{"fdl.sha256":"'
 _NO_DIGEST = "0" * 64
-_LARGE = 2**20  # from this size on, threads pay
-_CHUNK = 2**22  # read and hashed while still in the cache
+_LARGE = 2**20  # bytes; larger tensors are worth a thread
+_CHUNK = 2**22  # bytes read before hashing, while they are in the cache
 
 
 class Entry(NamedTuple):
@@ -61,29 +60,29 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int  # of its bytes, counted from the end of the header
     stop: int
-    digest: str  # SHA-256 of its bytes in hex; '' in a file of another writer
+    digest: str  # SHA-256 of its bytes in hex; '' in files of other writers
 
 
 class Header(NamedTuple):
-    """What a file holds, checked."""
+    """The checked header of a file."""
 
     entries: dict[str, Entry]  # in the order of their bytes
     metadata: dict[str, str]
-    size: int  # where the bytes of the tensors begin
+    size: int  # offset of the bytes of the tensors
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
-    """Write a file, one tensor after the other, whatever their devices and strides.
+    """Write tensors on any device and with any strides to a file.
 
     Args:
-        file: open for writing and seeking.
-        tensors: by name.
-        meta: further text for the header; a name must not begin with `fdl.`.
+        file: a file open for writing and seeking.
+        tensors: the tensors by name.
+        meta: metadata of the header.
 
     Raises:
         ValueError: the header would be larger than readers accept.
     """
-    # The widest first, as other writers do it: so each is aligned, without a hole.
+    # The widest dtypes first, as other writers do, which aligns each tensor without holes.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     blank = _header(tensors, order, meta, [_NO_DIGEST] * len(order))
     if len(blank) > MAX_HEADER:
@@ -93,7 +92,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[s
         )
     file.write(blank)
     digests: list[Future[str]] = []
-    # Two are hashed while a third is written, and the disk takes what came before: on a fast disk
+    # Two tensors are hashed while a third is written and earlier ones are synced: on a fast disk
     # hashing takes the longest.
     with ThreadPoolExecutor(2) as hashing, ThreadPoolExecutor(1) as syncing:
         synced: list[Future[None]] = []
@@ -104,9 +103,9 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[s
             if len(content) >= _LARGE and (not synced or synced[-1].done()):
                 synced.append(syncing.submit(os.fsync, file.fileno()))
             if i >= 2:
-                digests[i - 2].result()  # so that no more than three are copied from a device
+                digests[i - 2].result()  # at most three copies of device tensors at a time
         for done in synced:
-            done.result()  # raises what the disk said, which says it only once
+            done.result()  # raises an error of the disk, which is reported only once
     file.seek(0)
     file.write(_header(tensors, order, meta, [digest.result() for digest in digests]))
 
@@ -121,7 +120,7 @@ def _header(
         tensor, stop = tensors[name], start + tensors[name].nbytes
         shape = list(tensor.shape)
         if tensor.dtype == torch.float4_e2m1fn_x2:
-            shape[-1] *= 2  # torch counts pairs, the format each number
+            shape[-1] *= 2  # torch counts pairs of numbers, the format numbers
         layout[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": shape,
@@ -140,9 +139,10 @@ def _digest(content: memoryview) -> str:
 
 
 def _content(tensor: Tensor) -> memoryview:
-    """Give the bytes of a tensor, in order."""
+    """Return the bytes of a tensor in order."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    # Not reshape: of one element or none, any stride is called contiguous, but not viewed as bytes.
+    # Not reshape: a tensor of at most one element counts as contiguous with any strides, and then
+    # cannot be viewed as bytes.
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
@@ -150,19 +150,21 @@ def read_header(descriptor: int, where: str) -> Header:
     """Read and check the header of an open file.
 
     Args:
-        descriptor: the open file.
-        where: how an error begins.
+        descriptor: descriptor of the open file.
+        where: first words of error messages.
 
     Raises:
-        ValueError: the header does not describe, to the byte, what is in the file.
+        ValueError: the header does not describe exactly the bytes in the file.
     """
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0) if size >= 8 else b""
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= size - 8:
-        raise ValueError(f"{where}: no safetensors header in {size:,} bytes")
+        raise ValueError(f"{where}: expected a safetensors header, got {size:,} bytes without one")
     if length > MAX_HEADER:
-        raise ValueError(f"{where}: a header of {length:,} bytes, more than {MAX_HEADER:,}")
+        raise ValueError(
+            f"{where}: expected a header of at most {MAX_HEADER:,} bytes, got {length:,}"
+        )
     raw = prefix + os.pread(descriptor, length, 8)
     if len(raw) != 8 + length:
         raise ValueError(f"{where}: the file became shorter while it was read")
@@ -170,18 +172,18 @@ def read_header(descriptor: int, where: str) -> Header:
     if not isinstance(layout, dict):
         raise ValueError(f"{where}: the header is not an object")
     metadata = layout.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # null: MLX writes it, safetensors reads it
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not (
         isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
     ):
-        raise ValueError(f"{where}: __metadata__ must map names to texts")
+        raise ValueError(f"{where}: __metadata__ must map names to strings")
     entries = {name: _entry(value, f"{where}: {name!r}") for name, value in layout.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = 0
     for name, entry in entries.items():
         if entry.start != end:
-            what = "overlaps another tensor" if entry.start < end else "comes after a hole"
-            raise ValueError(f"{where}: {name!r} {what}: it begins at {entry.start}, not {end}")
+            fault = "overlaps another tensor" if entry.start < end else "comes after a hole"
+            raise ValueError(f"{where}: {name!r} {fault}: it begins at {entry.start}, not {end}")
         end = entry.stop
     if end != size - len(raw):
         raise ValueError(f"{where}: expected {end:,} bytes of tensors, got {size - len(raw):,}")
@@ -197,13 +199,13 @@ def _with_digests(
             f"{where}: it has format {metadata['fdl']}, this fdl reads up to {FORMAT}; update fdl"
         )
     if not ours and metadata.get("fdl") != FORMAT:
-        return entries  # of another writer, or of our format 1
+        return entries  # another writer, or format 1 of fdl
     at = 8 + len(_OPENING)
     blank = raw[:at] + _NO_DIGEST.encode() + raw[at + 64 :]
     if metadata.get("fdl.sha256") != hashlib.sha256(blank).hexdigest() or len(
         digests := metadata.get("fdl.digests", "")
     ) != 64 * len(entries):
-        raise ValueError(f"{where}: the header is not what was written (its SHA-256 differs)")
+        raise ValueError(f"{where}: the header was changed after writing (its SHA-256 differs)")
     return {
         name: entry._replace(digest=digests[64 * i : 64 * (i + 1)])
         for i, (name, entry) in enumerate(entries.items())
@@ -220,14 +222,14 @@ def _entry(value: Any, where: str) -> Entry:
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise ValueError(f"{where} has an impossible shape or offsets: {shape}, {offsets}"[:500])
     elements = 1
-    for length in shape:  # sizes beside a 0 count as well: torch multiplies them for the strides
+    for length in shape:  # even beside a 0: torch multiplies the sizes for the strides
         elements *= max(length, 1)
         if elements >= MAX_ELEMENTS:
             raise ValueError(f"{where} has an impossible shape: {shape}"[:500])
     elements = 0 if 0 in shape else elements
     if dtype == torch.float4_e2m1fn_x2:
         if not shape or shape[-1] % 2:
-            raise ValueError(f"{where} is an F4 whose last axis is not even: {shape}"[:500])
+            raise ValueError(f"{where} is an F4 whose last axis has an odd size: {shape}"[:500])
         shape, elements = [*shape[:-1], shape[-1] // 2], elements // 2
     if elements * dtype.itemsize != offsets[1] - offsets[0]:
         raise ValueError(
@@ -244,33 +246,33 @@ def _counts(values: Any) -> bool:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Parse JSON in which no name may occur twice, and nesting not go beyond Python's.
+    """Parse JSON without duplicate names, nested at most as deep as Python can.
 
     Args:
         text: the JSON.
-        where: how an error begins.
+        where: first words of error messages.
 
     Raises:
-        ValueError: it is not JSON, or not of this kind.
+        ValueError: the text is not such JSON.
 
     >>> parse_json('{"a": 1, "a": 2}', "here")
     Traceback (most recent call last):
-    ValueError: here: not proper JSON: 'a' occurs twice
+    ValueError: here: not valid JSON: 'a' occurs twice
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{twice!r} occurs twice")
-        return made
+        return parsed
 
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         return json.loads(decoded, object_pairs_hook=unique)
-    except ValueError as error:  # of the text, its encoding, or a number of 5,000 digits
-        raise ValueError(f"{where}: not proper JSON: {error}") from error
+    except ValueError as error:  # in the text or its encoding, or a number of 5,000 digits
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deep") from error
 
@@ -281,13 +283,13 @@ def read_tensors(
     """Read some tensors, and nothing else, into memory of their own, and verify their digests.
 
     Args:
-        descriptor: the open file.
-        header: of that file.
-        names: which tensors.
-        where: how an error begins.
+        descriptor: descriptor of the open file.
+        header: header of this file.
+        names: names of the tensors to read.
+        where: first words of error messages.
 
     Raises:
-        ValueError: the bytes are not those that were written.
+        ValueError: the bytes were changed after writing.
     """
     wanted = list(names)
 
@@ -315,5 +317,5 @@ def _read(descriptor: int, base: int, entry: Entry, where: str) -> Tensor:
             digest.update(chunk[:count])
         done += count
     if entry.digest and digest.hexdigest() != entry.digest:
-        raise ValueError(f"{where}: its bytes are not those that were written (SHA-256 differs)")
+        raise ValueError(f"{where}: its bytes were changed after writing (SHA-256 differs)")
     return tensor

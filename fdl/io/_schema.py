@@ -1,13 +1,13 @@
-"""What a tree is apart from its tensors, as JSON: so that a file can give it back.
+"""The structure of a tree as JSON: everything but the values of its tensors.
 
-A dict is an object, and numbers, texts, booleans and None are themselves; everything else is an
-array that begins with its kind:
+A dict is an object; numbers, strings, booleans and None are themselves; everything else is an array
+that begins with its kind:
 
     {"fc": {"weight": ["tensor"]}, "steps": ["list", 1, 2.5, "three", null], "empty": ["tuple"]}
     ["namedtuple", "fdl.TrainState", {"params": {}, ...}]      ["float", "7ff8000000000000"]
 
-A file only names its NamedTuples. A name is looked up in a table of fdl's own; nothing that stands
-in a file is ever imported or called.
+NamedTuples are stored by name, and looked up in a table of fdl. A file never makes Python import or
+call anything.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from torch import Tensor
 from fdl._kinds import KINDS, NAMES
 from fdl.io._json import MAX_DEPTH, MAX_INTEGER
 from fdl.tree import Tree
+from fdl.tree._paths import check_key, join
 
-Node = Any  # of the JSON
+Node = Any  # a value in the JSON
 
 
 def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
-    """Take a tree apart: its structure as JSON, and its tensors by dotted path.
+    """Split a tree into its structure, as JSON, and its tensors by dotted path.
 
     Args:
         tree: any tree.
-        caller: how an error begins.
+        caller: first words of error messages.
 
     Raises:
-        TypeError: a container or a leaf of a kind that has no place in a file.
-        ValueError: a dict key that is empty or holds a dot, too deep a nesting, or an integer of
+        TypeError: a container or leaf has a type that files do not support.
+        ValueError: a dict key is empty or has a dot, the nesting is too deep, or an integer has
             thousands of digits.
 
     >>> from fdl.metrics import Mean
@@ -48,13 +49,11 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
 
     def visit(node: Tree, path: str, depth: int) -> Node:
         if depth > MAX_DEPTH:
-            raise ValueError(
-                f"{caller}: more than {MAX_DEPTH} containers in each other at {path!r}"
-            )
+            raise ValueError(f"{caller}: nested more than {MAX_DEPTH} deep at {path!r}")
 
         def below(children: dict[Any, Tree]) -> dict[str, Node]:
             return {
-                _checked(name, path, caller): visit(child, _join(path, name), depth + 1)
+                _checked(name, path, caller): visit(child, join(path, name), depth + 1)
                 for name, child in children.items()
             }
 
@@ -62,7 +61,7 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
             tensors[path] = node
             return ["tensor"]
         if type(node) is int and abs(node) > MAX_INTEGER:
-            raise ValueError(f"{caller}: an integer of more than 4,000 digits at {path!r}")
+            raise ValueError(f"{caller}: an integer with more than 4,000 digits at {path!r}")
         if node is None or type(node) in (bool, int, str):
             return node
         if type(node) is float:
@@ -86,39 +85,25 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
     return visit(tree, "", 0), tensors
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _checked(name: Any, path: str, caller: str) -> str:
-    at = f"at {path!r}" if path else "at the top"
-    if not isinstance(name, str):
-        raise TypeError(
-            f"{caller}: a dict key must be a str, got {name!r} {at}; write it as {str(name)!r}"
-        )
-    if not name:
-        raise ValueError(f"{caller}: a dict key must not be empty, got '' {at}")
-    if "." in name:
-        raise ValueError(
-            f"{caller}: a dict key must not hold a dot, got {name!r} {at}; "
-            "nest it: tree.unflatten_dict does"
-        )
+    at = f" at {path!r}" if path else " at the top"
+    check_key(caller, name, at)
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise ValueError(f"{caller}: a dict key must be valid Unicode, got {name!r} {at}")
+        raise ValueError(f"{caller}: a dict key must be valid Unicode, got {name!r}{at}")
     return name
 
 
-def opened(node: Node, path: str) -> tuple[str, dict[str, Node]] | None:
-    """Give the kind and the children of a container, None for a leaf.
+def as_container(node: Node, path: str) -> tuple[str, dict[str, Node]] | None:
+    """Return the kind and the children of a container, None for a leaf.
 
     Args:
         node: a structure.
-        path: of the node, for the error.
+        path: path of the node, used in error messages.
 
     Raises:
-        ValueError: no structure looks like this.
+        ValueError: the structure is malformed.
 
-    >>> opened(["list", 1, ["tensor"]], "")
+    >>> as_container(["list", 1, ["tensor"]], "")
     ('list', {'0': 1, '1': ['tensor']})
     """
     children: Any
@@ -147,56 +132,56 @@ def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
 
     Args:
         node: a structure.
-        path: where it is.
+        path: path of the node.
 
     Raises:
-        ValueError: no structure looks like this, or it is too deep.
+        ValueError: the structure is malformed or too deep.
 
     >>> list(walk({"w": ["tensor"]}))
     [('', {'w': ['tensor']}), ('w', ['tensor'])]
     """
     if path.count(".") >= MAX_DEPTH:
-        raise ValueError(f"the structure has more than {MAX_DEPTH} containers in each other")
+        raise ValueError(f"the structure is nested more than {MAX_DEPTH} deep")
     yield path, node
-    found = opened(node, path)
-    for name, child in (found[1] if found else {}).items():
-        yield from walk(child, _join(path, name))
+    container = as_container(node, path)
+    for name, child in (container[1] if container else {}).items():
+        yield from walk(child, join(path, name))
 
 
 def later_fields(structure: Node) -> dict[str, Tensor]:
-    """Give the tensors that files of earlier versions lack, by path: fields with a default.
+    """Return the tensors that older files may lack, by path: defaults of NamedTuple fields.
 
     >>> later_fields(["namedtuple", "fdl.AccumulateState", {}])
     {'surplus': tensor(0., dtype=torch.float64)}
     """
     return {
-        _join(path, name): default.clone()
+        join(path, name): default.clone()
         for path, node in walk(structure)
-        if (found := opened(node, path)) and found[0] in KINDS
-        for name, default in KINDS[found[0]]._field_defaults.items()  # type: ignore[attr-defined]
+        if (container := as_container(node, path)) and container[0] in KINDS
+        for name, default in KINDS[container[0]]._field_defaults.items()  # type: ignore[attr-defined]
         if isinstance(default, Tensor)
     }
 
 
 def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree:
-    """Put a tree together again.
+    """Rebuild a tree from its structure.
 
     Args:
-        node: its structure.
-        tensor: gives the tensor of a path.
-        path: where the node is.
+        node: the structure.
+        tensor: function that returns the tensor at a path.
+        path: path of the node.
 
     Raises:
-        ValueError: a NamedTuple that is not in the table, or has other fields than there.
+        ValueError: a NamedTuple is not in the table, or has other fields.
 
     >>> rebuild(["list", ["tensor"], ["float", "8000000000000000"]], lambda path: path + "!")
     ['0!', -0.0]
     """
-    found = opened(node, path)
-    if found is None:
+    container = as_container(node, path)
+    if container is None:
         return tensor(path) if node == ["tensor"] else leaf_value(node)
-    kind, nodes = found
-    children = {name: rebuild(child, tensor, _join(path, name)) for name, child in nodes.items()}
+    kind, nodes = container
+    children = {name: rebuild(child, tensor, join(path, name)) for name, child in nodes.items()}
     if kind == "dict":
         return children
     if kind == "OrderedDict":
@@ -205,23 +190,23 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
         return list(children.values()) if kind == "list" else tuple(children.values())
     if kind not in KINDS:
         raise ValueError(
-            f"{path!r} is a NamedTuple {kind!r}, which fdl does not know: "
-            "pass like=, a tree with that NamedTuple in its place"
+            f"{path!r} is a NamedTuple {kind!r}, which fdl does not know; "
+            "pass like=, a tree with this NamedTuple at the same path"
         )
     fields = KINDS[kind]._fields  # type: ignore[attr-defined]
     for name, default in KINDS[kind]._field_defaults.items():  # type: ignore[attr-defined]
-        if name not in children:  # a file of an earlier version
+        if name not in children:  # an older file
             children[name] = default.clone() if isinstance(default, Tensor) else default
     if fields != tuple(children):
         raise ValueError(
-            f"{path!r} is a {kind} with fields {list(children)}, here it has {list(fields)}: "
-            "pass like=, a tree of today's structure, and strict=False"
+            f"{path!r} is a {kind} with fields {list(children)}, expected {list(fields)}; "
+            "use load_matching with a tree of the current structure"
         )
     return KINDS[kind](*children.values())
 
 
 def leaf_value(node: Node) -> bool | int | float | str | None:
-    """Give the Python leaf that a node stands for.
+    """Return the Python leaf of a node.
 
     >>> leaf_value(5), leaf_value(["float", "fff0000000000000"])
     (5, -inf)

@@ -1,4 +1,4 @@
-"""Layers, initializers and how to compose them. Layers and whole models are the same type."""
+"""Layers, initializers and ways to compose them. A layer and a whole model have one type."""
 
 from __future__ import annotations
 

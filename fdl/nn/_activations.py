@@ -1,4 +1,4 @@
-"""Activations: torch's own functions under their own names."""
+"""Activations: torch's own functions, under torch's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put models together: `sequential` and `tied`."""
+"""Build models from layers: `sequential` and `tied`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl.nn._model import Layer, Model, StatefulModel, _is_model, check_takes_mask
+from fdl._checks import describe
+from fdl.nn._model import (
+    Layer,
+    Model,
+    StatefulModel,
+    check_model,
+    check_not_factory,
+    check_takes_mask,
+    is_model,
+)
 from fdl.tree import Tree
 
 
@@ -20,12 +29,18 @@ def sequential(*layers: Layer | StatefulModel, **named: Layer | StatefulModel) -
 def sequential(*layers: Any, **named: Any) -> Any:
     """Compose layers, each a `Model` or any function `x -> y`; equals `torch.nn.Sequential`.
 
-    With a `StatefulModel` among them the result is one: buffers lie where parameters do. Its
-    `apply` takes a `mask` of the examples that count, for the layers that take one.
+    If one of the layers is a `StatefulModel`, so is the result, and its buffers have the paths of
+    its parameters. It takes a `mask` if all layers with buffers do.
 
-    Parameters lie under the position (`"0"`, `"3"`; every element counts) or the name of their
-    layer; a layer without parameters leaves no entry. Layer `i` gets the key `fold_in(key, i)`,
-    in `init` and in `apply`.
+    The parameters of a layer have its position (`"0"`, `"3"`; functions count too) or its name as
+    the first part of their path. A layer without parameters has no entry. Layer `i` gets the key
+    `fold_in(key, i)`, in `init` and in `apply`.
+
+    Raises:
+        TypeError: positional and named layers together; a layer that cannot be called, a torch
+            module, or a function that makes layers, such as `nn.flatten` instead of `nn.flatten()`.
+        ValueError: a name with a dot; at apply, `params` or `buffers` has an entry that is not a
+            layer, or a layer with buffers does not take the mask.
 
     >>> from fdl import nn, tree
     >>> net = sequential(nn.linear(4, 3), nn.relu, lambda x: x - x.mean(), nn.linear(3, 1))
@@ -41,78 +56,78 @@ def sequential(*layers: Any, **named: Any) -> Any:
     >>> params, buffers = sequential(nn.linear(4, 3), nn.batch_norm(3)).init(random.key(0))
     >>> list(buffers["1"])
     ['running_mean', 'running_var', 'num_batches_tracked']
-
-    Raises:
-        TypeError: both positional and named layers; a layer that cannot be called, a module of
-            torch, or a function that makes layers where the layer is meant (`nn.flatten` without
-            its brackets).
-        ValueError: a name with a dot; `params` or `buffers` has an entry that is no layer, or a
-            mask comes to a layer with buffers that takes none (at apply).
     """
     if layers and named:
         raise TypeError("sequential: give layers by position or by name, not both")
     children = named or {str(i): layer for i, layer in enumerate(layers)}
     for name, layer in children.items():
         if "." in name:
-            raise ValueError(f"sequential: a name must not hold a dot, got {name!r}; nest instead")
+            raise ValueError(
+                f"sequential: a name must not contain a dot, got {name!r}; nest sequentials instead"
+            )
         _check_layer(name, layer)
 
-    stateful = any(isinstance(layer, StatefulModel) for layer in children.values())
-    draws = any(getattr(layer, "draws", True) for layer in children.values() if _is_model(layer))
+    with_buffers = [layer for layer in children.values() if isinstance(layer, StatefulModel)]
+    uses_key = bool(with_buffers) or any(
+        layer.uses_key for layer in children.values() if isinstance(layer, Model)
+    )
 
-    def keys(key: Tensor) -> Tensor:  # [layers, 2], all in one go
-        # At least one, since vmap takes no empty axis.
+    def keys(key: Tensor) -> Tensor:  # [layers, 2], in one call
+        # At least one key, since vmap refuses an empty axis.
         numbers = torch.arange(max(1, len(children)), device=key.device)
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
     def init(key: Tensor) -> Any:
         child_keys = keys(key)
-        drawn = {
-            name: layer.init(child_keys[i])
-            for i, (name, layer) in enumerate(children.items())
-            if _is_model(layer)
-        }
-        has_buffers = [name for name in drawn if isinstance(children[name], StatefulModel)]
-        params = {name: d[0] if name in has_buffers else d for name, d in drawn.items()}
-        buffers = {name: drawn[name][1] for name in has_buffers}
+        params: dict[str, Tree] = {}
+        buffers: dict[str, Tree] = {}
+        for i, (name, layer) in enumerate(children.items()):
+            if isinstance(layer, StatefulModel):
+                params[name], buffers[name] = layer.init(child_keys[i])
+            elif isinstance(layer, Model):
+                params[name] = layer.init(child_keys[i])
         params, buffers = (
             {name: child for name, child in part.items() if child != {}}
             for part in (params, buffers)
         )
-        return (params, buffers) if stateful else params
+        return (params, buffers) if with_buffers else params
 
     def run(
         params: Tree, buffers: Tree, x: Tensor, train: bool, key: Tensor | None, mask: Any
     ) -> tuple[Tensor, Tree]:
-        for kind, given in (("params", params), ("buffers", buffers)):
-            unknown = [name for name in given if name not in children]
+        for argument, entries in (("params", params), ("buffers", buffers)):
+            unknown = [name for name in entries if name not in children]
             if unknown:
                 raise ValueError(
-                    f"sequential: {kind} has entries {unknown}, but the layers are {list(children)}"
+                    f"sequential: {argument} has entries {unknown}, but the layers are "
+                    f"{list(children)}"
                 )
-        child_keys = None if key is None or not draws else keys(key)
-        new = dict(buffers)
+        child_keys = None if key is None or not uses_key else keys(key)
+        new_buffers = dict(buffers)
         for i, (name, layer) in enumerate(children.items()):
             try:
-                if not _is_model(layer):
+                if not is_model(layer):
                     x = layer(x)
                     if callable(x) and not isinstance(x, Tensor):
-                        raise TypeError(f"{layer!r} gave a function or model; was it to be called?")
+                        raise TypeError(
+                            f"the function returned {describe(x)} instead of a tensor; if it makes "
+                            "a layer, call it when you pass it to sequential"
+                        )
                     continue
                 options = {"train": train, "key": None if child_keys is None else child_keys[i]}
-                own = params.get(name, {})
+                child_params = params.get(name, {})
                 if isinstance(layer, Model):
-                    x = layer.apply(own, x, **options)
+                    x = layer.apply(child_params, x, **options)
                     continue
                 if mask is not None:
-                    check_takes_mask(layer.apply, "sequential")
+                    check_takes_mask("sequential", layer)
                     options["mask"] = mask
-                x, changed = layer.apply(own, buffers.get(name, {}), x, **options)
-                new |= {name: changed} if changed != {} else {}
+                x, child_buffers = layer.apply(child_params, buffers.get(name, {}), x, **options)
+                new_buffers |= {name: child_buffers} if child_buffers != {} else {}
             except Exception as error:
                 error.add_note(f"in layer {name!r} of sequential")
                 raise
-        return x, new
+        return x, new_buffers
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         return run(params, {}, x, train, key, None)[0]
@@ -128,13 +143,16 @@ def sequential(*layers: Any, **named: Any) -> Any:
     ) -> tuple[Tensor, Tree]:
         return run(params, buffers, x, train, key, mask)
 
-    return StatefulModel(init, apply_stateful) if stateful else Model(init, apply, draws)
+    if with_buffers:
+        takes_mask = all(layer.takes_mask for layer in with_buffers)
+        return StatefulModel(init, apply_stateful, takes_mask)
+    return Model(init, apply, uses_key)
 
 
 def _check_layer(name: str, layer: Any) -> None:
-    """Raise unless a layer is a model or can be a function x -> y."""
+    """Raise a TypeError unless `layer` is a model or can be a function `x -> y`."""
     caller = f"sequential: layer {name!r}"
-    if _is_model(layer):
+    if is_model(layer):
         return
     if isinstance(layer, torch.nn.Module):
         raise TypeError(
@@ -142,27 +160,24 @@ def _check_layer(name: str, layer: Any) -> None:
             "be lost; interop.from_module makes a model of it"
         )
     if isinstance(layer, type) or not callable(layer):
-        raise TypeError(f"{caller} must be a Model or a function x -> y, got {layer!r}")
-    module, path = (getattr(layer, part, "") for part in ("__module__", "__qualname__"))
-    if module.startswith("fdl.nn.") and path.isidentifier():
-        raise TypeError(
-            f"{caller} is the function nn.{path}, which makes a layer: call it, nn.{path}(...)"
-        )
+        raise TypeError(f"{caller} must be a Model or a function x -> y, got {describe(layer)}")
+    check_not_factory(caller, layer)
 
 
 def tied(model: Model, same: Mapping[str, str]) -> Model:
-    """Let paths of the parameters share others: `same={"2": "0"}` gives layer 2 those of layer 0.
+    """Share parameters between paths: `same={"2": "0"}` makes layer 2 use those of layer 0.
 
-    The parameters hold what is shared once, as `named_parameters()` does; its gradient is the sum
-    over all uses.
+    A shared parameter is stored once, as in `named_parameters()`. Its gradient is the sum over all
+    its uses.
 
     Args:
-        model: a model whose parameters are nested dicts.
-        same: from the path that goes (a leaf or a whole branch) to the path that it uses, which
-            may itself be one that went before.
+        model: a model without buffers, whose parameters are nested dicts.
+        same: maps the path to remove (a leaf or a whole branch) to the path used in its place,
+            which may itself be one removed by an earlier entry.
 
     Raises:
-        KeyError: a path that is not in the parameters (at init and apply).
+        TypeError: `model` is not a `Model`.
+        KeyError: a path is not in the parameters (at init and apply).
 
     >>> from fdl import nn, tree
     >>> shared = nn.linear(4, 4)
@@ -170,6 +185,9 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     >>> list(tree.flatten_dict(net.init(random.key(0))))
     ['0.weight', '0.bias']
     """
+    check_model("tied", model)
+    if isinstance(model, StatefulModel):
+        raise TypeError("tied: model must be a Model, without buffers, got a StatefulModel")
 
     def init(key: Tensor) -> Tree:
         params = model.init(key)
@@ -180,19 +198,18 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
         return params
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        whole = params
         for path, source in same.items():
-            whole = _with(whole, path, _get(whole, source))
-        return model.apply(whole, x, train=train, key=key)
+            params = _with(params, path, _get(params, source))
+        return model.apply(params, x, train=train, key=key)
 
-    return Model(init, apply, model.draws)
+    return Model(init, apply, model.uses_key)
 
 
 def _get(params: Tree, path: str) -> Tree:
     node = params
     for part in path.split("."):
         if not isinstance(node, dict) or part not in node:
-            raise KeyError(f"tied: no {path!r} in the parameters; there are {list(params)}")
+            raise KeyError(f"tied: {path!r} is not a path of the parameters {list(params)}")
         node = node[part]
     return node
 

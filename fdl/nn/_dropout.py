@@ -1,4 +1,4 @@
-"""Dropout."""
+"""The dropout layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from fdl.tree import Tree
 def dropout(rate: float) -> Model:
     """Zero each element with probability `rate` and scale the rest by 1 / (1 − rate), in training.
 
-    With `train=False` it is the identity. Equals `torch.nn.Dropout` in distribution; the mask is
-    `random.uniform(key, x.shape) >= rate`. Source: Srivastava et al., 2014.
+    With `train=False` the layer is the identity. Equals `torch.nn.Dropout` in distribution; an
+    element is kept where `random.uniform(key, x.shape) >= rate`.
 
     Args:
         rate: the fraction dropped, in [0, 1).
 
     Raises:
-        ValueError: `rate` outside [0, 1); `train=True` without a key (at apply).
+        ValueError: `rate` is outside [0, 1); at apply, `train=True` without a key.
+
+    Source: Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting,
+    2014.
 
     >>> layer = dropout(0.5)
     >>> layer.apply({}, torch.ones(6), train=True, key=random.key(3)).unique()
@@ -41,4 +44,4 @@ def dropout(rate: float) -> Model:
             )
         return torch.where(random.uniform(key, x.shape) >= rate, x / (1 - rate), 0)
 
-    return Model(lambda key: {}, apply, draws=rate > 0)
+    return Model(lambda key: {}, apply, uses_key=rate > 0)

@@ -1,4 +1,4 @@
-"""Checks of sizes and parameters that layers share."""
+"""Helpers that several layers share: checks of sizes and parameters, and `affine`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
+from fdl._checks import describe
 from fdl.nn._model import Model
 from fdl.nn.init import Initializer
 from fdl.tree import Tree
@@ -15,8 +16,8 @@ from fdl.tree import Tree
 Size = int | tuple[int, int]
 
 
-def _param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tensor:
-    """Take one parameter, having compared its shape: torch's own message would name no path."""
+def get_param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tensor:
+    """Return `params[name]`, or raise a ValueError that names it if its shape is not `shape`."""
     if name not in params:
         raise ValueError(f"{layer}: expected params[{name!r}] of shape {list(shape)}, got none")
     if params[name].shape != shape:
@@ -27,33 +28,43 @@ def _param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tenso
     return params[name]
 
 
-def _pair(name: str, what: str, size: Size, least: int = 1) -> tuple[int, int]:
-    """Make (height, width) of one number or two, each at least `least`."""
+def as_pair(layer: str, name: str, size: Size, least: int = 1) -> tuple[int, int]:
+    """Return (height, width) from one int or two, each at least `least`; else raise ValueError."""
     pair = (size, size) if isinstance(size, int) else size
     if not (
         isinstance(pair, tuple | list)
         and len(pair) == 2
         and all(isinstance(n, int) and n >= least for n in pair)
     ):
+        given = describe(size) if isinstance(size, Tensor) else repr(size)
         raise ValueError(
-            f"{name}: {what} must be an int or (height, width), at least {least}, got {size!r}"
+            f"{layer}: {name} must be an int or (height, width), at least {least}, got {given}"
         )
     return pair[0], pair[1]
 
 
-def _check_sizes(name: str, *sizes: int) -> None:
+def check_sizes(layer: str, *sizes: int) -> None:
+    """Raise a ValueError unless every size is at least 1."""
     if min(sizes) < 1:
-        raise ValueError(f"{name}: every size must be at least 1")
+        raise ValueError(f"{layer}: every size must be at least 1")
 
 
-def _affine(
+def affine(
     name: str,
     shape: tuple[int, ...],
     weight_init: Initializer,
     bias_init: Initializer | None,
     f: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> Model:
-    """A layer with a weight of `shape` and, given its initializer, a bias `[shape[0]]`."""
+    """Return the layer y = f(x, weight, bias).
+
+    Args:
+        name: the layer's name, used in error messages.
+        shape: shape of the weight.
+        weight_init: initializer of the weight.
+        bias_init: initializer of the bias `[shape[0]]`; no bias if None.
+        f: `(x, weight, bias or None) -> y`.
+    """
 
     def init(key: Tensor) -> Tree:
         weight_key, bias_key = random.split(key)
@@ -63,7 +74,7 @@ def _affine(
         return params
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        weight = _param(params, "weight", shape, name)
-        return f(x, weight, _param(params, "bias", shape[:1], name) if bias_init else None)
+        weight = get_param(params, "weight", shape, name)
+        return f(x, weight, get_param(params, "bias", shape[:1], name) if bias_init else None)
 
-    return Model(init, apply, draws=False)
+    return Model(init, apply, uses_key=False)

@@ -1,4 +1,4 @@
-"""Linear maps: `linear` and `conv2d`."""
+"""Affine layers: `linear` and `conv2d`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl.nn._helpers import Size, _affine, _check_sizes, _pair
+from fdl.nn._helpers import Size, affine, as_pair, check_sizes
 from fdl.nn._model import Model
 from fdl.nn.init import Initializer, kaiming_uniform, uniform
 
@@ -20,17 +20,18 @@ def linear(
     weight_init: Initializer | None = None,
     bias_init: Initializer | None = None,
 ) -> Model:
-    """y = x Wᵀ + b, from `[..., inputs]` to `[..., outputs]`; equals `torch.nn.Linear`.
+    """Compute y = x Wᵀ + b, from `[..., inputs]` to `[..., outputs]`; equals `torch.nn.Linear`.
 
     Args:
         inputs: number of input features.
         outputs: number of output features.
-        bias: learn b.
-        weight_init: initializer of W `[outputs, inputs]`; U(±1/√inputs) as in `nn.Linear` if None.
-        bias_init: initializer of b `[outputs]`; U(±1/√inputs) if None.
+        bias: if False, there is no b.
+        weight_init: initializer of W `[outputs, inputs]`; if None, U(±1/√inputs) as in
+            `torch.nn.Linear`.
+        bias_init: initializer of b `[outputs]`; if None, U(±1/√inputs).
 
     Raises:
-        ValueError: a size below 1; parameters of another shape (at apply).
+        ValueError: a size below 1; at apply, a parameter of another shape.
 
     >>> import torch
     >>> from fdl import random
@@ -40,9 +41,9 @@ def linear(
     torch.Size([256, 10])
     """
     name = f"linear({inputs}, {outputs})"
-    _check_sizes(name, inputs, outputs)
+    check_sizes(name, inputs, outputs)
     bound = 1 / math.sqrt(inputs)
-    return _affine(
+    return affine(
         name,
         (outputs, inputs),
         weight_init or kaiming_uniform(a=math.sqrt(5)),
@@ -69,22 +70,23 @@ def conv2d(
     Args:
         inputs: number of input channels.
         outputs: number of output channels.
-        kernel_size: height and width of the kernel, or one number for both; likewise below.
+        kernel_size: height and width of the kernel, or one int for both; `stride`, `padding`
+            and `dilation` likewise.
         stride: step between output pixels.
         padding: zeros around the image, or `"same"` or `"valid"`.
         dilation: distance between kernel elements.
-        groups: channel groups that do not see each other; divides `inputs` and `outputs`. As in
-            torch, an initializer that goes by the fan-out (Xavier's, `mode="fan_out"`) counts the
+        groups: number of channel groups convolved separately; divides `inputs` and `outputs`. As
+            in torch, an initializer that uses the fan-out (Xavier's, `mode="fan_out"`) counts the
             outputs of all groups, though an input reaches only `outputs / groups` of them.
-        bias: learn one number per output channel.
-        weight_init: initializer of `[outputs, inputs / groups, *kernel_size]`; U(±1/√fan_in) if
-            None.
-        bias_init: initializer of `[outputs]`; U(±1/√fan_in) if None.
+        bias: if False, there is no bias.
+        weight_init: initializer of the weight `[outputs, inputs / groups, *kernel_size]`; if None,
+            U(±1/√fan_in).
+        bias_init: initializer of the bias `[outputs]`; if None, U(±1/√fan_in).
 
     Raises:
-        ValueError: a size below 1 or not one or two numbers, `groups` that does not divide, a
-            negative or unknown padding, `"same"` with a stride; parameters of another shape (at
-            apply).
+        ValueError: a size is below 1 or not one or two ints, `groups` does not divide both channel
+            counts, `padding` is negative or unknown, or is `"same"` with a stride; at apply, a
+            parameter of another shape.
 
     >>> import torch
     >>> from fdl import random
@@ -93,14 +95,16 @@ def conv2d(
     torch.Size([1, 1, 4, 4])
     """
     name = f"conv2d({inputs}, {outputs}, {kernel_size})"
-    height, width = _pair(name, "kernel_size", kernel_size)
-    steps = _pair(name, "stride", stride)
-    _pair(name, "dilation", dilation)
-    _check_sizes(name, inputs, outputs, groups)
+    height, width = as_pair(name, "kernel_size", kernel_size)
+    steps = as_pair(name, "stride", stride)
+    as_pair(name, "dilation", dilation)
+    check_sizes(name, inputs, outputs, groups)
     if inputs % groups or outputs % groups:
-        raise ValueError(f"{name}: groups={groups} must divide both channel counts")
+        raise ValueError(
+            f"{name}: groups={groups} must divide inputs={inputs} and outputs={outputs}"
+        )
     if not isinstance(padding, str):
-        _pair(name, "padding", padding, least=0)
+        as_pair(name, "padding", padding, least=0)
     elif padding not in ("same", "valid"):
         raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
     elif padding == "same" and steps != (1, 1):
@@ -110,7 +114,7 @@ def conv2d(
     def convolve(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, b, stride, padding, dilation, groups)
 
-    return _affine(
+    return affine(
         name,
         (outputs, inputs // groups, height, width),
         weight_init or kaiming_uniform(a=math.sqrt(5)),

@@ -1,20 +1,21 @@
-"""A model is a pair of pure functions."""
+"""`Model` and `StatefulModel`: a model is a pair of pure functions."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fdl._checks import describe
 from fdl.tree import Tree
 
 
 class Model(NamedTuple):
     """A layer or a whole model, as two pure functions.
 
-    A model of your own is two functions and no ceremony, here x ↦ scale · x:
+    To write your own, write the two functions. This one maps x to scale · x:
 
     >>> import torch
     >>> from fdl import random
@@ -28,15 +29,15 @@ class Model(NamedTuple):
 
     init: Callable[[Tensor], Tree]  # key -> params
     apply: Callable[..., Tensor]  # (params, x, *, train=False, key=None) -> y
-    draws: bool = True  # may `apply` draw from its key? If not, none is made for it
+    uses_key: bool = True  # False if `apply` ignores its key; `sequential` then derives none
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise: a model is not called, its `apply` is."""
+        """Raise a TypeError: call `apply`, not the model."""
         raise TypeError("a Model is two functions: call model.apply(params, x), not model(x)")
 
 
 class StatefulModel(NamedTuple):
-    """A model with buffers, such as running statistics: they go in and come out.
+    """A model with buffers, such as running statistics: `apply` takes them and returns new ones.
 
     >>> import torch
     >>> from fdl import random
@@ -51,10 +52,12 @@ class StatefulModel(NamedTuple):
     """
 
     init: Callable[[Tensor], tuple[Tree, Tree]]  # key -> (params, buffers)
-    apply: Callable[..., tuple[Tensor, Tree]]  # (params, buffers, x, *, ...) -> (y, buffers)
+    # (params, buffers, x, *, train=False, key=None) -> (y, buffers)
+    apply: Callable[..., tuple[Tensor, Tree]]
+    takes_mask: bool = False  # True if `apply` also takes mask=, bool [batch]: the rows that count
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise: a model is not called, its `apply` is."""
+        """Raise a TypeError: call `apply`, not the model."""
         raise TypeError(
             "a StatefulModel is two functions: call model.apply(params, buffers, x), not model(x)"
         )
@@ -63,24 +66,54 @@ class StatefulModel(NamedTuple):
 Layer = Model | Callable[[Tensor], Tensor]
 
 
-def _is_model(layer: Any) -> bool:
-    return isinstance(layer, Model | StatefulModel)
+def is_model(x: Any) -> bool:
+    """Return whether `x` is a `Model` or a `StatefulModel`.
 
-
-def check_takes_mask(apply: Callable[..., Any], caller: str) -> None:
-    """Raise if a model with buffers would count the padded examples of a batch.
-
-    Args:
-        apply: of a `StatefulModel`.
-        caller: how the error begins.
-
-    Raises:
-        ValueError: `apply` has no parameter `mask`.
-
-    >>> check_takes_mask(lambda params, buffers, x, mask=None: (x, {}), "here")
+    >>> is_model(Model(lambda key: {}, lambda params, x, *, train=False, key=None: x))
+    True
     """
-    if "mask" not in inspect.signature(apply).parameters:
+    return isinstance(x, Model | StatefulModel)
+
+
+def check_model(caller: str, model: Any) -> None:
+    """Raise a TypeError that says what to pass instead, unless `model` is a model.
+
+    >>> check_model("here", Model(lambda key: {}, lambda params, x, *, train=False, key=None: x))
+    """
+    if is_model(model):
+        return
+    if isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{caller}: model must be a Model, got the torch module {type(model).__name__}; "
+            "interop.from_module makes a model of it"
+        )
+    check_not_factory(f"{caller}: model", model)
+    hint = "; pass the model itself, not its apply" if callable(model) else ""
+    raise TypeError(
+        f"{caller}: model must be a Model or a StatefulModel, got {describe(model)}{hint}"
+    )
+
+
+def check_not_factory(caller: str, x: Any) -> None:
+    """Raise a TypeError if `x` is a function of `fdl.nn` that makes a layer, such as `nn.linear`.
+
+    >>> check_not_factory("layer '0'", torch.relu)
+    """
+    module, name = (getattr(x, attribute, "") for attribute in ("__module__", "__qualname__"))
+    if module.startswith("fdl.nn._") and name.isidentifier() and not isinstance(x, type):
+        raise TypeError(
+            f"{caller} is the function nn.{name}, which makes a layer: call it, nn.{name}(...)"
+        )
+
+
+def check_takes_mask(caller: str, model: StatefulModel) -> None:
+    """Raise a ValueError if a model with buffers would count the padded examples of a batch.
+
+    >>> check_takes_mask("here", StatefulModel(lambda key: ({}, {}), max, takes_mask=True))
+    """
+    if not model.takes_mask:
         raise ValueError(
-            f"{caller}: the batch has a mask, but this model with buffers takes none: padding "
-            "would enter its statistics; epoch_indices(..., drop_last=True) gives batches without"
+            f"{caller}: the batch has a mask, but the model takes none (its takes_mask is False), "
+            "so padding would enter its statistics; epoch_indices(..., drop_last=True) makes "
+            "batches without padding"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import at_least_32_bits, keep
-from fdl.nn._helpers import _check_sizes, _param
+from fdl.nn._helpers import check_sizes, get_param
 from fdl.nn._model import Model, StatefulModel
 from fdl.nn.init import ones, zeros
 from fdl.tree import Tree
@@ -19,14 +19,16 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     """Normalise over the last axes, of sizes `shape`, then scale and shift; `torch.nn.LayerNorm`.
 
     y = (x − mean) / √(variance + eps) · weight + bias, with derivatives of every order, forward and
-    reverse. Source: Ba et al., 2016.
+    reverse.
 
     Args:
-        shape: the sizes of the axes normalised over, or one number for the last axis alone.
+        shape: sizes of the axes to normalise over, or one int for the last axis alone.
         eps: added to the variance.
 
     Raises:
-        ValueError: a size below 1; x whose last axes have other sizes (at apply).
+        ValueError: a size below 1; at apply, an x whose last axes have other sizes.
+
+    Source: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
 
     >>> from fdl import random
     >>> layer = layer_norm(3)
@@ -35,7 +37,7 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     """
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     name = f"layer_norm({shape})"
-    _check_sizes(name, *sizes)
+    check_sizes(name, *sizes)
 
     def init(key: Tensor) -> Tree:
         return {
@@ -44,41 +46,45 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
         }
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        weight, bias = (_param(params, p, sizes, name) for p in ("weight", "bias"))
+        weight, bias = (get_param(params, p, sizes, name) for p in ("weight", "bias"))
         if x.shape[-len(sizes) :] != sizes:
             raise ValueError(f"{name}: expected x [..., {str(sizes)[1:-1]}], got {list(x.shape)}")
-        # Written out: the derivatives of F.layer_norm's own derivative are wrong (third orders, and
-        # forward over reverse). Compiled, it is the same program.
+        # Written out, because torch differentiates F.layer_norm wrongly at third order and forward
+        # over reverse. Compiled, the program is the same.
         wide = x.to(at_least_32_bits(x))
         var, mean = torch.var_mean(wide, list(range(-len(sizes), 0)), correction=0, keepdim=True)
         return ((wide - mean) * (var + eps).rsqrt() * weight + bias).to(x.dtype)
 
-    return Model(init, apply, draws=False)
+    return Model(init, apply, uses_key=False)
 
 
 def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> StatefulModel:
-    """Normalise each feature over the batch, then scale and shift; `nn.BatchNorm1d`, `2d`, `3d`.
+    """Normalise each feature over the batch, then scale and shift.
 
-    y = (x − mean) / √(variance + eps) · weight + bias, from `[batch, features, ...]` to the same.
-    In training mean and variance are those of the batch, over all axes but the second, and the
-    running ones move towards them; in evaluation the running ones serve. As in torch, the running
-    variance is the unbiased one, n / (n − 1) times that which normalises. Source: Ioffe and
-    Szegedy, 2015.
+    Equals `torch.nn.BatchNorm1d`, `2d` and `3d`: y = (x − mean) / √(variance + eps) · weight + bias
+    for x `[batch, features, ...]`. In training, mean and variance are those of the batch, over all
+    axes but the second, and the running statistics move towards them; in evaluation, the running
+    statistics are used. As in torch, the running variance is the unbiased one, n / (n − 1) times
+    the variance that normalises.
 
     Buffers: `running_mean` and `running_var` `[features]`, `num_batches_tracked` int64 `[]`.
-    `apply` takes `mask`, bool `[batch]`, as well: rows where it is False do not count, whatever
-    they hold, so that a batch filled up with padding has the statistics of the examples in it.
-    A single value per feature has no unbiased variance: unless at least two count, the buffers
-    stay as they are, all of them. (A single value is normalised with the variance 0.)
+
+    `apply` also takes `mask`, bool `[batch]`: rows where it is False do not count, whatever their
+    values, so a padded batch has the statistics of its examples. A single value has no unbiased
+    variance: if fewer than two values per feature count, all buffers stay as they are (and the
+    value is normalised with variance 0).
 
     Args:
-        features: the size of the second axis.
+        features: size of the second axis.
         eps: added to the variance.
-        momentum: how far the running statistics move; the mean of all batches so far if None.
+        momentum: weight of the new batch in the running statistics; if None, they are the mean over
+            all batches so far.
 
     Raises:
-        ValueError: `features` below 1, x of another number of features or of fewer than 2 axes,
-            or a batch of one value per feature to train on (at apply).
+        ValueError: `features` is below 1; at apply, x has another number of features or fewer than
+            2 axes, or has only one value per feature in training.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167
 
     >>> layer = batch_norm(1, eps=0.0)
     >>> params, buffers = layer.init(torch.tensor([0, 0]))
@@ -87,7 +93,7 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
     (tensor([-1.,  1.]), tensor([0.2000]))
     """
     name = f"batch_norm({features})"
-    _check_sizes(name, features)
+    check_sizes(name, features)
     shape = (features,)
 
     def init(key: Tensor) -> tuple[Tree, Tree]:
@@ -108,21 +114,23 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
         key: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tree]:
-        weight, bias = (_param(params, p, shape, name) for p in ("weight", "bias"))
+        weight, bias = (get_param(params, p, shape, name) for p in ("weight", "bias"))
         old_mean, old_var = (
-            _param(buffers, b, shape, name) for b in ("running_mean", "running_var")
+            get_param(buffers, b, shape, name) for b in ("running_mean", "running_var")
         )
         if x.ndim < 2 or x.shape[1] != features:
             raise ValueError(f"{name}: expected x [batch, {features}, ...], got {list(x.shape)}")
         if train and x.numel() == features:
-            raise ValueError(f"{name}: one value per feature has no variance to train on")
+            raise ValueError(
+                f"{name}: training needs more than one value per feature, got x {list(x.shape)}"
+            )
         wide = x.to(at_least_32_bits(x))  # sums of bfloat16 lose too much
         if not train:
-            return _normalised(wide, old_mean, old_var + eps, weight, bias).to(x.dtype), buffers
+            return _normalise(wide, old_mean, old_var + eps, weight, bias).to(x.dtype), buffers
         if not x.shape[0]:
             mask = torch.ones(0, dtype=torch.bool, device=x.device)  # no rows, no statistics
-        mean, var, n = _statistics(wide, mask)
-        y = _normalised(wide, mean, var + eps, weight, bias, mask).to(x.dtype)
+        mean, var, n = _mean_and_var(wide, mask)
+        y = _normalise(wide, mean, var + eps, weight, bias, mask).to(x.dtype)
 
         count = buffers["num_batches_tracked"] + 1
         rate = 1 / count.double() if momentum is None else momentum
@@ -138,10 +146,10 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
             moved = {path: torch.where(enough, x, buffers[path]) for path, x in moved.items()}
         return y, moved
 
-    return StatefulModel(init, apply)
+    return StatefulModel(init, apply, takes_mask=True)
 
 
-def _normalised(
+def _normalise(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -152,21 +160,21 @@ def _normalised(
     columns = (1, -1, *[1] * (x.ndim - 2))
     centred = x - mean.view(columns)
     if mask is not None:
-        # Rows that do not count are put one standard deviation from the mean, as a row of data may
-        # be: of 0 what comes after might take the logarithm, or divide by its norm.
+        # Masked rows are set one standard deviation from the mean, as a row of data may be. If they
+        # were 0, later layers might take a logarithm of 0 or divide by a norm of 0.
         centred = keep(mask, centred, var.sqrt().view(columns))
     return centred * (weight * var.rsqrt()).view(columns) + bias.view(columns)
 
 
-def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Mean and biased variance of each feature, and of how many values they are."""
+def _mean_and_var(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Return the mean and biased variance of each feature, and the number of values per feature."""
     axes = [0, *range(2, x.ndim)]
     if mask is None:
         var, mean = torch.var_mean(x, axes, correction=0)
         return mean, var, x.numel() // x.shape[1]
     counts = (mask != 0).view(-1, *[1] * (x.ndim - 1))
     n = counts.sum(dtype=x.dtype) * math.prod(x.shape[2:])
-    most = n.clamp(min=1)  # a batch of nothing but padding stays finite
-    mean = torch.where(counts, x, 0).sum(axes) / most
+    at_least_1 = n.clamp(min=1)  # a batch of padding only has finite statistics
+    mean = torch.where(counts, x, 0).sum(axes) / at_least_1
     centred = torch.where(counts, x - mean.view(1, -1, *[1] * (x.ndim - 2)), 0)
-    return mean, (centred * centred).sum(axes) / most, n
+    return mean, (centred * centred).sum(axes) / at_least_1, n

@@ -1,18 +1,17 @@
-"""Mixed precision: what a model stores, computes and returns in, said once.
+"""Mixed precision: the dtypes in which a model stores, computes and returns.
 
 There is no autocast: a model under a policy is a model like any other, whose `apply` casts.
 """
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl.nn._model import Model, StatefulModel
+from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
 
 AnyModel = TypeVar("AnyModel", Model, StatefulModel)
@@ -25,32 +24,34 @@ class Policy(NamedTuple):
     Policy(param=torch.float32, compute=torch.float16, output=torch.float32)
     """
 
-    param: torch.dtype = torch.float32  # what init gives: parameters, so also their gradients
+    param: torch.dtype = torch.float32  # what init returns: parameters, and so their gradients
     compute: torch.dtype = torch.bfloat16  # what apply computes in
     output: torch.dtype = torch.float32  # what apply returns
 
 
 def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa: B008
-    """Make of a model one that computes in another precision than it stores.
+    """Return a model that computes in another precision than it stores.
 
-    `init` gives parameters in `policy.param`. `apply` casts them and floating inputs to
-    `policy.compute`, and its result to `policy.output`; integers and bools stay as they are.
-    Since the cast is part of the function that is differentiated, gradients come in the dtype of
-    the parameters, and so the optimizer works, and keeps its state, in `policy.param`: small
-    updates are not lost. float16 gradients underflow on their way there unless the loss is scaled:
-    `optim.loss_scale`; bfloat16 has the range of float32.
+    `init` returns parameters in `policy.param`. `apply` casts them and floating inputs to
+    `policy.compute`, and its result to `policy.output`; integers and bools are not cast. The cast
+    is part of the function that is differentiated, so gradients have the dtype of the parameters,
+    and the optimizer computes and keeps its state in `policy.param`: small updates are not lost.
+    In float16, gradients may underflow before they reach the cast unless the loss is scaled
+    (`optim.loss_scale`); bfloat16 has the range of float32.
 
-    Buffers are stored in `policy.param` and not cast, since running means of 8 bits stand still; a
-    model casts them where it uses them (`mean.to(x.dtype)`). They come out in the dtype that they
-    went in with. A loss should be computed in 32 bits: leave `output` at float32 for that.
-    Source: Micikevicius et al., 2018.
+    Buffers are stored in `policy.param` and not cast, since small changes to a running mean would
+    round to nothing in 16 bits; a layer casts them where it uses them (`mean.to(x.dtype)`). New
+    buffers have the dtypes of the old. A loss should be computed in 32 bits: for that, leave
+    `output` at float32.
 
     Args:
-        model: a `Model` or a `StatefulModel`; the result is the same.
+        model: a `Model` or a `StatefulModel`; the result has the same type.
         policy: the dtypes.
 
     Raises:
-        TypeError: `model` is neither, or the policy has something that is not a floating dtype.
+        TypeError: `model` is not a model, or an entry of `policy` is not a floating dtype.
+
+    Source: Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740
 
     >>> from fdl import nn, random
     >>> net = with_policy(nn.sequential(nn.linear(2, 1), lambda x: print(x.dtype) or x))
@@ -59,8 +60,7 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
     torch.bfloat16
     (torch.float32, torch.float32)
     """
-    if not isinstance(model, (Model, StatefulModel)):
-        raise TypeError(f"with_policy: model must be a Model or a StatefulModel, got {model!r}")
+    check_model("with_policy", model)
     for name, dtype in policy._asdict().items():
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"with_policy: {name} must be a floating torch.dtype, got {dtype!r}")
@@ -70,19 +70,18 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
 
     if isinstance(model, StatefulModel):
 
-        @wraps(model.apply)  # which shows whether it takes a mask
         def apply_stateful(
             params: Tree, buffers: Tree, x: Tensor, **options: Any
         ) -> tuple[Tensor, Tree]:
-            low, inputs = tree.cast(params, policy.compute), tree.cast(x, policy.compute)
-            y, new = model.apply(low, buffers, inputs, **options)
+            params, x = tree.cast((params, x), policy.compute)
+            y, new = model.apply(params, buffers, x, **options)
             new = tree.map(lambda n, old: n.to(old.dtype), new, buffers)
             return tree.cast(y, policy.output), new
 
-        return StatefulModel(init, apply_stateful)
+        return StatefulModel(init, apply_stateful, model.takes_mask)
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        low, inputs = tree.cast(params, policy.compute), tree.cast(x, policy.compute)
-        return tree.cast(model.apply(low, inputs, train=train, key=key), policy.output)
+        params, x = tree.cast((params, x), policy.compute)
+        return tree.cast(model.apply(params, x, train=train, key=key), policy.output)
 
-    return Model(init, apply, model.draws)
+    return Model(init, apply, model.uses_key)

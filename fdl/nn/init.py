@@ -1,11 +1,11 @@
 """Initializers: pure functions `(key, shape, dtype) -> tensor`, the schemes of `torch.nn.init`.
 
-A weight has shape `[out, in, *kernel]`; its fan-in is `in · prod(kernel)`, its fan-out
-`out · prod(kernel)`; of a convolution in groups, whose weight is `[out, in / groups, *kernel]`, the
-fan-out counts all groups, as in torch. Write your own as any function of that signature:
+A weight has shape `[out, in, *kernel]`; its fan-in is `in · prod(kernel)` and its fan-out
+`out · prod(kernel)`. For a grouped convolution, whose weight is `[out, in / groups, *kernel]`, the
+fan-out counts all groups, as in torch. Any function with that signature is an initializer:
 
 >>> def sparse_uniform(key, shape, dtype=torch.float32):
-...     w = random.uniform(key, shape, -10, 10, dtype)
+...     w = random.uniform(key, shape, dtype, minval=-10, maxval=10)
 ...     return torch.where(w.abs() < 5, 0.0, w)
 >>> sparse_uniform(random.key(0), (2, 3)).shape
 torch.Size([2, 3])
@@ -57,7 +57,7 @@ def zeros(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32)
     """Fill with 0.
 
     Args:
-        key: not drawn from; the result is on its device.
+        key: not used, except that the result is on its device.
         shape: shape of the result.
         dtype: dtype of the result.
 
@@ -71,7 +71,7 @@ def ones(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) 
     """Fill with 1.
 
     Args:
-        key: not drawn from; the result is on its device.
+        key: not used, except that the result is on its device.
         shape: shape of the result.
         dtype: dtype of the result.
 
@@ -95,7 +95,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
         raise ValueError(f"init.uniform: low must be below high, got low={low}, high={high}")
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return random.uniform(key, shape, low, high, dtype)
+        return random.uniform(key, shape, dtype, minval=low, maxval=high)
 
     return init
 
@@ -126,8 +126,8 @@ def truncated_normal(
     Args:
         std: the standard deviation before truncation, positive.
         mean: the mean before truncation.
-        low: no draw is below, whatever `std`.
-        high: no draw is above.
+        low: smallest value, not scaled by `std`.
+        high: largest value.
 
     Raises:
         ValueError: `std` is not positive, or `low` is not below `high`.
@@ -157,7 +157,7 @@ def _check_std(caller: str, std: float) -> None:
 def _fans(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         raise ValueError(
-            f"init: fans need a shape [out, in, *kernel], got {list(shape)}; for vectors use "
+            f"init: fans need a shape [out, in, *kernel], got {list(shape)}; for a bias use "
             "init.uniform, init.normal or init.zeros"
         )
     receptive = math.prod(shape[2:])
@@ -167,7 +167,8 @@ def _fans(shape: Sequence[int]) -> tuple[int, int]:
 def xavier_uniform(gain: float = 1.0) -> Initializer:
     """Draw from U(−a, a), a = gain·√(6 / (fan_in + fan_out)); `torch.nn.init.xavier_uniform_`.
 
-    Source: Glorot and Bengio, 2010, equation 16.
+    Source: Glorot and Bengio, Understanding the difficulty of training deep feedforward neural
+    networks, 2010, equation 16.
 
     >>> w = xavier_uniform()(random.key(0), (30, 20), torch.float32)
     >>> bool(w.abs().max() <= (6 / 50) ** 0.5)
@@ -176,7 +177,7 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         bound = gain * math.sqrt(6 / sum(_fans(shape)))
-        return random.uniform(key, shape, -bound, bound, dtype)
+        return random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init
 
@@ -184,7 +185,8 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
 def xavier_normal(gain: float = 1.0) -> Initializer:
     """Draw from N(0, gain²·2 / (fan_in + fan_out)); `torch.nn.init.xavier_normal_`.
 
-    Source: Glorot and Bengio, 2010.
+    Source: Glorot and Bengio, Understanding the difficulty of training deep feedforward neural
+    networks, 2010.
 
     >>> xavier_normal()(random.key(0), (3, 2), torch.float64).dtype
     torch.float64
@@ -199,7 +201,7 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
 def _kaiming(
     caller: str, a: float, mode: Mode, nonlinearity: str
 ) -> Callable[[Sequence[int]], float]:
-    """Check the arguments, then return shape -> standard deviation."""
+    """Check the arguments; return a function from a shape to a standard deviation."""
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"{caller}: mode must be 'fan_in' or 'fan_out', got {mode!r}")
     gain = torch.nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
@@ -211,16 +213,18 @@ def kaiming_uniform(
 ) -> Initializer:
     """Draw from U(−b, b), b = gain·√(3 / fan); equals `torch.nn.init.kaiming_uniform_`.
 
-    Source: He et al., 2015. The gain is `torch.nn.init.calculate_gain(nonlinearity, a)`; with
-    `a=√5` this is the default of `torch.nn.Linear` and `Conv2d`, U(±1/√fan_in).
+    The gain is `torch.nn.init.calculate_gain(nonlinearity, a)`; with `a=√5` this is the default of
+    `torch.nn.Linear` and `Conv2d`, U(±1/√fan_in).
 
     Args:
-        a: the slope of a leaky ReLU below 0.
-        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
-        nonlinearity: what follows the layer, by torch's name for it.
+        a: slope of a leaky ReLU below 0.
+        mode: `fan_in` preserves the variance of activations, `fan_out` that of gradients.
+        nonlinearity: torch's name of the function that follows the layer.
 
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch does not know `nonlinearity`.
+
+    Source: He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852
 
     >>> w = kaiming_uniform(a=5**0.5)(random.key(0), (30, 25), torch.float32)
     >>> bool(w.abs().max() <= 1 / 5)
@@ -230,7 +234,7 @@ def kaiming_uniform(
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         bound = math.sqrt(3) * std(shape)
-        return random.uniform(key, shape, -bound, bound, dtype)
+        return random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init
 
@@ -240,15 +244,15 @@ def kaiming_normal(
 ) -> Initializer:
     """Draw from N(0, gain² / fan); equals `torch.nn.init.kaiming_normal_` in distribution.
 
-    Source: He et al., 2015.
-
     Args:
-        a: the slope of a leaky ReLU below 0.
-        mode: `fan_in` keeps the variance of activations, `fan_out` that of gradients.
-        nonlinearity: what follows the layer, by torch's name for it.
+        a: slope of a leaky ReLU below 0.
+        mode: `fan_in` preserves the variance of activations, `fan_out` that of gradients.
+        nonlinearity: torch's name of the function that follows the layer.
 
     Raises:
-        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch knows no such nonlinearity.
+        ValueError: `mode` is neither `fan_in` nor `fan_out`, or torch does not know `nonlinearity`.
+
+    Source: He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852
 
     >>> kaiming_normal(nonlinearity="relu")(random.key(0), (3, 2), torch.float32).shape
     torch.Size([3, 2])

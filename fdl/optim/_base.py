@@ -31,6 +31,8 @@ from fdl.optim._hyperparams import (
     rates_now,
 )
 from fdl.tree import Tree
+from fdl.tree._map import match
+from fdl.tree._paths import dotted
 
 
 class Optimizer(NamedTuple):
@@ -150,7 +152,7 @@ def apply_rule(
         scalars: further arguments of the rule, float64 [], such as the rates.
     """
     leaves, spec = pytree.tree_flatten(params)
-    columns = {slot: tree.match(params, slots[slot], f"{name}: {slot}") for slot in slots}
+    columns = {slot: match(params, slots[slot], f"{name}: {slot}") for slot in slots}
     t = (count + 1).double()
     updates: list[Tensor | None] = []
     for i, (g, p) in enumerate(zip(match_grads(grads, params, name), leaves, strict=True)):
@@ -244,7 +246,7 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     >>> match_grads({"b": None, "w": torch.ones(1)}, {"w": torch.ones(1), "b": 0}, "here")
     [tensor([1.]), None]
     """
-    matched = tree.match(params, grads, f"{caller}: grads")
+    matched = match(params, grads, f"{caller}: grads")
     leaves = tree.leaves(params)
     if not all(
         g is None or (g.is_floating_point() and g.shape == p.shape)
@@ -369,7 +371,7 @@ def slots(state: Tree) -> dict[str, Tree]:
     """
     pairs, _ = pytree.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, State))
     named = [
-        (tree.dotted(entries), name, slot)
+        (dotted(entries), name, slot)
         for entries, node in pairs
         if isinstance(node, State)
         for name, slot in node.slots.items()

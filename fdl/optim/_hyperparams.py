@@ -15,6 +15,7 @@ from fdl import tree
 from fdl._kinds import register
 from fdl._modes import is_tracing
 from fdl.tree import Tree
+from fdl.tree._paths import dotted
 
 Schedule = Callable[[Tensor], Tensor]  # updates done, float64 [] -> value for the next update
 ScalarOrSchedule = float | Tensor | Schedule
@@ -208,8 +209,7 @@ def flatten_to_hyper(state: Tree) -> tuple[list[tuple[str, Any]], pytree.TreeSpe
     pairs, spec = pytree.tree_flatten_with_path(state, is_leaf=lambda n: isinstance(n, Hyper))
     # The last entry of the path is the field `hyper`, which tells a reader nothing: leave it out.
     return [
-        (tree.dotted(entries[:-1]) if isinstance(node, Hyper) else "", node)
-        for entries, node in pairs
+        (dotted(entries[:-1]) if isinstance(node, Hyper) else "", node) for entries, node in pairs
     ], spec
 
 

@@ -24,6 +24,8 @@ from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
 from fdl.optim._line_search import Point, Search, Verdict, judge, start
 from fdl.tree import Tree
+from fdl.tree._map import match
+from fdl.tree._summary import dtype_name
 
 
 class _Task(NamedTuple):
@@ -161,7 +163,7 @@ def lbfgs(
                 "lbfgs: update needs the loss as a function, update(grads, state, params, "
                 "value_fn=params -> value), as train_step passes it"
             )
-        matched = tree.match(params, grads, "lbfgs: grads")
+        matched = match(params, grads, "lbfgs: grads")
         x, leaves = _flatten(params), tree.leaves(params)
         pairs = list(zip(matched, leaves, strict=True))
         hyper, sign = state.hyper, -1 if maximize else 1
@@ -281,7 +283,7 @@ def _flatten(params: Tree) -> Tensor:
     flat = tree.flatten_dict(params)
     dtypes = {leaf.dtype for leaf in flat.values()}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        lines = [f"{path}: {str(leaf.dtype).removeprefix('torch.')}" for path, leaf in flat.items()]
+        lines = [f"{path}: {dtype_name(leaf.dtype)}" for path, leaf in flat.items()]
         raise ValueError(
             "lbfgs: params must share one floating dtype, as they form one vector, got:\n  "
             + "\n  ".join(lines)

@@ -8,7 +8,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl import tree
 from fdl._kinds import register
 from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast, update_of
 from fdl.optim._conditional import FiniteState
@@ -21,6 +20,7 @@ from fdl.optim._helpers import (
     zero_unless,
 )
 from fdl.tree import Tree
+from fdl.tree._paths import dotted
 
 LEAST_SCALE = 2.0**-24
 
@@ -150,7 +150,7 @@ def loss_scale_of(state: Tree) -> Tensor | None:
             for entry in entries
         ):
             raise ValueError(
-                f"loss_scale: at {tree.dotted(entries)!r} of the state it does not see all "
+                f"loss_scale: at {dotted(entries)!r} of the state it does not see all "
                 "gradients first, so that others stay scaled; put the whole chain, or all parts, "
                 "inside loss_scale(...)"
             )

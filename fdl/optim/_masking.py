@@ -8,6 +8,8 @@ from typing import Any
 from fdl import tree
 from fdl.optim._base import Optimizer, update_of
 from fdl.tree import Tree, Where
+from fdl.tree._map import match
+from fdl.tree._paths import select
 
 Labels = Mapping[str, Where] | Callable[[str, Any], str]
 
@@ -88,7 +90,7 @@ def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
     >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
     {'w': True, 'b': False}
     """
-    chosen = tree.select(params, where, caller)
+    chosen = select(params, where, caller)
     if chosen and callable(where) and not any(chosen.values()):
         raise ValueError(f"{caller}: {where!r} selects no path; there are {list(chosen)}")
     return chosen
@@ -196,7 +198,7 @@ def _by_label(
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"{caller}: expected the states of {sorted(opts)}, got {got}")
         labels = label_paths(params)
-        tree.match(params, grads, f"{caller}: grads")
+        match(params, grads, f"{caller}: grads")
         flat = tree.flatten_dict(params)
 
         def part_value_fn(moved: Tree) -> Any:

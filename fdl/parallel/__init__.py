@@ -1,8 +1,8 @@
-"""The same pure step on many processes: each takes its part of a batch, all take one update.
+"""Data parallelism: each process computes a part of a batch, and all take the same update.
 
-Every process runs the same program on the same state, from the same files with the same key, under
-`torchrun`. What passes between them are functional collectives of `torch.distributed`, which
-`fdl.jit` compiles with the rest: an epoch with its communication is still one program.
+Under `torchrun`, every process runs the same program on the same state, from the same files with
+the same key. Processes communicate by the functional collectives of `torch.distributed`, which
+`fdl.jit` compiles with everything else: an epoch with its communication is still one program.
 """
 
 from __future__ import annotations

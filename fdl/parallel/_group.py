@@ -1,4 +1,4 @@
-"""Processes: the group of a mesh, and calls in all of them or in the first."""
+"""The process group of a mesh, and calls in every process or in the first."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def group_of(mesh: Any | None, caller: str) -> tuple[Any, int, int]:
 
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
-            f"parallel.{caller}: mesh must be a DeviceMesh, as torch.distributed."
-            f"init_device_mesh('cpu', (processes,)) makes it, or None, got {type(mesh).__name__}"
+            f"parallel.{caller}: mesh must be a DeviceMesh, as torch.distributed.init_device_mesh"
+            f"('cpu', (processes,)) returns, or None, got {type(mesh).__name__}"
         )
     if not torch.distributed.is_initialized():
         raise RuntimeError(
             f"parallel.{caller}: no process group is initialised; start with torchrun, and call "
-            "torch.distributed.init_process_group before making the mesh"
+            "torch.distributed.init_process_group before you create the mesh"
         )
     if mesh.ndim != 1:
         raise ValueError(
-            f"parallel.{caller}: mesh must have one dimension, got {list(mesh.shape)}; take one of "
-            f"its dimensions, mesh['name']"
+            f"parallel.{caller}: mesh must have one dimension, got {list(mesh.shape)}; pass one of "
+            "its dimensions, mesh['name']"
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"parallel.{caller}: this process is not part of the mesh")
@@ -40,14 +40,14 @@ def group_of(mesh: Any | None, caller: str) -> tuple[Any, int, int]:
 
 
 def on_all(group: ProcessGroup | None, act: Callable[[], T]) -> list[T]:
-    """Call a function in each process, and give all of them the results of all, by rank.
+    """Call a function in each process, and return the results of all in all of them, by rank.
 
     Args:
-        group: the processes; None is this one alone.
-        act: what each does; its result is sent as a pickle, between processes of one job.
+        group: the processes; None for this one alone.
+        act: the function; its result is sent as a pickle, between processes of the same job.
 
     Raises:
-        OSError: it failed in another process.
+        OSError: `act` raised in another process.
 
     >>> on_all(None, lambda: 1)
     [1]
@@ -71,14 +71,14 @@ def on_all(group: ProcessGroup | None, act: Callable[[], T]) -> list[T]:
 
 
 def on_first(group: ProcessGroup | None, act: Callable[[], T]) -> T:
-    """Call a function in the first process alone, and give all of them its result.
+    """Call a function in the first process only, and return its result in all of them.
 
     Args:
-        group: the processes; None is this one alone.
-        act: what it does.
+        group: the processes; None for this one alone.
+        act: the function.
 
     Raises:
-        OSError: it failed there.
+        OSError: `act` raised in the first process.
 
     >>> on_first(None, lambda: 1)
     1

@@ -1,4 +1,4 @@
-"""One copy of what all processes of a host read: files that each of them maps into memory."""
+"""Data shared by all processes of a host, through memory-mapped files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fdl.tree import Tree
 
 
 def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
-    """Load data in one process of each host, for all of its processes: they share the memory.
+    """Load data in one process of each host, and share its memory with the others.
 
-    The tensors are files in memory (where it has no room for them, in the temporary folder), which
-    all processes map, and which have no name from then on: they go with the last process.
+    Tensors are memory-mapped from files in /dev/shm (or the temporary folder if it is too small).
+    The files are unlinked at once, so the memory is freed with the last process.
 
     Args:
         load: reads the data, a tree of tensors on the CPU and of anything that can be pickled.
-        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
+        mesh: the processes, a `DeviceMesh` of one dimension; None for this process alone.
 
     Returns:
-        What `load` returned, to be read only. Writing in place is seen by nobody else.
+        The result of `load`. Treat it as read-only: other processes do not see writes.
 
     Raises:
-        Exception: what `load` raised; an `OSError` that says so in processes that did not call it.
+        Exception: as raised by `load`; in processes that did not call it, an `OSError`.
 
     Example::
 
@@ -46,12 +46,12 @@ def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
     return load() if group is None else _load_per_host(load, group)
 
 
-MEMORY = Path("/dev/shm")  # a folder in memory, where Linux has it
+MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
 
 
 @dataclass(frozen=True)
 class _File:
-    """Where a tensor lies."""
+    """The file of a tensor."""
 
     path: Path
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class _File:
 
 
 def _load_per_host(load: Callable[[], T], group: Any) -> T:
-    """Call a function in one process of each host, and share what it returns."""
+    """Call a function in one process of each host, and share the result."""
     hosts = on_all(group, socket.gethostname)
     first = hosts.index(hosts[group.rank()])
     folder: Path | None = None
@@ -74,9 +74,9 @@ def _load_per_host(load: Callable[[], T], group: Any) -> T:
 
     try:
         written = on_all(group, write if group.rank() == first else lambda: None)[first]
-        found = tree.map(lambda leaf: _map(leaf) if isinstance(leaf, _File) else leaf, written)
-        on_all(group, lambda: None)  # all have mapped them: names are not needed any more
-        return found
+        shared = tree.map(lambda leaf: _map(leaf) if isinstance(leaf, _File) else leaf, written)
+        on_all(group, lambda: None)  # every process has mapped the files: they can be unlinked
+        return shared
     finally:
         if folder is not None:
             shutil.rmtree(folder)
@@ -97,6 +97,6 @@ def _map(file: _File) -> Tensor:
     size = math.prod(file.shape)
     if not size:
         return torch.empty(file.shape, dtype=file.dtype)
-    # Not `shared`: should somebody write to it, nobody else sees that.
+    # shared=False maps copy-on-write.
     flat = torch.from_file(str(file.path), shared=False, size=size, dtype=file.dtype)
     return flat.reshape(file.shape)

@@ -1,4 +1,4 @@
-"""Check that every process has the same state."""
+"""Check that all processes have the same state."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from fdl import tree
 from fdl.parallel._group import Mesh, group_of
 from fdl.tree import Tree
+from fdl.tree._summary import shape_dtype
 
 
 def check_replicated(state: Tree, mesh: Mesh | None) -> None:
-    """Compare a tree over the processes, and raise in each of them where any leaf differs.
+    """Compare a tree between all processes, and raise in each of them if any leaf differs.
 
-    Call it once before training: a state made from another key or file in one process would train
-    to nonsense without any other sign.
+    Call it once before training: if one process starts from another key or file, nothing else
+    would reveal it.
 
     Args:
         state: the tree that should be the same in every process: a `TrainState`, numbers, strings.
-        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
+        mesh: the processes, a `DeviceMesh` of one dimension; None for this process alone.
 
     Raises:
-        ValueError: the trees differ; each path is listed, with what each process has.
+        ValueError: the trees differ; each path is listed, with the leaves of two processes.
 
     Example::
 
@@ -43,13 +44,13 @@ def check_replicated(state: Tree, mesh: Mesh | None) -> None:
     ]
     if lines:
         raise ValueError(
-            f"parallel.check_replicated: the processes differ (this is rank {rank}); make it from "
-            "the same key, file and options in each:\n  " + "\n  ".join(lines)
+            f"parallel.check_replicated: processes have different states (this is rank {rank}); "
+            "create it from the same key, file and options in each:\n  " + "\n  ".join(lines)
         )
 
 
 def _unequal(values: list[Any], gathered: list[Any]) -> list[tuple[int, Any]]:
-    """Give the first process and the first that differs from it, with what they have."""
+    """Return the first process and the first that differs from it, with their leaves."""
     other = next((r for r, value in enumerate(values) if value != values[0]), None)
     return [] if other is None else [(0, gathered[0]), (other, gathered[other])]
 
@@ -59,4 +60,4 @@ def _shown(leaf: Any) -> str:
         return repr(leaf)
     raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:8]
-    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} with SHA-256 {digest}"
+    return f"{shape_dtype(leaf)} with SHA-256 {digest}"

@@ -1,4 +1,4 @@
-"""Which rows of a batch a process takes."""
+"""The rows of a batch for each process."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fdl.parallel._group import Mesh, T, group_of
 
 
 def own_rows(indices: T, mesh: Mesh | None) -> T:
-    """Take this process's columns of `[steps, batch]`, or of any leaves with those two axes first.
+    """Return this process's part of every batch: of `Indices`, or any leaves [steps, batch, ...].
 
-    Rank r of N has columns r·batch/N to (r + 1)·batch/N: what all have together is the whole.
+    Rank r of N gets columns r·batch/N to (r + 1)·batch/N.
 
     Args:
-        indices: leaves [steps, batch, …], such as those of `data.epoch_indices`.
-        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone.
+        indices: leaves [steps, batch, ...], such as those of `data.epoch_indices`.
+        mesh: the processes, a `DeviceMesh` of one dimension; None for this process alone.
 
     Returns:
-        Leaves [steps, batch / N, …].
+        The same structure, leaves [steps, batch / N, ...].
 
     Raises:
-        ValueError: the batch is not divisible by the number of processes.
+        ValueError: the batch is not divisible by the number of processes (each leaf is listed).
 
     Example::
 
@@ -30,15 +30,19 @@ def own_rows(indices: T, mesh: Mesh | None) -> T:
     """
     _, rank, size = group_of(mesh, "own_rows")
 
-    def part(path: str, leaf: Tensor) -> Tensor:
-        if leaf.ndim < 2 or leaf.shape[1] % size:
-            raise ValueError(
-                f"parallel.own_rows: {path or 'indices'} has the shape {list(leaf.shape)}; "
-                f"expected [steps, batch, ...] with a batch divisible by {size} processes"
-            )
-        own = leaf.chunk(size, dim=1)[rank]
-        return own if size == 1 else own.clone(memory_format=torch.contiguous_format)
+    lines = [
+        f"{path or 'indices'}: {list(leaf.shape)}"
+        for path, leaf in tree.flatten_dict(indices).items()
+        if leaf.ndim < 2 or leaf.shape[1] % size
+    ]
+    if lines:
+        raise ValueError(
+            "parallel.own_rows: expected leaves [steps, batch, ...] with a batch divisible by the "
+            f"{size} processes, got\n  " + "\n  ".join(lines)
+        )
 
-    flat = tree.flatten_dict(indices)
-    parts = {path: part(path, leaf) for path, leaf in flat.items()}
-    return tree.unflatten_dict(parts, like=indices)
+    def own(leaf: Tensor) -> Tensor:
+        columns = leaf.chunk(size, dim=1)[rank]
+        return columns if size == 1 else columns.clone(memory_format=torch.contiguous_format)
+
+    return tree.map(own, indices)

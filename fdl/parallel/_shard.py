@@ -1,4 +1,4 @@
-"""Parameters in slices: `shard` and `gather` of `fdl.parallel`."""
+"""`shard` parameters over processes, and `gather` them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from fdl.parallel._group import Mesh, T, group_of
 
 
 def shard(params: T, mesh: Mesh | None, rules: Mapping[str, int | None]) -> T:
-    """Spread parameters over the processes of a mesh: each keeps a slice, as a `DTensor`.
+    """Shard parameters over the processes of a mesh: each keeps a slice, as a `DTensor`.
 
-    What an optimizer keeps for a parameter is spread with it, since it is made like it. The step of
-    `train_step` gathers the parameters, sums the gradients so that each process receives its
-    slice of the sum, and updates that slice. What is kept between steps takes 1/N of the memory
-    (ZeRO), and as many bytes are sent as by an all-reduce of the gradients. The result is that of
-    whole parameters, to rounding: rules say where memory is, and nothing else.
+    The optimizer's state of a parameter is sharded like the parameter. A step of `train_step`
+    gathers the parameters, sums the gradients so that each process receives its slice of the sum,
+    and updates that slice. Between steps the state takes 1/N of the memory (ZeRO), and a step sends
+    as many bytes as an all-reduce of the gradients. Results equal those of unsharded parameters, up
+    to rounding: the rules only decide where memory is.
 
-    `fdl.jit`, `fdl.scan` in its carry, `fdl.tree`, optimizers and a `Checkpointer` with a group
-    take such leaves as they are. Models are applied to `gather(params)`: torch has no rules for
-    most layers.
+    `fdl.jit`, the carry of `fdl.scan`, `fdl.tree`, optimizers and a `Checkpointer` with a group
+    accept sharded leaves. Apply models to `gather(params)`: torch has no sharding rules for most
+    layers.
 
     Args:
-        params: the same whole tree in every process (see `check_replicated`).
-        mesh: the processes, a `DeviceMesh` of one dimension; None is this process alone, for
-            which nothing changes.
-        rules: a glob on dotted paths -> the dimension along which to cut what it matches, None for
-            leaves that stay whole. The first that matches counts. Slices are as
-            `torch.chunk` makes them, so the last processes may have less, or nothing.
+        params: the same full tree in every process (see `check_replicated`).
+        mesh: the processes, a `DeviceMesh` of one dimension; None for this process alone, where
+            nothing changes.
+        rules: from globs on dotted paths to the dimension to shard, or None to replicate. The first
+            glob that matches applies. Slices are those of `torch.chunk`: those of the last
+            processes may be smaller, or empty.
 
     Raises:
-        ValueError: a leaf that no rule matches, a rule that matches no leaf, a dimension that a
-            leaf does not have (each path is listed).
-        TypeError: a leaf is no plain tensor (likewise).
+        ValueError: no rule matches a leaf, a rule matches no leaf, or a leaf lacks the dimension
+            (each path is listed).
+        TypeError: a leaf is not a plain tensor (each path is listed).
 
     Source: Rajbhandari et al., ZeRO, 2020, https://arxiv.org/abs/1910.02054
 
@@ -58,45 +58,45 @@ def shard(params: T, mesh: Mesh | None, rules: Mapping[str, int | None]) -> T:
 
     def cut(leaf: Tensor, dim: int) -> Any:
         part, how = _dtensor.to_local(_dtensor.distribute(leaf, mesh, [Shard(dim)]))
-        return _dtensor.from_local(part.clone(), how)  # not a view of the whole
+        return _dtensor.from_local(part.clone(), how)  # a copy: a view would keep the full tensor
 
     cuts = {p: leaf if (d := dims[p]) is None else cut(leaf, d) for p, leaf in flat.items()}
     return tree.unflatten_dict(cuts, like=params)
 
 
 def _dims(flat: Mapping[str, Any], rules: Mapping[str, int | None]) -> dict[str, int | None]:
-    """Say along which dimension each leaf is to be cut."""
-    wrong = [
+    """Return the dimension along which to shard each leaf."""
+    lines = [
         f"{path}: expected a plain tensor, got {type(leaf).__name__}"
         for path, leaf in flat.items()
         if type(leaf) is not Tensor
     ]
-    if wrong:
-        raise TypeError("parallel.shard:\n  " + "\n  ".join(wrong))
-    found = {path: [g for g in rules if fnmatchcase(path, g)] for path in flat}
+    if lines:
+        raise TypeError("parallel.shard:\n  " + "\n  ".join(lines))
+    matches = {path: [g for g in rules if fnmatchcase(path, g)] for path in flat}
     lines = [
-        f"{glob}: a rule that matches no leaf"
+        f"{glob}: this rule matches no leaf"
         for glob in rules
-        if not any(glob in globs for globs in found.values())
+        if not any(glob in globs for globs in matches.values())
     ]
-    for path, globs in found.items():
+    for path, globs in matches.items():
         dim, ndim = rules[globs[0]] if globs else None, flat[path].ndim
         if not globs:
-            lines.append(f"{path}: no rule matches it; add '*': None for what stays whole")
+            lines.append(f"{path}: no rule matches; add '*': None to replicate the rest")
         elif dim is not None and not 0 <= dim < ndim:
-            lines.append(f"{path}: has {ndim} dimensions, and {globs[0]!r} says to cut {dim}")
+            lines.append(f"{path}: has {ndim} dimensions, but {globs[0]!r} shards dimension {dim}")
     if lines:
         raise ValueError("parallel.shard:\n  " + "\n  ".join(lines))
-    return {path: rules[globs[0]] for path, globs in found.items()}
+    return {path: rules[globs[0]] for path, globs in matches.items()}
 
 
-def gather(spread: T) -> T:
-    """Make a tree whole in every process again: DTensors become plain tensors.
+def gather(sharded: T) -> T:
+    """Replace every DTensor of a tree by the full tensor, in every process.
 
-    Every process must call it. A tree without DTensors is returned as it is.
+    Every process must call it. A tree without DTensors is returned unchanged.
 
     Args:
-        spread: what `shard` made, or anything with such leaves.
+        sharded: the result of `shard`, or any tree with such leaves.
 
     Example::
 
@@ -106,4 +106,4 @@ def gather(spread: T) -> T:
     >>> gather({"weight": torch.ones(2)})
     {'weight': tensor([1., 1.])}
     """
-    return _dtensor.gather(spread)
+    return _dtensor.gather(sharded)

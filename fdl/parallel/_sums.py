@@ -1,7 +1,7 @@
 """Sums over the processes of a group, of all leaves of a tree at once.
 
-Leaves are sent in the order of their sorted paths, since the same dict may have been filled in
-another order in another process.
+Leaves are sent in the order of their sorted paths, since the same dict may have been filled in a
+different order in another process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fdl.tree import Tree
 
 
 def sum_over(summands: T, group: Any, like: Tree | None = None) -> T:
-    """Sum every leaf over the processes: in one message for each dtype, all that stay whole.
+    """Sum every leaf over the processes, with one message for all replicated leaves of a dtype.
 
-    Leaves for which `like` has a DTensor are sent each by itself, and come back spread as it is.
+    A leaf for which `like` has a DTensor has a message of its own, and the sum is sharded like it.
     """
     if group is None:
         return summands
@@ -35,7 +35,7 @@ def sum_over(summands: T, group: Any, like: Tree | None = None) -> T:
 
 
 def sum_in_order(summands: T, group: Any, size: int) -> T:
-    """Sum leaves [own, …] over their first axis and the processes, in an order that fits any N."""
+    """Sum leaves [own, …] over the first axis and the processes, in an order independent of N."""
     from torch.distributed import _functional_collectives as collectives
 
     gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -50,7 +50,7 @@ def sum_in_order(summands: T, group: Any, size: int) -> T:
 
 
 def _by_pairs(x: Tensor) -> Tensor:
-    """Sum [n, …] to [1, …]: neighbours, then neighbours of these sums, and so on.
+    """Sum [n, …] to [1, …] pairwise: neighbours, then neighbours of these sums, and so on.
 
     >>> _by_pairs(torch.arange(5)[:, None])
     tensor([[10]])
@@ -64,7 +64,7 @@ def _by_pairs(x: Tensor) -> Tensor:
 def _by_dtype(
     flat: dict[str, Tensor], reduce: Callable[[Tensor], Tensor], first: int
 ) -> dict[str, Tensor]:
-    """Apply a function to all leaves of a dtype at once, their axes from `first` on as one."""
+    """Apply a function to all leaves of a dtype at once, with the axes from `first` flattened."""
     done, flat = {}, {path: flat[path] for path in sorted(flat)}
     for dtype in dict.fromkeys(leaf.dtype for leaf in flat.values()):
         some = {path: leaf for path, leaf in flat.items() if leaf.dtype == dtype}

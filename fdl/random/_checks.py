@@ -1,6 +1,7 @@
 """Checks of the arguments of `fdl.random`.
 
-They read structure, shape, dtype and Python numbers, never values of tensors: they are traced.
+They read structure, shape, dtype and Python numbers, never values of tensors, since they are
+traced.
 """
 
 from __future__ import annotations
@@ -12,19 +13,16 @@ from torch import Tensor
 
 from fdl.random._threefry import FLOATS, INT64, INTEGERS, MASK
 
-# ----------------------------------------------------------------------------------- the checks
-# They read structure, shape, dtype and Python numbers, never values of tensors: they are traced.
-
 
 def describe(x: object) -> str:
-    """Say what came, for an error message."""
+    """Describe an argument, for an error message."""
     if isinstance(x, Tensor):
         return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
     return f"{x!r} ({type(x).__name__})"
 
 
 def check_key(caller: str, key: Tensor) -> None:
-    """Refuse what is no key, naming the likely slip."""
+    """Raise unless `key` is a key, and name the likely mistake."""
     expected = f"{caller}: `key` expected a key, an int64 tensor of shape (2,), got {describe(key)}"
     if isinstance(key, int):
         raise TypeError(f"{expected}; make a key from a seed with random.key({key})")
@@ -36,7 +34,7 @@ def check_key(caller: str, key: Tensor) -> None:
 
 
 def check_count(caller: str, name: str, n: int) -> None:
-    """Refuse what is no non-negative int."""
+    """Raise unless `n` is a non-negative int."""
     if not isinstance(n, int):
         raise TypeError(f"{caller}: `{name}` expected a non-negative int, got {describe(n)}")
     if n < 0:
@@ -44,7 +42,7 @@ def check_count(caller: str, name: str, n: int) -> None:
 
 
 def check_shape(caller: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Refuse what is no shape; give it back as a tuple."""
+    """Raise unless `shape` is a shape; return it as a tuple."""
     if not isinstance(shape, tuple | list):
         raise TypeError(
             f"{caller}: `shape` expected a tuple of ints, got {describe(shape)}; "
@@ -58,7 +56,7 @@ def check_shape(caller: str, shape: Sequence[int]) -> tuple[int, ...]:
 def check_dtype(
     caller: str, dtype: torch.dtype, allowed: Container[torch.dtype], name: str = "dtype"
 ) -> None:
-    """Refuse a dtype that the caller cannot draw."""
+    """Raise unless `dtype` is one of `allowed`."""
     if dtype not in allowed:
         kinds = "int64, int32, int16, int8 or uint8"
         if allowed is FLOATS:
@@ -67,7 +65,7 @@ def check_dtype(
 
 
 def check_broadcast(caller: str, name: str, value: object, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor that does not broadcast to exactly `shape`."""
+    """Raise if `value` is a tensor that does not broadcast to exactly `shape`."""
     if not isinstance(value, Tensor):
         return
     sizes = tuple(value.shape)
@@ -82,7 +80,7 @@ def check_broadcast(caller: str, name: str, value: object, shape: tuple[int, ...
 
 
 def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) -> None:
-    """Refuse a lower and an upper bound that are no numbers, out of order, or of a wrong shape."""
+    """Raise unless a lower and an upper bound are numbers or tensors, in order, and broadcast."""
     for name, bound in bounds.items():
         if not isinstance(bound, int | float | Tensor):
             raise TypeError(
@@ -99,9 +97,9 @@ def check_bounds(caller: str, shape: tuple[int, ...], **bounds: float | Tensor) 
 def inclusive_bound(
     name: str, value: int | Tensor, excess: int, dtype: torch.dtype
 ) -> int | Tensor:
-    """Check a bound of `randint` that exceeds the value meant by `excess`; give that value.
+    """Check a bound of `randint`, subtract `excess` from it, and return the result.
 
-    An int outside `dtype` is refused, a tensor is clipped.
+    An int outside the range of `dtype` raises, a tensor is clipped.
     """
     least, most = torch.iinfo(dtype).min + excess, torch.iinfo(dtype).max + excess
     if isinstance(value, Tensor):
@@ -119,7 +117,7 @@ def inclusive_bound(
 
 
 def folded_word(data: int | Tensor) -> int | Tensor:
-    """Check what `fold_in` folds in; give it as a 32-bit word."""
+    """Check the `data` of `fold_in`, and return it as a 32-bit word."""
     if isinstance(data, Tensor):
         if data.dtype not in INTEGERS:
             raise TypeError(f"fold_in: `data` expected an integer dtype, got {describe(data)}")
@@ -137,7 +135,7 @@ def folded_word(data: int | Tensor) -> int | Tensor:
 
 
 def check_probability(p: float | Tensor) -> None:
-    """Refuse what `bernoulli` cannot read as a probability."""
+    """Raise unless `p` is a probability."""
     if isinstance(p, Tensor):
         check_dtype("bernoulli", p.dtype, FLOATS, "p")
     elif not isinstance(p, int | float):
@@ -146,13 +144,25 @@ def check_probability(p: float | Tensor) -> None:
         raise ValueError(f"bernoulli: `p` is a probability and must be in [0, 1], got {p}")
 
 
-def check_logits(logits: Tensor) -> None:
-    """Refuse what `categorical` cannot read as classes along the last axis."""
+def check_axis(caller: str, axis: int, ndim: int) -> int:
+    """Raise unless `axis` is an axis of a tensor with `ndim` axes; return it counted from 0."""
+    if not isinstance(axis, int):
+        raise TypeError(f"{caller}: `axis` expected an int, got {describe(axis)}")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"{caller}: `axis` must be in [{-ndim}, {ndim - 1}], got {axis}")
+    return axis % ndim
+
+
+def check_logits(logits: Tensor, axis: int) -> int:
+    """Raise unless `logits` has classes along `axis`; return the axis counted from the end."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"categorical: `logits` expected a tensor, got {describe(logits)}")
     check_dtype("categorical", logits.dtype, FLOATS, "logits")
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim:
+        axis = check_axis("categorical", axis, logits.ndim) - logits.ndim
+    if logits.ndim == 0 or logits.shape[axis] == 0:
         raise ValueError(
-            "categorical: `logits` expected one or more classes along the last axis, "
+            "categorical: `logits` expected one or more classes along `axis`, "
             f"got {describe(logits)}"
         )
+    return axis

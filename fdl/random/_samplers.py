@@ -18,13 +18,13 @@ Shape: TypeAlias = Sequence[int]
 def key(seed: int, device: torch.device | str | None = None) -> Key:
     """Make a key from an integer seed.
 
-    The seed's high and low 32 bits become the two words. A negative seed is taken modulo 2**64, so
-    `key(-1)` is `key(2**64 - 1)`. This is `jax.random.key` with x64 enabled; without x64 JAX
-    drops the high word, which changes seeds that are negative or need more than 32 bits.
+    The high and low 32 bits of the seed become the two words. A negative seed is taken modulo
+    2**64, so `key(-1)` equals `key(2**64 - 1)`. The key equals that of `jax.random.key` with x64
+    enabled. Without x64, JAX drops the high word of seeds that are negative or exceed 32 bits.
 
     Args:
         seed: an int in [-2**63, 2**64).
-        device: where the key lives; everything drawn from it lives there too.
+        device: device of the key, and of everything drawn from it.
 
     Returns:
         A key, int64 [2].
@@ -44,33 +44,33 @@ def key(seed: int, device: torch.device | str | None = None) -> Key:
     )
 
 
-def split(key: Key, n: int = 2) -> Tensor:
-    """Split one key into `n` independent ones; the parent is then used up.
+def split(key: Key, num: int = 2) -> Tensor:
+    """Split one key into `num` independent keys, and do not use it again.
 
     Args:
         key: a key, int64 [2].
-        n: how many, a non-negative int.
+        num: number of keys, a non-negative int.
 
     Returns:
-        The children, int64 [n, 2]; unpack them or index the first axis.
+        The new keys, int64 [num, 2]; unpack them or index the first axis.
 
     >>> init_key, run_key = split(key(0))
     >>> init_key
     tensor([1797259609, 2579123966])
     """
     _checks.check_key("split", key)
-    _checks.check_count("split", "n", n)
-    return torch.stack(_threefry.encrypted_counters(key, (n,)), -1)
+    _checks.check_count("split", "num", num)
+    return torch.stack(_threefry.encrypted_counters(key, (num,)), -1)
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
     """Derive a new key from a key and a number, such as a step count, an epoch or a rank.
 
-    Number i gives the i-th child of `split`: on one key, fold in or split, never both.
+    `fold_in(key, i)` equals `split(key, n)[i]`: with any one key, fold in or split, never both.
 
     Args:
         key: a key, int64 [2].
-        data: an int in [0, 2**32), or a 0-d integer tensor, whose low 32 bits count.
+        data: an int in [0, 2**32), or a 0-d integer tensor, of which the low 32 bits are used.
 
     Returns:
         A key, int64 [2].
@@ -105,35 +105,35 @@ def bits(key: Key, shape: Shape = ()) -> Tensor:
 def uniform(
     key: Key,
     shape: Shape = (),
-    low: float | Tensor = 0.0,
-    high: float | Tensor = 1.0,
     dtype: torch.dtype = torch.float32,
+    minval: float | Tensor = 0.0,
+    maxval: float | Tensor = 1.0,
 ) -> Tensor:
-    """Draw uniformly from [low, high).
+    """Draw uniformly from [minval, maxval).
 
     On [0, 1) the values are multiples of 2**-23 (float32; -52 for float64, -10 for float16, -7 for
-    bfloat16) and the same bits everywhere. Other bounds cost one rounding more, which may return
-    `high` itself where |low| is far larger than `high - low`.
+    bfloat16) and the same bits everywhere. Other bounds add one rounding, which can return `maxval`
+    itself where |minval| is far larger than `maxval - minval`.
 
     Args:
         key: a key, int64 [2].
         shape: shape of the result.
-        low: lower bound, a number or a tensor that broadcasts to `shape`.
-        high: upper bound, likewise. Gradients flow to both bounds.
         dtype: float32, float64, float16 or bfloat16.
+        minval: lower bound, a number or a tensor that broadcasts to `shape`.
+        maxval: upper bound, likewise. Gradients flow to both bounds.
 
     Returns:
         `dtype` of `shape`.
 
-    >>> uniform(key(0), (2, 3), low=-1.0)
+    >>> uniform(key(0), (2, 3), minval=-1.0)
     tensor([[ 0.8953,  0.9572, -0.3354],
             [-0.0627,  0.1398, -0.6690]])
     """
     _checks.check_key("uniform", key)
     shape = _checks.check_shape("uniform", shape)
     _checks.check_dtype("uniform", dtype, _threefry.FLOATS)
-    _checks.check_bounds("uniform", shape, low=low, high=high)
-    return _threefry.uniform(key, shape, low, high, dtype).to(dtype)
+    _checks.check_bounds("uniform", shape, minval=minval, maxval=maxval)
+    return _threefry.uniform(key, shape, minval, maxval, dtype).to(dtype)
 
 
 def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,12 +142,12 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     Args:
         key: a key, int64 [2].
         shape: shape of the result.
-        dtype: float32, float64, float16 or bfloat16. A bfloat16 draw uses 7 random bits and reaches
-            ±2.9 at most, as in JAX: where tails matter, draw float32 and cast.
+        dtype: float32, float64, float16 or bfloat16. A bfloat16 draw has 7 random bits and reaches
+            ±2.9 at most, as in JAX: if you need the tails, draw float32 and cast.
 
     Returns:
-        `dtype` of `shape`, within 4 units in the last place between eager, compiled and devices
-        (and JAX in float32; in float64 XLA's own log1p leaves up to 30).
+        `dtype` of `shape`. Eager, compiled, on another device, and in JAX, draws differ by at most
+        4 units in the last place (from JAX in float64 by up to 30, due to XLA's log1p).
 
     >>> normal(key(0), (3,))
     tensor([ 1.6226,  2.0253, -0.4336])
@@ -171,15 +171,15 @@ def truncated_normal(
 ) -> Tensor:
     """Draw from the standard normal distribution conditioned on (lower, upper).
 
-    Draws agree with `jax.random.truncated_normal` but in the tails: where both bounds are beyond 3
-    (7 in float64) on one side, the formula of JAX has few values left, from 5 on eleven of them,
-    and another one is used, which is right however far out.
+    Draws agree with `jax.random.truncated_normal` except in the tails. Where both bounds are beyond
+    3 (7 in float64) on the same side, JAX's formula can return only a few values (eleven from 5
+    on), so another formula is used, which is accurate arbitrarily far out.
 
     Args:
         key: a key, int64 [2].
         lower: lower bound, a number or a tensor that broadcasts to `shape`; may be -inf.
-        upper: upper bound, likewise. Gradients flow to both bounds.
-        shape: shape of the result; by default that of the bounds, broadcast.
+        upper: upper bound, likewise; may be inf. Gradients flow to both bounds.
+        shape: shape of the result; by default the broadcast shape of the bounds.
         dtype: float32, float64, float16 or bfloat16.
 
     Returns:
@@ -197,7 +197,7 @@ def truncated_normal(
     working = _threefry.working_dtype(dtype)
     x = _threefry.truncated(key, shape, lower, upper, dtype)
     lower, upper = _threefry.cast(lower, working, key), _threefry.cast(upper, working, key)
-    # Rounding must not carry a draw onto or past a bound; nextafter itself has no derivative.
+    # A draw must not round to or past a bound. nextafter itself has no derivative.
     inf = torch.full_like(lower, math.inf)
     first = torch.nextafter(lower.detach(), inf)
     last = torch.nextafter(upper.detach(), -inf)
@@ -211,7 +211,7 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> 
         key: a key, int64 [2].
         p: probability of True, a number in [0, 1] (compared in float32) or a floating tensor that
             broadcasts to `shape` (compared in its own dtype, which limits how small it can be).
-        shape: shape of the result; by default that of `p`.
+        shape: shape of the result; by default the shape of `p`.
 
     Returns:
         bool of `shape`.
@@ -232,28 +232,27 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> 
 def randint(
     key: Key,
     shape: Shape,
-    low: int | Tensor,
-    high: int | Tensor,
+    minval: int | Tensor,
+    maxval: int | Tensor,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """Draw integers from low, ..., high - 1.
+    """Draw integers from minval, ..., maxval - 1.
 
-    Draws are those of `jax.random.randint` for the same dtype. JAX's default dtype is int32, or
-    int64 with x64 enabled, as here: without x64 its default is `dtype=torch.int32`. The two widths
-    draw other numbers from the same key.
+    Draws equal those of `jax.random.randint` for the same dtype. The default is int64, as in JAX
+    with x64 enabled; JAX without x64 draws int32, which are different numbers from the same key.
 
     A draw is a random number of twice the width modulo the span, in arithmetic of the single width.
-    That leaves no bias to speak of for spans up to 2**16 (int32 and narrower) or 2**32 (int64).
-    Above, some values are up to twice as probable as others, the more the closer the span is to
-    2**32 (2**64): of int32 draws below 10**9 the first 294,967,296 have 5 chances where others
-    have 4. Draw such spans as int64.
+    The bias is negligible for spans up to 2**16 (int32 and narrower) or 2**32 (int64). Above, some
+    values are more probable than others, up to twice as much as the span approaches 2**32 (2**64):
+    of int32 draws below 10**9, the odds of the first 294,967,296 to the others are 5 to 4. Draw
+    such spans as int64.
 
     Args:
         key: a key, int64 [2].
         shape: shape of the result.
-        low: smallest value, an int or an integer tensor that broadcasts to `shape`.
-        high: one more than the largest value, likewise. Tensor bounds are clipped to `dtype`'s
-            range; where they leave nothing between them, `low` is returned.
+        minval: smallest value, an int or an integer tensor that broadcasts to `shape`.
+        maxval: one more than the largest value, likewise. Tensor bounds are clipped to the range of
+            `dtype`; where nothing lies between them, the result is `minval`.
         dtype: int64, int32, int16, int8 or uint8.
 
     Returns:
@@ -265,10 +264,10 @@ def randint(
     _checks.check_key("randint", key)
     shape = _checks.check_shape("randint", shape)
     _checks.check_dtype("randint", dtype, _threefry.INTEGERS)
-    _checks.check_bounds("randint", shape, low=low, high=high)
+    _checks.check_bounds("randint", shape, minval=minval, maxval=maxval)
     # With the last value included, the full range of int64 needs no 65th bit.
-    first = _threefry.cast(_checks.inclusive_bound("low", low, 0, dtype), torch.int64, key)
-    last = _threefry.cast(_checks.inclusive_bound("high", high, 1, dtype), torch.int64, key)
+    first = _threefry.cast(_checks.inclusive_bound("minval", minval, 0, dtype), torch.int64, key)
+    last = _threefry.cast(_checks.inclusive_bound("maxval", maxval, 1, dtype), torch.int64, key)
 
     width = 64 if dtype is torch.int64 else 32
     wrap = -1 if width == 64 else _threefry.MASK
@@ -282,16 +281,17 @@ def randint(
     return (first + _threefry.remainder(offset, span)).to(dtype)
 
 
-def permutation(key: Key, x: int | Tensor) -> Tensor:
-    """Shuffle `range(x)`, or the rows of a tensor.
+def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
+    """Shuffle `range(x)`, or a tensor along one axis.
 
     Args:
         key: a key, int64 [2].
         x: a non-negative int n, or a tensor with at least one axis.
+        axis: axis of the tensor to shuffle, as a whole: all rows keep their contents.
 
     Returns:
         For an int, a permutation of 0, ..., n - 1, int64 [n]; for a tensor, `x` reordered along
-        axis 0.
+        `axis`.
 
     >>> permutation(key(0), 6)
     tensor([0, 1, 5, 4, 3, 2])
@@ -303,10 +303,12 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
                 "permutation: `x` expected at least one axis, got a 0-d tensor; "
                 "to permute range(n) pass n as an int"
             )
-        return x[permutation(key, x.shape[0])]
+        axis = _checks.check_axis("permutation", axis, x.ndim)
+        return x[(slice(None),) * axis + (permutation(key, x.shape[axis]),)]
     _checks.check_count("permutation", "x", x)
-    # Sorting by random words shuffles, but for ties. Enough rounds, each with new words, that no
-    # pair is likely to tie in all of them: the words spent on an element number n**3 or more.
+    _checks.check_axis("permutation", axis, 1)
+    # Sorting by random words shuffles, except for ties. There are enough rounds, each with new
+    # words, that no pair is likely to tie in all of them: n**3 or more sequences of words each.
     rounds = math.ceil(3 * math.log(max(x, 1)) / math.log(2**32 - 1))
     order = torch.arange(x, device=key.device)
     for _ in range(rounds):
@@ -315,27 +317,32 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
     return order
 
 
-def categorical(key: Key, logits: Tensor, shape: Shape | None = None) -> Tensor:
-    """Draw class indices with probabilities `softmax(logits, -1)`, by the Gumbel-max trick.
+def categorical(key: Key, logits: Tensor, axis: int = -1, shape: Shape | None = None) -> Tensor:
+    """Draw class indices with probabilities `softmax(logits, axis)`, by the Gumbel-max trick.
 
     Args:
         key: a key, int64 [2].
-        logits: unnormalised log-probabilities, floating [*batch, classes]; -inf excludes a class.
-            16-bit logits are raised to float32 first.
-        shape: shape of the result; `batch` must broadcast to it. By default `batch`.
+        logits: unnormalised log-probabilities, floating, with the classes along `axis`; -inf
+            excludes a class. 16-bit logits are converted to float32 first.
+        axis: axis of the classes.
+        shape: shape of the result, to which the shape of `logits` without `axis` must broadcast.
+            By default that shape.
 
     Returns:
         int64 of `shape`, values in 0, ..., classes - 1.
 
     >>> logits = torch.tensor([0.0, 3.0, -torch.inf])
-    >>> categorical(key(0), logits, (6,))
+    >>> categorical(key(0), logits, shape=(6,))
     tensor([1, 1, 1, 1, 1, 1])
     """
     _checks.check_key("categorical", key)
-    _checks.check_logits(logits)
-    shape = _checks.check_shape("categorical", logits.shape[:-1] if shape is None else shape)
-    _checks.check_broadcast("categorical", "logits[..., 0]", logits[..., 0], shape)
+    axis = _checks.check_logits(logits, axis)
+    one_class = logits.select(axis, 0)
+    shape = _checks.check_shape("categorical", one_class.shape if shape is None else shape)
+    _checks.check_broadcast("categorical", f"logits.select({axis}, 0)", one_class, shape)
     logits = logits.to(_threefry.working_dtype(logits.dtype))
-    u = _threefry.unit(key, (*shape, logits.shape[-1]), logits.dtype)
+    before = len(shape) + 1 + axis
+    sizes = (*shape[:before], logits.shape[axis], *shape[before:])
+    u = _threefry.unit(key, sizes, logits.dtype)
     gumbel = -torch.log(-torch.log(u.clamp(min=torch.finfo(u.dtype).tiny)))
-    return (logits + gumbel).argmax(-1)
+    return (logits + gumbel).argmax(axis)

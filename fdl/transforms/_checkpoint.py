@@ -18,6 +18,7 @@ from fdl._compiler._settings import current_settings, use_settings
 from fdl.optim._base import check_floating
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
+from fdl.tree._paths import dotted, join
 
 Flat = Callable[..., tuple[Tensor, ...]]  # tensors to floating tensors
 Named = tuple[str, Tensor]
@@ -163,6 +164,6 @@ def _closed_over(f: Any, name: str = "", seen: frozenset[int] = frozenset()) -> 
     else:
         for path, leaf in pytree.tree_flatten_with_path(f)[0]:
             if isinstance(leaf, Tensor):
-                yield ".".join(filter(None, [name, tree.dotted(path)])), leaf
+                yield join(name, dotted(path)), leaf
             elif callable(leaf):
                 yield from _closed_over(leaf, name, seen)

@@ -15,7 +15,8 @@ from fdl import random, tree
 from fdl._compiler._map import map_batches, split_batches
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits, is_visible, keep, row_norms
-from fdl._training._supervised import takes_buffers
+from fdl._training._checks import check_loss
+from fdl._training._loss import StatefulLoss
 from fdl.data import Batch
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
@@ -25,7 +26,7 @@ from fdl.tree._checks import check_tensors
 
 
 def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tree]:
-    """Make the gradient of each example: `(params, batch, key=None) -> grads`.
+    """Make the gradient of each example: `(params, batch, *, train, key) -> grads`.
 
     Each leaf of the result is `[batch, *shape]`, row i for example i. The loss gets one example at
     a time, as a batch of one without a mask; example i draws from `fold_in(key, i)`. The gradient
@@ -36,8 +37,8 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
     at a time; the result is the same.
 
     Args:
-        loss: `(params, batch, key)`, or `(params, batch)` if no key is given, to a scalar or to
-            `(scalar, metrics)`, as `supervised` returns it. Metrics are dropped.
+        loss: `(params, batch, *, train, key)` to a scalar or to `(scalar, metrics)`, as
+            `supervised` makes it; `train` is False unless given. Metrics are dropped.
         chunk: how many examples to compute at once; need not divide the batch. All if None.
 
     Raises:
@@ -45,7 +46,7 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
         ValueError: `chunk` < 1; at call, parameters are not floating tensors, parts of the batch
             have different lengths, or the loss is not a scalar.
 
-    >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
+    >>> loss = lambda params, batch, **_: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
     >>> per_sample_grads(loss)({"w": torch.ones(1)}, batch)
     {'w': tensor([[2.],
@@ -53,11 +54,11 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
     """
     one = _example_grad("per_sample_grads", loss, chunk)
 
-    def grads(params: Tree, batch: Any, key: Tensor | None = None) -> Tree:
+    def grads(params: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None) -> Tree:
         rows = _rows("per_sample_grads", params, batch, key)
 
         def of_chunk(rows: Tree) -> Tree:
-            return tree.map(lambda g: _zero_masked(rows, g), one(params, rows))
+            return tree.map(lambda g: _zero_masked(rows, g), one(params, rows, train))
 
         return map_batches(of_chunk, rows, chunk)
 
@@ -65,7 +66,7 @@ def per_sample_grads(loss: Callable[..., Any], chunk: int | None = None) -> Call
 
 
 def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Callable[..., Tensor]:
-    """Make the norm of the gradient of each example: `(params, batch, key=None) -> norms`.
+    """Make the norm of the gradient of each example: `(params, batch, *, train, key) -> norms`.
 
     Norms are `[batch]`, over all leaves together, accumulated in float64 and returned in the dtype
     of the parameters, but at least float32; 0 where `batch.mask` is False. With `chunk`, only the
@@ -75,18 +76,20 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
         loss: as for `per_sample_grads`.
         chunk: how many examples to compute at once; all if None.
 
-    >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
+    >>> loss = lambda params, batch, **_: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
     >>> per_sample_norms(loss)({"w": torch.ones(1)}, batch)
     tensor([2., 8.])
     """
     one = _example_grad("per_sample_norms", loss, chunk)
 
-    def norms(params: Tree, batch: Any, key: Tensor | None = None) -> Tensor:
+    def norms(
+        params: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None
+    ) -> Tensor:
         rows = _rows("per_sample_norms", params, batch, key)
 
         def of_chunk(rows: Tree) -> Tensor:
-            grads = one(params, rows)
+            grads = one(params, rows, train)
             wide = functools.reduce(torch.promote_types, map(at_least_32_bits, tree.leaves(grads)))
             return _zero_masked(rows, row_norms(grads).to(wide))
 
@@ -98,7 +101,9 @@ def per_sample_norms(loss: Callable[..., Any], chunk: int | None = None) -> Call
 def clipped_grad_sum(
     loss: Callable[..., Any], max_norm: float | Tensor, chunk: int | None = None
 ) -> Callable[..., Tree]:
-    """Make Σᵢ gᵢ / max(1, ‖gᵢ‖ / C), gᵢ the gradient of example i: `(params, batch, key=None)`.
+    """Make Σᵢ gᵢ / max(1, ‖gᵢ‖ / C), gᵢ the gradient of example i.
+
+    The result is a function `(params, batch, *, train=False, key=None) -> sum`.
 
     No example changes the sum by more than C, whatever it contains: a gradient whose norm is not
     finite, or more than 10³⁷ C, counts as 0. With noise of standard deviation σC added, the sum is
@@ -120,7 +125,7 @@ def clipped_grad_sum(
     Raises:
         ValueError: `max_norm` is not positive and finite, or a tensor with axes.
 
-    >>> loss = lambda params, batch: ((batch.x @ params["w"] - batch.y) ** 2).sum()
+    >>> loss = lambda params, batch, **_: ((batch.x @ params["w"] - batch.y) ** 2).sum()
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
     >>> clipped_grad_sum(loss, max_norm=3.0)({"w": torch.ones(1)}, batch)     # 2 + 3
     {'w': tensor([5.])}
@@ -128,8 +133,8 @@ def clipped_grad_sum(
     one = _example_grad("clipped_grad_sum", loss, chunk)
     _check_bound(max_norm)
 
-    def clipped_sum(params: Tree, rows: Tree, is_row: Tensor) -> Tree:
-        grads = one(params, rows)
+    def clipped_sum(params: Tree, rows: Tree, is_row: Tensor, train: bool) -> Tree:
+        grads = one(params, rows, train)
         norms = row_norms(grads)
         bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
         positive = (bound > 0) & bound.isfinite()
@@ -139,18 +144,19 @@ def clipped_grad_sum(
         weights = torch.where(counts & exact, 1 / over, 0)
         return tree.map(lambda g: _weighted_sum(weights, g), grads)
 
-    def total(params: Tree, batch: Any, key: Tensor | None = None) -> Tree:
+    def total(params: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None) -> Tree:
         rows = _rows("clipped_grad_sum", params, batch, key)
         zeros = tree.map(lambda p: torch.zeros_like(p, dtype=at_least_32_bits(p)), params)
         first = tree.leaves(rows)[0]
         if len(first) == 0:
             sums = zeros
         elif chunk is None:
-            sums = clipped_sum(params, rows, first.new_ones(len(first), dtype=torch.bool))
+            sums = clipped_sum(params, rows, first.new_ones(len(first), dtype=torch.bool), train)
         else:
 
             def add(sums: Tree, some_rows: Any) -> tuple[Tree, Tree]:
-                return tree.map(torch.add, sums, clipped_sum(params, *some_rows)), ()
+                chunk_rows, is_row = some_rows
+                return tree.map(torch.add, sums, clipped_sum(params, chunk_rows, is_row, train)), ()
 
             sums = scan(add, zeros, split_batches(rows, min(chunk, len(first))))[0]
         return tree.map(lambda g, p: g.to(p.dtype), sums, params)
@@ -190,22 +196,27 @@ def _check_bound(max_norm: float | Tensor) -> None:
 
 def _example_grad(
     caller: str, loss: Callable[..., Any], chunk: int | None
-) -> Callable[[Tree, Any], Tree]:
+) -> Callable[[Tree, Any, bool], Tree]:
     """Make the function from parameters and `_rows` to gradients, those of masked rows included."""
     check_chunk(caller, chunk)
-    if takes_buffers(loss):
+    if isinstance(loss, StatefulLoss):
         raise TypeError(
             f"{caller}: the loss has buffers, so its model may mix examples, and a single example "
             "has no gradient of its own; close over buffers that do not change"
         )
 
-    def value(params: Tree, row: Any) -> Tensor:
-        x, y, _, key = row
-        example = Batch(*tree.map(lambda leaf: leaf.unsqueeze(0), (x, y)))
-        result = loss(params, example) if key == () else loss(params, example, key)
-        return check_scalar(caller, "loss", result[0] if isinstance(result, tuple) else result)
+    check_loss(caller, loss)
 
-    return vmap(grad(value), (None, 0))
+    def grads(params: Tree, rows: Any, train: bool) -> Tree:
+        def value(params: Tree, row: Any) -> Tensor:
+            x, y, _, key = row
+            example = Batch(*tree.map(lambda leaf: leaf.unsqueeze(0), (x, y)))
+            result = loss(params, example, train=train, key=None if key == () else key)
+            return check_scalar(caller, "loss", result[0] if isinstance(result, tuple) else result)
+
+        return vmap(grad(value), (None, 0))(params, rows)
+
+    return grads
 
 
 def _rows(caller: str, params: Tree, batch: Any, key: Tensor | None) -> tuple[Tree, ...]:

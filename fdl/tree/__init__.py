@@ -1,6 +1,6 @@
-"""Trees: nested dicts, lists, tuples and NamedTuples of tensors, on torch's own pytree.
+"""Trees: nested dicts, lists, tuples and NamedTuples of tensors, based on torch's own pytree.
 
-Every leaf has a dotted path, `conv.0.weight`, the name `state_dict()` would give it:
+Every leaf has a dotted path such as `conv.0.weight`, its name in a `state_dict()`:
 
 >>> import torch
 >>> from fdl.tree import flatten_dict
@@ -8,18 +8,19 @@ Every leaf has a dotted path, `conv.0.weight`, the name `state_dict()` would giv
 >>> list(flatten_dict(params))
 ['fc.weight', 'fc.bias']
 
-Trees are matched by key, never by the order in which a dict was filled. `None` is a leaf.
+Leaves of two trees are matched by path, never by the order in which a dict was filled. `None` is a
+leaf, unlike in JAX; for an empty place use `()`.
 
-Functions that compute (`stack`, `unstack`) return new memory. Those that rearrange or convert
-(`partition`, `merge`, `flatten_dict`, `to`, `cast`) return the given tensors where they need not
-change them, never views of parts of them.
+Functions that compute (`stack`, `unstack`) return new memory. Functions that rearrange or convert
+(`partition`, `merge`, `flatten_dict`, `to`, `cast`) return the given tensors themselves where
+nothing changes, never views of parts of them.
 """
 
 from __future__ import annotations
 
 from fdl.tree._compare import allclose, diff
-from fdl.tree._map import cast, leaves, map, match, size, stack, to, unstack
-from fdl.tree._paths import Tree, Where, dotted, flatten_dict, select, unflatten_dict
+from fdl.tree._map import cast, leaves, map, size, stack, to, unstack
+from fdl.tree._paths import Tree, Where, flatten_dict, unflatten_dict
 from fdl.tree._split import merge, partition
 from fdl.tree._summary import summary
 
@@ -29,14 +30,11 @@ __all__ = [
     "allclose",
     "cast",
     "diff",
-    "dotted",
     "flatten_dict",
     "leaves",
     "map",
-    "match",
     "merge",
     "partition",
-    "select",
     "size",
     "stack",
     "summary",

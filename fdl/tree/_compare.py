@@ -1,4 +1,4 @@
-"""List where two trees differ."""
+"""Compare two trees."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl.tree._paths import Tree, dotted, flatten_dict
-from fdl.tree._summary import _signature
+from fdl.tree._paths import Tree, dotted, flatten_dict, join
+from fdl.tree._summary import describe_leaf
 
 
 def diff(
@@ -17,16 +17,16 @@ def diff(
 ) -> list[str]:
     """List the paths at which two trees differ in containers, presence, shape, dtype or value.
 
-    Tolerances are for floating numbers, as in `torch.isclose`, in float64; NaN equals NaN, and an
-    infinity only itself. Integers, keys of random numbers among them, bools and what is no tensor
-    have to be equal.
+    Tolerances apply to floating tensors, as in `torch.isclose`, in float64; NaN equals NaN, and an
+    infinity only itself. Integers (random keys included), bools, and leaves that are not tensors
+    must be equal.
 
     Args:
         a: the expected tree.
-        b: the tree that came.
+        b: the actual tree.
         rtol: relative tolerance of floating values.
         atol: absolute tolerance of floating values.
-        values: compare values; without, containers, presence, shape and dtype alone.
+        values: compare values too; if false, only containers, presence, shape and dtype.
 
     >>> diff({"w": torch.zeros(2), "b": torch.zeros(1)}, {"w": torch.ones(2)})
     ['b: expected float32[1], got nothing', 'w: 2 of 2 values differ, by at most 1']
@@ -36,27 +36,27 @@ def diff(
     lines = []
     for path in sorted(one.keys() | two.keys() | kinds.keys() | others.keys()):
         if path in one or path in two:
-            expected = _signature(one[path]) if path in one else "nothing"
-            got = _signature(two[path]) if path in two else "nothing"
+            expected = describe_leaf(one[path]) if path in one else "nothing"
+            got = describe_leaf(two[path]) if path in two else "nothing"
             if expected == got and values and isinstance(one[path], Tensor):
                 lines += _differ(path, one[path], two[path].to(one[path].device), rtol, atol)
         else:
             expected, got = kinds.get(path, "nothing"), others.get(path, "nothing")
-            if _told_by_leaves(expected, got):
+            if _differ_in_leaves_only(expected, got):
                 continue
         if expected != got:
             lines.append(f"{path}: expected {expected}, got {got}")
     return lines
 
 
-def _told_by_leaves(one: str, two: str) -> bool:
-    """Say whether two containers differ in nothing but the leaves in them."""
+def _differ_in_leaves_only(one: str, two: str) -> bool:
+    """Return True if two containers differ only in their leaves, which are listed themselves."""
     kinds = {one.removeprefix("empty "), two.removeprefix("empty ")}
     return len(kinds) == 1 or ("nothing" in kinds and "empty " not in one + two)
 
 
 def _differ(path: str, x: Tensor, y: Tensor, rtol: float, atol: float) -> list[str]:
-    """Say how many values differ, and by how much, in a list of one line or none."""
+    """Describe how many values differ and by how much, in a list of at most one line."""
     if x.is_floating_point() or x.is_complex():
         wide = torch.complex128 if x.is_complex() else torch.float64
         x, y = x.to(wide), y.to(wide)
@@ -71,24 +71,26 @@ def _differ(path: str, x: Tensor, y: Tensor, rtol: float, atol: float) -> list[s
 
 
 def _containers(tree: Tree, path: str = "") -> Iterator[tuple[str, str]]:
-    """Name the kind of every container by its path: dict, tuple, empty list, ..."""
+    """Yield path and kind of every container: dict, tuple, empty list, ..."""
     if pytree.tree_is_leaf(tree):
         return
     pairs, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
     kind = "dict" if isinstance(tree, dict) else type(tree).__name__
     yield path, kind if pairs else f"empty {kind}"
     for entries, child in pairs:
-        yield from _containers(child, ".".join(filter(None, [path, dotted(entries)])))
+        yield from _containers(child, join(path, dotted(entries)))
 
 
 def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-    """Say whether two trees are of one form, with values within tolerance: `diff` lists nothing.
+    """Return True if two trees have the same structure, and values within tolerance.
+
+    `diff` lists the differences.
 
     Args:
         a: the expected tree.
-        b: the tree that came.
+        b: the actual tree.
         rtol: relative tolerance of floating values, as in `torch.isclose`.
-        atol: absolute tolerance of floating values: numbers of a size of `atol` and below are all
+        atol: absolute tolerance of floating values. Numbers of magnitude `atol` and below are all
             close to each other.
 
     >>> allclose({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-9})

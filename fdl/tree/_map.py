@@ -1,4 +1,4 @@
-"""Map over the leaves of trees that are matched by path; stack, move and cast them."""
+"""Map over the leaves of trees, matched by path; stack, move and cast them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 
 from fdl.tree._compare import diff
 from fdl.tree._paths import Tree, flatten_dict
-from fdl.tree._summary import _signature
+from fdl.tree._summary import describe_leaf
 
 
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -19,12 +19,12 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     The result has the structure of `tree`, key order included.
 
     Args:
-        f: takes one leaf of each tree.
+        f: function of one leaf of each tree.
         tree: any tree.
-        rest: further trees of its structure.
+        rest: further trees of the same structure.
 
     Raises:
-        ValueError: a tree of `rest` has another structure; every differing path is listed.
+        ValueError: a tree of `rest` has another structure (every differing path is listed).
 
     >>> map(lambda p, g: p - 0.1 * g, {"w": 1.0, "b": 2.0}, {"b": 10.0, "w": 20.0})
     {'w': -1.0, 'b': 1.0}
@@ -35,17 +35,17 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
-    """List the leaves of `tree` in the order of `like`, whose structure it must have.
+    """List the leaves of `tree` in the order of `like`, which must have the same structure.
 
     Args:
         like: the expected structure.
-        tree: what came.
-        caller: how an error begins.
+        tree: the actual tree.
+        caller: prefix of error messages.
 
     Raises:
-        ValueError: the structures differ; the text starts with `caller` and lists every path.
+        ValueError: the structures differ; the message starts with `caller` and lists every path.
 
-    >>> match({"w": 0, "b": 0}, {"b": 1, "w": 2}, "here")
+    >>> match({"w": 0, "b": 0}, {"b": 1, "w": 2}, "caller")
     [2, 1]
     """
     spec = pytree.tree_structure(like)
@@ -53,7 +53,7 @@ def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
         subtrees = spec.flatten_up_to(tree)
     except ValueError as error:
         raise ValueError(_mismatch(caller, like, tree)) from error
-    # flatten_up_to stops at the leaves of `like`; below them there must be nothing more.
+    # flatten_up_to stops at the leaves of `like`, where `tree` must not have containers.
     if any(not pytree.tree_is_leaf(subtree) for subtree in subtrees):
         raise ValueError(_mismatch(caller, like, tree))
     return subtrees
@@ -68,7 +68,7 @@ def _mismatch(caller: str, like: Tree, tree: Tree) -> str:
 
 
 def _describe(tree: Tree) -> dict[str, str]:
-    return {path: _signature(leaf) for path, leaf in flatten_dict(tree).items()}
+    return {path: describe_leaf(leaf) for path, leaf in flatten_dict(tree).items()}
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -81,16 +81,16 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Stack trees of one structure leaf by leaf along a new first axis, as `vmap` wants them.
+    """Stack trees of the same structure leaf by leaf along a new first axis, as for `vmap`.
 
     Raises:
-        ValueError: no trees, or one differs in structure, shape or dtype from the first.
+        ValueError: there are no trees, or one differs from the first in structure, shape or dtype.
 
     >>> stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
     torch.Size([2, 3])
     """
     if not trees:
-        raise ValueError("tree.stack: needs at least one tree, got none")
+        raise ValueError("tree.stack: expected at least one tree, got none")
     for index, other in enumerate(trees[1:], start=1):
         lines = diff(trees[0], other, values=False)
         if lines:
@@ -101,10 +101,10 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """Split along the first axis of every leaf: the inverse of `stack`. Leaves are copies.
+    """Split every leaf along its first axis: the inverse of `stack`. Leaves are copies.
 
     Raises:
-        ValueError: no leaves, a 0-d leaf, or first axes of different lengths.
+        ValueError: there are no leaves, one is 0-d, or first axes differ in length.
 
     >>> unstack({"w": torch.arange(2)})
     [{'w': tensor(0)}, {'w': tensor(1)}]
@@ -112,7 +112,7 @@ def unstack(tree: Tree) -> list[Tree]:
     flat = flatten_dict(tree)
     lengths = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in flat.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
-        raise ValueError(f"tree.unstack: leaves need one common first axis, got {lengths}")
+        raise ValueError(f"tree.unstack: first axes must have the same length, got {lengths}")
     (length,) = set(lengths.values())
     return [map(lambda leaf, i=i: leaf[i].clone(), tree) for i in range(length or 0)]
 
@@ -127,7 +127,7 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Cast the floating tensors to `dtype`; integers, bools (keys, counts, masks) stay.
+    """Cast floating tensors to `dtype`; leave integers and bools (keys, counts, masks) unchanged.
 
     >>> cast({"w": torch.zeros(1), "step": torch.tensor(3)}, torch.float64)
     {'w': tensor([0.], dtype=torch.float64), 'step': tensor(3)}
@@ -136,7 +136,7 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
 
 
 def size(tree: Tree) -> int:
-    """Count the elements of all tensors.
+    """Return the number of elements of all tensors together.
 
     >>> size({"weight": torch.zeros(10, 784), "bias": torch.zeros(10)})
     7850

@@ -1,4 +1,4 @@
-"""Dotted paths: the names of the leaves of a tree; `fdl.tree` is where to import them from."""
+"""Dotted paths, the names of the leaves of a tree, and globs on them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Where = str | Sequence[str] | Callable[[str, Any], bool]
 
 
 def flatten_dict(tree: Tree) -> dict[str, Any]:
-    """Map each leaf's dotted path to the leaf; a tree that is one leaf has the path `''`.
+    """Return a dict from the dotted path of each leaf to the leaf; a lone leaf has the path `''`.
 
     Raises:
-        ValueError: a dict key is empty or holds a dot, so that its path would be ambiguous.
+        ValueError: a dict key is empty or contains a dot, which would make paths ambiguous.
         TypeError: a dict key is not a string.
 
     >>> flatten_dict({"conv": [{"weight": 1}, 2]})
@@ -30,10 +30,10 @@ def flatten_dict(tree: Tree) -> dict[str, Any]:
 
 
 def in_order(tree: Tree) -> Tree:
-    """Sort the keys of every dict in a tree, which is how several processes agree on an order.
+    """Sort the keys of every dict in a tree.
 
-    A tree is the same in whatever order its dicts were filled. What is sent leaf by leaf, or added
-    over leaves, has to go in one order everywhere.
+    Trees are equal in whatever order their dicts were filled, but several processes have to send
+    leaves, and add over leaves, in the same order.
 
     >>> in_order({"w": 0, "b": [{"y": 1, "x": 2}]})
     {'b': [{'x': 2, 'y': 1}], 'w': 0}
@@ -48,7 +48,7 @@ def in_order(tree: Tree) -> Tree:
 
 
 def dotted(entries: Sequence[Any]) -> str:
-    """Write torch's key path as a dotted one.
+    """Convert torch's key path to a dotted path.
 
     >>> dotted([pytree.MappingKey("conv"), pytree.SequenceKey(0)])
     'conv.0'
@@ -61,14 +61,36 @@ def _part(entry: Any) -> str:
         return str(entry.idx)
     if isinstance(entry, pytree.GetAttrKey):
         return entry.name
-    key = entry.key
+    return check_key("tree", entry.key)
+
+
+def join(path: str, name: str | int) -> str:
+    """Append the name of a child, or a path below it, to the path of its container.
+
+    >>> join("conv.0", "weight"), join("", 3), join("conv", "")
+    ('conv.0.weight', '3', 'conv')
+    """
+    return f"{path}.{name}" if path and name != "" else f"{path}{name}"
+
+
+def check_key(caller: str, key: Any, where: str = "") -> str:
+    """Raise unless a dict key can be part of a dotted path; return the key.
+
+    >>> check_key("save", "a.b", " at the top")
+    Traceback (most recent call last):
+    ValueError: save: a dict key must not contain a dot, got 'a.b' at the top; nest it, as \
+tree.unflatten_dict does
+    """
     if not isinstance(key, str):
-        raise TypeError(f"tree: a dict key must be a str, got {key!r}; write it as {str(key)!r}")
+        raise TypeError(
+            f"{caller}: a dict key must be a str, got {key!r}{where}; write it as {str(key)!r}"
+        )
     if not key:
-        raise ValueError("tree: a dict key must not be empty, got ''")
+        raise ValueError(f"{caller}: a dict key must not be empty, got ''{where}")
     if "." in key:
         raise ValueError(
-            f"tree: a dict key must not hold a dot, got {key!r}; nest it: unflatten_dict does"
+            f"{caller}: a dict key must not contain a dot, got {key!r}{where}; nest it, as "
+            "tree.unflatten_dict does"
         )
     return key
 
@@ -76,11 +98,11 @@ def _part(entry: Any) -> str:
 def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
     """Rebuild a tree from dotted paths: nested dicts, or the structure of `like` if given.
 
-    The lone path `''` is a tree that is one leaf.
+    The single path `''` gives a tree that is one leaf.
 
     Raises:
-        ValueError: the paths are not those of `like` (each is listed), or one path is both a
-            leaf and a branch.
+        ValueError: the paths are not those of `like` (each is listed), or a path is both a leaf and
+            a container.
 
     >>> unflatten_dict({"fc.0.weight": 1, "fc.0.bias": 2})
     {'fc': {'0': {'weight': 1, 'bias': 2}}}
@@ -103,30 +125,30 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
     for path, leaf in flat.items():
         *branches, last = path.split(".")
         node = tree
-        for branch in branches:
+        for depth, branch in enumerate(branches, start=1):
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or last in node:
-            raise ValueError(f"tree.unflatten_dict: {path!r} meets another leaf on its way")
+                other = ".".join(branches[:depth])
+                raise ValueError(f"tree.unflatten_dict: cannot place {path!r}: {other!r} is a leaf")
+        if last in node:
+            raise ValueError(f"tree.unflatten_dict: cannot place {path!r}: leaves are below it")
         node[last] = leaf
     return tree
 
 
 def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
-    """Say for each path whether `where` selects it: a glob, several globs, or `(path, leaf)`.
-
-    In a glob `*` also crosses dots: `*.bias`, `conv.*`.
+    """Return for each path whether `where` selects it.
 
     Args:
         tree: any tree.
-        where: what to select.
-        caller: how an error begins.
+        where: a glob on dotted paths (`*` also matches dots: `*.bias`, `conv.*`), several globs, or
+            a predicate `(path, leaf) -> bool`.
+        caller: prefix of error messages.
 
     Raises:
-        ValueError: a glob matches no path, which is a misspelling more often than a wish.
+        ValueError: a glob matches no path, which is most likely a misspelling.
 
-    >>> select({"fc": {"weight": 0, "bias": 0}}, "*.bias", "here")
+    >>> select({"fc": {"weight": 0, "bias": 0}}, "*.bias", "caller")
     {'fc.weight': False, 'fc.bias': True}
     """
     flat = flatten_dict(tree)
@@ -135,10 +157,10 @@ def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
     globs = [where] if isinstance(where, str) else list(where)
     for glob in globs:
         if not any(_matches(path, glob) for path in flat):
-            raise ValueError(f"{caller}: {glob!r} matches no path; there are {list(flat)}")
+            raise ValueError(f"{caller}: {glob!r} matches no path; the paths are {list(flat)}")
     return {path: any(_matches(path, glob) for glob in globs) for path in flat}
 
 
-@assume_constant_result  # Dynamo would trace into fnmatch, and warn of the cache there
+@assume_constant_result  # Dynamo would trace into fnmatch, and warn about its cache
 def _matches(path: str, glob: str) -> bool:
     return fnmatchcase(path, glob)

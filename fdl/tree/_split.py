@@ -1,4 +1,4 @@
-"""Split a tree by its paths, and unite the parts again."""
+"""Split a tree by its paths, and unite the parts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch.utils._pytree as pytree
 
-from fdl.tree._paths import Tree, Where, select
+from fdl.tree._paths import Tree, Where, join, select
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     """Split a tree into the leaves that `where` selects and the rest; `merge` undoes it.
 
-    Both parts keep every container; where a leaf is absent a dict lacks the key, a list or
-    tuple holds `()`. Differentiate with respect to one part and close over the other:
+    Both parts keep every container. In place of an absent leaf a dict lacks the key, a list or
+    tuple has `()`. Differentiate with respect to one part and close over the other:
 
     >>> params = {"body": {"weight": 1.0}, "head": {"weight": 2.0}}
     >>> head, frozen = partition(params, "head.*")
@@ -37,12 +37,11 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
 
 
 def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
-    """Copy the containers and the kept leaves; `()` stands for a leaf that goes."""
+    """Copy the containers and the kept leaves; `()` replaces the others."""
     if pytree.tree_is_leaf(tree):
         return tree if keep(path) else ()
     children = {
-        name: _keep(child, f"{path}.{name}" if path else name, keep)
-        for name, child in _children(tree).items()
+        name: _keep(child, join(path, name), keep) for name, child in _children(tree).items()
     }
     if isinstance(tree, dict):
         gone = [
@@ -60,7 +59,7 @@ def _children(tree: Tree) -> dict[str, Tree]:
     if isinstance(tree, (list, tuple)):
         return {str(i): child for i, child in enumerate(tree)}
     raise TypeError(
-        f"tree: partition and merge take dicts, lists, tuples and NamedTuples, got {type(tree)}"
+        f"tree: partition and merge accept dicts, lists, tuples and NamedTuples, got {type(tree)}"
     )
 
 
@@ -69,19 +68,23 @@ def _rebuild(tree: Tree, children: list[Tree]) -> Tree:
 
 
 def merge(*trees: Tree) -> Tree:
-    """Unite trees whose leaves lie at different paths; the inverse of `partition`.
+    """Unite trees with leaves at different paths: the inverse of `partition`.
 
     Raises:
-        ValueError: two trees have a leaf at one path, or containers of different types there.
+        ValueError: two trees have a leaf at the same path, or containers of different types there
+            (each path is listed).
 
     >>> merge({"a": 1}, {"b": {"c": 2}}, {"b": {"d": 3}})
     {'a': 1, 'b': {'c': 2, 'd': 3}}
     """
     if not trees:
-        raise ValueError("tree.merge: needs at least one tree, got none")
+        raise ValueError("tree.merge: expected at least one tree, got none")
     merged = trees[0]
+    conflicts: list[str] = []
     for other in trees[1:]:
-        merged = _merge(merged, other, "")
+        merged = _merge(merged, other, "", conflicts)
+    if conflicts:
+        raise ValueError("tree.merge: cannot unite the trees:\n  " + "\n  ".join(conflicts))
     return merged
 
 
@@ -89,21 +92,22 @@ def _is_hole(tree: Tree) -> bool:
     return isinstance(tree, tuple) and not hasattr(tree, "_fields") and tree == ()
 
 
-def _merge(a: Tree, b: Tree, path: str) -> Tree:
+def _merge(a: Tree, b: Tree, path: str, conflicts: list[str]) -> Tree:
+    """Unite two trees; append the paths where that is impossible to `conflicts`."""
     if _is_hole(a):
         return b
     if _is_hole(b):
         return a
     if pytree.tree_is_leaf(a) or pytree.tree_is_leaf(b):
-        raise ValueError(f"tree.merge: both trees have something at {path!r}")
+        conflicts.append(f"{path!r}: in two trees, at least once as a leaf")
+        return a
     if type(a) is not type(b) or (not isinstance(a, dict) and len(a) != len(b)):
-        raise ValueError(
-            f"tree.merge: at {path!r} one tree has {type(a).__name__}[{len(a)}], "
-            f"another {type(b).__name__}[{len(b)}]"
-        )
+        kinds = [f"{type(t).__name__}[{len(t)}]" for t in (a, b)]
+        conflicts.append(f"{path!r}: {kinds[0]} in one tree, {kinds[1]} in another")
+        return a
     one, two = _children(a), _children(b)
     children = {
-        name: _merge(one.get(name, ()), two.get(name, ()), f"{path}.{name}" if path else name)
+        name: _merge(one.get(name, ()), two.get(name, ()), join(path, name), conflicts)
         for name in one | two
     }
     return children if isinstance(a, dict) else _rebuild(a, list(children.values()))

@@ -1,9 +1,10 @@
-"""A tree as text: the table of its leaves, and a leaf in a few characters."""
+"""Trees as text: a table of the leaves, and short descriptions of dtypes, tensors and leaves."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fdl.tree._paths import Tree, flatten_dict
@@ -12,7 +13,6 @@ from fdl.tree._paths import Tree, flatten_dict
 def summary(tree: Tree) -> str:
     """Tabulate path, shape, dtype, count and bytes of every leaf, with totals, as aligned text.
 
-    >>> import torch
     >>> print(summary({"fc": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}))
     path       shape   dtype    count  bytes
     fc.weight  [2, 3]  float32      6     24
@@ -20,7 +20,7 @@ def summary(tree: Tree) -> str:
     total                           8     32
     """
     rows = [
-        (path, str(list(leaf.shape)), _dtype(leaf), leaf.numel(), leaf.nbytes)
+        (path, str(list(leaf.shape)), dtype_name(leaf.dtype), leaf.numel(), leaf.nbytes)
         for path, leaf in flatten_dict(tree).items()
     ]
     total = ("total", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
@@ -36,11 +36,28 @@ def summary(tree: Tree) -> str:
     )
 
 
-def _dtype(leaf: Tensor) -> str:
-    return str(leaf.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module.
+
+    >>> dtype_name(torch.float32)
+    'float32'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
-def _signature(leaf: Any) -> str:
-    if isinstance(leaf, Tensor):
-        return f"{_dtype(leaf)}{list(leaf.shape)}"
-    return f"{type(leaf).__name__} {leaf!r}"
+def shape_dtype(x: Any) -> str:
+    """Describe anything with a shape and a dtype of torch, without its values.
+
+    >>> shape_dtype(torch.zeros(2, 3))
+    'float32[2, 3]'
+    """
+    return f"{dtype_name(x.dtype)}{list(x.shape)}"
+
+
+def describe_leaf(leaf: Any) -> str:
+    """Describe a leaf of any type; the value only of what is not a tensor.
+
+    >>> describe_leaf(torch.zeros(2)), describe_leaf(None)
+    ('float32[2]', 'NoneType None')
+    """
+    return shape_dtype(leaf) if isinstance(leaf, Tensor) else f"{type(leaf).__name__} {leaf!r}"

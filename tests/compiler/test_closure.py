@@ -347,7 +347,7 @@ def inside_a_scan_and_a_gradient() -> Case:
 def a_training_step() -> Case:
     data = {"x": torch.ones(4, 3), "y": torch.ones(4, 1)}
     model, opt = nn.sequential(nn.linear(3, 1)), optim.sgd(0.1)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
     state = fdl.TrainState.create(model, opt, key=fdl.random.key(0))
     return lambda x: step(state, (data["x"] * x, data["y"])), (
         lambda new: data.update(x=new.expand(4, 3))

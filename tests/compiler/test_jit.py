@@ -236,7 +236,7 @@ def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(_inductor, "_options", lambda on_cpu: options(on_cpu=False) | no_cache)
 
     model, opt = models.lenet(), optim.sgd(0.1)
-    step = train_step(supervised(model.apply, losses.cross_entropy), opt)
+    step = train_step(supervised(model, losses.cross_entropy), opt)
     state = TrainState.create(model, opt, key=random.key(0))
     x = random.normal(random.key(1), (16, 2, 1, 28, 28)).transpose(0, 1)  # rows lie apart
     y = torch.zeros(2, 16, dtype=torch.int64)

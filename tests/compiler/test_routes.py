@@ -30,10 +30,10 @@ def training(opt: optim.Optimizer) -> tuple[fdl.TrainState, Callable[..., Any]]:
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     params = tree.cast(state.params, torch.float64)
     state = state._replace(params=params, opt_state=opt.init(params))
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
 
     def epoch(state: fdl.TrainState, dataset: Any, indices: Any) -> Any:
-        return scan(lambda s, row: step(s, data.gather(dataset, row)), state, indices)
+        return scan(lambda s, row: step(s, data.batch(dataset, row)), state, indices)
 
     return state, epoch
 
@@ -91,12 +91,12 @@ def test_populations_equal_their_members_trained_alone(plain_backend: None) -> N
         base._replace(opt_state=optim.with_hyperparams(base.opt_state, lr=rate)) for rate in rates
     ]
     model = nn.sequential(nn.linear(2, 4), nn.tanh, nn.linear(4, 1))
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), optim.sgd(0.1, momentum=0.9))
+    step = fdl.train_step(fdl.supervised(model, losses.mse), optim.sgd(0.1, momentum=0.9))
 
     @jit
     def population(states: Any, dataset: Any, indices: Any) -> Any:
         return scan(
-            lambda s, row: vmap(step, (0, None))(s, data.gather(dataset, row)), states, indices
+            lambda s, row: vmap(step, (0, None))(s, data.batch(dataset, row)), states, indices
         )
 
     got, metrics = population(tree.stack(states), DATASET, indices)

@@ -1,4 +1,4 @@
-"""`fdl.data`: made-up examples, index arrays, and batches against torchvision's transform."""
+"""`fdl.data`: made-up examples, index arrays and batches."""
 
 from functools import partial
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 import fdl
 from fdl import data, random, tree
@@ -182,27 +181,10 @@ def sample() -> data.Dataset:
     return data.fashion_mnist_sample(train=False)
 
 
-def test_gather_equals_to_tensor(sample: data.Dataset) -> None:
-    row = rows(data.epoch_indices(random.key(0), 1000, 64))[-1]
-    batch = data.gather(sample, row)
-    assert isinstance(batch, data.Batch)
-    theirs = torch.stack([to_tensor(to_pil_image(sample.x[i])) for i in row.index])
-    assert theirs.shape == (64, 1, 28, 28)
-    assert batch.x.dtype == torch.float32
-    assert torch.equal(batch.x, theirs)
-    assert torch.equal(batch.y, sample.y[row.index])
-    assert torch.equal(batch.mask, row.mask)
-    assert batch.x.max() == 1
-    # images with channels: the same, but the channel axis is there already
-    colour = data.gather((sample.x.reshape(500, 2, 28, 28), sample.y[:500]), (row.index // 2, ()))
-    assert torch.equal(colour.x[:, 0], (sample.x[row.index // 2 * 2] / 255))
-    assert colour.mask == ()
-
-
-def test_gather_takes_an_index_alone(sample: data.Dataset) -> None:
+def test_batch_takes_an_index_alone(sample: data.Dataset) -> None:
     """Two numbers are two examples, not an index and a mask."""
     for numbers in ([1, 2], [5], [3, 1, 4]):
-        batch = data.gather(sample, torch.tensor(numbers))
+        batch = data.batch(sample, torch.tensor(numbers))
         assert torch.equal(batch.y, sample.y[numbers]) and batch.x.shape[0] == len(numbers)
         assert batch.mask == ()
 
@@ -215,12 +197,12 @@ def test_whole_batches_have_no_mask_on_any_way_through_an_epoch(n, drop_last, pl
     indices = data.epoch_indices(random.key(2), n, 4, drop_last=drop_last)
     whole = n == 12 or drop_last
     ways = [
-        [data.gather(points, row) for row in zip(*indices, strict=True)],
+        [data.batch(points, row) for row in zip(*indices, strict=True)],
         list(data.batches(points, indices)),
-        [data.gather(points, tree.map(lambda leaf, i=i: leaf[i], indices)) for i in range(3)],
+        [data.batch(points, data.take(indices, i)) for i in range(3)],
     ]
     _, found = fdl.jit(
-        lambda points, rows: fdl.scan(lambda c, row: (c, data.gather(points, row)), (), rows)
+        lambda points, rows: fdl.scan(lambda c, row: (c, data.batch(points, row)), (), rows)
     )(points, indices)
     ways.append([tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(indices.index))])
     if whole:
@@ -229,16 +211,21 @@ def test_whole_batches_have_no_mask_on_any_way_through_an_epoch(n, drop_last, pl
         assert all((batch.mask == ()) == whole for batch in batches)
         for batch, first in zip(batches, ways[0], strict=False):
             assert torch.equal(batch.x, first.x) and torch.equal(batch.y, first.y)
-    stacked = torch.vmap(lambda row: data.gather(points, row))(indices)
+    stacked = torch.vmap(lambda row: data.batch(points, row))(indices)
     assert (stacked.mask == ()) == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
-def test_gather_leaves_what_is_no_image_alone(dtype: torch.dtype) -> None:
+def test_batch_keeps_dtypes(dtype: torch.dtype) -> None:
     x = torch.arange(40).reshape(10, 4).to(dtype)
     row = data.Indices(torch.tensor([3, 9, 3]), torch.tensor([True, True, False]))
-    for features in (x, x.reshape(10, 2, 2), x.to(torch.uint8)):
-        batch = data.gather((features, x[:, :1]), row)
+    for features in (
+        x,
+        x.reshape(10, 2, 2),
+        x.to(torch.uint8),
+        x.reshape(10, 2, 2).to(torch.uint8),
+    ):
+        batch = data.batch((features, x[:, :1]), row)
         assert batch.x.dtype == features.dtype
         assert torch.equal(batch.x, features[[3, 9, 3]])
         assert torch.equal(batch.y, x[[3, 9, 3], :1])
@@ -249,42 +236,46 @@ def test_masked_means_over_an_epoch_are_exact(indices, sample: data.Dataset) -> 
     indices = data.epoch_indices(random.key(5), 1000, 96) if indices is None else indices
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows(indices):
-        batch = data.gather(sample, row)
+        batch = data.to_float(data.batch(sample, row))
         total += (batch.x.double().mean((1, 2, 3)) * batch.mask).sum()
         count += batch.mask.sum()
     assert count == 1000
     torch.testing.assert_close(total / count, (sample.x.double() / 255).mean(), rtol=1e-6, atol=0)
 
 
-def test_gather_compiled_equals_eager(sample: data.Dataset) -> None:
-    step = torch.compile(data.gather, fullgraph=True)
+def images_of(sample, row):
+    return data.to_float(data.batch(sample, row))
+
+
+def test_batches_compiled_equal_eager(sample: data.Dataset) -> None:
+    step = torch.compile(images_of, fullgraph=True)
     for row in rows(data.epoch_indices(random.key(1), 1000, 300)):
-        for ours, eager in zip(step(sample, row), data.gather(sample, row), strict=True):
+        for ours, eager in zip(step(sample, row), images_of(sample, row), strict=True):
             assert torch.equal(ours, eager)
 
 
-def test_gather_under_vmap(sample: data.Dataset) -> None:
+def test_batches_under_vmap(sample: data.Dataset) -> None:
     indices = data.epoch_indices(random.key(2), 1000, 30)
-    members = torch.vmap(data.gather, in_dims=(None, 0))
+    members = torch.vmap(images_of, in_dims=(None, 0))
     population = members(sample, indices)
     compiled = torch.compile(members, fullgraph=True)(sample, indices)
     assert all(torch.equal(*pair) for pair in zip(compiled, population, strict=True))
     assert population.x.shape == (34, 30, 1, 28, 28)
     folds = data.Dataset(sample.x.reshape(4, 250, 28, 28), sample.y.reshape(4, 250))
     row = rows(data.sequential_indices(250, 30))[-1]
-    each = torch.vmap(data.gather, in_dims=(0, None))(folds, row)
+    each = torch.vmap(images_of, in_dims=(0, None))(folds, row)
     for i, one in enumerate(rows(indices)):
-        assert torch.equal(population.x[i], data.gather(sample, one).x)
+        assert torch.equal(population.x[i], images_of(sample, one).x)
     for i in range(4):
-        alone = data.gather((folds.x[i], folds.y[i]), row)
+        alone = images_of(data.take(folds, i), row)
         assert torch.equal(each.x[i], alone.x)
         assert torch.equal(each.y[i], alone.y)
 
 
-def test_gather_stays_on_the_device(sample: data.Dataset) -> None:
+def test_batch_stays_on_the_device(sample: data.Dataset) -> None:
     there = data.Dataset(*(part.to("meta") for part in sample))
     row = rows(data.sequential_indices(1000, 30, device="meta"))[0]
-    batch = data.gather(there, row)
+    batch = data.batch(there, row)
     assert {part.device.type for part in batch} == {"meta"}
 
 
@@ -301,24 +292,24 @@ def test_gather_stays_on_the_device(sample: data.Dataset) -> None:
         ),
     ],
 )
-def test_gather_refuses(change, kind, message) -> None:
+def test_batch_refuses(change, kind, message) -> None:
     given = {"x": torch.zeros(2, 1), "y": torch.zeros(2), "index": torch.tensor([1])} | change
-    with pytest.raises(kind, match=f"gather: .*{message}"):
-        data.gather((given["x"], given["y"]), (given["index"], ()))
+    with pytest.raises(kind, match=f"batch: .*{message}"):
+        data.batch((given["x"], given["y"]), (given["index"], ()))
 
 
 @pytest.mark.parametrize(
     ("indices", "kind", "message"),
     [
         ([1, 2], TypeError, "index must be int64, got int"),
-        ([0, 1, 2], TypeError, "indices must be an index, int64 .* got list"),
+        ([0, 1, 2], TypeError, "row must be an index, int64 .* got list"),
         (3, TypeError, "got int"),
         ((torch.tensor([1]), torch.tensor([True, False])), ValueError, r"shape \[1\] .* got \[2\]"),
     ],
 )
-def test_gather_refuses_indices(indices, kind, message) -> None:
-    with pytest.raises(kind, match=f"gather: .*{message}"):
-        data.gather((torch.zeros(4, 1), torch.zeros(4)), indices)
+def test_batch_refuses_rows(indices, kind, message) -> None:
+    with pytest.raises(kind, match=f"batch: .*{message}"):
+        data.batch((torch.zeros(4, 1), torch.zeros(4)), indices)
 
 
 @pytest.mark.cuda
@@ -328,9 +319,9 @@ def test_on_cuda(sample: data.Dataset) -> None:
     indices = data.epoch_indices(random.key(0).cuda(), 1000, 300)
     assert torch.equal(indices.index.cpu(), data.epoch_indices(random.key(0), 1000, 300).index)
     for row in rows(indices):
-        batch = data.gather(there, row)
+        batch = images_of(there, row)
         assert {part.device.type for part in batch} == {"cuda"}
-        on_cpu = data.gather(sample, data.Indices(row.index.cpu(), row.mask.cpu()))
+        on_cpu = images_of(sample, data.Indices(row.index.cpu(), row.mask.cpu()))
         torch.testing.assert_close(
             batch.x.cpu(), on_cpu.x, rtol=2e-7, atol=0
         )  # x · (1 / 255) there

@@ -180,8 +180,8 @@ def test_absent_images_name_the_places_and_the_way_to_get_them(
     with pytest.raises(FileNotFoundError) as info:
         read_test("mine")
     found, way = str(info.value).splitlines()
-    assert found == f"fashion_mnist: found nothing in mine, data/{RAW}, {tmp_path / 'system'}"
-    assert way == (f"`{command}` provides it, or pass as root the folder that holds it")
+    assert found == f"fashion_mnist: found no images in mine, data/{RAW}, {tmp_path / 'system'}"
+    assert way == (f"`{command}` provides it, or pass the folder that contains it as root")
     assert isolated == []
 
 
@@ -195,9 +195,9 @@ def test_a_root_with_other_things_is_an_error_that_lists_them_and_what_can_be_re
         read_test("mine")
     found, what, *accepted = str(info.value).splitlines()
     assert found == (
-        "fashion_mnist: found no images that can be read in mine: mine.npz, photo.jpg, " + LABELS
+        "fashion_mnist: found no readable images in mine: mine.npz, photo.jpg, " + LABELS
     )
-    assert what == "what can be read is"
+    assert what == "readable are"
     assert "\n".join(accepted) == _image_files.ACCEPTED
     for name in ("t10k-labels-idx1-ubyte", ".npz", "train-*.parquet", "FashionMNIST/raw"):
         assert name in _image_files.ACCEPTED

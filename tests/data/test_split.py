@@ -78,7 +78,7 @@ def test_any_tree_is_split() -> None:
         (
             {"dataset": {"x": torch.zeros(3), "y": torch.zeros(4)}},
             ValueError,
-            "as many rows in each tensor, got {'x': 3, 'y': 4}",
+            "same number of rows, got {'x': 3, 'y': 4}",
         ),
         (
             {"dataset": torch.zeros(3, device="meta")},

@@ -68,18 +68,20 @@ def test_mean_test_accuracy_of_three_seeds_after_five_epochs(model, lr):
         train, test = data.fashion_mnist(download=False), data.fashion_mnist(train=False)
     except FileNotFoundError as error:
         pytest.skip(f"needs the full Fashion-MNIST: {error}")
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     opt = optim.sgd(lr)
     step = vmap(fdl.train_step(loss, opt), (0, None))
     states = population.create(model, opt, random.split(random.key(0), 3))
 
     def epoch(states, images, rows):
-        return fdl.scan(lambda s, row: step(s, data.gather(images, row)), states, rows)
+        return fdl.scan(
+            lambda s, row: step(s, data.to_float(data.batch(images, row))), states, rows
+        )
 
     run = fdl.jit(epoch, donate_argnums=0)
     for e in range(5):
         rows = data.epoch_indices(random.fold_in(random.key(1), e), len(train.x), 256)
         states, _ = run(states, train, rows)
     whole = tree.map(lambda leaf: leaf[0], data.sequential_indices(10_000, 10_000))
-    scores = vmap(fdl.eval_step(loss), (0, None))(states, data.gather(test, whole))
+    scores = vmap(fdl.eval_step(loss), (0, None))(states, data.to_float(data.batch(test, whole)))
     assert scores["accuracy"].value.mean() >= 0.81

@@ -80,7 +80,7 @@ def test_jax_round_trip(jax, dtype):
 
 def test_jax_never_halves_a_leaf_unasked(jax):
     for leaf in (torch.ones(2).double(), torch.tensor([1])):
-        with pytest.raises(TypeError, match=r"to_jax: at 'w': JAX would make 32 bits of torch\."):
+        with pytest.raises(TypeError, match=r"to_jax: at 'w': JAX would convert torch\."):
             interop.to_jax({"w": leaf})
     jax.config.update("jax_enable_x64", True)
     try:
@@ -128,7 +128,7 @@ def test_layouts_there_and_back():
     assert list(interop.to_flax(norm)) == ["scale", "bias"]
     close(interop.from_flax(interop.to_flax(norm)), norm, rtol=0, atol=0)
     for convert, name in ((interop.from_flax, "kernel"), (interop.to_flax, "weight")):
-        with pytest.raises(ValueError, match=r"image=\(1, 2, 2\), .* has 4 numbers, .* takes 3"):
+        with pytest.raises(ValueError, match=r"image=\(1, 2, 2\), .* expected 3, got 4"):
             convert({name: torch.ones(3, 3)}, image=(1, 2, 2))
 
 

@@ -202,9 +202,9 @@ def test_without_a_key_the_error_names_the_fix_and_the_module():
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        (oo.FractionalMaxPool2d(2, output_size=2), "fractional_max_pool2d .*cannot follow a key"),
-        (Fn(lambda x: torch.multinomial(x[0, 0].abs(), 1)), "multinomial .*cannot follow"),
-        (Fn(lambda x: torch.rand(2, generator=torch.Generator())), "torch.Generator cannot follow"),
+        (oo.FractionalMaxPool2d(2, output_size=2), "fractional_max_pool2d .*cannot draw from"),
+        (Fn(lambda x: torch.multinomial(x[0, 0].abs(), 1)), "multinomial .*cannot draw from"),
+        (Fn(lambda x: torch.rand(2, generator=torch.Generator())), "Generator cannot draw from"),
     ],
     ids=["pool", "multinomial", "generator"],
 )
@@ -219,7 +219,7 @@ def test_a_packed_sequence_with_dropout_is_refused():
     net = oo.LSTM(4, 3, num_layers=2, dropout=0.5)
     model, params, _ = interop.from_module(net)
     x = oo.utils.rnn.pack_sequence([torch.ones(3, 4), torch.ones(2, 4)])
-    with pytest.raises(NotImplementedError, match="packed sequence cannot follow a key"):
+    with pytest.raises(NotImplementedError, match="packed sequence cannot draw from a key"):
         model.apply(params, x, train=True, key=KEY)
     close(model.apply(params, x)[0].data, net.eval()(x)[0].data, rtol=1e-6)
 

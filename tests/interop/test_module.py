@@ -196,7 +196,7 @@ def test_training_a_module_and_its_optimizer_out_again():
     module, x, y = made("linear")[0], draw(0, 8, 4), draw(1, 8, 2)
     model, _, _ = interop.from_module(module)
     opt = optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=KEY)
     step = fdl.train_step(loss, opt)
     for _ in range(3):
@@ -246,17 +246,17 @@ def test_from_module_refuses(make, error, text):
 def test_a_wrong_tree_is_named():
     model, params, buffers = interop.from_module(with_norm())
     wrong = {"0": {"weight": torch.ones(3, 5)}, "1": params["1"], "3": params["3"], "4": buffers}
-    with pytest.raises(ValueError, match="apply of Sequential: params are not those") as error:
+    with pytest.raises(ValueError, match="apply of Sequential: params do not match") as error:
         model.apply(wrong, buffers, torch.ones(2, 4))
     lines = str(error.value).splitlines()[1:]
     assert "  0.bias: expected [3], got nothing" in lines
     assert "  0.weight: expected [3, 4], got [3, 5]" in lines
     assert "  4.1.running_mean: expected nothing, got [3]" in lines
-    with pytest.raises(ValueError, match="buffers are not those"):
+    with pytest.raises(ValueError, match="buffers do not match the module"):
         model.apply(params, {}, torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"to_module: buffers are not those(.|\n)*running_mean"):
+    with pytest.raises(ValueError, match=r"to_module: buffers do not match(.|\n)*running_mean"):
         interop.to_module(params, with_norm())
-    with pytest.raises(ValueError, match=r"to_module: params are not those"):
+    with pytest.raises(ValueError, match=r"to_module: params do not match the module"):
         interop.to_module(wrong, with_norm(), buffers)
     with pytest.raises(TypeError, match="params at 'weight' must be a tensor, got 3"):
         interop.to_module({"weight": 3}, oo.Linear(2, 2))

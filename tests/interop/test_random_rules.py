@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fdl import interop, random
-from fdl.interop._key_mode import RULES, Keyed
+from fdl.interop._key_mode import RULES, KeyedRandomMode
 from fdl.nn import Policy, with_policy
 
 KEY = random.key(11)
@@ -88,7 +88,7 @@ def test_every_drawing_rule_has_a_row():
 def test_mean_variance_and_extremes(name, dtype):
     draw, mean, std, bounds, tail = DRAWS[name]
     low, high = torch.tensor(bounds).to(dtype).double()
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         y = draw(dtype)
     assert y.dtype == dtype
     x = y.double().flatten()
@@ -107,7 +107,7 @@ def test_mean_variance_and_extremes(name, dtype):
 def test_an_exponential_number_is_never_0_nor_infinite(dtype, u, monkeypatch):
     """At the ends of the uniform draw that it is made of; float32 meets 0 once in 8 million."""
     monkeypatch.setattr(random, "uniform", lambda *_, dtype, **__: torch.full((3,), u, dtype=dtype))
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         x = torch.empty(3, dtype=dtype).exponential_()
         huge_rate = torch.empty(3, dtype=dtype).exponential_(1e30)
     for y in (x, huge_rate):
@@ -121,7 +121,7 @@ def test_an_exponential_number_is_never_0_nor_infinite(dtype, u, monkeypatch):
 def test_gumbel_softmax_is_never_nan(dtype):
     """The probabilities of the largest are the softmax (Gumbel, 1954)."""
     logits = torch.tensor([0.0, 1.0, -2.0], dtype=dtype)
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         y = F.gumbel_softmax(logits.expand(N, 3), 0.5, hard=True)
     assert y.isfinite().all()
     shares = y.double().mean(0)
@@ -144,7 +144,7 @@ def test_gumbel_softmax_of_a_module_in_bfloat16():
 
 
 def test_float32_draws_are_those_of_the_key():
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         got = torch.rand(5), torch.randn(5), torch.empty(5).uniform_()
     keys = [random.fold_in(KEY, i) for i in range(3)]
     expected = (
@@ -158,7 +158,7 @@ def test_float32_draws_are_those_of_the_key():
 def test_what_draws_inside_pythons_functions_follows_the_key():
     x = torch.eye(6) + 0.1
     state = torch.get_rng_state()
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         torch.svd_lowrank(x, 2)
         torch.pca_lowrank(x, 2)
         torch.nn.init.xavier_normal_(torch.empty(3, 3))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdl import _modes, random
-from fdl.interop._key_mode import RULES, Keyed
+from fdl.interop._key_mode import RULES, KeyedRandomMode
 from tests.support.asserts import close, draw
 
 KEY = random.key(3)
@@ -221,7 +221,7 @@ def check(name, arguments, expect_value):
         except (TypeError, RuntimeError, AttributeError):
             continue  # torch does not take this spelling
         count += 1
-        with Keyed(KEY):
+        with KeyedRandomMode(KEY):
             got = call(f, args, kwargs)
         first = got if first is None else first
         for x, y, z in zip(leaves(got), leaves(expected), leaves(first), strict=True):
@@ -251,24 +251,24 @@ def test_every_rule_has_a_row():
 
 
 def test_random_integers_by_one_bound():
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         expected = torch.randint(0, 5, (3,))
         for other in (
             lambda: torch.randint(5, (3,)), lambda: torch.randint(0, 5, size=(3,)),
             lambda: torch.randint(5, size=[3]), lambda: torch.randint(high=5, size=(3,)),
             lambda: torch.randint(0, high=5, size=torch.Size([3])),
         ):  # fmt: skip
-            with Keyed(KEY):
+            with KeyedRandomMode(KEY):
                 assert torch.equal(other(), expected)
 
 
 def test_a_result_can_be_asked_to_require_grad_or_be_written():
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         assert torch.randn(3, requires_grad=True).requires_grad
     out = torch.empty(3, dtype=torch.float64)
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         assert torch.rand(3, out=out) is out
-    with Keyed(KEY):
+    with KeyedRandomMode(KEY):
         assert torch.equal(torch.rand(3, dtype=torch.float64), out)
 
 
@@ -283,7 +283,7 @@ def test_a_result_can_be_asked_to_require_grad_or_be_written():
 )
 def test_what_no_key_can_do_is_refused_by_name(f):
     with (
-        pytest.raises(NotImplementedError, match=r"torch.Generator cannot follow|layout="),
-        Keyed(KEY),
+        pytest.raises(NotImplementedError, match=r"torch.Generator cannot draw|layout="),
+        KeyedRandomMode(KEY),
     ):
         f()

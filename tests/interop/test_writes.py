@@ -113,7 +113,7 @@ def test_steps_leave_state_and_batch_alone(name, way, plain_backend):
     opt = optim.sgd(0.1)
     state = fdl.TrainState.create(model, opt, key=KEY)
     batch = (draw(0, 3, 4).float(), torch.tensor([0, 1, 0]))
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     step = fdl.eval_step(loss) if way == "eval_step" else fdl.train_step(loss, opt)
     step = fdl.jit(step) if way == "jit" else step
     with unchanged(state, batch), pytest.raises(Exception, match="would write to"):
@@ -229,8 +229,8 @@ class Counting(torch.nn.Module):
     ("count", "message"),
     [
         (lambda module: module.tensor.add_(1), "would write to attribute 'tensor'"),
-        (lambda module: module.list.append(1), "changes what its attribute 'list' holds"),
-        (lambda module: module.dict.update(n=1), "changes what its attribute 'dict' holds"),
+        (lambda module: module.list.append(1), "changes the content of its attribute 'list'"),
+        (lambda module: module.dict.update(n=1), "changes the content of its attribute 'dict'"),
     ],
     ids=["tensor", "list", "dict"],
 )

@@ -189,14 +189,14 @@ class Options:
 
 ODD: dict[str, tuple[Any, str]] = {
     "path": (Path("x"), "got PosixPath; make it a str"),
-    "numpy-number": (np.float32(1), r"got float32; take its .tolist\(\)"),
-    "numpy-float64": (np.float64(1), r"got float64; take its .tolist\(\)"),
-    "numpy-array": (np.ones(2), r"got ndarray; take its .tolist\(\)"),
-    "tensor": (torch.tensor(1.0), r"got Tensor; take its .tolist\(\)"),
+    "numpy-number": (np.float32(1), r"got float32; use its .tolist\(\)"),
+    "numpy-float64": (np.float64(1), r"got float64; use its .tolist\(\)"),
+    "numpy-array": (np.ones(2), r"got ndarray; use its .tolist\(\)"),
+    "tensor": (torch.tensor(1.0), r"got Tensor; use its .tolist\(\)"),
     "tuple": ((1, 2), "got tuple; make it a list"),
     "set": ({1}, "got set; make it a list"),
     "mapping": (MappingProxyType({}), "got mappingproxy; make it a dict"),
-    "dataclass": (Options(), "got Options; take its dataclasses.asdict"),
+    "dataclass": (Options(), "got Options; use dataclasses.asdict"),
     "function": (len, "got builtin_function_or_method"),
     "bytes": (b"x", "got bytes"),
     "complex": (1j, "got complex"),
@@ -233,9 +233,9 @@ def test_dicts_of_other_classes_are_dicts_in_metadata(tmp_path: Path) -> None:
 def test_a_number_of_thousands_of_digits_is_refused(it: Checkpointer) -> None:
     it.save(STATE, config={"n": 10**3999})
     it.wait()
-    with pytest.raises(ValueError, match=r"config\['n'\]: an integer of more than 4,000 digits"):
+    with pytest.raises(ValueError, match=r"config\['n'\]: an integer with more than 4,000 digits"):
         it.save(STATE, config={"n": -(10**4000)})
-    with pytest.raises(ValueError, match=r"an integer of more than 4,000 digits at 'buffers.n'"):
+    with pytest.raises(ValueError, match=r"an integer with more than 4,000 digits at 'buffers.n'"):
         it.save(STATE._replace(buffers={"n": 10**4000}))
 
 
@@ -288,7 +288,7 @@ def test_metrics_of_every_kind_of_number(value: Any, expected: float, it: Checkp
 def test_metrics_that_are_no_number_are_refused_at_once(value: Any, it: Checkpointer) -> None:
     with pytest.raises(TypeError, match=r"Checkpointer.save: metrics\['loss'\] must be one number"):
         it.save(STATE, metrics={"loss": value})
-    with pytest.raises(TypeError, match="a name of metrics must be a str, got 1"):
+    with pytest.raises(TypeError, match="names of metrics must be str, got 1"):
         it.save(STATE, metrics={1: 0.5})  # type: ignore[dict-item]
     it.wait()
     assert it.latest() is None
@@ -304,7 +304,7 @@ def test_metrics_that_are_no_number_are_refused_at_once(value: Any, it: Checkpoi
             TypeError,
             "got mappingproxy at 'buffers.a'; make it a dict",
         ),
-        (STATE._replace(buffers={"a.b": torch.ones(1)}), ValueError, "must not hold a dot"),
+        (STATE._replace(buffers={"a.b": torch.ones(1)}), ValueError, "must not contain a dot"),
         (STATE._replace(buffers={"a": torch.ones(1).to_sparse()}), TypeError, "make it dense"),
         (STATE._replace(buffers={"a": torch.ones(1, device="meta")}), TypeError, "meta"),
         ({"w": torch.ones(1)}, TypeError, "state must be a TrainState, got dict without a"),

@@ -1,5 +1,7 @@
 """Rows for fdl.transforms in the table of tests/laws/test_public_functions.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ net = nn.sequential(fc=nn.linear(3, 2), act=nn.tanh)
 y = torch.tensor([0, 1, 1])
 
 
-def loss(params: Tree, batch: tuple[Tensor, ...], key: Tensor | None = None) -> Tensor:
+def loss(params: Tree, batch: tuple[Tensor, ...], **_: Any) -> Tensor:
     return losses.cross_entropy(net.apply(params, batch[0]), batch[1])
 
 

@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 
 import fdl
 from fdl import _training, losses, metrics, nn, optim, random, tree
-from fdl._masks import filled
+from fdl._masks import fill_masked
 from fdl.data import Batch
 from tests.support.asserts import close, draw
 
@@ -73,7 +73,7 @@ def of_batch(f: Callable[..., Any], params: Any) -> Callable[..., Any]:
 
 NET = nn.sequential(nn.linear(4, 5), nn.tanh, nn.linear(5, 3))
 PARAMS = tree.cast(NET.init(KEY), torch.float64)
-SUPERVISED = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+SUPERVISED = fdl.supervised(NET, losses.cross_entropy, {"accuracy": metrics.accuracy})
 LOGITS, INDEX = draw(0, 6, 4), torch.tensor([3, 0, 1, 2, 3, 1])
 CLASSES = torch.tensor([2, 0, 1, 2, 0, 1])
 STATE = fdl.TrainState.create(NET, optim.sgd(0.1, 0.9), key=KEY, params=PARAMS)
@@ -95,6 +95,7 @@ ROWS = {
     "training.eval_step": Row(of_batch(fdl.eval_step(SUPERVISED), STATE), LOGITS, CLASSES),
 }
 NO_ROW = {
+    "training.StatefulLoss": "a type",
     "training.TrainState": "a type",
     "training.update_bn": "tests/training/test_update_bn.py",
     "losses.squared_loss": "has no weights",
@@ -207,7 +208,7 @@ def prepared(name: str) -> tuple[Any, Any, Any, Any]:
     model, x = MODELS[name]
     opt = optim.sgd(0.1, 0.9)
     state = tree.cast(fdl.TrainState.create(model, opt, key=KEY), torch.float64)
-    loss = fdl.supervised(model.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
     return fdl.train_step(loss, opt), fdl.eval_step(loss), state, x
 
 
@@ -232,7 +233,7 @@ def test_a_step_is_that_of_the_rows_that_count(name, poison):
 @pytest.mark.parametrize("loss", [losses.squared_loss, lambda p, y: ((p - y) ** 2).sum(1) ** 0.5])
 @each_poison
 def test_targets_are_replaced_for_losses_without_weights(loss, poison):
-    step = fdl.train_step(fdl.supervised(NET.apply, loss), optim.sgd(0.1))
+    step = fdl.train_step(fdl.supervised(NET, loss), optim.sgd(0.1))
     state, y = fdl.TrainState.create(NET, optim.sgd(0.1), key=KEY, params=PARAMS), draw(9, 6, 3)
     bad = Batch(poisoned(LOGITS, poison), poisoned(y, poison), MASK)
     close_to(step(state, bad), step(state, Batch(LOGITS[MASK], y[MASK])))
@@ -304,13 +305,13 @@ def test_whichever_rows_are_poisoned(poisons):
 def test_rows_left_out_are_filled_with_the_first_if_it_counts_or_with_harmless_numbers():
     x = {"a": draw(0, 6, 2), "b": INDEX, "c": torch.tensor(1.0), "d": "text"}
     first = torch.tensor([True, False, True, False, False, True])
-    found = filled(first, x)
+    found = fill_masked(first, x)
     assert torch.equal(found["a"][first], x["a"][first])
     assert torch.equal(found["a"][~first], x["a"][0].expand(3, 2))
     assert torch.equal(found["b"][~first], x["b"][0].expand(3))
     assert found["c"] is x["c"] and found["d"] == "text"
     for mask in (~first, first & False):
-        found = filled(mask, {"f": x["a"], "i": INDEX, "b": first, "s": x["a"][:, 0]})
+        found = fill_masked(mask, {"f": x["a"], "i": INDEX, "b": first, "s": x["a"][:, 0]})
         assert torch.equal(found["f"][mask], x["a"][mask])
         assert torch.equal(found["f"][~mask][0], torch.tensor([1.0, 2.0], dtype=torch.float64))
         assert not found["i"][~mask].any() and not found["b"][~mask].any()

@@ -163,24 +163,32 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
         ),
         "uniform": with_keys(
-            lambda key, x: random.uniform(key, (2, 3), x, x + 2, torch.float64), (3,)
+            lambda key, x: random.uniform(key, (2, 3), torch.float64, minval=x, maxval=x + 2), (3,)
         ),
     },
     "transforms": TRANSFORMATIONS,
     "data": {
+        "batch": Case(
+            lambda x, y, index, mask: data.batch((x, y), (index, mask)),
+            lambda key: (draw(key, 6, 2), *labelled_rows(key)),
+        ),
         "batches": Case(
             lambda x, y, index: tuple(data.batches((x, y), index)),
             lambda key: (draw(key, 6, 2), torch.arange(6), random.permutation(key, 6).view(3, 2)),
         ),
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
-        "gather": Case(
-            lambda x, y, index, mask: data.gather((x, y), (index, mask)),
-            lambda key: (draw(key, 6, 2), *labelled_rows(key)),
-        ),
         "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
+        ),
+        "take": Case(
+            lambda x, index: data.take({"x": x, "y": x[:, 0]}, index),
+            lambda key: (draw(key, 6, 2), random.permutation(key, 6)),
+        ),
+        "to_float": Case(
+            lambda x, images: (data.to_float(x), data.to_float(data.Dataset(images, x))),
+            lambda key: (draw(key, 4, 2), random.randint(key, (4, 3, 3), 0, 256, torch.uint8)),
         ),
     },
     "population": {

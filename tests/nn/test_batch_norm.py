@@ -151,7 +151,7 @@ def test_errors():
     layer, params, buffers = prepared(3)
     with pytest.raises(ValueError, match=r"expected x \[batch, 3, \.\.\.\], got \[4, 2\]"):
         layer.apply(params, buffers, torch.ones(4, 2))
-    with pytest.raises(ValueError, match="one value per feature has no variance"):
+    with pytest.raises(ValueError, match="training needs more than one value per feature"):
         layer.apply(params, buffers, torch.ones(1, 3), train=True)
     with pytest.raises(ValueError, match=r"expected params\['running_var'\] of shape \[3\]"):
         layer.apply(params, {"running_mean": torch.ones(3)}, torch.ones(4, 3))
@@ -188,12 +188,14 @@ def test_a_mask_that_nobody_heeds_is_an_error():
     counter = nn.StatefulModel(lambda key: ({}, {"calls": torch.tensor(0)}), count)
     batch = data.Batch(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([True, False]))
     for model in (counter, nn.sequential(counter)):
-        loss = fdl.supervised(model.apply, losses.mse)
+        loss = fdl.supervised(model, losses.mse)
         params, buffers = model.init(KEY)
-        with pytest.raises(ValueError, match=r"takes none: padding would .* drop_last=True"):
-            loss(params, buffers, batch, KEY)
+        with pytest.raises(
+            ValueError, match=r"model takes none .* so padding would .* drop_last=True"
+        ):
+            loss(params, buffers, batch, train=True)
         loss(params, buffers, batch)  # in evaluation padding has no part in statistics
-        loss(params, buffers, batch._replace(mask=()), KEY)
+        loss(params, buffers, batch._replace(mask=()), train=True)
 
 
 class LeNet(oo.Module):
@@ -222,11 +224,11 @@ def test_lenet_bn_over_50_steps_and_evaluated():
     names = [name for name, _ in twin.named_parameters()]
     assert names == list(tree.flatten_dict(state.params))
     x, y = draw(1, 60, 1, 28, 28), random.randint(KEY, (60,), 0, 10)
-    rows = [data.gather((x, y), row) for row in zip(*data.epoch_indices(KEY, 60, 8), strict=True)]
+    rows = [data.batch((x, y), row) for row in zip(*data.epoch_indices(KEY, 60, 8), strict=True)]
     batches = (rows * 7)[:50]
     assert not rows[-1].mask.all()  # the twin gets the last batch without its padding
 
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     start = state.params
     for batch in batches:
         state, _ = step(state, batch)

@@ -153,7 +153,7 @@ def test_default_initialisation_is_that_of_the_module(layer, module, fan_in):
 @pytest.mark.curriculum("B3")
 def test_initializer_of_your_own():
     def sparse(key, shape, dtype=torch.float32):
-        w = random.uniform(key, shape, -10, 10, dtype)
+        w = random.uniform(key, shape, dtype, minval=-10, maxval=10)
         return torch.where(w.abs() < 5, 0.0, w)
 
     net = nn.sequential(nn.linear(8, 100, weight_init=sparse), nn.relu, nn.linear(100, 2))

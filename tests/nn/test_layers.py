@@ -106,8 +106,8 @@ def test_layer_norm(shape):
         ),
         (lambda: nn.conv2d(1, 1, 3, stride=0), "stride must be an int or .* at least 1, got 0"),
         (lambda: nn.conv2d(1, 1, 3, dilation=(1, 0)), r"dilation must be .* got \(1, 0\)"),
-        (lambda: nn.conv2d(3, 4, 3, groups=2), "groups=2 must divide both channel counts"),
-        (lambda: nn.conv2d(4, 3, 3, groups=2), "groups=2 must divide both channel counts"),
+        (lambda: nn.conv2d(3, 4, 3, groups=2), "groups=2 must divide inputs="),
+        (lambda: nn.conv2d(4, 3, 3, groups=2), "groups=2 must divide inputs="),
         (lambda: nn.conv2d(1, 1, 3, padding="sane"), "padding must be 'same', 'valid'.*'sane'"),
         (lambda: nn.conv2d(1, 1, 3, padding="same", stride=2), "padding='same' needs stride=1"),
         (lambda: nn.layer_norm((3, 0)), r"layer_norm\(\(3, 0\)\): every size"),
@@ -123,6 +123,27 @@ def test_layer_norm(shape):
 )
 def test_bad_arguments_raise_when_the_layer_is_built(make, text):
     with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: nn.max_pool2d(0), ValueError, "max_pool2d: kernel_size .* at least 1, got 0"),
+        (lambda: nn.avg_pool2d((2, 0)), ValueError, r"avg_pool2d: kernel_size .* got \(2, 0\)"),
+        (lambda: nn.max_pool2d(2, 0), ValueError, "max_pool2d: stride .* at least 1, got 0"),
+        (lambda: nn.avg_pool2d(2, padding=-1), ValueError, "padding .* at least 0, got -1"),
+        (lambda: nn.max_pool2d(2, padding=2), ValueError, "padding 2 is more than half the window"),
+        (lambda: nn.max_pool2d(torch.ones(2, 3)), ValueError, r"got a tensor float32\[2, 3\]"),
+        (lambda: nn.flatten(torch.ones(2)), TypeError, r"start .* an int, got a tensor .* makes a"),
+        (lambda: nn.flatten(1, None), TypeError, "flatten: end must be an int, got a NoneType"),
+        (lambda: nn.flatten(2, 1), ValueError, "end must not come before start, got start=2, end"),
+        (lambda: nn.flatten(-1, -2), ValueError, "got start=-1, end=-2"),
+    ],
+    ids=range(10),
+)
+def test_pools_and_flatten_check_their_arguments_when_built(make, error, text):
+    with pytest.raises(error, match=text):
         make()
 
 

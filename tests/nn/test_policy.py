@@ -92,7 +92,7 @@ def test_buffers_keep_their_precision():
     opt = optim.sgd(0.1)
     state = fdl.TrainState.create(model, opt, key=KEY)
     assert state.buffers["mean"].dtype == torch.float32
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
     new, _ = step(step(state, (X, Y))[0], (X, Y))
     assert tree.diff(state, new, values=False) == [] and new.buffers["n"] == 2
     close(new.buffers["mean"], 0.19 * X.mean(0), rtol=1e-2, atol=1e-3)
@@ -122,7 +122,7 @@ def test_parameters_and_slots_stay_in_32_bits_so_that_small_steps_add_up():
         lambda params, x, *, train=False, key=None: params["w"] * x,
     )
     model, opt = with_policy(scale), optim.adam(1e-4)
-    loss = fdl.supervised(model.apply, lambda y, target: (y - target).sum())
+    loss = fdl.supervised(model, lambda y, target: (y - target).sum())
     state = fdl.TrainState.create(model, opt, key=KEY)
     step = fdl.train_step(loss, opt)
     for _ in range(100):
@@ -135,7 +135,7 @@ def test_parameters_and_slots_stay_in_32_bits_so_that_small_steps_add_up():
 def test_a_policy_works_under_vmap_and_jit(model, plain_backend):
     net = with_policy(model)
     members = torch.vmap(net.init)(random.split(KEY, 3))
-    loss = fdl.supervised(net.apply, losses.mse)
+    loss = fdl.supervised(net, losses.mse)
 
     def grads(params):
         return grad(lambda p: loss(p, (X, Y))[0])(params)
@@ -148,7 +148,10 @@ def test_a_policy_works_under_vmap_and_jit(model, plain_backend):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: with_policy(lambda x: x), "model must be a Model or a StatefulModel, got <func"),
+        (
+            lambda: with_policy(lambda x: x),
+            "model must be a Model or a StatefulModel, got the function <lambda>",
+        ),
         (lambda: with_policy(NET, Policy(compute="half")), "compute must be a .* got 'half'"),
         (lambda: with_policy(NET, Policy(param=torch.int8)), "param must be a .* got torch.int8"),
     ],
@@ -205,7 +208,7 @@ def test_a_scaled_run_is_the_plain_run(inner):
     runs = []
     for opt in (inner, optim.loss_scale(inner, growth_interval=2)):
         plateau = optim.reduce_on_plateau(opt, patience=0, factor=0.5)
-        step = fdl.train_step(fdl.supervised(NET.apply, losses.mse), plateau)
+        step = fdl.train_step(fdl.supervised(NET, losses.mse), plateau)
         state, found = fdl.TrainState.create(NET, plateau, key=KEY), []
         for _ in range(8):
             state, metrics = step(state, (X, Y))
@@ -218,7 +221,7 @@ def test_a_scaled_run_is_the_plain_run(inner):
 def test_a_scale_goes_with_another_way_to_differentiate():
     found = []
     for opt in (optim.sgd(0.1), optim.loss_scale(optim.sgd(0.1), init=2.0**10)):
-        loss = fdl.supervised(NET.apply, losses.mse)
+        loss = fdl.supervised(NET, losses.mse)
         step = fdl.train_step(loss, opt, optim.sam(0.05))
         state, metrics = step(fdl.TrainState.create(NET, opt, key=KEY), (X, Y))
         found.append((state.params, metrics))
@@ -226,7 +229,7 @@ def test_a_scale_goes_with_another_way_to_differentiate():
 
 
 FLOAT16 = with_policy(NET, Policy(compute=torch.float16))
-TINY = fdl.supervised(FLOAT16.apply, lambda y, target: 1e-7 * losses.mse(y, target))
+TINY = fdl.supervised(FLOAT16, lambda y, target: 1e-7 * losses.mse(y, target))
 
 
 def test_gradients_that_underflow_survive_with_a_scale():
@@ -276,7 +279,7 @@ def test_a_float16_value_and_scalar_are_scaled_without_overflow():
         lambda key: {"w": torch.ones(2).half()},
         lambda params, x, *, train=False, key=None: params["w"] * x,
     )
-    step = fdl.train_step(fdl.supervised(model.apply, lambda y, t: (y - t).sum() * 2**-14), opt)
+    step = fdl.train_step(fdl.supervised(model, lambda y, t: (y - t).sum() * 2**-14), opt)
     state = fdl.TrainState.create(model, opt, key=KEY)
     new, _ = step(state, (torch.ones(2).half(), torch.zeros(2).half()))
     assert torch.equal(new.params["w"], state.params["w"] - 2**-14)
@@ -322,7 +325,7 @@ def test_the_scale_is_found(opt):
 )
 def test_a_scale_in_the_wrong_place_raises(opt, text):
     with pytest.raises(ValueError, match=f"^{text}"):
-        step = fdl.train_step(fdl.supervised(NET.apply, losses.mse), opt)
+        step = fdl.train_step(fdl.supervised(NET, losses.mse), opt)
         step(fdl.TrainState.create(NET, opt, key=KEY), (X, Y))
 
 

@@ -99,7 +99,7 @@ def test_a_decay_that_16_bit_weights_round_away_is_kept_by_a_policy(dtype):
     )
     model = fdl.nn.with_policy(model, fdl.nn.Policy(compute=dtype))
     opt = optim.adamw(1e-3, weight_decay=0.1)
-    loss = fdl.supervised(model.apply, lambda y, target: 0 * losses.squared_loss(y, target))
+    loss = fdl.supervised(model, lambda y, target: 0 * losses.squared_loss(y, target))
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     step = fdl.train_step(loss, opt)
     for _ in range(500):

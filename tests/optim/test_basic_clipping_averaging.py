@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fdl
 from fdl import optim, random, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, equal_bits, unchanged
 
 SHAPES = {"scalar": (), "vector": (3,), "deep.matrix": (4, 3), "deep.kernel": (2, 3, 2, 2)}
@@ -295,7 +296,7 @@ def test_form_and_dtypes_stay_and_nothing_is_mutated(opt, dtype):
             p = tree.flatten_dict(params)[path]
             assert u is None or (u.dtype == dtype and u.shape == p.shape)
         params, state = optim.apply_updates(params, updates), new
-        tree.match(first, state, "same form")
+        match(first, state, "same form")
         assert tree.diff(first, state, values=False) == []
 
 

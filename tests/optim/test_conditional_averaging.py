@@ -286,7 +286,7 @@ def test_each_member_of_a_population_skips_for_itself():
 def test_wrappers_stack_and_train_as_one_scan(plain_backend):
     inner = optim.accumulate(optim.apply_if_finite(optim.lookahead(optim.sgd(0.05), 2)), 3)
     model, opt = nn.linear(3, 2), optim.reduce_on_plateau(inner, patience=1)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
     params = tree.cast(model.init(random.key(0)), torch.float64)
     state = fdl.TrainState.create(model, opt, key=random.key(0), params=params)
     batches = (X.view(6, 10, 3), Y.view(6, 10, 2))

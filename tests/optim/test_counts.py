@@ -12,13 +12,13 @@ NET = nn.sequential(nn.linear(3, 4), nn.tanh, nn.linear(4, 2))
 PARAMS = tree.cast(NET.init(random.key(0)), torch.float64)
 X, Y = draw(0, 23, 3), draw(1, 23, 2)
 INNER = {"sgd": optim.sgd(0.3, momentum=0.9), "adam": optim.adam(0.05)}
-LOSS = fdl.supervised(NET.apply, losses.mse)
+LOSS = fdl.supervised(NET, losses.mse)
 
 
 def padded(n):
     """The batches of 8 of an epoch as fdl cuts them: the last one is padded, and has a mask."""
     rows = data.epoch_indices(random.key(3), n, 8)
-    return [data.gather((X[:n], Y[:n]), one) for one in tree.unstack(rows)]
+    return [data.batch((X[:n], Y[:n]), one) for one in tree.unstack(rows)]
 
 
 def begin(opt):

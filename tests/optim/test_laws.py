@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import jit, optim, random, scan, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, unchanged
 from tests.support.optimizers import ALL, MATRICES, SHAPES, grads_at, run, start
 from tests.support.soak import repeats
@@ -139,7 +140,7 @@ def test_an_update_keeps_every_dtype_and_shape(name, dtype):
     after, new_state = run(opt, params, steps=3)
     assert tree.diff(params, after, values=False) == []
     assert tree.diff(state, new_state, values=False) == []
-    tree.match(state, new_state, "same form")
+    match(state, new_state, "same form")
     assert all(leaf.isfinite().all() for leaf in tree.leaves(after))
     assert not any(
         torch.equal(a, b) for a, b in zip(*map(tree.leaves, (params, after)), strict=True)

@@ -142,7 +142,7 @@ def regression():
     """Least squares, for which two updates are enough."""
     x, model = draw(7, 20, 3).float(), nn.linear(3, 1)
     y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.7
-    return fdl.supervised(model.apply, losses.mse), model, (x, y)
+    return fdl.supervised(model, losses.mse), model, (x, y)
 
 
 @pytest.mark.slow

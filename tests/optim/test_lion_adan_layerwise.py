@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 
 import fdl
 from fdl import optim, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, unchanged
 
 SHAPES = {"scalar": (), "vector": (3,), "nested.matrix": (2, 3), "nested.kernel": (2, 1, 2, 2)}
@@ -247,7 +248,7 @@ def test_an_update_keeps_every_dtype_and_its_inputs(opt, dtype):
             updates, new_state = opt.update(grads, state, params)
         assert tree.diff(state, new_state, values=False) == []
         assert tree.diff(params, updates, values=False) == []
-        tree.match(state, new_state, "same form")
+        match(state, new_state, "same form")
         params, state = optim.apply_updates(params, updates), new_state
     expected, _ = run(opt, start(), 3)
     for path, p in tree.flatten_dict(params).items():

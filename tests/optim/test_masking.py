@@ -13,6 +13,7 @@ from torch.func import grad_and_value, vmap
 
 import fdl
 from fdl import losses, nn, optim, random, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, trees, unchanged
 from tests.support.optimizers import default_dtype
 
@@ -176,7 +177,7 @@ def test_one_optimizer_in_parts_is_one_optimizer(shapes, bits):
         with unchanged(params, grads, part_state):
             got, part_state = parts.update(grads, part_state, params)
         assert tree.diff(expected, got) == []
-        tree.match(expected, got, "same containers")
+        match(expected, got, "same containers")
 
 
 class Pair(NamedTuple):
@@ -238,7 +239,7 @@ def test_a_population_over_the_rate_of_one_part():
 
 def test_a_jitted_step_compiles_once_and_equals_eager(count_programs):
     opt = optim.freeze(optim.masked(optim.chain(BOTH, optim.params_ema(0.9)), "*"), "4.bias")
-    step = fdl.train_step(fdl.supervised(NET.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(NET, losses.mse), opt)
     eager = fdl.TrainState.create(NET, opt, key=random.key(0), params=PARAMS)
     compiled, jitted, graphs = eager, fdl.jit(step), count_programs()
     for _ in range(4):
@@ -279,7 +280,7 @@ def test_a_part_evaluates_the_loss_where_only_it_has_moved():
         ({"a": "0.*", "b": "2.*"}, r"label of \['a', 'b'\]:\n  4.weight: no label\n  4.bias: no l"),
         ({"a": "*", "b": "2.*"}, r"2.weight: \['a', 'b'\]\n  2.bias: \['a', 'b'\]$"),
         (lambda path, leaf: path[0], r"0.weight: \['0'\]\n"),
-        ({"a": "*.wieght", "b": "2.*"}, r"a: '\*.wieght' matches no path; there"),
+        ({"a": "*.wieght", "b": "2.*"}, r"a: '\*.wieght' matches no path; the"),
     ],
     ids=["uncovered", "twice", "unknown", "misspelt"],
 )
@@ -459,7 +460,7 @@ def test_a_function_that_selects_nothing_is_refused_as_a_glob_is(make):
     params = {"a": torch.ones(3), "b": torch.ones(2)}
     with pytest.raises(ValueError, match=r"selects no path; there are \['a', 'b'\]"):
         make(lambda path, leaf: leaf.ndim > 1).init(params)
-    with pytest.raises(ValueError, match=r"matches no path; there are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"matches no path; the paths are \['a', 'b'\]"):
         make("c").init(params)
 
 

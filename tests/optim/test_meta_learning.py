@@ -14,7 +14,7 @@ from tests.support.asserts import close, draw
 STEPS = 10
 net = nn.sequential(nn.linear(2, 4), nn.tanh, nn.dropout(0.2), nn.linear(4, 1))
 start = tree.cast(net.init(random.key(0)), torch.float64)
-loss = fdl.supervised(net.apply, losses.mse)
+loss = fdl.supervised(net, losses.mse)
 batches = (draw(1, STEPS, 6, 2), draw(2, STEPS, 6, 1))
 held_out = (draw(3, 8, 2), draw(4, 8, 1))
 
@@ -70,9 +70,7 @@ def test_compiled_gradients_through_training_equal_eager(plain_backend):
 
 def test_a_rate_for_each_layer_is_learned():
     """One inner step with a rate for each layer; the rates are trained by its result."""
-    still = fdl.supervised(
-        nn.sequential(nn.linear(2, 4), nn.tanh, nn.linear(4, 1)).apply, losses.mse
-    )
+    still = fdl.supervised(nn.sequential(nn.linear(2, 4), nn.tanh, nn.linear(4, 1)), losses.mse)
     params = {"0": start["0"], "2": start["3"]}
     batch = (batches[0][0], batches[1][0])
 

@@ -231,7 +231,7 @@ def test_one_compiled_program_looks_300_times(count_programs):
 
 def test_train_step_passes_the_value():
     model, opt = nn.linear(2, 1), optim.reduce_on_plateau(optim.sgd(0.0), patience=2)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.mse), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     for _ in range(4):
         state, _ = step(state, (torch.ones(4, 2), torch.zeros(4, 1)))

@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 import fdl
 import models
 from fdl import losses, nn, optim, random, tree
+from fdl.tree._map import match
 from tests.support import twins
 from tests.support.asserts import close, draw, unchanged
 
@@ -49,7 +50,7 @@ def test_training_equals_the_twin(adaptive, compiled, plain_backend, count_progr
     """With dropout: both evaluations of a step drop the same units."""
     rho = 1.0 if adaptive else 0.1
     opt = optim.sgd(0.3, 0.9)
-    loss = fdl.supervised(MLP.apply, losses.cross_entropy)
+    loss = fdl.supervised(MLP, losses.cross_entropy)
     step = fdl.train_step(loss, opt, grad_fn=optim.sam(rho, adaptive=adaptive))
     graphs = count_programs()
     if compiled:
@@ -118,7 +119,7 @@ def test_metrics_and_buffers_are_those_of_the_first_evaluation():
         lambda key: ({"w": draw(3, 6, 2)}, {"seen": torch.ones((), dtype=torch.float64)}), apply
     )
     opt, y = optim.sgd(0.1), draw(4, 8, 2)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     new, found = fdl.train_step(loss, opt, grad_fn=optim.sam(0.5))(state, (X[0], y))
     prediction = X[0] @ state.params["w"]
@@ -151,7 +152,7 @@ def test_the_gradient_is_that_of_the_worst_point_nearby(rho, adaptive):
     flat = torch.cat([leaf.reshape(-1) for leaf in tree.leaves(grads)])
     close(flat, by_hand(params, rho, adaptive))
     close((value, aux), (bowl(params), params["b"] + 1))
-    tree.match(params, grads, "grads")
+    match(params, grads, "grads")
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])

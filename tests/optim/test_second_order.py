@@ -102,7 +102,7 @@ def test_hvp_of_a_maml_step_with_a_dead_layer_is_finite(opt):
     params = tree.cast(net.init(random.key(0)), torch.float64)
     params["0"]["bias"] = torch.full_like(params["0"]["bias"], -100.0)
     inner, outer = (draw(1, 4, 2), draw(2, 4, 1)), (draw(3, 4, 2), draw(4, 4, 1))
-    loss = fdl.supervised(net.apply, losses.mse)
+    loss = fdl.supervised(net, losses.mse)
 
     def adapted(p):
         updates, _ = opt.update(grad(lambda p: loss(p, inner)[0])(p), opt.init(p), p)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fdl import losses, optim, tree
+from fdl.tree._map import match
 from tests.support.asserts import close, draw
 from tests.support.optimizers import agree, grads_at, run, run_torch, start
 
@@ -64,7 +65,7 @@ def test_an_update_keeps_every_dtype(opt, dtype):
     after, new_state = run(opt, params, steps=3)
     assert tree.diff(params, after, values=False) == []
     assert tree.diff(state, new_state, values=False) == []
-    tree.match(state, new_state, "same form")
+    match(state, new_state, "same form")
     assert not any(torch.equal(a, b) for a, b in zip(*map(tree.leaves, (params, after))))  # noqa: B905
 
 

@@ -1,8 +1,9 @@
 """``fdl.random`` against ``jax.random`` itself, where JAX is installed.
 
-``python tests/random/test_jax.py`` writes tests/random_vectors.json anew.
+``python tests/random/test_jax.py`` writes tests/random/vectors.json anew.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -21,17 +22,17 @@ jnp = pytest.importorskip("jax.numpy")
 VECTORS = Path(__file__).with_name("vectors.json")
 INF = float("inf")
 
-# Draws to record: sampler, seed, keyword arguments of fdl, and whether JAX needs x64 for them.
+# Draws to record: sampler, seed, keyword arguments, and whether JAX needs x64 for them.
 CASES = [
     ("key", 0, {}, False),
     ("key", 2**32 - 1, {}, False),
     *[("key", seed, {}, True) for seed in (2**32 + 5, 2**63 - 1, -1, -(2**31) - 1, -(2**63))],
-    *[("split", seed, {"n": n}, True) for seed, n in ((0, 2), (42, 5), (2**40 + 3, 5), (7, 0))],
+    *[("split", seed, {"num": n}, True) for seed, n in ((0, 2), (42, 5), (2**40 + 3, 5), (7, 0))],
     *[("fold_in", 42, {"data": data}, False) for data in (0, 1, 2**31, 2**32 - 1)],
     *[("bits", seed, {"shape": shape}, False)
       for seed, shape in ((0, ()), (1, (5,)), (2**40 + 3, (2, 3)), (-3, (3, 1, 7)), (4, (0, 2)))],
     *[("uniform", 11, {"shape": shape}, False) for shape in ((), (5,), (2, 3), (7,))],
-    ("uniform", 12, {"shape": (5,), "low": -2.5, "high": 0.75}, False),
+    ("uniform", 12, {"shape": (5,), "minval": -2.5, "maxval": 0.75}, False),
     *[("uniform", 13, {"shape": (7,), "dtype": dtype}, dtype == "float64")
       for dtype in ("float16", "bfloat16", "float64")],
     *[("normal", 14, {"shape": shape}, False) for shape in ((), (5,), (2, 3), (31,))],
@@ -42,19 +43,18 @@ CASES = [
      True),
     *[("bernoulli", 18, {"p": p, "shape": shape}, False)
       for p, shape in ((0.5, ()), (0.1, (2, 3)), (0.9, (33,)))],
-    *[("randint", 19, {"shape": (2, 3), "low": low, "high": high, "dtype": "int32"}, True)
+    *[("randint", 19, {"shape": (2, 3), "minval": low, "maxval": high, "dtype": "int32"}, True)
       for low, high in ((0, 10), (-7, 5), (0, 65_537), (-(2**31), 2**31 - 1), (-(2**31), 2**31))],
-    *[("randint", 20, {"shape": (5,), "low": low, "high": high, "dtype": "int64"}, True)
+    *[("randint", 20, {"shape": (5,), "minval": low, "maxval": high, "dtype": "int64"}, True)
       for low, high in ((0, 10), (-7, 2**33), (-(2**63), 2**63), (-(2**62), 2**62 + 12345))],
-    ("randint", 21, {"shape": (), "low": 0, "high": 256, "dtype": "uint8"}, False),
-    ("randint", 21, {"shape": (9,), "low": -128, "high": 128, "dtype": "int8"}, False),
+    ("randint", 21, {"shape": (), "minval": 0, "maxval": 256, "dtype": "uint8"}, False),
+    ("randint", 21, {"shape": (9,), "minval": -128, "maxval": 128, "dtype": "int8"}, False),
     *[("permutation", seed, {"x": n}, False)
       for seed, n in ((22, 10), (23, 1), (24, 0), (25, 100))],
     ("categorical", 26, {"logits": [0.0, 1.0, -1.0, 2.0], "shape": (13,)}, False),
     ("categorical", 27, {"logits": [[0.0, 1.0, -INF], [3.0, 3.0, 3.0]]}, False),
 ]  # fmt: skip
 CHECKSUM = (28, 60_000)  # seed and size of a permutation recorded by its checksum
-TO_JAX = {"n": "num", "low": "minval", "high": "maxval"}
 
 
 def x64(on):
@@ -71,7 +71,7 @@ def call_jax(sampler, seed, kwargs, wide):
     with x64(wide):
         if sampler == "key":
             return np.asarray(jax.random.PRNGKey(seed))
-        kwargs = {TO_JAX.get(name, name): value for name, value in kwargs.items()}
+        kwargs = dict(kwargs)
         if "logits" in kwargs:
             kwargs["logits"] = jnp.asarray(kwargs["logits"], dtype=jnp.float32)
         if kwargs.get("maxval") in (2**31, 2**63):
@@ -99,6 +99,32 @@ def assert_same(ours, theirs):
     ours = ours.to(torch.float32) if ours.dtype is torch.bfloat16 else ours
     theirs = theirs.astype(np.float32) if theirs.dtype.name == "bfloat16" else theirs
     np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+# Left out here: JAX's implementations, shardings and modes, the dtypes of keys and bits (words are
+# int64), shuffles of each row on its own, draws without replacement. `device`, which a JAX key gets
+# from a context, is an argument.
+ONLY_JAX = {"impl", "out_sharding", "mode", "independent", "replace"}
+ONLY_OURS = {("key", "device")}
+OTHER = {("key", "dtype"), ("bits", "dtype")}
+DTYPES = {"randint": torch.int64}  # JAX: None, which is int64 with x64 and int32 without
+
+
+@pytest.mark.parametrize("name", sorted({*random.__all__} - {"Key", "Shape"}))
+def test_signatures_are_those_of_jax(name):
+    ours = inspect.signature(getattr(random, name)).parameters
+    theirs = inspect.signature(getattr(jax.random, name)).parameters
+    expected = [p for p in theirs if p not in ONLY_JAX and (name, p) not in OTHER]
+    assert [p for p in ours if (name, p) not in ONLY_OURS] == expected
+    for p in expected:
+        default = theirs[p].default
+        if p == "dtype":
+            assert default is None and ours[p].default is DTYPES.get(name, torch.float32)
+        else:
+            assert ours[p].default == default
+    # By position, what both take is at the same place.
+    both = [p for p in theirs if p in ours and (name, p) not in OTHER]
+    assert all(list(ours).index(p) == list(theirs).index(p) for p in both)
 
 
 @pytest.mark.slow
@@ -158,7 +184,7 @@ def test_uniform_between_bounds(seed, low, high):
     if low > high:
         low, high = high, low
     low, high = torch.tensor(low), torch.tensor(high)
-    ours = random.uniform(random.key(seed), (50,), low, high)
+    ours = random.uniform(random.key(seed), (50,), minval=low, maxval=high)
     theirs = jax.random.uniform(jax_key(seed), (50,), jnp.float32, low.numpy(), high.numpy())
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # 2 ulp of the largest bound
 
@@ -221,6 +247,17 @@ def test_permutation_of_rows():
         assert_same(ours, jax.random.permutation(jax_key(8), x))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+def test_axes_of_permutation_and_categorical(axis):
+    x = np.random.default_rng(1).normal(size=(4, 5, 6)).astype(np.float32)
+    ours = random.permutation(random.key(11), torch.from_numpy(x), axis)
+    assert_same(ours, jax.random.permutation(jax_key(11), x, axis))
+    batch = tuple(np.delete(x.shape, axis))
+    for shape in (None, (7, *batch)):
+        ours = random.categorical(random.key(12), torch.from_numpy(x), axis, shape)
+        assert_same(ours, jax.random.categorical(jax_key(12), x, axis, shape))
+
+
 # XLA's log1p is off by up to 128 units of float64 near -0.41; torch's is right.
 @pytest.mark.parametrize(
     ("name", "limit"), [("float32", 4), ("float64", 32), ("float16", 2), ("bfloat16", 2)]
@@ -279,7 +316,7 @@ def test_truncated_normal(name, lower, upper):
 @pytest.mark.parametrize("shape", [None, (50, 4), (1000, 50, 4)])
 def test_categorical(name, shape):
     logits = np.random.default_rng(0).normal(size=(50, 4, 10)).astype(name)
-    ours = random.categorical(random.key(10), torch.from_numpy(logits), shape)
+    ours = random.categorical(random.key(10), torch.from_numpy(logits), shape=shape)
     with x64(name == "float64"):
         theirs = np.asarray(jax.random.categorical(jax_key(10), logits, shape=shape))
     assert ours.shape == theirs.shape

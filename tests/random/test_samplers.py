@@ -71,7 +71,7 @@ def test_draws_are_those_recorded_from_jax(case):
         torch.testing.assert_close(drawn, recorded, rtol=1e-5, atol=0)
     elif case["sampler"] == "normal":
         assert units_apart(drawn, recorded) <= (4 if drawn.dtype is torch.float32 else 32)
-    elif case["kwargs"].get("low") == -2.5:  # bounds other than [0, 1): a rounding more
+    elif case["kwargs"].get("minval") == -2.5:  # bounds other than [0, 1): a rounding more
         assert units_apart(drawn, recorded) <= 1
     else:
         assert torch.equal(drawn, recorded)
@@ -121,10 +121,10 @@ def everything(key, data, p, logits, low, high):
         "randint 64": random.randint(next(keys), (10, 5), low, high),
         "randint 32": random.randint(next(keys), (10, 5), low, high, torch.int32),
         "permutation": random.permutation(next(keys), logits),
-        "categorical": random.categorical(next(keys), logits, (9, 60)),
+        "categorical": random.categorical(next(keys), logits, shape=(9, 60)),
     }
     close = {
-        "uniform": random.uniform(next(keys), (10, 4), -p, p),
+        "uniform": random.uniform(next(keys), (10, 4), minval=-p, maxval=p),
         "normal 32": random.normal(next(keys), (500,)),
         "normal 64": random.normal(next(keys), (500,), torch.float64),
         "normal 16": random.normal(next(keys), (500,), torch.bfloat16),
@@ -218,7 +218,7 @@ def test_draws_work_inside_grad_and_let_gradients_through():
     torch.testing.assert_close(torch.func.grad(noisy)(torch.tensor(2.0)), expected)
 
     def mean(low, high):
-        return random.uniform(key, (100,), low, high).mean()
+        return random.uniform(key, (100,), minval=low, maxval=high).mean()
 
     u = random.uniform(key, (100,)).mean()
     slopes = torch.func.grad(mean, (0, 1))(torch.tensor(1.0), torch.tensor(3.0))
@@ -282,7 +282,12 @@ def chi_squared_per_class(draws, probabilities):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_and_normal_follow_their_distributions(dtype):
     key, n = random.key(31), (100_000,)
-    assert kolmogorov_smirnov(random.uniform(key, n, -2, 3, dtype), lambda x: (x + 2) / 5) < 1.95
+    assert (
+        kolmogorov_smirnov(
+            random.uniform(key, n, dtype, minval=-2, maxval=3), lambda x: (x + 2) / 5
+        )
+        < 1.95
+    )
     x = random.normal(key, n, dtype)
     assert kolmogorov_smirnov(x, normal_cdf) < 1.95
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -370,9 +375,9 @@ def test_bernoulli_has_its_mean_and_its_certainties():
 
 def test_categorical_and_randint_fill_their_classes():
     p = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.05, 0.05], dtype=torch.float64)
-    draws = random.categorical(random.key(34), p.log(), (100_000,))
+    draws = random.categorical(random.key(34), p.log(), shape=(100_000,))
     assert chi_squared_per_class(draws, p) < 4
-    draws = random.categorical(random.key(34), p.log().bfloat16(), (100_000,))
+    draws = random.categorical(random.key(34), p.log().bfloat16(), shape=(100_000,))
     assert chi_squared_per_class(draws, p) < 4
     draws = random.randint(random.key(35), (100_000,), -3, 7) + 3
     assert chi_squared_per_class(draws, torch.full((10,), 0.1)) < 3.5

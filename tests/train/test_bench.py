@@ -1,4 +1,4 @@
-"""The benchmark: every way trains as the reference does, and one that does not is not fast."""
+"""The benchmark: every runner trains as the reference does, and one that does not is not fast."""
 
 import importlib
 import importlib.util
@@ -19,9 +19,9 @@ from train.__main__ import main
 from train.bench import measure, record, reference, registry, render, workloads
 from train.bench import task as tasks
 from train.bench.check import Reference, check
-from train.bench.client import Client, WayError, end_session
+from train.bench.client import Client, RunnerError, end_session
+from train.bench.runner import Trajectory
 from train.bench.torch_peers import Eager, Samples, floats
-from train.bench.way import Trajectory
 from train.bench.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -69,26 +69,26 @@ def command(monkeypatch, capsys, tmp_path):
     return call
 
 
-# The ways, compiled or not: what they compute is what is tested here, so none is compiled.
+# The runners, compiled or not: what they compute is what is tested here, so none is compiled.
 
 NAMES = ["linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum"]
 # The learner's loop forks, which JAX forbids; two others differ from compile-step in the compiler.
 ELSEWHERE = ("learner", "compile-step-cpp", "compile-step-graphs")
-IN_PROCESS = [name for name in registry.WAYS if name not in ELSEWHERE]
+IN_PROCESS = [name for name in registry.RUNNERS if name not in ELSEWHERE]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("way", IN_PROCESS)
-def test_a_way_trains_as_the_reference_does(way, name, references):
-    if registry.missing(way):
+@pytest.mark.parametrize("runner", IN_PROCESS)
+def test_a_runner_trains_as_the_reference_does(runner, name, references):
+    if registry.missing(runner):
         pytest.skip("needs JAX and optax")
-    if way.startswith("jax") and name == "lenet":
+    if runner.startswith("jax") and name == "lenet":
         pytest.skip("lenet-momentum does the same and more")
     task, expected = references(name)
     with fdl.disable_jit(), torch.compiler.set_stance("force_eager"):
-        found = registry.build(way, task).trajectory()
-    result = check(expected, found, registry.WAYS[way].own_masks)
+        found = registry.build(runner, task).trajectory()
+    result = check(expected, found, registry.RUNNERS[runner].own_masks)
     assert result.right, result
     moved = [np.abs(found.params[k] - p).max() for k, p in task.params.items()]
     assert min(moved) > 0
@@ -98,22 +98,22 @@ def test_a_way_trains_as_the_reference_does(way, name, references):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of torch.compile
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # of reduce-overhead
-@pytest.mark.parametrize("way", registry.ways_for("cuda", (), scaling=False))
-def test_a_way_trains_on_cuda_as_the_reference_does(way, references):
-    if registry.missing(way) or way == "learner":
+@pytest.mark.parametrize("runner", registry.runners_for("cuda", (), scaling=False))
+def test_a_runner_trains_on_cuda_as_the_reference_does(runner, references):
+    if registry.missing(runner) or runner == "learner":
         pytest.skip("needs JAX and optax, or forks")
     task, expected = references("lenet-momentum")
-    found = registry.build(way, task._replace(device="cuda")).trajectory()
-    result = check(expected, found, registry.WAYS[way].own_masks)
+    found = registry.build(runner, task._replace(device="cuda")).trajectory()
+    result = check(expected, found, registry.RUNNERS[runner].own_masks)
     assert result.right, result
 
 
-def test_the_list_of_ways_is_that_of_the_command_line():
-    assert set(registry.WAYS) == set(get_args(config.WayName))
+def test_the_list_of_runners_is_that_of_the_command_line():
+    assert set(registry.RUNNERS) == set(get_args(config.RunnerName))
     assert set(NAMES) | {"lenet-scaling"} == set(get_args(config.WorkloadName))
-    assert "compile-step-graphs" not in registry.ways_for("cpu", (), scaling=False)
-    assert set(registry.ways_for("cpu", (), scaling=True)) == set(registry.SCALING["cpu"])
-    assert registry.ways_for("cpu", ("eager", "jax-scan"), scaling=True) == ["eager", "jax-scan"]
+    assert "compile-step-graphs" not in registry.runners_for("cpu", (), scaling=False)
+    assert set(registry.runners_for("cpu", (), scaling=True)) == set(registry.SCALING["cpu"])
+    assert registry.runners_for("cpu", ("eager", "jax-scan"), scaling=True) == ["eager", "jax-scan"]
 
 
 def test_the_learner_sees_the_images_that_the_others_see():
@@ -149,8 +149,8 @@ def test_a_worker_of_jax_does_not_import_torch():
 class InProcess:
     """A client whose worker is in this process."""
 
-    def __init__(self, way):
-        self.worker, self.warned = Worker(way), []
+    def __init__(self, runner):
+        self.worker, self.warned = Worker(runner), []
 
     def read(self):
         return {}
@@ -159,10 +159,10 @@ class InProcess:
         return getattr(self.worker, do)(**given)
 
 
-def prepared(way, expected, tmp_path, name="compile-model"):
+def prepared(runner, expected, tmp_path, name="compile-model"):
     setting = measure.Setting(config.Bench(seconds=0.0), "cpu", 1, tmp_path)
     row = {"name": name, "label": "", "status": "measuring"}
-    measure.prepare(InProcess(way), setting, row, expected)
+    measure.prepare(InProcess(runner), setting, row, expected)
     return row
 
 
@@ -176,7 +176,7 @@ def test_a_dropped_weight_decay_is_wrong_and_no_best_peer(references, tmp_path):
     assert wrong["check"]["loss"] < 1e-3, "the losses would not have told"
     right["rounds_us"], wrong["rounds_us"] = [20.0], [10.0]  # even if it had been timed
     ours = {"name": "fdl-scan", "status": "measuring", "rounds_us": [30.0], "check": right["check"]}
-    entry = {"name": "it", "batch": 32, "steps": 4, "ways": [ours, right, wrong]}
+    entry = {"name": "it", "batch": 32, "steps": 4, "runners": [ours, right, wrong]}
     record.summarise(entry)
     assert entry["best_peer"] == "eager" and entry["fdl_over_best_peer"] == 1.5
     assert "wrong: " in render.terminal_table(entry)
@@ -193,18 +193,18 @@ def test_a_dropped_weight_decay_is_wrong_and_no_best_peer(references, tmp_path):
 )
 def test_a_slightly_wrong_rate_is_wrong(references, change, said):
     task, expected = references("lenet-momentum")
-    way = Eager(task)
-    way.optimizer.param_groups[0].update(change)  # SGD itself refuses NaN
-    way.reset = lambda: None
-    result = check(expected, way.trajectory(), own_masks=False)
+    runner = Eager(task)
+    runner.optimizer.param_groups[0].update(change)  # SGD itself refuses NaN
+    runner.reset = lambda: None
+    result = check(expected, runner.trajectory(), own_masks=False)
     assert not result.right and said in result.reason
 
 
 def test_a_call_that_starts_over_is_wrong(references):
     task, expected = references("mlp")
-    way = Eager(task)
-    once = way.losses(way.epoch())
-    twice = Trajectory(np.array(once + once), way.params())
+    runner = Eager(task)
+    once = runner.losses(runner.epoch())
+    twice = Trajectory(np.array(once + once), runner.params())
     result = check(expected, twice, own_masks=False)
     assert not result.right and "loss" in result.reason and "moved" in result.reason
 
@@ -235,24 +235,24 @@ def test_rounding_is_allowed_only_where_a_parameter_hardly_moves():
 # Processes.
 
 
-def client(way, path, tmp_path):
+def client(runner, path, tmp_path):
     setting = measure.Setting(config.Bench(), "cpu", 1, tmp_path)
-    return Client(way, path, setting.env("x"), tmp_path / "log")
+    return Client(runner, path, setting.env("x"), tmp_path / "log")
 
 
-def test_a_way_that_raises_is_an_error_with_its_reason(tmp_path):
+def test_a_runner_that_raises_is_an_error_with_its_reason(tmp_path):
     worker = client("eager", tmp_path / "absent.npz", tmp_path)
-    with worker, pytest.raises(WayError, match=r"FileNotFoundError: .*absent.npz"):
+    with worker, pytest.raises(RunnerError, match=r"FileNotFoundError: .*absent.npz"):
         worker.read()
     assert worker.process.poll() is not None
 
 
-def test_a_way_that_dies_is_an_error_with_its_signal(tmp_path):
+def test_a_runner_that_dies_is_an_error_with_its_signal(tmp_path):
     with client("eager", tmp_path / "absent.npz", tmp_path) as worker:
-        with pytest.raises(WayError):
+        with pytest.raises(RunnerError):
             worker.read()
         worker.process.kill()
-        with pytest.raises(WayError, match="the process ended with signal SIGKILL"):
+        with pytest.raises(RunnerError, match="the process ended with signal SIGKILL"):
             worker.ask("first")
 
 
@@ -269,9 +269,9 @@ def test_a_busy_process_is_ended_with_what_it_started():
     assert not Path(f"/proc/{child}/fd/1").exists()
 
 
-def test_a_failed_way_is_a_row_and_its_rounds_are_dropped():
+def test_a_failed_runner_is_a_row_and_its_rounds_are_dropped():
     def fail():
-        raise WayError("out of memory")
+        raise RunnerError("out of memory")
 
     row = {"name": "eager", "status": "measuring", "rounds_us": [1.0]}
     measure.attempt(row, fail)
@@ -279,45 +279,49 @@ def test_a_failed_way_is_a_row_and_its_rounds_are_dropped():
     measure.attempt(row, lambda: pytest.fail("it was asked again"))
 
 
-def test_warnings_of_a_way_are_told():
+def test_warnings_of_a_runner_are_told():
     code = (
-        "import warnings\nfrom train.bench.worker import hear_warnings\nheard = hear_warnings()\n"
+        "import warnings\nfrom train.bench.worker import collect_warnings\n"
+        "warned = collect_warnings()\n"
         "for _ in range(2): warnings.warn('jit: fell back\\nbecause')\n"
-        "warnings.warn('of torch', FutureWarning)\nprint(heard)"
+        "warnings.warn('of torch', FutureWarning)\nprint(warned)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['jit: fell back']\n", done.stderr
 
 
-# The whole command, with ways that compile nothing.
+# The whole command, with runners that compile nothing.
 
 
 QUICK = ("--workloads", "linreg", "--rounds", 1, "--steps", 5, "--seconds", 0.01)
-WAYS = ("fdl-eager", "learner", "eager", *(["jax-step"] if HAS_JAX else []))
+RUNNERS = ("fdl-eager", "learner", "eager", *(["jax-step"] if HAS_JAX else []))
 
 
 @pytest.mark.slow
 def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "find_rates", lambda setting: RATES)
-    code, out, err = command(*QUICK, "--device", "cpu", "--ways", *WAYS, "--out", "it/it.json")
+    code, out, err = command(
+        *QUICK, "--device", "cpu", "--runners", *RUNNERS, "--out", "it/it.json"
+    )
     assert code == 0 and not err
     assert max(map(len, out.splitlines())) <= 80
     document = record.read(tmp_path / "it" / "it.json")
     assert document["device"] == "cpu" and document["machine"]["threads"] == 1
     assert torch.__version__.startswith(document["versions"]["torch"])
     (entry,) = document["workloads"]
-    assert [way["name"] for way in entry["ways"]] == list(WAYS)
-    assert [way["status"] for way in entry["ways"]] == ["right"] * len(WAYS)
-    for way in entry["ways"]:
-        (us,) = way["rounds_us"]
-        assert us == way["min_us"] == way["median_us"] > 0
-        assert way["examples_per_s"] == pytest.approx(10e6 / us, rel=1e-3)
-        assert way["peak_bytes"] >= way["start_bytes"] > 1e7
-        assert way["check"]["loss"] < 1e-3 and way["check"]["distance"] < 1e-3
-        assert way["cold_s"] >= 0
-        assert ("warm_s" in way) == (way["name"] == "jax-step")  # the others leave nothing on disk
-        assert way["name"] in out
-    assert entry["best_fdl"] == "fdl-eager" and entry["best_peer"] in WAYS
+    assert [runner["name"] for runner in entry["runners"]] == list(RUNNERS)
+    assert [runner["status"] for runner in entry["runners"]] == ["right"] * len(RUNNERS)
+    for runner in entry["runners"]:
+        (us,) = runner["rounds_us"]
+        assert us == runner["min_us"] == runner["median_us"] > 0
+        assert runner["examples_per_s"] == pytest.approx(10e6 / us, rel=1e-3)
+        assert runner["peak_bytes"] >= runner["start_bytes"] > 1e7
+        assert runner["check"]["loss"] < 1e-3 and runner["check"]["distance"] < 1e-3
+        assert runner["cold_s"] >= 0
+        on_disk = runner["name"] == "jax-step"  # the others leave nothing there
+        assert ("warm_s" in runner) == on_disk
+        assert runner["name"] in out
+    assert entry["best_fdl"] == "fdl-eager" and entry["best_peer"] in RUNNERS
     # Two products of [10, 2] by [2, 1], forward and for the weight; x needs no gradient.
     assert entry["floor"]["flops"] == 2 * 2 * 10 * 2
     assert entry["floor"]["bytes"] == 10 * (8 + 4 + 8) + 2 * 4 * 3
@@ -344,15 +348,15 @@ def test_ctrl_c_writes_what_was_measured_and_leaves_no_process(command, monkeypa
 
     monkeypatch.setattr(measure, "add_round", add_round)
     code, _, err = command(
-        *QUICK, "--device", "cpu", "--ways", "eager", "--rounds", 3, "--out", "o"
+        *QUICK, "--device", "cpu", "--runners", "eager", "--rounds", 3, "--out", "o"
     )
     assert code == 130 and "interrupted" in err
-    (way,) = record.read(tmp_path / "o")["workloads"][0]["ways"]
-    assert way["status"] == "right" and len(way["rounds_us"]) == 1
+    (runner,) = record.read(tmp_path / "o")["workloads"][0]["runners"]
+    assert runner["status"] == "right" and len(runner["rounds_us"]) == 1
     assert started and all(worker.process.poll() is not None for worker in started)
 
 
-def test_without_jax_its_ways_are_not_installed(monkeypatch):
+def test_without_jax_its_runners_are_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
     assert registry.missing("jax-scan") == ["jax", "optax"] and not registry.missing("eager")
@@ -367,15 +371,18 @@ def test_without_jax_its_ways_are_not_installed(monkeypatch):
         (["--batch-sizes"], "--batch-sizes"),
         (["--seconds", -1], "--seconds must be finite and at least 0"),
         (["--workloads", "resnet"], "--workloads"),
-        (["--ways", "flax"], "--ways"),
-        (["--ways", "compile-step-graphs", "--device", "cpu"], "--ways: none of compile-step-gr"),
+        (["--runners", "flax"], "--runners"),
+        (
+            ["--runners", "compile-step-graphs", "--device", "cpu"],
+            "--runners: none of compile-step-gr",
+        ),
         (["--device", "tpu"], "--device"),
         (["--data", "nowhere"], "--data must be auto, sample or a folder"),
         (["--out", "there.json"], "--out there.json exists already"),
         (["--out", "/dev/null/it"], "/dev/null"),
         (
             ["--workloads", "lenet-scaling", "--data", "sample", "--batch-sizes", 8192],
-            "--batch-sizes: every size is more than there are images",
+            "--batch-sizes: every size exceeds the number of images",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

@@ -14,23 +14,23 @@ RATES = {"matrix_flops": 1e11, "matrix_by": "torch", "copy_bytes": 1e10}
 
 
 def document(**changes):
-    """A run with one way of each fate."""
+    """A run with one runner of each fate."""
 
-    def way(name, **more):
+    def runner(name, **more):
         ok = {"right": True, "loss": 1e-7, "distance": 2e-5, "reason": ""}
         return {"name": name, "label": f"the {name}", "status": "measuring", "check": ok} | more
 
     entry = {"name": "lenet", "scaled": False, "batch": 256, "steps": 100, "model": "lenet"}
     entry["floor"] = {"flops": 4 * 10**8, "bytes": 10**6, "us": 50.0}
     times = {"cold_call_s": 3.0, "first_steps": 1}
-    entry["ways"] = [
-        way("fdl-scan", rounds_us=[120.0, 100.0, 140.0], cold_call_s=9.0, first_steps=100)
+    entry["runners"] = [
+        runner("fdl-scan", rounds_us=[120.0, 100.0, 140.0], cold_call_s=9.0, first_steps=100)
         | {"peak_bytes": 9e8, "start_bytes": 7e8, "warm_call_s": 4.0},
-        way("eager", rounds_us=[200.0], **times),
-        way("compile-step", rounds_us=[80.0], **times),
-        way("jax-step", status="not installed"),
-        way("jax-scan", status="failed", reason="out of memory"),
-        way("learner"),
+        runner("eager", rounds_us=[200.0], **times),
+        runner("compile-step", rounds_us=[80.0], **times),
+        runner("jax-step", status="not installed"),
+        runner("jax-scan", status="failed", reason="out of memory"),
+        runner("learner"),
     ]
     record.summarise(entry)
     machine = {"cpu": "a CPU", "cores": 2, "threads": 2, "gpu": None, "system": "Linux"}
@@ -50,7 +50,7 @@ def document(**changes):
 
 def test_figures_follow_from_the_rounds():
     (entry,) = document()["workloads"]
-    scan, eager = entry["ways"][:2]
+    scan, eager = entry["runners"][:2]
     assert (scan["min_us"], scan["median_us"]) == (100, 120)
     assert scan["examples_per_s"] == pytest.approx(256 / 120e-6)
     assert scan["cold_s"] == pytest.approx(9 - 99 * 120e-6)  # less the other steps of the call
@@ -58,7 +58,7 @@ def test_figures_follow_from_the_rounds():
     assert scan["warm_over_eager_s"] == pytest.approx(4 - 99 * 120e-6 - 3)
     assert entry["fdl_over_best_peer"] == 1.5 and entry["best_peer"] == "compile-step"
     assert entry["floor_reached"] == pytest.approx(50 / 120)
-    assert entry["ways"][5]["status"] == "unfinished"
+    assert entry["runners"][5]["status"] == "unfinished"
 
 
 def test_a_table_on_the_terminal_says_everything_in_80_columns():
@@ -84,11 +84,11 @@ def test_the_page_gets_bold_medians_and_fates():
 def test_a_document_survives_its_file(tmp_path):
     record.write(document(), tmp_path / "it.json")
     assert record.read(tmp_path / "it.json") == record.rounded(document())
-    with pytest.raises(ValueError, match=r"it.json: schema 0, expected 1; measure again"):
+    with pytest.raises(ValueError, match=r"it.json: expected schema 2, got 0; measure again"):
         record.write(document(schema=0), tmp_path / "it.json")
         record.read(tmp_path / "it.json")
     (tmp_path / "it.json").write_text("{")
-    with pytest.raises(ValueError, match=r"it.json: no JSON"):
+    with pytest.raises(ValueError, match=r"it.json: not JSON"):
         record.read(tmp_path / "it.json")
 
 
@@ -124,7 +124,7 @@ def test_the_page_holds_what_was_committed(tmp_path):
     for path in (ROOT / "docs" / "bench").glob("*.json"):
         assert path.with_suffix(".png").exists() and len(path.read_text()) < 100_000
         for entry in record.read(path)["workloads"]:
-            assert "measuring" not in {way["status"] for way in entry["ways"]}
+            assert "measuring" not in {runner["status"] for runner in entry["runners"]}
 
 
 @pytest.mark.parametrize("name", ["chart", "record"])

@@ -15,9 +15,10 @@ import fdl
 import models
 from fdl import data, random, tree
 from fdl.data import Dataset
-from train import config, loop, recipes, report
+from train import config, loop, recipes, run_folder
 from train.__main__ import wait_without_spinning
 from train.config import Dropout, Linreg, LinregDecay, Softmax
+from train.planning import Plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,7 +163,7 @@ def test_data_draws_ten_images_and_times_a_pass(run, tmp_path):
 
 def walk(config, chunk, compile=False, stopped=lambda: False):
     problem, state, data_key = recipes.set_up(config, torch.device("cpu"))
-    plan = loop.Plan(compile, chunk, "test")
+    plan = Plan(compile, chunk, "test")
     return list(
         loop.epochs(
             problem,
@@ -241,7 +242,9 @@ def test_evaluation_counts_every_test_image_once(monkeypatch):
     with fdl.disable_jit():
         metrics = found(state, problem.test, tests)
     assert metrics["accuracy"].count == 1000
-    whole = problem.loss(state.params, data.gather(problem.test, whole_set(problem.test)))[1]
+    whole = problem.loss(
+        state.params, data.to_float(data.batch(problem.test, whole_set(problem.test)))
+    )[1]
     assert metrics["loss"].value.item() == pytest.approx(whole["loss"].value.item(), rel=1e-6)
 
 
@@ -252,14 +255,14 @@ def whole_set(dataset: Dataset):
 
 def test_evaluation_drops_nothing_at_random():
     problem, state, _ = recipes.set_up(Dropout(data="sample"), torch.device("cpu"))
-    batch = data.gather(problem.test, whole_set(problem.test))
+    batch = data.to_float(data.batch(problem.test, whole_set(problem.test)))
     first, second = (problem.loss(state.params, batch)[0] for _ in range(2))
-    assert first == second != problem.loss(state.params, batch, random.key(0))[0]
+    assert first == second != problem.loss(state.params, batch, train=True, key=random.key(0))[0]
 
 
 MODULES = (
     "__main__ bench.scaling bench.step_time config images launch loop options recipes records "
-    "report run run_folder sweep.grid sweep.results sweep.run"
+    "planning plots resume run run_folder sweep.grid sweep.results sweep.run"
 )
 
 
@@ -299,7 +302,7 @@ def test_a_wrong_option_points_at_the_help_of_its_own_command(run, args, command
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [report.open_run(None, "linreg").name for _ in range(3)]
+    names = [run_folder.make(None, "linreg").name for _ in range(3)]
     assert len(set(names)) == 3 and {len(name) for name in names} <= {17, 24}
 
 
@@ -329,4 +332,6 @@ def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
     (tmp_path / "it").write_bytes(b"x" * 99)
     assert run("inspect", "absent") == (2, "", "error: inspect: no such file: absent\n")
     code, out, err = run("inspect", "it")
-    assert code == 2 and not out and err.startswith("error: inspect: cannot read it: no safetens")
+    assert (
+        code == 2 and not out and err.startswith("error: inspect: cannot read it: expected a safet")
+    )

@@ -85,7 +85,7 @@ def test_predict_gives_the_probabilities_of_the_model(run, runs, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["predict", "linreg", "it.png"], "predict needs a run on images, linreg is one of linreg"),
+        (["predict", "linreg", "it.png"], "needs a run on images, got linreg, a run of linreg"),
         (["predict", "nowhere", "it.png"], "nowhere holds no run"),
         (["predict", "softmax", "it.png", "--device", "gpu"], "--device must be auto, cpu, cuda"),
         (["predict", "softmax"], "predict needs at least one image"),

@@ -113,11 +113,11 @@ def model():
     """Softmax regression after ten epochs on the sample, and 200 of its test images."""
     train, test = (data.fashion_mnist_sample(train=train) for train in (True, False))
     model, opt = models.softmax_regression(), fdl.optim.sgd(0.1)
-    step = fdl.train_step(fdl.supervised(model.apply, fdl.losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, fdl.losses.cross_entropy), opt)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
     for epoch in range(10):
         for row in zip(*data.epoch_indices(random.key(epoch), 6000, 256), strict=True):
-            state, _ = step(state, data.gather(train, row))
+            state, _ = step(state, data.to_float(data.batch(train, row)))
     return lambda x: model.apply(state.params, x).argmax(1), test.x[::5].numpy(), test.y[::5]
 
 

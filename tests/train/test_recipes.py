@@ -69,7 +69,7 @@ def prepare(name: str, dtype: torch.dtype) -> Run:
     step = train_step(problem.loss, opt)
 
     def epoch(state: TrainState, dataset: data.Dataset, indices: data.Indices) -> Any:
-        return scan(lambda s, row: step(s, data.gather(dataset, row)), state, indices)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(dataset, row))), state, indices)
 
     return Run(epoch, state, dataset, indices)
 

@@ -16,7 +16,7 @@ from fdl import tree
 from fdl.checkpointing import _checkpointer, _folder
 from tests.support.asserts import equal_bits
 from tests.support.soak import repeats
-from train import loop, report
+from train import loop, planning, resume
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ class Killed(BaseException):
 def run(monkeypatch, capsys, tmp_path):
     """Run the command in chunks of `chunk` steps; give its exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
-    plan = loop.plan
+    plan = planning.make_plan
 
     def call(*args, chunk=2):
         monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
@@ -52,7 +52,7 @@ def run(monkeypatch, capsys, tmp_path):
             assert "--resume" not in args, "a resumed run keeps its plan"
             return plan(*given)._replace(chunk=chunk)
 
-        monkeypatch.setattr(loop, "plan", planned)
+        monkeypatch.setattr(planning, "make_plan", planned)
         code = main()
         return code, *capsys.readouterr()
 
@@ -223,7 +223,7 @@ def test_a_diverged_run_diverges_again(run, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1: a run goes on"),
+        (["linreg", "--resume", "it", "--lr", 0.1], "--lr is 0.03 in it, got 0.1; a resumed run"),
         (["linreg", "--resume", "it", "--compile", "on"], "--compile is auto in it, got on"),
         (["linreg", "--resume", "it", "--out", "there"], "--out is None in it, got there"),
         (["linreg", "--resume", "it", "--epochs", 1], "--epochs 1: it has begun epoch 2 already"),
@@ -261,10 +261,10 @@ def test_other_data_are_refused(run):
 
 @pytest.mark.slow
 def test_another_environment_is_named(run, monkeypatch):
-    here = report.environment(torch.device("cpu"))
-    monkeypatch.setattr(report, "environment", lambda _: here | {"torch": "2.0", "threads": 7})
+    here = resume.environment(torch.device("cpu"))
+    monkeypatch.setattr(resume, "environment", lambda _: here | {"torch": "2.0", "threads": 7})
     assert run("linreg", "--epochs", 1, "--out", "it")[0] == 0
-    monkeypatch.setattr(report, "environment", lambda _: here)
+    monkeypatch.setattr(resume, "environment", lambda _: here)
     code, _, err = run("linreg", "--resume", "it", "--epochs", 2)
     assert code == 0 and f"torch {torch.__version__}, was 2.0" in err
     assert f"threads {torch.get_num_threads()}, was 7" in err

@@ -14,6 +14,7 @@ import torch
 import fdl
 from fdl import data, random, tree
 from train.sweep import grid, group, results
+from train.sweep import run as sweeping
 from train.sweep.grid import Axis
 from train.sweep.results import Result
 
@@ -60,15 +61,15 @@ def test_an_axis_is_read(text, axis):
     ("given", "text"),
     [
         ([], "--grid must be given"),
-        (["lr"], "must be name=values"),
+        (["lr"], "expected NAME=VALUES"),
         (["batch_size=1,2"], "'batch_size' cannot be swept.*lr, momentum, weight_decay, seed"),
         (["lr=1,2", "lr=3,4"], "lr is given twice"),
         (["lr=1,1"], "none twice"),
         (["lr=0:1:3log"], "log needs positive ends"),
         (["lr=1:2:1lin"], "an axis has 2 to 10000 values"),
-        (["lr=a,b"], "'a,b' is not of the form"),
+        (["lr=a,b"], "expected values like .*, got 'a,b'"),
         (["seed=5:5"], "at least one value"),
-        (["seed=0.5"], "seeds are whole numbers"),
+        (["seed=0.5"], "seeds must be integers"),
     ],
 )
 def test_a_wrong_grid_is_refused(given, text):
@@ -191,6 +192,21 @@ def test_a_point_that_diverges_is_said_and_the_others_go_on(run):
     assert not Path("none/best").exists()
 
 
+@pytest.mark.parametrize("metric", ["validation_accuracy", "loss"])
+def test_best_values_are_the_best_over_further_axes(metric):
+    axes = [Axis("lr", (0.1, 0.2)), Axis("momentum", (0.0, 0.5, 0.9)), Axis("seed", (0, 1))]
+    scores = torch.rand(2, 3, 2, dtype=torch.float64)
+    scores[1, 2] = float("nan")  # these runs diverge
+    runs = [
+        Result(point, score == score, 1, [{metric: score}])
+        for point, score in zip(grid.points(axes), scores.flatten().tolist(), strict=True)
+    ]
+    best = scores.amax(-1) if metric.endswith("accuracy") else scores.amin(-1)
+    assert torch.tensor(results.best_values(axes, runs)).allclose(best.float(), equal_nan=True)
+    row = results.best_values(axes[:1], [run for run in runs if run.point["momentum"] == 0])
+    assert torch.tensor(row).allclose(best[:, 0].float())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
@@ -209,15 +225,15 @@ def test_a_signal_saves_what_there_is(run, monkeypatch, number, code):
 
         return programs._replace(train=train)
 
-    monkeypatch.setattr(run, "make_programs", ended)
+    monkeypatch.setattr(sweeping, "make_programs", ended)
     found = run("sweep", *LINREG, "--epochs", 9, *options, "--out", "sweep", "--memory", 7e-6)
-    assert found[0] == code and "what was done is saved" in found[2]
+    assert found[0] == code and "all results so far are saved" in found[2]
     assert 0 < len(lines("sweep")) < 4
     assert run("linreg", "--resume", "sweep/best")[0] == 0
     assert last("sweep/best")["epoch"] == 9
-    monkeypatch.setattr(run, "make_programs", make)
+    monkeypatch.setattr(sweeping, "make_programs", make)
     code, out, _ = run("sweep", "linreg", "--resume", "sweep")
-    assert code == 0 and "groups of 2, as it began" in out
+    assert code == 0 and "groups of 2, as when the sweep began" in out
     assert run("sweep", *LINREG, "--epochs", 9, *options, "--out", "whole")[0] == 0
     same("sweep", "whole")
 

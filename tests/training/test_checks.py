@@ -16,16 +16,14 @@ X, Y = draw(0, 6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
 NET = nn.linear(3, 2)
 PARAMS = tree.cast(NET.init(KEY), torch.float64)
 OPT = optim.sgd(0.1)
-LOSS = fdl.supervised(NET.apply, losses.cross_entropy)
+LOSS = fdl.supervised(NET, losses.cross_entropy)
 STATE = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
 MODULE = torch.nn.Linear(3, 2)
 
 
 def step_of(result):
     """Make a step whose loss returns this."""
-    return lambda: fdl.train_step(lambda params, batch, key=None: result(params), OPT)(
-        STATE, (X, Y)
-    )
+    return lambda: fdl.train_step(lambda params, batch, **_: result(params), OPT)(STATE, (X, Y))
 
 
 def value(params):
@@ -33,35 +31,63 @@ def value(params):
 
 
 def metric(result):
-    return lambda: fdl.supervised(
-        NET.apply, losses.cross_entropy, {"mine": lambda p, y, w: result}
-    )(PARAMS, (X, Y))
+    return lambda: fdl.supervised(NET, losses.cross_entropy, {"mine": lambda p, y, w: result})(
+        PARAMS, (X, Y)
+    )
 
 
 CASES = {
-    "a model": (lambda: fdl.supervised(NET, losses.mse), r"got a model; pass model\.apply"),
+    "an apply": (
+        lambda: fdl.supervised(NET.apply, losses.mse),
+        r"must be a Model or a StatefulModel, got the function apply; pass the model itself, not",
+    ),
     "a module": (
         lambda: fdl.supervised(MODULE, losses.mse),
-        r"the module Linear; interop\.from_module",
+        r"model must be a Model, got the torch module Linear; interop\.from_module",
     ),
     "apply and loss": (
-        lambda: fdl.supervised(losses.mse, NET.apply),
-        r"apply must be that of a model, .* the function mse with the parameters \['prediction'",
+        lambda: fdl.supervised(losses.mse, NET),
+        r"supervised: model must be a Model or a StatefulModel, got the function mse",
     ),
-    "no loss": (lambda: fdl.supervised(NET.apply, "mse"), "loss must be a function .* got a str"),
+    "no loss": (lambda: fdl.supervised(NET, "mse"), "loss must be a function .* got a str"),
     "loss and optimizer": (
         lambda: fdl.train_step(OPT, LOSS),
         r"train_step: loss must be a function .* as fdl\.supervised makes it, got an Optimizer",
     ),
     "an optimizer not made": (
         lambda: fdl.train_step(LOSS, optim.adam),
-        r"opt must be an optimizer, as optim\.sgd\(0\.1\), got the function adam",
+        r"opt must be an optimizer such as optim\.sgd\(0\.1\), got the function adam",
     ),
     "an optimizer of torch": (
         lambda: fdl.train_step(LOSS, torch.optim.SGD),
-        "opt must be an optimizer, .* got the class SGD",
+        "opt must be an optimizer .* got the class SGD",
     ),
     "a model for a loss": (lambda: fdl.eval_step(MODULE), "eval_step: loss must be a function"),
+    "an old loss": (
+        lambda: fdl.train_step(lambda params, batch, key: None, OPT),
+        r"train_step: loss must accept \(params, batch, \*, train, key\), got the function "
+        r"<lambda> with the signature \(params, batch, key\) .*'train'",
+    ),
+    "an old loss with buffers": (
+        lambda: fdl.eval_step(lambda params, buffers, batch, *, train, key: None),
+        r"eval_step: loss must accept .* 'batch'.*wrap a loss with buffers in fdl\.StatefulLoss",
+    ),
+    "a stateful loss without buffers": (
+        lambda: fdl.train_step(fdl.StatefulLoss(lambda params, batch, **_: None), OPT),
+        r"loss must accept \(params, buffers, batch, \*, train, key\), got the function <lambda>",
+    ),
+    "a model for the loss": (
+        lambda: fdl.train_step(NET, OPT),
+        r"loss must be the loss of a model, got a Model .*; fdl\.supervised\(model, losses\.mse\)",
+    ),
+    "an apply for the loss": (
+        lambda: fdl.train_step(NET.apply, OPT),
+        r"loss must be the loss of a model, got the function apply .*fdl\.supervised\(model",
+    ),
+    "an apply of one's own": (
+        lambda: fdl.eval_step(lambda params, x, *, train, key: x[0])(STATE, (X, Y)),
+        r"the loss must return \(scalar, metrics\), got a tensor float64\[6, 3\]",
+    ),
     "a scalar": (
         step_of(value),
         r"must return \(scalar, metrics\), got a tensor float64\[\]; return \(value, \{\}\)",
@@ -80,16 +106,16 @@ CASES = {
     ),
     "a float metric": (metric(0.5), "metric 'mine' must return a Mean, .* got a float"),
     "a float loss": (
-        lambda: fdl.supervised(NET.apply, lambda p, y: 0.5)(PARAMS, (X, Y)),
+        lambda: fdl.supervised(NET, lambda p, y: 0.5)(PARAMS, (X, Y)),
         "loss must return a tensor, got a float",
     ),
     "a loss of weights that returns many": (
-        lambda: fdl.supervised(NET.apply, lambda p, y, weights: p)(PARAMS, (X, Y)),
-        r"takes weights must return a scalar, got a tensor float64\[6, 2\]",
+        lambda: fdl.supervised(NET, lambda p, y, weights: p)(PARAMS, (X, Y)),
+        r"\(prediction, y, weights\) must return a scalar, got a tensor float64\[6, 2\]",
     ),
     "arrays": (
         lambda: LOSS(PARAMS, (X.numpy(), Y)),
-        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; interop\.from_numpy",
+        r"batch\.x must be a tensor, got numpy float64\[6, 3\]; convert .* interop\.from_numpy",
     ),
     "arrays in a dict": (
         lambda: LOSS(PARAMS, {"x": {"a.b": np.zeros(3)}, "y": Y}),
@@ -120,11 +146,11 @@ CASES = {
     ),
     "a class of layers": (
         lambda: nn.sequential(torch.nn.ReLU),
-        r"layer '0' must be a Model or a function x -> y, got <class",
+        r"layer '0' must be a Model or a function x -> y, got the class ReLU",
     ),
     "a factory of the user's": (
         lambda: nn.sequential(lambda x: nn.relu).apply({}, X),
-        "gave a function or model; was it to be called",
+        "the function returned the function relu instead of a tensor; if it makes a layer, call it",
     ),
 }
 
@@ -147,19 +173,37 @@ def test_every_layer_is_a_layer_or_says_that_it_has_to_be_made(name):
         nn.sequential(thing)  # a function of torch, which takes x
 
 
+TAKE_A_MODEL = {
+    "supervised": lambda f: fdl.supervised(f, losses.mse),
+    "TrainState.create": lambda f: fdl.TrainState.create(f, OPT, key=KEY),
+    "update_bn": lambda f: fdl.update_bn(f, {}, {}, (X, Y), torch.zeros(1, 2).long()),
+    "with_policy": nn.with_policy,
+    "tied": lambda f: nn.tied(f, {}),
+}
+
+
+@pytest.mark.parametrize("caller", TAKE_A_MODEL)
+@pytest.mark.parametrize("name", ["linear", "flatten", "batch_norm", "sequential"])
+def test_a_factory_in_place_of_a_model_is_named(caller, name):
+    with pytest.raises(
+        TypeError, match=rf"{caller}: model is the function nn\.{name}, which makes"
+    ):
+        TAKE_A_MODEL[caller](getattr(nn, name))
+
+
 @pytest.mark.parametrize("n", [1, 10])
 def test_values_that_were_broadcast_are_refused(n):
     model = nn.linear(3, 1)
     params = tree.cast(model.init(KEY), torch.float64)
     x, y = draw(1, n, 3), draw(2, n)
-    loss = fdl.supervised(model.apply, lambda p, y: (p - y) ** 2)
+    loss = fdl.supervised(model, lambda p, y: (p - y) ** 2)
     expected = losses.mse(model.apply(params, x)[:, 0], y)
     close(loss(params, (x, y[:, None]))[0], expected)
     if n > 1:
         with pytest.raises(ValueError, match=r"values \[10, 10\] for a batch of 10, .*\[10, 1\]"):
             loss(params, (x, y))
     with pytest.raises(ValueError, match=r"for a batch of"):
-        fdl.supervised(model.apply, lambda p, y: p.new_zeros(n + 1))(params, (x, y))
+        fdl.supervised(model, lambda p, y: p.new_zeros(n + 1))(params, (x, y))
 
 
 def test_values_per_token_may_be_fewer_than_y():
@@ -170,7 +214,7 @@ def test_values_per_token_may_be_fewer_than_y():
     def shifted(logits, y):
         return torch.nn.functional.cross_entropy(logits[:, :-1].mT, y[:, 1:], reduction="none")
 
-    found = fdl.supervised(model.apply, shifted)(params, (x, y))[0]
+    found = fdl.supervised(model, shifted)(params, (x, y))[0]
     close(found, shifted(model.apply(params, x), y).mean())
 
 
@@ -193,7 +237,7 @@ def test_a_prediction_may_be_a_tree():
         NET.init, lambda p, x, *, train=False, key=None: {"out": NET.apply(p, x), "x": x}
     )
     loss = fdl.supervised(
-        model.apply,
+        model,
         lambda p, y, weights=None: losses.cross_entropy(p["out"], y, weights),
         {"accuracy": lambda p, y, weights=None: metrics.accuracy(p["out"], y, weights)},
     )

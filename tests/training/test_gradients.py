@@ -18,7 +18,7 @@ KEY = random.key(7)  # of the dropout masks
 
 def images(n: int = 32) -> data.Batch:
     row = data.Indices(torch.arange(n), torch.ones(n, dtype=torch.bool))
-    batch = data.gather(data.fashion_mnist_sample(), row)
+    batch = data.to_float(data.batch(data.fashion_mnist_sample(), row))
     return data.Batch(batch.x.double(), batch.y)
 
 
@@ -80,8 +80,8 @@ def params_of(model: nn.Model) -> Any:
 
 
 def objective(case: Case) -> Callable[..., Tensor]:
-    loss = supervised(case.model.apply, case.loss)
-    return lambda params, batch: loss(params, batch, KEY if case.drops else None)[0]
+    loss = supervised(case.model, case.loss)
+    return lambda params, batch: loss(params, batch, train=case.drops, key=KEY)[0]
 
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-10) -> None:

@@ -8,6 +8,7 @@ import torch
 import fdl
 from fdl import losses, metrics, nn, optim, random, tree
 from fdl.data import Batch
+from fdl.tree._map import match
 from tests.support.asserts import close, draw, equal_bits, unchanged
 
 KEY = random.key(7)
@@ -16,6 +17,7 @@ MASK = torch.tensor([True, True, False, True, False, False])
 NET = nn.sequential(nn.linear(3, 5), nn.relu, nn.dropout(0.5), nn.linear(5, 2))
 PARAMS = tree.cast(NET.init(KEY), torch.float64)
 OPT = optim.sgd(0.1, 0.9)
+F64 = torch.float64
 
 
 # ------------------------------------------------------------------------------ TrainState.create
@@ -85,7 +87,7 @@ def test_parameters_that_do_not_fit_raise_and_every_path_is_listed(change, lines
     ids=["cross_entropy", "partial", "mse", "per-element", "per-example"],
 )
 def test_a_masked_batch_equals_the_shorter_one(loss, y):
-    f = fdl.supervised(NET.apply, loss)
+    f = fdl.supervised(NET, loss)
     grads, (value, found) = torch.func.grad_and_value(f, has_aux=True)(PARAMS, Batch(X, y, MASK))
     short, (expected, plain) = torch.func.grad_and_value(f, has_aux=True)(
         PARAMS, (X[MASK], y[MASK])
@@ -98,49 +100,100 @@ def test_a_masked_batch_equals_the_shorter_one(loss, y):
 
 
 def test_the_loss_is_that_of_the_predictions():
-    value, found = fdl.supervised(NET.apply, losses.cross_entropy)(PARAMS, (X, LABELS))
+    value, found = fdl.supervised(NET, losses.cross_entropy)(PARAMS, (X, LABELS))
     close(value, torch.nn.functional.cross_entropy(NET.apply(PARAMS, X), LABELS))
     assert found["loss"].count == 6 and list(found) == ["loss"]
 
 
 def test_a_scalar_loss_without_weights_refuses_a_mask():
-    f = fdl.supervised(NET.apply, torch.nn.functional.cross_entropy)
+    f = fdl.supervised(NET, torch.nn.functional.cross_entropy)
     assert f(PARAMS, (X, LABELS))[1]["loss"].count == 6
-    with pytest.raises(ValueError, match="must take `weights` or return one value per example"):
+    with pytest.raises(
+        ValueError, match=r"one value per example or be a function \(prediction, y, weights\)"
+    ):
         f(PARAMS, Batch(X, LABELS, MASK))
 
 
 def test_metrics_see_predictions_labels_and_mask():
     hits = NET.apply(PARAMS, X).argmax(1) == LABELS
-    f = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    f = fdl.supervised(NET, losses.cross_entropy, {"accuracy": metrics.accuracy})
     value, found = f(tree.map(torch.nn.Parameter, PARAMS), Batch(X, LABELS, MASK))
     assert found["accuracy"] == metrics.Mean(hits[MASK].double().sum(), torch.tensor(3.0).double())
     assert value.requires_grad and not any(leaf.requires_grad for leaf in tree.leaves(found))
     assert f(PARAMS, (X, LABELS))[1]["accuracy"].count == 6
 
 
-def test_the_key_switches_training_on():
-    f = fdl.supervised(NET.apply, losses.cross_entropy)
-    trained = losses.cross_entropy(NET.apply(PARAMS, X, train=True, key=KEY), LABELS)
+def test_mode_and_key_are_those_of_apply():
+    f = fdl.supervised(NET, losses.cross_entropy)
+    dropped = losses.cross_entropy(NET.apply(PARAMS, X, train=True, key=KEY), LABELS)
     evaluated = losses.cross_entropy(NET.apply(PARAMS, X), LABELS)
-    assert trained != evaluated
-    close(f(PARAMS, (X, LABELS), KEY)[0], trained, rtol=0)
+    assert dropped != evaluated
+    close(f(PARAMS, (X, LABELS), train=True, key=KEY)[0], dropped, rtol=0)
     close(f(PARAMS, (X, LABELS))[0], evaluated, rtol=0)
+    close(f(PARAMS, (X, LABELS), key=KEY)[0], evaluated, rtol=0)  # a key alone is no mode
+    with pytest.raises(ValueError, match=r"dropout.* needs a key"):
+        f(PARAMS, (X, LABELS), train=True)
+
+
+def test_a_model_that_draws_nothing_trains_without_a_key():
+    seen = []
+
+    def apply(params, x, *, train=False, key=None):
+        seen.append((train, key))
+        return x @ params["w"]
+
+    f = fdl.supervised(nn.Model(lambda key: {}, apply), losses.mse)
+    f({"w": draw(2, 3, 2)}, (X, draw(1, 6, 2)), train=True)
+    f({"w": draw(2, 3, 2)}, (X, draw(1, 6, 2)))
+    assert seen == [(True, None), (False, None)]
+
+
+def of_rows(prediction, y):
+    return ((prediction - y) ** 2).mean(1)
+
+
+def weighted(prediction, y, weights):
+    w = torch.ones(len(y)) if weights is None else weights.double()
+    return (of_rows(prediction, y) * w).sum() / w.sum()
+
+
+TAKES_WEIGHTS = {
+    "three by other names": lambda a, b, c: weighted(a, b, c),
+    "a default of None": lambda a, b, c=None: weighted(a, b, c),
+    "one more by name": lambda a, b, c=None, *, power=2: weighted(a, b, c),
+    "a partial": functools.partial(losses.mse),
+}
+TAKES_TWO = {
+    "two": of_rows,
+    "a number": lambda a, b, eps=0.0: of_rows(a, b) + eps,
+    "named weights": lambda a, b, *, weights=None: of_rows(a, b) if weights is None else 1 / 0,
+    "more than three": lambda a, b, c=None, d=None: of_rows(a, b) if c is None else 1 / 0,
+    "any number": lambda *args: of_rows(*args),
+}
+
+
+@pytest.mark.parametrize("loss", [*TAKES_WEIGHTS.values(), *TAKES_TWO.values()])
+def test_weights_go_by_the_number_of_positional_parameters(loss):
+    y = draw(1, 6, 2)
+    prediction = NET.apply(PARAMS, X)
+    f = fdl.supervised(NET, loss)
+    close(f(PARAMS, (X, y))[0], of_rows(prediction, y).mean())
+    close(f(PARAMS, (X, y, MASK))[0], of_rows(prediction, y)[MASK].mean())
 
 
 # ------------------------------------------------------------------------------ steps
 
 
 def test_a_step_is_one_update_with_the_key_of_its_number():
-    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    loss = fdl.supervised(NET, losses.cross_entropy)
     step = fdl.train_step(loss, OPT)
     state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
     batch = Batch(X, LABELS, MASK)
     for number in range(3):
         key = random.fold_in(state.key, number)
-        grads, (value, found) = torch.func.grad_and_value(loss, has_aux=True)(
-            state.params, batch, key
-        )
+        grads, (value, found) = torch.func.grad_and_value(
+            lambda p, key=key: loss(p, batch, train=True, key=key), has_aux=True
+        )(state.params)
         updates, opt_state = OPT.update(grads, state.opt_state, state.params)
         with unchanged(state, batch):
             new, metrics_of_step = step(state, batch)
@@ -150,7 +203,7 @@ def test_a_step_is_one_update_with_the_key_of_its_number():
         close(metrics_of_step["loss"].value, value)
         assert new.step == number + 1 and equal_bits(new.key, state.key)
         assert tree.diff(state, new, values=False) == []
-        tree.match(state, new, "same form")
+        match(state, new, "same form")
         state = new
 
 
@@ -162,19 +215,19 @@ def test_the_optimizer_gets_the_value_and_a_function_for_it():
         return tree.map(lambda g: -g, grads), state
 
     opt = optim.Optimizer(lambda params: (), update)
-    loss = fdl.supervised(NET.apply, losses.cross_entropy)
+    loss = fdl.supervised(NET, losses.cross_entropy)
     state = fdl.TrainState.create(NET, opt, key=KEY, params=PARAMS)
     fdl.train_step(loss, opt)(state, (X, LABELS))
     ((value, again, at_zero),) = seen
     # The same batch and the same dropout; and logits of 0 are a loss of log 2.
-    expected, _ = loss(PARAMS, (X, LABELS), random.fold_in(state.key, 0))
+    expected, _ = loss(PARAMS, (X, LABELS), train=True, key=random.fold_in(state.key, 0))
     close(value, expected, rtol=0)
     close(again, expected, rtol=0)
     close(at_zero, torch.tensor(2.0).double().log())
 
 
 def test_evaluation_draws_nothing_and_changes_nothing():
-    loss = fdl.supervised(NET.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(NET, losses.cross_entropy, {"accuracy": metrics.accuracy})
     state = fdl.TrainState.create(NET, OPT, key=KEY, params=PARAMS)
     with unchanged(state):
         found = fdl.eval_step(loss)(state, Batch(X, LABELS, MASK))
@@ -206,7 +259,7 @@ def centring():
 
 def test_buffers_go_in_and_come_out():
     model, opt, y = centring(), optim.sgd(0.1), draw(1, 6, 2)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = fdl.TrainState.create(model, opt, key=KEY)
     assert torch.equal(state.buffers["mean"], torch.zeros(3))
     step, w, running = fdl.train_step(loss, opt), state.params["w"], torch.zeros(3).double()
@@ -230,11 +283,70 @@ def test_buffers_go_in_and_come_out():
 def test_the_stateful_loss_returns_metrics_and_buffers():
     model = centring()
     params, buffers = model.init(KEY)
-    loss = fdl.supervised(model.apply, losses.mse)
-    value, (found, new) = loss(params, buffers, (X, draw(1, 6, 2)), KEY)
+    loss = fdl.supervised(model, losses.mse)
+    value, (found, new) = loss(params, buffers, (X, draw(1, 6, 2)), train=True, key=KEY)
     close(found["loss"].value, value)
     close(new["mean"], 0.1 * X.mean(0))
     assert loss(params, buffers, (X, draw(1, 6, 2)))[1][1] is buffers
+
+
+def test_a_stateful_loss_of_ones_own():
+    """Nothing goes by names: the second parameter of one is called x, of the other buffers."""
+
+    def count(p, state, b, *, train, key):
+        assert (key is not None) == train
+        value = ((b[0] @ p["w"] - b[1]) ** 2).mean()
+        return value, ({"loss": metrics.mean(value.detach()[None])}, {"n": state["n"] + train})
+
+    def init(key):
+        return {"w": torch.ones(3, 2).double()}, {"n": torch.tensor(0)}
+
+    def apply(params, buffers, *, train=False, key=None):
+        return buffers @ params["w"]
+
+    plain = nn.Model(lambda key: init(key)[0], apply)
+    batch, opt = (X, draw(1, 6, 2)), optim.sgd(0.1)
+    loss = fdl.StatefulLoss(count)
+    state = fdl.TrainState.create(nn.StatefulModel(init, apply), opt, key=KEY)
+    expected = fdl.TrainState.create(plain, opt, key=KEY)
+    for number in range(3):
+        state, found = fdl.train_step(loss, opt)(state, batch)
+        expected, plain_found = fdl.train_step(fdl.supervised(plain, losses.mse), opt)(
+            expected, batch
+        )
+        close(state.params, expected.params)
+        close(found["loss"].value, plain_found["loss"].value)
+        assert state.buffers == {"n": number + 1}
+    close(
+        fdl.eval_step(loss)(state, batch)["loss"].value, losses.mse(X @ state.params["w"], batch[1])
+    )
+
+
+def test_a_mask_goes_to_the_models_that_take_one():
+    masks = []
+
+    def apply(params, buffers, x, **options):
+        masks.append(options.get("mask"))
+        return x, buffers
+
+    model = nn.StatefulModel(lambda key: ({}, {"n": torch.tensor(0)}), apply, takes_mask=True)
+    batch = Batch(X, draw(1, 6, 3), MASK)
+    norm, refuses = nn.batch_norm(3), model._replace(takes_mask=False)
+    for wrapped in (model, nn.sequential(model), nn.with_policy(model, nn.Policy(compute=F64))):
+        params, buffers = wrapped.init(KEY)
+        assert wrapped.takes_mask
+        loss = fdl.supervised(wrapped, losses.mse)
+        loss(params, buffers, batch, train=True)
+        loss(params, buffers, batch)
+    assert [mask is MASK for mask in masks] == [True, False] * 3
+    assert nn.sequential(norm, model).takes_mask and norm.takes_mask
+    for wrapped in (refuses, nn.sequential(norm, refuses), nn.with_policy(refuses)):
+        assert not wrapped.takes_mask
+        with pytest.raises(ValueError, match=r"the model takes none \(its takes_mask is False\)"):
+            fdl.supervised(wrapped, losses.mse)(*wrapped.init(KEY), batch, train=True)
+    with pytest.raises(ValueError, match=r"sequential: .*takes none"):
+        net = nn.sequential(norm, refuses)
+        net.apply(*net.init(KEY), X.float(), train=True, mask=MASK)
 
 
 def test_parameters_in_other_containers_raise():

@@ -163,10 +163,10 @@ def start(recipe: Recipe) -> TrainState:
 
 
 def step_of(recipe: Recipe) -> Callable[..., Any]:
-    plain = fdl.supervised(recipe.model.apply, recipe.loss)
+    plain = fdl.supervised(recipe.model, recipe.loss)
 
-    def loss(params: Any, batch: Any, key: Tensor) -> tuple[Tensor, Any]:
-        value, metrics = plain(params, batch, key if recipe.drops else None)
+    def loss(params: Any, batch: Any, **options: Any) -> tuple[Tensor, Any]:
+        value, metrics = plain(params, batch, **options)
         if recipe.penalty:
             value = value + recipe.penalty * losses.l2_penalty(params["weight"])
         return value, metrics
@@ -298,7 +298,7 @@ def test_padded_last_batch_equals_the_short_one_of_the_twin(name: str, plain_bac
     step = step_of(recipe)
     epoch = fdl.jit(
         lambda state, dataset, indices: fdl.scan(
-            lambda s, row: step(s, data.gather(dataset, row)), state, indices
+            lambda s, row: step(s, data.batch(dataset, row)), state, indices
         )
     )
     state, metrics = epoch(start(recipe), flat, indices)

@@ -42,7 +42,7 @@ def test_equals_torch_whatever_the_momentum(n, left_out, momentum, plain_backend
     expected = dict(twin.named_buffers())
 
     def recompute(params, rows):
-        return update_bn(model.apply, params, buffers, DATA, rows)
+        return update_bn(model, params, buffers, DATA, rows)
 
     for found in (recompute(params, rows), fdl.jit(recompute)(params, rows)):
         close(tree.flatten_dict(found), expected)
@@ -56,7 +56,7 @@ def test_of_a_module_taken_over(momentum):
     _, _, _, twin = pair(momentum)
     model, params, buffers = interop.from_module(twin)
     rows = data.epoch_indices(KEY, 50, 16, drop_last=True)
-    found = update_bn(model.apply, params, tree.map(torch.clone, buffers), DATA, rows)
+    found = update_bn(model, params, tree.map(torch.clone, buffers), DATA, rows)
     torch.optim.swa_utils.update_bn([batch.x for batch in data.batches(DATA, rows)], twin)
     close(tree.flatten_dict(found), dict(twin.named_buffers()))
 
@@ -73,9 +73,10 @@ def test_dropout_follows_the_key_and_other_buffers_stay():
         y, new = norm.apply(params, buffers["norm"], x, train=train, mask=mask)
         return y, {"norm": new, "calls": buffers["calls"] + 1}
 
+    model = nn.StatefulModel(init, apply, takes_mask=True)
     params, buffers = tree.cast(init(KEY), torch.float64)
     rows = data.sequential_indices(50, 25)
-    found = update_bn(apply, params, buffers, DATA, rows, KEY)
+    found = update_bn(model, params, buffers, DATA, rows, KEY)
     halves = [
         nn.dropout(0.5).apply({}, half, train=True, key=random.fold_in(KEY, i))
         for i, half in enumerate(X.split(25))
@@ -84,19 +85,31 @@ def test_dropout_follows_the_key_and_other_buffers_stay():
     close(found["norm"]["running_var"], (halves[0].var(0) + halves[1].var(0)) / 2)
     assert found["calls"] == 7 and buffers["norm"]["num_batches_tracked"] == 0
     with pytest.raises(ValueError, match="needs a key"):
-        update_bn(apply, params, buffers, DATA, rows)
+        update_bn(model, params, buffers, DATA, rows)
 
 
 def test_nothing_to_go_by_leaves_the_statistics():
     model, params, buffers, _ = pair(0.1)
     rows = data.Indices(torch.zeros(2, 4).long(), torch.zeros(2, 4).bool())
-    found = update_bn(model.apply, params, buffers, DATA, rows)
+    found = update_bn(model, params, buffers, DATA, rows)
     close(found, buffers, rtol=0, atol=0)
 
 
 def test_errors():
     model, params, _, _ = pair(0.1)
     with pytest.raises(ValueError, match=r"no running statistics, only \['calls'\]"):
-        update_bn(model.apply, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
-    with pytest.raises(TypeError, match=r"pass model\.apply"):
-        update_bn(model, params, {}, DATA, torch.zeros(1, 4).long())
+        update_bn(model, params, {"calls": torch.zeros(())}, DATA, torch.zeros(1, 4).long())
+    padded, norm = data.sequential_indices(50, 20), nn.batch_norm(3)
+    assert not padded.mask.all()
+    refuses = nn.StatefulModel(norm.init, lambda *args, **options: norm.apply(*args, **options))
+    with pytest.raises(ValueError, match=r"update_bn: the batch has a mask, .* takes none"):
+        update_bn(refuses, *norm.init(KEY), (X.float(), X), padded)
+    for wrong, text in (
+        (
+            model.apply,
+            "model must be a Model or a StatefulModel, got the function .* not its apply",
+        ),
+        (nn.linear(3, 3), "must be a StatefulModel, got a Model, without buffers"),
+    ):
+        with pytest.raises(TypeError, match=f"update_bn: .*{text}"):
+            update_bn(wrong, params, {}, DATA, torch.zeros(1, 4).long())

@@ -17,7 +17,7 @@ N = 7
 CHUNKS = [None, 1, 3, 7, 50]
 net = nn.sequential(nn.linear(3, 5), nn.tanh, nn.linear(5, 4))
 params = tree.cast(net.init(random.key(0)), torch.float64)
-loss = fdl.supervised(net.apply, losses.cross_entropy)
+loss = fdl.supervised(net, losses.cross_entropy)
 labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
 mask = torch.tensor([True, True, False, True, True, False, True])  # chunks repeat the last
 batch = Batch(draw(1, N, 3), labels)
@@ -30,8 +30,8 @@ def loop(loss=loss, params=params, batch=batch, key=None):
     rows = []
     for i in range(len(batch.y)):
         leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
-        of_example = () if key is None else (random.fold_in(key, i),)
-        loss(leaves, (batch.x[i : i + 1], batch.y[i : i + 1]), *of_example)[0].backward()
+        options = {} if key is None else {"train": True, "key": random.fold_in(key, i)}
+        loss(leaves, (batch.x[i : i + 1], batch.y[i : i + 1]), **options)[0].backward()
         rows.append(tree.map(lambda p: p.grad, leaves))
     return tree.stack(rows)
 
@@ -80,16 +80,16 @@ def test_the_clipped_sum_equals_a_loop(chunk, max_norm):
 @each_chunk
 def test_an_example_draws_from_the_key_of_its_place(chunk):
     dropped = nn.sequential(nn.linear(3, 5), nn.dropout(0.5), nn.linear(5, 4))
-    of_model = fdl.supervised(dropped.apply, losses.cross_entropy)
+    of_model = fdl.supervised(dropped, losses.cross_entropy)
     start = tree.cast(dropped.init(random.key(0)), torch.float64)
     same = Batch(batch.x[:1].expand(N, -1), labels[:1].expand(N))
-    got = per_sample_grads(of_model, chunk)(start, same, random.key(3))
+    got = per_sample_grads(of_model, chunk)(start, same, train=True, key=random.key(3))
     close(got, loop(of_model, start, same, random.key(3)))
     assert len(got["0"]["bias"].unique(dim=0)) > 2, "one mask for all"
 
 
 def test_a_plain_loss_and_a_pair_as_batch():
-    def plain(p, b):
+    def plain(p, b, **_):
         return ((b.x @ p["w"] - b.y) ** 2).sum()
 
     x, y, w = draw(1, 4, 3), draw(2, 4), draw(3, 3)
@@ -99,7 +99,7 @@ def test_a_plain_loss_and_a_pair_as_batch():
 def test_lenet_equals_a_loop():
     model = lenet()
     start = tree.cast(model.init(random.key(0)), torch.float64)
-    of_model = fdl.supervised(model.apply, losses.cross_entropy)
+    of_model = fdl.supervised(model, losses.cross_entropy)
     images = Batch(draw(4, 5, 1, 28, 28), labels[:5])
     close(per_sample_grads(of_model, 2)(start, images), loop(of_model, start, images))
 
@@ -158,9 +158,9 @@ def test_errors(make):
     with pytest.raises(TypeError, match=r"chunk must be an int, got 2\.0"):
         make(loss, 2.0)
     with pytest.raises(TypeError, match="the loss has buffers"):
-        make(lambda params, buffers, batch, key: None)
+        make(fdl.StatefulLoss(lambda params, buffers, batch, **_: None))
     with pytest.raises(ValueError, match=r"loss must return a scalar, a 0-d tensor, got \[1\]"):
-        make(lambda p, b: p["0"]["bias"][:1])(params, batch)
+        make(lambda p, b, **_: p["0"]["bias"][:1])(params, batch)
     with pytest.raises(ValueError, match=r"0\.weight: int"):
         make(loss)({"0": {"weight": 3}}, batch)
     with pytest.raises(TypeError, match=r"batch must be \(x, y\) or Batch\(x, y, mask\)"):
@@ -170,7 +170,7 @@ def test_errors(make):
     with pytest.raises(ValueError, match=r"common first axis.*'mask': \[\]"):
         make(loss)(params, batch._replace(mask=torch.tensor(True)))
     with pytest.raises(TypeError, match=r"random\.key\(3\)"):
-        make(loss)(params, batch, 3)
+        make(loss)(params, batch, key=3)
 
 
 def test_the_bound_must_be_a_positive_number():
@@ -194,7 +194,7 @@ def test_a_bound_that_is_not_positive_makes_the_sum_0_where_its_value_is_not_kno
 # ------------------------------------------------------------------------- the bound of DP-SGD
 
 
-def inner(p, batch, key=None):
+def inner(p, batch, **_):
     """A loss whose gradient is the row itself for `w`, and the label for `b`."""
     return (p["w"] * batch.x).sum() + (p["b"] * batch.y).sum()
 
@@ -306,12 +306,12 @@ def test_padding_may_hold_anything(make, chunk):
 @pytest.mark.parametrize("rows", [batch, masked], ids=["plain", "masked"])
 def test_no_rows_give_no_rows_and_a_sum_of_0(chunk, key, rows, plain_backend):
     none = tree.map(lambda leaf: leaf[:0], rows)
-    args = (params, none) if key is None else (params, none, key)
+    options = {} if key is None else {"key": key}
     for jitted in (False, True):
         run = (lambda f: fdl.jit(f)) if jitted else (lambda f: f)
-        rows = run(per_sample_grads(loss, chunk))(*args)
+        rows = run(per_sample_grads(loss, chunk))(params, none, **options)
         assert tree.diff(tree.map(lambda p: p.new_zeros(0, *p.shape), params), rows) == []
-        norms = run(per_sample_norms(loss, chunk))(*args)
+        norms = run(per_sample_norms(loss, chunk))(params, none, **options)
         assert norms.shape == (0,) and norms.dtype == torch.float64
-        sums = run(clipped_grad_sum(loss, 1.0, chunk))(*args)
+        sums = run(clipped_grad_sum(loss, 1.0, chunk))(params, none, **options)
         assert tree.diff(tree.map(torch.zeros_like, params), sums) == []

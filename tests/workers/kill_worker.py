@@ -22,7 +22,7 @@ import torch
 
 from fdl import TrainState, optim, random
 from fdl.checkpointing import Checkpointer, restore
-from train import loop
+from train import planning
 from train.__main__ import main
 
 SIZE = 100_000  # of a leaf: writing takes some milliseconds
@@ -100,7 +100,7 @@ def saving(folder: Path, kills: int) -> dict[str, Any]:
 
 def training(folder: Path, kills: int) -> dict[str, Any]:
     """Kill and resume `python -m train`; then let it finish."""
-    loop.CHUNK_SECONDS = 0.005
+    planning.CHUNK_SECONDS = 0.005
     options = ["linreg", "--epochs", "12", "--compile", "off", "--momentum", "0.9"]
     draw, alive, killed = numbers.Random(1), None, 0
     for arguments in (["--out", str(folder / "whole")], ["--out", str(folder / "cut")]):

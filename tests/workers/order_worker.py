@@ -6,6 +6,7 @@ of every dict reversed: parameters, buffers, metrics, batches. Nothing may come 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,9 @@ def init(key: random.Key) -> tuple[Tree, Tree]:
     )
 
 
+@fdl.StatefulLoss
 def loss(
-    params: Tree, buffers: Tree, batch: Batch, key: Tensor | None = None
+    params: Tree, buffers: Tree, batch: Batch, *, train: bool, key: Tensor | None
 ) -> tuple[Tensor, tuple[dict[str, metrics.Mean], Tree]]:
     left, right = params["left"], params["right"]
     prediction = (batch.x @ left["w"] + left["b"]).tanh() @ right["w"] + right["b"]
@@ -97,7 +99,7 @@ def trains(mesh: DeviceMesh) -> None:
             params = parallel.shard(state.params, mesh, {"*.w": 0, "*": None})
             state = state._replace(params=params, opt_state=OPT.init(params))
         for parts in (None, 4):
-            step = parallel.train_step(loss, OPT, mesh, parts=parts)
+            step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
             new, means = scan(step, state, parallel.own_rows(BATCHES, mesh))
             check_equal((expected, found), (new, means))
             parallel.check_replicated((parallel.gather(new), means), mesh)  # to the bit
@@ -114,7 +116,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
         padded = BATCHES._replace(mask=mask.expand(STEPS, ROWS))
         # What is counted is the first half of the rows; the mean over no parts is left out.
         expected, found = alone(tree.map(lambda leaf, m=mask: leaf[:, m], BATCHES))
-        step = parallel.train_step(loss, OPT, mesh, parts=parts)
+        step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
         check_equal((expected, found), scan(step, start(), parallel.own_rows(padded, mesh)))
     rows = ROWS if dist.get_rank() == 0 else 0  # no rows at all
     some = tree.map(lambda leaf: leaf[:, :rows], BATCHES)
@@ -125,7 +127,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
     check_equal(every, parallel.eval_step(loss, mesh)(start(), one))
     nothing = one._replace(mask=torch.zeros(rows, dtype=torch.bool))
     for parts in (None, 2):
-        step = parallel.train_step(loss, OPT, mesh, parts=parts)
+        step = parallel.train_step(loss, OPT, mesh, microbatches=parts)
         new, means = step(start(), nothing)
         assert tree.diff(start().buffers, new.buffers) == []
         assert tree.diff(start().params, new.params) == []  # Adam's first step by gradients of 0
@@ -135,7 +137,7 @@ def counts_nothing(mesh: DeviceMesh) -> None:
 def sixteen_bits(mesh: DeviceMesh) -> None:
     """A sum of gradients times counts would overflow in float16, and round in bfloat16."""
 
-    def steep(params: Tree, batch: Batch, key: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def steep(params: Tree, batch: Batch, **_: Any) -> tuple[Tensor, Tree]:
         n = torch.tensor(float(len(batch[0])), dtype=torch.float64)
         return (params["w"] * 300).sum(), {"loss": metrics.Mean(n, n)}
 

@@ -40,7 +40,7 @@ def trains_as_when_it_is_whole(mesh):
     """50 steps of each recipe that draws nothing: spread by rows, and all of it, against whole."""
     for name in EXACT:
         recipe = RECIPES[name]()
-        loss = fdl.supervised(recipe.model.apply, recipe.loss)
+        loss = fdl.supervised(recipe.model, recipe.loss)
         begin = prepare(recipe.model, recipe.opt, mesh)
         mine = parallel.own_rows(on(mesh, padded(recipe.batches, mesh.size())), mesh)
         step = parallel.train_step(loss, recipe.opt, mesh)
@@ -61,7 +61,7 @@ def trains_as_when_it_is_whole(mesh):
 def every_optimizer_updates_shards(mesh):
     """All of torch's configurations, and what has no twin there; norms go over all processes."""
 
-    def loss(params, batch, key=None):
+    def loss(params, batch, **_):
         x, _ = batch
         wave = sum(((leaf - 0.3) * x.mean()).sin().pow(2).sum() for leaf in tree.leaves(params))
         count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
@@ -123,13 +123,13 @@ def in_parts_it_is_the_same_run_to_the_bit(mesh):
         nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
     )
     opt = optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(net, losses.cross_entropy, {"accuracy": metrics.accuracy})
     x = random.normal(random.key(1), (10, 32, 6))
     y = random.randint(random.key(2), (10, 32), 0, 3)
     x, y = on(mesh, (x, y))
     begin = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone = scan(parallel.train_step(loss, opt, None, parts=8), begin, (x, y))
-    step = parallel.train_step(loss, opt, mesh, parts=8)
+    alone = scan(parallel.train_step(loss, opt, None, microbatches=8), begin, (x, y))
+    step = parallel.train_step(loss, opt, mesh, microbatches=8)
     found = scan(step, shared_out(begin, opt, mesh, ROWS), parallel.own_rows((x, y), mesh))
     equal(alone, found, rtol=0, atol=0)
 
@@ -137,13 +137,13 @@ def in_parts_it_is_the_same_run_to_the_bit(mesh):
 def an_epoch_is_one_program(mesh):
     model = nn.sequential(nn.flatten(), nn.linear(784, 30), nn.relu, nn.linear(30, 10))
     opt = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(1e-3))
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     images = on(mesh, data.fashion_mnist_sample())
     rows = data.epoch_indices(random.key(1, mesh.device_type), 500, 64)
     rows = parallel.own_rows(rows, mesh)
 
     def epoch(state, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     begin = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     spread = shared_out(begin, opt, mesh, ROWS)
@@ -166,10 +166,10 @@ def an_epoch_is_one_program(mesh):
 def refuses(mesh):
     params = {"fc": {"weight": torch.ones(4, 2), "bias": torch.ones(4)}, "scale": torch.ones(())}
     for rules, message in [
-        ({"*weight": 0}, r"fc\.bias: no rule matches it.*\n.*scale: no rule"),
-        ({"*": 0}, r"scale: has 0 dimensions, and '\*' says to cut 0"),
-        ({"fc.*": 1, "*": None}, r"fc\.bias: has 1 dimensions, and 'fc\.\*' says to cut 1"),
-        ({"wieght": 0, "*": None}, r"wieght: a rule that matches no leaf"),
+        ({"*weight": 0}, r"fc\.bias: no rule matches; add.*\n.*scale: no rule"),
+        ({"*": 0}, r"scale: has 0 dimensions, but '\*' shards dimension 0"),
+        ({"fc.*": 1, "*": None}, r"fc\.bias: has 1 dimensions, but 'fc\.\*' shards dimension 1"),
+        ({"wieght": 0, "*": None}, r"wieght: this rule matches no leaf"),
     ]:
         with pytest.raises(ValueError, match=message):
             parallel.shard(params, mesh, rules)
@@ -193,12 +193,13 @@ def refuses(mesh):
     with pytest.raises(NotImplementedError, match=r"DTensor of shape \[4, 2\] requires grad"):
         jit(lambda w: w * 2)(leaf.detach().requires_grad_())
     model, opt = nn.linear(2, 4), optim.sgd(0.1)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = TrainState.create(model, opt, key=random.key(0))
     state = shared_out(state, opt, mesh, EVERY)
     batch = (torch.ones(2, 2), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"params\.weight is spread over .*; make both for the s"):
-        parallel.train_step(loss, opt, None, parts=2)(state, batch)
+    listed = r"for None, .* both:\n  params\.weight: .*\n  params\.bias: \S"
+    with pytest.raises(ValueError, match=listed):
+        parallel.train_step(loss, opt, None, microbatches=2)(state, batch)
 
 
 def is_saved_for_any_number_of_processes(mesh, folder):

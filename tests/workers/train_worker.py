@@ -66,7 +66,7 @@ def trains_as_one_process(mesh):
     """Steps of each recipe that draws nothing, in parts of unequal length, against the whole."""
     for name in EXACT:
         recipe = RECIPES[name]()
-        loss = fdl.supervised(recipe.model.apply, recipe.loss)
+        loss = fdl.supervised(recipe.model, recipe.loss)
         start = prepare(recipe.model, recipe.opt, mesh)
         whole = on(mesh, padded(first_steps(recipe.batches), mesh.size()))
         alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
@@ -88,7 +88,7 @@ def draws_its_own_and_averages_statistics(mesh):
         nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
     )
     opt = optim.sgd(0.3, momentum=0.9)
-    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(net, losses.cross_entropy, {"accuracy": metrics.accuracy})
     size, rows = mesh.size(), 8
     x = random.normal(random.key(1), (5, size * rows, 6), torch.float64)
     y = random.randint(random.key(2), (5, size * rows), 0, 3)
@@ -109,7 +109,7 @@ def draws_its_own_and_averages_statistics(mesh):
             part = tree.map(lambda leaf, i=i, r=rank: leaf[i].chunk(size)[r], batches)
 
             def objective(params, part=part, rank=rank, key=key, buffers=buffers):
-                value, aux = loss(params, buffers, part, random.fold_in(key, rank))
+                value, aux = loss(params, buffers, part, train=True, key=random.fold_in(key, rank))
                 return value, aux
 
             g, (found_there, new) = grad(objective, has_aux=True)(params)
@@ -136,15 +136,15 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
         nn.linear(6, 8), nn.batch_norm(8), nn.relu, nn.dropout(0.5), nn.linear(8, 3)
     )
     opt = optim.adam(0.1)
-    loss = fdl.supervised(net.apply, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    loss = fdl.supervised(net, losses.cross_entropy, {"accuracy": metrics.accuracy})
     x = random.normal(random.key(1), (20, 32, 6))
     y = random.randint(random.key(2), (20, 32), 0, 3)
     mask = random.uniform(random.key(3), (20, 32)) < 0.8
     whole = on(mesh, data.Batch(x, y, mask))
     mine = parallel.own_rows(whole, mesh)
     start = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone, expected = scan(parallel.train_step(loss, opt, None, parts=8), start, whole)
-    step = parallel.train_step(loss, opt, mesh, parts=8)
+    alone, expected = scan(parallel.train_step(loss, opt, None, microbatches=8), start, whole)
+    step = parallel.train_step(loss, opt, mesh, microbatches=8)
     assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
     by_rank, _ = scan(parallel.train_step(loss, opt, mesh), start, mine)
     assert tree.diff(alone.params, by_rank.params, rtol=1e-3, atol=1e-3) != []
@@ -152,7 +152,7 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
         compiled = jit(lambda state, batches: scan(step, state, batches), strict=True)
         once = jit(
             lambda state, batches: scan(
-                parallel.train_step(loss, opt, None, parts=8), state, batches
+                parallel.train_step(loss, opt, None, microbatches=8), state, batches
             ),
             strict=True,
         )
@@ -167,10 +167,10 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
         "lenet-bn": (models.lenet_bn(), optim.sgd(0.9), images(16)),
     }
     for name, (model, opt, batches) in found.items():
-        loss = fdl.supervised(model.apply, losses.cross_entropy)
+        loss = fdl.supervised(model, losses.cross_entropy)
         begin, batches = prepare(model, opt, mesh), on(mesh, first_steps(batches))
-        alone = scan(parallel.train_step(loss, opt, None, parts=4), begin, batches)
-        step = parallel.train_step(loss, opt, mesh, parts=4)
+        alone = scan(parallel.train_step(loss, opt, None, microbatches=4), begin, batches)
+        step = parallel.train_step(loss, opt, mesh, microbatches=4)
         together = scan(step, begin, parallel.own_rows(batches, mesh))
         assert tree.diff(alone, together, rtol=1e-10, atol=1e-12) == [], name
         moved = tree.map(lambda a, b: (a - b).abs().max(), begin.params, alone[0].params)
@@ -180,24 +180,24 @@ def recipes_that_draw_or_take_statistics_are_the_same_in_parts(mesh):
 def in_parts_the_gradient_is_that_of_the_whole(mesh):
     """What draws nothing does not care how it is cut."""
     recipe = RECIPES["mlp"]()
-    loss = fdl.supervised(recipe.model.apply, recipe.loss)
+    loss = fdl.supervised(recipe.model, recipe.loss)
     start = prepare(recipe.model, recipe.opt, mesh)
     whole = on(mesh, padded(first_steps(recipe.batches), 8))
     alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
     mine = parallel.own_rows(whole, mesh)
-    found = scan(parallel.train_step(loss, recipe.opt, mesh, parts=8), start, mine)
+    found = scan(parallel.train_step(loss, recipe.opt, mesh, microbatches=8), start, mine)
     assert tree.diff((alone, expected), found, rtol=1e-10, atol=1e-12) == []
 
 
 def an_epoch_is_one_program(mesh):
     model, opt = models.softmax_regression(), optim.sgd(0.1, momentum=0.9)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     sample = on(mesh, data.fashion_mnist_sample())
     indices = data.epoch_indices(random.key(1, mesh.device_type), 500, 64)  # a short last batch
     rows = parallel.own_rows(indices, mesh)
 
     def epoch(state, images, rows):
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, rows)
+        return scan(lambda s, row: step(s, data.to_float(data.batch(images, row))), state, rows)
 
     start = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     expected = epoch(start, sample, rows)
@@ -215,7 +215,7 @@ def sends_each_gradient_once(mesh):
         return real(tensor, *args)
 
     model, opt = models.mlp(), optim.sgd(0.1)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     collectives.all_reduce = counting
     step(state, on(mesh, (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))))
@@ -227,7 +227,7 @@ def sends_each_gradient_once(mesh):
 def sends_what_theory_says(mesh):
     """By the kernel's own count of the bytes that left this process."""
     model, opt = models.mlp(), optim.sgd(0.1)
-    step = parallel.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt, mesh)
+    step = parallel.train_step(fdl.supervised(model, losses.cross_entropy), opt, mesh)
     state = TrainState.create(model, opt, key=random.key(0, mesh.device_type))
     batch = (torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
     state, _ = step(state, batch)  # connects
@@ -272,21 +272,25 @@ def loads_once(mesh, folder):
 
 def refuses(mesh):
     model = nn.linear(2, 1)
-    loss = fdl.supervised(model.apply, losses.mse)
+    loss = fdl.supervised(model, losses.mse)
     state = TrainState.create(model, optim.sgd(0.1), key=random.key(dist.get_rank()))
     with pytest.raises(ValueError, match=r"weight: float32\[1, 2\] with SHA-256 \w+ on rank 0"):
         parallel.check_replicated(state, mesh)
     with pytest.raises(ValueError, match=r"lr: 0 on rank 0, 1 on rank 1"):
         parallel.check_replicated({"lr": dist.get_rank(), "seed": 3}, mesh)
-    with pytest.raises(ValueError, match=r"mask has the shape \[3, 7\].* by \d processes"):
-        parallel.own_rows(data.Indices(torch.zeros(3, 8), torch.zeros(3, 7)), mesh)
+    with pytest.raises(
+        ValueError, match=r"by the \d processes, got\n  index: \[3, 9\]\n  mask: \[3, 7\]$"
+    ):
+        parallel.own_rows(data.Indices(torch.zeros(3, 9), torch.zeros(3, 7)), mesh)
     with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh.*got ProcessGroup"):
         parallel.train_step(loss, optim.sgd(0.1), mesh.get_group())
     for parts in (0, 3, 5, 6):
-        with pytest.raises(ValueError, match=rf"2 processes times a power of two.*got {parts}"):
-            parallel.train_step(loss, optim.sgd(0.1), mesh, parts=parts)
-    step = parallel.train_step(loss, optim.sgd(0.1), mesh, parts=4)
-    with pytest.raises(ValueError, match=r"0 has the shape \[3, 2\].*divisible into 2 parts"):
+        with pytest.raises(ValueError, match=rf"a power of two times the 2 processes, got {parts}"):
+            parallel.train_step(loss, optim.sgd(0.1), mesh, microbatches=parts)
+    step = parallel.train_step(loss, optim.sgd(0.1), mesh, microbatches=4)
+    with pytest.raises(
+        ValueError, match=r"the 2 microbatches of a process, got\n  0: \[3, 2\]\n  1: \[3, 1\]$"
+    ):
         step(state, (torch.ones(3, 2), torch.ones(3, 1)))
     square = dist.init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("a", "b"))
     with pytest.raises(ValueError, match=r"one dimension, got \[1, \d\]"):
@@ -298,9 +302,9 @@ def refuses(mesh):
     with pytest.raises(NotImplementedError, match="the optimizer evaluates the loss itself"):
         parallel.train_step(loss, line_search, mesh)(state, batch)
     state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))
-    with pytest.raises(KeyError, match=r"must give a metric 'loss'.*got \['other'\]"):
+    with pytest.raises(KeyError, match=r"must have a metric 'loss'.*got \['other'\]"):
         parallel.train_step(
-            lambda params, batch, key=None: (params["weight"].sum(), {"other": state.step}),
+            lambda params, batch, **_: (params["weight"].sum(), {"other": state.step}),
             optim.sgd(0.1),
             mesh,
         )(state, batch)

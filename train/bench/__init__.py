@@ -1,11 +1,11 @@
-"""`python -m train bench`: fdl against every peer, on the same work, each in its own process.
+"""`python -m train bench`: time fdl and its peers on the same work, each in its own process.
 
-workloads   what is trained, and the arrays that every way is given
-way         what a way of training has to offer; registry lists them all
-fdl_ways, torch_peers, jax_peers   the ways
-worker      the process that one way runs in; client is the coordinator's end of it
-reference   the same training in float64, which the ways are checked against
-check       are the losses and the distances moved those of the reference?
-rates       how fast this machine multiplies matrices and copies memory: the floor
-measure     the coordinator; record makes its figures, render shows them
+workloads   the recipes to train; task is a recipe as arrays, equal for every runner
+runner      the interface of a runner, one way to train a task; registry lists them all
+fdl_runners, torch_peers, jax_peers   the runners
+worker      the process of one runner; client is the coordinator's end of it
+reference   the same training in float64
+check       compare losses and movements of parameters with the reference
+rates       matrix products and copies per second on this machine, for the floor
+measure     the coordinator; record computes the figures, render and chart show them
 """

@@ -1,4 +1,4 @@
-"""The chart of docs/benchmark.md: how many times the best way's step each way's takes."""
+"""The chart of docs/benchmark.md: time per step relative to the fastest runner."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PANELS = 3  # in a row
 
 
 def ratios(workload: dict[str, Any]) -> dict[str, float]:
-    """Divide the median of each way that trains right by the least."""
-    medians = {w["name"]: w["median_us"] for w in workload["ways"] if w["status"] == "right"}
+    """Divide the median of each runner that trains correctly by the smallest."""
+    medians = {w["name"]: w["median_us"] for w in workload["runners"] if w["status"] == "right"}
     return {name: value / min(medians.values()) for name, value in medians.items()}
 
 
 def figure(value: float) -> str:
-    """Write a ratio or microseconds with three digits, or all that are whole.
+    """Format a ratio or microseconds with three digits, or all digits before the point.
 
     >>> [figure(value) for value in (1.0, 1.327, 15.89, 3812.4)]
     ['1.00', '1.33', '15.9', '3812']
@@ -27,11 +27,11 @@ def figure(value: float) -> str:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Draw a panel of dots for each workload but the scaled ones."""
-    from matplotlib.figure import Figure  # a second to import, which nothing else need wait for
+    """Draw a panel of dots for each workload that is not scaled."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     workloads = [w for w in document["workloads"] if ratios(w) and not w["scaled"]]
-    names = list(dict.fromkeys(way["name"] for w in workloads for way in w["ways"]))
+    names = list(dict.fromkeys(runner["name"] for w in workloads for runner in w["runners"]))
     columns = max(1, min(PANELS, len(workloads)))
     rows = max(1, -(-len(workloads) // columns))
     height = 0.6 + 0.21 * len(names)
@@ -41,25 +41,25 @@ def draw(document: dict[str, Any], path: Path) -> None:
         draw_panel(axes, workload, names)
     for axes in panels[len(workloads) :]:
         axes.set_axis_off()
-    chart.suptitle("Time of a step, times that of the fastest way (logarithmic)", fontsize=10)
-    # Without the date and version that a file usually holds, equal figures give equal files.
+    chart.suptitle("Time per step relative to the fastest (log scale)", fontsize=10)
+    # Equal figures give equal files: without the date and version that are saved by default.
     chart.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def draw_panel(axes: Any, workload: dict[str, Any], names: list[str]) -> None:
-    """Draw the dots of one workload, in the order that all panels share, ours in colour.
+    """Draw the dots of one workload, fdl's in colour, in the order of all panels.
 
-    Dots, because a bar on a logarithmic axis begins nowhere.
+    Dots, because bars on a logarithmic axis have no zero to start from.
     """
-    found = ratios(workload)
-    most = max(found.values())
+    ratio = ratios(workload)
+    most = max(ratio.values())
     for place, name in enumerate(names):
-        if name not in found:
+        if name not in ratio:
             continue
         ours = name.startswith("fdl-")
-        axes.plot(found[name], place, "o", color=OURS if ours else THEIRS, markersize=5)
+        axes.plot(ratio[name], place, "o", color=OURS if ours else THEIRS, markersize=5)
         axes.annotate(
-            figure(found[name]), (found[name], place), xytext=(6, 0), textcoords="offset points",
+            figure(ratio[name]), (ratio[name], place), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=7.5,
         )  # fmt: skip
     axes.set_xscale("log")

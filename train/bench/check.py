@@ -1,7 +1,7 @@
-"""Did a way train as the reference did? A way that did not is wrong, however fast.
+"""Compare the training of a runner with the reference; one that differs is wrong, however fast.
 
-The losses alone do not tell: without weight decay those of LeNet change by 1e-4 in 20 steps, less
-than a difference in rounding may. How far each parameter moved does: it changes by 0.65.
+The losses alone are not enough: without weight decay the losses of LeNet change by 1e-4 in 20
+steps, less than rounding may. The movement of the parameters changes by 0.65.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.bench.runner import Trajectory
 from train.bench.task import Array
-from train.bench.way import Trajectory
 
 __all__ = ["TOLERANCE", "Check", "Reference", "check"]
 
-TOLERANCE = 1e-3  # relative, of losses and of the distance a parameter moved
-SIGMAS = 5  # 16 seeds: by chance the mean loss is farther off once in 5,000 times
+TOLERANCE = 1e-3  # relative, of losses and of the movement of a parameter
+SIGMAS = 5  # of 16 seeds: a mean loss is farther off by chance once in 5,000 times
 
 
 class Reference(NamedTuple):
-    """The training that every way is compared with."""
+    """Result of the reference training."""
 
     losses: Array  # float64 [steps]
     start: dict[str, Array]  # the initial weights
     params: dict[str, Array]  # float64
-    other_masks: tuple[float, float] | None  # of a model with dropout: see `reference`
+    other_masks: tuple[float, float] | None  # of a model with dropout, see `reference.other_masks`
 
 
 class Check(NamedTuple):
-    """What a comparison came to."""
+    """Result of a comparison."""
 
     right: bool
-    loss: float  # the greatest relative difference; of the mean loss where masks differ
-    distance: float | None  # the greatest of `apart` below, None where masks differ
+    loss: float  # largest relative difference; of the mean loss if masks differ
+    distance: float | None  # largest relative difference of a movement; None if masks differ
     reason: str  # why it is wrong, or what was compared
 
 
 def check(reference: Reference, found: Trajectory, own_masks: bool) -> Check:
-    """Compare a way's trajectory with the reference's.
+    """Compare a runner's trajectory with the reference's.
 
     Args:
-        reference: what is right.
-        found: the way's; where it has fewer losses, each is a mean of as many steps.
-        own_masks: whether dropout drew other masks than the reference's.
+        reference: the reference.
+        found: the trajectory of the runner; if it has fewer losses, each is a mean over steps.
+        own_masks: True if dropout drew other masks than in the reference.
     """
     if not np.isfinite(found.losses).all():
         return Check(False, float("inf"), None, "a loss is not finite")
@@ -58,18 +58,15 @@ def check(reference: Reference, found: Trajectory, own_masks: bool) -> Check:
     ]
     if not loss < TOLERANCE:
         faults.insert(0, f"loss {loss:.1e} off")
-    return Check(not faults, loss, apart[worst][0], "; ".join(faults) or f"{worst} the farthest")
+    return Check(not faults, loss, apart[worst][0], "; ".join(faults) or f"{worst} differs most")
 
 
 def distance(reference: Reference, found: Trajectory, name: str) -> tuple[float, float]:
-    """Say how far apart two movements of a parameter ended, relative to their length.
+    """Return the relative difference between two movements of a parameter, and its tolerance.
 
-    Float32 rounds a parameter p at each step by up to ½ ε|p|, at random. After n steps that is
-    about ε √n ‖p‖, which counts where p moves little: conv.0.weight of LeNet is 2e-4 off after 20
+    Float32 rounds a parameter p at each step by up to ½ ε|p|, at random. After n steps this is
+    about ε √n ‖p‖, which matters if p moves little: conv.0.weight of LeNet is 2e-4 off after 20
     steps.
-
-    Returns:
-        The difference, and what is allowed.
     """
     start, end = reference.start[name].astype(np.float64), reference.params[name]
     moved = float(np.linalg.norm(end - start))
@@ -85,5 +82,5 @@ def check_mean(expected: tuple[float, float], loss: float) -> Check:
     """Compare a mean loss under other masks with its distribution over seeds."""
     mean, deviation = expected
     off = abs(loss - mean)
-    said = f"mean loss {off / deviation:.1f} σ off, over seeds of the dropout"
-    return Check(off <= SIGMAS * deviation, off / mean, None, said)
+    reason = f"mean loss {off / deviation:.1f} σ off, over seeds of the dropout"
+    return Check(off <= SIGMAS * deviation, off / mean, None, reason)

@@ -11,19 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Client", "WayError", "end_session", "environment", "run_module"]
+from train.records import to_json
+
+__all__ = ["Client", "RunnerError", "end_session", "environment", "run_module"]
 
 ROOT = Path(__file__).parents[2]  # where `train` can be imported from
 
 
-class WayError(Exception):
-    """A way raised, or its process died; the message says how."""
+class RunnerError(Exception):
+    """A runner raised, or its process died; the message gives the reason."""
 
 
 def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
-    """Make the environment of a worker: equal threads for all, caches of its own.
+    """Make the environment of a worker, with equal threads for all and its own caches.
 
-    JAX keeps compiled programs on disk only when asked; it is, since Inductor does.
+    JAX is told to keep compiled programs on disk, as Inductor does.
     """
     return os.environ | {
         "FDL_JIT": "1",
@@ -35,19 +37,19 @@ def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or every JAX way takes most of the GPU
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # else each JAX runner takes most of the GPU
     }
 
 
 class Client:
-    """One worker process. Sessions of their own keep Ctrl-C from them, and let all be ended."""
+    """One worker process, in a session of its own: Ctrl-C does not reach it, `end` kills it all."""
 
-    def __init__(self, way: str, task: Path, env: dict[str, str], log: Path) -> None:
+    def __init__(self, runner: str, task: Path, env: dict[str, str], log: Path) -> None:
         self.log = log
-        self.warned: list[str] = []  # by the way until its last answer
+        self.warned: list[str] = []  # warnings of the runner up to its last answer
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "train.bench.worker", way, str(task)],
+                [sys.executable, "-m", "train.bench.worker", runner, str(task)],
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.PIPE,
@@ -67,56 +69,56 @@ class Client:
         """Read one answer.
 
         Raises:
-            WayError: the answer is an error, or there is none any more.
+            RunnerError: the answer is an error, or the process has ended.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise WayError(self._epitaph())
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise WayError(found["error"])
-        self.warned = found.pop("warned", [])
-        return found
+            raise RunnerError(self._epitaph())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RunnerError(answer["error"])
+        self.warned = answer.pop("warned", [])
+        return answer
 
-    def ask(self, do: str, **given: Any) -> dict[str, Any]:
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and read its answer; raises as `read` does."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"do": do, **given}, allow_nan=False) + "\n")
+            self.process.stdin.write(to_json({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise WayError(self._epitaph()) from None
+            raise RunnerError(self._epitaph()) from None
         return self.read()
 
     def end(self) -> None:
-        """End the process and all that it started: loaders, compilers."""
+        """Kill the process and all that it started, such as loaders and compilers."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # a command that a dead process did not take
+                with suppress(BrokenPipeError):  # a command not read by a dead process
                     pipe.close()
         end_session(self.process)
 
     def _epitaph(self) -> str:
         code = self.process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        said = [line for line in self.log.read_text().splitlines() if line.strip()]
-        return f"the process ended with {how}: {said[-1].strip() if said else ''}"[:200]
+        lines = [line for line in self.log.read_text().splitlines() if line.strip()]
+        return f"the process ended with {how}: {lines[-1].strip() if lines else ''}"[:200]
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    """Kill a process that leads a session, with the session."""
-    if process.returncode is None:  # once waited for, its number may be another's
+    """Kill a process that leads a session, and the whole session."""
+    if process.returncode is None:  # else another process may have its number by now
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def run_module(module: str, *args: str, env: dict[str, str]) -> str:
-    """Run a module of the benchmark to its end and return what it printed.
+    """Run a module of the benchmark and return its output.
 
     Raises:
-        WayError: it failed; the message is its last line.
+        RunnerError: the module failed; the message is its last line.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", module, *args],
@@ -132,5 +134,5 @@ def run_module(module: str, *args: str, env: dict[str, str]) -> str:
     finally:
         end_session(process)
     if process.returncode:
-        raise WayError((err.strip().splitlines() or [f"{module} failed"])[-1][:200])
+        raise RunnerError((err.strip().splitlines() or [f"{module} failed"])[-1][:200])
     return out

@@ -1,4 +1,4 @@
-"""The peers in JAX: `jit` of one step with optax in a Python loop, `lax.scan` over the epoch."""
+"""The peers in JAX: a jitted step with optax in a Python loop, and `lax.scan` over the epoch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax import lax
 
+from train.bench.runner import Loop, Runner
 from train.bench.task import Array, Task
-from train.bench.way import Loop, Way
 
 __all__ = ["Scan", "Step"]
 
@@ -20,7 +20,7 @@ Params = dict[str, jax.Array]
 
 
 class Carry(NamedTuple):
-    """What a step changes; donated."""
+    """The values that a step changes; donated."""
 
     params: Params
     opt_state: Any
@@ -77,13 +77,13 @@ def forward(task: Task, params: Params, x: jax.Array, key: jax.Array) -> jax.Arr
 
 
 def optimizer(task: Task) -> optax.GradientTransformation:
-    """Make the optimizer that `torch.optim.SGD` is: the decay goes through the momentum."""
+    """Make the optimizer equal to `torch.optim.SGD`: weight decay goes into the momentum."""
     decay = [optax.add_decayed_weights(task.weight_decay)] if task.weight_decay else []
     return optax.chain(*decay, optax.sgd(task.lr, momentum=task.momentum or None))
 
 
 def make_step(task: Task) -> Callable[..., tuple[Carry, jax.Array]]:
-    """Write the step `(carry, images, labels, key, rows) -> (carry, loss)`."""
+    """Make the step `(carry, images, labels, key, rows) -> (carry, loss)`."""
     opt = optimizer(task)
 
     def objective(params: Params, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
@@ -107,12 +107,12 @@ def make_step(task: Task) -> Callable[..., tuple[Carry, jax.Array]]:
     return step
 
 
-class JaxWay(Way):
-    """What both share: the examples on the device, and the carry."""
+class JaxRunner(Runner):
+    """Base of the runners in JAX, with the examples on the device and the carry."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32, as all ways
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32, like all runners
         self.data = (
             jnp.asarray(task.x),
             jnp.asarray(task.y.astype(np.int32) if task.images else task.y),
@@ -130,14 +130,14 @@ class JaxWay(Way):
         jax.block_until_ready((losses, self.carry))
 
     def params(self) -> dict[str, Array]:
-        """Copy them to the host."""
+        """Copy the parameters to the host."""
         return {name: np.array(p) for name, p in self.carry.params.items()}
 
     def _memory(self, name: str) -> int | None:
         return (jax.devices()[0].memory_stats() or {}).get(name)
 
     def memory(self) -> int | None:
-        """Ask XLA's allocator; on the host it keeps no count."""
+        """Ask XLA's allocator, which does not count on the host."""
         return self._memory("bytes_in_use")
 
     def peak(self) -> int | None:
@@ -145,7 +145,7 @@ class JaxWay(Way):
         return self._memory("peak_bytes_in_use")
 
 
-class Step(JaxWay, Loop):
+class Step(JaxRunner, Loop):
     """`jax.jit` of one step."""
 
     def __init__(self, task: Task) -> None:
@@ -159,7 +159,7 @@ class Step(JaxWay, Loop):
         return loss
 
 
-class Scan(JaxWay):
+class Scan(JaxRunner):
     """`jax.jit` of `lax.scan` over the rows."""
 
     def __init__(self, task: Task) -> None:
@@ -180,6 +180,6 @@ class Scan(JaxWay):
         return losses
 
     def losses(self, losses: jax.Array) -> list[float]:
-        """Copy them at once."""
-        found: list[float] = np.asarray(losses, np.float64).tolist()
-        return found
+        """Copy all losses at once."""
+        values: list[float] = np.asarray(losses, np.float64).tolist()
+        return values

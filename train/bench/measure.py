@@ -1,6 +1,6 @@
-"""The coordinator: starts the workers, asks them in turn, and writes down what they answer.
+"""The coordinator: start the workers, ask them in turn, and record their answers.
 
-While one works all others wait for a line of input, so that no two compete for cores.
+While one works, all others wait for a line of input, so that no two compete for cores.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from train import recipes
 from train.bench import record, registry, render
 from train.bench import task as tasks
 from train.bench.check import Reference, check
-from train.bench.client import Client, WayError, environment, run_module
+from train.bench.client import Client, RunnerError, environment, run_module
+from train.bench.runner import Trajectory
 from train.bench.task import Task
-from train.bench.way import Trajectory
 from train.bench.workloads import Workload, find, make_task
-from train.config import Bench, WayName
+from train.config import Bench, RunnerName
 
 __all__ = ["Setting", "measure", "run"]
 
 
 class Setting(NamedTuple):
-    """What holds for a whole run."""
+    """Settings of a whole benchmark."""
 
     config: Bench
     device: str
@@ -41,25 +41,25 @@ class Setting(NamedTuple):
     folder: Path  # temporary: tasks, caches, logs
 
     def env(self, *parts: str) -> dict[str, str]:
-        """Make the environment of the worker whose caches lie under `parts`."""
+        """Make the environment of the worker whose caches are in the folder `parts`."""
         return environment(self.device, self.threads, self.folder.joinpath(*parts))
 
 
 def run(config: Bench) -> int:
-    """Run the command; 0 when done.
+    """Run the command; return 0.
 
     Raises:
         ValueError: an option is wrong.
         OSError: the result cannot be written.
-        KeyboardInterrupt, SystemExit: what was measured until then is written.
+        KeyboardInterrupt, SystemExit: interrupted; the measurements so far are written.
     """
     if config.render:
         print("\n".join(f"wrote {path}" for path in render.render()))
         return 0
     device = recipes.find_device(config.device).type
     out = config.out or Path("runs/bench") / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
-    if config.ways and not registry.ways_for(device, config.ways, scaling=False):
-        raise ValueError(f"--ways: none of {', '.join(config.ways)} runs on {device}")
+    if config.runners and not registry.runners_for(device, config.runners, scaling=False):
+        raise ValueError(f"--runners: none of {', '.join(config.runners)} runs on {device}")
     if out.exists():
         raise ValueError(f"--out {out} exists already; choose another name or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def run(config: Bench) -> int:
         print(f"{device}, {setting.threads} threads; {data}", flush=True)
         rates = find_rates(setting)
         document = record.new_document(device, setting.threads, config.rounds, rates, data)
-        record.write(document, out)  # a wrong --out is better known now
+        record.write(document, out)  # an error in --out is raised before measuring
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             for workload, task in pairs:
@@ -87,7 +87,7 @@ def run(config: Bench) -> int:
 
 
 def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
-    """Make the tasks that were asked for, leaving out batches larger than the data set."""
+    """Make the tasks that the options name, without batches larger than the data set."""
     images: Dataset | None = None
     workloads, data, pairs = find(setting.config), "synthetic data", []
     if any(workload.model != "linreg" for workload in workloads):
@@ -99,12 +99,12 @@ def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
             continue
         pairs.append((workload, make_task(workload, setting.config, images, setting.device)))
     if not pairs:
-        raise ValueError("--batch-sizes: every size is more than there are images")
+        raise ValueError("--batch-sizes: every size exceeds the number of images")
     return pairs, data
 
 
 def find_rates(setting: Setting) -> dict[str, Any]:
-    """Measure the rates of the device with each library there is, and keep the best."""
+    """Measure the rates of the device with each installed library, and keep the best."""
     libraries = ["torch"] if registry.missing("jax-step") else ["torch", "jax"]
     found: dict[str, dict[str, float]] = {}
     for library in libraries:
@@ -112,7 +112,7 @@ def find_rates(setting: Setting) -> dict[str, Any]:
             printed = run_module(
                 "train.bench.rates", library, setting.device, env=setting.env("rates")
             )
-        except WayError:  # a JAX without CUDA, say; its ways will tell
+        except RunnerError:  # such as a JAX without CUDA, which its runners report
             if library == "torch":
                 raise
         else:
@@ -129,19 +129,19 @@ def find_rates(setting: Setting) -> dict[str, Any]:
 def measure(
     setting: Setting, workload: Workload, task: Task, rates: dict[str, Any], entry: dict[str, Any]
 ) -> None:
-    """Measure one workload; `entry` is filled in as results come, so that none are lost."""
+    """Measure one workload; `entry` is filled in with each result, so that none are lost."""
     path = setting.folder / f"{workload.name}.npz"
     tasks.save(task, path)
     reference, flops = find_reference(setting, task, path)
     entry["floor"] = record.floor(task, flops, rates)
     say(f"{workload.name}, batch {entry['batch']}, {task.steps} steps a call")
     with ExitStack() as stack:
-        clients: dict[WayName, Client] = {}
-        asked = setting.config.ways
-        for name in registry.ways_for(setting.device, asked, workload.scaled):
-            row: dict[str, Any] = {"name": name, "label": registry.WAYS[name].label}
+        clients: dict[RunnerName, Client] = {}
+        asked = setting.config.runners
+        for name in registry.runners_for(setting.device, asked, workload.scaled):
+            row: dict[str, Any] = {"name": name, "label": registry.RUNNERS[name].label}
             row["status"] = "not installed" if registry.missing(name) else "measuring"
-            entry["ways"].append(row)
+            entry["runners"].append(row)
             if row["status"] == "measuring":
                 client = stack.enter_context(start(setting, workload, name, path))
                 prepare(client, setting, row, reference)
@@ -149,8 +149,8 @@ def measure(
                     clients[name] = client
                 else:
                     client.end()
-            say(f"  {name:20} {told(row)}")
-        rows = {row["name"]: row for row in entry["ways"]}
+            say(f"  {name:20} {status_line(row)}")
+        rows = {row["name"]: row for row in entry["runners"]}
         for number in range(setting.config.rounds):
             for name in rotated(clients, number):
                 attempt(rows[name], lambda name=name: add_round(clients[name], rows[name]))
@@ -158,32 +158,32 @@ def measure(
         for name, client in clients.items():
             attempt(rows[name], lambda client=client, row=rows[name]: add_memory(client, row))
             client.end()
-    for row in entry["ways"]:
-        if row["status"] == "measuring" and registry.WAYS[row["name"]].compiles:
+    for row in entry["runners"]:
+        if row["status"] == "measuring" and registry.RUNNERS[row["name"]].compiles:
             attempt(row, lambda row=row: add_warm_start(setting, workload, row, path))
 
 
 def say(line: str) -> None:
-    """Report progress at once, in one line that fits."""
+    """Print progress at once, cut to one line."""
     print(line[:79], flush=True)
 
 
-def told(row: dict[str, Any]) -> str:
-    """Say how the start of a way went."""
+def status_line(row: dict[str, Any]) -> str:
+    """Describe how a runner started, in one line."""
     if row["status"] == "measuring":
-        return f"first call {row['cold_call_s']:.2f} s, trains right"
+        return f"first call {row['cold_call_s']:.2f} s, trains correctly"
     return f"{row['status']}: {row['reason']}" if "reason" in row else str(row["status"])
 
 
-def rotated(clients: dict[WayName, Client], number: int) -> Iterator[WayName]:
-    """Let another way begin each round, and leave out those that have failed."""
+def rotated(clients: dict[RunnerName, Client], number: int) -> Iterator[RunnerName]:
+    """Yield the runners of a round; each round begins with another one."""
     names = list(clients)
     shift = number % max(1, len(names))
     yield from names[shift:] + names[:shift]
 
 
 def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference, int]:
-    """Have the reference computed."""
+    """Compute the reference in a process of its own."""
     out = path.with_suffix(".reference.npz")
     run_module("train.bench.reference", str(path), str(out), env=setting.env("reference"))
     found, rest = read_trajectory(out)
@@ -192,32 +192,32 @@ def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference,
 
 
 def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
-    """Read losses and parameters, and what else a file holds."""
+    """Read the losses and parameters in a file, and everything else in it."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     params, rest = tasks.split_params(arrays)
     return Trajectory(rest.pop("losses"), params), rest
 
 
-def start(setting: Setting, workload: Workload, name: WayName, path: Path) -> Client:
-    """Start the worker of a way; its second start finds the caches of the first."""
+def start(setting: Setting, workload: Workload, name: RunnerName, path: Path) -> Client:
+    """Start the worker of a runner; a second start finds the caches of the first."""
     log = setting.folder / f"{workload.name}-{name}.log"
     return Client(name, path, setting.env(workload.name, name), log)
 
 
 def attempt(row: dict[str, Any], call: Any) -> None:
-    """Call, unless the way has failed; a way that fails is a row that says so."""
+    """Call, unless the runner has failed; an error is recorded in its row."""
     if row["status"] != "measuring":
         return
     try:
         call()
-    except WayError as error:
+    except RunnerError as error:
         row["status"], row["reason"] = "failed", str(error)
         row.pop("rounds_us", None)
 
 
 def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Reference) -> None:
-    """Time the first call of a way, and check how it trains."""
+    """Time the first call of a runner, and check how it trains."""
 
     def call() -> None:
         client.read()
@@ -227,10 +227,10 @@ def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Re
         client.ask("trajectory", out=str(out))
         if client.warned:
             row["warnings"] = client.warned
-        found = check(reference, read_trajectory(out)[0], registry.WAYS[row["name"]].own_masks)
-        row["check"] = found._asdict()
-        if not found.right:
-            row["status"], row["reason"] = "wrong", found.reason
+        result = check(reference, read_trajectory(out)[0], registry.RUNNERS[row["name"]].own_masks)
+        row["check"] = result._asdict()
+        if not result.right:
+            row["status"], row["reason"] = "wrong", result.reason
             return
         row["round"] = client.ask("calibrate", seconds=setting.config.seconds)
         row["rounds_us"] = []
@@ -240,19 +240,19 @@ def prepare(client: Client, setting: Setting, row: dict[str, Any], reference: Re
 
 def add_round(client: Client, row: dict[str, Any]) -> None:
     """Time one round."""
-    found = client.ask("round")
-    row["rounds_us"].append(found["us"])
-    row["idle_cpu"] = max(found["idle_cpu"], row.get("idle_cpu", 0.0))
+    answer = client.ask("round")
+    row["rounds_us"].append(answer["us"])
+    row["idle_cpu"] = max(answer["idle_cpu"], row.get("idle_cpu", 0.0))
 
 
 def add_memory(client: Client, row: dict[str, Any]) -> None:
-    """Note how much memory was taken."""
-    found = client.ask("peak")
-    row["peak_bytes"], row["start_bytes"] = found["peak"], found["start"]
+    """Record the memory taken."""
+    answer = client.ask("peak")
+    row["peak_bytes"], row["start_bytes"] = answer["peak"], answer["start"]
 
 
 def add_warm_start(setting: Setting, workload: Workload, row: dict[str, Any], path: Path) -> None:
-    """Time the first call once more in a second process, with what the first left on disk."""
+    """Time the first call in a second process, with the caches that the first left on disk."""
     with start(setting, workload, row["name"], path) as client:
         client.read()
         row["warm_call_s"] = client.ask("first")["seconds"]

@@ -1,27 +1,28 @@
-"""How fast this machine multiplies and copies: `python -m train.bench.rates torch|jax DEVICE`.
+"""Measure products and copies of this machine: `python -m train.bench.rates torch|jax DEVICE`.
 
-The best of several, since what is wanted is a bound. Both libraries are asked where both are
-installed: torch's products run at half the rate of JAX's on some processors.
+The best of several calls counts, because it serves as a bound. Both libraries are measured if both
+are installed: on some processors torch's products run at half the rate of JAX's.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from train.records import to_json
+
 __all__ = ["main", "measure_jax", "measure_torch"]
 
 SIZES = (512, 1024, 2048)  # of square float32 matrices
-COPIED = 256 * 2**20  # bytes, far more than caches hold
-SECONDS = 0.5  # for each
+COPIED = 256 * 2**20  # bytes, far more than fits in caches
+SECONDS = 0.5  # for each measurement
 
 
 def best(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Give the least seconds that a call takes."""
+    """Return the least seconds that a call takes."""
     wait(call())
     least, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
@@ -32,7 +33,7 @@ def best(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
 
 
 def measure_torch(device: str) -> dict[str, float]:
-    """Measure torch's products, FLOP/s, and copies, bytes read and written per second."""
+    """Measure products (FLOP/s) and copies (bytes read and written per second) with torch."""
     import torch
 
     def wait(_: Any) -> None:
@@ -52,7 +53,7 @@ def measure_torch(device: str) -> dict[str, float]:
 
 
 def measure_jax(device: str) -> dict[str, float]:
-    """Measure JAX's products, FLOP/s."""
+    """Measure products (FLOP/s) with JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -67,9 +68,8 @@ def measure_jax(device: str) -> dict[str, float]:
 
 def main(library: str, device: str) -> None:
     """Print the rates of one library as JSON."""
-    print(
-        json.dumps({"torch": measure_torch, "jax": measure_jax}[library](device), allow_nan=False)
-    )
+    measure = {"torch": measure_torch, "jax": measure_jax}[library]
+    print(to_json(measure(device)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What is written down: the JSON document, and the figures made from raw measurements."""
+"""The JSON document of a benchmark, and the figures computed from raw measurements."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -17,10 +16,11 @@ import torch
 import fdl
 from train.bench.task import Task
 from train.bench.workloads import Workload
+from train.records import to_json
 
 __all__ = ["SCHEMA", "floor", "new_document", "new_workload", "read", "summarise", "write"]
 
-SCHEMA = 1
+SCHEMA = 2
 Record = dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def new_document(device: str, threads: int, rounds: int, rates: Record, data: st
 
 
 def cpu_model() -> str:
-    """Name the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def cpu_model() -> str:
 
 
 def installed(package: str) -> str | None:
-    """Give the version of a package, None where it is absent."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -78,14 +78,14 @@ def new_workload(workload: Workload, task: Task) -> Record:
         "lr": task.lr,
         "momentum": task.momentum,
         "weight_decay": task.weight_decay,
-        "ways": [],
+        "runners": [],
     }
 
 
 def floor(task: Task, flops: int, rates: Record) -> Record:
-    """Say how fast a step could be: its products at the best rate, or its least memory traffic.
+    """Bound the time of a step: by its products at the best rate, or its least memory traffic.
 
-    A step must read its batch, and read and write every parameter and its slots once.
+    A step must read its batch, and read and write every parameter and its momentum once.
     """
     batch = task.batches.shape[1]
     example = task.x[0].nbytes + task.y[0].nbytes + task.batches.itemsize
@@ -96,31 +96,31 @@ def floor(task: Task, flops: int, rates: Record) -> Record:
 
 
 def summarise(workload: Record) -> None:
-    """Add the figures that follow from the raw ones; what was not measured stays out."""
-    for way in workload["ways"]:
-        if way["status"] == "measuring":  # interrupted before, or between, its rounds
-            way["status"] = "right" if way.get("rounds_us") else "unfinished"
-        if way.get("rounds_us"):
-            way["min_us"] = min(way["rounds_us"])
-            way["median_us"] = statistics.median(way["rounds_us"])
-            way["examples_per_s"] = workload["batch"] / way["median_us"] * 1e6
+    """Add the figures that follow from the raw measurements."""
+    for runner in workload["runners"]:
+        if runner["status"] == "measuring":  # interrupted before, or between, its rounds
+            runner["status"] = "right" if runner.get("rounds_us") else "unfinished"
+        if runner.get("rounds_us"):
+            runner["min_us"] = min(runner["rounds_us"])
+            runner["median_us"] = statistics.median(runner["rounds_us"])
+            runner["examples_per_s"] = workload["batch"] / runner["median_us"] * 1e6
             for start in ("cold", "warm"):
-                if f"{start}_call_s" in way:  # less the other steps of that call
-                    others = (way["first_steps"] - 1) * way["median_us"] / 1e6
-                    way[f"{start}_s"] = max(0.0, way[f"{start}_call_s"] - others)
+                if f"{start}_call_s" in runner:  # minus the other steps of that call
+                    others = (runner["first_steps"] - 1) * runner["median_us"] / 1e6
+                    runner[f"{start}_s"] = max(0.0, runner[f"{start}_call_s"] - others)
     compare(workload)
 
 
 def compare(workload: Record) -> None:
-    """Add what needs several ways: start-up beyond eager's, the best peer, the floor reached."""
-    right = [way for way in workload["ways"] if way["status"] == "right"]
-    eager = next((way for way in right if way["name"] == "eager"), None)
-    for way in right:
+    """Add the comparisons: start-up beyond eager's, the best peer, the share of the floor."""
+    right = [runner for runner in workload["runners"] if runner["status"] == "right"]
+    eager = next((runner for runner in right if runner["name"] == "eager"), None)
+    for runner in right:
         for start in ("cold", "warm"):
-            if eager is not None and f"{start}_s" in way:
-                way[f"{start}_over_eager_s"] = way[f"{start}_s"] - eager["cold_s"]
-    ours = min((way for way in right if is_fdl(way)), key=median, default=None)
-    peer = min((way for way in right if not is_fdl(way)), key=median, default=None)
+            if eager is not None and f"{start}_s" in runner:
+                runner[f"{start}_over_eager_s"] = runner[f"{start}_s"] - eager["cold_s"]
+    ours = min((runner for runner in right if is_fdl(runner)), key=median, default=None)
+    peer = min((runner for runner in right if not is_fdl(runner)), key=median, default=None)
     workload["best_fdl"] = ours and ours["name"]
     workload["best_peer"] = peer and peer["name"]
     if ours and peer:
@@ -129,30 +129,30 @@ def compare(workload: Record) -> None:
         workload["floor_reached"] = workload["floor"]["us"] / ours["median_us"]
 
 
-def is_fdl(way: Record) -> bool:
-    """Say whether a way is one of ours."""
-    return str(way["name"]).startswith("fdl-")
+def is_fdl(runner: Record) -> bool:
+    """Return True for a runner of fdl."""
+    return str(runner["name"]).startswith("fdl-")
 
 
-def median(way: Record) -> float:
-    """Rank ways."""
-    return float(way["median_us"])
+def median(runner: Record) -> float:
+    """Return the median time of a runner, to rank it by."""
+    return float(runner["median_us"])
 
 
 def write(document: Record, path: Path) -> None:
-    """Write a document; four digits are more than a measurement has."""
-    path.write_text(json.dumps(rounded(document), indent=1, allow_nan=False) + "\n")
+    """Write a document with four digits, more than a measurement is worth."""
+    path.write_text(to_json(rounded(document), indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:
-    """Round every float to four digits; JSON has none that is not finite.
+    """Round every float to four digits.
 
-    >>> rounded({"us": [12.3456, 7], "loss": float("inf")})
-    {'us': [12.35, 7], 'loss': None}
+    >>> rounded({"us": [12.3456, 7], "loss": 1e-9})
+    {'us': [12.35, 7], 'loss': 1e-09}
     """
     match value:
         case float():
-            return float(f"{value:.4g}") if math.isfinite(value) else None
+            return float(f"{value:.4g}")
         case dict():
             return {key: rounded(item) for key, item in value.items()}
         case list() | tuple():
@@ -164,13 +164,13 @@ def read(path: Path) -> Record:
     """Read a document.
 
     Raises:
-        ValueError: it was written by another release of the benchmark, or is damaged.
+        ValueError: the file was written by another release of the benchmark, or is damaged.
     """
     try:
         document: Record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
-    found = document.get("schema") if isinstance(document, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path}: schema {found}, expected {SCHEMA}; measure again")
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema}; measure again")
     return document

@@ -1,4 +1,4 @@
-"""What every way is checked against: the imperative loop in float64, in a process of its own.
+"""The reference for every runner: the imperative loop in float64, in a process of its own.
 
 `python -m train.bench.reference TASK OUT` writes losses and final parameters, and counts the
 floating-point operations of a step.
@@ -18,22 +18,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdl import random
 from models import torch_modules
 from train.bench.check import Reference
+from train.bench.runner import CALLS
 from train.bench.task import Task, load, save_arrays
 from train.bench.torch_peers import Eager, floats
-from train.bench.way import CALLS
 
 __all__ = ["GivenDropout", "count_flops", "draw_masks", "run", "write"]
 
-SEEDS = 16  # of torch's dropout, whose mean loss has a spread
+SEEDS = 16  # of torch's dropout, to measure the standard deviation of the mean loss
 
 
 class GivenDropout(nn.Module):
-    """Dropout whose mask is handed over, so that both sides drop the same units."""
+    """Dropout with a given mask, so that both sides drop the same units."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.keep: Tensor | None = None  # bool, the shape of x; None drops nothing
+        self.keep: Tensor | None = None  # bool, of the shape of x; None drops nothing
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the mask."""
@@ -41,7 +41,7 @@ class GivenDropout(nn.Module):
 
 
 def draw_masks(module: nn.Sequential, key: Tensor, x: Tensor) -> None:
-    """Hand each dropout the mask that the functional model draws from `key`: child i folds in i."""
+    """Give each dropout the mask that the functional model draws from `key`: child i folds in i."""
     with torch.no_grad():
         for i, child in enumerate(module):
             if isinstance(child, GivenDropout):
@@ -74,32 +74,32 @@ def run(task: Task) -> Reference:
 
 
 def other_masks(task: Task) -> tuple[float, float] | None:
-    """Give mean and standard deviation of the mean loss over seeds of torch's own dropout."""
+    """Return mean and standard deviation of the mean loss over seeds of torch's own dropout."""
     if not task.rates:
         return None
-    way, means = Eager(task._replace(device="cpu")), []
+    runner, means = Eager(task._replace(device="cpu")), []
     for seed in range(1, SEEDS + 1):
-        way.reset()
-        torch.manual_seed(seed)  # `reset` sets 0, which the ways use
-        means.append(np.mean([way.losses(way.epoch()) for _ in range(CALLS)]))
+        runner.reset()
+        torch.manual_seed(seed)  # `reset` has set seed 0, that of the runners
+        means.append(np.mean([runner.losses(runner.epoch()) for _ in range(CALLS)]))
     return float(np.mean(means)), float(np.std(means, ddof=1))
 
 
 def count_flops(task: Task) -> int:
     """Count the floating-point operations of the products and convolutions of one step."""
-    way = Eager(task._replace(device="cpu"))
+    runner = Eager(task._replace(device="cpu"))
     with FlopCounterMode(display=False) as counter:
-        way.step(0)
+        runner.step(0)
     return int(counter.get_total_flops())
 
 
 def write(task: Task, out: Path) -> None:
     """Write the reference to one .npz file."""
-    found = run(task)
-    arrays: dict[str, Any] = {f"params/{name}": p for name, p in found.params.items()}
-    if found.other_masks is not None:
-        arrays["other_masks"] = np.array(found.other_masks)
-    save_arrays(out, losses=found.losses, flops=np.array(count_flops(task)), **arrays)
+    reference = run(task)
+    arrays: dict[str, Any] = {f"params/{name}": p for name, p in reference.params.items()}
+    if reference.other_masks is not None:
+        arrays["other_masks"] = np.array(reference.other_masks)
+    save_arrays(out, losses=reference.losses, flops=np.array(count_flops(task)), **arrays)
 
 
 if __name__ == "__main__":

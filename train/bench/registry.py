@@ -1,4 +1,4 @@
-"""The list of all ways; importing it imports neither torch nor JAX."""
+"""The list of all runners, which imports neither torch nor JAX."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from train.bench.runner import Runner
 from train.bench.task import Task
-from train.bench.way import Way
-from train.config import WayName
+from train.config import RunnerName
 
-__all__ = ["SCALING", "WAYS", "Entry", "build", "missing", "ways_for"]
+__all__ = ["RUNNERS", "SCALING", "Entry", "build", "missing", "runners_for"]
 
 
 class Entry(NamedTuple):
-    """A way as it is listed."""
+    """A runner in the list."""
 
     make: str  # module:function
-    label: str  # what a reader of the table knows it by
+    label: str  # its name in tables
     needs: tuple[str, ...] = ()  # packages
-    device: str | None = None  # where it runs; everywhere if None
+    device: str | None = None  # None: runs on every device
     compiles: bool = True
-    own_masks: bool = False  # its dropout draws from a generator of its own
+    own_masks: bool = False  # dropout draws other masks than fdl
 
 
-WAYS: dict[WayName, Entry] = {
-    "fdl-scan": Entry("fdl_ways:Scan", "fdl.jit(fdl.scan(step))"),
-    "fdl-chunk": Entry("fdl_ways:Chunk", "the same, as `train` runs it"),
-    "fdl-step": Entry("fdl_ways:Step", "fdl.jit(step), Python loop"),
-    "fdl-eager": Entry("fdl_ways:Eager", "fdl, eager", compiles=False),
+RUNNERS: dict[RunnerName, Entry] = {
+    "fdl-scan": Entry("fdl_runners:Scan", "fdl.jit(fdl.scan(step))"),
+    "fdl-chunk": Entry("fdl_runners:Chunk", "the same, as `train` runs it"),
+    "fdl-step": Entry("fdl_runners:Step", "fdl.jit(step), Python loop"),
+    "fdl-eager": Entry("fdl_runners:Eager", "fdl, eager", compiles=False),
     "learner": Entry(
         "torch_peers:Learner", "DataLoader, 4 workers", compiles=False, own_masks=True
     ),
@@ -51,31 +51,31 @@ WAYS: dict[WayName, Entry] = {
     "jax-scan": Entry("jax_peers:Scan", "jax.jit(lax.scan(step))", needs=("jax", "optax")),
 }
 
-# Where batches are scaled: the best of each kind. On the CPU JAX's scan of convolutions takes ten
-# times as long as its step, which the workload `lenet` shows.
-SCALING: dict[str, tuple[WayName, ...]] = {
+# For scaled batches: the best of each kind. On a CPU JAX's scan of convolutions takes ten times as
+# long as its step, as the workload `lenet` shows.
+SCALING: dict[str, tuple[RunnerName, ...]] = {
     "cpu": ("fdl-scan", "eager", "compile-step", "compile-step-cpp", "jax-step"),
     "cuda": ("fdl-scan", "eager", "compile-step", "compile-step-graphs", "jax-step", "jax-scan"),
 }
 
 
-def build(name: WayName, task: Task) -> Way:
-    """Import a way and give it its task."""
-    module, function = WAYS[name].make.split(":")
-    way: Way = getattr(import_module(f"train.bench.{module}"), function)(task)
-    return way
+def build(name: RunnerName, task: Task) -> Runner:
+    """Import a runner and construct it with a task."""
+    module, function = RUNNERS[name].make.split(":")
+    runner: Runner = getattr(import_module(f"train.bench.{module}"), function)(task)
+    return runner
 
 
-def missing(name: WayName) -> list[str]:
-    """List the packages that a way needs and this environment lacks."""
-    return [package for package in WAYS[name].needs if find_spec(package) is None]
+def missing(name: RunnerName) -> list[str]:
+    """List the packages that a runner needs and that are not installed."""
+    return [package for package in RUNNERS[name].needs if find_spec(package) is None]
 
 
-def ways_for(device: str, asked: tuple[WayName, ...], scaling: bool) -> list[WayName]:
-    """Choose the ways of a workload, in the order of the list."""
+def runners_for(device: str, asked: tuple[RunnerName, ...], scaling: bool) -> list[RunnerName]:
+    """Choose the runners of a workload, in the order of the list."""
     return [
         name
-        for name, entry in WAYS.items()
+        for name, entry in RUNNERS.items()
         if entry.device in (None, device)
         and (name in asked if asked else not scaling or name in SCALING[device])
     ]

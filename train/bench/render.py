@@ -1,7 +1,8 @@
-"""Shows what was measured: a table on the terminal, tables in docs/benchmark.md, a chart."""
+"""Show measurements: a table on the terminal, tables in docs/benchmark.md, a chart."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ def terminal_table(workload: Record) -> str:
         f"{workload['name']}, batch {workload['batch']}, {workload['steps']} steps a call",
         f"{'':19}" + "".join(f"{name:>{w}}" for name, w in zip(head, widths, strict=True)),
     ]
-    for way in sorted(workload["ways"], key=lambda way: way.get("median_us", float("inf"))):
-        said = f"  {status(way)}"
-        if way["status"] == "right":
-            said = "".join(f"{c:>{w}}" for c, w in zip(terminal_cells(way), widths, strict=True))
-        lines.append(f"{way['name']:19}{said}"[:80].rstrip())
+    for runner in sorted(workload["runners"], key=lambda row: row.get("median_us", math.inf)):
+        cells = f"  {status(runner)}"
+        if runner["status"] == "right":
+            cells = "".join(
+                f"{c:>{w}}" for c, w in zip(terminal_cells(runner), widths, strict=True)
+            )
+        lines.append(f"{runner['name']:19}{cells}"[:80].rstrip())
     if "fdl_over_best_peer" in workload:
         lines.append(
             f"{workload['best_fdl']} / {workload['best_peer']}, the best peer: "
@@ -40,42 +43,43 @@ def terminal_table(workload: Record) -> str:
             f"{floor['bytes'] / 1e6:.2g} MB): {workload['best_fdl']} reaches "
             f"{workload['floor_reached']:.1%}"
         )
-    for way in workload["ways"]:
-        lines += [f"{way['name']} warned: {said}"[:80] for said in way.get("warnings", [])]
-    if any(masks_differ(way) for way in workload["ways"]):
-        lines.append("* other dropout masks: mean loss within 5 σ of its spread over seeds")
+    for runner in workload["runners"]:
+        lines += [f"{runner['name']} warned: {text}"[:80] for text in runner.get("warnings", [])]
+    if any(masks_differ(runner) for runner in workload["runners"]):
+        lines.append("* other dropout masks: mean loss within 5 σ of the mean over seeds")
     return "\n".join(lines)
 
 
-def terminal_cells(way: Record) -> list[str]:
-    """Write the figures of a way, blank where there is none."""
+def terminal_cells(runner: Record) -> list[str]:
+    """Format the figures of a runner; a missing one is blank."""
 
     def cell(name: str, form: str, scale: float = 1.0) -> str:
-        return format(way[name] * scale, f"z{form}") if name in way else ""
+        return format(runner[name] * scale, f"z{form}") if name in runner else ""
 
-    taken = {"+MB": way["peak_bytes"] - way["start_bytes"]} if "peak_bytes" in way else {}
-    found = way["check"]
-    off = found["loss"] if masks_differ(way) else max(found["loss"], found["distance"])
+    taken = {"+MB": runner["peak_bytes"] - runner["start_bytes"]} if "peak_bytes" in runner else {}
+    checked = runner["check"]
+    off = checked["loss"] if masks_differ(runner) else max(checked["loss"], checked["distance"])
     return [
-        figure(way["min_us"]),
-        figure(way["median_us"]),
+        figure(runner["min_us"]),
+        figure(runner["median_us"]),
         cell("examples_per_s", ",.0f"),
         cell("cold_over_eager_s", ".1f"),
         cell("warm_over_eager_s", ".1f"),
         cell("peak_bytes", ".0f", 1e-6),
         f"{taken['+MB'] / 1e6:.0f}" if taken else "",
-        f"{off:.0e}" + ("*" if masks_differ(way) else ""),
+        f"{off:.0e}" + ("*" if masks_differ(runner) else ""),
     ]
 
 
-def masks_differ(way: Record) -> bool:
-    """Say whether only the mean loss of a way could be compared."""
-    return "check" in way and way["check"]["right"] and way["check"]["distance"] is None
+def masks_differ(runner: Record) -> bool:
+    """Return True if only the mean loss of a runner could be compared."""
+    return "check" in runner and runner["check"]["right"] and runner["check"]["distance"] is None
 
 
-def status(way: Record) -> str:
-    """Say why a way has no figures."""
-    return f"{way['status']}: {way['reason']}" if "reason" in way else str(way["status"])
+def status(runner: Record) -> str:
+    """Explain why a runner has no figures."""
+    reason = f": {runner['reason']}" if "reason" in runner else ""
+    return f"{runner['status']}{reason}"
 
 
 def markdown(document: Record) -> str:
@@ -93,14 +97,14 @@ def markdown(document: Record) -> str:
 
 
 def provenance(document: Record) -> str:
-    """Say in one sentence where the figures come from."""
+    """Describe in one sentence where the figures come from."""
     machine, versions, rates = (document[name] for name in ("machine", "versions", "rates"))
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    made = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
+    packages = [f"{name} {versions[name]}" for name in ("torch", "jax", "fdl") if versions[name]]
     return (
         f"**{document['device'].upper()}**: {where}, {threads}; "
-        f"{', '.join(made)}; float32; {document['data']}; {document['date']}; "
+        f"{', '.join(packages)}; float32; {document['data']}; {document['date']}; "
         f"{document['rounds']} interleaved rounds; products at "
         f"{rates['matrix_flops'] / 1e9:,.0f} GFLOP/s (by {rates['matrix_by']}), copies at "
         f"{rates['copy_bytes'] / 1e9:,.0f} GB/s."
@@ -108,8 +112,8 @@ def provenance(document: Record) -> str:
 
 
 def table(title: str, heads: list[str], workloads: list[Record]) -> str:
-    """Make one Markdown table: a row for each way, a column for each workload."""
-    labels = {way["name"]: way["label"] for w in workloads for way in w["ways"]}
+    """Make a Markdown table with a row for each runner and a column for each workload."""
+    labels = {runner["name"]: runner["label"] for w in workloads for runner in w["runners"]}
     rows = [[title, *heads], ["---"] * (len(heads) + 1)]
     rows += [
         [f"{label} (`{name}`)", *(markdown_cell(w, name) for w in workloads)]
@@ -131,19 +135,19 @@ def table(title: str, heads: list[str], workloads: list[Record]) -> str:
 
 
 def markdown_cell(workload: Record, name: str) -> str:
-    """Write the median of a way, the least of its workload in bold."""
-    way = next((way for way in workload["ways"] if way["name"] == name), None)
-    if way is None:
+    """Format the median of a runner; the smallest of its workload is bold."""
+    runner = next((runner for runner in workload["runners"] if runner["name"] == name), None)
+    if runner is None:
         return ""
-    if way["status"] != "right":
-        return str(way["status"])
-    least = min(w["median_us"] for w in workload["ways"] if w["status"] == "right")
-    said = figure(way["median_us"]) + ("*" if masks_differ(way) else "")
-    return f"**{said}**" if way["median_us"] == least else said
+    if runner["status"] != "right":
+        return str(runner["status"])
+    least = min(w["median_us"] for w in workload["runners"] if w["status"] == "right")
+    cell = figure(runner["median_us"]) + ("*" if masks_differ(runner) else "")
+    return f"**{cell}**" if runner["median_us"] == least else cell
 
 
 def optional(workload: Record, name: str, form: str) -> str:
-    """Write a figure of a workload where there is one."""
+    """Format a figure of a workload; a missing one is blank."""
     if name not in workload:
         return ""
     value = workload[name]
@@ -151,18 +155,18 @@ def optional(workload: Record, name: str, form: str) -> str:
 
 
 def starts(workload: Record) -> str:
-    """Write what the first step of the scanned epoch costs, cold and in a second process."""
-    ways = {way["name"]: way for way in workload["ways"]}
-    way = ways.get(workload["best_fdl"], {})
-    found = [way.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
-    return ", ".join(f"{seconds:.1f}" for seconds in found if seconds is not None)
+    """Format the time of the first step of fdl's best runner, cold and in a second process."""
+    runners = {runner["name"]: runner for runner in workload["runners"]}
+    runner = runners.get(workload["best_fdl"], {})
+    times = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
+    return ", ".join(f"{seconds:.1f}" for seconds in times if seconds is not None)
 
 
 def render(root: Path = ROOT) -> list[Path]:
-    """Remake the tables of docs/benchmark.md and the charts; return what was written.
+    """Rewrite the tables of docs/benchmark.md and the charts; return the files written.
 
     Raises:
-        ValueError: there is no result, or the page lacks the markers.
+        ValueError: there is no result to render, or the page lacks the markers.
     """
     sources = sorted((root / "docs/bench").glob("*.json"))
     if not sources:
@@ -178,7 +182,7 @@ def render(root: Path = ROOT) -> list[Path]:
 
 
 def replaced(page: str, documents: dict[Path, Record]) -> str:
-    """Put the tables between the markers of a page."""
+    """Replace the text between the markers of a page by the tables."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(
             f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each"
@@ -186,7 +190,7 @@ def replaced(page: str, documents: dict[Path, Record]) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     charts = [
-        f"{markdown(document)}\n\n![Time of a step, times that of the fastest way, "
+        f"{markdown(document)}\n\n![Time per step relative to the fastest, "
         f"{path.stem}](bench/{path.stem}.png)"
         for path, document in documents.items()
     ]

@@ -1,8 +1,8 @@
-"""How training scales over processes: what is sent, how long it takes, and what to expect of more.
+"""The cost of data parallelism: measured up to four processes, simulated beyond.
 
 `python -m train.bench.scaling` measures on this machine, and writes docs/scaling.json and the
-tables of docs/scaling.md, which has the formulas. What GPUs compute is measured by
-`train.bench.step_time`.
+tables of docs/scaling.md, which explains the formulas. `train.bench.step_time` measures steps on a
+GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import init_device_mesh
 
 import fdl
+import models
 from fdl import TrainState, losses, optim, parallel, random, tree
-from train import loop
+from train import planning
 from train.bench import step_time
 from train.records import to_json
 
@@ -32,7 +36,7 @@ __all__ = ["Link", "all_reduce_bytes", "all_reduce_seconds", "sent_bytes", "simu
 ROOT = Path(__file__).parents[2]
 RESULT, PAGE = Path("docs/scaling.json"), Path("docs/scaling.md")
 BATCH, STEPS, ROUNDS, SIZES = 64, 40, 6, (1, 2, 3, 4)
-TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the option; where, with bytes sent again, they stand
+TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the socket option, and the offset of two counters
 
 
 class Link(NamedTuple):
@@ -42,7 +46,8 @@ class Link(NamedTuple):
     bandwidth: float  # bytes/s
 
 
-# Assumptions of the planning table, for one GPU was at hand: H100, each way; 400 Gbit/s for each.
+# Assumptions of the planning table, because only one GPU was available: NVLink of an H100, in each
+# direction, and a network of 400 Gbit/s for each GPU.
 NVLINK, NETWORK = Link(2e-6, 450e9), Link(5e-6, 50e9)
 CASES = {
     "lenet": ("LeNet", step_time.IMAGES, "images"),
@@ -53,10 +58,10 @@ GPUS, PER_NODE, JITTER = (8, 64, 512), 8, 0.01
 
 
 def all_reduce_bytes(processes: int, payload: float) -> float:
-    """Say what each process sends to sum `payload` bytes over all: 2 (N − 1) / N of them.
+    """Return the bytes that each process sends to sum a payload: 2 (N − 1) / N times its size.
 
-    In a ring each passes on one N-th of the payload in each of 2 (N − 1) rounds: N − 1 until every
-    process has one N-th of the sum, N − 1 until each has all of it. None can do with less.
+    In a ring each process sends one N-th of the payload in each of 2 (N − 1) rounds: N − 1 until
+    every process has one N-th of the sum, N − 1 until each has all of it. This is the minimum.
 
     Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009,
     https://doi.org/10.1016/j.jpdc.2008.09.002
@@ -70,16 +75,16 @@ def all_reduce_bytes(processes: int, payload: float) -> float:
 def all_reduce_seconds(
     payload: float, nodes: int, per_node: int, inside: Link, between: Link
 ) -> float:
-    """Say how long a sum takes: within each node, between nodes, and within each node again.
+    """Return the time of a sum: within each node, between nodes, and within each node again.
 
     2 (g − 1) (α + P / g B) + 2 (M − 1) (α' + P / g M B')
 
     Args:
-        payload: P, in bytes.
-        nodes: M machines,
-        per_node: of g processes each, which send at the same time.
-        inside: α and B.
-        between: α' and B', of each process.
+        payload: size P of the tensors, in bytes.
+        nodes: number M of machines.
+        per_node: number g of processes on each machine; they send at the same time.
+        inside: link between processes of a machine, with latency α and bandwidth B.
+        between: link of each process to another machine, with latency α' and bandwidth B'.
 
     >>> round(all_reduce_seconds(8e9, 1, 8, Link(0, 1e9), Link(0, 1)), 6)
     14.0
@@ -101,19 +106,19 @@ def simulate(
     between: Link,
     steps: int = 50,
 ) -> float:
-    """Let processes compute and sum, each with a clock of its own; give the seconds of a step.
+    """Simulate processes that compute and sum, each with its own clock; return seconds per step.
 
-    In each round of a ring a process waits for its neighbour. So one that was slow holds up all,
-    which the formula leaves out.
+    In each round of a ring a process waits for its neighbour, so a slow one delays all. The formula
+    of `all_reduce_seconds` ignores this.
 
     Args:
-        compute: draws how long each process computes, `(nodes, per_node) -> seconds`.
+        compute: function that draws the computing times, `(nodes, per_node) -> seconds`.
         payloads: bytes of each sum of a step.
-        nodes: machines.
-        per_node: processes of each.
-        inside: the connection within a machine.
-        between: that of each process to another machine.
-        steps: to be simulated.
+        nodes: number of machines.
+        per_node: number of processes on each machine.
+        inside: link between processes of a machine.
+        between: link of each process to another machine.
+        steps: number of steps to simulate.
 
     >>> links = Link(0.5, 4.0), Link(0.0, 1.0)
     >>> float(simulate(np.ones, [8.0], 1, 2, *links)), all_reduce_seconds(8.0, 1, 2, *links)
@@ -136,7 +141,7 @@ def _ring(clocks: np.ndarray, axis: int, rounds: int, seconds: float) -> np.ndar
 
 
 def sent_bytes() -> int:
-    """Ask the kernel for all that the open TCP connections of this process have sent (Linux).
+    """Return the bytes that the open TCP connections of this process have sent (Linux).
 
     >>> sent_bytes() >= 0
     True
@@ -156,11 +161,9 @@ def sent_bytes() -> int:
 
 
 def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
-    """Make the step that is measured, its state and a batch: LeNet on 64 images a process."""
-    import models
-
+    """Make the step to measure, its state and a batch: LeNet on 64 images per process."""
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     state = TrainState.create(model, opt, key=random.key(0))
     x = random.normal(random.key(1), (BATCH, 1, 28, 28))
     y = random.randint(random.key(2), (BATCH,), 0, 10)
@@ -168,17 +171,13 @@ def lenet_step(mesh: Any) -> tuple[Callable[..., Any], Any, Any]:
 
 
 def times(act: Callable[[], Any], count: int = STEPS) -> list[float]:
-    """Time some calls, after as many as it takes to warm up."""
+    """Time some calls, after a few to warm up."""
     cpu = torch.device("cpu")
-    return [loop.timed(act, cpu) for _ in range(count + 5)][5:]
+    return [planning.timed(act, cpu) for _ in range(count + 5)][5:]
 
 
 def worker() -> None:
     """Measure in one process of several: steps, steps without sums, sums without steps."""
-    import torch.distributed as dist
-    from torch.distributed import _functional_collectives as collectives
-    from torch.distributed.device_mesh import init_device_mesh
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     size = dist.get_world_size()
@@ -194,14 +193,14 @@ def worker() -> None:
 
     acts = [lambda: step(state, batch), lambda: alone(state, batch), total(4), total(payload // 4)]
     measured: list[list[float]] = [[] for _ in acts]
-    for _ in range(ROUNDS):  # in turn, for other work on this machine comes and goes
+    for _ in range(ROUNDS):  # interleaved, because the load of this machine varies
         for act, seconds in zip(acts, measured, strict=True):
             dist.barrier()
             seconds += times(act)
-    whole, compute, small, large = measured
+    full, compute, small, large = measured
     everywhere: list[list[float]] = [[] for _ in range(size)]
     dist.all_gather_object(everywhere, compute)
-    dist.barrier()  # nothing is under way
+    dist.barrier()  # no message is in flight
     before = sent_bytes()
     for _ in range(STEPS):
         step(state, batch)
@@ -211,39 +210,39 @@ def worker() -> None:
         rounds = 2 * (size - 1)
         latency = float(np.mean(small)) / max(rounds, 1)
         longer = max(float(np.mean(large)) - float(np.mean(small)), 1e-6)
-        found = {
+        point = {
             "processes": size,
-            "step": float(np.mean(whole)),
+            "step": float(np.mean(full)),
             "compute": [round(t, 6) for row in everywhere for t in row],
             "payload": payload,
             "sent": sent,
             "latency": latency,
             "bandwidth": all_reduce_bytes(size, payload) / longer if size > 1 else 1.0,
         }
-        print(json.dumps(found, allow_nan=False), flush=True)
+        print(to_json(point), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure() -> list[dict[str, Any]]:
     """Measure with 1 to 4 processes."""
-    found = []
+    points = []
     for size in SIZES:
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         command = [sys.executable, "-m", *launch, "-m", "train.bench.scaling", "--worker"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        found.append(json.loads(output.stdout.splitlines()[-1]))
-        print(f"{size} processes: {found[-1]['step'] * 1e3:.1f} ms a step", file=sys.stderr)
-    return found
+        points.append(json.loads(output.stdout.splitlines()[-1]))
+        print(f"{size} processes: {points[-1]['step'] * 1e3:.1f} ms a step", file=sys.stderr)
+    return points
 
 
 def predicted(point: dict[str, Any]) -> float:
-    """Simulate a measured point from its parts."""
+    """Simulate a measured step from its computing times and its link."""
     draws = np.random.default_rng(0)
     link = Link(point["latency"], point["bandwidth"])
     return simulate(
         lambda shape: draws.choice(point["compute"], shape),
-        [point["payload"], 16.0],  # and the loss's total and count
+        [point["payload"], 16.0],  # gradients; total and count of the loss
         1,
         point["processes"],
         link,
@@ -252,7 +251,7 @@ def predicted(point: dict[str, Any]) -> float:
 
 
 def measured_table(points: Sequence[dict[str, Any]]) -> str:
-    """Show what was measured beside what was to be expected."""
+    """Tabulate measured and expected values."""
     lines = [
         "| processes | sent, kB a step | 2 (N − 1) / N | step, ms | simulated, ms |",
         "|---|---|---|---|---|",
@@ -268,7 +267,7 @@ def measured_table(points: Sequence[dict[str, Any]]) -> str:
 
 
 def planning_table() -> str:
-    """Show what to expect of GPUs, from what one computes and the assumptions above."""
+    """Tabulate estimates for many GPUs, from steps of one GPU and the assumptions above."""
     heads = " | ".join(f"{count} GPUs" for count in GPUS)
     lines = [f"| | gradients | computing | {heads} |", "|---" * (3 + len(GPUS)) + "|"]
     measured = json.loads(step_time.RESULT.read_text())["steps"]
@@ -294,7 +293,7 @@ def planning_table() -> str:
 
 
 def rendered(page: str, points: Sequence[dict[str, Any]]) -> str:
-    """Put both tables in their places of a page."""
+    """Put both tables between their markers in a page."""
     for name, table in [("measured", measured_table(points)), ("planning", planning_table())]:
         begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
         before, _, rest = page.partition(begin)
@@ -303,7 +302,7 @@ def rendered(page: str, points: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, and write down."""
+    """Measure and write the results."""
     if "--worker" in sys.argv:
         worker()
         return

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,10 +33,13 @@ def make(widths: tuple[int, ...]) -> tuple[Callable[..., TrainState], TrainState
     layers = [nn.linear(a, b) for a, b in pairwise(sizes)]
     model = nn.sequential(nn.flatten(), *[x for layer in layers for x in (layer, nn.relu)][:-1])
     opt = optim.adam(1e-3)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
 
     def steps(state: TrainState, images: data.Dataset, indices: data.Indices) -> TrainState:
-        return scan(lambda s, row: step(s, data.gather(images, row)), state, indices)[0]
+        def body(state: TrainState, row: data.Indices) -> tuple[TrainState, Any]:
+            return step(state, data.to_float(data.batch(images, row)))
+
+        return scan(body, state, indices)[0]
 
     return jit(steps, donate_argnums=0), TrainState.create(model, opt, key=random.key(0))
 

@@ -28,7 +28,7 @@ MODELS: dict[str, Callable[[], nn.Model]] = {"mlp": models.mlp, "lenet": models.
 def measure(name: str, members: int, rounds: int, steps: int, device: str) -> None:
     """Print the time of a step of a population and of one model."""
     model, opt, keys = MODELS[name](), optim.sgd(0.5), random.split(random.key(0, device), members)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     images = tree.to(data.fashion_mnist_sample(), device)
     orders = [data.epoch_indices(key, len(images.x), 256) for key in keys]
     shared = tree.map(lambda leaf: leaf[:steps], orders[0])
@@ -36,7 +36,7 @@ def measure(name: str, members: int, rounds: int, steps: int, device: str) -> No
     one, many = fdl.TrainState.create(model, opt, key=keys[0]), population.create(model, opt, keys)
 
     def with_data(state: Any, row: Any, images: Any) -> Any:
-        return step(state, data.gather(images, row))
+        return step(state, data.to_float(data.batch(images, row)))
 
     ways: dict[str, tuple[Any, Any, Any]] = {
         "one model": (with_data, one, shared),

@@ -48,9 +48,10 @@ def main() -> None:
 
     model = lenet()
     params = model.init(random.key(0))
-    loss = fdl.supervised(model.apply, losses.cross_entropy)
+    loss = fdl.supervised(model, losses.cross_entropy)
     sample = data.fashion_mnist_sample()
-    x, y, _ = data.gather(sample, next(zip(*data.sequential_indices(6000, args.batch))))  # noqa: B905
+    row = data.take(data.sequential_indices(6000, args.batch), 0)
+    x, y, _ = data.to_float(data.batch(sample, row))
 
     def one(params: Tree, x: Tensor, y: Tensor) -> Tensor:
         return loss(params, (x[None], y[None]))[0]

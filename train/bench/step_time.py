@@ -1,6 +1,6 @@
-"""How long one GPU takes for a step of three sizes of model: what docs/scaling.md plans from.
+"""Time a step of three models of different sizes on one GPU, for the plans in docs/scaling.md.
 
-`python -m train.bench.step_time` measures, and writes docs/sizes.json; it takes a GPU of 80 GB.
+`python -m train.bench.step_time` needs a GPU of 80 GB and writes docs/sizes.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fdl import TrainState, interop, losses, optim, random, scan, tree
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
 from fdl.nn import Model, Policy
-from train import loop
+from train import planning
 from train.records import to_json
 
 __all__ = ["IMAGES", "LENGTH", "RESULT", "SEQUENCES", "Transformer", "transformer"]
@@ -31,7 +31,7 @@ WARM_UP, REPEATS, LENET_STEPS = 3, 10, 200
 
 
 class Transformer(NamedTuple):
-    """The sizes of one: 0.97 billion parameters by default."""
+    """Sizes of a transformer, by default with 0.97 billion parameters."""
 
     layers: int = 18
     width: int = 2048
@@ -43,17 +43,17 @@ BILLION = Transformer()
 
 
 def transformer(sizes: Transformer) -> Model:
-    """Predict the next token: attention to those before, and an MLP, in each of some layers.
+    """Make a transformer that predicts the next token.
 
     Args:
-        sizes: of the model.
+        sizes: sizes of the model.
 
     Returns:
         The model, tokens int64 [batch, length] -> logits [batch, length, vocabulary]; the embedding
         is also the last layer.
 
     Source: Radford et al., Language models are unsupervised multitask learners, 2019, without
-    positions or biases, which cost next to nothing.
+    positions and biases, whose cost is negligible.
 
     >>> model = transformer(Transformer(2, 8, 2, 11))
     >>> params = model.init(random.key(0))
@@ -78,8 +78,8 @@ def transformer(sizes: Transformer) -> Model:
     def attend(params: dict[str, Tensor], x: Tensor) -> Tensor:
         q, k, v = F.linear(x, params["qkv"]).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (sizes.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(found.transpose(1, 2).flatten(2), params["out"])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.linear(y.transpose(1, 2).flatten(2), params["out"])
 
     def apply(
         params: dict[str, Any], x: Tensor, *, train: bool = False, key: Tensor | None = None
@@ -95,7 +95,7 @@ def transformer(sizes: Transformer) -> Model:
 
 
 def next_token(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metrics]:
-    """Give the loss of each token predicted from those before it, their mean, and its metric."""
+    """Return the mean loss of predicting each token from those before it, and its metric."""
     logits = model.apply(params, tokens[:, :-1]).flatten(0, 1)
     mean = losses.cross_entropy(logits, tokens[:, 1:].flatten())
     count = torch.tensor(len(logits), dtype=torch.float64, device=tokens.device)
@@ -103,15 +103,15 @@ def next_token(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metri
 
 
 def seconds_of(act: Callable[[], Any], device: str) -> float:
-    """Give the median over repeats of a call, after some that warm up."""
-    found = [loop.timed(act, torch.device(device)) for _ in range(WARM_UP + REPEATS)]
-    return statistics.median(found[WARM_UP:])
+    """Return the median over repeats of a call, after some to warm up."""
+    times = [planning.timed(act, torch.device(device)) for _ in range(WARM_UP + REPEATS)]
+    return statistics.median(times[WARM_UP:])
 
 
 def lenet(device: str, batch: int = IMAGES, steps: int = LENET_STEPS) -> tuple[float, int]:
-    """Time a step of LeNet within one compiled program of many."""
+    """Time a step of LeNet within a compiled program of many steps."""
     model, opt = models.lenet(), optim.sgd(0.1, momentum=0.9)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     state = TrainState.create(model, opt, key=random.key(0, device))
     x = random.normal(random.key(1, device), (batch, 1, 28, 28))
     y = random.randint(random.key(2, device), (batch,), 0, 10)
@@ -120,29 +120,29 @@ def lenet(device: str, batch: int = IMAGES, steps: int = LENET_STEPS) -> tuple[f
 
 
 def resnet(device: str, batch: int = IMAGES, pixels: int = 224) -> tuple[float, int]:
-    """Time a step of torchvision's ResNet-50, computing in bfloat16."""
+    """Time a step of torchvision's ResNet-50 that computes in bfloat16."""
     import torchvision
 
-    found: Any = interop.from_module(torchvision.models.resnet50())[0]
-    model = fdl.nn.with_policy(found, Policy(compute=torch.bfloat16))
+    full: Any = interop.from_module(torchvision.models.resnet50())[0]
+    model = fdl.nn.with_policy(full, Policy(compute=torch.bfloat16))
     opt = optim.sgd(0.1, momentum=0.9)
     state = TrainState.create(model, opt, key=random.key(0, device))
     x = random.normal(random.key(1, device), (batch, 3, pixels, pixels))
     y = random.randint(random.key(2, device), (batch,), 0, 1000)
-    step = fdl.train_step(fdl.supervised(model.apply, losses.cross_entropy), opt)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
     return step_seconds(step, state, (x, y), device)
 
 
 def billion(
     device: str, batch: int = SEQUENCES, length: int = LENGTH, sizes: Transformer = BILLION
 ) -> tuple[float, int]:
-    """Time a step of a transformer of a billion parameters, computing in bfloat16."""
+    """Time a step of a transformer with a billion parameters that computes in bfloat16."""
     full = transformer(sizes)
     model, opt = (
         fdl.nn.with_policy(full, Policy(compute=torch.bfloat16)),
         optim.sgd(0.1, momentum=0.9),
     )
-    step = fdl.train_step(lambda params, tokens, key: next_token(model, params, tokens), opt)
+    step = fdl.train_step(lambda params, tokens, **_: next_token(model, params, tokens), opt)
     state = TrainState.create(full, opt, key=random.key(0, device))
     tokens = random.randint(random.key(1, device), (batch, length + 1), 0, sizes.vocabulary)
     return step_seconds(step, state, tokens, device)
@@ -151,7 +151,7 @@ def billion(
 def step_seconds(
     step: Callable[..., Any], state: TrainState, batch: Any, device: str
 ) -> tuple[float, int]:
-    """Time a step that is compiled, its state donated; count the parameters."""
+    """Time a compiled step that donates its state; return also the number of parameters."""
     run, size = fdl.jit(step, donate_argnums=0), tree.size(state.params)
 
     def act() -> None:
@@ -162,15 +162,15 @@ def step_seconds(
 
 
 def main() -> None:
-    """Measure, and write down."""
+    """Measure and write the results."""
     steps: dict[str, Any] = {}
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}
+    document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": steps}
     for measure in (lenet, resnet, billion):
         torch.cuda.empty_cache()
         seconds, size = measure("cuda")
         steps[measure.__name__] = {"seconds": seconds, "params": size}
         print(f"{measure.__name__}: {seconds * 1e3:.3g} ms a step, {size:,} parameters", flush=True)
-        RESULT.write_text(to_json(found, indent=1) + "\n")
+        RESULT.write_text(to_json(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What every way is given: the same weights, examples and batches, as NumPy arrays in one file.
+"""The input of every runner: weights, examples and batches as NumPy arrays in one file.
 
-Nothing here imports torch or JAX, so that each worker loads only what its own way needs.
+This module imports neither torch nor JAX, so that each worker loads only what its runner needs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from train.records import to_json
 
 __all__ = ["Array", "Task", "load", "save", "save_arrays", "split_params"]
 
@@ -23,13 +25,13 @@ class Task(NamedTuple):
     lr: float
     momentum: float
     weight_decay: float
-    rates: tuple[float, ...]  # of dropout, none if empty
+    rates: tuple[float, ...]  # of dropout, () without it
     steps: int  # in one call of `epoch`
     device: str
     x: Array  # uint8 [n, 28, 28], or float32 [n, features]
     y: Array  # int64 [n], or float32 [n, 1]
-    batches: Array  # int64 [at least `steps`, batch]: the rows of x in each of an epoch
-    key: Array  # uint32 [2], the run's key: step k draws from fold_in(key, k)
+    batches: Array  # int64 [at least `steps`, batch]: the rows of x in each batch of an epoch
+    key: Array  # uint32 [2]: step k draws from fold_in(key, k)
     params: dict[str, Array]  # float32, by the paths of `named_parameters()`
 
     @property
@@ -39,7 +41,7 @@ class Task(NamedTuple):
 
     @property
     def images(self) -> bool:
-        """Say whether x holds images, which a step turns into floats in [0, 1]."""
+        """True if x holds images, which a step converts to floats in [0, 1]."""
         return self.x.dtype == np.uint8
 
 
@@ -48,7 +50,7 @@ def save(task: Task, path: Path) -> None:
     options = {k: v for k, v in task._asdict().items() if not isinstance(v, np.ndarray | dict)}
     arrays = {k: v for k, v in task._asdict().items() if isinstance(v, np.ndarray)}
     arrays |= {f"params/{name}": value for name, value in task.params.items()}
-    save_arrays(path, options=np.array(json.dumps(options, allow_nan=False)), **arrays)
+    save_arrays(path, options=np.array(to_json(options)), **arrays)
 
 
 def load(path: Path) -> Task:
@@ -62,12 +64,12 @@ def load(path: Path) -> Task:
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays under names of any kind."""
+    """Write arrays under any names."""
     np.savez(path, **arrays)
 
 
 def split_params(arrays: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Take out what is stored as parameters."""
+    """Separate the parameters from the other arrays."""
     prefix = "params/"
     params = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     return params, {k: v for k, v in arrays.items() if not k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The peers in PyTorch: the loops that people write, and the best that `torch.compile` makes."""
+"""The peers in PyTorch: common training loops, and the fastest we found with `torch.compile`."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from models import torch_modules
+from train.bench.runner import Loop, Runner, Trajectory
 from train.bench.task import Array, Task
-from train.bench.way import Loop, Trajectory, Way
 
-__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchWay", "floats"]
+__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchRunner", "floats"]
 
 
 def floats(task: Task) -> Tensor:
-    """Turn the examples into what models take: images as `ToTensor` makes them."""
+    """Convert the examples to the inputs of models: images as `ToTensor` makes them."""
     x = torch.from_numpy(task.x)
     return x[:, None].float() / 255 if task.images else x
 
 
-class TorchWay(Way):
-    """What all ways on torch tensors share."""
+class TorchRunner(Runner):
+    """Base of the runners on torch tensors."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.device = torch.device(task.device)
-        if self.device.type == "cuda":  # float32, as all ways; of products it is the default
+        if self.device.type == "cuda":  # float32, like all runners; products use it by default
             torch.backends.cudnn.allow_tf32 = False
 
     def wait(self, losses: Any) -> None:
@@ -48,8 +49,8 @@ class TorchWay(Way):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-class TorchLoop(TorchWay, Loop):
-    """What the loops of this file share."""
+class TorchLoop(TorchRunner, Loop):
+    """Base of the loops in this file."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -57,13 +58,13 @@ class TorchLoop(TorchWay, Loop):
         self.labels = torch.from_numpy(task.y).to(self.device)
 
     def losses(self, losses: list[Tensor]) -> list[float]:
-        """Read all at once."""
-        found: list[float] = torch.stack(losses).tolist()
-        return found
+        """Copy all losses at once."""
+        values: list[float] = torch.stack(losses).tolist()
+        return values
 
 
 class Eager(TorchLoop):
-    """`nn.Module`, `backward()` and `torch.optim.SGD`, on floats that lie on the device."""
+    """`nn.Module`, `backward()` and `torch.optim.SGD`, on float images on the device."""
 
     fused: bool | None = None  # torch's default
 
@@ -76,11 +77,11 @@ class Eager(TorchLoop):
         self.reset()
 
     def examples(self) -> Tensor:
-        """Put the examples where the loop wants them."""
+        """Copy the examples to the device."""
         return floats(self.task).to(self.device)
 
     def reset(self) -> None:
-        """Fill in the initial weights, without momentum."""
+        """Restore the initial weights and a new optimizer."""
         torch.manual_seed(0)
         initial = {name: torch.from_numpy(p) for name, p in self.task.params.items()}
         self.module.load_state_dict(initial)
@@ -93,7 +94,7 @@ class Eager(TorchLoop):
         )
 
     def train_on(self, x: Tensor, y: Tensor) -> Tensor:
-        """Make the step everybody writes."""
+        """Make the usual step."""
         self.optimizer.zero_grad()
         loss = self.loss(self.model(x), y)
         loss.backward()
@@ -101,16 +102,16 @@ class Eager(TorchLoop):
         return loss.detach()
 
     def step(self, i: int) -> Tensor:
-        """Take the rows by indexing."""
+        """Train on the rows of batch i."""
         return self.train_on(self.images[self.rows[i]], self.labels[self.rows[i]])
 
     def params(self) -> dict[str, Array]:
-        """Copy them out of the module."""
+        """Copy the parameters of the module."""
         return {k: p.detach().cpu().numpy().copy() for k, p in self.module.named_parameters()}
 
 
 class CompiledModel(Eager):
-    """The same with `torch.compile(model)` and the fused optimizer."""
+    """`Eager` with `torch.compile(model)` and the fused optimizer."""
 
     fused = True
 
@@ -120,7 +121,7 @@ class CompiledModel(Eager):
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Images one at a time, as `torchvision.datasets.FashionMNIST` gives them out."""
+    """Images one at a time, as `torchvision.datasets.FashionMNIST` returns them."""
 
     def __init__(self, images: Array, labels: Array) -> None:
         from torchvision.transforms import ToTensor
@@ -131,15 +132,13 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
         return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
 
 class Learner(Eager):
-    """The loop of a first course: a `DataLoader` with 4 workers and a transform of each sample.
+    """A beginner's loop: a `DataLoader` with 4 workers and a transform of each sample.
 
-    A call is a whole epoch, since its workers are started anew for each.
+    A call is a whole epoch, because each epoch starts its workers anew.
     """
 
     def __init__(self, task: Task) -> None:
@@ -153,11 +152,11 @@ class Learner(Eager):
         warnings.filterwarnings("ignore", "This DataLoader will create 4 worker processes")
 
     def examples(self) -> Tensor:
-        """Leave them where they are."""
+        """Return nothing: the `DataLoader` reads the examples."""
         return torch.empty(0)
 
     def over(self, index: Array) -> list[float]:
-        """Train on some batches; the sampler gives the order that all ways have."""
+        """Train on some batches, in the order that all runners have."""
         order: list[int] = index.flatten().tolist()
         loader = DataLoader(self.dataset, batch_size=index.shape[1], sampler=order, num_workers=4)
         return [self.train_on(x.to(self.device), y.to(self.device)).item() for x, y in loader]
@@ -167,7 +166,7 @@ class Learner(Eager):
         return self.over(self.task.batches)
 
     def losses(self, losses: list[Any]) -> list[float]:
-        """They are numbers already."""
+        """Return the losses, which are numbers already."""
         return losses
 
     def first(self) -> int:
@@ -176,7 +175,7 @@ class Learner(Eager):
         return 1
 
     def trajectory(self) -> Trajectory:
-        """Train on the rows that the other ways train on."""
+        """Train on the rows of all runners, not on a whole epoch."""
         self.reset()
         losses = self.over(self.task.rows) + self.over(self.task.rows)
         return Trajectory(np.array(losses), self.params())
@@ -185,8 +184,8 @@ class Learner(Eager):
 class CompiledStep(TorchLoop):
     """The whole step as one compiled program: gather, loss, gradient and update.
 
-    Written as fast as we could find: functional gradients, updates in the memory of the parameters,
-    images gathered as bytes, rates as constants.
+    The fastest version we found: functional gradients, in-place updates, images gathered as bytes,
+    rates as constants.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class CompiledStep(TorchLoop):
         self.current = [p.to(self.device, copy=True) for p in self.initial]
         self.slots = [torch.zeros_like(p) for p in self.current] if task.momentum else []
         for leaf in [*self.current, *self.slots, self.images, self.labels]:
-            torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy them at each step
+            torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy it at each step
         module = torch_modules.make(task.model, task.rates).to("meta")
         step = make_step(task, module, list(initial))
         self.program = torch.compile(
@@ -219,13 +218,13 @@ class CompiledStep(TorchLoop):
         return self.program(self.current, self.slots, self.images, self.labels, self.rows[i])
 
     def params(self) -> dict[str, Array]:
-        """Copy them."""
+        """Copy the parameters."""
         pairs = zip(self.task.params, self.current, strict=True)
         return {name: p.cpu().numpy().copy() for name, p in pairs}
 
 
 def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., Tensor]:
-    """Write the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
+    """Make the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
     loss_fn, has_images = torch_modules.loss_of(task.model), task.images
     lr, momentum, weight_decay = task.lr, task.momentum, task.weight_decay
 

@@ -1,4 +1,4 @@
-"""The workloads: recipes of the course, and the arrays that every way of training them is given."""
+"""The workloads: recipes of the course, and the arrays for their runners."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from train.config import Bench, Dropout, Images, LeNet, Linreg, Mlp, Recipe, Sof
 
 __all__ = ["Workload", "find", "make_task"]
 
-# At the recipe's rate, 0.5, the MLPs are chaotic: float32 and float64 part after 60 steps. At 0.1
-# they agree to 1e-6 for hundreds, so that a difference means a fault. A step takes as long.
+# At the recipe's lr of 0.5 the MLPs are chaotic: float32 and float64 diverge after 60 steps. At 0.1
+# they agree to 1e-6 for hundreds of steps, so a difference means a fault. A step takes as long.
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "linreg": ("linreg", Linreg()),
     "softmax": ("softmax", Softmax()),
@@ -25,11 +25,11 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "lenet": ("lenet", LeNet()),
     "lenet-momentum": ("lenet", LeNet(lr=0.1, momentum=0.9, weight_decay=5e-4)),
 }
-MOST_SCALED = 100 * 256  # examples in a call where batches are scaled
+MOST_SCALED = 100 * 256  # examples in a call with scaled batches
 
 
 class Workload(NamedTuple):
-    """A recipe under the name that the table gives it."""
+    """A recipe and its name in the table."""
 
     name: str
     model: str
@@ -38,27 +38,27 @@ class Workload(NamedTuple):
 
 
 def find(config: Bench) -> list[Workload]:
-    """List the workloads that the options ask for."""
-    found = []
+    """List the workloads that the options name."""
+    workloads = []
     for name in dict.fromkeys(config.workloads):
         if name == "lenet-scaling":
-            found += [
+            workloads += [
                 Workload(f"lenet-{size}", "lenet", LeNet(batch_size=size), True)
                 for size in config.batch_sizes
             ]
         else:
-            found.append(Workload(name, *RECIPES[name], False))
-    return found
+            workloads.append(Workload(name, *RECIPES[name], False))
+    return workloads
 
 
 def make_task(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Task:
-    """Draw what all ways share: initial weights, the order of the examples, a key.
+    """Draw the input of all runners: initial weights, the order of the examples, a key.
 
     Args:
-        workload: what to train.
-        config: seed and steps.
+        workload: the workload.
+        config: gives seed and steps.
         images: the training set of workloads on images.
-        device: where it will be trained; everything is drawn on the CPU.
+        device: device of the training; everything is drawn on the CPU.
 
     Raises:
         ValueError: a batch is larger than the data set.
@@ -74,7 +74,7 @@ def make_task(workload: Workload, config: Bench, images: Dataset | None, device:
     n = len(problem.train.x)
     if recipe.batch_size > n:
         raise ValueError(
-            f"--batch-sizes: {recipe.batch_size} is more than the {n} examples there are"
+            f"--batch-sizes must be at most {n}, the number of examples, got {recipe.batch_size}"
         )
     order = data.epoch_indices(data_key, n, recipe.batch_size, drop_last=True)
     steps = min(config.steps, len(order.index))

@@ -1,4 +1,4 @@
-"""The grid of a sweep: from `lr=0.1:1.6:8log` to values, and from axes to points."""
+"""The grid of a sweep: parse `lr=0.1:1.6:8log` to an axis, and combine axes to points."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from train.config import Recipe, check
 
 __all__ = ["SWEPT", "Axis", "at", "parse", "points"]
 
-SWEPT = ("lr", "momentum", "weight_decay", "seed")  # tensors in the state, and its key
-FORMS = "a:b:8log, a:b:8lin, 0:8 (whole numbers, the last left out) or 0.1,0.3,1.0"
+SWEPT = ("lr", "momentum", "weight_decay", "seed")  # stored in the state, or its key
+FORMS = "a:b:8log, a:b:8lin, 0:8 (integers 0 to 7) or 0.1,0.3,1.0"
 MOST = 10_000  # values of an axis
 
 Value = float | int
@@ -32,11 +32,11 @@ class Axis(NamedTuple):
 
 
 def parse(grid: Sequence[str]) -> list[Axis]:
-    """Read the arguments of `--grid`.
+    """Parse the arguments of `--grid`.
 
     Raises:
-        ValueError: no argument, one of another form, an option that cannot be swept, one that is
-            named twice, or no or equal values.
+        ValueError: there is no argument, or one is malformed, names an option that cannot be swept
+            or was named before, or has no or equal values.
 
     >>> parse(["lr=0.1:1.6:5log", "weight-decay=0,0.001"])[0].values
     (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -45,29 +45,29 @@ def parse(grid: Sequence[str]) -> list[Axis]:
         raise ValueError(f"--grid must be given, as in --grid lr=0.1:1.6:8log; forms: {FORMS}")
     axes: list[Axis] = []
     for text in grid:
-        name, equals, said = text.partition("=")
+        name, equals, values_text = text.partition("=")
         name = name.replace("-", "_")
         if not equals:
-            raise ValueError(f"--grid {text}: must be name=values, with values {FORMS}")
+            raise ValueError(f"--grid {text}: expected NAME=VALUES, with values {FORMS}")
         if name not in SWEPT:
             raise ValueError(
-                f"--grid {text}: {name!r} cannot be swept, since it is no tensor of the state; can "
-                f"be: {', '.join(SWEPT)}"
+                f"--grid {text}: {name!r} cannot be swept, because it is not in the state; "
+                f"sweep one of: {', '.join(SWEPT)}"
             )
         if name in [axis.name for axis in axes]:
             raise ValueError(f"--grid {text}: {name} is given twice")
-        values = _values(text, said)
+        values = _values(text, values_text)
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"--grid {text}: must give at least one value and none twice")
+            raise ValueError(f"--grid {text}: expected at least one value and none twice")
         if name == "seed" and not all(isinstance(value, int) for value in values):
-            raise ValueError(f"--grid {text}: seeds are whole numbers")
+            raise ValueError(f"--grid {text}: seeds must be integers")
         axes.append(Axis(name, values))
     return axes
 
 
-def _values(text: str, said: str) -> tuple[Value, ...]:
+def _values(text: str, values: str) -> tuple[Value, ...]:
     try:
-        if between := re.fullmatch(r"([^:,]+):([^:,]+):(\d+)(log|lin)", said):
+        if between := re.fullmatch(r"([^:,]+):([^:,]+):(\d+)(log|lin)", values):
             first, last, count = float(between[1]), float(between[2]), int(between[3])
             if count < 2 or count > MOST or not (math.isfinite(first) and math.isfinite(last)):
                 raise ValueError
@@ -77,25 +77,25 @@ def _values(text: str, said: str) -> tuple[Value, ...]:
             if min(first, last) <= 0:
                 raise ValueError
             return tuple(_round(first * (last / first) ** share) for share in shares)
-        if whole := re.fullmatch(r"(\d+):(\d+)", said):
+        if whole := re.fullmatch(r"(\d+):(\d+)", values):
             if int(whole[2]) - int(whole[1]) > MOST:
                 raise ValueError
             return tuple(range(int(whole[1]), int(whole[2])))
-        return tuple(int(v) if v.strip().isdigit() else float(v) for v in said.split(","))
+        return tuple(int(v) if v.strip().isdigit() else float(v) for v in values.split(","))
     except ValueError:
         raise ValueError(
-            f"--grid {text}: {said!r} is not of the form {FORMS}; log needs positive ends, and an "
-            f"axis has 2 to {MOST} values"
+            f"--grid {text}: expected values like {FORMS}, got {values!r}; "
+            f"log needs positive ends, and an axis has 2 to {MOST} values"
         ) from None
 
 
 def _round(value: float) -> float:
-    """Drop the digits that only rounding made: 0.2, not 0.20000000000000004."""
+    """Round to 10 digits: 0.2, not 0.20000000000000004."""
     return float(f"{value:.10g}")
 
 
 def points(axes: Sequence[Axis]) -> list[dict[str, Value]]:
-    """List every combination, the last axis the fastest.
+    """List all combinations; the last axis varies fastest.
 
     >>> points([Axis("lr", (0.1, 0.2)), Axis("seed", (0, 1))])[:2]
     [{'lr': 0.1, 'seed': 0}, {'lr': 0.1, 'seed': 1}]
@@ -106,10 +106,10 @@ def points(axes: Sequence[Axis]) -> list[dict[str, Value]]:
 
 
 def at(config: Recipe, point: dict[str, Value]) -> Recipe:
-    """Give the options of the ordinary run that one point is.
+    """Return the options of the ordinary run that a point equals.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
 
     >>> at(Recipe(), {"lr": 1, "seed": 3}).lr
     1.0

@@ -1,4 +1,4 @@
-"""A group of a sweep's points, trained at once: members share every instruction."""
+"""Train a group of a sweep's points at once, as one vmapped step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
 from train import loop, recipes
 from train.config import Recipe
+from train.planning import Plan, steps_per_epoch
 from train.sweep.grid import Value
 from train.sweep.results import Result
 
@@ -38,23 +39,23 @@ Point = dict[str, Value]
 
 
 class Members(NamedTuple):
-    """A group of points, ready to train: every leaf has the first axis [members]."""
+    """A group of points, ready to train: the first axis of every leaf is `[members]`."""
 
     states: TrainState
     data_keys: Tensor  # [members, 2]
-    dataset: Dataset  # [members, …] where data are drawn, for each seed its own
-    scored: Dataset  # by what they are chosen, likewise
+    dataset: Dataset  # [members, …] if data are drawn for each seed
+    scored: Dataset  # the data that choose, likewise
 
 
 class Setting(NamedTuple):
-    """What all groups have in common."""
+    """Settings common to all groups."""
 
     name: str
-    config: Recipe  # of a run in the middle of the grid
+    config: Recipe  # with the largest value of each axis
     problem: recipes.Problem
-    own_order: bool  # does a member have its own order of the data,
-    own_data: bool  # and its own data?
-    plan: loop.Plan
+    own_order: bool  # each member has its own order of the data
+    own_data: bool  # each member has its own data
+    plan: Plan
     folder: Path
     programs: loop.Programs
 
@@ -68,13 +69,16 @@ def make_programs(
     own_order: bool,
 ) -> loop.Programs:
     """Make the functions of `loop.Programs` for a population: a scan of the vmapped step."""
-    # Many models' convolutions are one in groups, which takes the CPU twice as long.
+    # Under vmap convolutions become grouped ones, which take a CPU twice as long.
     each = transforms.sequential_vmap if convolves and not problem.train.x.is_cuda else vmap
-    # What all members share has no axis, so that it is read and looked up once.
+    # Data that all members share have no axis, and are read once.
     own = 0 if own_data else None
     step = each(loop.step_of(problem, parts), (0, own, 0 if own_order else None))
     evaluated = fdl.eval_step(problem.loss)
-    score = each(lambda s, dataset, row: evaluated(s, data.gather(dataset, row)), (0, own, None))
+    score = each(
+        lambda s, dataset, row: evaluated(s, data.to_float(data.batch(dataset, row))),
+        (0, own, None),
+    )
 
     def chunk(carry: loop.Carry, dataset: Dataset, rows: Indices) -> tuple[loop.Carry, Metrics]:
         carry, metrics = fdl.scan(lambda carry, row: step(carry, dataset, row), carry, rows)
@@ -87,12 +91,12 @@ def make_programs(
 
 
 def _total(metrics: Metrics) -> Metrics:
-    """Add up over the steps, the first axis; that of the members stays."""
+    """Add up over the steps, the first axis; the axis of the members stays."""
     return {name: Mean(m.total.sum(0), m.count.sum(0)) for name, m in metrics.items()}
 
 
 def gather(setting: Setting, points: Sequence[Point]) -> Members:
-    """Draw the states, and where they depend on the seed the data, of some points."""
+    """Draw the states of some points, and their data if these depend on the seed."""
     device = setting.problem.train.x.device
     seeds = [int(point.get("seed", setting.config.seed)) for point in points]
     keys = torch.stack([random.split(random.key(seed, device), 3) for seed in seeds])
@@ -111,7 +115,7 @@ def gather(setting: Setting, points: Sequence[Point]) -> Members:
 
 
 def scored_on(problem: recipes.Problem) -> tuple[str, Dataset]:
-    """Return by what a sweep chooses: validation set, else test set, else training set."""
+    """Return the data by which a sweep chooses: validation, else test, else training set."""
     return [*loop.held_out(problem), ("train", problem.train)][0]
 
 
@@ -133,7 +137,7 @@ def order(setting: Setting, data_keys: Tensor, epoch: int) -> list[Indices]:
 
 
 def first_carry(states: TrainState) -> loop.Carry:
-    """Put with each state whether all its losses were finite."""
+    """Return the carry that the first chunk starts from."""
     return states, torch.ones(len(states.key), dtype=torch.bool, device=states.key.device)
 
 
@@ -144,10 +148,10 @@ def train_group(
     bar: tqdm,
     stopped: Callable[[], bool],
 ) -> tuple[TrainState, list[loop.Progress], list[Result]]:
-    """Train the members of a group; give their states, how far they are, and their results."""
+    """Train the members of a group; return their states, their progress and their results."""
     members = gather(setting, points)
     carry, histories = first_carry(members.states), [list[dict[str, Any]]() for _ in points]
-    steps = loop.steps_of(setting.problem, config)
+    steps = steps_per_epoch(setting.problem, config)
     bar.reset(steps * config.epochs)
     for epoch in range(1, config.epochs + 1):
         start, done, total = time.perf_counter(), 0, dict[str, Mean]()
@@ -168,23 +172,23 @@ def train_group(
             history.append({"epoch": epoch, **_record(setting, row, seconds)})
         if stopped() or not carry[1].any():
             break
-    # On a divergence nobody asks how far a run is.
-    whole = loop.START._replace(epoch=epoch + 1)
-    at = [
-        whole if done == steps else loop.Progress(epoch, done, population.member(total, i), seconds)
-        for i in range(len(points))
-    ]
+    # The progress of a run that diverged is never used.
+    finished = loop.START._replace(epoch=epoch + 1)
+    progress = [finished] * len(points)
+    if done < steps:
+        totals = [population.member(total, i) for i in range(len(points))]
+        progress = [loop.Progress(epoch, done, member, seconds) for member in totals]
     results = [
         Result(point, ok, step, history)
         for point, ok, step, history in zip(
             points, carry[1].tolist(), carry[0].step.tolist(), histories, strict=True
         )
     ]
-    return carry[0], at, results
+    return carry[0], progress, results
 
 
 def score(setting: Setting, states: TrainState, dataset: Dataset) -> dict[str, Mean]:
-    """Average the metrics of every member over what they are chosen by."""
+    """Average the metrics of every member over the data by which a sweep chooses."""
     n, device = scored_on(setting.problem)[1].x.shape[0], states.key.device
     rows = data.sequential_indices(n, loop.EVAL_BATCH, device=device)
     return setting.programs.evaluate(states, dataset, rows)
@@ -193,7 +197,7 @@ def score(setting: Setting, states: TrainState, dataset: Dataset) -> dict[str, M
 def _record(
     setting: Setting, row: tuple[Tensor, dict[str, Mean], dict[str, Mean]], seconds: float
 ) -> dict[str, Any]:
-    """Make a member's line of `metrics.jsonl`, its seconds those of the whole group."""
+    """Make a member's line of `metrics.jsonl`; its seconds are those of the whole group."""
     step, total, scores = row
     part = scored_on(setting.problem)[0]
     named = {f"{part}_{name}": mean for name, mean in scores.items() if part != "train"}

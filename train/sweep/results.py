@@ -1,4 +1,4 @@
-"""What a sweep came to: its results, their table and heat map, and the best as an ordinary run."""
+"""Results of a sweep: files and tables of them, and the best one saved as an ordinary run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import fdl
 from fdl import TrainState, optim, tree
-from fdl._files import sync_folder, write_whole
+from fdl._files import sync_folder
 from fdl._numerics import best_index
 from fdl.checkpointing import Checkpointer
 from fdl.optim import Optimizer
 from fdl.tree import Tree
-from train import loop, report, run_folder
+from train import loop, plots, resume, run_folder
 from train.config import Recipe
+from train.planning import Plan
 from train.recipes import Problem
 from train.records import from_json, numbers, to_json
 from train.sweep.grid import Axis, Value
@@ -26,8 +27,8 @@ from train.sweep.grid import Axis, Value
 __all__ = [
     "Result",
     "best_of",
+    "best_values",
     "chosen_by",
-    "draw",
     "finished",
     "group_folder",
     "last_line",
@@ -36,8 +37,8 @@ __all__ = [
     "point_of",
     "results_in",
     "save_run",
+    "summary",
     "table",
-    "verdict",
     "write_results",
 ]
 
@@ -45,20 +46,20 @@ SHOWN = 30  # rows of the table
 
 
 class Result(NamedTuple):
-    """What one point came to.
+    """The result of one point.
 
     >>> Result({"lr": 0.1}, True, 10, [{"loss": 2.0}, {"loss": 0.5}]).loss
     0.5
     """
 
     point: dict[str, Value]
-    ok: bool  # was every loss finite, that of the final state too?
-    step: int  # steps done
+    ok: bool  # every loss was finite, that of the final state too
+    step: int  # number of steps done
     history: list[dict[str, Any]]  # the lines of its `metrics.jsonl`
 
     @property
     def loss(self) -> float:
-        """What is to be small: the error or the loss by which points are chosen."""
+        """The error or the loss by which points are chosen; infinite if the run diverged."""
         if not self.ok:
             return math.inf
         name = chosen_by(self)
@@ -70,7 +71,7 @@ CHOICES = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss
 
 
 def chosen_by(result: Result) -> str:
-    """Name the metric by which points are chosen: of the validation set, or what there is.
+    """Name the metric that chooses a point: on the validation set, else on what there is.
 
     >>> chosen_by(Result({"lr": 0.1}, True, 10, [{"loss": 0.5, "validation_loss": 0.6}]))
     'validation_loss'
@@ -79,26 +80,26 @@ def chosen_by(result: Result) -> str:
 
 
 def best_of(results: Sequence[Result]) -> Result | None:
-    """Find the result of the smallest loss, None where every one diverged."""
+    """Return the result with the smallest loss, None if all diverged."""
     best = best_index([result.loss for result in results])
     return None if best is None else results[best]
 
 
 @contextmanager
 def group_folder(sweep: Path, number: int) -> Iterator[Path]:
-    """Give a folder to write what a group came to, which is then there at once and whole."""
+    """Yield a folder for the files of a group, which appears complete or not at all."""
     path = sweep / "groups" / f"{number:04}"
     temporary = path.with_name(f".{number:04}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    shutil.rmtree(path, ignore_errors=True)  # of one that was interrupted
+    shutil.rmtree(path, ignore_errors=True)  # of an interrupted group
     temporary.rename(path)
     sync_folder(path.parent)
 
 
 def write_results(folder: Path, results: Sequence[Result], finished: bool) -> None:
-    """Write `results.json`: what each point of a group came to, and whether it came to its end."""
+    """Write `results.json`: the result of each point of a group, and if the group is finished."""
     record = {"finished": finished, "results": [result._asdict() for result in results]}
     (folder / "results.json").write_text(to_json(record))
 
@@ -109,12 +110,12 @@ def _groups_in(sweep: Path) -> dict[int, dict[str, Any]]:
 
 
 def _result(row: dict[str, Any]) -> Result:
-    """Read a point; null is a number that was not finite."""
+    """Read a result; null stands for a number that was not finite."""
     return Result(row["point"], row["ok"], row["step"], [numbers(line) for line in row["history"]])
 
 
 def finished(sweep: Path) -> list[int]:
-    """List the groups that need not be trained again.
+    """List the groups that are finished.
 
     >>> finished(Path("nowhere"))
     []
@@ -123,7 +124,7 @@ def finished(sweep: Path) -> list[int]:
 
 
 def results_in(sweep: Path) -> list[Result]:
-    """List what all groups of a sweep came to, in the order of the grid.
+    """List the results of all groups of a sweep, in the order of the grid.
 
     >>> results_in(Path("nowhere"))
     []
@@ -132,17 +133,13 @@ def results_in(sweep: Path) -> list[Result]:
 
 
 def merge(sweep: Path) -> list[Result]:
-    """Make `results.jsonl` and `best` of what all groups came to; give their results."""
+    """Write `results.jsonl` and `best` from the results of all groups, and return these."""
     results = results_in(sweep)
     lines = []
     for result in results:
         last = result.history[-1] if result.ok else {"diverged_at_step": _diverged_at(result)}
         lines.append(to_json({**result.point, **last}) + "\n")
-
-    def write(file: BinaryIO) -> None:
-        file.write("".join(lines).encode())
-
-    write_whole(sweep / "results.jsonl", write)
+    run_folder.write_text(sweep / "results.jsonl", "".join(lines))
     best = best_of(results)
     for number, group in _groups_in(sweep).items():
         if best is not None and best.point in [row["point"] for row in group["results"]]:
@@ -154,7 +151,7 @@ def merge(sweep: Path) -> list[Result]:
 
 
 def _diverged_at(result: Result) -> int:
-    """Name the step after which a loss was no longer finite."""
+    """Return the step after which a loss was no longer finite."""
     return max(1, result.step)
 
 
@@ -168,8 +165,8 @@ def table(axes: Sequence[Axis], results: Sequence[Result]) -> str:
           0.1       0.5      0.75        0.6            0.7
             9  diverged at step 4
     """
-    found = [result for result in results if result.ok]
-    last = found[0].history[-1] if found else {}
+    done = [result for result in results if result.ok]
+    last = done[0].history[-1] if done else {}
     names = [n for n in ("loss", "accuracy", *reversed(CHOICES)) if n in last]
     heads = [f"{_short(axis.name):>9}" for axis in axes] + [f"{_short(n):>8}" for n in names]
     lines = ["  ".join(heads)]
@@ -189,66 +186,46 @@ def _short(name: str) -> str:
     return name.removeprefix("weight_").replace("validation", "val")  # so that four axes fit
 
 
-def draw(path: Path, recipe: str, axes: Sequence[Axis], results: Sequence[Result]) -> None:
-    """Draw the metric over the first two axes as a heat map, over one axis as a curve.
+def best_values(axes: Sequence[Axis], results: Sequence[Result]) -> list[list[float]]:
+    """Tabulate the metric that chooses: rows over the first axis, columns over the second.
 
-    Where there are further axes each cell is the best of theirs; what diverged stays empty.
+    A single axis gives one row. With further axes each value is the best over them; it is NaN where
+    every run diverged.
+
+    >>> runs = [Result({"lr": v, "seed": 0}, True, 1, [{"loss": v}]) for v in (0.5, 0.1)]
+    >>> best_values([Axis("lr", (0.1, 0.5)), Axis("seed", (0,))], runs)
+    [[0.1], [0.5]]
     """
-    from matplotlib.figure import Figure  # a second to import, which --help need not wait for
+    done = [result for result in results if result.ok]
+    name = chosen_by(done[0])
+    best = max if name.endswith("accuracy") else min
 
-    name = chosen_by(next(result for result in results if result.ok))
-    sign = -1 if name.endswith("accuracy") else 1
-    x, y = axes[-1] if len(axes) < 3 else axes[1], axes[0]
-
-    def cell(**at: Value) -> float:
+    def value(**at: Value) -> float:
         values = [
-            sign * float(result.history[-1][name])
-            for result in results
-            if result.ok and all(result.point[axis] == value for axis, value in at.items())
+            float(result.history[-1][name])
+            for result in done
+            if all(result.point[axis] == value for axis, value in at.items())
         ]
-        return sign * min(values, default=math.nan)
+        return best(values, default=math.nan)
 
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes_ = figure.subplots()
-    if len(axes) == 1:
-        axes_.plot(x.values, [cell(**{x.name: v}) for v in x.values], marker="o")
-        if min(x.values) > 0 and max(x.values) >= 10 * min(x.values) and x.name != "seed":
-            axes_.set_xscale("log")
-        if len(x.values) <= 12:  # else their labels would overlap
-            axes_.set_xticks(x.values, [f"{value:g}" for value in x.values])
-            axes_.minorticks_off()
-        axes_.set_ylabel(_said(name))
-        axes_.grid(alpha=0.3)
-    else:
-        cells = [[cell(**{y.name: b, x.name: a}) for a in x.values] for b in y.values]
-        shown = axes_.imshow(
-            cells, aspect="auto", cmap="viridis" if sign < 0 else "viridis_r", origin="lower"
-        )
-        figure.colorbar(shown, label=_said(name))
-        axes_.set_xticks(range(len(x.values)), [f"{v:.3g}" for v in x.values])
-        axes_.set_yticks(range(len(y.values)), [f"{v:.3g}" for v in y.values])
-        axes_.set_ylabel(_said(y.name))
-        if len(x.values) <= 8 and len(y.values) <= 12:
-            for i, row in enumerate(cells):
-                for j, value in enumerate(row):
-                    text = "–" if math.isnan(value) else f"{value:.3f}"
-                    axes_.text(j, i, text, ha="center", va="center", fontsize=8).set_bbox(
-                        {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
-                    )
-    axes_.set_xlabel(_said(x.name))
-    axes_.set_title(f"{recipe}: {len(results)} models")
-    figure.savefig(path, dpi=110)
+    *rows, columns = axes[:2]
+    if not rows:
+        return [[value(**{columns.name: v}) for v in columns.values]]
+    return [
+        [value(**{rows[0].name: row, columns.name: column}) for column in columns.values]
+        for row in rows[0].values
+    ]
 
 
-def verdict(best: Result, last: dict[str, Any]) -> str:
-    """Say which point is the best, by what it was chosen, and what the test set says of it.
+def summary(best: Result, last: dict[str, Any]) -> str:
+    """Describe the best point: the metric that chose it, and its score on the test set.
 
     Args:
-        best: the result of the point.
+        best: its result.
         last: the last line of its `metrics.jsonl`.
 
     >>> best = Result({"lr": 0.4}, True, 9, [{"loss": 0.5, "validation_accuracy": 0.8}])
-    >>> print(verdict(best, {"test_accuracy": 0.75}))
+    >>> print(summary(best, {"test_accuracy": 0.75}))
     best by validation accuracy: lr = 0.4
     on the test set, which had no part in the choice: test accuracy 0.75
     """
@@ -274,17 +251,8 @@ def last_line(run: Path) -> dict[str, Any]:
     return from_json((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def _said(name: str) -> str:
-    """Write a name as a label.
-
-    >>> _said("test_accuracy"), _said("lr")
-    ('test accuracy', 'learning rate')
-    """
-    return "learning rate" if name == "lr" else name.replace("_", " ")
-
-
 def only(state: TrainState, opt: Optimizer) -> TrainState:
-    """Leave out of the optimizer's state what `opt`, one of whose rates is 0, has no place for.
+    """Remove from the optimizer's state what `opt`, with a rate of 0, does not have.
 
     >>> params = {"w": fdl.random.uniform(fdl.random.key(0), (1,))}
     >>> key, step = fdl.random.key(0), fdl.random.key(0)[0]
@@ -296,7 +264,7 @@ def only(state: TrainState, opt: Optimizer) -> TrainState:
 
 
 def _only(state: Tree, like: Tree) -> Tree:
-    if type(like) is not tuple:  # of one transformation; a tuple is a chain of them
+    if type(like) is not tuple:  # a single transformation; a tuple is a chain
         return state
     candidates, kept = iter(state), []
     for part in like:
@@ -311,33 +279,33 @@ def save_run(
     name: str,
     config: Recipe,
     problem: Problem,
-    plan: loop.Plan,
+    plan: Plan,
     result: Result,
     state: TrainState,
     progress: loop.Progress,
 ) -> None:
-    """Save one member as the ordinary run that it is, over one that is there.
+    """Save one member as an ordinary run, in place of an older one.
 
     Args:
-        folder: of the run.
-        name: of the recipe.
-        config: its options.
-        problem: what was trained.
-        plan: how it was executed.
-        result: what it came to.
-        state: what it has learned.
-        progress: how far it is.
+        folder: folder of the run.
+        name: name of the recipe.
+        config: options of the run.
+        problem: the problem that was trained.
+        plan: how the run was executed.
+        result: result of the member.
+        state: final state.
+        progress: how far the run is.
     """
-    here = report.environment(state.key.device)
+    environment = resume.environment(state.key.device)
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_config(folder, name, config, problem, plan, here)
+    run_folder.write_config(folder, name, config, problem, plan, environment)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     for record in result.history:
-        report.append_metrics(folder, record)
+        run_folder.append_metrics(folder, record)
     with Checkpointer(folder / "checkpoints", keep=1) as checkpointer:
         last = {k: v for k, v in result.history[-1].items() if isinstance(v, float)}
         checkpointer.save(
-            state, metrics=last, config={"progress": run_folder.progress_as_json(progress)}
+            state, metrics=last, config={"progress": resume.progress_to_json(progress)}
         )
     fdl.io.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
-    report.draw_curves(folder, f"{name}, {point_of(result)}", result.history)
+    plots.draw_curves(folder / "curves.png", f"{name}, {point_of(result)}", result.history)

@@ -1,4 +1,4 @@
-"""The ways of fdl: the epoch as one program, as `train` runs it, step by step, and eagerly."""
+"""The runners of fdl: the epoch as one program, as `train` runs it, step by step, and eager."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
 from train import config, loop, recipes
+from train.bench.runner import Loop
 from train.bench.task import Array, Task
-from train.bench.torch_peers import TorchWay
-from train.bench.way import Loop
+from train.bench.torch_peers import TorchRunner
 
 __all__ = ["Chunk", "Eager", "Scan", "Step"]
 
@@ -44,8 +44,8 @@ def problem_of(task: Task, device: torch.device) -> recipes.Problem:
     return recipes.build(recipe, random.key(0))._replace(train=examples)
 
 
-class FdlWay(TorchWay):
-    """What all share: the examples on the device, and the state."""
+class FdlRunner(TorchRunner):
+    """Base of the runners of fdl, with the examples on the device and the state."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -55,7 +55,7 @@ class FdlWay(TorchWay):
         self.reset()
 
     def reset(self) -> None:
-        """Make the state of step 0, in memory of its own since it is donated."""
+        """Make the state of step 0 from copies, because it is donated."""
         flat = {name: torch.from_numpy(p).to(self.device) for name, p in self.task.params.items()}
         params = tree.map(torch.clone, tree.unflatten_dict(flat))
         state = TrainState.create(
@@ -65,26 +65,26 @@ class FdlWay(TorchWay):
         self.state = state._replace(key=key)
 
     def params(self) -> dict[str, Array]:
-        """Copy them, by path."""
+        """Copy the parameters, by path."""
         flat = tree.flatten_dict(self.state.params)
         return {name: p.cpu().numpy().copy() for name, p in flat.items()}
 
 
 def step_of(problem: recipes.Problem, task: Task) -> Any:
-    """Make the step `(state, dataset, row) -> (state, metrics)`; its one metric is the loss."""
+    """Make the step `(state, dataset, row) -> (state, metrics)`, with the loss as only metric."""
     loss_fn = losses.squared_loss if task.model == "linreg" else losses.cross_entropy
-    step = train_step(supervised(problem.model.apply, loss_fn), problem.opt)
+    step = train_step(supervised(problem.model, loss_fn), problem.opt)
 
     def gather_and_step(
         state: TrainState, dataset: Dataset, row: Indices
     ) -> tuple[TrainState, Metrics]:
-        return step(state, data.gather(dataset, row))
+        return step(state, data.to_float(data.batch(dataset, row)))
 
     return gather_and_step
 
 
-class Scan(FdlWay):
-    """`fdl.jit` of the scanned epoch, as the README has it: one program."""
+class Scan(FdlRunner):
+    """`fdl.jit` of the scanned epoch, one program as in the README."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -103,13 +103,13 @@ class Scan(FdlWay):
         return metrics["loss"]
 
     def losses(self, losses: Mean) -> list[float]:
-        """Copy them at once."""
-        found: list[float] = losses.value.tolist()
-        return found
+        """Copy all losses at once."""
+        values: list[float] = losses.value.tolist()
+        return values
 
 
-class Chunk(FdlWay):
-    """The scanned chunk that `train` runs, the whole epoch long: accuracy, guard against NaN."""
+class Chunk(FdlRunner):
+    """The chunk of `train`, one epoch long, with accuracy and guard against NaN."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -122,11 +122,11 @@ class Chunk(FdlWay):
         return metrics["loss"]
 
     def losses(self, losses: Mean) -> list[float]:
-        """Give the one there is, the mean of the call."""
+        """Return the mean loss of the call."""
         return [losses.value.item()]
 
 
-class Step(FdlWay, Loop):
+class Step(FdlRunner, Loop):
     """`fdl.jit` of one step, in a Python loop."""
 
     def __init__(self, task: Task) -> None:
@@ -144,13 +144,13 @@ class Step(FdlWay, Loop):
         return metrics["loss"]
 
     def losses(self, losses: list[Mean]) -> list[float]:
-        """Divide at the end."""
+        """Compute the means after the loop."""
         return [loss.value.item() for loss in losses]
 
 
 class Eager(Step):
-    """The step as it is written, uncompiled."""
+    """The step without compiling."""
 
     def make_program(self) -> Any:
-        """Leave the step as it is."""
+        """Return the step as it is."""
         return step_of(self.problem, self.task)

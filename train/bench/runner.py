@@ -1,4 +1,4 @@
-"""What a way of training has to offer to be measured."""
+"""The interface that a way of training offers to be measured."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from train.bench.task import Array, Task
 
-__all__ = ["CALLS", "Loop", "Trajectory", "Way"]
+__all__ = ["CALLS", "Loop", "Runner", "Trajectory"]
 
-CALLS = 2  # calls in a trajectory: what one hands to the next is checked as well
+CALLS = 2  # calls in a trajectory, so that the state passed between them is checked as well
 
 
 class Trajectory(NamedTuple):
-    """Where training went from the initial weights."""
+    """The losses and final parameters of training from the initial weights."""
 
     losses: Array  # float64 [steps], of each batch before its update
     params: dict[str, Array]
 
 
-class Way(ABC):
+class Runner(ABC):
     """One way to train a task; nothing is computed or compiled before the first call."""
 
     def __init__(self, task: Task) -> None:
@@ -30,38 +30,38 @@ class Way(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Go back to the initial weights."""
+        """Restore the initial weights."""
 
     @abstractmethod
     def epoch(self) -> Any:
-        """Train on the rows of the task, from where the last call ended; may return early.
+        """Train on the rows of the task, from where the last call ended; may be asynchronous.
 
         Returns:
-            The losses in the way's own form, for `wait` and `losses`.
+            The losses, of a type that `wait` and `losses` take.
         """
 
     @abstractmethod
     def params(self) -> dict[str, Array]:
-        """Read the parameters."""
+        """Copy the parameters to NumPy, by path."""
 
     def first(self) -> int:
-        """Make the smallest call that trains, and wait for it; return its number of steps."""
+        """Make the shortest call that trains, wait for it, and return its number of steps."""
         self.wait(self.epoch())
         return self.steps
 
-    def wait(self, losses: Any) -> None:  # noqa: B027, nothing to wait for unless it says so
+    def wait(self, losses: Any) -> None:  # noqa: B027, synchronous by default
         """Wait until the call that returned `losses` is done."""
 
     def losses(self, losses: Any) -> list[float]:
-        """Read what `epoch` returned."""
+        """Convert the result of `epoch` to numbers."""
         return [float(loss) for loss in losses]
 
     def memory(self) -> int | None:
-        """Say how many bytes are taken on the device; None if that is the host."""
+        """Return the bytes allocated on the device; None if that is the host."""
         return None
 
     def peak(self) -> int | None:
-        """Say how many bytes were ever taken on the device; None if that is the host."""
+        """Return the most bytes ever allocated on the device; None if that is the host."""
         return None
 
     def trajectory(self) -> Trajectory:
@@ -71,12 +71,12 @@ class Way(ABC):
         return Trajectory(np.array(losses), self.params())
 
 
-class Loop(Way):
-    """A way whose loop over the steps is written in Python."""
+class Loop(Runner):
+    """A runner with a Python loop over the steps."""
 
     @abstractmethod
     def step(self, i: int) -> Any:
-        """Train on row i of the task and return the loss in the way's own form."""
+        """Train on row i of the task and return the loss."""
 
     def epoch(self) -> list[Any]:
         """Loop over the rows."""

@@ -1,0 +1,89 @@
+"""Choose how a run is executed: compiled or eager, and in chunks of how many steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fdl import TrainState, data, train_step
+from train.config import Recipe
+from train.recipes import Problem
+
+__all__ = ["Plan", "choose_plan", "describe", "make_plan", "steps_per_epoch", "timed"]
+
+CHUNK_SECONDS = 0.5  # the longest that an interruption should have to wait
+COMPILE_SECONDS = 20.0  # compiling takes 10 to 20 s the first time; shorter runs stay eager
+
+
+class Plan(NamedTuple):
+    """The way a run is executed; results depend on it only by rounding."""
+
+    compile: bool
+    chunk: int  # steps
+    reason: str
+
+
+def make_plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
+    """Time a few eager steps and choose a plan from that."""
+    order = data.sequential_indices(
+        len(problem.train.x), config.batch_size, device=state.key.device
+    )
+    batch = data.to_float(data.batch(problem.train, (order.index[0], order.mask[0])))
+    step = train_step(problem.loss, problem.opt)
+    seconds = min(timed(lambda: step(state, batch), state.key.device) for _ in range(3))
+    return choose_plan(config, seconds, steps_per_epoch(problem, config))
+
+
+def choose_plan(config: Recipe, seconds: float, steps: int) -> Plan:
+    """Choose the plan of a run.
+
+    Args:
+        config: the options of the run.
+        seconds: time of an eager step.
+        steps: number of steps in an epoch.
+
+    >>> choose_plan(Recipe(epochs=3), 0.01, 100)
+    Plan(compile=False, chunk=50, reason='about 3 s in all, too short to pay for compiling')
+    """
+    # A power of two, because a number that followed each measurement would rarely give a program
+    # that the compiler has in its cache.
+    chunks = 2 ** math.ceil(math.log2(max(1.0, steps * seconds / CHUNK_SECONDS)))
+    chunk = math.ceil(steps / min(chunks, steps))
+    total = seconds * steps * config.epochs
+    if config.compile != "auto":
+        return Plan(config.compile == "on", chunk, f"--compile {config.compile}")
+    if total < COMPILE_SECONDS:
+        about = f"about {total:.0f} s" if total > 1 else "less than 1 s"
+        return Plan(False, chunk, f"{about} in all, too short to pay for compiling")
+    return Plan(True, chunk, f"eager steps would take about {total:.0f} s")
+
+
+def describe(plan: Plan) -> str:
+    """Announce how a run is executed.
+
+    >>> print(describe(choose_plan(Recipe(), 0.05, 240)))
+    compiling, 10 to 20 s the first time (eager steps would take about 120 s) …
+    >>> print(describe(choose_plan(Recipe(compile="off"), 0.05, 240)))
+    not compiled: --compile off
+    """
+    if plan.compile:
+        return f"compiling, 10 to 20 s the first time ({plan.reason}) …"
+    return f"not compiled: {plan.reason}"
+
+
+def steps_per_epoch(problem: Problem, config: Recipe) -> int:
+    """Return the number of steps in an epoch."""
+    return problem.passes * math.ceil(problem.train.x.shape[0] / config.batch_size)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a call takes, its work on `device` included."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

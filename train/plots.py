@@ -1,0 +1,134 @@
+"""Figures: the curves of a run, the metrics over the grid of a sweep, images with their labels.
+
+Matplotlib is imported within the functions: it takes a second, and `--help` need not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fdl.data import LABELS, Dataset
+from train.sweep.grid import Axis
+
+__all__ = ["draw_curves", "draw_images", "draw_sweep"]
+
+LEGEND = {
+    "": "train, mean over the epoch",
+    "validation_": "validation, after it",
+    "test_": "test, after it",
+}
+"""Prefix of a metric's name, and the label of the data it was measured on."""
+
+
+def draw_curves(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
+    """Draw the loss, and the accuracy if there is one, over the epochs.
+
+    Args:
+        path: the file to write.
+        title: title of the figure.
+        records: the lines of `metrics.jsonl`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = [name for name in ("loss", "accuracy") if name in records[0]]
+    epochs = [record["epoch"] for record in records]
+    size = 3 if len(epochs) > 1 else 6
+    figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        drawn: list[float] = []
+        for prefix, label in LEGEND.items():
+            values = [record.get(prefix + name, math.nan) for record in records]
+            if any(map(math.isfinite, values)):
+                axes.plot(epochs, values, marker="o", markersize=size, label=label)
+                drawn += filter(math.isfinite, values)
+        axes.set(xlabel="epoch", ylabel=name, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if name == "loss" and drawn and 0 < 20 * min(drawn) < max(drawn):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        if drawn:
+            axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_images(path: Path, dataset: Dataset, count: int = 10) -> None:
+    """Draw the first images of a data set in one row, each under its label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.25 * count, 1.6), layout="constrained")
+    for axes, image, label in zip(figure.subplots(1, count), *dataset, strict=False):
+        axes.imshow(image.cpu().numpy(), cmap="gray_r")
+        axes.set_title(LABELS[int(label)], fontsize=9)
+        axes.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
+def draw_sweep(
+    path: Path, title: str, metric: str, axes: Sequence[Axis], values: Sequence[Sequence[float]]
+) -> None:
+    """Draw a metric over the grid of a sweep: a curve over one axis, a heat map over two.
+
+    Args:
+        path: the file to write.
+        title: title of the figure.
+        metric: name of the metric.
+        axes: the axes of the grid, of which the first two are drawn.
+        values: the metric, as `results.best_values` returns it; NaN stays empty.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    panel = figure.subplots()
+    if len(axes) == 1:
+        _curve(panel, metric, axes[0], values[0])
+    else:
+        shown = _heat_map(panel, metric, axes, values)
+        figure.colorbar(shown, label=_label(metric))
+    panel.set_title(title)
+    figure.savefig(path, dpi=110)
+
+
+def _curve(panel: Any, metric: str, axis: Axis, values: Sequence[float]) -> None:
+    panel.plot(axis.values, values, marker="o")
+    least, most = min(axis.values), max(axis.values)
+    if least > 0 and most >= 10 * least and axis.name != "seed":
+        panel.set_xscale("log")
+    if len(axis.values) <= 12:  # the labels of more would overlap
+        panel.set_xticks(axis.values, [f"{value:g}" for value in axis.values])
+        panel.minorticks_off()
+    panel.set_xlabel(_label(axis.name))
+    panel.set_ylabel(_label(metric))
+    panel.grid(alpha=0.3)
+
+
+def _heat_map(
+    panel: Any, metric: str, axes: Sequence[Axis], values: Sequence[Sequence[float]]
+) -> Any:
+    y, x = axes[:2]
+    colors = "viridis" if metric.endswith("accuracy") else "viridis_r"
+    shown = panel.imshow(values, aspect="auto", cmap=colors, origin="lower")
+    panel.set_xticks(range(len(x.values)), [f"{value:.3g}" for value in x.values])
+    panel.set_yticks(range(len(y.values)), [f"{value:.3g}" for value in y.values])
+    panel.set_xlabel(_label(x.name))
+    panel.set_ylabel(_label(y.name))
+    if len(x.values) <= 8 and len(y.values) <= 12:
+        box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                text = "–" if math.isnan(value) else f"{value:.3f}"
+                panel.text(j, i, text, ha="center", va="center", fontsize=8).set_bbox(box)
+    return shown
+
+
+def _label(name: str) -> str:
+    """Write the name of an option or a metric as a label.
+
+    >>> _label("test_accuracy"), _label("lr")
+    ('test accuracy', 'learning rate')
+    """
+    return "learning rate" if name == "lr" else name.replace("_", " ")
