@@ -31,6 +31,7 @@ TESTED_IN = {
     "_modes.py": "interop/test_rules.py",
     "_numerics.py": "test_population.py",
     "_torch_compat.py": "random/test_checks.py",
+    "_training/_loss.py": "training/test_step.py",
     "_training/_state.py": "training/test_step.py",
     "_training/_supervised.py": "training/test_step.py",
     "checkpointing/_folder.py": "checkpointing/test_checkpointer.py",
