@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +41,7 @@ from fdl.checkpointing._folder import (
     serial_of,
 )
 from fdl.checkpointing._lock import Lock
+from fdl.checkpointing._retention import remove, remove_old
 from fdl.io import _json, save
 from fdl.io._schema import describe
 from fdl.io._tree_file import check_storable
@@ -125,7 +125,7 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder / "lock", f"Checkpointer: {self.folder}")
         for leftover in self.folder.glob(".*-step-*"):  # of a writer that was killed
-            _remove(leftover)
+            remove(leftover)
 
     def due(self) -> bool:
         """Return True if `every` seconds have passed since the last checkpoint, or the start."""
@@ -184,18 +184,11 @@ class Checkpointer:
         else:
             path = on_first(self._writers, lambda: self._new(metadata, ""))
             save_shards(path, state, metadata, self._writers)
-        on_first(self._writers, self._remove_old)
+        on_first(self._writers, lambda: remove_old(self.folder, self._keep, self._best))
 
     def _new(self, metadata: dict[str, Any], ending: str) -> Path:
         serial = max((serial_of(path) for path in files_in(self.folder)), default=0) + 1
         return self.folder / f"{serial:06d}-step-{metadata['step']}{ending}"
-
-    def _remove_old(self) -> None:
-        files = files_in(self.folder)
-        best = best_of(readable(files), *self._best) if self._best else None
-        for path in files[self._keep :]:
-            if best is None or path != best.path:
-                _remove(path)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -275,16 +268,6 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; a folder is renamed first, so that no incomplete one is seen."""
-    if path.is_dir():
-        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _duplicate(group: ProcessGroup) -> ProcessGroup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fdl.data import _fashion_mnist_files
+from fdl.data import _fashion_mnist_download
 from fdl.data._types import Dataset
 
 
@@ -44,7 +44,7 @@ def fashion_mnist(
         images, labels = fashion_mnist()  # uint8 [60000, 28, 28] and int64 [60000]
         test = fashion_mnist(train=False)  # 10,000 images for testing
     """
-    return Dataset(*_fashion_mnist_files.load(root, train, download))
+    return Dataset(*_fashion_mnist_download.load(root, train, download))
 
 
 def fashion_mnist_sample(*, train: bool = True) -> Dataset:
@@ -71,4 +71,4 @@ def fashion_mnist_sample(*, train: bool = True) -> Dataset:
     >>> LABELS[labels[0]]
     'ankle boot'
     """
-    return Dataset(*_fashion_mnist_files.load_sample(train))
+    return Dataset(*_fashion_mnist_download.load_sample(train))

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fdl._differentiable import _functions
 from fdl._torch_compat import assume_constant_result
-from fdl.interop import _layer_rules, _random_rules
+from fdl.interop import _random_functions, _random_layers
 from fdl.interop._keys import Keys
 
 # By module and name, because `F.dropout` and `torch.dropout` differ in their arguments.
-RULES: dict[str, Callable[..., Any]] = _layer_rules.RULES | _random_rules.RULES | _functions.RULES
+RULES: dict[str, Callable[..., Any]] = (
+    _random_layers.RULES | _random_functions.RULES | _functions.RULES
+)
 REFUSED = {
     *("alpha_dropout_", "dropout_", "feature_alpha_dropout_", "feature_dropout"),
     *("feature_dropout_", "native_dropout", "rrelu_"),

@@ -23,6 +23,7 @@ def rolled(w: Tensor, xs: Tensor) -> Tensor:
     return (last * ys.sum(0)).sum()
 
 
+@pytest.mark.slow
 def test_first_and_second_derivatives_are_those_of_finite_differences(plain_backend: None) -> None:
     jitted = jit(rolled, strict=True)
     args = (leaf(3), leaf(4, 3, seed=2))

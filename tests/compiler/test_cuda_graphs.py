@@ -270,6 +270,7 @@ def test_a_long_loop_is_recorded_in_chunks(
     assert report.memory > xs[:4].nbytes
 
 
+@pytest.mark.slow
 def test_a_long_loop_reads_its_data_set_in_place(
     gpu: StandIn, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

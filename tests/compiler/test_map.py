@@ -39,6 +39,7 @@ def as_torch(xs: dict[str, Any]) -> dict[str, Any]:
     return {name: None if x is None else torch.from_numpy(x) for name, x in xs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 @sizes
 @pytest.mark.parametrize("rows", [0, 1, 7])

@@ -46,6 +46,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, donate", [("momentum", ()), ("schedule", (0,))], ids=["kept", "donated"]
 )
@@ -81,6 +82,7 @@ def test_another_signature_compiles_again(plain_backend: None, count_programs) -
     assert graphs.count() == 4
 
 
+@pytest.mark.slow
 def test_populations_equal_their_members_trained_alone(plain_backend: None) -> None:
     indices = data.epoch_indices(random.key(3), 50, 8)
     rates = torch.tensor([0.01, 0.05, 0.2], dtype=torch.float64)

@@ -95,6 +95,7 @@ def test_a_scan_of_no_steps_has_no_derivative_through_its_row_of_zeros() -> None
     assert w.grad == 3 and ys.shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", ["", "w", "c", "x", "wcx"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_torch_compile_of_a_scan_with_its_backward_pass(fullgraph: bool, needs: str) -> None:

@@ -54,6 +54,7 @@ def test_synthetic_linear_keeps_the_dtype_of_w_whatever_b_is() -> None:
     torch.testing.assert_close(y, x.sum(1, keepdim=True) + 4)
 
 
+@pytest.mark.slow
 def test_synthetic_linear_under_vmap_and_compile() -> None:
     draw = partial(data.synthetic_linear, b=1.0, n=30, noise=0.1)
     keys, weights = random.split(random.key(0), 3), torch.arange(6.0).reshape(3, 2)
@@ -157,6 +158,7 @@ def test_dropping_the_only_batch_is_refused() -> None:
         data.epoch_indices(random.key(0), 5, 6, drop_last=True)
 
 
+@pytest.mark.slow
 def test_epoch_indices_under_vmap_and_compile() -> None:
     keys = random.split(random.key(0), 3)
     for drop_last in (False, True):
@@ -187,6 +189,7 @@ def test_batch_takes_an_index_alone(sample: data.Dataset) -> None:
         assert batch.mask == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [12, 13])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_whole_batches_have_no_mask_on_any_way_through_an_epoch(n, drop_last, plain_backend):

@@ -14,7 +14,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from fdl import data
-from fdl.data import _fashion_mnist_files, _image_files
+from fdl.data import _fashion_mnist_download, _image_formats
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 RAW = Path("FashionMNIST", "raw")
@@ -23,7 +23,7 @@ SAMPLE = Path(data.__file__).parent / "fashion_mnist_sample"
 SPLITS = pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 
 needs_full_data = pytest.mark.skipif(
-    not all((SYSTEM / f"{name}.gz").is_file() for name in _fashion_mnist_files._FULL),
+    not all((SYSTEM / f"{name}.gz").is_file() for name in _fashion_mnist_download._FULL),
     reason=f"needs the full Fashion-MNIST in {SYSTEM} (apt install dataset-fashion-mnist)",
 )
 
@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         LABELS: idx(generator.integers(0, 10, 20, dtype=np.uint8)),
     }
     digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(_fashion_mnist_files, "_FULL", digests)
+    monkeypatch.setattr(_fashion_mnist_download, "_FULL", digests)
     return files
 
 
@@ -65,7 +65,7 @@ def isolated(
     monkeypatch.setattr(FashionMNIST, "download", no_network)
     monkeypatch.chdir(tmp_path)
     if "small" in request.fixturenames:
-        monkeypatch.setattr(_fashion_mnist_files, "_SYSTEM_FOLDER", tmp_path / "system")
+        monkeypatch.setattr(_fashion_mnist_download, "_SYSTEM_FOLDER", tmp_path / "system")
     return calls
 
 
@@ -90,13 +90,14 @@ def same(got: data.Dataset, files: dict[str, bytes]) -> bool:
 # The files
 
 
+@pytest.mark.slow
 @pytest.mark.curriculum("D1")
 @needs_full_data
 @SPLITS
 def test_full_set_equals_torchvision(train: bool, tmp_path: Path) -> None:
     raw = tmp_path / RAW
     raw.mkdir(parents=True)
-    for name in _fashion_mnist_files._FULL:  # torchvision looks for all four, unpacked
+    for name in _fashion_mnist_download._FULL:  # torchvision looks for all four, unpacked
         (raw / name).write_bytes(gzip.decompress((SYSTEM / f"{name}.gz").read_bytes()))
     theirs = FashionMNIST(tmp_path, train=train)
     for ours in (data.fashion_mnist(train=train), data.fashion_mnist(tmp_path, train=train)):
@@ -113,8 +114,8 @@ def test_recorded_digests_are_those_of_the_official_archives() -> None:
     # the gzip header they have the MD5 that torchvision lists, so what is inside is official.
     times = {"t10k": 1504176627, "train": 1504176606}
     official = {name.removesuffix(".gz"): md5 for name, md5 in FashionMNIST.resources}
-    assert official.keys() == _fashion_mnist_files._FULL.keys()
-    for name, digest in _fashion_mnist_files._FULL.items():
+    assert official.keys() == _fashion_mnist_download._FULL.keys()
+    for name, digest in _fashion_mnist_download._FULL.items():
         archive = (SYSTEM / f"{name}.gz").read_bytes()
         assert hashlib.md5(gzip.decompress(archive)).hexdigest() == digest
         if archive[3] == 0:  # this header has no name
@@ -174,7 +175,7 @@ def test_absent_images_name_the_places_and_the_way_to_get_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_fashion_mnist_files, "_DEBIAN", Path(debian))
+    monkeypatch.setattr(_fashion_mnist_download, "_DEBIAN", Path(debian))
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with pytest.raises(FileNotFoundError) as info:
         read_test("mine")
@@ -197,9 +198,9 @@ def test_a_root_with_other_things_is_an_error_that_lists_them_and_what_can_be_re
         "fashion_mnist: found no readable images in mine: mine.npz, photo.jpg, " + LABELS
     )
     assert what == "readable are"
-    assert "\n".join(accepted) == _image_files.ACCEPTED
+    assert "\n".join(accepted) == _image_formats.ACCEPTED
     for name in ("t10k-labels-idx1-ubyte", ".npz", "train-*.parquet", "FashionMNIST/raw"):
-        assert name in _image_files.ACCEPTED
+        assert name in _image_formats.ACCEPTED
     with pytest.raises(FileNotFoundError, match=r"in mine/photo.jpg: photo.jpg\n"):
         read_test("mine/photo.jpg", download=True)
     for i in range(20):
@@ -353,7 +354,7 @@ def test_sample_is_small_and_licensed() -> None:
 def test_broken_sample_says_to_install_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_fashion_mnist_files, "_SAMPLE_FOLDER", tmp_path)
+    monkeypatch.setattr(_fashion_mnist_download, "_SAMPLE_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected t10k-images.*install fdl again"):
         data.fashion_mnist_sample(train=False)
     for path in SAMPLE.glob("*.gz"):

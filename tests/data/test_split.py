@@ -39,6 +39,7 @@ def test_the_second_part_is_the_start_of_the_permutation() -> None:
     assert torch.equal(train.y, order[3:])
 
 
+@pytest.mark.slow
 def test_every_example_is_held_out_equally_often() -> None:
     counts = torch.zeros(10)
     for key in random.split(random.key(0), 1000):

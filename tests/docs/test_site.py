@@ -20,6 +20,7 @@ import pytest
 from tests.laws import test_docstrings as test_docs
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 for needed in ("mkdocs", "mkdocstrings", "mkdocs_jupyter", "material"):
     if importlib.util.find_spec(needed) is None:

@@ -67,6 +67,7 @@ class Function(torch.nn.Module):
         return self.f(*inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnx():
     model, params, other, x = lenet()
@@ -115,6 +116,7 @@ def test_onnx_of_a_module_that_came_in(name):
         close(run(*values, x), apply(*values, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_losses_as_the_page_says():
     logits, labels = draw(3, 4, 3).float(), torch.tensor([0, 2, 1, 1])

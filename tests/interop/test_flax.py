@@ -52,6 +52,7 @@ def test_dense_convolution_and_embedding():
     close(interop.to_flax(params, kind="Embed"), variables["params"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "window", "stride"), [(3, 2, 2), (3, 3, 1), (4, 4, 2)])
 def test_a_transposed_convolution(channels, window, stride):
     x, ours = images()
@@ -64,6 +65,7 @@ def test_a_transposed_convolution(channels, window, stride):
     close(back, variables["params"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [6, 7], ids=["even", "odd"])
 @pytest.mark.parametrize(("window", "stride"), [(3, 1), (3, 2), (2, 2), (5, 2)])
 def test_same_padding_as_the_page_says(window, stride, height):
@@ -80,6 +82,7 @@ def test_same_padding_as_the_page_says(window, stride, height):
         assert (before, after) == (0, 1)
 
 
+@pytest.mark.slow
 def test_dense_general_and_attention():
     x = numbers(9, (2, 5, 4))
     ours = interop.from_jax(x)

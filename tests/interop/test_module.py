@@ -162,6 +162,7 @@ def test_a_submodule_frozen_in_eval_mode_stays_so():
 
 
 # torch has no batching rules for fused attention and fused weight norm: slow, not wrong.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", ["batch norm", "tied", "attention", "weight norm"])
 def test_vmap_equals_a_loop_and_compiled_equals_eager(name):

@@ -63,6 +63,7 @@ def test_every_flipped_bit_of_the_header_is_found_without_the_tensors(tmp_path):
             fdl.io.inspect(path)
 
 
+@pytest.mark.slow
 def test_every_truncation_is_found(tmp_path):
     path = tmp_path / "it"
     content = written(path)

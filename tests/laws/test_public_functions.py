@@ -235,6 +235,7 @@ NO_ROW = {
     },
     "fdl.Jitted": "a type",
     "fdl.Report": "a type",
+    "fdl.StatefulLoss": "a type",
     "fdl.TrainState": "a type",
     "fdl.disable_jit": "a context",
     "fdl.eval_step": "makes a step: tests/training",

@@ -215,6 +215,7 @@ class LeNet(oo.Module):
         return self.fc(self.conv(x).flatten(1))
 
 
+@pytest.mark.slow
 def test_lenet_bn_over_50_steps_and_evaluated():
     model, opt = models.lenet_bn(), optim.sgd(0.5)
     state = tree.cast(fdl.TrainState.create(model, opt, key=KEY), torch.float64)

@@ -164,6 +164,7 @@ def test_what_is_no_policy_raises(make, text):
 # ------------------------------------------------------------------------------ loss_scale
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from([1.0, 1.0, 1.0, math.inf, math.nan]), min_size=1, max_size=25),
@@ -247,6 +248,7 @@ def test_gradients_that_underflow_survive_with_a_scale():
         assert found[True][path].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(plain_backend, count_programs):
     opt = optim.loss_scale(optim.adam(0.01), init=2.0**46, growth_interval=1000)
     jitted, graphs = fdl.jit(fdl.train_step(TINY, opt)), count_programs()

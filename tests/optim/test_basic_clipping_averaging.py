@@ -78,6 +78,7 @@ def test_adaptive_clip_equals_a_loop_over_units(clipping, eps):
     assert any(clipped) and (clipping < 0.1 or not all(clipped))
 
 
+@pytest.mark.slow
 def test_adaptive_clip_equals_optax():
     """It has `[in, out]` and HWIO, and takes `[n, 1]` as one unit: none is among these."""
     optax = pytest.importorskip("optax")
@@ -100,6 +101,7 @@ def enable_x64():
     return (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True)
 
 
+@pytest.mark.slow
 @given(seeds, sizes, st.floats(0.01, 2.0))
 def test_adaptive_clip_bounds_each_unit_and_keeps_its_direction(seed, size, clipping):
     params, grads = params_(), grads_(seed, size=size)
@@ -140,6 +142,7 @@ def test_centralize_equals_optax():
         np.testing.assert_allclose(leaf, tree.flatten_dict(expected)[path], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @given(seeds, sizes)
 def test_centralized_units_have_the_mean_zero(seed, size):
     grads = grads_(seed, size=size)
@@ -324,6 +327,7 @@ def test_none_leaves_the_leaf_with_its_slots_and_the_others_as_ever(opt):
     assert moved["0.scalar"]
 
 
+@pytest.mark.slow
 @each
 def test_one_program_serves_all_steps_and_equals_eager(opt, plain_backend, count_programs):
     def step(params, state, grads, value):

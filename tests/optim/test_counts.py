@@ -40,6 +40,7 @@ def test_windows_with_a_padded_batch_make_the_step_of_the_full_batch(inner, n):
     close(state.opt_state.inner, whole.opt_state)
 
 
+@pytest.mark.slow
 def test_a_compiled_scan_of_windows_equals_full_batches(plain_backend):
     opt = optim.accumulate(optim.chain(optim.clip_by_global_norm(0.1), optim.adam(0.05)), 3)
     step = fdl.train_step(LOSS, opt)

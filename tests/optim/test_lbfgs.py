@@ -160,6 +160,7 @@ def test_searches_of_every_shape_equal_torch(max_eval, lr):
     assert compared > 30
 
 
+@pytest.mark.slow
 def test_a_search_equals_torch_until_it_leaves_the_domain_and_stays_in_it():
     """Where a value is NaN torch goes there; here it counts as too high."""
     waves, compared, left = draw(60, 3, 3), 0, 0
@@ -200,6 +201,7 @@ DOMAINS = {  # the function, the least value
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOMAINS)
 def test_a_search_finds_the_minimum_of_a_function_with_a_domain(name):
     f, least = DOMAINS[name]

@@ -95,6 +95,7 @@ def test_also_with_values_that_are_not_finite(
     assert rates(opt, values) == torch_rates(values, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(-10, 10), min_size=20, max_size=60),
@@ -203,6 +204,7 @@ def test_each_member_of_a_population_has_its_own_plateaus(options):
         assert found == [lr for (lr,) in torch_rates(row, **options)]
 
 
+@pytest.mark.slow
 def test_one_compiled_program_looks_300_times(count_programs):
     """All cases in one program, by Inductor, each with its own walk."""
     opts = {name: optim.reduce_on_plateau(optim.sgd(0.3), **o) for name, o in CASES.items()}

@@ -43,6 +43,7 @@ def twin_step(module, optimizer, x, y, rho, adaptive):
     return value.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_training_equals_the_twin(adaptive, compiled, plain_backend, count_programs):
@@ -78,6 +79,7 @@ def test_training_equals_the_twin(adaptive, compiled, plain_backend, count_progr
     assert far.min() > 1e-3, "the perturbation made no difference"
 
 
+@pytest.mark.slow
 def test_steps_equal_optax():
     jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
     jnp = jax.numpy

@@ -143,6 +143,7 @@ shapes = st.sampled_from([(), (1,), (5,), (2, 3), (4, 0), (3, 1, 7)])
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, shapes, st.integers(0, 2**32 - 1))
 def test_keys_and_bits(seed, shape, data):
@@ -232,11 +233,13 @@ def test_randint_over_whole_types_and_arrays_of_bounds():
                 assert ours.min() >= torch.iinfo(ours.dtype).min
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 1, 2, 10, 1_625, 1_626, 60_000, 1_000_003])
 def test_permutation_of_any_size(n):
     assert_same(random.permutation(random.key(n + 1), n), jax.random.permutation(jax_key(n + 1), n))
 
 
+@pytest.mark.slow
 def test_permutation_of_rows():
     rows = np.arange(60, dtype=np.float32).reshape(20, 3)
     for x in (rows, rows[:, 0]):

@@ -114,6 +114,7 @@ def test_render_remakes_page_and_chart(tmp_path):
     assert page.read_text() == text and (folder / "cpu.png").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_page_holds_what_was_committed(tmp_path):
     shutil.copytree(ROOT / "docs" / "bench", tmp_path / "docs" / "bench")
     shutil.copy(ROOT / "docs" / "benchmark.md", tmp_path / "docs")

@@ -77,6 +77,7 @@ def test_statistics_of_batch_norm_are_saved_among_the_parameters(run, tmp_path):
     assert code == 0 and f"test accuracy {accuracy:.6g}" in out
 
 
+@pytest.mark.slow
 def test_the_sample_that_was_asked_for_is_named_and_no_warning(run):
     _, out, err = run("softmax", "--data", "sample", "--epochs", 1, "--compile", "off")
     first, second, *_ = out.splitlines()
@@ -84,6 +85,7 @@ def test_the_sample_that_was_asked_for_is_named_and_no_warning(run):
     assert second.startswith("an epoch is 10 passes over it") and not err
 
 
+@pytest.mark.slow
 def test_auto_falls_back_to_the_sample_and_says_why_in_two_lines(run, monkeypatch):
     def absent(*args, **kwargs):
         raise FileNotFoundError("here\nor there") from OSError("no network " * 20)

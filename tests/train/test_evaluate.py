@@ -55,12 +55,14 @@ def test_eval_finds_what_the_run_reported(run, runs, name):
     assert accuracy == f"test accuracy {last['test_accuracy']:.6g}"
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_without_test_data(run):
     code, out, _ = run("eval", "linreg")
     assert code == 0 and "linreg after step 300" in out
     assert float(out.split("train loss ")[1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_predict_gives_the_probabilities_of_the_model(run, runs, tmp_path):
     images = data.fashion_mnist_sample(train=False).x
     paths = [tmp_path / f"{i}.png" for i in range(3)]
@@ -123,6 +125,7 @@ def folders(run, runs, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_recipe_stands_for_its_newest_run(folders):
     for command in (["eval"], ["inspect"], ["softmax", "--epochs", 3, "--resume"]):
         code, out, _ = folders(*command, "runs/softmax")

@@ -40,6 +40,7 @@ DESTROYED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_pass")
 @pytest.mark.parametrize("how", DESTROYED)
 def test_destroyed_weights_end_a_run_and_those_before_are_kept(run, tmp_path, how):
@@ -70,6 +71,7 @@ def test_destroyed_weights_end_a_run_and_those_before_are_kept(run, tmp_path, ho
     assert run(name, "--resume", "it")[0] == 1  # and again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.1])
 def test_a_sweep_does_not_choose_destroyed_weights(run, one_pass, share):
     options = ["--epochs", 1, "--compile", "off", "--validation", share]
@@ -144,6 +146,7 @@ def never(constant):
     raise AssertionError(f"{constant} is not JSON")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_pass")
 def test_files_are_strict_json(run, monkeypatch, tmp_path):
     """Also where a metric is not finite, as here that of the test set."""
@@ -168,6 +171,7 @@ def test_json_is_written_in_one_place():
             assert "json.dump" not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_the_end_says_what_is_usual_for_default_options_alone(run, monkeypatch):
     monkeypatch.setitem(usual.USUAL, ("softmax", 6000, 1), (0.7, 0.82, 0.81))
     options = ["softmax", "--data", "sample", "--epochs", 1, "--compile", "off"]
@@ -207,6 +211,7 @@ def test_an_older_run_on_the_sample_goes_on_with_one_pass_an_epoch(run, monkeypa
     assert run("eval", "old")[0] == 0
 
 
+@pytest.mark.slow
 def test_ten_passes_an_epoch_are_resumed_exactly(run):
     options = ["softmax", "--data", "sample", "--compile", "off"]
     assert run(*options, "--epochs", 2, "--out", "whole")[0] == 0

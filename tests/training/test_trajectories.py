@@ -232,6 +232,7 @@ def assert_same_way(recipe: Recipe, params: Any, expected: Any, least: float = 1
 WAYS = {"eager": eagerly, "jit": step_by_step, "scan": in_one_scan}
 
 
+@pytest.mark.slow
 @pytest.mark.curriculum("L2", "S1", "M1", "C2")
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
@@ -282,6 +283,7 @@ def test_decay_ends_near_the_ridge() -> None:
     assert_same_way(recipe, params, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linreg", "linreg-decay", "lenet"])
 def test_padded_last_batch_equals_the_short_one_of_the_twin(name: str, plain_backend: None) -> None:
     recipe = RECIPES[name]()

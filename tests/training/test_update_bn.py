@@ -30,6 +30,7 @@ def pair(momentum):
     return model, params, buffers, twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
 @pytest.mark.parametrize(("n", "left_out"), [(48, 0), (50, 0), (49, 1)])
 def test_equals_torch_whatever_the_momentum(n, left_out, momentum, plain_backend):

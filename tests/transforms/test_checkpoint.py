@@ -51,6 +51,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_derivatives_are_those_of_the_function(way, plain_backend):
     got, expected = WAYS[way](kept), WAYS[way](plain)
@@ -70,6 +71,7 @@ def test_backward_and_twice():
     close(twice(kept), twice(plain))
 
 
+@pytest.mark.slow
 def test_inside_torch_compile_it_is_the_function():
     w, rows = draw(2, 3, 3), draw(3, 4, 1, 3)
     for way in (lambda f: vmap(grad(f), (None, 0)), lambda f: grad(norm(f))):

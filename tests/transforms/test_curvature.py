@@ -163,6 +163,7 @@ def test_compiled_by_inductor_equals_eager():
     close(fdl.jit(everything)(params, v), everything(params, v))
 
 
+@pytest.mark.slow
 def test_compiled_with_loops_equals_eager(plain_backend, real_loops):
     def everything(params, v, key):
         return {

@@ -104,6 +104,7 @@ def test_lenet_equals_a_loop():
     close(per_sample_grads(of_model, 2)(start, images), loop(of_model, start, images))
 
 
+@pytest.mark.slow
 def test_a_scan_of_private_steps_compiled_equals_the_formula(plain_backend, real_loops):
     """DP-SGD: clip, sum, add noise, divide by the expected batch size, step."""
     bound, sigma, size = 0.5, 1.1, N
@@ -224,6 +225,7 @@ hostile = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(hostile, min_size=4, max_size=4),
@@ -267,6 +269,7 @@ def test_sixteen_bits_are_rounded_once(dtype, chunk):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_three_thousand_ones_in_sixteen_bits(chunk):
     ones = (torch.ones(3000, 1).half(), torch.zeros(3000).half())

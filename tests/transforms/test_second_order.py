@@ -192,6 +192,7 @@ def near(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
     assert error < tolerance, error.item()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # grid_sample under vmap
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_curvature_of_what_models_are_made_of(name):

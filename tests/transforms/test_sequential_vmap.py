@@ -24,6 +24,7 @@ CASES = {
 each_case = pytest.mark.parametrize("in_dims, args", CASES.values(), ids=CASES)
 
 
+@pytest.mark.slow
 @each_case
 @pytest.mark.parametrize("run", [lambda f: f, jit], ids=["eager", "jit"])
 def test_equals_vmap(in_dims, args, run, plain_backend):

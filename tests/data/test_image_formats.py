@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fdl import data
-from fdl.data import _fashion_mnist_files
+from fdl.data import _fashion_mnist_download
 from tests.data.test_fashion_mnist import IMAGES, LABELS, RAW, idx, needs_full_data, put
 
 GENERATOR = np.random.default_rng(0)
@@ -31,8 +31,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, part in ((IMAGES, X), (LABELS, Y))
         for split in ("t10k", "train")
     }
-    monkeypatch.setattr(_fashion_mnist_files, "_FULL", digests)
-    monkeypatch.setattr(_fashion_mnist_files, "_SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(_fashion_mnist_download, "_FULL", digests)
+    monkeypatch.setattr(_fashion_mnist_download, "_SYSTEM_FOLDER", tmp_path / "system")
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Fashion-MNIST: find, download and verify the files.
 
-The public functions are in `fdl.data`, the file formats in `fdl.data._image_files`.
+The public functions are in `fdl.data`, the file formats in `fdl.data._image_formats`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fdl._files import expanded
-from fdl.data import _image_files
-from fdl.data._image_files import Part, Read
+from fdl.data import _image_formats
+from fdl.data._image_formats import Part, Read
 
 Pair = tuple[Tensor, Tensor]  # images uint8 [n, 28, 28] and labels int64 [n]
 
@@ -48,15 +48,15 @@ def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pa
     """Read the complete set from the first place that has it; see `fdl.data.fashion_mnist`."""
     home = _TORCHVISION_ROOT if root is None else expanded(root)
     usual = (_TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
-    read = _image_files.find(home, train) if root is not None else None
+    read = _image_formats.find(home, train) if root is not None else None
     if read is None and root is not None and (home.is_file() or not download):
         _check_nothing_else(home)
     for place in usual:  # in IDX files only, since the user did not name these places
-        read = read or _image_files.find_idx(place, train)
+        read = read or _image_formats.find_idx(place, train)
     failure = None
     if read is None and download:
         failure = _download(home)
-        read = _image_files.find_idx(home, train)
+        read = _image_formats.find_idx(home, train)
     if read is None:
         searched = ", ".join(str(place) for place in (() if root is None else (home,)) + usual)
         why = f"; downloading it failed: {_one_line(failure)}" if failure else ""
@@ -70,9 +70,9 @@ def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pa
 def load_sample(train: bool) -> Pair:
     """Read the sample in this package; see `fdl.data.fashion_mnist_sample`."""
     advice = "install fdl again to get it back"
-    read = _image_files.find_idx(_SAMPLE_FOLDER, train)
+    read = _image_formats.find_idx(_SAMPLE_FOLDER, train)
     if read is None:
-        names = " and ".join(f"{name}.gz" for name in _image_files.idx_names(train))
+        names = " and ".join(f"{name}.gz" for name in _image_formats.idx_names(train))
         raise FileNotFoundError(
             f"fashion_mnist_sample: expected {names} in {_SAMPLE_FOLDER}, got no such files; "
             f"{advice}"
@@ -84,7 +84,7 @@ def _verified(read: Read, train: bool, digests: Mapping[str, str], advice: str) 
     """Read images and labels, and compare the MD5 of their IDX form, whatever format they have."""
     try:
         images, labels = read()
-        for name, part in zip(_image_files.idx_names(train), (images, labels), strict=True):
+        for name, part in zip(_image_formats.idx_names(train), (images, labels), strict=True):
             _compare(part, digests[name])
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from error
@@ -98,7 +98,7 @@ def _compare(part: Part, md5: str) -> None:
     got = hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest()
     if got != md5:
         what = "images" if array.ndim == 3 else "labels"
-        raise _image_files.wrong(
+        raise _image_formats.wrong(
             path, f"the {what} with the MD5 {md5}", f"{len(array)} with the MD5 {got}"
         )
 
@@ -113,7 +113,7 @@ def _check_nothing_else(root: Path) -> None:
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
         raise FileNotFoundError(
             f"fashion_mnist: found no readable images in {root}: {shown}\n"
-            f"readable are\n{_image_files.ACCEPTED}"
+            f"readable are\n{_image_formats.ACCEPTED}"
         )
 
 
