@@ -17,8 +17,9 @@ import fdl
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
 from fdl.checkpointing import Checkpointer, restore
 from tests.support.optimizers import CASES, default_dtype, start
+from tests.support.soak import repeats
 from tests.training.test_trajectories import RECIPES
-from tests.workers.train_worker import EXACT, ROUTES, join, on, padded, prepare
+from tests.workers.train_worker import EXACT, ROUTES, first_steps, join, on, padded, prepare
 
 ROWS = {"*.weight": 0, "weight": 0, "*": None}
 EVERY = {"*": 0}
@@ -37,12 +38,13 @@ def equal(one, other, rtol=1e-10, atol=1e-12):
 
 
 def trains_as_when_it_is_whole(mesh):
-    """50 steps of each recipe that draws nothing: spread by rows, and all of it, against whole."""
+    """Steps of each recipe that draws nothing: sharded by rows, and all of it, against whole."""
     for name in EXACT:
         recipe = RECIPES[name]()
         loss = fdl.supervised(recipe.model, recipe.loss)
         begin = prepare(recipe.model, recipe.opt, mesh)
-        mine = parallel.own_rows(on(mesh, padded(recipe.batches, mesh.size())), mesh)
+        batches = padded(first_steps(recipe.batches), mesh.size())
+        mine = parallel.own_rows(on(mesh, batches), mesh)
         step = parallel.train_step(loss, recipe.opt, mesh)
         expected, history = scan(step, begin, mine)
         for rules in (ROWS, EVERY):
@@ -94,7 +96,7 @@ def every_optimizer_updates_shards(mesh):
             step = parallel.train_step(loss, opt, mesh)
             rules = {"scalar": None, "*": 0} if "scalar" in params else {"*": 0}
             spread = shared_out(begin, opt, mesh, rules)
-            for i in range(4):
+            for i in range(repeats(2, 4)):
                 batch = tree.map(lambda leaf, i=i: leaf[i], mine)
                 begin, _ = step(begin, batch)
                 spread, _ = step(spread, batch)
