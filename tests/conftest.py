@@ -139,8 +139,12 @@ def run(
     from train.__main__ import main
 
     monkeypatch.chdir(tmp_path)
+    # The oldest tyro remembers an unknown option for the next call in one process.
+    remembered = "tyro._argparse_formatter.global_unrecognized_arg_and_prog"
 
     def call(*args: object) -> tuple[int, str, str]:
+        if "tyro._argparse_formatter" in sys.modules:
+            monkeypatch.setattr(remembered, [], raising=False)
         monkeypatch.setattr(sys, "argv", ["python -m train", *map(str, args)])
         try:
             code = main()
