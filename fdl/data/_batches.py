@@ -139,7 +139,7 @@ def to_float(x: Images) -> Images:
     torch.Size([2, 1, 28, 28])
     """
     if isinstance(x, (Batch, Dataset)):
-        return x._replace(x=to_float(x.x))
+        return type(x)(to_float(x.x), *x[1:])  # not `_replace`, which Dynamo of torch 2.11 cannot
     if isinstance(x, Tensor) and x.is_floating_point():
         return x
     expected = "to_float: x must be floating, or uint8 images [n, height, width] or [n, channels, "
