@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fdl._checks import describe as describe_type
 from fdl.data._types import Batch, Dataset
 from fdl.random._checks import describe
 from fdl.tree import Tree, flatten_dict
@@ -144,7 +145,8 @@ def to_float(x: Images) -> Images:
         return x
     expected = "to_float: x must be floating, or uint8 images [n, height, width] or [n, channels, "
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
-        raise TypeError(f"{expected}height, width], got {describe(x)}")
+        hint = "; make a pair a data.Dataset(x, y)" if isinstance(x, tuple | list) else ""
+        raise TypeError(f"{expected}height, width], got {describe_type(x)}{hint}")
     if x.ndim not in (3, 4):
         raise ValueError(f"{expected}height, width], got {describe(x)}")
     return (x if x.ndim == 4 else x.unsqueeze(-3)).to(torch.float32) / 255

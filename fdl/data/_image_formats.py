@@ -162,7 +162,7 @@ def _check_header(path: Path, name: str, dtype: np.dtype, shape: Sequence[int], 
     elif dtype.kind not in "iu" or len(shape) != 1:
         raise wrong(path, f"integers [n] in {name}", got)
     if math.prod(shape) > 10**9:
-        raise wrong(path, f"at most a thousand million numbers in {name}", got)
+        raise wrong(path, f"at most a billion numbers in {name}", got)
 
 
 def as_bytes(path: Path, name: str, array: np.ndarray) -> np.ndarray:

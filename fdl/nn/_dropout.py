@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
+from fdl.nn._helpers import check_input
 from fdl.nn._model import Model
 from fdl.tree import Tree
 
@@ -20,6 +21,7 @@ def dropout(rate: float) -> Model:
         rate: the fraction dropped, in [0, 1).
 
     Raises:
+        TypeError: x holds integers (at apply, in training).
         ValueError: `rate` is outside [0, 1); at apply, `train=True` without a key.
 
     Source: Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting,
@@ -42,6 +44,7 @@ def dropout(rate: float) -> Model:
                 f"dropout({rate}) with train=True needs a key: pass key=fdl.random.key(seed) to "
                 "apply, or train=False to evaluate"
             )
+        check_input(f"dropout({rate})", x)
         return torch.where(random.uniform(key, x.shape) >= rate, x / (1 - rate), 0)
 
     return Model(lambda key: {}, apply, uses_key=rate > 0)

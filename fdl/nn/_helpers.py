@@ -43,6 +43,18 @@ def as_pair(layer: str, name: str, size: Size, least: int = 1) -> tuple[int, int
     return pair[0], pair[1]
 
 
+def check_input(layer: str, x: Tensor) -> None:
+    """Raise a TypeError if x holds integers.
+
+    Norms would round their results to integers, and compiled products would convert them silently.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"{layer}: x must be floating, got {describe(x)}; convert images with "
+            "fdl.data.to_float, other integers with .float()"
+        )
+
+
 def check_sizes(layer: str, *sizes: int) -> None:
     """Raise a ValueError unless every size is at least 1."""
     if min(sizes) < 1:
@@ -74,6 +86,7 @@ def affine(
         return params
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        check_input(name, x)
         weight = get_param(params, "weight", shape, name)
         return f(x, weight, get_param(params, "bias", shape[:1], name) if bias_init else None)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import at_least_32_bits, keep
-from fdl.nn._helpers import check_sizes, get_param
+from fdl.nn._helpers import check_input, check_sizes, get_param
 from fdl.nn._model import Model, StatefulModel
 from fdl.nn.init import ones, zeros
 from fdl.tree import Tree
@@ -47,6 +47,7 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         weight, bias = (get_param(params, p, sizes, name) for p in ("weight", "bias"))
+        check_input(name, x)
         if x.shape[-len(sizes) :] != sizes:
             raise ValueError(f"{name}: expected x [..., {str(sizes)[1:-1]}], got {list(x.shape)}")
         # Written out, because torch differentiates F.layer_norm wrongly at third order and forward
@@ -118,6 +119,7 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
         old_mean, old_var = (
             get_param(buffers, b, shape, name) for b in ("running_mean", "running_var")
         )
+        check_input(name, x)
         if x.ndim < 2 or x.shape[1] != features:
             raise ValueError(f"{name}: expected x [batch, {features}, ...], got {list(x.shape)}")
         if train and x.numel() == features:

@@ -62,7 +62,8 @@ def train_step(
             times a power of two (any number on one process).
 
     Returns:
-        The step `(state, batch) -> (state, metrics)`; every process must call it equally often.
+        The step `(state, batch) -> (state, metrics)`; every process must call it the same number
+        of times.
 
     Raises:
         TypeError: `mesh` is not a `DeviceMesh`.

@@ -223,7 +223,7 @@ def test_an_npz_that_claims_more_than_there_is_takes_no_memory() -> None:
     with zipfile.ZipFile("mine/it.npz", "w") as archive:
         for name in ("x_test", "y_test"):
             archive.writestr(f"{name}.npy", header.getvalue())
-    with pytest.raises(ValueError, match="at most a thousand million numbers in x_test"):
+    with pytest.raises(ValueError, match="at most a billion numbers in x_test"):
         read("mine")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn as oo
 
+import fdl
 from fdl import nn, random, tree
 from tests.support.asserts import close, draw, unchanged
 
@@ -209,3 +210,19 @@ def test_dropout_without_a_key_names_the_fix():
         "in layer '1' of sequential",
         "in layer 'body' of sequential",
     ]
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.linear(8, 3), nn.conv2d(1, 2, 3), nn.layer_norm(8), nn.batch_norm(1), nn.dropout(0.5)],
+    ids=["linear", "conv2d", "layer_norm", "batch_norm", "dropout"],
+)
+def test_integers_are_refused_with_what_converts_them(layer, dtype, jitted, plain_backend):
+    x, key = torch.ones(4, 1, 8, 8).to(dtype), random.key(0)
+    state = layer.init(key)
+    args = state if isinstance(layer, nn.StatefulModel) else (state,)
+    apply = lambda *args: layer.apply(*args, train=True, key=key)  # noqa: E731
+    with pytest.raises(TypeError, match=r"x must be floating, got a tensor .*\.to_float"):
+        (fdl.jit(apply) if jitted else apply)(*args, x)
