@@ -49,13 +49,13 @@ def test_to_float_leaves_floats_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("x", "kind", "got"),
     [
-        (torch.zeros(2, 3, 3, dtype=torch.int64), TypeError, "int64 of shape (2, 3, 3)"),
-        (torch.zeros(2, 3, 3, dtype=torch.bool), TypeError, "bool of shape (2, 3, 3)"),
-        (torch.zeros(2, 3, 3, dtype=torch.complex64), TypeError, "complex64 of shape (2, 3, 3)"),
+        (torch.zeros(2, 3, 3, dtype=torch.int64), TypeError, "a tensor int64[2, 3, 3]"),
+        (torch.zeros(2, 3, 3, dtype=torch.bool), TypeError, "a tensor bool[2, 3, 3]"),
+        (torch.zeros(2, 3, 3, dtype=torch.complex64), TypeError, "a tensor complex64[2, 3, 3]"),
         (torch.zeros(5, 4, dtype=torch.uint8), ValueError, "uint8 of shape (5, 4)"),
         (torch.zeros(1, 1, 1, 2, 2, dtype=torch.uint8), ValueError, "of shape (1, 1, 1, 2, 2)"),
-        ([1.0], TypeError, "[1.0] (list)"),
-        ((torch.zeros(1), torch.zeros(1)), TypeError, "(tuple)"),
+        ([1.0], TypeError, "a list; make a pair a data.Dataset"),
+        ((torch.zeros(1), torch.zeros(1)), TypeError, "a tuple; make a pair a data.Dataset"),
     ],
 )
 def test_to_float_refuses(x, kind, got) -> None:
