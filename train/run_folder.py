@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -203,7 +204,7 @@ def read_run(folder: Path) -> Saved:
         OSError: there is no such file.
     """
     path = folder / MARKS["run"]
-    try:
+    with _of_this_version(path, "run"):
         record = json.loads(path.read_text())
         config = RECIPES[record["recipe"]](**_options(record))
         return Saved(
@@ -215,9 +216,17 @@ def read_run(folder: Path) -> Saved:
             record["environment"],
             record["resumed"],
         )
+
+
+@contextmanager
+def _of_this_version(path: Path, kind: str) -> Iterator[None]:
+    """Name the file and the kind of folder in the error if the record has another form."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not that of a run of this version of fdl ({type(error).__name__}: {error})"
+            f"{path} is not that of a {kind} of this version of fdl "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -240,7 +249,7 @@ def read_sweep(folder: Path) -> SavedSweep:
         OSError: there is no such file.
     """
     path = folder / MARKS["sweep"]
-    try:
+    with _of_this_version(path, "sweep"):
         record = json.loads(path.read_text())
         config = SWEEPS[record["recipe"]](**_options(record))
         return SavedSweep(
@@ -251,11 +260,6 @@ def read_sweep(folder: Path) -> SavedSweep:
             Plan(**record["plan"]),
             record["size"],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not that of a sweep of this version of fdl "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def _options(record: Mapping[str, Any]) -> dict[str, Any]:
