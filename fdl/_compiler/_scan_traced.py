@@ -75,7 +75,15 @@ def flat_body(f: Callable[..., Any], init: Tree, xs: Tree) -> FlatBody:
         return [*flatten(check_carry(init, new))[0], *ys]
 
     names = ["the carry of a scan"] * n + ["the row of xs in a scan"] * len(xs_leaves)
-    return FlatBody(fn, init_leaves, xs_leaves, carry_spec, y_specs, names)
+    substitute = current_trace().substitute
+    return FlatBody(
+        fn,
+        [substitute(leaf) for leaf in init_leaves],
+        [substitute(leaf) for leaf in xs_leaves],
+        carry_spec,
+        y_specs,
+        names,
+    )
 
 
 def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:

@@ -59,6 +59,7 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
     def fake(self, leaf: Tensor) -> FakeTensor:
         if isinstance(leaf, FakeTensor):
@@ -68,6 +69,12 @@ class Tracing(TorchDispatchMode):
                 fake = _fake_like(self.mode, leaf)
             self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
+
+    def substitute(self, x: Tensor, inside: bool | None = None) -> Tensor:
+        """Return the plain tensor that stands for `x` in the loop bodies that are being traced."""
+        for substitutes in reversed(self.substitutes):
+            x = substitutes.replace(x, _modes.in_transform() if inside is None else inside)
+        return x
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any_dtensor_type(types):
