@@ -55,7 +55,7 @@ def _record(
 ) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    tensors = [tracing.substitute(leaves[i]) for i in indices]
+    tensors = [tracing.substitute(functorch.unwrap_if_dead(leaves[i])) for i in indices]
     leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # not kept
 
     def call(apply: Apply, *tensors: Tensor) -> Any:
