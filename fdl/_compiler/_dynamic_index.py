@@ -10,12 +10,12 @@ on to the other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -103,6 +103,7 @@ class DynamicIndex(TorchFunctionMode):
 def _changed(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the tensor that a function changes in place."""
     in_place = name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
+    in_place = in_place and name != "requires_grad_"
     changed = args[0] if in_place and args else kwargs.get("out")
     return changed if isinstance(changed, Tensor) else None
 
@@ -136,7 +137,7 @@ class _Copies:
 
     def _refresh_copies(self, x: Tensor) -> None:
         for copy, (source, index) in list(self.sources.items()):
-            if _share(source, x):
+            if _share(source, x) and functorch.unwrap_if_dead(copy) is copy:
                 copy.copy_(index.read(source))
                 self._refresh_copies(copy)
 
@@ -207,7 +208,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.int64, torch.int32) else x.to(torch.int64)
 
 
-def _range(counters: Counters, x: Tensor, axis: int, item: slice) -> _Part:
+def _range(counters: Counters, x: Tensor, axis: int, item: Any) -> _Part:
     """Resolve a slice along one axis; a range that leaves `x` is an error, not cut off."""
     start, stop, step = item.start, item.stop, 1 if item.step is None else item.step
     length = None

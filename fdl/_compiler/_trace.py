@@ -164,8 +164,8 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         operation = getattr(error.func, "overloadpacket", error.func)
         raise RuntimeError(
             f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index), by "
-            f"{operation} at {format_line(user_line_of(error))}; while tracing there are no values: "
-            "use torch.where, or compute the value outside and close over it"
+            f"{operation} at {format_line(user_line_of(error))}; while tracing there are no "
+            "values: use torch.where, or compute the value outside and close over it"
         ) from error
     finally:
         _modes.tracing.reset(token)

@@ -14,6 +14,7 @@ FILES = sorted(
 
 # Where a file, or all other files of a package, is tested, if no test file has its name.
 TESTED_IN = {
+    "_compiler/_counters.py": "compiler/test_dynamic_index.py",
     "_compiler/_decompositions.py": "compiler/test_passes.py",
     "_compiler/_indices.py": "compiler/test_passes.py",
     "_compiler/_inductor.py": "compiler/test_routes.py",
