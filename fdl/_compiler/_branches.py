@@ -86,9 +86,7 @@ def switch(index: Tensor | int, branches: Sequence[Callable[..., Any]], *operand
     if not branches:
         raise ValueError("switch: branches must not be empty")
     if not isinstance(index, int):
-        check_scalar("switch", "index", index)
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise TypeError(f"switch: index must be an integer, got {index.dtype}")
+        check_integer("switch", "index", index)
 
     def choose(low: int, high: int, *operands: Any) -> Any:
         if high - low == 1:
@@ -109,6 +107,14 @@ def check_scalar(caller: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or x.ndim:
         got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{caller}: {name} must be a 0-d tensor, got {got}")
+
+
+def check_integer(caller: str, name: str, x: Any) -> None:
+    """Raise unless `x` is a 0-d tensor of integers."""
+    is_tensor = isinstance(x, Tensor) and x.ndim == 0
+    if not is_tensor or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        got = f"{x.dtype}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{caller}: {name} must be an int or a 0-d integer tensor, got {got}")
 
 
 def is_batched(x: Tensor) -> bool:
