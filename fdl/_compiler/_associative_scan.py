@@ -60,7 +60,9 @@ def associative_scan(
 
     def combine(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
         x, y = (
-            pytree.tree_unflatten([leaf.movedim(0, at) for leaf, at in zip(z, axes, strict=True)], spec)
+            pytree.tree_unflatten(
+                [leaf.movedim(0, at) for leaf, at in zip(z, axes, strict=True)], spec
+            )
             for z in (left, right)
         )
         result = fn(x, y)

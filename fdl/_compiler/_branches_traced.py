@@ -136,12 +136,23 @@ def run_cond(branches: tuple[Branch, Branch], operands: Sequence[Tensor]) -> lis
 def _write(branches: tuple[Branch, Branch], operands: list[Tensor]) -> list[Tensor]:
     """Write a `cond` into the graph that is being traced."""
     pred, *rest = operands
-    # Results must not share memory with operands or each other, and have the same strides.
-    yes, no = (
-        lambda *z, branch=branch: tuple(contiguous_copy(x) for x in branch(*z))
-        for branch in branches
-    )
+    yes, no = (pure_graph(branch, rest) for branch in branches)
     return list(COND(pred, yes, no, tuple(rest)))
+
+
+def pure_graph(fn: Branch, operands: Sequence[Tensor]) -> GraphModule:
+    """Trace a function that closes over no tensors, without in-place operations.
+
+    Its results do not share memory with its operands or each other, and are contiguous.
+    """
+    leaks = current_trace().leaks
+    made_before = len(leaks.made)
+    with disable_proxy_modes_tracing():
+        fakes = [leaf.clone() for leaf in to_fake(operands)]
+        graph, constants = trace_flat(lambda *z: [*map(contiguous_copy, fn(*z))], fakes, ())
+    assert not constants, "a branch is closed"
+    del leaks.made[made_before:]
+    return graph
 
 
 def _under_vmap(
@@ -197,9 +208,7 @@ def _under_jvp(
         if not slopes:
             return run_cond(branches, values)
         moving = [i - 1 for i in slopes]
-        results = run_cond(
-            (along(branches[0]), along(branches[1])), [*values, *slopes.values()]
-        )
+        results = run_cond((along(branches[0]), along(branches[1])), [*values, *slopes.values()])
     count = len(results) - sum(is_smooth(x) for x in results) // 2
     directions = iter(results[count:])
     return [

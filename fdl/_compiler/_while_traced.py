@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from fdl._compiler._branches_traced import close
+from fdl._compiler._branches_traced import close, pure_graph
 from fdl._compiler._graph import WHILE, is_smooth
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._scan_transformed import OPERATORS, _replaced, run_graph
@@ -65,9 +65,7 @@ def while_traced(
     first = close(condition, flat_condition, leaves, "while_loop: cond_fun", noun)
     second = close(body, flat_body, leaves, "while_loop: body_fun", noun)
     m = n + len(first.closed_over)
-    loop = While(
-        lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n
-    )
+    loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
     return unflatten(run_while(loop, [*leaves, *first.closed_over, *second.closed_over]), spec)
 
 
@@ -85,14 +83,13 @@ def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     carry = [contiguous_copy(x) for x in operands[: loop.carry]]
     constants = copy_aliases(operands[loop.carry :], [])
 
-    # Results must not share memory with operands or each other, and have the same strides.
-    def condition(*leaves: Tensor) -> Tensor:
-        return loop.condition(*leaves).clone()
-
-    def body(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(contiguous_copy(x) for x in loop.body(*leaves))
-
-    return list(WHILE(condition, body, tuple(carry), tuple(constants)))
+    condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
+    body = pure_graph(loop.body, [*carry, *constants])
+    return list(
+        WHILE(
+            lambda *z: condition(*z)[0], lambda *z: tuple(body(*z)), tuple(carry), tuple(constants)
+        )
+    )
 
 
 def _under_vmap(loop: While, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
@@ -157,7 +154,8 @@ def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Te
                 return tuple(loop.body(*_replaced(inputs, moving, chosen)))
 
             new, slopes = jvp(step, tuple(inputs[i] for i in moving), tuple(along))
-            return [*new, *(slopes[i] for i in carried)]
+            # torch's tangents of 0-d tensors may have a wider dtype.
+            return [*new, *(slopes[i].to(new[i].dtype) for i in carried)]
 
         c = len(carried)
         operands = [*values[:n], *directions[:c], *values[n:], *directions[c:]]
