@@ -18,7 +18,7 @@ from fdl.tree._map import match
 def associative_scan(
     fn: Callable[[Any, Any], Any], elems: Tree, reverse: bool = False, axis: int = 0
 ) -> Tree:
-    """Combine all prefixes of a sequence with an associative `fn`; equals `jax.lax.associative_scan`.
+    """Combine all prefixes of a sequence by `fn`; equals `jax.lax.associative_scan`.
 
     For elements `a, b, c` the result is `a, fn(a, b), fn(fn(a, b), c)`. `fn` is called about
     2 log₂(n) times, on many elements at once.

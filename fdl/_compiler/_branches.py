@@ -24,7 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fdl import tree
 from fdl._compiler._branches_traced import cond_traced, match_branches
 from fdl._compiler._graph import is_smooth
+from fdl._compiler._scan import _hide, _show
 from fdl._modes import is_tracing
+from fdl.tree import Tree
 
 
 def cond(
@@ -43,7 +45,10 @@ def cond(
         pred: a bool, or a 0-d tensor, which counts as true unless it is 0.
         true_fn: a pure function of `operands`.
         false_fn: another one, whose result has the structure, shapes and dtypes of the first.
-        operands: trees of tensors.
+        operands: trees of tensors; any other leaf is passed on as it is.
+
+    Returns:
+        The result of the branch.
 
     Raises:
         TypeError: `pred` is not a bool or 0-d tensor, or a leaf of a result is not a tensor.
@@ -60,10 +65,10 @@ def cond(
         return true_fn(*operands) if pred else false_fn(*operands)
     check_scalar("cond", "pred", pred)
     pred = pred if pred.dtype == torch.bool else pred != 0
-    if torch.compiler.is_compiling() or is_batched(pred) or is_tracing() and pred.is_cuda:
-        return _choose(pred, true_fn, false_fn, operands)
+    if torch.compiler.is_compiling() or is_batched(pred) or (is_tracing() and pred.is_cuda):
+        return _show(_choose(pred, _hiding(true_fn), _hiding(false_fn), operands))
     if is_tracing():
-        return cond_traced(pred, true_fn, false_fn, operands)
+        return _show(cond_traced(pred, _hiding(true_fn), _hiding(false_fn), operands))
     return true_fn(*operands) if pred else false_fn(*operands)
 
 
@@ -74,7 +79,10 @@ def switch(index: Tensor | int, branches: Sequence[Callable[..., Any]], *operand
         index: an int, or a 0-d integer tensor; too small or too large, it means the first or last.
         branches: pure functions of `operands`; all results have one structure, and the same shapes
             and dtypes.
-        operands: trees of tensors.
+        operands: trees of tensors; any other leaf is passed on as it is.
+
+    Returns:
+        The result of the branch.
 
     Raises:
         TypeError: `index` is not an int or 0-d integer tensor.
@@ -100,6 +108,10 @@ def switch(index: Tensor | int, branches: Sequence[Callable[..., Any]], *operand
         )
 
     return choose(0, len(branches), *operands)
+
+
+def _hiding(fn: Callable[..., Any]) -> Callable[..., Tree]:
+    return lambda *operands: _hide(fn(*operands))
 
 
 def check_scalar(caller: str, name: str, x: Any) -> None:

@@ -40,13 +40,14 @@ def cond_traced(
     pred: Tensor, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Tree
 ) -> Tree:
     """Write a `cond` into the graph that `jit` is tracing."""
-    leaves, spec = flatten(operands)
-    leaves = [current_trace().substitute(leaf) for leaf in leaves]
+    given, spec = flatten(operands)
+    at = [i for i, leaf in enumerate(given) if isinstance(leaf, Tensor)]
+    leaves = [current_trace().substitute(given[i]) for i in at]
     specs: list[Hashable] = []
 
     def flat(fn: Callable[..., Any], name: str) -> Branch:
         def call(*leaves: Tensor) -> list[Tensor]:
-            result = fn(*unflatten(leaves, spec))
+            result = fn(*unflatten(_replaced(given, at, leaves), spec))
             outputs, out_spec = flatten(result)
             check_tensors(outputs, result, f"cond: every leaf of the result of {name}")
             specs.append(out_spec)

@@ -209,7 +209,8 @@ def trace_flat(
     constants = _lift(graph)
     if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        with as_written():  # the graph contains the casts
+        # The graph contains the casts, and modes must not replace its tensors.
+        with as_written(), torch._C.DisableTorchFunction():
             graph = make_fx(pure, table, _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()

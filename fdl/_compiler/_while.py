@@ -54,7 +54,8 @@ def while_loop(
 
     >>> while_loop(lambda x: x < 100, lambda x: x * 2, torch.tensor(3))
     tensor(192)
-    >>> torch.func.vmap(lambda x: while_loop(lambda x: x < 100, lambda x: x * 2, x))(torch.arange(1, 5))
+    >>> doubled = torch.func.vmap(lambda x: while_loop(lambda x: x < 100, lambda x: x * 2, x))
+    >>> doubled(torch.arange(1, 5))
     tensor([128, 128, 192, 128])
     """
     init = _hide(init)

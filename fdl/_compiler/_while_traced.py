@@ -81,7 +81,7 @@ def run_while(loop: While, operands: Sequence[Tensor]) -> list[Tensor]:
 def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     """Write a loop into the graph that is being traced."""
     carry = [contiguous_copy(x) for x in operands[: loop.carry]]
-    constants = copy_aliases(operands[loop.carry :], [])
+    constants = [x.clone() for x in operands[loop.carry :]]
 
     condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
     body = pure_graph(loop.body, [*carry, *constants])
