@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdl import tree
 from fdl._compiler._branches_traced import cond_traced, match_branches
+from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import is_smooth
 from fdl._compiler._scan import _hide, _show
 from fdl._modes import is_tracing
@@ -68,7 +69,10 @@ def cond(
     if torch.compiler.is_compiling() or is_batched(pred) or (is_tracing() and pred.is_cuda):
         return _show(_choose(pred, _hiding(true_fn), _hiding(false_fn), operands))
     if is_tracing():
-        return _show(cond_traced(pred, _hiding(true_fn), _hiding(false_fn), operands))
+        try:
+            return _show(cond_traced(pred, _hiding(true_fn), _hiding(false_fn), operands))
+        except CannotClose:
+            return _show(_choose(pred, _hiding(true_fn), _hiding(false_fn), operands))
     return true_fn(*operands) if pred else false_fn(*operands)
 
 

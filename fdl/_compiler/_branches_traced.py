@@ -24,9 +24,9 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from fdl import _modes, tree
 from fdl._compiler._closed_body import close_body
 from fdl._compiler._graph import COND, is_smooth, results_of
+from fdl._compiler._loops import OPERATORS, replaced, run_graph
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._scan_traced import FlatBody
-from fdl._compiler._scan_transformed import OPERATORS, _replaced, run_graph
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import current_trace, to_fake, trace_flat
 from fdl.tree import Tree
@@ -47,7 +47,7 @@ def cond_traced(
 
     def flat(fn: Callable[..., Any], name: str) -> Branch:
         def call(*leaves: Tensor) -> list[Tensor]:
-            result = fn(*unflatten(_replaced(given, at, leaves), spec))
+            result = fn(*unflatten(replaced(given, at, leaves), spec))
             outputs, out_spec = flatten(result)
             check_tensors(outputs, result, f"cond: every leaf of the result of {name}")
             specs.append(out_spec)
@@ -198,7 +198,7 @@ def _under_jvp(
             fixed, directions = leaves[: n - 1], leaves[n - 1 :]
 
             def step(*chosen: Tensor) -> tuple[Tensor, ...]:
-                return tuple(branch(*_replaced(fixed, moving, chosen)))
+                return tuple(branch(*replaced(fixed, moving, chosen)))
 
             new, slopes = jvp(step, tuple(fixed[i] for i in moving), directions)
             return [*new, *(slope for slope in slopes if is_smooth(slope))]
@@ -266,7 +266,7 @@ def _pull_back(
             wanted = [i - 1 for i in needed]
 
             def step(*chosen: Tensor) -> tuple[Tensor, ...]:
-                results = branch(*_replaced(inputs, wanted, chosen))
+                results = branch(*replaced(inputs, wanted, chosen))
                 return tuple(results[i] for i in smooth)
 
             return list(vjp(step, *(inputs[i] for i in wanted))[1](along))

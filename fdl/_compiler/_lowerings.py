@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 
 aten = torch.ops.aten
@@ -33,7 +34,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def register() -> None:
     """Register the lowerings with Inductor, and import it."""
-    from torch._inductor.ir import ExternKernel, FixedLayout, NoneLayout, Pointwise, TensorBox
+    from torch._inductor.ir import (
+        BaseView,
+        ExternKernel,
+        FixedLayout,
+        NoneLayout,
+        Pointwise,
+        TensorBox,
+    )
     from torch._inductor.lowering import lowerings, register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
     from torch._inductor.virtualized import V, ops
@@ -49,6 +57,17 @@ def register() -> None:
             constant_args=constants if bias is not None else [None, *constants],
         )
         return TensorBox.create(call)
+
+    loop = lowerings[WHILE]
+
+    @register_lowering(WHILE, type_promotion_kind=None)
+    def lower_while_loop(condition: Any, body: Any, carry: Any, constants: Any, *rest: Any) -> Any:
+        # torch frees a constant that is a view at each turn: the process would crash.
+        copies = (
+            ExternKernel.copy_input(x) if isinstance(getattr(x, "data", None), BaseView) else x
+            for x in constants
+        )
+        return loop(condition, body, carry, type(constants)(copies), *rest)
 
     class RaiseIf(ExternKernel):
         """Raises between kernels: an error inside a kernel would abort a multithreaded process."""

@@ -17,9 +17,10 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from fdl._compiler._branches_traced import close, pure_graph
+from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import WHILE, is_smooth
+from fdl._compiler._loops import OPERATORS, replaced, run_graph
 from fdl._compiler._scan_eager import contiguous_copy
-from fdl._compiler._scan_transformed import OPERATORS, _replaced, run_graph
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import copy_aliases, current_trace
 from fdl.tree import Tree
@@ -62,8 +63,11 @@ def while_traced(
     def flat_body(*leaves: Tensor) -> list[Tensor]:
         return flatten(body(unflatten(leaves, spec)))[0]
 
-    first = close(condition, flat_condition, leaves, "while_loop: cond_fun", noun)
-    second = close(body, flat_body, leaves, "while_loop: body_fun", noun)
+    try:
+        first = close(condition, flat_condition, leaves, "while_loop: cond_fun", noun)
+        second = close(body, flat_body, leaves, "while_loop: body_fun", noun)
+    except CannotClose as reason:
+        raise NotImplementedError(f"while_loop: it cannot be traced here: {reason}") from reason
     m = n + len(first.closed_over)
     loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
     return unflatten(run_while(loop, [*leaves, *first.closed_over, *second.closed_over]), spec)
@@ -81,7 +85,7 @@ def run_while(loop: While, operands: Sequence[Tensor]) -> list[Tensor]:
 def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     """Write a loop into the graph that is being traced."""
     carry = [contiguous_copy(x) for x in operands[: loop.carry]]
-    constants = [x.clone() for x in operands[loop.carry :]]
+    constants = copy_aliases(operands[loop.carry :], [])
 
     condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
     body = pure_graph(loop.body, [*carry, *constants])
@@ -151,7 +155,7 @@ def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Te
             moving = [*carried, *fixed]
 
             def step(*chosen: Tensor) -> tuple[Tensor, ...]:
-                return tuple(loop.body(*_replaced(inputs, moving, chosen)))
+                return tuple(loop.body(*replaced(inputs, moving, chosen)))
 
             new, slopes = jvp(step, tuple(inputs[i] for i in moving), tuple(along))
             # torch's tangents of 0-d tensors may have a wider dtype.
