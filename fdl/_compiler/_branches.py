@@ -21,7 +21,7 @@ from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fdl import tree
+from fdl import _modes, tree
 from fdl._compiler._branches_traced import cond_traced, match_branches
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import is_smooth
@@ -167,6 +167,13 @@ def _only_where(taken: Tensor, x: Tensor) -> Tensor:
     return torch.where(taken, x, x.detach()) if is_smooth(x) else x
 
 
+def _place() -> tuple[int, int]:
+    """Return how many graphs are being traced, and how many transformations are active."""
+    tracing = _modes.tracing.get()
+    depth = len(functorch.get_interpreter_stack() or ())
+    return 0 if tracing is None else len(tracing.tracers), depth
+
+
 class _OnlyWhere(TorchFunctionMode):
     """Lets no derivative through to tensors from outside, except where a branch is taken.
 
@@ -175,7 +182,7 @@ class _OnlyWhere(TorchFunctionMode):
 
     def __init__(self, taken: Tensor) -> None:
         super().__init__()
-        self.taken = taken
+        self.taken, self.place = taken, _place()
         self.made = WeakTensorKeyDictionary()  # in the branch
         self.limited: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, kept alive
 
@@ -186,6 +193,10 @@ class _OnlyWhere(TorchFunctionMode):
         return result
 
     def limit(self, x: Tensor) -> Tensor:
+        # The body of a loop is traced outside of the transformations, where `taken` has no meaning.
+        (traces, depth), (first_traces, first_depth) = _place(), self.place
+        if traces != first_traces or depth < first_depth:
+            return x
         if not is_smooth(x) or x in self.made:
             return x
         if id(x) not in self.limited:

@@ -4,7 +4,7 @@ How a `while_loop` runs depends on where it is called:
 
 - eagerly: as a Python loop, also under `torch.func` transformations;
 - inside `jit`: as torch's `while_loop` operator (`_while_traced.py`);
-- inside `torch.compile`: as torch's operator.
+- inside `torch.compile`: as torch's operator, which has no rule for `vmap`.
 """
 
 from __future__ import annotations
