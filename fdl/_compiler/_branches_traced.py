@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.func import jvp, vjp, vmap
@@ -171,20 +171,29 @@ def _under_vmap(
     if all(axis is None for axis in axes):
         with interpreter.lower():
             return run_cond(branches, values)
+
+    def batched(branch: Branch) -> Branch:
+        run = vmap(lambda *z: tuple(branch(*z)), cast(Any, axes[1:]))
+        return lambda *z: list(run(*z))
+
     with interpreter.lower():
-        yes, no = (
-            lambda *z, branch=branch: list(vmap(lambda *y: tuple(branch(*y)), axes[1:])(*z))
-            for branch in branches
-        )
-        results = run_cond((yes, no), values)
+        results = run_cond((batched(branches[0]), batched(branches[1])), values)
     return [functorch._add_batch_dim(x, 0, level) for x in results]
+
+
+def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a value and its tangent at the innermost level."""
+    if not is_smooth(x):
+        return x, None
+    dual = forward_ad.unpack_dual(x)
+    return dual.primal, dual.tangent
 
 
 def _under_jvp(
     branches: tuple[Branch, Branch], operands: list[Tensor], interpreter: Any
 ) -> list[Tensor]:
     level = interpreter.level()
-    pairs = [forward_ad.unpack_dual(x) if is_smooth(x) else (x, None) for x in operands]
+    pairs = [unpack(x) for x in operands]
     values = [functorch._unwrap_for_grad(value, level) for value, _ in pairs]
     slopes = {
         i: functorch._unwrap_for_grad(slope, level)

@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from fdl._compiler._branches_traced import close, pure_graph
+from fdl._compiler._branches_traced import close, pure_graph, unpack
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import WHILE, is_smooth
 from fdl._compiler._loops import OPERATORS, replaced, run_graph
@@ -126,7 +126,7 @@ def _under_vmap(loop: While, operands: list[Tensor], interpreter: Any) -> list[T
 
 def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
     level, n = interpreter.level(), loop.carry
-    pairs = [forward_ad.unpack_dual(x) if is_smooth(x) else (x, None) for x in operands]
+    pairs = [unpack(x) for x in operands]
     values = [functorch._unwrap_for_grad(value, level) for value, _ in pairs]
     slopes = [
         None if slope is None else functorch._unwrap_for_grad(slope, level) for _, slope in pairs
@@ -137,8 +137,8 @@ def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Te
         carried = [i for i in range(n) if is_smooth(values[i])]
         fixed = [i for i in range(n, len(values)) if slopes[i] is not None]
         directions = [
-            torch.zeros_like(values[i]) if slopes[i] is None else slopes[i]
-            for i in [*carried, *fixed]
+            torch.zeros_like(values[i]) if slope is None else slope
+            for i, slope in ((i, slopes[i]) for i in [*carried, *fixed])
         ]
         k = n + len(carried)
 
