@@ -8,12 +8,12 @@ then a `cond` with other branches, and the innermost one is handled first, as fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from fdl import _modes, tree
 from fdl._compiler._closed_body import close_body
 from fdl._compiler._graph import COND, is_smooth, results_of
-from fdl._compiler._loops import OPERATORS, replaced, run_graph
+from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._signature import flatten, unflatten
@@ -118,20 +118,6 @@ def close(
     del fakes
     leaks.check(f, graph, name, made_before)
     return Closed(graph, closed_over)
-
-
-def run_cond(branches: tuple[Branch, Branch], operands: Sequence[Tensor]) -> list[Tensor]:
-    """Run a `cond` under the active transformations, innermost first.
-
-    Args:
-        branches: functions of all operands but the first.
-        operands: the predicate, and the operands of the branches.
-    """
-    operands = [functorch.unwrap_if_dead(x) for x in operands]
-    if functorch.peek_interpreter_stack() is None:
-        return _write(branches, operands)
-    interpreter = retrieve_current_functorch_interpreter()
-    return RULES[interpreter.key()](branches, operands, interpreter)
 
 
 def _write(branches: tuple[Branch, Branch], operands: list[Tensor]) -> list[Tensor]:
@@ -291,6 +277,10 @@ RULES = {
     functorch.TransformType.Grad: _under_grad,
     functorch.TransformType.Jvp: _under_jvp,
 }
+
+
+# Runs it under the active transformations, given the branches and all operands.
+run_cond = partial(innermost_first, RULES, _write)
 
 
 def _rerun(pred: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> list[Tensor]:

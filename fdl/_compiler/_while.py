@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._higher_order_ops.while_loop import while_loop as while_loop_for_dynamo
 
 from fdl import tree
 from fdl._compiler._branches import check_integer, is_batched
@@ -150,8 +151,6 @@ def _check_forward(carry: Tree) -> None:
 def _as_operator(
     condition: Callable[[Tree], Tensor], body: Callable[[Tree], Tree], carry: Tree
 ) -> Tree:
-    from torch._higher_order_ops.while_loop import while_loop as while_loop_for_dynamo
-
     leaves, spec = pytree.tree_flatten(carry)
 
     def flat_condition(*leaves: Tensor) -> Tensor:

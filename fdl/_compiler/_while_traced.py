@@ -7,19 +7,19 @@ handled first, as for a scan (`_scan_transformed.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from fdl._compiler._branches_traced import close, pure_graph, unpack
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import WHILE, is_smooth
-from fdl._compiler._loops import OPERATORS, replaced, run_graph
+from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import copy_aliases, current_trace
@@ -71,15 +71,6 @@ def while_traced(
     m = n + len(first.closed_over)
     loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
     return unflatten(run_while(loop, [*leaves, *first.closed_over, *second.closed_over]), spec)
-
-
-def run_while(loop: While, operands: Sequence[Tensor]) -> list[Tensor]:
-    """Run a loop under the active transformations, innermost first."""
-    operands = [functorch.unwrap_if_dead(x) for x in operands]
-    if functorch.peek_interpreter_stack() is None:
-        return _write(loop, operands)
-    interpreter = retrieve_current_functorch_interpreter()
-    return RULES[interpreter.key()](loop, operands, interpreter)
 
 
 def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
@@ -184,6 +175,10 @@ RULES = {
     functorch.TransformType.Grad: _under_grad,
     functorch.TransformType.Jvp: _under_jvp,
 }
+
+
+# Runs it under the active transformations, given the loop and all operands.
+run_while = partial(innermost_first, RULES, _write)
 
 
 def _rerun(
