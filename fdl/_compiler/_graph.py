@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -82,6 +83,15 @@ def with_inputs_returned(module: GraphModule, n: int) -> GraphModule:
     inputs = nodes_of(graph, "placeholder")[:n]
     graph.output([*(copies[node] for node in results_of(module.graph)), *inputs])
     return GraphModule(module, graph)
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """Copy a graph and the bodies of its loops; the fake tensors in them are shared."""
+    copy = GraphModule(module, deepcopy(module.graph))
+    for name, child in module.named_children():
+        if isinstance(child, GraphModule):
+            setattr(copy, name, copy_graph(child))
+    return copy
 
 
 def is_mutable(node: Node) -> bool:

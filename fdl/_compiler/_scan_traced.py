@@ -175,9 +175,12 @@ def _unroll_factor(body: GraphModule, length: int) -> int:
     A step of linear regression on ten examples takes less time than the loop around it, which
     handles a dozen tensors per turn; unrolled, ten steps are one kernel.
     """
-    calls = nodes_of(body.graph, "call_function")
-    small = len(calls) <= 200 and all(_is_small(node) for node in calls)
-    return max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0) if small else 1
+    calls, trace = nodes_of(body.graph, "call_function"), current_trace()
+    if not trace.unroll or len(calls) > 200 or not all(_is_small(node) for node in calls):
+        return 1
+    factor = max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0)
+    trace.unrolled |= factor > 1
+    return factor
 
 
 def _is_small(node: Node) -> bool:

@@ -59,6 +59,8 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.unroll = True  # several steps of a tiny loop body at each turn
+        self.unrolled = False  # a loop was
 
     def fake(self, leaf: Tensor) -> FakeTensor:
         if isinstance(leaf, FakeTensor):
@@ -90,6 +92,7 @@ class Traced(NamedTuple):
     constants: list[Tensor]  # closed-over tensors, read at each call
     results: list[FakeTensor]
     spec: Hashable  # of the result
+    unrolled: bool  # a loop runs several steps at each turn
 
 
 def current_trace() -> Tracing:
@@ -102,10 +105,13 @@ def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [current_trace().fake(leaf) for leaf in leaves]
 
 
-def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
+def trace(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable, unroll: bool = True
+) -> Traced:
     """Trace `fn` for arguments with the structure `spec` and the signature of `leaves`.
 
-    No result shares memory with an argument, a constant or another result.
+    No result shares memory with an argument, a constant or another result. Without `unroll`, a
+    loop runs one step at each turn, however small its body.
 
     Raises:
         TypeError: the result holds a leaf that is not a tensor.
@@ -116,6 +122,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
     tracing = Tracing(mode)
+    tracing.unroll = unroll
 
     def flat(*fakes: Tensor) -> list[Tensor]:
         args, kwargs = unflatten(list(fakes), spec)
@@ -148,7 +155,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
-    return Traced(graph, mode, closed_over, results, specs[0])
+    return Traced(graph, mode, closed_over, results, specs[0], tracing.unrolled)
 
 
 def trace_flat(

@@ -320,7 +320,7 @@ def test_the_next_slower_way_is_taken_and_reported(
     assert graphs.count() == 0
     (report,) = jitted.report()
     assert report.route == route
-    assert [str(w.message).endswith(f) for w, f in zip(caught, report.fallbacks, strict=True)]
+    assert all(str(w.message).endswith(f) for w, f in zip(caught, report.fallbacks, strict=True))
 
 
 @pytest.mark.parametrize("why", REFUSALS)
