@@ -21,8 +21,9 @@ from fdl._compiler import _inductor
 from fdl._compiler._graph import LOOP, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
 from fdl._compiler._interpreter import Loop, Run, loop_in_python
-from fdl._compiler._refusals import refused_operation
+from fdl._compiler._refusals import refused_operations
 from fdl._compiler._trace import Traced
+from fdl.tree._summary import shape_dtype
 
 MAX_FAILURES = 20  # what still fails then runs operation by operation
 
@@ -40,6 +41,10 @@ class _Step(NamedTuple):
 
 class NothingCompiles(RuntimeError):
     """No piece of a program compiles."""
+
+
+class AnotherShape(RuntimeError):
+    """An operation returned another shape or dtype than its fake implementation says."""
 
 
 class _Pieces:
@@ -78,8 +83,8 @@ class _Pieces:
         self, module: GraphModule, units: list[Unit], error: Exception, loop: Loop
     ) -> list[_Step]:
         """Cut operations that failed with `error` in pieces."""
-        operation = refused_operation(error)
-        refused = [_mentions(module, unit[0], operation) for unit in units]
+        operations = refused_operations(error)
+        refused = [_mentions(module, unit[0], operations) for unit in units]
         if len(units) == 1 or self.failures > MAX_FAILURES:
             return [self._one_by_one(module, unit, error, loop) for unit in units]
         if any(refused):
@@ -102,13 +107,13 @@ class _Pieces:
         if unit[0].target is LOOP:
             name = cast(str, cast(Any, unit[0].args[0]).target)
             body = cast(GraphModule, module.get_submodule(name))
-            named = _mentions(module, unit[0], refused_operation(error))
+            named = _mentions(module, unit[0], refused_operations(error))
             bodies[name] = self.compile(body, error if named else None, loop_in_python)
         name = "a loop, which runs in Python" if bodies else str(unit[0].target)
         if name not in self.refused:
             self.refused.append(name)
-        run = Run(graph, bodies, loop)
-        return _Step(lambda values: cast(list[Tensor], run.run(*values)), inputs, outputs, [])
+        run = _checked(Run(graph, bodies, loop), name, [node.meta["val"] for node in outputs])
+        return _Step(run, inputs, outputs, [])
 
 
 def compile_pieces(
@@ -147,17 +152,17 @@ def _units(module: GraphModule) -> list[Unit]:
     return [unit for node, unit in units.items() if unit[0] is node]
 
 
-def _mentions(module: GraphModule, node: Node, operation: str) -> bool:
-    """Check whether a node, or the body of a loop, calls an operation."""
-    if not operation:
+def _mentions(module: GraphModule, node: Node, operations: Sequence[str]) -> bool:
+    """Check whether a node, or the body of a loop, calls one of some operations."""
+    if not operations:
         return False
     bodies = [
         cast(GraphModule, module.get_submodule(cast(str, z.target)))
         for z in node.all_input_nodes
         if z.op == "get_attr"
     ]
-    return str(node.target) == operation or any(
-        _mentions(body, inner, operation)
+    return str(node.target) in operations or any(
+        _mentions(body, inner, operations)
         for body in bodies
         for inner in nodes_of(body.graph, "call_function")
     )
@@ -200,6 +205,21 @@ def _with_strides(run: Compiled, fakes: Sequence[Tensor]) -> Compiled:
     def call(inputs: list[Tensor]) -> list[Tensor]:
         pairs = zip(inputs, fakes, strict=True)
         return run([x if x.stride() == fake.stride() else _like(x, fake) for x, fake in pairs])
+
+    return call
+
+
+def _checked(run: Run, name: str, fakes: Sequence[Tensor]) -> Compiled:
+    """Check the results of an operation that runs by itself: compiled pieces rely on them."""
+
+    def call(inputs: list[Tensor]) -> list[Tensor]:
+        outputs = cast(list[Tensor], run.run(*inputs))
+        for x, fake in zip(outputs, fakes, strict=True):
+            if x.shape != fake.shape or x.dtype != fake.dtype:
+                raise AnotherShape(
+                    f"{name} returned {shape_dtype(x)}, but {shape_dtype(fake)} when it was traced"
+                )
+        return outputs
 
     return call
 

@@ -35,17 +35,27 @@ def first_line(error: BaseException) -> str:
     while (inner := getattr(error, "inner_exception", None)) is not None:
         error = inner
     line = (str(error).strip().splitlines() or [""])[0]
-    operation = refused_operation(error)
-    if not operation:
+    operations = refused_operations(error)
+    if not operations:
         return f"{type(error).__name__}: {line}"
     # The text of a LoweringException starts with the type of its cause, which may be another one.
-    return f"{re.sub(r'^(LoweringException: )+', '', line)}, in {operation}"
+    return f"{re.sub(r'^(LoweringException: )+', '', line)}, in {operations[0]}"
 
 
-def refused_operation(error: BaseException) -> str:
-    """Return the name of the operation that could not be lowered, or '' if it is unknown."""
+class Refusal(RuntimeError):
+    """Names operations that must not be compiled."""
+
+    def __init__(self, operations: Sequence[str]) -> None:
+        super().__init__(f"refused: {', '.join(operations)}")
+        self.operations = tuple(operations)
+
+
+def refused_operations(error: BaseException) -> tuple[str, ...]:
+    """Return the names of the operations that could not be lowered, as far as they are known."""
+    if isinstance(error, Refusal):
+        return error.operations
     target = TARGET.search(str(error))
-    return target[1] if target else ""
+    return (target[1],) if target else ()
 
 
 def write_log(

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import UnsupportedOperatorException
+from torch._ops import OpOverload
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
-from fdl._compiler._pieces import compile_pieces
-from fdl._compiler._refusals import first_line, write_log
+from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
+from fdl._compiler._refusals import Refusal, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import Traced, copy_aliases, trace
+from fdl._compiler._unknown_ops import CannotTrace, trace_unknown
 from fdl.tree import Tree
 
 aten = torch.ops.aten
-NO_FAKE = "no fake impl registered"  # torch's error for a custom_op without register_fake
 EAGER = "it runs eagerly"
 
 Attempt = tuple[str, Exception]  # what was tried, and the error
@@ -78,28 +78,61 @@ def build(
     """Compile `fn` for arguments with the structure `spec` and the signature of `leaves`."""
     settings = current_settings()
     eager = Program(_eagerly(fn, spec))
-    try:
-        traced = trace(fn, leaves, spec)
-    except Exception as error:
-        if not (isinstance(error, UnsupportedOperatorException) or NO_FAKE in str(error)):
-            raise
-        route.name = "eager"
-        route.fall_back(EAGER, f"an operation cannot be traced ({first_line(error)})")
-        return eager
 
     def without_unrolling() -> Traced:
         with use_settings(settings):
             return trace(fn, leaves, spec, False)
 
-    aliases = match_buffers(leaves, donated, traced.results)
-    with nullcontext() if is_plain(settings) else as_written():
-        if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
+    with ExitStack() as stack:
+        try:
+            traced, unknown = trace_unknown(fn, leaves, spec, stack)
+        except CannotTrace as error:
+            route.name = "eager"
+            route.fall_back(EAGER, f"{error}; register one with torch.library.register_fake")
+            return eager
+        eager = eager._replace(constants=traced.constants)
+        aliases = match_buffers(leaves, donated, traced.results)
+        if not is_plain(settings):
+            stack.enter_context(as_written())
+        if unknown:
+            program = _around_unknown(traced, unknown, eager, route)
+        elif any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
             program = _for_cuda(traced, leaves, aliases, route)
         else:
             program = _for_cpu(traced, without_unrolling, eager, aliases, route)
     if is_plain(settings) or route.name == "eager":
         return program
     return program._replace(run=as_written()(program.run))  # the graph contains the casts
+
+
+def _around_unknown(
+    traced: Traced, operations: list[OpOverload], eager: Program, route: Route
+) -> Program:
+    """Compile in pieces around operations that have been traced without a fake implementation.
+
+    They run by themselves, so that a result of another shape than on zeros is noticed.
+    """
+    names = ", ".join(str(op) for op in operations)
+    reason = f"no fake implementation of {names} is registered (torch.library.register_fake)"
+    try:
+        compiled, refused = compile_pieces(traced, Refusal([str(op) for op in operations]))
+    except NothingCompiles:
+        route.name = "eager"
+        route.fall_back(EAGER, reason)
+        return eager
+    route.name = "compiled pieces"
+    route.fall_back(_around(refused), reason)
+
+    def run(leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
+        if route.name != "eager":
+            try:
+                return _run(compiled, traced, leaves, constants)
+            except AnotherShape as error:
+                route.name = "eager"
+                route.fall_back(EAGER, str(error))
+        return eager.run(leaves, constants)
+
+    return Program(run, traced.constants)
 
 
 def _for_cpu(
@@ -110,7 +143,6 @@ def _for_cpu(
     route: Route,
 ) -> Program:
     """Compile everything as one program, or else as much as can be compiled."""
-    eager = eager._replace(constants=traced.constants)
     missing = _inductor.missing_compiler()
     if missing:
         route.name = "eager"
