@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ def lower(
         from torch._inductor.virtualized import V
 
     register()
+    _silence_log()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
     rewrite(graph, on_cpu)
@@ -60,6 +62,18 @@ def lower(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
     return _with_index_errors(cast(Compiled, compiled))
+
+
+@cache
+def _silence_log() -> None:
+    """Drop messages in torch's log about which a user can do nothing."""
+    dropped = ("No CUDA runtime is found", "is missing a c-shim implementation")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in dropped)
+
+    for name in ("torch.utils.cpp_extension", "torch._inductor.ir"):
+        logging.getLogger(name).addFilter(keep)
 
 
 def _with_index_errors(compiled: Compiled) -> Compiled:

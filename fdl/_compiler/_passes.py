@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fdl._compiler._complex_loops import make_loops_real
 from fdl._compiler._graph import LOOP, nodes_of
 from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._compiler._lowerings import has_onednn
@@ -40,6 +41,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
         if node.target is LOOP:
             body = module.get_submodule(cast(Any, node.args[0]).target)
             hoist_checks(node, cast(GraphModule, body).graph)
+    make_loops_real(module)
     for node in nodes_of(module.graph, "call_function"):
         rule = RULES.get(node.target)
         if rule is not None and (on_cpu or rule in EVERYWHERE):

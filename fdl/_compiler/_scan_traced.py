@@ -186,7 +186,9 @@ def _unroll_factor(body: GraphModule, length: int) -> int:
 def _is_small(node: Node) -> bool:
     """Check whether an operation fuses with its neighbours and takes about a microsecond."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.numel() > 4096 or node.target is LOOP:
+    if not isinstance(value, Tensor) or value.is_complex() or value.numel() > 4096:
+        return False
+    if node.target is LOOP:
         return False
     factors = [arg.meta["val"] for arg in node.args if isinstance(arg, Node)]
     return node.target not in CALLED or factors[-1].numel() * value.numel() <= 4096

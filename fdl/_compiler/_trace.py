@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -80,6 +81,7 @@ class Tracing(TorchDispatchMode):
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
             args = check_indices(func, args) if self.decompose else args
         result = func(*args, **kwargs)
+        check_dtypes(func, args, kwargs, result)
         self.leaks.note(result, func)
         return result
 
