@@ -58,7 +58,7 @@ class _Pieces:
     def compile(self, module: GraphModule, error: Exception | None, loop: Loop) -> Compiled:
         """Compile a graph, which may have failed with `error` before."""
         units = _units(module)
-        if error is None:
+        if error is None or self.failures > MAX_FAILURES:
             pieces = self._piece(module, units, loop)
         else:
             self.failures += 1
@@ -69,6 +69,8 @@ class _Pieces:
         """Compile some operations as one piece, or else as several."""
         if not units:
             return []
+        if self.failures > MAX_FAILURES:
+            return [self._one_by_one(module, unit, None, loop) for unit in units]
         graph, inputs, outputs = _extract(module, list(chain.from_iterable(units)))
         fakes = [node.meta["val"] for node in inputs]
         try:
@@ -85,7 +87,7 @@ class _Pieces:
         """Cut operations that failed with `error` in pieces."""
         operations = refused_operations(error)
         refused = [_mentions(module, unit[0], operations) for unit in units]
-        if len(units) == 1 or self.failures > MAX_FAILURES:
+        if len(units) == 1:
             return [self._one_by_one(module, unit, error, loop) for unit in units]
         if any(refused):
             steps: list[_Step] = []
@@ -100,14 +102,16 @@ class _Pieces:
         halves = units[:middle], units[middle:]
         return [step for half in halves for step in self._piece(module, half, loop)]
 
-    def _one_by_one(self, module: GraphModule, unit: Unit, error: Exception, loop: Loop) -> _Step:
+    def _one_by_one(
+        self, module: GraphModule, unit: Unit, error: Exception | None, loop: Loop
+    ) -> _Step:
         """Run an operation by itself, or a loop in Python over its compiled body."""
         graph, inputs, outputs = _extract(module, unit)
         bodies: dict[str, Compiled] = {}
         if unit[0].target is LOOP:
             name = cast(str, cast(Any, unit[0].args[0]).target)
             body = cast(GraphModule, module.get_submodule(name))
-            named = _mentions(module, unit[0], refused_operations(error))
+            named = error is not None and _mentions(module, unit[0], refused_operations(error))
             bodies[name] = self.compile(body, error if named else None, loop_in_python)
         name = "a loop, which runs in Python" if bodies else str(unit[0].target)
         if name not in self.refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 import re
 import subprocess
@@ -42,6 +43,17 @@ def first_line(error: BaseException) -> str:
     return f"{re.sub(r'^(LoweringException: )+', '', line)}, in {operations[0]}"
 
 
+def describe(fn: Callable[..., Any]) -> str:
+    """Return the name of a function and where it is defined.
+
+    >>> describe(torch.sin)
+    'sin'
+    """
+    name = getattr(fn, "__qualname__", None) or repr(fn)
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name
+
+
 class Refusal(RuntimeError):
     """Names operations that must not be compiled."""
 
@@ -78,7 +90,7 @@ def write_log(
         "the operations, shapes and dtypes of the function, and no values of its arguments.",
         f"fdl {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.platform()}\n{_cpp_compiler()}",
-        f"function: {fn!r}",
+        f"function: {describe(fn)}",
         *(
             f"---- {attempt} ----\n{''.join(traceback.format_exception(error))}"
             for attempt, error in attempts

@@ -18,7 +18,7 @@ from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
-from fdl._compiler._refusals import Refusal, first_line, write_log
+from fdl._compiler._refusals import Refusal, describe, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import Traced, copy_aliases, trace
@@ -49,9 +49,9 @@ class Route:
         if log:
             message += f" (full log: {log})"
         if self.strict:
-            raise Refused(f"jit(strict=True): {self.fn!r}: {message}")
+            raise Refused(f"jit(strict=True): {describe(self.fn)}: {message}")
         self.fallbacks.append(message)
-        warnings.warn(f"jit: {self.fn!r}: {message}", stacklevel=2)
+        warnings.warn(f"jit: {describe(self.fn)}: {message}", stacklevel=2)
 
     def compiler_failed(self, instead: str, traced: Traced, attempts: list[Attempt]) -> None:
         """Fall back because torch's compiler failed; write a log of all attempts."""

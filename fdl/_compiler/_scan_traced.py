@@ -81,8 +81,8 @@ def flat_body(f: Callable[..., Any], init: Tree, xs: Tree) -> FlatBody:
 def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
     flat = flat_body(f, init, xs)
     # If the carry has one memory layout throughout, a view in the body is a view at every step.
-    init_leaves = [leaf.contiguous() for leaf in to_fake(flat.init)]
-    xs_leaves = to_fake(flat.xs)
+    init_leaves = [_resolve_sign(leaf).contiguous() for leaf in to_fake(flat.init)]
+    xs_leaves = [_resolve_sign(leaf) for leaf in to_fake(flat.xs)]
     leaks = current_trace().leaks
     made_before = len(leaks.made)
     with disable_proxy_modes_tracing():
@@ -126,7 +126,9 @@ def _choose_operands(body: _Body, length: int) -> _Operands:
         carried=[contiguous_copy(body.init[i]) for i in changed] or [filler[0].clone()],
         walked=[body.xs[i] for i in used] or [filler],
         # The operator refuses constants that share memory.
-        constants=copy_aliases([*body.closed_over, *(body.init[i] for i in unchanged)], []),
+        constants=copy_aliases(
+            [*map(_resolve_sign, body.closed_over), *(body.init[i] for i in unchanged)], []
+        ),
         filler=filler,
     )
 
@@ -167,6 +169,11 @@ def _write_loop(
     outputs = LOOP(turn, carried, walked, tuple(constants))
     ys = outputs[len(carried) :]
     return outputs[: len(changed)], ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
+
+
+def _resolve_sign(leaf: Tensor) -> Tensor:
+    """Compute a lazy conjugate or negative, which the operator has no rule for."""
+    return leaf.resolve_conj().resolve_neg()
 
 
 def _unroll_factor(body: GraphModule, length: int) -> int:

@@ -79,9 +79,11 @@ class Tracing(TorchDispatchMode):
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            args = check_indices(func, args) if self.decompose else args
-        result = func(*args, **kwargs)
-        check_dtypes(func, args, kwargs, result)
+            checked = check_indices(func, args) if self.decompose else args
+            result = func(*checked, **kwargs)
+            check_dtypes(func, args, kwargs, result)
+        else:
+            result = func(*args, **kwargs)
         self.leaks.note(result, func)
         return result
 

@@ -18,6 +18,7 @@ TESTED_IN = {
     "_compiler/_indices.py": "compiler/test_passes.py",
     "_compiler/_inductor.py": "compiler/test_routes.py",
     "_compiler/_interpreter.py": "compiler/test_routes.py",
+    "_compiler/_refusals.py": "compiler/test_pieces.py",
     "_compiler/_lowerings.py": "compiler/test_passes.py",
     "_compiler/_scan_dynamo.py": "compiler/test_scan.py",
     "_compiler/_scan_eager.py": "compiler/test_scan.py",
