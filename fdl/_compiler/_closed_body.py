@@ -7,31 +7,29 @@ over becomes an argument. To find those, every operation of the body is intercep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, has_proxy_slot
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fdl import _modes
-from fdl._compiler._closure import closed_over_tensors
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._custom_functions import recording
+from fdl._compiler._graph import is_smooth
+from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
-from fdl._compiler._trace import current_trace, trace_flat
-
-
-class CannotClose(Exception):
-    """A tensor that the body closes over cannot be told from one that it makes."""
+from fdl._compiler._trace import current_trace, plain, trace_flat
 
 
 class ClosedBody(NamedTuple):
@@ -49,25 +47,24 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
     Args:
         f: the body, for error messages.
         flat: the same as a function of leaves.
-
-    Raises:
-        CannotClose: see there.
     """
     leaks = current_trace().leaks
     made_before = len(leaks.made)
     with _outside_transforms():
         fakes = [*(plain(leaf) for leaf in flat.init), *(plain(leaf, 1) for leaf in flat.xs)]
         leaks.note(fakes)
-        with Substitutes(f) as substitutes:
-            graph, closed_over = trace_flat(
-                lambda *leaves: [substitutes.replace(leaf) for leaf in flat.fn(*leaves)],
-                fakes,
-                flat.names,
-            )
-    originals = substitutes.originals
-    del fakes, substitutes
+        originals: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def fn(*leaves: Tensor) -> list[Tensor]:
+            with Substitutes(originals) as substitutes:
+                return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
+
+        graph, closed_over = trace_flat(fn, fakes, flat.names)
+    del fakes
     leaks.check(f, graph, "scan: the body", made_before)
-    closed_over = [originals.get(id(leaf), leaf) for leaf in closed_over]
+    closed_over = [
+        current_trace().substitute(originals.get(id(leaf), (leaf, leaf))[1]) for leaf in closed_over
+    ]
     return ClosedBody(graph, flat.init, flat.xs, closed_over)
 
 
@@ -82,13 +79,6 @@ def closed_graph(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) ->
     return graph
 
 
-def plain(leaf: Tensor, axes: int = 0) -> Tensor:
-    """Make a fake tensor like one that may be wrapped, without its first `axes` axes."""
-    shape = leaf.shape[axes:]
-    with disable_proxy_modes_tracing(), _disable_current_modes(), current_trace().mode:
-        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
-
-
 @contextmanager
 def _outside_transforms() -> Iterator[None]:
     """Leave all transformations, and record operations that the transformations know."""
@@ -99,6 +89,7 @@ def _outside_transforms() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(disable_proxy_modes_tracing())
             stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(_hooks())
             if _modes.avoid_fused_kernels():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
@@ -107,60 +98,98 @@ def _outside_transforms() -> Iterator[None]:
         tracing.decompose = decompose
 
 
-class Substitutes(TorchFunctionMode):
-    """Replaces each wrapped tensor from outside of a body by a plain one."""
+def _detach(x: Tensor) -> Tensor:
+    return x.detach() if is_smooth(x) else x
 
-    def __init__(self, f: Callable[..., Any]) -> None:
+
+class Substitutes(TorchFunctionMode):
+    """Replaces each wrapped tensor from outside of a body by a plain one.
+
+    Inside a transformation in the body, plain tensors from outside are replaced, too: then a
+    wrapped tensor is made by the body if the plain one in it is known.
+    """
+
+    def __init__(self, originals: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Record substitutes in `originals`, with what they replace, by their ids."""
         super().__init__()
-        self.f = f
-        self.tracing = current_trace()
-        self.since = len(self.tracing.tracers)
-        self.originals: dict[int, Tensor] = {}  # by the id of the plain tensor
+        self.originals, self.tracing = originals, current_trace()
+        self.has_grad = torch.is_grad_enabled()
+        self.depth = len(self.tracing.substitutes)
+        self.first_tracer = len(self.tracing.tracers) - 1  # that of the body
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, kept alive
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self.replace, (args, kwargs or {}))
+    def __enter__(self) -> Self:
+        self.tracing.substitutes.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.tracing.substitutes.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            func = Tensor.detach  # which is an operation
+        replace = partial(self.replace, inside=_modes.in_transform())
+        args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
+        if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
+            in_place = getattr(func, "__name__", "").endswith("_")
+            args = (*args[:in_place], *pytree.tree_map_only(Tensor, _detach, args[in_place:]))
         return func(*args, **kwargs)
 
-    def replace(self, x: Tensor) -> Tensor:
+    def replace(self, x: Tensor, inside: bool = False) -> Tensor:
         """Return the plain tensor that stands for `x`, or `x` if it was made in the body."""
-        if not functorch.is_functorch_wrapped_tensor(x):
+        if not (inside or functorch.is_functorch_wrapped_tensor(x)):
             return x
         if id(x) not in self.replaced:
-            layers = [x]
-            while functorch.is_functorch_wrapped_tensor(layers[-1]):
-                layers.append(functorch.get_unwrapped(layers[-1]))
-            if self._is_inside(layers[-1]):
+            if self._is_known(innermost(x)):
                 return x
-            self.replaced[id(x)] = x, self._rebuild(layers)
+            new = plain(x)
+            self.originals[id(new)] = new, x
+            self.replaced[id(x)] = x, new
         return self.replaced[id(x)][1]
 
-    def _rebuild(self, layers: list[Tensor]) -> Tensor:
-        """Replace the tensor from outside, and wrap it as the body did."""
-        first = 0  # outside of a transformation in the body, nothing is wrapped by the body
-        if functorch.peek_interpreter_stack() is not None:
-            first = next((i for i, x in enumerate(layers) if id(x) in self._outside), -1)
-            if first < 0:
-                raise CannotClose
-        if first == len(layers) - 1:  # plain already
-            return layers[0]
-        new = plain(layers[first])
-        self.originals[id(new)] = layers[first]
-        self.replaced[id(layers[first])] = layers[first], new
-        for layer in reversed(layers[:first]):
-            level = functorch.maybe_get_level(layer)
-            if functorch.is_batchedtensor(layer):
-                new = functorch._add_batch_dim(new, functorch.maybe_get_bdim(layer), level)
-            else:
-                new = functorch._wrap_for_grad(new, level)
-        return new
+    def _is_known(self, x: Tensor) -> bool:
+        """Check that a plain tensor was made in this body, or in one within it."""
+        bodies = self.tracing.substitutes[self.depth :]
+        return any(id(x) in body.originals for body in bodies) or any(
+            has_proxy_slot(x, tracer) for tracer in self.tracing.tracers[self.first_tracer :]
+        )
 
-    @cached_property
-    def _outside(self) -> set[int]:
-        return {id(tensor) for _, tensor in closed_over_tensors(self.f)}
 
-    def _is_inside(self, x: Tensor) -> bool:
-        tracers = self.tracing.tracers[self.since :]
-        return id(x) in self.originals or any(has_proxy_slot(x, tracer) for tracer in tracers)
+def _replacing(wrap: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let one of torch's functions that wrap tensors replace them first."""
+
+    def wrapper(x: Tensor, *rest: Any) -> Tensor:
+        tracing = _modes.tracing.get()
+        return wrap(x if tracing is None else tracing.substitute(x, inside=True), *rest)
+
+    return wrapper
+
+
+# What no mode sees: (owner, name, what makes a replacement), and what was there before.
+HOOKS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+    (eager_transforms, "_wrap_for_grad", _replacing),  # the arguments of grad, jvp, …
+    (torch._functorch.vmap, "_add_batch_dim", _replacing),
+    (torch.autograd.Function, "apply", recording),
+)
+_ORIGINALS = [vars(owner)[name] for owner, name, _ in HOOKS]
+_lock, _users = Lock(), 0
+
+
+@contextmanager
+def _hooks() -> Iterator[None]:
+    """Replace functions of torch while a body is traced; outside of the body nothing changes."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            for (owner, name, replacement), original in zip(HOOKS, _ORIGINALS, strict=True):
+                setattr(owner, name, replacement(original))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for (owner, name, _), original in zip(HOOKS, _ORIGINALS, strict=True):
+                    setattr(owner, name, original)

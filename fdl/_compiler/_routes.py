@@ -200,7 +200,7 @@ def _rungs(
         instead = "its kernels are called from Python"
         yield _Rung(one, instead, lambda: (whole(traced, False), instead))
     rolled = traced
-    if traced.unrolled:
+    if traced.several_steps:
         rolled, loops = without_unrolling(), "no loop is unrolled"
         yield _Rung(one, loops, lambda: (whole(rolled), loops))
     if _interpreter.longest_loop(traced):

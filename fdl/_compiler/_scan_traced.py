@@ -75,7 +75,15 @@ def flat_body(f: Callable[..., Any], init: Tree, xs: Tree) -> FlatBody:
         return [*flatten(check_carry(init, new))[0], *ys]
 
     names = ["the carry of a scan"] * n + ["the row of xs in a scan"] * len(xs_leaves)
-    return FlatBody(fn, init_leaves, xs_leaves, carry_spec, y_specs, names)
+    substitute = current_trace().substitute
+    return FlatBody(
+        fn,
+        [substitute(leaf) for leaf in init_leaves],
+        [substitute(leaf) for leaf in xs_leaves],
+        carry_spec,
+        y_specs,
+        names,
+    )
 
 
 def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
@@ -186,7 +194,7 @@ def _unroll_factor(body: GraphModule, length: int) -> int:
     if not trace.unroll or len(calls) > 200 or not all(_is_small(node) for node in calls):
         return 1
     factor = max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0)
-    trace.unrolled |= factor > 1
+    trace.several_steps |= factor > 1
     return factor
 
 
