@@ -40,12 +40,15 @@ class Report(NamedTuple):
         why: why the program was compiled: the first call, or what was new about the arguments,
             torch's settings or the closed-over tensors.
         route: how it runs: `"one program"` or `"CUDA graph"`, or a slower way: `"compiled loop
-            bodies"`, `"CUDA graphs of loops"`, `"compiled"` (without a graph), `"eager"`.
+            bodies"`, `"compiled pieces"`, `"CUDA graphs of loops"`, `"compiled"` (without a graph),
+            `"eager"`.
         seconds: time to trace, compile and run it the first time.
-        kernels: kernels that Inductor generated; those of a loop body count once.
+        kernels: kernels that Inductor generated, also in attempts that failed; those of a loop body
+            count once.
         graphs: CUDA graphs; 0 on the CPU.
         memory: bytes that the CUDA graphs keep between calls.
-        fallbacks: why it does not run in a faster way; empty if it runs in the fastest.
+        fallbacks: why it does not run in a faster way, with the path of a log if torch's compiler
+            failed; empty if it runs in the fastest.
         closed_over: names of the tensors that it reads besides its arguments.
 
     >>> fn = jit(lambda x: x + 1)

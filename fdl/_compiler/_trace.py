@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -60,6 +61,8 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.unroll = True  # several steps of a tiny loop body at each turn
+        self.several_steps = False  # a loop was unrolled like that
         self.unrolled: list[tuple[int, str]] = []  # see Traced
         self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
@@ -89,8 +92,11 @@ class Tracing(TorchDispatchMode):
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            args = check_indices(func, args) if self.decompose else args
-        result = func(*args, **kwargs)
+            checked = check_indices(func, args) if self.decompose else args
+            result = func(*checked, **kwargs)
+            check_dtypes(func, args, kwargs, result)
+        else:
+            result = func(*args, **kwargs)
         self.leaks.note(result, func)
         return result
 
@@ -104,6 +110,7 @@ class Traced(NamedTuple):
     results: list[FakeTensor]
     spec: Hashable  # of the result
     unrolled: list[tuple[int, str]]  # steps of a scan that is not a loop, and why
+    several_steps: bool  # a loop runs several steps at each turn
 
 
 def current_trace() -> Tracing:
@@ -133,10 +140,13 @@ def plain(leaf: Tensor, axes: int = 0) -> Tensor:
         return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
 
-def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
+def trace(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable, unroll: bool = True
+) -> Traced:
     """Trace `fn` for arguments with the structure `spec` and the signature of `leaves`.
 
-    No result shares memory with an argument, a constant or another result.
+    No result shares memory with an argument, a constant or another result. Without `unroll`, a
+    loop runs one step at each turn, however small its body.
 
     Raises:
         TypeError: the result holds a leaf that is not a tensor.
@@ -147,6 +157,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
     tracing = Tracing(mode)
+    tracing.unroll = unroll
 
     def flat(*fakes: Tensor) -> list[Tensor]:
         args, kwargs = unflatten(list(fakes), spec)
@@ -179,7 +190,9 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
-    return Traced(graph, mode, closed_over, results, specs[0], tracing.unrolled)
+    return Traced(
+        graph, mode, closed_over, results, specs[0], tracing.unrolled, tracing.several_steps
+    )
 
 
 def trace_flat(

@@ -24,6 +24,7 @@ TESTED_IN = {
     "_compiler/_loop_gradient.py": "compiler/test_scan_transformed.py",
     "_compiler/_loop_rules.py": "compiler/test_scan_transformed.py",
     "_compiler/_loops.py": "compiler/test_scan_transformed.py",
+    "_compiler/_refusals.py": "compiler/test_pieces.py",
     "_compiler/_lowerings.py": "compiler/test_passes.py",
     "_compiler/_scan_dynamo.py": "compiler/test_scan.py",
     "_compiler/_scan_eager.py": "compiler/test_scan.py",
