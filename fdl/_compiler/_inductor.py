@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -40,6 +42,7 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         warnings.catch_warnings(),
+        _without_cuda_warning(),
     ):
         # Float32 products are computed in float32 unless the user asks for less.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
@@ -49,6 +52,21 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
     return _with_index_errors(cast(Compiled, compiled))
+
+
+@contextmanager
+def _without_cuda_warning() -> Iterator[None]:
+    """Drop what torch logs when Inductor imports it on a machine with CUDA's tools but no GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("No CUDA runtime is found")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _with_index_errors(compiled: Compiled) -> Compiled:

@@ -21,6 +21,7 @@ from fdl._compiler._inductor import kernels_written
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, signature
+from fdl._compiler._tracebacks import shorten
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
 from fdl.tree._summary import dtype_name
@@ -155,6 +156,13 @@ def jit(
         # While Dynamo traces there is nothing to look up, and it cannot read a ContextVar.
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
+        try:
+            return dispatch(args, kwargs)
+        except Exception as error:
+            shorten(error)
+            raise
+
+    def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
         _check_arguments(fn, leaves, args, kwargs)
         settings = current_settings()
