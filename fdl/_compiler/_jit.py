@@ -14,9 +14,16 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fdl._checks import describe
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources
-from fdl._compiler._donation import copy_if_shared, donated_indices, invalidate, revalidate
+from fdl._compiler._donation import (
+    as_positions,
+    copy_if_shared,
+    donated_indices,
+    invalidate,
+    revalidate,
+)
 from fdl._compiler._inductor import kernels_written
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
@@ -132,7 +139,8 @@ def jit(
         with its arguments.
 
     Raises:
-        TypeError: an argument or the result holds a leaf that is not a tensor (at call).
+        TypeError: `fn` is not a function, or `donate_argnums` not a position or positions; an
+            argument or the result holds a leaf that is not a tensor (at call).
         ValueError: `donate_argnums` is out of range, a donated tensor is also passed elsewhere or
             closed over, something is donated although an argument requires grad, or `fn` closes
             over a tensor that requires grad, changes a tensor in place that it did not create,
@@ -145,7 +153,9 @@ def jit(
     ...     double({"w": torch.ones(2)})
     {'w': tensor([2., 2.])}
     """
-    argnums = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+    if not callable(fn):
+        raise TypeError(f"jit: fn must be a function, got {describe(fn)}")
+    argnums = as_positions(donate_argnums)
     cache: dict[_Key, list[_Entry]] = {}  # one entry for each signature of closed-over tensors
     entries: list[_Entry] = []  # all of the cache, oldest first
     backwards: dict[Any, Any] = {}

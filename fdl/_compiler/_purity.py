@@ -22,7 +22,7 @@ from fdl._compiler._user_lines import Line, current_user_line, format_line, is_u
 from fdl._modes import is_tracing
 from fdl.tree._summary import shape_dtype
 
-PRINTERS = ("_purity.py", os.path.join("torch", "_tensor.py"), "_tensor_str.py")
+PRINTERS = {"_purity.py", "_tensor.py", "_tensor_str.py", "overrides.py", "proxy_tensor.py"}
 SWITCHES = ("train", "training", "dropout", "dropout_p")  # without these, nothing is drawn
 
 
@@ -62,7 +62,7 @@ def watch_prints() -> None:
 def _warn_about_print() -> None:
     """Warn if user code prints a tensor, not a library that shows it in an error message."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith(PRINTERS):
+    while frame is not None and os.path.basename(frame.f_code.co_filename) in PRINTERS:
         frame = frame.f_back
     if frame is not None and is_user_code(frame.f_code):
         warnings.warn_explicit(
