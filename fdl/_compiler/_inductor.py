@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
+from fdl._compiler._interrupt import watch_signals
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
@@ -37,6 +38,8 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
     register()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     rewrite(graph, on_cpu)
+    if on_cpu:
+        watch_signals(graph)
     with (
         config.patch(_options(on_cpu)),
         tracing(TracingContext(mode)),

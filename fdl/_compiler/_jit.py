@@ -25,6 +25,7 @@ from fdl._compiler._donation import (
     revalidate,
 )
 from fdl._compiler._inductor import kernels_written
+from fdl._compiler._interrupt import INTACT
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, signature
@@ -131,7 +132,8 @@ def jit(
             come from keys.
         donate_argnums: position or positions of arguments whose memory the program may reuse for
             results of the same shape, dtype and device, as in `jax.jit`. Using a donated tensor
-            afterwards raises, even after a call that failed or was interrupted while running.
+            afterwards raises, even after a call that failed. After Ctrl-C in a compiled loop the
+            arguments are valid, and as they were.
         strict: raise instead of warning if a program would run in a slower way than this.
 
     Returns:
@@ -284,16 +286,18 @@ def _execute(
         for leaf in donated_leaves:
             invalidate(leaf)
         return result
-    types = [type(leaf) for leaf in donated_leaves]
-    for i, leaf in zip(donated, donated_leaves, strict=True):
-        if leaves[i] is leaf:
-            leaves[i] = leaf.detach()
+    before = [(type(leaf), leaf.detach()) for leaf in donated_leaves]
+    for i, leaf, (_, value) in zip(donated, donated_leaves, before, strict=True):
+        if leaves[i] is leaf:  # not a copy
+            leaves[i] = value
         invalidate(leaf)
     try:
         return program.run(leaves, constants)
-    except Refused:  # raised before anything is written
-        for i, leaf, tensor_type in zip(donated, donated_leaves, types, strict=True):
-            revalidate(leaf, tensor_type, leaves[i])
+    except BaseException as error:
+        if not (isinstance(error, Refused) or hasattr(error, INTACT)):
+            raise  # it may have been raised after something was written
+        for leaf, (tensor_type, value) in zip(donated_leaves, before, strict=True):
+            revalidate(leaf, tensor_type, value)
         raise
 
 

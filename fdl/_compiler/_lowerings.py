@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._indices import IN_RANGE, range_error
+from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 
 aten = torch.ops.aten
 
@@ -77,6 +78,28 @@ def register() -> None:
             else:
                 wrapper.writeline(f"if {flag}.item():")
                 wrapper.writeline(f'    raise RuntimeError("{self.message}")')
+
+    class CheckSignals(ExternKernel):
+        """Writes the code of `fdl::check_signals` between kernels."""
+
+        def __init__(self, intact: bool) -> None:
+            super().__init__(None, NoneLayout(device=torch.device("cpu")), [])
+            self.intact = intact
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def has_side_effects(self) -> bool:
+            return True
+
+        def codegen(self, wrapper: Any) -> None:
+            wrapper.writeline(signal_check(self.intact))
+
+    @register_lowering(CHECK_SIGNALS, type_promotion_kind=None)
+    def lower_check_signals(intact: bool) -> None:
+        CheckSignals(intact)
 
     @register_lowering(IN_RANGE, type_promotion_kind=None)
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:
