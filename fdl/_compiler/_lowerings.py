@@ -95,7 +95,8 @@ def register() -> None:
             return True
 
         def codegen(self, wrapper: Any) -> None:
-            wrapper.writeline(signal_check(self.intact))
+            if V.graph.cpp_wrapper:  # a wrapper in Python sees signals by itself
+                wrapper.writeline(signal_check(self.intact))
 
     @register_lowering(CHECK_SIGNALS, type_promotion_kind=None)
     def lower_check_signals(intact: bool) -> None:

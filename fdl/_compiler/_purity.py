@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ def watch_prints() -> None:
             return format(self.item(), spec)  # raises, as for every other use of a value
         return Tensor.__format__(self, spec)
 
-    FakeTensor.__repr__ = show  # type: ignore[method-assign]
-    FakeTensor.__format__ = show_formatted  # type: ignore[method-assign]
+    fake = cast(Any, FakeTensor)
+    fake.__repr__, fake.__format__ = show, show_formatted
 
 
 def _warn_about_print() -> None:

@@ -155,7 +155,8 @@ def test_loops_in_python_stop(way: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     c = torch.eye(128)
     if way == "eager":
-        with disable_jit(), alarm(0.5, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        raising = alarm(0.5, signal.default_int_handler)
+        with disable_jit(), raising, pytest.raises(KeyboardInterrupt):
             jit(loop, donate_argnums=0)(c, FOREVER)
     else:
         monkeypatch.setattr(_inductor, "lower", only_bodies)
