@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
@@ -173,6 +174,8 @@ def _write_loop(
     if unroll > 1:  # copies: the operator refuses views of what the body closes over
         walked = [leaf.unflatten(0, (length // unroll, unroll)).clone() for leaf in walked]
     outputs = LOOP(turn, carried, walked, tuple(constants))
+    if calls_back(body.graph):
+        keep(outputs[0])
     ys = outputs[len(carried) :]
     return outputs[: len(changed)], ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
 

@@ -1,0 +1,7 @@
+"""See into a program that runs: print values, call Python functions, find the first NaN."""
+
+from __future__ import annotations
+
+from fdl.debug._callback import callback, print
+
+__all__ = ["callback", "print"]
