@@ -27,6 +27,7 @@ from torch.func import jvp, vjp, vmap
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
+from fdl._compiler._callbacks import CALLBACK, without_callbacks
 from fdl._compiler._closed_body import close_body, closed_graph
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import LOOP, is_smooth, nodes_of, reached, results_of, with_results, worth_keeping
@@ -133,9 +134,13 @@ class _Run(Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        runs_again = self.note is not None  # the forward pass has called what there is to call
+        if target is CALLBACK and runs_again:
+            return None
         if target is not LOOP:
             return super().call_function(target, args, kwargs)
         body, init, xs, constants = args[:4]
+        body = without_callbacks(body) if runs_again else body
         return run_loop(Loop(body, len(init), len(xs), len(xs[0])), [*init, *xs, *constants])
 
 
