@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fdl import tree
 from fdl._checks import describe
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources
@@ -26,6 +27,7 @@ from fdl._compiler._donation import (
 )
 from fdl._compiler._inductor import kernels_written
 from fdl._compiler._interrupt import INTACT
+from fdl._compiler._nans import check_result, watching
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, signature
@@ -169,10 +171,20 @@ def jit(
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
         try:
-            return dispatch(args, kwargs)
+            return watched(args, kwargs) if watching.get() else dispatch(args, kwargs)
         except Exception as error:
             shorten(error)
             raise
+
+    def watched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def eagerly() -> None:
+            with disable_jit():
+                fn(*args, **kwargs)
+
+        copies = tree.map(Tensor.clone, args) if argnums else args  # those are used up
+        result = dispatch(copies, kwargs)
+        check_result(result, flatten((args, kwargs))[0], eagerly)
+        return result
 
     def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fdl.debug._callback import callback, print
+from fdl.debug._nans import nans
 
-__all__ = ["callback", "print"]
+__all__ = ["callback", "nans", "print"]
