@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ CALLBACK = has_side_effect(torch.ops.fdl.callback.default)
 NOTHING = 0  # the number of a function that does nothing
 _functions: dict[int, Function] = {NOTHING: lambda values: None}
 _numbers = itertools.count(NOTHING + 1)
+_thread = threading.local()
 
 
 def call_back(fn: Function, values: Sequence[Tensor]) -> None:
@@ -34,9 +36,12 @@ def call_back(fn: Function, values: Sequence[Tensor]) -> None:
     number, n = next(_numbers), len(values)
     _functions[number] = lambda values: fn(values[:n])
     # Inductor takes the device of an operation from its arguments: there has to be one.
-    CALLBACK([*values] or [torch.zeros(())], number, 0)
-    if not is_tracing():
-        del _functions[number]
+    try:
+        CALLBACK([*values] or [torch.zeros(())], number, 0)
+    finally:
+        if not is_tracing():
+            del _functions[number]
+            take_error()
 
 
 def calls_back(module: GraphModule) -> bool:
@@ -67,8 +72,19 @@ def keep(result: Tensor) -> None:
 
 def _call(values: list[Tensor], number: int, batches: int) -> None:
     # Copies: the program may overwrite its intermediate values.
-    for member in _members([value.detach().clone() for value in values], batches):
-        _functions[number](member)
+    try:
+        for member in _members([value.detach().clone() for value in values], batches):
+            _functions[number](member)
+    except BaseException as error:
+        _thread.error = error
+        raise
+
+
+def take_error() -> BaseException | None:
+    """Return the error of a callback of this thread, which a program in C++ replaces by its own."""
+    error: BaseException | None = getattr(_thread, "error", None)
+    _thread.error = None
+    return error
 
 
 def _members(values: list[Tensor], batches: int) -> Iterator[list[Tensor]]:

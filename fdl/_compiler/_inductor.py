@@ -16,6 +16,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
+from fdl._compiler._callbacks import take_error
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
@@ -54,7 +55,7 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
-    return _with_index_errors(cast(Compiled, compiled))
+    return _with_python_errors(cast(Compiled, compiled))
 
 
 @contextmanager
@@ -72,14 +73,17 @@ def _without_cuda_warning() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _with_index_errors(compiled: Compiled) -> Compiled:
-    """Raise an IndexError for an index out of range; from C++ every error is a RuntimeError."""
+def _with_python_errors(compiled: Compiled) -> Compiled:
+    """Raise IndexErrors and the errors of callbacks; from C++ every error is a RuntimeError."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         try:
             return compiled(inputs)
-        except RuntimeError as error:
-            if OUT_OF_RANGE in str(error):
+        except BaseException as error:
+            raised = take_error()
+            if raised is not None:
+                raise raised from None
+            if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
                 raise IndexError(str(error)) from None
             raise
 

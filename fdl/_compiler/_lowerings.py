@@ -126,7 +126,7 @@ def register() -> None:
 
     @register_lowering(CALLBACK, type_promotion_kind=None)
     def lower_callback(values: list[TensorBox], number: int, batches: int) -> None:
-        Callback.create(CALLBACK, values, number, batches)
+        Callback.create(cast(Any, CALLBACK), values, number, batches)
 
     @register_lowering(CHECK_SIGNALS, type_promotion_kind=None)
     def lower_check_signals(intact: bool) -> None:
