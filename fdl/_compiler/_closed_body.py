@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fdl import _modes
-from fdl._compiler._custom_functions import recording
+from fdl._compiler._custom_functions import CannotClose, recording
 from fdl._compiler._graph import is_smooth
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
@@ -98,8 +98,30 @@ def _outside_transforms() -> Iterator[None]:
         tracing.decompose = decompose
 
 
-def _detach(x: Tensor) -> Tensor:
-    return x.detach() if is_smooth(x) else x
+class _NoGrad(torch.autograd.Function):
+    """The identity, through which no gradient flows back; tangents do, as under `no_grad`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return cast(Tensor, _NoGrad.apply(tangent))
+
+
+def _stop_gradient(x: Tensor) -> Tensor:
+    return cast(Tensor, _NoGrad.apply(x)) if is_smooth(x) else x
 
 
 class Substitutes(TorchFunctionMode):
@@ -130,10 +152,19 @@ class Substitutes(TorchFunctionMode):
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func = Tensor.detach  # which is an operation
         replace = partial(self.replace, inside=_modes.in_transform())
+        given = args
         args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
+        if func is torch.autograd.grad and any(
+            x is not y
+            for x, y in zip(pytree.tree_leaves(given), pytree.tree_leaves(args), strict=True)
+        ):  # it reads what the graph of derivatives holds
+            raise CannotClose("its body calls a pullback that was made outside; make it inside")
         if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
             in_place = getattr(func, "__name__", "").endswith("_")
-            args = (*args[:in_place], *pytree.tree_map_only(Tensor, _detach, args[in_place:]))
+            args = (
+                *args[:in_place],
+                *pytree.tree_map_only(Tensor, _stop_gradient, args[in_place:]),
+            )
         return func(*args, **kwargs)
 
     def replace(self, x: Tensor, inside: bool = False) -> Tensor:

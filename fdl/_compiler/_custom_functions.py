@@ -1,7 +1,7 @@
 """Keep a `torch.autograd.Function` in the graph of a loop body, with its own derivative.
 
 A body that is traced outside of all transformations (`_closed_body.py`) would only run the forward
-pass. So the call becomes one node, which calls the function again wherever the graph is transformed.
+pass. So the call becomes one node, which calls the function again where the graph is transformed.
 """
 
 from __future__ import annotations

@@ -96,5 +96,15 @@ def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.device, x.dtype).expand(x.shape).clone()
 
 
-# What is replaced in a graph that will be differentiated or batched.
-DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {aten.copy.default: copy}
+def select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    """Use an operation whose derivative is right under `vmap`: that of torch's is too large."""
+    start = index % x.shape[dim]
+    return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
+
+
+# What is replaced in a graph that will be differentiated or batched: the pure forms of in-place
+# operations.
+DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: copy,
+    aten.select_scatter.default: select_scatter,
+}

@@ -1,123 +1,72 @@
 """`scan` under `grad`, `vmap` and `jvp` inside `jit`: still one loop, as in JAX.
 
 The body is first traced as it is written, outside of the transformations (`_closed_body.py`). Each
-transformation of a loop is then a loop with another body, and the innermost one is handled first:
-
-- `vmap`: the body under `vmap`; what depends on a batched tensor is batched from the first step on;
-- `jvp`: the carry and its tangent, in step;
-- `grad`: the loop also returns the carry that each step starts from; the derivative is a loop over
-  these, from the last step to the first, that runs the step again and pulls back its cotangents.
-
-Below the last transformation the loop is written into the graph.
+transformation makes another loop of it (`_loop_rules.py`, `_loop_gradient.py`), the innermost one
+first, and below the last one the loop is written into the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-from torch.func import jvp, vjp, vmap
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
+<<<<<<< HEAD
 from fdl._compiler._callbacks import CALLBACK, without_callbacks
 from fdl._compiler._closed_body import close_body, closed_graph
+=======
+from fdl._compiler._closed_body import ClosedBody, close_body
+>>>>>>> main
 from fdl._compiler._custom_functions import CannotClose
-from fdl._compiler._graph import LOOP, is_smooth, nodes_of, reached, results_of, with_results, worth_keeping
-from fdl._compiler._purity import innermost
+from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._loop_gradient import under_grad
+from fdl._compiler._loop_rules import under_jvp, under_vmap
+from fdl._compiler._loops import RULES, Loop, run_loop
 from fdl._compiler._scan_eager import scan_as_loop
-from fdl._compiler._scan_traced import flat_body, scan_traced
+from fdl._compiler._scan_traced import FlatBody, flat_body
 from fdl._compiler._signature import unflatten
-from fdl._compiler._trace import current_trace, plain
+from fdl._compiler._trace import current_trace
 from fdl.tree import Tree
+
+RULES |= {
+    functorch.TransformType.Vmap: under_vmap,
+    functorch.TransformType.Grad: under_grad,
+    functorch.TransformType.Jvp: under_jvp,
+}
 
 
 def scan_transformed(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     """Run a scan under the active transformations, as one loop."""
     flat = flat_body(f, init, xs)
     try:
-        body = close_body(f, flat)
+        body = _close(f, flat)
     except CannotClose as reason:
         current_trace().unrolled.append((length, str(reason)))
         return scan_as_loop(f, init, xs, length)
-    n, m = len(body.init), len(body.xs)
-    # Leaves that every step returns as they are become constants of the loop.
-    inputs, results = nodes_of(body.graph.graph, "placeholder"), results_of(body.graph.graph)
-    kept = [i for i in range(n) if results[i] is inputs[i]]
-    changed = [i for i in range(n) if i not in kept]
-    for i in kept:
-        nodes_of(body.graph.graph, "placeholder")[-1].append(inputs[i])
-    (output,) = nodes_of(body.graph.graph, "output")
-    output.args = ([results[i] for i in [*changed, *range(n, len(results))]],)
-    operands = [
-        *(body.init[i] for i in changed),
-        *body.xs,
-        *body.closed_over,
-        *(body.init[i] for i in kept),
-    ]
-    new = run_loop(Loop(body.graph, len(changed), m, length), operands)
-    carry = dict(zip(changed, new, strict=False)) | {i: body.init[i] for i in kept}
-    return (
-        unflatten([carry[i] for i in range(n)], flat.carry_spec),
-        unflatten(new[len(changed) :], flat.y_specs[0]),
-    )
+    unchanged, body = _move_unchanged(body)
+    loop = Loop(body.graph, len(body.init), len(body.xs), length)
+    results = run_loop(loop, [*body.init, *body.xs, *body.closed_over])
+    carry, ys = iter(results[: loop.carry]), results[loop.carry :]
+    leaves = [unchanged[i] if i in unchanged else next(carry) for i in range(len(flat.init))]
+    return unflatten(leaves, flat.carry_spec), unflatten(ys, flat.y_specs[0])
 
 
-class Loop(NamedTuple):
-    """A loop whose operands are `[*init, *xs, *constants]`."""
-
-    body: GraphModule  # (*carry, *row, *constants) -> [*carry, *y]
-    carry: int  # number of leaves
-    xs: int
-    length: int
-
-    def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Split operands, or the arguments of the body."""
-        n, m = self.carry, self.carry + self.xs
-        return list(operands[:n]), list(operands[n:m]), list(operands[m:])
+def _close(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
+    names = {level.key() for level in functorch.get_interpreter_stack()} - RULES.keys()
+    if names:
+        raise CannotClose(f"it is called under {names.pop().name.lower()}")
+    return close_body(f, flat)
 
 
-def run_loop(loop: Loop, operands: Sequence[Tensor]) -> list[Tensor]:
-    """Run a loop under the active transformations, innermost first: `[*carry, *ys]`."""
-    operands = [functorch.unwrap_if_dead(x) for x in operands]
-    if functorch.peek_interpreter_stack() is None:
-        return _write(loop, operands)
-    interpreter = retrieve_current_functorch_interpreter()
-    return RULES[interpreter.key()](loop, operands, interpreter)
+def _move_unchanged(body: ClosedBody) -> tuple[dict[int, Tensor], ClosedBody]:
+    """Move leaves of the carry that every step returns as they are to the constants of the loop.
 
-
-def _write(loop: Loop, operands: list[Tensor]) -> list[Tensor]:
-    """Write a loop into the graph that is being traced."""
-    init, xs, constants = loop.split(operands)
-
-    def body(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        results = run_graph(loop.body, [*carry, *row, *constants])
-        return results[: loop.carry], results[loop.carry :]
-
-    carry, ys = scan_traced(body, init, xs, loop.length)
-    return [*carry, *ys]
-
-
-def run_graph(
-    graph: GraphModule,
-    arguments: Sequence[Tensor],
-    note: Callable[[dict[Node, Node]], None] | None = None,
-) -> list[Tensor]:
-    """Run the graph of a body under the active transformations, with its inner loops.
-
-    Args:
-        graph: the graph.
-        arguments: its arguments.
-        note: called for each tensor, with its node and the node that computes it in the graph that
-            is being traced.
+    Returns:
+        These leaves, by index, and the body without them.
     """
+<<<<<<< HEAD
     return cast(list[Tensor], _Run(graph, note).run(*arguments))
 
 
@@ -353,3 +302,15 @@ RULES = {
     functorch.TransformType.Grad: _under_grad,
     functorch.TransformType.Jvp: _under_jvp,
 }
+=======
+    graph = body.graph.graph
+    inputs, results = nodes_of(graph, "placeholder"), results_of(graph)
+    unchanged = {i: leaf for i, leaf in enumerate(body.init) if results[i] is inputs[i]}
+    for i in unchanged:
+        nodes_of(graph, "placeholder")[-1].append(inputs[i])
+    (output,) = nodes_of(graph, "output")
+    output.args = ([node for i, node in enumerate(results) if i not in unchanged],)
+    init = [leaf for i, leaf in enumerate(body.init) if i not in unchanged]
+    closed_over = [*body.closed_over, *unchanged.values()]
+    return unchanged, body._replace(init=init, closed_over=closed_over)
+>>>>>>> main

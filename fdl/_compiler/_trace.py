@@ -67,7 +67,7 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
-        self.unrolled: list[tuple[int, str]] = []  # steps of a scan that is no loop, and why
+        self.unrolled: list[tuple[int, str]] = []  # see Traced
         self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
     def fake(self, leaf: Tensor) -> FakeTensor:
@@ -110,6 +110,7 @@ class Traced(NamedTuple):
     constants: list[Tensor]  # closed-over tensors, read at each call
     results: list[FakeTensor]
     spec: Hashable  # of the result
+    unrolled: list[tuple[int, str]]  # steps of a scan that is not a loop, and why
 
 
 def current_trace() -> Tracing:
@@ -179,7 +180,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
-    return Traced(graph, mode, closed_over, results, specs[0])
+    return Traced(graph, mode, closed_over, results, specs[0], tracing.unrolled)
 
 
 def trace_flat(

@@ -134,3 +134,16 @@ def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.Monkey
         f(torch.ones(50, 2))
     sizes = [len(graph.graph.nodes) for graph in graphs]
     assert sizes[0] < 20 and sizes[1] > 100
+
+
+@runs
+def test_reverse_starts_from_the_last_row(run: str, plain_backend: None) -> None:
+    jax = pytest.importorskip("jax")
+
+    def f(c: Any, x: Any) -> Any:
+        return c * 2 + x.sum(), (c, x * c)
+
+    expected = jax.lax.scan(f, jax.numpy.float32(1), jax.numpy.asarray(X), reverse=True)
+    actual = RUNS[run](lambda c, xs: scan(f, c, xs, reverse=True))(torch.tensor(1.0), X)
+    for a, b in zip(tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a.numpy(), np.asarray(b))
