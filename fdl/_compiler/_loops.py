@@ -11,6 +11,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
+from fdl._compiler._callbacks import CALLBACK, without_callbacks
 from fdl._compiler._graph import LOOP, aten
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import scan_traced
@@ -94,9 +95,13 @@ class _Run(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.view.default:  # traced for one layout; batched tensors have others
             target = aten.reshape.default
+        runs_again = self.computed is not None  # the forward pass has made the calls
+        if target is CALLBACK and runs_again:
+            return None
         if target is not LOOP:
             return super().call_function(target, args, kwargs)
         body, init, xs, constants = args[:4]
+        body = without_callbacks(body) if runs_again else body
         return run_loop(Loop(body, len(init), len(xs), len(xs[0])), [*init, *xs, *constants])
 
 
