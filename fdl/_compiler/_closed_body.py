@@ -26,10 +26,13 @@ from torch.overrides import TorchFunctionMode
 
 from fdl import _modes
 from fdl._compiler._custom_functions import CannotClose, recording
+from fdl._compiler._differentiable_ops import has_strides_of_its_own
 from fdl._compiler._graph import is_smooth
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._trace import current_trace, plain, trace_flat
+
+DEAD = -2  # the level of a tensor whose transformation has ended
 
 
 class ClosedBody(NamedTuple):
@@ -60,6 +63,8 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
                 return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
 
         graph, closed_over = trace_flat(fn, fakes, flat.names)
+    if has_strides_of_its_own(graph.graph):
+        raise CannotClose("its body calls as_strided on a tensor that is not contiguous")
     del fakes
     leaks.check(f, graph, "scan: the body", made_before)
     closed_over = [
@@ -151,14 +156,11 @@ class Substitutes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func = Tensor.detach  # which is an operation
+        if func == Tensor.requires_grad.__get__ and not _modes.in_transform():  # type: ignore[attr-defined]
+            # Kernels without a derivative are chosen where nothing requires grad.
+            return "Grad" in _modes.active() and is_smooth(args[0])
         replace = partial(self.replace, inside=_modes.in_transform())
-        given = args
         args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
-        if func is torch.autograd.grad and any(
-            x is not y
-            for x, y in zip(pytree.tree_leaves(given), pytree.tree_leaves(args), strict=True)
-        ):  # it reads what the graph of derivatives holds
-            raise CannotClose("its body calls a pullback that was made outside; make it inside")
         if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
             in_place = getattr(func, "__name__", "").endswith("_")
             args = (
@@ -174,6 +176,8 @@ class Substitutes(TorchFunctionMode):
         if id(x) not in self.replaced:
             if self._is_known(innermost(x)):
                 return x
+            if functorch.maybe_get_level(x) == DEAD:  # kept by the pullback of a vjp
+                raise CannotClose("its body calls a pullback that was made outside; make it inside")
             new = plain(x)
             self.originals[id(new)] = new, x
             self.replaced[id(x)] = x, new

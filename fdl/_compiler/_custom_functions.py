@@ -35,7 +35,7 @@ def recording(apply: Any) -> Any:
     def recorded(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         run = apply.__get__(None, cls)
         tracing = _modes.tracing.get()
-        if tracing is None or tracing.decompose:
+        if tracing is None or tracing.decompose or get_proxy_mode() is None:
             return run(*args, **kwargs)
         if not _modes.in_transform():
             return _record(cls, run, tracing, args, kwargs)

@@ -89,22 +89,3 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,
 }
-
-
-def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Use operations that have derivatives for the pure form of `copy_`."""
-    return source.to(x.device, x.dtype).expand(x.shape).clone()
-
-
-def select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
-    """Use an operation whose derivative is right under `vmap`: that of torch's is too large."""
-    start = index % x.shape[dim]
-    return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
-
-
-# What is replaced in a graph that will be differentiated or batched: the pure forms of in-place
-# operations.
-DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    aten.copy.default: copy,
-    aten.select_scatter.default: select_scatter,
-}

@@ -20,6 +20,9 @@ def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
     level = interpreter.level()
     pairs = [functorch._unwrap_batched(x, level) for x in operands]
     axes = {i: axis for i, (_, axis) in enumerate(pairs) if axis is not None}
+    if not axes:
+        with interpreter.lower():
+            return run_loop(loop, operands)
     inputs, outputs = reached(loop.body.graph, axes, loop.carry)
     in_dims = tuple(0 if i in inputs else None for i in range(len(operands)))
     out_dims = tuple(0 if batched else None for batched in outputs)
@@ -28,7 +31,8 @@ def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
         """Move the axis of the batch to the front, or in xs behind that of the steps."""
         value = pairs[i][0]
         if i in axes:
-            return value.movedim(axes[i], int(loop.carry <= i < loop.carry + loop.xs))
+            axis = int(loop.carry <= i < loop.carry + loop.xs)
+            return value if axes[i] == axis else value.movedim(axes[i], axis)
         return value.expand(interpreter.batch_size(), *value.shape) if i in inputs else value
 
     def fn(*leaves: Tensor) -> list[Tensor]:
@@ -49,6 +53,9 @@ def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
 def under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
     """Carry the tangents beside the values."""
     primals, tangents = _unpack(operands, interpreter.level())
+    if not tangents:
+        with interpreter.lower():
+            return run_loop(loop, primals)
     inputs, outputs = reached(loop.body.graph, tangents, loop.carry, smooth=True)
     moving, n = sorted(inputs), loop.carry
     counts = (n, loop.xs, len(operands) - n - loop.xs)

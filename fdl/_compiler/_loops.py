@@ -9,14 +9,14 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
 from fdl._compiler._callbacks import CALLBACK, without_callbacks
-from fdl._compiler._graph import LOOP, aten
+from fdl._compiler._differentiable_ops import REPLACEMENTS
+from fdl._compiler._graph import LOOP
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import scan_traced
 from fdl._compiler._settings import as_written
-from fdl._compiler._trace import current_trace, plain
+from fdl._compiler._trace import plain, proxy_node
 
 
 class Loop(NamedTuple):
@@ -86,20 +86,17 @@ class _Run(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if self.computed is not None and isinstance(value, Tensor):
-            tracer = current_trace().tracers[-1]
-            proxy = get_proxy_slot(innermost(value), tracer, None)
-            if proxy is not None:
-                self.computed[n] = cast(Any, proxy).proxy.node
+            node = proxy_node(innermost(value))
+            if node is not None:
+                self.computed[n] = node
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten.view.default:  # traced for one layout; batched tensors have others
-            target = aten.reshape.default
         runs_again = self.computed is not None  # the forward pass has made the calls
         if target is CALLBACK and runs_again:
             return None
         if target is not LOOP:
-            return super().call_function(target, args, kwargs)
+            return super().call_function(REPLACEMENTS.get(target, target), args, kwargs)
         body, init, xs, constants = args[:4]
         body = without_callbacks(body) if runs_again else body
         return run_loop(Loop(body, len(init), len(xs), len(xs[0])), [*init, *xs, *constants])

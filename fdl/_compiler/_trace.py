@@ -19,12 +19,12 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import _modes
-from fdl._compiler._decompositions import DIFFERENTIABLE, decompositions
+from fdl._compiler._decompositions import decompositions
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -123,6 +123,12 @@ def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [current_trace().fake(leaf) for leaf in leaves]
 
 
+def proxy_node(x: Tensor) -> Node | None:
+    """Return the node that computes a fake tensor in the graph that is being traced now."""
+    proxy: Any = get_proxy_slot(x, current_trace().tracers[-1], None)
+    return None if proxy is None else cast(Node, proxy.proxy.node)
+
+
 def plain(leaf: Tensor, axes: int = 0) -> Tensor:
     """Make a fake tensor like one that may be wrapped, without its first `axes` axes."""
     shape = leaf.shape[axes:]
@@ -202,7 +208,7 @@ def trace_flat(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else DIFFERENTIABLE
+    table = decompositions() if tracing.decompose else {}
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
@@ -216,7 +222,8 @@ def trace_flat(
     constants = _lift(graph)
     if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        with as_written():  # the graph contains the casts
+        # The graph contains the casts, and no function that a mode would have to see.
+        with as_written(), torch._C.DisableTorchFunction():
             graph = make_fx(pure, table, _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+import fdl
 from fdl import jit, scan, tree
 
 X = torch.arange(6.0).view(3, 2)
@@ -147,3 +148,12 @@ def test_reverse_starts_from_the_last_row(run: str, plain_backend: None) -> None
     actual = RUNS[run](lambda c, xs: scan(f, c, xs, reverse=True))(torch.tensor(1.0), X)
     for a, b in zip(tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a.numpy(), np.asarray(b))
+
+
+def test_unrolled_steps_may_return_a_carry_of_another_layout(plain_backend: None) -> None:
+    fn = jit(lambda c, xs: scan(lambda c, x: (c.T * x, c.reshape(4)), c, xs), strict=True)
+    args = torch.arange(4.0).view(2, 2), torch.linspace(0.5, 1, 20)
+    with fdl.disable_jit():
+        expected = fn(*args)
+    for a, b in zip(tree.leaves(fn(*args)), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(a, b)
