@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import disable_jit, jit, scan
+from fdl._compiler import _inductor
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -182,3 +183,21 @@ def test_eager_prints_are_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
         warnings.simplefilter("error")
         jit(shown)(X)
     assert capsys.readouterr().out == "sum: tensor(12.)\n"
+
+
+def test_only_the_message_about_cuda_is_dropped_and_only_while_compiling() -> None:
+    logger, records = logging.getLogger("torch.utils.cpp_extension"), []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with _inductor._without_cuda_warning():
+            logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+            logger.warning("another")
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+    finally:
+        logger.removeHandler(handler)
+    assert [record.msg.split(",")[0] for record in records] == [
+        "another",
+        "No CUDA runtime is found",
+    ]
