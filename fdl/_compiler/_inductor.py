@@ -15,8 +15,10 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
+from fdl._compiler._callbacks import take_error
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
+from fdl._compiler._interrupt import watch_signals
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
@@ -48,6 +50,8 @@ def lower(
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
     rewrite(graph, on_cpu)
+    if on_cpu:
+        watch_signals(graph)
     with (
         config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
         tracing(TracingContext(mode)),
@@ -61,7 +65,7 @@ def lower(
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
-    return _with_index_errors(cast(Compiled, compiled))
+    return _with_python_errors(cast(Compiled, compiled))
 
 
 @cache
@@ -76,14 +80,17 @@ def _silence_log() -> None:
         logging.getLogger(name).addFilter(keep)
 
 
-def _with_index_errors(compiled: Compiled) -> Compiled:
-    """Raise an IndexError for an index out of range; from C++ every error is a RuntimeError."""
+def _with_python_errors(compiled: Compiled) -> Compiled:
+    """Raise IndexErrors and the errors of callbacks; from C++ every error is a RuntimeError."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         try:
             return compiled(inputs)
-        except RuntimeError as error:
-            if OUT_OF_RANGE in str(error):
+        except BaseException as error:
+            raised = take_error()
+            if raised is not None:
+                raise raised from None
+            if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
                 raise IndexError(str(error)) from None
             raise
 

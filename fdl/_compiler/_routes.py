@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
+from fdl._compiler._callbacks import calls_back
 from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
@@ -228,11 +229,13 @@ def _for_cuda(
     tensors = [*leaves, *traced.constants, *traced.results]
     gpu = next(x.device for x in tensors if _on_gpu(x))
     elsewhere = sum(not _on_gpu(x) or x.device != gpu for x in tensors)
-    if elsewhere:
+    if elsewhere or calls_back(traced.graph):
         route.name = "compiled"
         route.fall_back(
             "kernels are launched one by one",
-            f"{elsewhere} arguments or results are not on {gpu}; fdl.tree.to moves them there",
+            f"{elsewhere} arguments or results are not on {gpu}; fdl.tree.to moves them there"
+            if elsewhere
+            else "a CUDA graph cannot call Python, as fdl.debug.print and fdl.debug.callback do",
         )
         program = _compile_or_interpret(traced, route)
         return Program(partial(_run, program, traced), traced.constants)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._graph import LOOP, NEEDS_Y, is_view, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
@@ -187,6 +188,8 @@ def _write_loop(
         walked = [leaf.unflatten(0, (length // unroll, unroll)).clone() for leaf in walked]
     # Inductor refuses loops over complex numbers.
     outputs = LOOP(turn, _as_real(carried), _as_real(walked), tuple(_as_real(constants)))
+    if calls_back(body.graph):
+        keep(outputs[0])
     carry = _as_complex(outputs[: len(changed)], is_complex)
     ys = _as_complex(outputs[len(carried) :], y_is_complex)
     return carry, ys if unroll == 1 else [y.flatten(0, 1) for y in ys]

@@ -7,6 +7,7 @@ the primitives that Inductor knows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -37,12 +38,18 @@ from fdl._compiler._graph import (
     results_of,
 )
 from fdl._compiler._indices import check_indices
-from fdl._compiler._purity import LeakChecker, check_draw
+from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, unflatten
 from fdl._compiler._user_lines import format_line, user_line_of
 from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
+
+watch_prints()
+# When an operation fails on fake tensors, torch logs a traceback before it raises.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(
+    lambda record: not (_modes.is_tracing() and "failed while attempting to run" in record.msg)
+)
 
 
 class Tracing(TorchDispatchMode):
@@ -184,7 +191,7 @@ def trace(
             f"x[i] with a 0-d i), by {operation} at {format_line(user_line_of(error))}; while "
             "tracing there are no values: use torch.where or x[i[None]][0], or compute the value "
             "outside and close over it"
-        ) from error
+        ).with_traceback(error.__traceback__) from None
     finally:
         _modes.tracing.reset(token)
     mode.allow_scalar_outputs = True
