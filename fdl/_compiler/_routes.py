@@ -90,6 +90,10 @@ def build(
             route.name = "eager"
             route.fall_back(EAGER, f"{error}; register one with torch.library.register_fake")
             return eager
+        for steps, why in traced.unrolled:
+            route.fall_back(
+                f"its {steps} steps are unrolled", f"a scan is not compiled as a loop: {why}"
+            )
         eager = eager._replace(constants=traced.constants)
         aliases = match_buffers(leaves, donated, traced.results)
         if not is_plain(settings):
