@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fdl._compiler._complex_loops import make_loops_real
+from fdl._compiler._complex import make_loops_real
 from fdl._compiler._graph import LOOP, nodes_of
 from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._compiler._lowerings import has_onednn
