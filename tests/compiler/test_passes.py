@@ -207,8 +207,10 @@ def average_pools(axes: int) -> Iterator[tuple[str, Case]]:
 def permutations() -> Iterator[tuple[str, Case]]:
     """A permutation that changes nothing, as a constant of a loop: the program used to crash."""
 
+    xs = some(11)
+
     def loop(w: Tensor) -> Tensor:
-        return scan(lambda c, x: (torch.tanh(c @ w) + x, ()), w, some(11))[0]
+        return scan(lambda c, x: (torch.tanh(c @ w) + x, ()), w, xs)[0]
 
     yield "argument", (lambda x: loop(x.permute(0, 1)), (some(3, 3),))
     yield "computed", (lambda x: loop((x + 1).permute(0, -1)), (some(3, 3),))
