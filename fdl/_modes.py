@@ -14,6 +14,10 @@ from fdl._torch_compat import assume_constant_result
 tracing: ContextVar[Any] = ContextVar("fdl_tracing", default=None)  # the tracer of `jit`
 
 
+# Transformations around a loop body that `jit` traces by itself, outermost first.
+around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())
+
+
 def is_tracing() -> bool:
     """Check whether `jit` is tracing."""
     return tracing.get() is not None
@@ -33,7 +37,7 @@ def in_transform() -> bool:
 @assume_constant_result
 def under_vmap() -> bool:
     """Check whether a `vmap` is active."""
-    return "Vmap" in _active()
+    return "Vmap" in active()
 
 
 @assume_constant_result
@@ -41,7 +45,7 @@ def beyond_first() -> bool:
     """Check whether higher or forward-mode derivatives may be taken here."""
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return True
-    return _active().count("Grad") > 1
+    return active().count("Grad") > 1
 
 
 def avoid_fused_kernels() -> bool:
@@ -49,9 +53,10 @@ def avoid_fused_kernels() -> bool:
     return beyond_first() or under_vmap()
 
 
-def _active() -> list[str]:
+def active() -> tuple[str, ...]:
+    """Return the names of the active transformations, outermost first: Vmap, Grad, Jvp, …"""
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return [str(level.key()).rpartition(".")[2] for level in stack]
+    return (*around.get(), *(str(level.key()).rpartition(".")[2] for level in stack))
 
 
 @assume_constant_result

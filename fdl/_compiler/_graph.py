@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fdl._torch_compat import RELEASE
@@ -34,6 +35,53 @@ def prune_loop_outputs(module: GraphModule, loop: Node) -> None:
         if old in read:
             read[old].args = (loop, new)
     loop.meta["val"] = tuple(loop.meta["val"][i] for i in kept)
+
+
+def reached(
+    graph: Graph, seeds: Iterable[int], carry: int, smooth: bool = False
+) -> tuple[set[int], list[bool]]:
+    """Find what depends on some inputs of a loop's body, in any step.
+
+    Args:
+        graph: the body, `(*carry, *row, *closed_over) -> [*carry, *y]`.
+        seeds: indices of inputs.
+        carry: the number of leaves of the carry.
+        smooth: follow floating and complex numbers only, as derivatives do.
+
+    Returns:
+        The indices of inputs that depend on `seeds`, and for each result whether it does.
+    """
+    inputs, results = nodes_of(graph, "placeholder"), results_of(graph)
+    indices = set(seeds)
+    while True:
+        nodes = {inputs[i] for i in indices}
+        for node in graph.nodes:
+            if any(z in nodes for z in node.all_input_nodes) and (not smooth or _is_smooth(node)):
+                nodes.add(node)
+        more = {i for i in range(carry) if results[i] in nodes} - indices
+        if not more:
+            return indices, [node in nodes for node in results]
+        indices |= more
+
+
+def _is_smooth(node: Node) -> bool:
+    values = node.meta.get("val")
+    values = values if isinstance(values, tuple | list) else [values]
+    return any(not isinstance(z, Tensor) or is_smooth(z) for z in values)
+
+
+def is_smooth(x: Tensor) -> bool:
+    """Check that a tensor can have a derivative."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def with_inputs_returned(module: GraphModule, n: int) -> GraphModule:
+    """Copy a graph, and return its first `n` inputs too, after its results."""
+    graph, copies = Graph(), dict[Node, Node]()
+    graph.graph_copy(module.graph, copies)
+    inputs = nodes_of(graph, "placeholder")[:n]
+    graph.output([*(copies[node] for node in results_of(module.graph)), *inputs])
+    return GraphModule(module, graph)
 
 
 def is_mutable(node: Node) -> bool:

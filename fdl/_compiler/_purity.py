@@ -80,7 +80,7 @@ def _alive(made: Iterable[_TracedTensor], known: set[int]) -> list[_TracedTensor
 
 def _describe(kept: list[_TracedTensor], fn: Callable[..., Any]) -> str:
     """Describe the first kept tensor that has a name, or else the last one."""
-    names = {id(_innermost(tensor)): name for name, tensor in closed_over_tensors(fn)}
+    names = {id(innermost(tensor)): name for name, tensor in closed_over_tensors(fn)}
     named = [(names.get(id(m.tensor())), m) for m in kept]
     name, leaked = next((pair for pair in named if pair[0]), named[-1])
     tensor = leaked.tensor()
@@ -90,8 +90,12 @@ def _describe(kept: list[_TracedTensor], fn: Callable[..., Any]) -> str:
     return f"{name}, {text}" if name else text
 
 
-def _innermost(tensor: Tensor) -> Tensor:
-    """Remove the wrappers of torch.func from a tensor."""
+def innermost(tensor: Tensor) -> Tensor:
+    """Remove the wrappers of torch.func from a tensor.
+
+    >>> innermost(torch.zeros(2))
+    tensor([0., 0.])
+    """
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

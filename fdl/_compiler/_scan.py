@@ -22,6 +22,7 @@ from fdl import tree
 from fdl._compiler._scan_dynamo import scan_as_operator
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, scan_as_loop
 from fdl._compiler._scan_traced import scan_traced
+from fdl._compiler._scan_transformed import scan_transformed
 from fdl._modes import in_transform, inductor_takes_loops, is_tracing
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -100,8 +101,8 @@ def _implementation(length: int) -> Callable[..., tuple[Tree, Tree]]:
     """Choose how a scan of `length` steps runs here."""
     if length == 0:
         return _scan_zero_steps
-    if in_transform():  # for which the operator has no rules
-        return scan_as_loop
+    if in_transform():  # for which torch's operator has no rules
+        return scan_transformed if is_tracing() and length > 1 else scan_as_loop
     if torch.compiler.is_compiling():
         return scan_as_operator if inductor_takes_loops() else scan_as_loop
     return scan_traced if is_tracing() and length > 1 else scan_as_loop

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import copy_aliases, leak_checker, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -36,6 +36,17 @@ def scan_traced(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tup
     return unflatten(leaves, body.carry_spec), unflatten(ys, body.y_spec)
 
 
+class FlatBody(NamedTuple):
+    """The body of a scan as a function of leaves."""
+
+    fn: Callable[..., list[Tensor]]  # (*carry, *row) -> [*carry, *y]
+    init: list[Tensor]
+    xs: list[Tensor]
+    carry_spec: Hashable
+    y_specs: list[Hashable]  # one more at each run of fn
+    names: list[str]  # of the arguments of fn, for errors
+
+
 class _Body(NamedTuple):
     """The traced body, and the leaves that the loop starts from."""
 
@@ -47,13 +58,14 @@ class _Body(NamedTuple):
     y_spec: Hashable
 
 
-def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
+def flat_body(f: Callable[..., Any], init: Tree, xs: Tree) -> FlatBody:
+    """Write the body of a scan as a function of leaves."""
     init_leaves, carry_spec = flatten(init)
     xs_leaves, x_spec = flatten(xs)
     y_specs: list[Hashable] = []
     n = len(init_leaves)
 
-    def flat(*leaves: Tensor) -> list[Tensor]:
+    def fn(*leaves: Tensor) -> list[Tensor]:
         carry = unflatten(leaves[:n], carry_spec)
         new, y = f(carry, unflatten(leaves[n:], x_spec))
         ys, y_spec = flatten(y)
@@ -62,19 +74,33 @@ def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
         y_specs.append(y_spec)
         return [*flatten(check_carry(init, new))[0], *ys]
 
-    # If the carry has one memory layout throughout, a view in the body is a view at every step.
-    init_leaves = [leaf.contiguous() for leaf in to_fake(init_leaves)]
-    xs_leaves = to_fake(xs_leaves)
     names = ["the carry of a scan"] * n + ["the row of xs in a scan"] * len(xs_leaves)
-    made_before = len(leak_checker().made)
+    substitute = current_trace().substitute
+    return FlatBody(
+        fn,
+        [substitute(leaf) for leaf in init_leaves],
+        [substitute(leaf) for leaf in xs_leaves],
+        carry_spec,
+        y_specs,
+        names,
+    )
+
+
+def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
+    flat = flat_body(f, init, xs)
+    # If the carry has one memory layout throughout, a view in the body is a view at every step.
+    init_leaves = [leaf.contiguous() for leaf in to_fake(flat.init)]
+    xs_leaves = to_fake(flat.xs)
+    leaks = current_trace().leaks
+    made_before = len(leaks.made)
     with disable_proxy_modes_tracing():
         # Copies: the body may also close over the first carry itself.
         fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
-        leak_checker().note(fakes)
-        graph, closed_over = trace_flat(flat, fakes, names)
+        leaks.note(fakes)
+        graph, closed_over = trace_flat(flat.fn, fakes, flat.names)
     del fakes
-    leak_checker().check(f, graph, "scan: the body", made_before)
-    return _Body(graph, init_leaves, xs_leaves, closed_over, carry_spec, y_specs[0])
+    leaks.check(f, graph, "scan: the body", made_before)
+    return _Body(graph, init_leaves, xs_leaves, closed_over, flat.carry_spec, flat.y_specs[0])
 
 
 class _Operands(NamedTuple):

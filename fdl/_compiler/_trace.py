@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -43,7 +43,7 @@ from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
 
 
-class _Tracing(TorchDispatchMode):
+class Tracing(TorchDispatchMode):
     """Replaces each real tensor that the traced function closes over by a fake one.
 
     Otherwise torch would execute some operations on real tensors, in-place ones too.
@@ -57,6 +57,9 @@ class _Tracing(TorchDispatchMode):
         self.fakes: dict[int, FakeTensor] = {}  # by the id of the real tensor
         self.reals: dict[int, Tensor] = {}  # by the id of the fake tensor
         self.leaks = LeakChecker()
+        self.decompose = True  # False: record operations that have derivatives and vmap rules
+        self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
     def fake(self, leaf: Tensor) -> FakeTensor:
         if isinstance(leaf, FakeTensor):
@@ -67,6 +70,12 @@ class _Tracing(TorchDispatchMode):
             self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
 
+    def substitute(self, x: Tensor, inside: bool | None = None) -> Tensor:
+        """Return the plain tensor that stands for `x` in the loop bodies that are being traced."""
+        for substitutes in reversed(self.substitutes):
+            x = substitutes.replace(x, _modes.in_transform() if inside is None else inside)
+        return x
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any_dtensor_type(types):
             return NotImplemented  # DTensor then dispatches on its local tensors
@@ -74,7 +83,7 @@ class _Tracing(TorchDispatchMode):
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            args = check_indices(func, args)
+            args = check_indices(func, args) if self.decompose else args
         result = func(*args, **kwargs)
         self.leaks.note(result, func)
         return result
@@ -90,14 +99,14 @@ class Traced(NamedTuple):
     spec: Hashable  # of the result
 
 
-def leak_checker() -> LeakChecker:
-    """Return the leak checker of the current trace."""
-    return cast(_Tracing, _modes.tracing.get()).leaks
+def current_trace() -> Tracing:
+    """Return the tracer of the function that `jit` is tracing."""
+    return cast(Tracing, _modes.tracing.get())
 
 
 def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Replace real tensors by fake ones in the current trace: they are closed over."""
-    return [cast(_Tracing, _modes.tracing.get()).fake(leaf) for leaf in leaves]
+    return [current_trace().fake(leaf) for leaf in leaves]
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
@@ -113,7 +122,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     # Loops that Inductor emits count their steps with a symbol of this environment.
     symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
-    tracing = _Tracing(mode)
+    tracing = Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:
         args, kwargs = unflatten(list(fakes), spec)
@@ -168,16 +177,23 @@ def trace_flat(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
 
-    def traced(*fakes: Tensor) -> list[Tensor]:
-        with cast(_Tracing, _modes.tracing.get()):
-            return to_fake(fn(*fakes))
+    tracing = current_trace()
+    table = decompositions() if tracing.decompose else {}
 
-    graph = make_fx(traced, decompositions(), _allow_non_fake_inputs=True)(*fakes)
+    def traced(*fakes: Tensor) -> list[Tensor]:
+        tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
+        try:
+            with tracing:
+                return to_fake(fn(*fakes))
+        finally:
+            tracing.tracers.pop()
+
+    graph = make_fx(traced, table, _allow_non_fake_inputs=True)(*fakes)
     constants = _lift(graph)
     if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
         with as_written():  # the graph contains the casts
-            graph = make_fx(pure, decompositions(), _allow_non_fake_inputs=True)(*fakes, *constants)
+            graph = make_fx(pure, table, _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()
     check_pure(graph, names)
