@@ -26,17 +26,24 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.func import jvp, vjp, vmap
 from torch.fx import GraphModule, Interpreter
 
-from fdl._compiler._closed_body import close_body, closed_graph, plain
+from fdl._compiler._closed_body import close_body, closed_graph
+from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import LOOP, is_smooth, nodes_of, reached, results_of, with_inputs_returned
+from fdl._compiler._scan_eager import scan_as_loop
 from fdl._compiler._scan_traced import flat_body, scan_traced
 from fdl._compiler._signature import unflatten
+from fdl._compiler._trace import current_trace, plain
 from fdl.tree import Tree
 
 
 def scan_transformed(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     """Run a scan under the active transformations, as one loop."""
     flat = flat_body(f, init, xs)
-    body = close_body(f, flat)
+    try:
+        body = close_body(f, flat)
+    except CannotClose as reason:
+        current_trace().unrolled.append((length, str(reason)))
+        return scan_as_loop(f, init, xs, length)
     n, m = len(body.init), len(body.xs)
     # Leaves that every step returns as they are become constants of the loop.
     inputs, results = nodes_of(body.graph.graph, "placeholder"), results_of(body.graph.graph)
