@@ -42,5 +42,4 @@ PROGRAM = Program(
     step,
     init=lambda: {"params": model.init(random.key(0)), "key": random.key(1)},
     xs=batches,
-    route="one program",
 )

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from fdl import nn, optim, random
+from fdl import nn, optim, random, tree
 from tests.support.programs import Program
 
 STEPS, BATCH = 50, 16
-beta = torch.linspace(1e-4, 0.05, STEPS)
+beta = torch.linspace(1e-4, 0.05, STEPS, dtype=torch.float64)
 alpha_bar = torch.cumprod(1 - beta, 0)
 denoiser = nn.sequential(
     nn.linear(2 + 8, 32), nn.silu, nn.linear(32, 32), nn.silu, nn.linear(32, 2)
@@ -27,10 +27,10 @@ def predict(params, x, t):
 def step(state, key):
     params, opt, sample = state
     data_key, time_key, noise_key, sample_key = random.split(key, 4)
-    angle = random.uniform(data_key, (BATCH,)) * 2 * math.pi
+    angle = random.uniform(data_key, (BATCH,), torch.float64) * 2 * math.pi
     x0 = torch.stack([angle.cos(), angle.sin()], -1)
     t = random.randint(time_key, (BATCH,), 0, STEPS)
-    noise = random.normal(noise_key, x0.shape)
+    noise = random.normal(noise_key, x0.shape, torch.float64)
 
     def loss_fn(params):
         level = alpha_bar[t][:, None]
@@ -43,14 +43,15 @@ def step(state, key):
 
     last = torch.full((BATCH,), STEPS - 1)
     score = predict(params, sample, last) * beta[-1] / (1 - alpha_bar[-1]).sqrt()
-    fresh = random.normal(sample_key, sample.shape)
+    fresh = random.normal(sample_key, sample.shape, torch.float64)
     sample = (sample - score) / (1 - beta[-1]).sqrt() + beta[-1].sqrt() * fresh
     return (params, opt, sample), loss
 
 
 def init():
-    params = denoiser.init(random.key(0))
-    return params, optimizer.init(params), random.normal(random.key(1), (BATCH, 2))
+    params = tree.cast(denoiser.init(random.key(0)), torch.float64)
+    sample = random.normal(random.key(1), (BATCH, 2), torch.float64)
+    return params, optimizer.init(params), sample
 
 
-PROGRAM = Program(step, init=init, xs=lambda: random.split(random.key(2), 5), route="one program")
+PROGRAM = Program(step, init=init, xs=lambda: random.split(random.key(2), 5))

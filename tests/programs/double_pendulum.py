@@ -58,5 +58,4 @@ PROGRAM = Program(
         "params": torch.full((4,), math.log(1.2)),
     },
     xs=lambda: 0.1 * random.normal(random.key(1), (6, 5, 2)),
-    route="one program",
 )

@@ -30,6 +30,5 @@ PROGRAM = Program(
     step,
     init=lambda: random.bernoulli(random.key(0), 0.4, (SIZE, SIZE)),
     xs=lambda: random.split(random.key(1), 6),
-    route="one program",
     differentiable=False,
 )

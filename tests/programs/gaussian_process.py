@@ -50,4 +50,4 @@ def data():
     return x, torch.sin(2 * x) + 0.1 * random.normal(random.key(1), (4, N))
 
 
-PROGRAM = Program(step, init=init, xs=data, route="one program")
+PROGRAM = Program(step, init=init, xs=data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fdl import nn, optim, random
+from fdl import nn, optim, random, tree
 from tests.support.programs import Program
 
 NODES, EDGES, WIDTH = 10, 24, 6
@@ -15,13 +15,17 @@ optimizer = optim.adamw(1e-2)
 
 
 def forward(params, nodes):
-    degree = torch.zeros(NODES).index_add(0, target, torch.ones(EDGES)).clamp(min=1)
+    degree = (
+        torch.zeros(NODES, dtype=torch.float64)
+        .index_add(0, target, torch.ones(EDGES, dtype=torch.float64))
+        .clamp(min=1)
+    )
     for _ in range(2):
         messages = message.apply(params["message"], torch.cat([nodes[source], nodes[target]], -1))
         index = target[:, None].expand(-1, WIDTH)
         received = torch.zeros_like(nodes).scatter_add(0, index, messages)
         nodes = nodes + received / degree[:, None]
-    pooled = torch.full((2, WIDTH), float("-inf"))
+    pooled = torch.full((2, WIDTH), float("-inf"), dtype=nodes.dtype)
     pooled = pooled.scatter_reduce(0, graph_of[:, None].expand(-1, WIDTH), nodes, "amax")
     return pooled @ params["readout"]
 
@@ -39,11 +43,13 @@ def step(state, batch):
 def init():
     first, second = random.split(random.key(0))
     params = {"message": message.init(first), "readout": random.normal(second, (WIDTH,))}
+    params = tree.cast(params, torch.float64)
     return params, optimizer.init(params)
 
 
 def batches():
-    return random.normal(random.key(1), (4, NODES, WIDTH)), random.normal(random.key(2), (4, 2))
+    nodes = random.normal(random.key(1), (4, NODES, WIDTH), torch.float64)
+    return nodes, nodes.mean((1, 2))[:, None].expand(-1, 2)
 
 
-PROGRAM = Program(step, init=init, xs=batches, route="one program")
+PROGRAM = Program(step, init=init, xs=batches)

@@ -42,4 +42,4 @@ def data():
     return x, x @ w + noise, x_val[:, 0], x_val[:, 0] @ w
 
 
-PROGRAM = Program(step, init=init, xs=data, route="one program")
+PROGRAM = Program(step, init=init, xs=data)

@@ -34,5 +34,4 @@ PROGRAM = Program(
         torch.zeros(BINS, dtype=torch.int64),
     ),
     xs=lambda: (random.split(random.key(1), 8), torch.linspace(1, 0.1, 8)),
-    route="one program",
 )

@@ -55,6 +55,4 @@ def init():
     return State(x, torch.func.grad(rosenbrock)(x), empty, empty, torch.tensor(0))
 
 
-PROGRAM = Program(
-    step, init=init, xs=lambda: torch.full((7,), 0.5), route="one program", rtol=1e-3, atol=1e-4
-)
+PROGRAM = Program(step, init=init, xs=lambda: torch.full((7,), 0.5), rtol=1e-3, atol=1e-4)

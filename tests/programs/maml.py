@@ -57,4 +57,4 @@ def init():
     return {"params": params, "log_lr": torch.tensor(-3.0)}
 
 
-PROGRAM = Program(step, init=init, xs=lambda: random.split(random.key(1), 4), route="one program")
+PROGRAM = Program(step, init=init, xs=lambda: random.split(random.key(1), 4))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fdl import interop, optim, random
+from fdl import interop, optim, random, tree
 from tests.support.programs import Program
 
 
@@ -46,7 +46,8 @@ optimizer = optim.sgd(0.05, momentum=0.9)
 
 def step(state, batch):
     def loss_fn(params):
-        logits, buffers = model.apply(params, state.buffers, batch["image"], train=True)
+        buffers = tree.map(torch.detach, state.buffers)
+        logits, buffers = model.apply(params, buffers, batch["image"], train=True)
         return F.cross_entropy(logits, batch["label"]), (buffers, logits)
 
     grads, (loss, (buffers, logits)) = torch.func.grad_and_value(loss_fn, has_aux=True)(
@@ -67,5 +68,4 @@ PROGRAM = Program(
     step,
     init=lambda: State(params, buffers, optimizer.init(params)),
     xs=batches,
-    route="one program",
 )

@@ -1,4 +1,4 @@
-"""An nn.TransformerEncoder with dropout by key and a padding mask, trained with AdamW in the step."""
+"""An nn.TransformerEncoder with dropout by key and a padding mask, and weight decay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Tagger(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(WORDS, WIDTH, padding_idx=0)
         layer = torch.nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.1, batch_first=True)
-        self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = torch.nn.Linear(WIDTH, 3)
 
     def forward(self, tokens):
@@ -26,8 +26,8 @@ class Tagger(torch.nn.Module):
 
 with torch.random.fork_rng():
     torch.manual_seed(0)
-    model, params, _ = interop.from_module(Tagger())
-optimizer = optim.adamw(1e-2)
+    model, params, _ = interop.from_module(Tagger().double())
+optimizer = optim.chain(optim.add_decayed_weights(1e-2), optim.sgd(1e-2, momentum=0.9))
 
 
 def step(state, tokens):
@@ -54,5 +54,4 @@ PROGRAM = Program(
     step,
     init=lambda: (params, optimizer.init(params), random.key(2)),
     xs=sentences,
-    route="one program",
 )

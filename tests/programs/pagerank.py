@@ -29,5 +29,4 @@ PROGRAM = Program(
         torch.zeros(PAGES).double(),
     ),
     xs=lambda: torch.linspace(0.8, 0.9, 6, dtype=torch.float64),
-    route="one program",
 )

@@ -43,5 +43,4 @@ PROGRAM = Program(
     step,
     init=lambda: (model.init(random.key(0)), random.key(2)),
     xs=batches,
-    route="one program",
 )

@@ -50,4 +50,4 @@ def batches():
     return x, torch.stack([x.sum(-1), x[..., 0] * x[..., 1]], -1)
 
 
-PROGRAM = Program(step, init=init, xs=batches, route="one program", differentiable=False)
+PROGRAM = Program(step, init=init, xs=batches, differentiable=False)

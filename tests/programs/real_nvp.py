@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from fdl import nn, optim, random
+from fdl import nn, optim, random, tree
 from tests.support.programs import Program
 
 LAYERS = 4
-masks = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(LAYERS // 2, 1)
+masks = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(LAYERS // 2, 1).double()
 conditioner = nn.sequential(nn.linear(2, 16), nn.relu, nn.linear(16, 4))
 optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(5e-3))
 
@@ -21,7 +21,7 @@ def coupling(params, x, mask):
 
 
 def negative_log_likelihood(layers, x):
-    logdet = torch.zeros(len(x))
+    logdet = x.new_zeros(len(x))
     for params, mask in zip(layers, masks, strict=True):
         log_scale, shift = coupling(params, x, mask)
         x = x * log_scale.exp() + shift
@@ -42,17 +42,18 @@ def step(state, x):
     updates, opt = optimizer.update(grads, opt, layers)
     layers = optim.apply_updates(layers, updates)
     key, draw = random.split(key)
-    return (layers, opt, key), (loss, sample(layers, random.normal(draw, (3, 2))))
+    return (layers, opt, key), (loss, sample(layers, random.normal(draw, (3, 2), torch.float64)))
 
 
 def init():
     layers = [conditioner.init(key) for key in random.split(random.key(0), LAYERS)]
+    layers = tree.cast(layers, torch.float64)
     return layers, optimizer.init(layers), random.key(1)
 
 
 def data():
-    x = random.normal(random.key(2), (4, 32, 2))
+    x = random.normal(random.key(2), (4, 32, 2), torch.float64)
     return torch.stack([x[..., 0], x[..., 1] * 0.3 + x[..., 0] ** 2], -1)
 
 
-PROGRAM = Program(step, init=init, xs=data, route="one program")
+PROGRAM = Program(step, init=init, xs=data)

@@ -7,14 +7,14 @@ from torch.distributions import Categorical
 
 import fdl
 from fdl import nn, random, tree
-from tests.support.programs import Program
+from tests.support.programs import FORMS, Program
 
 ENVIRONMENTS, STEPS, GAMMA = 4, 10, 0.95
 policy = nn.sequential(nn.linear(4, 16), nn.tanh, nn.linear(16, 2))
 
 
 def physics(s, action):
-    x, v, angle, rate = s.unbind(-1)
+    _, v, angle, rate = s.unbind(-1)
     force = torch.where(action == 1, 10.0, -10.0)
     sin, cos = angle.sin(), angle.cos()
     push = (force + 0.05 * rate**2 * sin) / 1.1
@@ -55,9 +55,10 @@ def step(params, key):
     return tree.map(lambda p, g: p - 0.1 * g, params, grads), (loss, rewards.sum(0).mean())
 
 
+FAULT = "distributions check their arguments, which asks for values"
 PROGRAM = Program(
     step,
     init=lambda: policy.init(random.key(0)),
     xs=lambda: random.split(random.key(1), 4),
-    route="one program",
+    faults=dict.fromkeys(FORMS, FAULT),
 )

@@ -1,4 +1,4 @@
-"""SARSA in a batch of worlds: `table[i, s, a]` is written by index_put, actions kept in the carry."""
+"""SARSA in a batch of worlds: `table[i, s, a]` is written by index_put."""
 
 from __future__ import annotations
 
@@ -36,5 +36,4 @@ PROGRAM = Program(
         torch.tensor(0.5),
     ),
     xs=lambda: random.split(random.key(0), 8),
-    route="one program",
 )

@@ -36,7 +36,7 @@ def simulate(params, current):
         spikes = Spike.apply(v - 1.0)
         return (v - spikes, 0.9 * out + spikes @ params["out"]), spikes
 
-    zero = torch.zeros(current.shape[1], HIDDEN), torch.zeros(current.shape[1], CLASSES)
+    zero = current.new_zeros(5, HIDDEN), current.new_zeros(5, CLASSES)
     (_, out), spikes = fdl.scan(tick, zero, current)
     return out, spikes.mean()
 
@@ -55,12 +55,13 @@ def step(params, batch):
 def init():
     first, second = random.split(random.key(0))
     w_in = random.normal(first, (INPUTS, HIDDEN)) / INPUTS**0.5
-    return {"in": w_in, "out": random.normal(second, (HIDDEN, CLASSES)) / HIDDEN**0.5}
+    w_out = random.normal(second, (HIDDEN, CLASSES)) / HIDDEN**0.5
+    return {"in": w_in.double(), "out": w_out.double()}
 
 
 def batches():
-    current = 2 * random.uniform(random.key(1), (4, TIME, 5, INPUTS))
+    current = 2 * random.uniform(random.key(1), (4, TIME, 5, INPUTS), torch.float64)
     return current, random.randint(random.key(2), (4, 5), 0, CLASSES)
 
 
-PROGRAM = Program(step, init=init, xs=batches, route="one program")
+PROGRAM = Program(step, init=init, xs=batches)

@@ -41,4 +41,4 @@ def init():
     return Phase(position, momentum, torch.linspace(1, 2, BODIES))
 
 
-PROGRAM = Program(step, init=init, xs=lambda: torch.full((8,), 0.01), route="one program")
+PROGRAM = Program(step, init=init, xs=lambda: torch.full((8,), 0.01))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from fdl import nn, optim, random
+from fdl import nn, optim, random, tree
 from tests.support.programs import Program
 
 PIXELS, LATENT = 16, 3
@@ -18,10 +18,10 @@ optimizer = optim.adam(1e-2)
 def negative_elbo(params, x, key):
     mean, raw = encoder.apply(params["encoder"], x).chunk(2, -1)
     scale = F.softplus(raw) + 1e-4
-    z = mean + scale * random.normal(key, mean.shape)
+    z = mean + scale * random.normal(key, mean.shape, mean.dtype)
     logits = decoder.apply(params["decoder"], z)
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
-    prior = Normal(torch.zeros(LATENT), torch.ones(LATENT), validate_args=False)
+    prior = Normal(torch.zeros_like(mean), torch.ones_like(mean), validate_args=False)
     kl = kl_divergence(Normal(mean, scale, validate_args=False), prior).sum(-1)
     return (reconstruction + kl).mean(), {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
 
@@ -37,12 +37,12 @@ def step(state, x):
 def init():
     encode, decode = random.split(random.key(0))
     params = {"encoder": encoder.init(encode), "decoder": decoder.init(decode)}
+    params = tree.cast(params, torch.float64)
     return params, optimizer.init(params), random.key(1)
 
 
 PROGRAM = Program(
     step,
     init=init,
-    xs=lambda: random.bernoulli(random.key(2), 0.3, (5, 8, PIXELS)).float(),
-    route="one program",
+    xs=lambda: random.bernoulli(random.key(2), 0.3, (5, 8, PIXELS)).double(),
 )

@@ -55,5 +55,4 @@ PROGRAM = Program(
     step,
     init=lambda: random.normal(random.key(0), (STATES, STATES)),
     xs=batches,
-    route="one program",
 )

@@ -29,15 +29,15 @@ def step(state, batch):
 
 
 def init():
-    params = model.init(random.key(0))
+    params = tree.cast(model.init(random.key(0)), torch.float64)
     zeros = tree.map(torch.zeros_like, params)
     count = torch.tensor(0)
     return {"params": params, "opt": optimizer.init(params), "ema": zeros, "count": count}
 
 
 def batches():
-    x = random.normal(random.key(1), (5, 16, 5))
+    x = random.normal(random.key(1), (5, 16, 5), torch.float64)
     return x, x.prod(-1, keepdim=True)
 
 
-PROGRAM = Program(step, init=init, xs=batches, route="one program")
+PROGRAM = Program(step, init=init, xs=batches)

@@ -43,5 +43,4 @@ PROGRAM = Program(
     step,
     init=lambda: (torch.zeros(4), torch.eye(4), torch.tensor(-2.0)),
     xs=observations,
-    route="one program",
 )
