@@ -15,7 +15,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    _BypassDispatchCache,
+)
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -95,6 +99,16 @@ class Tracing(TorchDispatchMode):
         return result
 
 
+class _FakeTensors(FakeTensorMode):
+    """Computes shapes, without the one cached result that differs from a computed one."""
+
+    def _validate_cache_key(self, func: Any, args: Any, kwargs: Any) -> None:
+        # From the cache it has a storage of another size, which a nested jvp refuses.
+        if func is torch.ops.aten._new_zeros_with_same_feature_meta.default:
+            raise _BypassDispatchCache("the storage of its argument")
+        super()._validate_cache_key(func, args, kwargs)
+
+
 class Traced(NamedTuple):
     """The graph of a function, for one signature of its arguments."""
 
@@ -138,7 +152,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     specs: list[Hashable] = []
     # Loops that Inductor emits count their steps with a symbol of this environment.
     symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    mode = _FakeTensors(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
     tracing = Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:

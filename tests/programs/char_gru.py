@@ -62,7 +62,5 @@ PROGRAM = Program(
     step,
     init=init,
     xs=windows,
-    faults={
-        "vmap of scan": "a view traced on contiguous results refuses the layout that vmap gives them"
-    },
+    faults={"vmap of scan": "a view of contiguous results refuses the layout that vmap gives them"},
 )

@@ -64,6 +64,7 @@ PROGRAM = Program(
     step,
     init=lambda: tree.cast((model.init(random.key(0)), torch.tensor(0.1)), torch.float64),
     xs=batches,
+    fullgraph="Expected FakeTensor",
     faults={
         "grad": "a pullback that a loop closes over loses its derivative and batch",
         "vmap": "a pullback that a loop closes over loses its derivative and batch",

@@ -46,5 +46,6 @@ PROGRAM = Program(
     step,
     init=init,
     xs=lambda: random.randint(random.key(1), (4, TIME), 0, SYMBOLS),
+    fullgraph="PendingUnbackedSymbolNotFound",
     faults=dict.fromkeys(FORMS, FAULT),
 )

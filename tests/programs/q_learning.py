@@ -37,5 +37,6 @@ PROGRAM = Program(
     step,
     init=lambda: (torch.zeros(SIZE * SIZE, 4), torch.tensor(0), torch.tensor(0.9)),
     xs=lambda: random.split(random.key(0), 8),
+    fullgraph="PendingUnbackedSymbolNotFound",
     faults=dict.fromkeys(FORMS.keys() - {"vmap"}, FAULT),
 )
