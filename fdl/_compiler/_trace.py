@@ -99,14 +99,22 @@ class Tracing(TorchDispatchMode):
         return result
 
 
-class _FakeTensors(FakeTensorMode):
-    """Computes shapes, without the one cached result that differs from a computed one."""
+def _fake_mode() -> FakeTensorMode:
+    """Make the mode that computes shapes, without the one cached result that is not as computed."""
+    # Loops that Inductor emits count their steps with a symbol of this environment.
+    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    validate = mode._validate_cache_key
 
-    def _validate_cache_key(self, func: Any, args: Any, kwargs: Any) -> None:
+    def validate_cache_key(func: Any, args: Any, kwargs: Any) -> None:
         # From the cache it has a storage of another size, which a nested jvp refuses.
         if func is torch.ops.aten._new_zeros_with_same_feature_meta.default:
-            raise _BypassDispatchCache("the storage of its argument")
-        super()._validate_cache_key(func, args, kwargs)
+            raise _BypassDispatchCache("its storage is as large as that of its argument")
+        validate(func, args, kwargs)
+
+    # No subclass: torch looks up its rules for loops by the exact type of the mode.
+    mode._validate_cache_key = validate_cache_key
+    return cast(FakeTensorMode, mode)
 
 
 class Traced(NamedTuple):
@@ -150,9 +158,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     specs: list[Hashable] = []
-    # Loops that Inductor emits count their steps with a symbol of this environment.
-    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = _FakeTensors(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    mode = _fake_mode()
     tracing = Tracing(mode)
 
     def flat(*fakes: Tensor) -> list[Tensor]:

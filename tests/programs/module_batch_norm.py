@@ -68,4 +68,6 @@ PROGRAM = Program(
     step,
     init=lambda: State(params, buffers, optimizer.init(params)),
     xs=batches,
+    rtol=1e-5,
+    atol=1e-5,
 )

@@ -54,4 +54,5 @@ PROGRAM = Program(
     step,
     init=lambda: (params, optimizer.init(params), random.key(2)),
     xs=sentences,
+    fullgraph="torch._check",
 )

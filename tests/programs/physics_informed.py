@@ -49,4 +49,9 @@ def init():
     return params, zeros, zeros, torch.tensor(0.0)
 
 
-PROGRAM = Program(step, init=init, xs=lambda: random.split(random.key(1), 4))
+PROGRAM = Program(
+    step,
+    init=init,
+    xs=lambda: random.split(random.key(1), 4),
+    fullgraph="has_fw_view",
+)
