@@ -18,10 +18,12 @@ from tests.support.programs import (
     load,
     loop,
     rows,
+    stack,
     turn,
 )
 from tests.support.soak import repeats
 
+pytestmark = pytest.mark.usefixtures("real_loops")
 TURN = turn()
 
 
@@ -68,6 +70,7 @@ def test_traced(program: Program, form: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize(
     "program, form",
     cases(repeats(NAMES[TURN % 3 :: 3], NAMES), forms_for_inductor, backend="inductor: "),
@@ -89,14 +92,12 @@ def test_torch_compile_takes_it_whole_or_says_why_not(program: Program, form: st
         check_equal(program, compiled(state, row), program.step(state, row))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).vmap])
 def test_vmap_is_left_out_only_where_torch_refuses(name: str) -> None:
     program = load(name)
-    row = next(rows(program.xs()))
-    states = torch.utils._pytree.tree_map(lambda leaf: torch.stack([leaf, leaf]), program.init())
-    if program.vmap:
-        with pytest.raises(Exception, match=program.vmap):
-            torch.vmap(program.step, (0, None))(states, row)
+    states = stack([program.init(), program.init()])
+    with pytest.raises(Exception, match=program.vmap):
+        torch.vmap(program.step, (0, None))(states, next(rows(program.xs())))
 
 
 @pytest.mark.parametrize("name", NAMES)
