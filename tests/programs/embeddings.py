@@ -46,4 +46,9 @@ def xs():
     }
 
 
-PROGRAM = Program(step, init, xs)
+PROGRAM = Program(
+    step,
+    init,
+    xs,
+    faults={"inductor: vmap of scan": "crash: a vmapped scan with a constant in its carry"},
+)
