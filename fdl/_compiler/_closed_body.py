@@ -23,12 +23,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, has_proxy_slot
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fdl import _modes
+from fdl._compiler._custom_functions import recording
+from fdl._compiler._graph import is_smooth
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
-from fdl._compiler._trace import current_trace, trace_flat
+from fdl._compiler._trace import current_trace, plain, trace_flat
 
 
 class ClosedBody(NamedTuple):
@@ -52,17 +53,17 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
     with _outside_transforms():
         fakes = [*(plain(leaf) for leaf in flat.init), *(plain(leaf, 1) for leaf in flat.xs)]
         leaks.note(fakes)
-        originals: dict[int, Tensor] = {}
+        originals: dict[int, tuple[Tensor, Tensor]] = {}
 
         def fn(*leaves: Tensor) -> list[Tensor]:
-            with _replacing_in_transforms(), Substitutes(originals) as substitutes:
+            with Substitutes(originals) as substitutes:
                 return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
 
         graph, closed_over = trace_flat(fn, fakes, flat.names)
     del fakes
     leaks.check(f, graph, "scan: the body", made_before)
     closed_over = [
-        current_trace().substitute(originals.get(id(leaf), leaf)) for leaf in closed_over
+        current_trace().substitute(originals.get(id(leaf), (leaf, leaf))[1]) for leaf in closed_over
     ]
     return ClosedBody(graph, flat.init, flat.xs, closed_over)
 
@@ -78,17 +79,6 @@ def closed_graph(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) ->
     return graph
 
 
-def plain(leaf: Tensor, axes: int = 0) -> Tensor:
-    """Make a fake tensor like one that may be wrapped, without its first `axes` axes."""
-    shape = leaf.shape[axes:]
-    with (
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
-        current_trace().mode,
-    ):
-        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
-
-
 @contextmanager
 def _outside_transforms() -> Iterator[None]:
     """Leave all transformations, and record operations that the transformations know."""
@@ -99,12 +89,17 @@ def _outside_transforms() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(disable_proxy_modes_tracing())
             stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(_hooks())
             if _modes.avoid_fused_kernels():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
         _modes.around.reset(token)
         tracing.decompose = decompose
+
+
+def _detach(x: Tensor) -> Tensor:
+    return x.detach() if is_smooth(x) else x
 
 
 class Substitutes(TorchFunctionMode):
@@ -114,10 +109,11 @@ class Substitutes(TorchFunctionMode):
     wrapped tensor is made by the body if the plain one in it is known.
     """
 
-    def __init__(self, originals: dict[int, Tensor]) -> None:
-        """Record in `originals` what was replaced, by the id of its substitute."""
+    def __init__(self, originals: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Record substitutes in `originals`, with what they replace, by their ids."""
         super().__init__()
         self.originals, self.tracing = originals, current_trace()
+        self.has_grad = torch.is_grad_enabled()
         self.depth = len(self.tracing.substitutes)
         self.first_tracer = len(self.tracing.tracers) - 1  # that of the body
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, kept alive
@@ -131,9 +127,13 @@ class Substitutes(TorchFunctionMode):
         self.tracing.substitutes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = functorch.peek_interpreter_stack() is not None
-        replace = partial(self.replace, inside=inside)
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            func = Tensor.detach  # which is an operation
+        replace = partial(self.replace, inside=_modes.in_transform())
         args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
+        if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
+            in_place = getattr(func, "__name__", "").endswith("_")
+            args = (*args[:in_place], *pytree.tree_map_only(Tensor, _detach, args[in_place:]))
         return func(*args, **kwargs)
 
     def replace(self, x: Tensor, inside: bool = False) -> Tensor:
@@ -144,7 +144,7 @@ class Substitutes(TorchFunctionMode):
             if self._is_known(innermost(x)):
                 return x
             new = plain(x)
-            self.originals[id(new)] = x
+            self.originals[id(new)] = new, x
             self.replaced[id(x)] = x, new
         return self.replaced[id(x)][1]
 
@@ -166,26 +166,30 @@ def _replacing(wrap: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
+# What no mode sees: (owner, name, what makes a replacement), and what was there before.
+HOOKS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+    (eager_transforms, "_wrap_for_grad", _replacing),  # the arguments of grad, jvp, …
+    (torch._functorch.vmap, "_add_batch_dim", _replacing),
+    (torch.autograd.Function, "apply", recording),
+)
+_ORIGINALS = [vars(owner)[name] for owner, name, _ in HOOKS]
 _lock, _users = Lock(), 0
 
 
 @contextmanager
-def _replacing_in_transforms() -> Iterator[None]:
-    """Replace the tensors that `grad` and `vmap` wrap in the body: no mode sees those calls."""
+def _hooks() -> Iterator[None]:
+    """Replace functions of torch while a body is traced; outside of the body nothing changes."""
     global _users
     with _lock:
         _users += 1
         if _users == 1:
-            for module, name in WRAPPERS:
-                setattr(module, name, _replacing(getattr(functorch, name)))
+            for (owner, name, replacement), original in zip(HOOKS, _ORIGINALS, strict=True):
+                setattr(owner, name, replacement(original))
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                for module, name in WRAPPERS:
-                    setattr(module, name, getattr(functorch, name))
-
-
-WRAPPERS = ((eager_transforms, "_wrap_for_grad"), (torch._functorch.vmap, "_add_batch_dim"))
+                for (owner, name, _), original in zip(HOOKS, _ORIGINALS, strict=True):
+                    setattr(owner, name, original)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import getitem
 from typing import Any, cast
 
 import torch
@@ -75,13 +76,43 @@ def is_smooth(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def with_inputs_returned(module: GraphModule, n: int) -> GraphModule:
-    """Copy a graph, and return its first `n` inputs too, after its results."""
+def with_results(module: GraphModule, more: Sequence[Node]) -> GraphModule:
+    """Copy a graph that returns more of its nodes, after its results."""
     graph, copies = Graph(), dict[Node, Node]()
     graph.graph_copy(module.graph, copies)
-    inputs = nodes_of(graph, "placeholder")[:n]
-    graph.output([*(copies[node] for node in results_of(module.graph)), *inputs])
+    graph.output([copies[node] for node in [*results_of(module.graph), *more]])
     return GraphModule(module, graph)
+
+
+DEEPEST = 8  # elementwise operations in a row that are rather run twice than kept
+
+
+def worth_keeping(graph: Graph) -> list[Node]:
+    """List the intermediate values that a derivative should read instead of computing them again.
+
+    All but views and elementwise operations, which fuse with those that use them.
+    """
+    depths: dict[Node, int] = {}
+    kept = []
+    for node in nodes_of(graph, "call_function"):
+        inputs = [depths.get(z, 0) for z in node.all_input_nodes]
+        depths[node] = max(inputs, default=0) + (not _is_view(node))
+        if not inputs or (_is_cheap(node) and depths[node] <= DEEPEST):
+            continue
+        depths[node] = 0
+        if isinstance(node.meta.get("val"), Tensor):
+            kept.append(node)
+    return kept
+
+
+def _is_cheap(node: Node) -> bool:
+    if node.target is getitem:
+        return _is_cheap(node.all_input_nodes[0])
+    return _is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _is_view(node: Node) -> bool:
+    return getattr(node.target, "is_view", False)
 
 
 def is_mutable(node: Node) -> bool:

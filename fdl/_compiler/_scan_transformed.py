@@ -24,19 +24,28 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.func import jvp, vjp, vmap
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
-from fdl._compiler._closed_body import close_body, closed_graph, plain
-from fdl._compiler._graph import LOOP, is_smooth, nodes_of, reached, results_of, with_inputs_returned
+from fdl._compiler._closed_body import close_body, closed_graph
+from fdl._compiler._custom_functions import CannotClose
+from fdl._compiler._graph import LOOP, is_smooth, nodes_of, reached, results_of, with_results, worth_keeping
+from fdl._compiler._purity import innermost
+from fdl._compiler._scan_eager import scan_as_loop
 from fdl._compiler._scan_traced import flat_body, scan_traced
 from fdl._compiler._signature import unflatten
+from fdl._compiler._trace import current_trace, plain
 from fdl.tree import Tree
 
 
 def scan_transformed(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:
     """Run a scan under the active transformations, as one loop."""
     flat = flat_body(f, init, xs)
-    body = close_body(f, flat)
+    try:
+        body = close_body(f, flat)
+    except CannotClose as reason:
+        current_trace().unrolled.append((length, str(reason)))
+        return scan_as_loop(f, init, xs, length)
     n, m = len(body.init), len(body.xs)
     # Leaves that every step returns as they are become constants of the loop.
     inputs, results = nodes_of(body.graph.graph, "placeholder"), results_of(body.graph.graph)
@@ -95,12 +104,34 @@ def _write(loop: Loop, operands: list[Tensor]) -> list[Tensor]:
     return [*carry, *ys]
 
 
-def run_graph(graph: GraphModule, arguments: Sequence[Tensor]) -> list[Tensor]:
-    """Run the graph of a body under the active transformations, with its inner loops."""
-    return cast(list[Tensor], _Run(graph).run(*arguments))
+def run_graph(
+    graph: GraphModule,
+    arguments: Sequence[Tensor],
+    note: Callable[[dict[Node, Node]], None] | None = None,
+) -> list[Tensor]:
+    """Run the graph of a body under the active transformations, with its inner loops.
+
+    Args:
+        graph: the graph.
+        arguments: its arguments.
+        note: called for each tensor, with its node and the node that computes it in the graph that
+            is being traced.
+    """
+    return cast(list[Tensor], _Run(graph, note).run(*arguments))
 
 
 class _Run(Interpreter):
+    def __init__(self, graph: GraphModule, note: Callable[[dict[Node, Node]], None] | None) -> None:
+        super().__init__(graph)
+        self.note = note
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if self.note is not None and isinstance(value, Tensor):
+            tracer = current_trace().tracers[-1]
+            self.note({n: get_proxy_slot(innermost(value), tracer, None, lambda x: x.proxy.node)})
+        return value
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not LOOP:
             return super().call_function(target, args, kwargs)
@@ -197,8 +228,9 @@ def _under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
 def _under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
     level, n_operands = interpreter.level(), len(operands)
     n_results = len(results_of(loop.body.graph))
-    # The carry at the start of each step is returned as well, for the backward pass.
-    with_starts = loop._replace(body=with_inputs_returned(loop.body, loop.carry))
+    # The backward pass reads the carry at the start of each step, and what is costly to compute.
+    kept = [*nodes_of(loop.body.graph, "placeholder")[: loop.carry], *worth_keeping(loop.body.graph)]
+    with_kept = loop._replace(body=with_results(loop.body, kept))
 
     class Scan(_SingleLevelFunction):
         @staticmethod
@@ -209,7 +241,7 @@ def _under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Te
                 forward_ad._set_fwd_grad_enabled(True),
                 interpreter.lower(),
             ):
-                results = run_loop(with_starts, values)
+                results = run_loop(with_kept, values)
             return tuple(functorch._wrap_for_grad(x, level) for x in results)
 
         @staticmethod
@@ -220,9 +252,9 @@ def _under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Te
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = [functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
-            inputs, starts = saved[:n_operands], saved[n_operands:]
+            inputs, rows = saved[:n_operands], saved[n_operands:]
             needed = [i for i, x in enumerate(ctx.needs_input_grad) if x]
-            return _pull_back(loop, inputs, starts, cotangents[:n_results], needed)
+            return _pull_back(loop, inputs, rows, cotangents[:n_results], needed)
 
     with enable_single_level_autograd_function():
         return list(Scan.apply(*operands))[:n_results]
@@ -231,7 +263,7 @@ def _under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Te
 def _pull_back(
     loop: Loop,
     operands: list[Tensor],
-    starts: list[Tensor],
+    kept: list[Tensor],
     cotangents: Sequence[Tensor | None],
     needed: list[int],
 ) -> tuple[Tensor | None, ...]:
@@ -240,7 +272,7 @@ def _pull_back(
     Args:
         loop: the loop.
         operands: of the loop.
-        starts: the carry at the start of each step, stacked.
+        kept: the carry at the start of each step, then the values that are `worth_keeping`.
         cotangents: of the last carry and of ys; None stands for zeros.
         needed: indices of operands whose gradients are returned, others are None.
     """
@@ -251,18 +283,20 @@ def _pull_back(
     fixed = [i for i in needed if i >= m]
     ys = [i for i in range(n, len(outputs)) if outputs[i] and cotangents[i] is not None]
     results = [*(i for i in carried if outputs[i]), *ys]
+    more = len(kept) - n
+    computed: dict[Node, Node] = {}  # what computes the values of the body in its derivative
 
     def fn(*leaves: Tensor) -> list[Tensor]:
         carry, row, constants = new.split(leaves)
-        arguments = [*row[:m], *constants]
+        arguments = [*row[:n], *row[n + more : m + more], *constants]
         wanted = [*carried, *rows, *fixed]
 
         def step(*chosen: Tensor) -> tuple[Tensor, ...]:
-            values = run_graph(loop.body, _replaced(arguments, wanted, chosen))
+            values = run_graph(loop.body, _replaced(arguments, wanted, chosen), computed.update)
             return tuple(values[i] for i in results)
 
         along = [x for i, x in zip(carried, carry, strict=False) if outputs[i]]
-        grads = vjp(step, *(arguments[i] for i in wanted))[1]((*along, *row[m:]))
+        grads = vjp(step, *(arguments[i] for i in wanted))[1]((*along, *row[m + more :]))
         k = len(wanted) - len(fixed)
         sums = [a + b for a, b in zip(carry[len(carried) :], grads[k:], strict=True)]
         return [*grads[: len(carried)], *sums, *grads[len(carried) : k]]
@@ -272,14 +306,30 @@ def _pull_back(
     _, xs, constants = loop.split(operands)
     init = [_or_zeros(cotangents[i], operands[i]) for i in carried]
     init += [torch.zeros_like(operands[i]) for i in fixed]
-    xs = [x.flip(0) for x in [*starts, *xs, *(cast(Tensor, cotangents[i]) for i in ys)]]
+    xs = [x.flip(0) for x in [*kept, *xs, *(cast(Tensor, cotangents[i]) for i in ys)]]
     new = Loop(loop.body, len(init), len(xs), loop.length)
     all_operands = [*init, *xs, *constants]
-    new = new._replace(body=closed_graph(fn, _examples(new, all_operands)))
-    grads = run_loop(new, all_operands)
+    body = closed_graph(fn, _examples(new, all_operands))
+    _read(body, computed, dict(zip(worth_keeping(loop.body.graph), range(len(init) + n, len(init) + n + more), strict=True)))
+    grads = run_loop(new._replace(body=body), all_operands)
     by_index = dict(zip([*carried, *fixed], grads, strict=False))
     by_index |= {i: x.flip(0) for i, x in zip(rows, grads[len(init) :], strict=True)}
     return tuple(by_index[i] if i in needed else None for i in range(len(operands)))
+
+
+def _read(body: GraphModule, computed: dict[Node, Node], inputs: dict[Node, int]) -> None:
+    """Read values from arguments of a body instead of computing them.
+
+    Args:
+        body: the graph, which is changed.
+        computed: the node of `body` that computes each value.
+        inputs: the index of the argument that holds it.
+    """
+    arguments = nodes_of(body.graph, "placeholder")
+    for value, i in inputs.items():
+        if computed.get(value) is not None:
+            computed[value].replace_all_uses_with(arguments[i])
+    body.graph.eliminate_dead_code()
 
 
 def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:

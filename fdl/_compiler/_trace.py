@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.func import functionalize
@@ -22,8 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import _modes
-from fdl._compiler._decompositions import decompositions
-from fdl._compiler._fixed_shapes import FIXED_SHAPES
+from fdl._compiler._decompositions import DIFFERENTIABLE, decompositions
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -60,6 +60,7 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.unrolled: list[tuple[int, str]] = []  # steps of a scan that is no loop, and why
         self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
     def fake(self, leaf: Tensor) -> FakeTensor:
@@ -76,6 +77,10 @@ class Tracing(TorchDispatchMode):
         for substitutes in reversed(self.substitutes):
             x = substitutes.replace(x, _modes.in_transform() if inside is None else inside)
         return x
+
+    def count_substitutes(self) -> int:
+        """Return how many tensors from outside have been replaced in these bodies so far."""
+        return sum(len(substitutes.originals) for substitutes in self.substitutes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any_dtensor_type(types):
@@ -108,6 +113,17 @@ def current_trace() -> Tracing:
 def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Replace real tensors by fake ones in the current trace: they are closed over."""
     return [current_trace().fake(leaf) for leaf in leaves]
+
+
+def plain(leaf: Tensor, axes: int = 0) -> Tensor:
+    """Make a fake tensor like one that may be wrapped, without its first `axes` axes."""
+    shape = leaf.shape[axes:]
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        current_trace().mode,
+    ):
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
@@ -179,7 +195,7 @@ def trace_flat(
     """
 
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else FIXED_SHAPES
+    table = decompositions() if tracing.decompose else DIFFERENTIABLE
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)

@@ -92,6 +92,8 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             return tuple(tree.leaves(result))
 
         xs = [leaves[i] for i in tensors]
+        for i in tensors:  # `flat` may outlive this call, and must not keep them
+            leaves[i] = None
         results = _rematerialised(flat, xs[:floats], xs[floats:])
         return pytree.tree_unflatten(results, out_specs[0])
 
