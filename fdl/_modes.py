@@ -54,7 +54,7 @@ def avoid_fused_kernels() -> bool:
 
 
 def active() -> tuple[str, ...]:
-    """Return the names of the active transformations, outermost first: Vmap, Grad, Jvp, …"""
+    """Return the names of the active transformations, outermost first, such as Vmap and Grad."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return (*around.get(), *(str(level.key()).rpartition(".")[2] for level in stack))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,11 +25,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fdl import _modes
-from fdl._compiler._custom_functions import recording
+from fdl._compiler._custom_functions import CannotClose, recording
+from fdl._compiler._differentiable_ops import has_strides_of_its_own
 from fdl._compiler._graph import is_smooth
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._trace import current_trace, plain, trace_flat
+
+DEAD = -2  # the level of a tensor whose transformation has ended
 
 
 class ClosedBody(NamedTuple):
@@ -60,6 +63,8 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
                 return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
 
         graph, closed_over = trace_flat(fn, fakes, flat.names)
+    if has_strides_of_its_own(graph.graph):
+        raise CannotClose("its body calls as_strided on a tensor that is not contiguous")
     del fakes
     leaks.check(f, graph, "scan: the body", made_before)
     closed_over = [
@@ -98,8 +103,30 @@ def _outside_transforms() -> Iterator[None]:
         tracing.decompose = decompose
 
 
-def _detach(x: Tensor) -> Tensor:
-    return x.detach() if is_smooth(x) else x
+class _NoGrad(torch.autograd.Function):
+    """The identity, through which no gradient flows back; tangents do, as under `no_grad`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return cast(Tensor, _NoGrad.apply(tangent))
+
+
+def _stop_gradient(x: Tensor) -> Tensor:
+    return cast(Tensor, _NoGrad.apply(x)) if is_smooth(x) else x
 
 
 class Substitutes(TorchFunctionMode):
@@ -129,11 +156,17 @@ class Substitutes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func = Tensor.detach  # which is an operation
+        if func == Tensor.requires_grad.__get__ and not _modes.in_transform():  # type: ignore[attr-defined]
+            # Kernels without a derivative are chosen where nothing requires grad.
+            return "Grad" in _modes.active() and is_smooth(args[0])
         replace = partial(self.replace, inside=_modes.in_transform())
         args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
         if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
             in_place = getattr(func, "__name__", "").endswith("_")
-            args = (*args[:in_place], *pytree.tree_map_only(Tensor, _detach, args[in_place:]))
+            args = (
+                *args[:in_place],
+                *pytree.tree_map_only(Tensor, _stop_gradient, args[in_place:]),
+            )
         return func(*args, **kwargs)
 
     def replace(self, x: Tensor, inside: bool = False) -> Tensor:
@@ -143,6 +176,8 @@ class Substitutes(TorchFunctionMode):
         if id(x) not in self.replaced:
             if self._is_known(innermost(x)):
                 return x
+            if functorch.maybe_get_level(x) == DEAD:  # kept by the pullback of a vjp
+                raise CannotClose("its body calls a pullback that was made outside; make it inside")
             new = plain(x)
             self.originals[id(new)] = new, x
             self.replaced[id(x)] = x, new

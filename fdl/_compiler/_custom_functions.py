@@ -1,7 +1,7 @@
 """Keep a `torch.autograd.Function` in the graph of a loop body, with its own derivative.
 
 A body that is traced outside of all transformations (`_closed_body.py`) would only run the forward
-pass. So the call becomes one node, which calls the function again wherever the graph is transformed.
+pass. So the call becomes one node, which calls the function again where the graph is transformed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recording(apply: Any) -> Any:
     def recorded(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         run = apply.__get__(None, cls)
         tracing = _modes.tracing.get()
-        if tracing is None or tracing.decompose:
+        if tracing is None or tracing.decompose or get_proxy_mode() is None:
             return run(*args, **kwargs)
         if not _modes.in_transform():
             return _record(cls, run, tracing, args, kwargs)

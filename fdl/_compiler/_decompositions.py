@@ -92,12 +92,3 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,
 }
-
-
-def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Use operations that have derivatives for the pure form of `copy_`."""
-    return source.to(x.device, x.dtype).expand(x.shape).clone()
-
-
-# What is replaced in a graph that will be differentiated or batched.
-DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {aten.copy.default: copy, **FIXED_SHAPES}

@@ -79,6 +79,11 @@ def build(
         route.fall_back(EAGER, f"an operation cannot be traced ({_first_line(error)})")
         return eager
 
+    for steps, why in traced.unrolled:
+        route.fall_back(
+            f"its {steps} steps are unrolled", f"a scan is not compiled as a loop: {why}"
+        )
+
     def retrace() -> Traced:  # after a failed compilation, which may have changed the graph
         with use_settings(settings):
             return trace(fn, leaves, spec)

@@ -2,8 +2,9 @@
 
 How a `scan` runs depends on where it is called:
 
-- eagerly, or under a `torch.func` transformation: as a Python loop;
-- inside `jit` on the CPU: as torch's `scan` operator, for which Inductor emits a loop;
+- eagerly: as a Python loop;
+- inside `jit` on the CPU: as torch's `scan` operator, for which Inductor emits a loop, also under a
+  `torch.func` transformation;
 - inside `jit` on CUDA, or if Inductor fails: as a Python loop over a compiled body;
 - inside `torch.compile`: as torch's operator, or as a Python loop if Inductor does not support the
   operator (without `fullgraph`) or computes wrong gradients.
@@ -60,6 +61,7 @@ def scan(
     xs: Tree = (),
     *,
     length: int | None = None,
+    reverse: bool = False,
 ) -> tuple[Carry, Tree]:
     """Fold `f` over the first axis of `xs`: `carry, y = f(carry, x)`; equals `jax.lax.scan`.
 
@@ -70,6 +72,8 @@ def scan(
         xs: a tree of tensors with one common first axis; step `i` gets `leaf[i]`. With None or `()`
             every step gets just that.
         length: the number of steps; only needed if `xs` has no leaves.
+        reverse: start from the last row of `xs`; step `i` still has `leaf[i]`, and gives row `i` of
+            the result.
 
     Returns:
         The last carry, and the `y`s stacked along a new first axis. If there are no steps, these
@@ -93,8 +97,10 @@ def scan(
 
     check_tensors(tree.leaves(init), init, "scan: every leaf of init")
     length = _check_xs("scan", xs, length)
+    if reverse:
+        xs = tree.map(_flip, xs)
     carry, ys = _implementation(length)(step, init, xs, length)
-    return _show(carry), _show(ys)
+    return _show(carry), _show(tree.map(_flip, ys) if reverse else ys)
 
 
 def _implementation(length: int) -> Callable[..., tuple[Tree, Tree]]:
@@ -120,6 +126,10 @@ def _check_xs(caller: str, xs: Tree, length: int | None = None) -> int:
         given = "" if length is None else f" (length={length})"
         raise ValueError(f"{caller}: xs needs one common first axis{given}, got shapes {shapes}")
     return cast(int, lengths.pop())
+
+
+def _flip(leaf: Tensor) -> Tensor:
+    return leaf.flip(0)
 
 
 def _scan_zero_steps(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -> tuple[Tree, Tree]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
+from fdl._compiler._graph import LOOP, NEEDS_Y, is_view, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, proxy_node, to_fake, trace_flat
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -133,10 +133,19 @@ def _choose_operands(body: _Body, length: int) -> _Operands:
         used,
         carried=[contiguous_copy(body.init[i]) for i in changed] or [filler[0].clone()],
         walked=[body.xs[i] for i in used] or [filler],
-        # The operator refuses constants that share memory.
-        constants=copy_aliases([*body.closed_over, *(body.init[i] for i in unchanged)], []),
+        constants=_own_memory([*body.closed_over, *(body.init[i] for i in unchanged)]),
         filler=filler,
     )
+
+
+def _own_memory(constants: list[Tensor]) -> list[Tensor]:
+    """Copy constants that share memory, which the operator refuses, and views."""
+    nodes = [proxy_node(x) for x in to_fake(constants)]
+    copied = [
+        x if node is None or not is_view(node) else contiguous_copy(x)  # Inductor crashes
+        for x, node in zip(constants, nodes, strict=True)
+    ]
+    return copy_aliases(copied, [])
 
 
 def _write_loop(
@@ -149,10 +158,12 @@ def _write_loop(
     """
     changed, unchanged, used, carried, walked, constants, filler = operands
     n, m = len(body.init), len(body.xs)
+    is_complex = [x.is_complex() for x in [*carried, *walked, *constants]]
+    y_is_complex = [node.meta["val"].is_complex() for node in results_of(body.graph.graph)[n:]]
 
     def turn(*leaves: Tensor) -> list[Tensor]:
         # Outputs must not share memory with inputs or each other, and strides must be stable.
-        rest = iter(leaves)
+        rest = iter(_as_complex(leaves, is_complex))
         new = [next(rest) for _ in carried]
         rows = [next(rest) for _ in walked]
         closed_over = [next(rest) for _ in body.closed_over]
@@ -165,16 +176,29 @@ def _write_loop(
             outputs = body.graph(
                 *(carry[j] for j in range(n)), *(row.get(j) for j in range(m)), *closed_over
             )
-            new = [outputs[j] for j in changed] or new
+            new = [outputs[j].contiguous() for j in changed] or new  # as the body was traced
             ys.append(outputs[n:] or [torch.zeros_like(filler[0])] * NEEDS_Y)
         stacked = ys[0] if unroll == 1 else [torch.stack(y) for y in zip(*ys, strict=True)]
-        return [contiguous_copy(leaf) for leaf in [*new, *stacked]]
+        return [contiguous_copy(leaf) for leaf in _as_real([*new, *stacked])]
 
     if unroll > 1:  # copies: the operator refuses views of what the body closes over
         walked = [leaf.unflatten(0, (length // unroll, unroll)).clone() for leaf in walked]
-    outputs = LOOP(turn, carried, walked, tuple(constants))
-    ys = outputs[len(carried) :]
-    return outputs[: len(changed)], ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
+    # Inductor refuses loops over complex numbers.
+    outputs = LOOP(turn, _as_real(carried), _as_real(walked), tuple(_as_real(constants)))
+    carry = _as_complex(outputs[: len(changed)], is_complex)
+    ys = _as_complex(outputs[len(carried) :], y_is_complex)
+    return carry, ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
+
+
+def _as_real(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """View complex numbers as pairs of real ones."""
+    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in leaves]
+
+
+def _as_complex(leaves: Sequence[Tensor], is_complex: Sequence[bool]) -> list[Tensor]:
+    """Undo `_as_real`."""
+    pairs = zip(leaves, is_complex, strict=False)
+    return [torch.view_as_complex(x.contiguous()) if complex_ else x for x, complex_ in pairs]
 
 
 def _unroll_factor(body: GraphModule, length: int) -> int:

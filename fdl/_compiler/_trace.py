@@ -18,12 +18,13 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import _modes
-from fdl._compiler._decompositions import DIFFERENTIABLE, decompositions
+from fdl._compiler._decompositions import decompositions
+from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -60,7 +61,7 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
-        self.unrolled: list[tuple[int, str]] = []  # steps of a scan that is no loop, and why
+        self.unrolled: list[tuple[int, str]] = []  # see Traced
         self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
     def fake(self, leaf: Tensor) -> FakeTensor:
@@ -103,6 +104,7 @@ class Traced(NamedTuple):
     constants: list[Tensor]  # closed-over tensors, read at each call
     results: list[FakeTensor]
     spec: Hashable  # of the result
+    unrolled: list[tuple[int, str]]  # steps of a scan that is not a loop, and why
 
 
 def current_trace() -> Tracing:
@@ -113,6 +115,12 @@ def current_trace() -> Tracing:
 def to_fake(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Replace real tensors by fake ones in the current trace: they are closed over."""
     return [current_trace().fake(leaf) for leaf in leaves]
+
+
+def proxy_node(x: Tensor) -> Node | None:
+    """Return the node that computes a fake tensor in the graph that is being traced now."""
+    proxy: Any = get_proxy_slot(x, current_trace().tracers[-1], None)
+    return None if proxy is None else cast(Node, proxy.proxy.node)
 
 
 def plain(leaf: Tensor, axes: int = 0) -> Tensor:
@@ -172,7 +180,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
-    return Traced(graph, mode, closed_over, results, specs[0])
+    return Traced(graph, mode, closed_over, results, specs[0], tracing.unrolled)
 
 
 def trace_flat(
@@ -193,9 +201,8 @@ def trace_flat(
     Raises:
         ValueError: `fn` changes a tensor in place that it did not create.
     """
-
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else DIFFERENTIABLE
+    table = decompositions() if tracing.decompose else FIXED_SHAPES
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
@@ -209,7 +216,8 @@ def trace_flat(
     constants = _lift(graph)
     if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
-        with as_written():  # the graph contains the casts
+        # The graph contains the casts, and no function that a mode would have to see.
+        with as_written(), torch._C.DisableTorchFunction():
             graph = make_fx(pure, table, _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+import fdl
 from fdl import jit, scan, tree
 
 X = torch.arange(6.0).view(3, 2)
@@ -134,3 +135,25 @@ def test_without_gradients_torch_compile_has_one_loop(monkeypatch: pytest.Monkey
         f(torch.ones(50, 2))
     sizes = [len(graph.graph.nodes) for graph in graphs]
     assert sizes[0] < 20 and sizes[1] > 100
+
+
+@runs
+def test_reverse_starts_from_the_last_row(run: str, plain_backend: None) -> None:
+    jax = pytest.importorskip("jax")
+
+    def f(c: Any, x: Any) -> Any:
+        return c * 2 + x.sum(), (c, x * c)
+
+    expected = jax.lax.scan(f, jax.numpy.float32(1), jax.numpy.asarray(X), reverse=True)
+    actual = RUNS[run](lambda c, xs: scan(f, c, xs, reverse=True))(torch.tensor(1.0), X)
+    for a, b in zip(tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a.numpy(), np.asarray(b))
+
+
+def test_unrolled_steps_may_return_a_carry_of_another_layout(plain_backend: None) -> None:
+    fn = jit(lambda c, xs: scan(lambda c, x: (c.T * x, c.reshape(4)), c, xs), strict=True)
+    args = torch.arange(4.0).view(2, 2), torch.linspace(0.5, 1, 20)
+    with fdl.disable_jit():
+        expected = fn(*args)
+    for a, b in zip(tree.leaves(fn(*args)), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(a, b)

@@ -14,10 +14,16 @@ FILES = sorted(
 
 # Where a file, or all other files of a package, is tested, if no test file has its name.
 TESTED_IN = {
+    "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
+    "_compiler/_custom_functions.py": "compiler/test_scan_transformed.py",
     "_compiler/_decompositions.py": "compiler/test_passes.py",
+    "_compiler/_differentiable_ops.py": "compiler/test_scan_transformed.py",
     "_compiler/_indices.py": "compiler/test_passes.py",
     "_compiler/_inductor.py": "compiler/test_routes.py",
     "_compiler/_interpreter.py": "compiler/test_routes.py",
+    "_compiler/_loop_gradient.py": "compiler/test_scan_transformed.py",
+    "_compiler/_loop_rules.py": "compiler/test_scan_transformed.py",
+    "_compiler/_loops.py": "compiler/test_scan_transformed.py",
     "_compiler/_lowerings.py": "compiler/test_passes.py",
     "_compiler/_scan_dynamo.py": "compiler/test_scan.py",
     "_compiler/_scan_eager.py": "compiler/test_scan.py",
