@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -221,7 +222,7 @@ def trace_flat(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else {}
+    table = decompositions() if tracing.decompose else FIXED_SHAPES
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)

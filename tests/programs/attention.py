@@ -1,4 +1,4 @@
-"""Causal attention: a training step on a whole text, masked by hand and by torch's kernel."""
+"""Causal attention, masked by hand and by torch's kernel: two layers refine a text."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ def attend(params, x):
     return F.layer_norm(x + both @ params["out"], (WIDTH,))
 
 
-def loss(params, x):
-    return F.mse_loss(attend(params, x[:, :-1]), x[:, 1:])
-
-
 def step(params, x):
-    grads, value = torch.func.grad_and_value(loss)(params, x)
-    return {name: p - 0.1 * grads[name] for name, p in params.items()}, value
+    first = attend(params, x)
+    second = attend(params, first)
+    params = {"qkv": params["qkv"] * 0.9, "out": params["out"] + 0.1 * second.mean((0, 1))}
+    return params, (second - first).square().mean(-1)
 
 
 def init():
@@ -43,7 +41,7 @@ def init():
 
 
 def xs():
-    return random.normal(random.key(1), (4, 2, LENGTH + 1, WIDTH), torch.float64)
+    return random.normal(random.key(1), (4, 2, LENGTH, WIDTH), torch.float64)
 
 
-PROGRAM = Program(step, init, xs)
+PROGRAM = Program(step, init, xs, vmap="performance drop")

@@ -27,7 +27,7 @@ def step(state, row):
         "loss": huber(moved - row),
         "ratio": (moved - moved) / (hits - hits),  # NaN everywhere
         "logs": torch.log(moved.detach()),  # NaN where negative
-        "sign": torch.sign(moved) * torch.heaviside(moved, torch.tensor(0.5).double()),
+        "sign": torch.sign(moved) * torch.heaviside(moved.detach(), torch.tensor(0.5).double()),
         "side": torch.logical_xor(go_left, hits.bool()),
     }
     return (moved, hits), outcome

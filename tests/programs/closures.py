@@ -1,4 +1,4 @@
-"""A controller that reads tensors from everywhere: globals, an object, defaults, partials, a module."""
+"""A controller that reads tensors of globals, an object, defaults, partials, a module."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fdl import random
 from tests.support.programs import Program
 
 GAINS = {"p": torch.tensor(0.5, dtype=torch.float64), "filters": [torch.eye(3).double() * 0.9]}
+BIAS = torch.full((3,), 0.01, dtype=torch.float64)
 LAYER = torch.nn.Linear(3, 3).double().requires_grad_(False)
 with torch.no_grad():
     LAYER.weight.copy_(torch.arange(9).view(3, 3) / 10)
@@ -26,7 +27,7 @@ class Plant:
         return (self.matrix @ state + force).clamp(-self.limit, self.limit)
 
 
-def blend(weight, old, new, *, bias=torch.full((3,), 0.01, dtype=torch.float64)):
+def blend(weight, old, new, *, bias=BIAS):
     return weight * old + (1 - weight) * new + bias
 
 

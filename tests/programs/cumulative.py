@@ -1,4 +1,4 @@
-"""Sums along the way: moving averages, compound interest, log-space sums, drawdowns, differences."""
+"""Sums along the way: moving averages, compound interest, log-space sums, drawdowns."""
 
 from __future__ import annotations
 

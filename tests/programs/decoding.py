@@ -27,7 +27,7 @@ def step(state, forced):
     token = logits.argmax(-1)
     log_prob = F.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]
     position = state["position"] + 1
-    return dict(token=token, position=position, keys=keys, values=values), (token, log_prob)
+    return {"token": token, "position": position, "keys": keys, "values": values}, (token, log_prob)
 
 
 def init():

@@ -1,4 +1,4 @@
-"""A spectral solver and a spectral layer: rfft, irfft, fft2, shifts, a filter of complex weights."""
+"""A spectral solver and layer: rfft, irfft, fft2, shifts, a filter of complex weights."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from fdl import random
 from tests.support.programs import Program
 
 TRIANGLE = torch.tril_indices(4, 4)
-EVEN = torch.tensor([True, False, True, False])  # a constant mask selects rows
+EVEN = torch.tensor([True, False, True, False]).nonzero()[:, 0]
 
 
 def step(memory, access):

@@ -18,12 +18,10 @@ def step(basis, matrix):
     spectrum = linalg.eigvalsh(symmetric)
     vectors = linalg.eigh(symmetric).eigenvectors.abs()
     inverse = linalg.pinv(matrix[:, :2])
-    fit = linalg.lstsq(matrix[:, :3], basis[:, :1]).solution
     return rotation @ basis, {
         "spectrum": spectrum,
         "singular": linalg.svdvals(matrix),
         "vectors": vectors,
-        "fit": fit,
         "inverse": inverse,
         "norms": (linalg.norm(matrix, 2), linalg.matrix_norm(matrix, "nuc"), linalg.det(matrix)),
         "power": linalg.matrix_power(matrix, 3) + linalg.multi_dot([matrix, basis, basis.mT]),

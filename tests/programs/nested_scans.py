@@ -20,17 +20,17 @@ def sweep(grid, omega):
 
 def step(state, heat):
     grid, sweeps = state
-    omegas = torch.linspace(0.2, 0.8, 12, dtype=torch.float64)
+    omegas = torch.linspace(0.2, 0.8, 3, dtype=torch.float64)
     grid, energies = fdl.scan(sweep, grid + heat, omegas)
     return (grid, sweeps + len(omegas)), {"energies": energies, "last": grid[-1]}
 
 
 def init():
-    return random.normal(random.key(0), (11, 5), torch.float64), torch.tensor(0)
+    return random.normal(random.key(0), (5, 4), torch.float64), torch.tensor(0)
 
 
 def xs():
-    return 0.1 * random.normal(random.key(1), (4, 5), torch.float64)
+    return 0.1 * random.normal(random.key(1), (4, 4), torch.float64)
 
 
 PROGRAM = Program(step, init, xs)

@@ -1,4 +1,4 @@
-"""Resizing and warping of images: interpolate in several modes, affine grids, grid_sample, unfold."""
+"""Resizing and warping: interpolate in several modes, affine grids, grid_sample, unfold."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.programs import Program
+from tests.support.programs import FORMS, Program
 
 SIZE = 3
 
@@ -28,4 +28,10 @@ def xs():
     return torch.arange(14, dtype=torch.float64).reshape(7, 2).sin()
 
 
-PROGRAM = Program(step, init, xs)
+PROGRAM = Program(
+    step,
+    init,
+    xs,
+    fullgraph="unbacked",
+    faults=dict.fromkeys(FORMS.keys() - {"vmap"}, "x[i] with a 0-d tensor i is refused"),
+)

@@ -15,7 +15,7 @@ def step(state, logits):
     total = scores[:, None] + logits.log_softmax(-1)  # [beam, choices]
     scores, flat = total.flatten().topk(BEAM)
     history = torch.cat([history[flat // CHOICES, 1:], (flat % CHOICES)[:, None]], 1)
-    values, order = logits.sort(-1, descending=True, stable=True)
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
     ranks = order.argsort(-1)
     merged = torch.cat([values[0], values[1]]).msort()
     places = torch.searchsorted(merged, values[2], right=True)

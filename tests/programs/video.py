@@ -13,7 +13,7 @@ def step(state, clip):
     x = F.conv3d(clip, state["kernel"], padding=(0, 1, 1))
     mean, var = x.mean((0, 2, 3, 4)), x.var((0, 2, 3, 4), unbiased=False)
     running = {"mean": state["mean"].lerp(mean, 0.1), "var": state["var"].lerp(var, 0.1)}
-    x = F.batch_norm(x, running["mean"], running["var"], training=False)
+    x = F.batch_norm(x, running["mean"].detach(), running["var"].detach(), training=False)
     x = F.avg_pool3d(F.relu(x), (1, 2, 2))
     x = F.group_norm(x, 2)
     back = F.conv_transpose3d(x, state["kernel"], stride=(1, 2, 2), padding=(0, 1, 1))

@@ -1,4 +1,4 @@
-"""A particle filter: vmapped dynamics and likelihoods, resampling by sorted uniforms, keys split."""
+"""A particle filter: vmapped dynamics and likelihoods, systematic resampling, keys split."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.utils._pytree as pytree
@@ -39,7 +40,8 @@ class Program(NamedTuple):
             empty if it accepts it.
         rtol, atol: tolerances instead of those in TOLERANCES.
         faults: what is wrong with a form (a name in FORMS) until it is cured; its tests are strict
-            xfails. A fault of Inductor's alone is at "inductor: " and the form.
+            xfails, which do not run if it starts with "crash". A fault of Inductor's alone is at
+            "inductor: " and the form.
     """
 
     step: Callable[[Any, Any], tuple[Any, Any]]
@@ -144,6 +146,13 @@ def _scan(program: Program, jit: Callable[..., Any]) -> tuple[Any, Any]:
     return run(state, xs), loop(program.step, state, xs)
 
 
+def _unrolled(program: Program, jit: Callable[..., Any]) -> tuple[Any, Any]:
+    state, xs = program.init(), tree.map(lambda leaf: torch.cat([leaf, leaf]), program.xs())
+    run = jit(lambda state, xs: fdl.scan(program.step, state, xs))
+    with patch("fdl._compiler._scan_traced.MAX_UNROLL", 2):  # a loop of two steps a turn
+        return run(state, xs), loop(program.step, state, xs)
+
+
 def _grad(program: Program, jit: Callable[..., Any]) -> tuple[Any, Any]:
     state, row = program.init(), next(rows(program.xs()))
     expected = gradients(lambda state: program.step(state, row), state)
@@ -184,6 +193,7 @@ FORMS: dict[str, Form] = {
     "step": _step,
     "donated": _donated,
     "scan": _scan,
+    "unrolled": _unrolled,
     "grad": _grad,
     "grad of scan": _grad_of_scan,
     "backward": _backward,
