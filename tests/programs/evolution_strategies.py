@@ -38,9 +38,4 @@ PROGRAM = Program(
     step,
     init=lambda: (random.normal(random.key(0), (48,)) / 5, torch.zeros(48)),
     xs=lambda: random.split(random.key(1), 5),
-    faults={
-        "grad of scan": "in-place operations in a loop in a loop that is transformed",
-        "backward": "in-place operations in a loop in a loop that is transformed",
-        "vmap of scan": "in-place operations in a loop in a loop that is transformed",
-    },
 )

@@ -46,9 +46,4 @@ PROGRAM = Program(
     step,
     init=lambda: (torch.zeros(3), torch.tensor(-2.0)),
     xs=lambda: random.split(random.key(0), 6),
-    faults={
-        "grad of scan": "in-place operations in a loop in a loop that is transformed",
-        "backward": "in-place operations in a loop in a loop that is transformed",
-        "vmap of scan": "in-place operations in a loop in a loop that is transformed",
-    },
 )
