@@ -402,7 +402,7 @@ def test_a_pullback_made_in_the_body_under_vmap_alone() -> None:
         _, pull_back = vjp(lambda c: (c * c).sin(), c)
         return c + 0.1 * pull_back(x)[0], c.sum()
 
-    c, xs = draw(1, 2, 3), draw(2, 4, 3)
+    c, xs = random.normal(random.key(1), (2, 3)), random.normal(random.key(2), (4, 3))
     expected = c
     for x in xs:
         expected = expected + 0.1 * x * 2 * expected * (expected * expected).cos()
