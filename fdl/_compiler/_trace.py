@@ -16,7 +16,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    _BypassDispatchCache,
+)
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
@@ -27,6 +31,7 @@ from fdl import _modes
 from fdl._compiler._decompositions import decompositions
 from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._dynamic_index import DynamicIndex
+from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
     LOOP,
@@ -109,6 +114,24 @@ class Tracing(TorchDispatchMode):
         return result
 
 
+def _fake_mode() -> FakeTensorMode:
+    """Make the mode that computes shapes, without the one cached result that is not as computed."""
+    # Loops that Inductor emits count their steps with a symbol of this environment.
+    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    validate = mode._validate_cache_key
+
+    def validate_cache_key(func: Any, args: Any, kwargs: Any) -> None:
+        # From the cache it has a storage of another size, which a nested jvp refuses.
+        if func is torch.ops.aten._new_zeros_with_same_feature_meta.default:
+            raise _BypassDispatchCache("its storage is as large as that of its argument")
+        validate(func, args, kwargs)
+
+    # No subclass: torch looks up its rules for loops by the exact type of the mode.
+    mode._validate_cache_key = validate_cache_key
+    return cast(FakeTensorMode, mode)
+
+
 class Traced(NamedTuple):
     """The graph of a function, for one signature of its arguments."""
 
@@ -161,9 +184,7 @@ def trace(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     specs: list[Hashable] = []
-    # Loops that Inductor emits count their steps with a symbol of this environment.
-    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    mode = _fake_mode()
     tracing = Tracing(mode)
     tracing.unroll = unroll
 
@@ -221,7 +242,7 @@ def trace_flat(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else {}
+    table = decompositions() if tracing.decompose else FIXED_SHAPES
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
