@@ -5,6 +5,7 @@ from __future__ import annotations
 from fdl import (
     checkpointing,
     data,
+    debug,
     interop,
     io,
     losses,
@@ -42,6 +43,7 @@ __all__ = [
     "checkpointing",
     "cond",
     "data",
+    "debug",
     "disable_jit",
     "eval_step",
     "fori_loop",

@@ -195,7 +195,7 @@ def _under_jvp(
             def step(*chosen: Tensor) -> tuple[Tensor, ...]:
                 return tuple(branch(*replaced(fixed, moving, chosen)))
 
-            new, slopes = cast(Any, jvp(step, tuple(fixed[i] for i in moving), directions))
+            new, slopes = cast(Any, jvp)(step, tuple(fixed[i] for i in moving), directions)
             return [*new, *(slope for slope in slopes if is_smooth(slope))]
 
         return fn

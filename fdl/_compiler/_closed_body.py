@@ -156,8 +156,11 @@ class Substitutes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func = Tensor.detach  # which is an operation
-        if func == Tensor.requires_grad.__get__ and not _modes.in_transform():  # type: ignore[attr-defined]
-            # Kernels without a derivative are chosen where nothing requires grad.
+        if func == Tensor.requires_grad.__get__ and not (  # type: ignore[attr-defined]
+            _modes.in_transform() or functorch.is_functorch_wrapped_tensor(args[0])
+        ):
+            # Kernels without a derivative are chosen where nothing requires grad. (A pullback asks
+            # about results that are wrapped, although its transformation has ended.)
             return "Grad" in _modes.active() and is_smooth(args[0])
         replace = partial(self.replace, inside=_modes.in_transform())
         args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl._compiler._fixed_shapes import FIXED_SHAPES
+from fdl._compiler._narrow_integers import NARROW_INTEGERS
+
 aten = torch.ops.aten
 MEAN = 1  # the reduction; 0 is none, 2 the sum
 
@@ -25,7 +28,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
-    return {**select_decomp_table(), **OWN}
+    return {**select_decomp_table(), **OWN, **FIXED_SHAPES, **NARROW_INTEGERS}
 
 
 def elu_backward(

@@ -75,6 +75,12 @@ def _unpooled(args: _Args) -> Iterator[_Index]:
     yield _Index(1, 0, torch.Size(args[2]).numel())
 
 
+def _bins(args: _Args) -> Iterator[_Index]:
+    """`(index, weights, minlength)` of `bincount`, which has `minlength` bins in a program."""
+    if len(args) > 2 and args[2]:
+        yield _Index(0, 0, args[2])
+
+
 # By the name of the operation, without the _ of in-place variants.
 RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _along),
@@ -85,6 +91,7 @@ RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
     "embedding_dense_backward": _rows_of_derivative,
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _labels),
     **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _labels_of_derivative),
+    "bincount": _bins,
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _unpooled),
 }
 LISTS = ("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put")
@@ -102,12 +109,15 @@ def check_indices(op: Any, args: _Args) -> _Args:
             new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
     elif name in RULES:
         for i, low, high, ignored in RULES[name](args):
+            index = args[i]
+            if ignored is not None and index.dtype == torch.uint8:
+                index = index.long()  # labels may be bytes, but Inductor's decomposition fails
             if ignored is None or ignored in range(low, high):
-                new[i] = _checked(args[i], low, high)
+                new[i] = _checked(index, low, high)
             else:
-                is_ignored = args[i] == ignored
-                index = _checked(torch.where(is_ignored, low, args[i]), low, high)
-                new[i] = torch.where(is_ignored, ignored, index)
+                is_ignored = index == ignored
+                checked = _checked(torch.where(is_ignored, low, index), low, high)
+                new[i] = torch.where(is_ignored, ignored, checked)
     return new
 
 

@@ -148,7 +148,7 @@ def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Te
             def step(*chosen: Tensor) -> tuple[Tensor, ...]:
                 return tuple(loop.body(*replaced(inputs, moving, chosen)))
 
-            new, slopes = cast(Any, jvp(step, tuple(inputs[i] for i in moving), tuple(along)))
+            new, slopes = cast(Any, jvp)(step, tuple(inputs[i] for i in moving), tuple(along))
             # torch's tangents of 0-d tensors may have a wider dtype.
             return [*new, *(slopes[i].to(new[i].dtype) for i in carried)]
 

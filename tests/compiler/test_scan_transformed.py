@@ -397,6 +397,20 @@ def test_a_custom_function_beside_operations_in_place_is_unrolled_and_says_so(
         jit(lambda w: grad(loss)(w), strict=True)(W)
 
 
+@pytest.mark.usefixtures("plain_backend")
+def test_a_pullback_made_in_the_body_under_vmap_alone() -> None:
+    def body(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, pull_back = vjp(lambda c: (c * c).sin(), c)
+        return c + 0.1 * pull_back(x)[0], c.sum()
+
+    c, xs = random.normal(random.key(1), (2, 3)), random.normal(random.key(2), (4, 3))
+    expected = c
+    for x in xs:
+        expected = expected + 0.1 * x * 2 * expected * (expected * expected).cos()
+    got, _ = jit(vmap(lambda c: scan(body, c, xs)))(c)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("order", [grad, lambda f: vmap(grad(f))])
 def test_a_pullback_from_outside_is_unrolled_and_says_so(
     order: Callable[..., Any], plain_backend: None

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 
 from fdl import jit, nn, random, scan, tree
 from fdl._compiler._graph import MOVE
@@ -180,6 +180,18 @@ def test_a_sign_that_is_yet_to_be_applied_is() -> None:
     jitted = jit(lambda x: x * 2)
     for x in (X, torch.complex(X, X + 1).conj().imag, X):
         assert_same(jitted(x), x * 2)
+
+
+def test_nested_jvp_of_a_row_is_traced_more_than_once(plain_backend: None) -> None:
+    def first(x: Tensor) -> Tensor:
+        return jvp(lambda x: (x * x).sin(), (x,), (torch.ones_like(x),))[1]
+
+    def second(rows: Tensor) -> Tensor:
+        return jvp(first, (rows[1],), (torch.ones_like(rows[1]),))[1]
+
+    square = X[1] ** 2
+    for _ in range(3):  # torch caches what it computes on fake tensors
+        assert_same(jit(lambda rows: second(rows))(X), 2 * square.cos() - 4 * square * square.sin())
 
 
 def test_keywords_are_arguments(plain_backend: None) -> None:

@@ -132,6 +132,12 @@ TABLE: dict[str, dict[str, Case]] = {
         "accuracy": Case(metrics.accuracy, labelled, grads=()),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
     },
+    "debug": {
+        "callback": Case(
+            lambda x: (fdl.debug.callback(lambda x: None, x), x * 2)[1], lambda key: (draw(key, 3),)
+        ),
+        "print": Case(lambda x: (fdl.debug.print("{}", x), x * 2)[1], lambda key: (draw(key, 3),)),
+    },
     "interop": {
         "from_flax": Case(
             lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
@@ -245,6 +251,7 @@ MODULES: dict[str, ModuleType] = {
     "transforms": transforms,
     "data": data,
     "population": population,
+    "debug": fdl.debug,
 }
 
 NO_ROW = {
@@ -262,6 +269,7 @@ NO_ROW = {
     "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
+    "debug.nans": "a context",
     "nn.Layer": "a type",
     "nn.Model": "a type",
     "nn.StatefulModel": "a type",

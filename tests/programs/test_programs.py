@@ -1,0 +1,109 @@
+"""Programs as users write them: every way of running one gives what eager Python gives.
+
+Each other file in this folder is a program. Breadth comes from tracing all of them in every form
+and running the graphs without Inductor; Inductor compiles a third of them in each run, in one form
+each. The choice changes with every change of the library; `make test-all` compiles all.
+"""
+
+import pytest
+import torch
+
+import fdl
+from tests.support.programs import (
+    FORMS,
+    NAMES,
+    Program,
+    check_equal,
+    forms,
+    load,
+    loop,
+    rows,
+    stack,
+    turn,
+)
+from tests.support.soak import repeats
+
+pytestmark = pytest.mark.usefixtures("real_loops")
+TURN = turn()
+
+
+def cases(names, forms_of, backend=""):
+    """A case for each name and form, those with a fault marked."""
+    params = []
+    for name in names:
+        program = load(name)
+        for form in forms_of(name, program):
+            fault = program.faults.get(form) or program.faults.get(f"{backend}{form}")
+            runs = not (fault or "").startswith("crash")
+            marks = [pytest.mark.xfail(reason=fault, strict=True, run=runs)] * bool(fault)
+            marks += [pytest.mark.slow] * (form in ("grad of scan", "backward", "vmap of scan"))
+            params.append(pytest.param(program, form, id=f"{name}-{form}", marks=marks))
+    return params
+
+
+def forms_for_inductor(name: str, program: Program) -> list[str]:
+    """One form, another at each turn; or those that hold all others."""
+    every = forms(program)
+    one = every[(TURN // 3 + NAMES.index(name)) % len(every)]
+    return repeats([one], [form for form in every if form.endswith("scan")])
+
+
+def run(program: Program, form: str) -> None:
+    """Run one form, and compare its results with eager Python's, and its route."""
+    jitted = []
+    is_fast = program.route == "one program"
+
+    def jit(fn, **options):
+        jitted.append(fdl.jit(fn, strict=is_fast, **options))
+        return jitted[-1]
+
+    actual, expected = FORMS[form](program, jit)
+    check_equal(program, actual, expected)
+    for report in [report for fn in jitted for report in fn.report()]:
+        assert report.route == program.route
+        assert bool(report.fallbacks) != is_fast
+
+
+@pytest.mark.usefixtures("plain_backend")
+@pytest.mark.parametrize("program, form", cases(NAMES, lambda _, program: forms(program)))
+def test_traced(program: Program, form: str) -> None:
+    run(program, form)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@pytest.mark.parametrize(
+    "program, form",
+    cases(repeats(NAMES[TURN % 3 :: 3], NAMES), forms_for_inductor, backend="inductor: "),
+)
+def test_compiled(program: Program, form: str) -> None:
+    run(program, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, form", cases(NAMES, lambda *_: ["fullgraph"]))
+def test_torch_compile_takes_it_whole_or_says_why_not(program: Program, form: str) -> None:
+    torch._dynamo.reset()
+    state, row = program.init(), next(rows(program.xs()))
+    compiled = torch.compile(program.step, fullgraph=True, backend="aot_eager")
+    if program.fullgraph:
+        with pytest.raises(Exception, match=program.fullgraph):
+            compiled(state, row)
+    else:
+        check_equal(program, compiled(state, row), program.step(state, row))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).vmap])
+def test_vmap_is_left_out_only_where_torch_refuses(name: str) -> None:
+    program = load(name)
+    states = stack([program.init(), program.init()])
+    with pytest.raises(Exception, match=program.vmap):
+        torch.vmap(program.step, (0, None))(states, next(rows(program.xs())))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_does_something(name: str) -> None:
+    program = load(name)
+    state, xs = program.init(), program.xs()
+    assert 4 <= len(torch.utils._pytree.tree_leaves(xs)[0]) <= 8
+    assert not fdl.tree.allclose(loop(program.step, state, xs)[0], state)
