@@ -177,7 +177,7 @@ def _write_loop(
                 *(carry[j] for j in range(n)), *(row.get(j) for j in range(m)), *closed_over
             )
             new = [outputs[j].contiguous() for j in changed] or new  # as the body was traced
-            ys.append(outputs[n:] or [torch.zeros_like(filler[0])] * NEEDS_Y)
+            ys.append(outputs[n:] or [torch.zeros((), device=filler.device)] * NEEDS_Y)
         stacked = ys[0] if unroll == 1 else [torch.stack(y) for y in zip(*ys, strict=True)]
         return [contiguous_copy(leaf) for leaf in _as_real([*new, *stacked])]
 

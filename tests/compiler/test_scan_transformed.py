@@ -228,6 +228,7 @@ def cases() -> list[tuple[Callable[..., Any], str]]:
 
 
 @pytest.mark.usefixtures("plain_backend")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of eager torch
 @pytest.mark.parametrize(("body", "form"), cases())
 def test_equals_the_python_loop(body: Callable[..., Any], form: str) -> None:
     if (body in WITHOUT_FORWARD_MODE and "jvp" in form) or (body is bags and " of " in form):
