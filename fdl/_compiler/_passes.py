@@ -60,6 +60,16 @@ def _add(call: Call, node: Node) -> Node | None:
     return call(aten.add.Tensor, x, y, alpha=2) if _is_zero(y) else None
 
 
+def _permute(call: Call, node: Node) -> Node | None:
+    """Remove a permutation that changes nothing.
+
+    As a constant of a loop, it makes the program of Inductor's C++ wrapper crash.
+    """
+    x, axes = cast(Any, node.args)
+    n = len(axes)
+    return cast(Node, x) if [axis % n for axis in axes] == list(range(n)) else None
+
+
 def _mm(call: Call, node: Node) -> Node | None:
     return _product(call, node, None, *cast(Any, node.args))
 
@@ -188,10 +198,11 @@ def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
 # A rule returns the replacement of a node, or None to keep it.
 RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
     aten.add.Tensor: _add,
+    aten.permute.default: _permute,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.scatter_add.default: _scatter_add,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
 }
-EVERYWHERE = (_add, _avg_pool_backward)  # rules for correctness, also on CUDA
+EVERYWHERE = (_add, _permute, _avg_pool_backward)  # rules for correctness, also on CUDA

@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl._compiler._callbacks import calls_back, keep
-from fdl._compiler._graph import LOOP, NEEDS_Y, is_view, nodes_of, results_of
+from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import copy_aliases, current_trace, proxy_node, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -134,21 +134,12 @@ def _choose_operands(body: _Body, length: int) -> _Operands:
         used,
         carried=[contiguous_copy(body.init[i]) for i in changed] or [filler[0].clone()],
         walked=[body.xs[i] for i in used] or [filler],
-        constants=_own_memory(
-            [*map(_resolve_sign, body.closed_over), *(body.init[i] for i in unchanged)]
+        # The operator refuses constants that share memory.
+        constants=copy_aliases(
+            [*map(_resolve_sign, body.closed_over), *(body.init[i] for i in unchanged)], []
         ),
         filler=filler,
     )
-
-
-def _own_memory(constants: list[Tensor]) -> list[Tensor]:
-    """Copy constants that share memory, which the operator refuses, and views."""
-    nodes = [proxy_node(x) for x in to_fake(constants)]
-    copied = [
-        x if node is None or not is_view(node) else contiguous_copy(x)  # Inductor crashes
-        for x, node in zip(constants, nodes, strict=True)
-    ]
-    return copy_aliases(copied, [])
 
 
 def _write_loop(
