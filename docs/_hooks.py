@@ -43,7 +43,7 @@ GROUPS = {
     "fdl": {
         "Training": "TrainState supervised StatefulLoss train_step eval_step update_bn",
         "Compiling": "jit scan map disable_jit Jitted Report",
-        "Modules": "nn losses metrics optim data random tree transforms population parallel"
+        "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
         " interop io checkpointing",
     },
     "fdl.optim": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fdl import (
     checkpointing,
     data,
+    debug,
     interop,
     io,
     losses,
@@ -28,6 +29,7 @@ __all__ = [
     "TrainState",
     "checkpointing",
     "data",
+    "debug",
     "disable_jit",
     "eval_step",
     "interop",

@@ -102,7 +102,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
 def count_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """Make counters of the programs that `jit` builds: `counter = count_programs()`."""
     built: list[Any] = []
-    trace = _routes.trace
+    trace = _routes.trace_unknown
 
     def counted(*args: Any) -> Any:
         built.append(args)
@@ -115,7 +115,7 @@ def count_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         def count(self) -> int:
             return len(built) - self.before
 
-    monkeypatch.setattr(_routes, "trace", counted)
+    monkeypatch.setattr(_routes, "trace_unknown", counted)
     return Counter
 
 

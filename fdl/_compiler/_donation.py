@@ -40,6 +40,17 @@ def revalidate(leaf: Tensor, tensor_type: type[Tensor], value: Tensor) -> None:
     leaf.data = value
 
 
+def as_positions(donate_argnums: Any) -> tuple[int, ...]:
+    """Return `donate_argnums` as a tuple, or raise a TypeError."""
+    single = isinstance(donate_argnums, int)
+    positions = (donate_argnums,) if single else donate_argnums
+    if isinstance(positions, Sequence) and all(isinstance(i, int) for i in positions):
+        return tuple(positions)
+    raise TypeError(
+        f"jit: donate_argnums must be a position or a sequence of positions, got {donate_argnums!r}"
+    )
+
+
 def donated_indices(args: tuple[Any, ...], argnums: tuple[int, ...]) -> list[int]:
     """Return the indices of the donated leaves among the leaves of all arguments."""
     if not all(0 <= i < len(args) for i in argnums):

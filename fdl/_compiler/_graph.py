@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from operator import getitem
 from typing import Any, cast
 
@@ -82,6 +83,15 @@ def with_results(module: GraphModule, more: Sequence[Node]) -> GraphModule:
     graph.graph_copy(module.graph, copies)
     graph.output([copies[node] for node in [*results_of(module.graph), *more]])
     return GraphModule(module, graph)
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """Copy a graph and the bodies of its loops; the fake tensors in them are shared."""
+    copy = GraphModule(module, deepcopy(module.graph))
+    for name, child in module.named_children():
+        if isinstance(child, GraphModule):
+            setattr(copy, name, copy_graph(child))
+    return copy
 
 
 DEEPEST = 8  # elementwise operations in a row that are rather run twice than kept

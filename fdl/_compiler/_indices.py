@@ -109,12 +109,15 @@ def check_indices(op: Any, args: _Args) -> _Args:
             new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
     elif name in RULES:
         for i, low, high, ignored in RULES[name](args):
+            index = args[i]
+            if ignored is not None and index.dtype == torch.uint8:
+                index = index.long()  # labels may be bytes, but Inductor's decomposition fails
             if ignored is None or ignored in range(low, high):
-                new[i] = _checked(args[i], low, high)
+                new[i] = _checked(index, low, high)
             else:
-                is_ignored = args[i] == ignored
-                index = _checked(torch.where(is_ignored, low, args[i]), low, high)
-                new[i] = torch.where(is_ignored, ignored, index)
+                is_ignored = index == ignored
+                checked = _checked(torch.where(is_ignored, low, index), low, high)
+                new[i] = torch.where(is_ignored, ignored, checked)
     return new
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,17 +15,29 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._callbacks import take_error
+from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
+from fdl._compiler._interrupt import watch_signals
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
+HAS_CPP_WRAPPER = RELEASE >= (2, 12)  # `scan` fails with it in torch 2.11
 
 
-def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Compiled:
-    """Compile a graph of primitives for fake `inputs`; its last operations may write to them."""
+def lower(
+    graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor], cpp_wrapper: bool = True
+) -> Compiled:
+    """Compile a graph of primitives for fake `inputs`; its last operations may write to them.
+
+    Args:
+        graph: the graph, which is not changed.
+        mode: the mode of its fake tensors.
+        inputs: its arguments.
+        cpp_wrapper: call the kernels from C++ where torch can, instead of from Python.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
         from torch._inductor import config
@@ -33,10 +46,14 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         from torch._inductor.virtualized import V
 
     register()
+    _silence_log()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
+    graph = copy_graph(graph)  # the passes change it
     rewrite(graph, on_cpu)
+    if on_cpu:
+        watch_signals(graph)
     with (
-        config.patch(_options(on_cpu)),
+        config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         warnings.catch_warnings(),
@@ -48,17 +65,32 @@ def lower(graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) ->
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
-    return _with_index_errors(cast(Compiled, compiled))
+    return _with_python_errors(cast(Compiled, compiled))
 
 
-def _with_index_errors(compiled: Compiled) -> Compiled:
-    """Raise an IndexError for an index out of range; from C++ every error is a RuntimeError."""
+@cache
+def _silence_log() -> None:
+    """Drop messages in torch's log about which a user can do nothing."""
+    dropped = ("No CUDA runtime is found", "is missing a c-shim implementation")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in dropped)
+
+    for name in ("torch.utils.cpp_extension", "torch._inductor.ir"):
+        logging.getLogger(name).addFilter(keep)
+
+
+def _with_python_errors(compiled: Compiled) -> Compiled:
+    """Raise IndexErrors and the errors of callbacks; from C++ every error is a RuntimeError."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         try:
             return compiled(inputs)
-        except RuntimeError as error:
-            if OUT_OF_RANGE in str(error):
+        except BaseException as error:
+            raised = take_error()
+            if raised is not None:
+                raise raised from None
+            if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
                 raise IndexError(str(error)) from None
             raise
 
@@ -76,7 +108,7 @@ def _keep_strides(graph: GraphModule) -> None:
     output.meta["user_visible_output_idxs"] = list(range(len(strides)))
 
 
-def _options(on_cpu: bool) -> dict[str, Any]:
+def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
     from torch._inductor import config
 
     options: dict[str, Any] = {
@@ -96,8 +128,8 @@ def _options(on_cpu: bool) -> dict[str, Any]:
             options["cpp.vec_isa_ok"] = True
         # Convolutions of few channels are faster in their own layout than in channels-last.
         options["layout_optimization"] = False
-    if on_cpu and RELEASE >= (2, 12):
-        # Halves the cost of a step of a small model; `scan` fails with it in torch 2.11.
+    if on_cpu and cpp_wrapper:
+        # Halves the cost of a step of a small model.
         options["cpp_wrapper"] = True
         # Compile kernels and wrapper as two files, the latter unoptimised: half the time.
         options["cpp_wrapper_build_separate"] = True

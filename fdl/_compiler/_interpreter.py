@@ -47,7 +47,7 @@ def compile_bodies(traced: Traced, loop: Loop = loop_in_python) -> Compiled:
             name = cast(str, cast(Any, node.args[0]).target)
             body = cast(GraphModule, traced.graph.get_submodule(name))
             bodies[name] = _lower(body, traced)
-    return lambda inputs: cast(list[Tensor], _Run(traced.graph, bodies, loop).run(*inputs))
+    return lambda inputs: cast(list[Tensor], Run(traced.graph, bodies, loop).run(*inputs))
 
 
 def _lower(body: GraphModule, traced: Traced) -> Compiled:
@@ -66,10 +66,10 @@ def interpret(traced: Traced, loop: Loop = loop_in_python) -> Compiled:
         return interpret(traced._replace(graph=graph))
 
     bodies = {name: body_of(name) for name, _ in traced.graph.named_children()}
-    return lambda inputs: cast(list[Tensor], _Run(traced.graph, bodies, loop).run(*inputs))
+    return lambda inputs: cast(list[Tensor], Run(traced.graph, bodies, loop).run(*inputs))
 
 
-class _Run(Interpreter):
+class Run(Interpreter):
     """Interprets a graph, except for the bodies of its loops."""
 
     def __init__(self, graph: GraphModule, bodies: dict[str, Compiled], loop: Loop) -> None:

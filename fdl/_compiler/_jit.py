@@ -14,13 +14,24 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fdl import tree
+from fdl._checks import describe
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources
-from fdl._compiler._donation import copy_if_shared, donated_indices, invalidate, revalidate
+from fdl._compiler._donation import (
+    as_positions,
+    copy_if_shared,
+    donated_indices,
+    invalidate,
+    revalidate,
+)
 from fdl._compiler._inductor import kernels_written
+from fdl._compiler._interrupt import INTACT
+from fdl._compiler._nans import check_result, watching
 from fdl._compiler._routes import Program, Refused, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, signature
+from fdl._compiler._tracebacks import shorten
 from fdl._modes import in_transform, is_tracing
 from fdl.tree._checks import check_tensors
 from fdl.tree._summary import dtype_name
@@ -40,12 +51,15 @@ class Report(NamedTuple):
         why: why the program was compiled: the first call, or what was new about the arguments,
             torch's settings or the closed-over tensors.
         route: how it runs: `"one program"` or `"CUDA graph"`, or a slower way: `"compiled loop
-            bodies"`, `"CUDA graphs of loops"`, `"compiled"` (without a graph), `"eager"`.
+            bodies"`, `"compiled pieces"`, `"CUDA graphs of loops"`, `"compiled"` (without a graph),
+            `"eager"`.
         seconds: time to trace, compile and run it the first time.
-        kernels: kernels that Inductor generated; those of a loop body count once.
+        kernels: kernels that Inductor generated, also in attempts that failed; those of a loop body
+            count once.
         graphs: CUDA graphs; 0 on the CPU.
         memory: bytes that the CUDA graphs keep between calls.
-        fallbacks: why it does not run in a faster way; empty if it runs in the fastest.
+        fallbacks: why it does not run in a faster way, with the path of a log if torch's compiler
+            failed; empty if it runs in the fastest.
         closed_over: names of the tensors that it reads besides its arguments.
 
     >>> fn = jit(lambda x: x + 1)
@@ -123,7 +137,8 @@ def jit(
             come from keys.
         donate_argnums: position or positions of arguments whose memory the program may reuse for
             results of the same shape, dtype and device, as in `jax.jit`. Using a donated tensor
-            afterwards raises, even after a call that failed or was interrupted while running.
+            afterwards raises, even after a call that failed. After Ctrl-C in a compiled loop the
+            arguments are valid, and as they were.
         strict: raise instead of warning if a program would run in a slower way than this.
 
     Returns:
@@ -131,7 +146,8 @@ def jit(
         with its arguments.
 
     Raises:
-        TypeError: an argument or the result holds a leaf that is not a tensor (at call).
+        TypeError: `fn` is not a function, or `donate_argnums` not a position or positions; an
+            argument or the result holds a leaf that is not a tensor (at call).
         ValueError: `donate_argnums` is out of range, a donated tensor is also passed elsewhere or
             closed over, something is donated although an argument requires grad, or `fn` closes
             over a tensor that requires grad, changes a tensor in place that it did not create,
@@ -144,7 +160,9 @@ def jit(
     ...     double({"w": torch.ones(2)})
     {'w': tensor([2., 2.])}
     """
-    argnums = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+    if not callable(fn):
+        raise TypeError(f"jit: fn must be a function, got {describe(fn)}")
+    argnums = as_positions(donate_argnums)
     cache: dict[_Key, list[_Entry]] = {}  # one entry for each signature of closed-over tensors
     entries: list[_Entry] = []  # all of the cache, oldest first
     backwards: dict[Any, Any] = {}
@@ -155,6 +173,23 @@ def jit(
         # While Dynamo traces there is nothing to look up, and it cannot read a ContextVar.
         if torch.compiler.is_compiling() or _runs_inline():
             return fn(*args, **kwargs)
+        try:
+            return watched(args, kwargs) if watching.get() else dispatch(args, kwargs)
+        except Exception as error:
+            shorten(error)
+            raise
+
+    def watched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def eagerly() -> None:
+            with disable_jit():
+                fn(*args, **kwargs)
+
+        copies = tree.map(Tensor.clone, args) if argnums else args  # those are used up
+        result = dispatch(copies, kwargs)
+        check_result(result, flatten((args, kwargs))[0], eagerly)
+        return result
+
+    def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
         _check_arguments(fn, leaves, args, kwargs)
         settings = current_settings()
@@ -266,16 +301,18 @@ def _execute(
         for leaf in donated_leaves:
             invalidate(leaf)
         return result
-    types = [type(leaf) for leaf in donated_leaves]
-    for i, leaf in zip(donated, donated_leaves, strict=True):
-        if leaves[i] is leaf:
-            leaves[i] = leaf.detach()
+    before = [(type(leaf), leaf.detach()) for leaf in donated_leaves]
+    for i, leaf, (_, value) in zip(donated, donated_leaves, before, strict=True):
+        if leaves[i] is leaf:  # not a copy
+            leaves[i] = value
         invalidate(leaf)
     try:
         return program.run(leaves, constants)
-    except Refused:  # raised before anything is written
-        for i, leaf, tensor_type in zip(donated, donated_leaves, types, strict=True):
-            revalidate(leaf, tensor_type, leaves[i])
+    except BaseException as error:
+        if not (isinstance(error, Refused) or hasattr(error, INTACT)):
+            raise  # it may have been raised after something was written
+        for leaf, (tensor_type, value) in zip(donated_leaves, before, strict=True):
+            revalidate(leaf, tensor_type, value)
         raise
 
 

@@ -10,6 +10,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.fx import GraphModule, Interpreter, Node
 
+from fdl._compiler._callbacks import CALLBACK, without_callbacks
 from fdl._compiler._differentiable_ops import REPLACEMENTS
 from fdl._compiler._graph import LOOP
 from fdl._compiler._purity import innermost
@@ -91,9 +92,13 @@ class _Run(Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        runs_again = self.computed is not None  # the forward pass has made the calls
+        if target is CALLBACK and runs_again:
+            return None
         if target is not LOOP:
             return super().call_function(REPLACEMENTS.get(target, target), args, kwargs)
         body, init, xs, constants = args[:4]
+        body = without_callbacks(body) if runs_again else body
         return run_loop(Loop(body, len(init), len(xs), len(xs[0])), [*init, *xs, *constants])
 
 

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._indices import IN_RANGE, range_error
+from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 
 aten = torch.ops.aten
 
@@ -33,7 +35,16 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def register() -> None:
     """Register the lowerings with Inductor, and import it."""
-    from torch._inductor.ir import ExternKernel, FixedLayout, NoneLayout, Pointwise, TensorBox
+    from torch._inductor.dependencies import ReadWrites, StarDep
+    from torch._inductor.ir import (
+        ExternKernel,
+        FallbackKernel,
+        FixedLayout,
+        NoneLayout,
+        Pointwise,
+        TensorBox,
+        WhileLoop,
+    )
     from torch._inductor.lowering import lowerings, register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
     from torch._inductor.virtualized import V, ops
@@ -77,6 +88,49 @@ def register() -> None:
             else:
                 wrapper.writeline(f"if {flag}.item():")
                 wrapper.writeline(f'    raise RuntimeError("{self.message}")')
+
+    class CheckSignals(ExternKernel):
+        """Writes the code of `fdl::check_signals` between kernels."""
+
+        def __init__(self, intact: bool) -> None:
+            super().__init__(None, NoneLayout(device=torch.device("cpu")), [])
+            self.intact = intact
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def has_side_effects(self) -> bool:
+            return True
+
+        def codegen(self, wrapper: Any) -> None:
+            if V.graph.cpp_wrapper:  # a wrapper in Python sees signals by itself
+                wrapper.writeline(signal_check(self.intact))
+
+    class Callback(FallbackKernel):
+        """Calls `fdl::callback` in Python, after the callbacks and loops before it."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            ordered = (Callback, WhileLoop)
+            self.before = [op.get_name() for op in V.graph.operations if isinstance(op, ordered)]
+            super().__init__(*args, **kwargs)
+
+        def has_side_effects(self) -> bool:
+            return True
+
+        def get_read_writes(self) -> ReadWrites:
+            accesses = super().get_read_writes()
+            accesses.reads.update(StarDep(name) for name in self.before)
+            return accesses
+
+    @register_lowering(CALLBACK, type_promotion_kind=None)
+    def lower_callback(values: list[TensorBox], number: int, batches: int) -> None:
+        Callback.create(cast(Any, CALLBACK), values, number, batches)
+
+    @register_lowering(CHECK_SIGNALS, type_promotion_kind=None)
+    def lower_check_signals(intact: bool) -> None:
+        CheckSignals(intact)
 
     @register_lowering(IN_RANGE, type_promotion_kind=None)
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 from fdl._compiler._closure import closed_over_tensors
-from fdl._compiler._user_lines import Line, current_user_line, format_line
+from fdl._compiler._user_lines import Line, current_user_line, format_line, is_user_code
+from fdl._modes import is_tracing
 from fdl.tree._summary import shape_dtype
 
+PRINTERS = {"_purity.py", "_tensor.py", "_tensor_str.py", "overrides.py", "proxy_tensor.py"}
 SWITCHES = ("train", "training", "dropout", "dropout_p")  # without these, nothing is drawn
 
 
@@ -33,6 +40,38 @@ def check_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         "in a jitted function randomness comes from a key, which is an argument: draw with "
         "fdl.random or fdl.nn.dropout, or convert the module with fdl.interop.from_module"
     )
+
+
+def watch_prints() -> None:
+    """Make a tensor that is printed while `jit` traces warn that it has no value."""
+
+    def show(self: FakeTensor, **options: Any) -> str:
+        if is_tracing():
+            _warn_about_print()
+        return Tensor.__repr__(self, **options)
+
+    def show_formatted(self: FakeTensor, spec: str) -> str:
+        if is_tracing() and spec and not self.ndim:  # a number
+            return format(self.item(), spec)  # raises, as for every other use of a value
+        return Tensor.__format__(self, spec)
+
+    fake = cast(Any, FakeTensor)
+    fake.__repr__, fake.__format__ = show, show_formatted
+
+
+def _warn_about_print() -> None:
+    """Warn if user code prints a tensor, not a library that shows it in an error message."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and os.path.basename(frame.f_code.co_filename) in PRINTERS:
+        frame = frame.f_back
+    if frame is not None and is_user_code(frame.f_code):
+        warnings.warn_explicit(
+            "jit: a tensor is printed while tracing, once and without its value; "
+            "fdl.debug.print prints it whenever the program runs",
+            UserWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+        )
 
 
 class _TracedTensor(NamedTuple):

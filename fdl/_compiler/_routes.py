@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import UnsupportedOperatorException
+from torch._ops import OpOverload
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
+from fdl._compiler._callbacks import calls_back
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
+from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
+from fdl._compiler._refusals import Refusal, describe, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import Traced, copy_aliases, trace
+from fdl._compiler._unknown_ops import CannotTrace, trace_unknown
 from fdl.tree import Tree
 
 aten = torch.ops.aten
-NO_FAKE = "no fake impl registered"  # torch's error for a custom_op without register_fake
 EAGER = "it runs eagerly"
+
+Attempt = tuple[str, Exception]  # what was tried, and the error
 
 
 class Refused(RuntimeError):
@@ -38,17 +44,20 @@ class Route:
         self.name = ""  # set before fall_back is called
         self.fallbacks: list[str] = []
 
-    def fall_back(self, instead: str, reason: str) -> None:
+    def fall_back(self, instead: str, reason: str, log: Path | None = None) -> None:
         """Record that a slower way is taken, and warn; raise if `strict`."""
         message = f"{reason}; {instead}, which is slower"
+        if log:
+            message += f" (full log: {log})"
         if self.strict:
-            raise Refused(f"jit(strict=True): {self.fn!r}: {message}")
+            raise Refused(f"jit(strict=True): {describe(self.fn)}: {message}")
         self.fallbacks.append(message)
-        warnings.warn(f"jit: {self.fn!r}: {message}", stacklevel=2)
+        warnings.warn(f"jit: {describe(self.fn)}: {message}", stacklevel=2)
 
-    def compiler_failed(self, instead: str, error: Exception) -> None:
-        """Fall back because torch's compiler failed."""
-        self.fall_back(instead, f"torch's compiler refused it ({_first_line(error)})")
+    def compiler_failed(self, instead: str, traced: Traced, attempts: list[Attempt]) -> None:
+        """Fall back because torch's compiler failed; write a log of all attempts."""
+        reason = f"torch's compiler refused it ({first_line(attempts[0][1])})"
+        self.fall_back(instead, reason, write_log(self.fn, traced, attempts))
 
 
 class Program(NamedTuple):
@@ -70,76 +79,148 @@ def build(
     """Compile `fn` for arguments with the structure `spec` and the signature of `leaves`."""
     settings = current_settings()
     eager = Program(_eagerly(fn, spec))
-    try:
-        traced = trace(fn, leaves, spec)
-    except Exception as error:
-        if not (isinstance(error, UnsupportedOperatorException) or NO_FAKE in str(error)):
-            raise
-        route.name = "eager"
-        route.fall_back(EAGER, f"an operation cannot be traced ({_first_line(error)})")
-        return eager
 
-    for steps, why in traced.unrolled:
-        route.fall_back(
-            f"its {steps} steps are unrolled", f"a scan is not compiled as a loop: {why}"
-        )
-
-    def retrace() -> Traced:  # after a failed compilation, which may have changed the graph
+    def without_unrolling() -> Traced:
         with use_settings(settings):
-            return trace(fn, leaves, spec)
+            return trace(fn, leaves, spec, False)
 
-    aliases = match_buffers(leaves, donated, traced.results)
-    with nullcontext() if is_plain(settings) else as_written():
-        if any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
-            program = _for_cuda(traced, retrace, leaves, aliases, route)
+    with ExitStack() as stack:
+        try:
+            traced, unknown = trace_unknown(fn, leaves, spec, stack)
+        except CannotTrace as error:
+            route.name = "eager"
+            route.fall_back(EAGER, f"{error}; register one with torch.library.register_fake")
+            return eager
+        for steps, why in traced.unrolled:
+            route.fall_back(
+                f"its {steps} steps are unrolled", f"a scan is not compiled as a loop: {why}"
+            )
+        eager = eager._replace(constants=traced.constants)
+        aliases = match_buffers(leaves, donated, traced.results)
+        if not is_plain(settings):
+            stack.enter_context(as_written())
+        if unknown:
+            program = _around_unknown(traced, unknown, eager, route)
+        elif any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
+            program = _for_cuda(traced, leaves, aliases, route)
         else:
-            program = _for_cpu(traced, retrace, eager, aliases, route)
+            program = _for_cpu(traced, without_unrolling, eager, aliases, route)
     if is_plain(settings) or route.name == "eager":
         return program
     return program._replace(run=as_written()(program.run))  # the graph contains the casts
 
 
+def _around_unknown(
+    traced: Traced, operations: list[OpOverload], eager: Program, route: Route
+) -> Program:
+    """Compile in pieces around operations that have been traced without a fake implementation.
+
+    They run by themselves, so that a result of another shape than on zeros is noticed.
+    """
+    names = ", ".join(str(op) for op in operations)
+    reason = f"no fake implementation of {names} is registered (torch.library.register_fake)"
+    try:
+        compiled, refused = compile_pieces(traced, Refusal([str(op) for op in operations]))
+    except NothingCompiles:
+        route.name = "eager"
+        route.fall_back(EAGER, reason)
+        return eager
+    route.name = "compiled pieces"
+    route.fall_back(_around(refused), reason)
+
+    def run(leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
+        if route.name != "eager":
+            try:
+                return _run(compiled, traced, leaves, constants)
+            except AnotherShape as error:
+                route.name = "eager"
+                route.fall_back(EAGER, str(error))
+        return eager.run(leaves, constants)
+
+    return Program(run, traced.constants)
+
+
 def _for_cpu(
     traced: Traced,
-    retrace: Callable[[], Traced],
+    without_unrolling: Callable[[], Traced],
     eager: Program,
     aliases: dict[int, int],
     route: Route,
 ) -> Program:
-    """Compile everything as one program, or else only loop bodies, or else nothing."""
-    eager = eager._replace(constants=traced.constants)
+    """Compile everything as one program, or else as much as can be compiled."""
     missing = _inductor.missing_compiler()
     if missing:
         route.name = "eager"
         route.fall_back(EAGER, missing)
         return eager
-    try:
-        program = _write_in_place(traced, aliases)
-        route.name = "one program"
-        run = partial(_run_in_place, program, traced, aliases)
-        return Program(run, traced.constants, bool(aliases))
-    except Exception as error:  # of the compiler: a fault of the function would fail in tracing
-        reason = error
-    if _interpreter.longest_loop(traced):
-        traced = retrace()
+    attempts: list[Attempt] = []
+    for rung in _rungs(traced, without_unrolling, aliases, attempts):
         try:
-            program = _interpreter.compile_bodies(traced)
-        except Exception:
-            pass  # report the first reason
-        else:
-            route.name = "compiled loop bodies"
-            route.compiler_failed(
-                "the body of each loop is compiled, and run in a Python loop", reason
-            )
-            return Program(partial(_run, program, traced), traced.constants)
+            program, instead = rung.build()
+        except Exception as error:  # of the compiler: a fault of the function would fail in tracing
+            attempts.append((f"{rung.route}: {rung.attempt}", error))
+            continue
+        route.name = rung.route
+        if attempts:
+            route.compiler_failed(instead, traced, attempts)
+        return program
     route.name = "eager"
-    route.compiler_failed(EAGER, reason)
+    route.compiler_failed(EAGER, traced, attempts)
     return eager
+
+
+class _Rung(NamedTuple):
+    """One way to run a program, tried if those before it fail."""
+
+    route: str
+    attempt: str  # how it differs from the others, for the log
+    build: Callable[[], tuple[Program, str]]  # the program, and what it does, for the report
+
+
+def _rungs(
+    traced: Traced,
+    without_unrolling: Callable[[], Traced],
+    aliases: dict[int, int],
+    attempts: list[Attempt],
+) -> Iterator[_Rung]:
+    """List the ways to compile for the CPU, fastest first; `attempts` are those that failed."""
+
+    def whole(traced: Traced, cpp_wrapper: bool = True) -> Program:
+        compiled = _write_in_place(traced, aliases, cpp_wrapper)
+        run = partial(_run_in_place, compiled, traced, aliases)
+        return Program(run, traced.constants, bool(aliases))
+
+    def bodies() -> Program:
+        run = partial(_run, _interpreter.compile_bodies(traced), traced)
+        return Program(run, traced.constants)
+
+    def pieces(traced: Traced) -> tuple[Program, str]:
+        compiled, refused = compile_pieces(traced, attempts[0][1])
+        program = Program(partial(_run, compiled, traced), traced.constants)
+        return program, _around(refused)
+
+    one = "one program"
+    yield _Rung(one, "from C++", lambda: (whole(traced), ""))
+    if _inductor.HAS_CPP_WRAPPER:
+        instead = "its kernels are called from Python"
+        yield _Rung(one, instead, lambda: (whole(traced, False), instead))
+    rolled = traced
+    if traced.several_steps:
+        rolled, loops = without_unrolling(), "no loop is unrolled"
+        yield _Rung(one, loops, lambda: (whole(rolled), loops))
+    if _interpreter.longest_loop(traced):
+        in_python = "the body of each loop is compiled, and run in a Python loop"
+        yield _Rung("compiled loop bodies", in_python, lambda: (bodies(), in_python))
+    yield _Rung("compiled pieces", "around what is refused", lambda: pieces(rolled))
+
+
+def _around(refused: list[str]) -> str:
+    names = ", ".join(refused[:4]) + ", …" * (len(refused) > 4)
+    return f"it is compiled in pieces around {names}"
 
 
 def _for_cuda(
     traced: Traced,
-    retrace: Callable[[], Traced],
     leaves: Sequence[Tensor],
     aliases: dict[int, int],
     route: Route,
@@ -148,13 +229,15 @@ def _for_cuda(
     tensors = [*leaves, *traced.constants, *traced.results]
     gpu = next(x.device for x in tensors if _on_gpu(x))
     elsewhere = sum(not _on_gpu(x) or x.device != gpu for x in tensors)
-    if elsewhere:
+    if elsewhere or calls_back(traced.graph):
         route.name = "compiled"
         route.fall_back(
             "kernels are launched one by one",
-            f"{elsewhere} arguments or results are not on {gpu}; fdl.tree.to moves them there",
+            f"{elsewhere} arguments or results are not on {gpu}; fdl.tree.to moves them there"
+            if elsewhere
+            else "a CUDA graph cannot call Python, as fdl.debug.print and fdl.debug.callback do",
         )
-        program, traced = _compile_or_interpret(traced, retrace, route)
+        program = _compile_or_interpret(traced, route)
         return Program(partial(_run, program, traced), traced.constants)
     steps, longest = _interpreter.longest_loop(traced), _cuda_graphs.LONGEST
     if steps > longest:
@@ -164,11 +247,11 @@ def _for_cuda(
             f"a loop of {steps} steps is too long for one CUDA graph (at most {longest})",
         )
         loop = _cuda_graphs.ChunkedLoop(longest, gpu, route.fall_back)
-        program, traced = _compile_or_interpret(traced, retrace, route, loop)
+        program = _compile_or_interpret(traced, route, loop)
         run = partial(_run, program, traced)
         return Program(run, traced.constants, kept_graphs=loop.kept_graphs)
     route.name = "CUDA graph"
-    program, traced = _compile_or_interpret(traced, retrace, route)
+    program = _compile_or_interpret(traced, route)
     donated = set(aliases.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
     graphed = _cuda_graphs.GraphedProgram(program, kept, gpu, route.fall_back)
@@ -177,25 +260,25 @@ def _for_cuda(
 
 
 def _compile_or_interpret(
-    traced: Traced,
-    retrace: Callable[[], Traced],
-    route: Route,
-    loop: _interpreter.Loop = _interpreter.loop_in_python,
-) -> tuple[Compiled, Traced]:
-    """Compile a program for CUDA, or else run its operations one by one.
-
-    Returns:
-        The program, and the trace that it was made from.
-    """
+    traced: Traced, route: Route, loop: _interpreter.Loop = _interpreter.loop_in_python
+) -> Compiled:
+    """Compile a program for CUDA, or else its pieces, or else run its operations one by one."""
     try:
         if _interpreter.longest_loop(traced):
-            return _interpreter.compile_bodies(traced, loop), traced
-        return _inductor.lower(traced.graph, traced.mode, _inputs(traced)), traced
+            return _interpreter.compile_bodies(traced, loop)
+        return _inductor.lower(traced.graph, traced.mode, _inputs(traced))
     except Exception as error:
+        attempts: list[Attempt] = [("as a whole", error)]
+    try:
+        program, refused = compile_pieces(traced, attempts[0][1], loop)
+    except Exception as error:
+        attempts.append(("in pieces", error))
         route.name += " of single operations"
-        route.compiler_failed("operations run one by one", error)
-        traced = retrace()
-        return _interpreter.interpret(traced, loop), traced
+        route.compiler_failed("operations run one by one", traced, attempts)
+        return _interpreter.interpret(traced, loop)
+    route.name += " of compiled pieces"
+    route.compiler_failed(_around(refused), traced, attempts)
+    return program
 
 
 def _on_gpu(leaf: Tensor) -> bool:
@@ -246,9 +329,10 @@ def _run_graphed(
     return unflatten(graphed([*leaves, *constants], buffers), traced.spec)
 
 
-def _write_in_place(traced: Traced, aliases: dict[int, int]) -> Compiled:
+def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) -> Compiled:
     """Compile a program that computes some results in the memory of donated leaves."""
-    graph = traced.graph.graph
+    module = copy_graph(traced.graph)
+    graph = module.graph
     arguments, results = nodes_of(graph, "placeholder"), results_of(graph)
     (output,) = nodes_of(graph, "output")
     with graph.inserting_before(output):
@@ -256,9 +340,5 @@ def _write_in_place(traced: Traced, aliases: dict[int, int]) -> Compiled:
             copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
             copy.meta["val"] = arguments[i].meta["val"]
     output.args = ([node for out, node in enumerate(results) if out not in aliases],)
-    traced.graph.recompile()
-    return _inductor.lower(traced.graph, traced.mode, _inputs(traced))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    module.recompile()
+    return _inductor.lower(module, traced.mode, _inputs(traced), cpp_wrapper)

@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import describe
 from fdl._compiler._scan_dynamo import scan_as_operator
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, scan_as_loop
 from fdl._compiler._scan_traced import scan_traced
@@ -80,19 +81,26 @@ def scan(
         are `init` and empty leaves; `f` runs once on zeros to find out their shapes and dtypes.
 
     Raises:
-        TypeError: a leaf of `init`, `xs` or `y` is not a tensor, or a leaf of `xs` or `y` is a
-            DTensor (every path is listed).
+        TypeError: `f` is not a function or does not return a pair; a leaf of `init`, `xs` or `y` is
+            not a tensor, or a leaf of `xs` or `y` is a DTensor (every path is listed).
         ValueError: `xs` has no common first axis, or `f` changed the structure, a shape or a dtype
             of the carry (every path is listed).
 
     >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
     (tensor(6), tensor([0, 0, 1, 3]))
     """
+    if not callable(f):
+        raise TypeError(f"scan: f must be a function (carry, x) -> (carry, y), got {describe(f)}")
     has_none = _has_none(init) or _has_none(xs)
     init, xs = _hide(init), _hide(xs)
 
     def step(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
-        new, y = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
+        result = f(_show(carry), _show(x)) if has_none else f(cast(Carry, carry), x)
+        if not (isinstance(result, tuple | list) and len(result) == 2):
+            raise TypeError(
+                f"scan: f must return a pair (carry, y), got {describe(result)}; y may be None"
+            )
+        new, y = result
         return _hide(new) if has_none else new, _hide(y)
 
     check_tensors(tree.leaves(init), init, "scan: every leaf of init")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._graph import LOOP, NEEDS_Y, is_view, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
@@ -89,8 +90,8 @@ def flat_body(f: Callable[..., Any], init: Tree, xs: Tree) -> FlatBody:
 def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
     flat = flat_body(f, init, xs)
     # If the carry has one memory layout throughout, a view in the body is a view at every step.
-    init_leaves = [leaf.contiguous() for leaf in to_fake(flat.init)]
-    xs_leaves = to_fake(flat.xs)
+    init_leaves = [_resolve_sign(leaf).contiguous() for leaf in to_fake(flat.init)]
+    xs_leaves = [_resolve_sign(leaf) for leaf in to_fake(flat.xs)]
     leaks = current_trace().leaks
     made_before = len(leaks.made)
     with disable_proxy_modes_tracing():
@@ -133,7 +134,9 @@ def _choose_operands(body: _Body, length: int) -> _Operands:
         used,
         carried=[contiguous_copy(body.init[i]) for i in changed] or [filler[0].clone()],
         walked=[body.xs[i] for i in used] or [filler],
-        constants=_own_memory([*body.closed_over, *(body.init[i] for i in unchanged)]),
+        constants=_own_memory(
+            [*map(_resolve_sign, body.closed_over), *(body.init[i] for i in unchanged)]
+        ),
         filler=filler,
     )
 
@@ -185,6 +188,8 @@ def _write_loop(
         walked = [leaf.unflatten(0, (length // unroll, unroll)).clone() for leaf in walked]
     # Inductor refuses loops over complex numbers.
     outputs = LOOP(turn, _as_real(carried), _as_real(walked), tuple(_as_real(constants)))
+    if calls_back(body.graph):
+        keep(outputs[0])
     carry = _as_complex(outputs[: len(changed)], is_complex)
     ys = _as_complex(outputs[len(carried) :], y_is_complex)
     return carry, ys if unroll == 1 else [y.flatten(0, 1) for y in ys]
@@ -201,21 +206,31 @@ def _as_complex(leaves: Sequence[Tensor], is_complex: Sequence[bool]) -> list[Te
     return [torch.view_as_complex(x.contiguous()) if complex_ else x for x, complex_ in pairs]
 
 
+def _resolve_sign(leaf: Tensor) -> Tensor:
+    """Compute a lazy conjugate or negative, which the operator has no rule for."""
+    return leaf.resolve_conj().resolve_neg()
+
+
 def _unroll_factor(body: GraphModule, length: int) -> int:
     """Return how many steps to unroll: several if the body is tiny.
 
     A step of linear regression on ten examples takes less time than the loop around it, which
     handles a dozen tensors per turn; unrolled, ten steps are one kernel.
     """
-    calls = nodes_of(body.graph, "call_function")
-    small = len(calls) <= 200 and all(_is_small(node) for node in calls)
-    return max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0) if small else 1
+    calls, trace = nodes_of(body.graph, "call_function"), current_trace()
+    if not trace.unroll or len(calls) > 200 or not all(_is_small(node) for node in calls):
+        return 1
+    factor = max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0)
+    trace.several_steps |= factor > 1
+    return factor
 
 
 def _is_small(node: Node) -> bool:
     """Check whether an operation fuses with its neighbours and takes about a microsecond."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.numel() > 4096 or node.target is LOOP:
+    if not isinstance(value, Tensor) or value.is_complex() or value.numel() > 4096:
+        return False
+    if node.target is LOOP:
         return False
     factors = [arg.meta["val"] for arg in node.args if isinstance(arg, Node)]
     return node.target not in CALLED or factors[-1].numel() * value.numel() <= 4096

@@ -7,6 +7,7 @@ the primitives that Inductor knows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
@@ -41,12 +43,18 @@ from fdl._compiler._graph import (
     results_of,
 )
 from fdl._compiler._indices import check_indices
-from fdl._compiler._purity import LeakChecker, check_draw
+from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, unflatten
 from fdl._compiler._user_lines import format_line, user_line_of
 from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
+
+watch_prints()
+# When an operation fails on fake tensors, torch logs a traceback before it raises.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(
+    lambda record: not (_modes.is_tracing() and "failed while attempting to run" in record.msg)
+)
 
 
 class Tracing(TorchDispatchMode):
@@ -65,6 +73,8 @@ class Tracing(TorchDispatchMode):
         self.leaks = LeakChecker()
         self.decompose = True  # False: record operations that have derivatives and vmap rules
         self.tracers: list[Any] = []  # of the graphs being traced, innermost last
+        self.unroll = True  # several steps of a tiny loop body at each turn
+        self.several_steps = False  # a loop was unrolled like that
         self.unrolled: list[tuple[int, str]] = []  # see Traced
         self.substitutes: list[Any] = []  # of the bodies being traced (`_closed_body.py`)
 
@@ -94,8 +104,11 @@ class Tracing(TorchDispatchMode):
         check_draw(func, args, kwargs)
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            args = check_indices(func, args) if self.decompose else args
-        result = func(*args, **kwargs)
+            checked = check_indices(func, args) if self.decompose else args
+            result = func(*checked, **kwargs)
+            check_dtypes(func, args, kwargs, result)
+        else:
+            result = func(*args, **kwargs)
         self.leaks.note(result, func)
         return result
 
@@ -127,6 +140,7 @@ class Traced(NamedTuple):
     results: list[FakeTensor]
     spec: Hashable  # of the result
     unrolled: list[tuple[int, str]]  # steps of a scan that is not a loop, and why
+    several_steps: bool  # a loop runs several steps at each turn
 
 
 def current_trace() -> Tracing:
@@ -156,10 +170,13 @@ def plain(leaf: Tensor, axes: int = 0) -> Tensor:
         return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
 
-def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> Traced:
+def trace(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable, unroll: bool = True
+) -> Traced:
     """Trace `fn` for arguments with the structure `spec` and the signature of `leaves`.
 
-    No result shares memory with an argument, a constant or another result.
+    No result shares memory with an argument, a constant or another result. Without `unroll`, a
+    loop runs one step at each turn, however small its body.
 
     Raises:
         TypeError: the result holds a leaf that is not a tensor.
@@ -168,6 +185,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
     specs: list[Hashable] = []
     mode = _fake_mode()
     tracing = Tracing(mode)
+    tracing.unroll = unroll
 
     def flat(*fakes: Tensor) -> list[Tensor]:
         args, kwargs = unflatten(list(fakes), spec)
@@ -194,13 +212,15 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable) -> T
             f"x[i] with a 0-d i), by {operation} at {format_line(user_line_of(error))}; while "
             "tracing there are no values: use torch.where or x[i[None]][0], or compute the value "
             "outside and close over it"
-        ) from error
+        ).with_traceback(error.__traceback__) from None
     finally:
         _modes.tracing.reset(token)
     mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
-    return Traced(graph, mode, closed_over, results, specs[0], tracing.unrolled)
+    return Traced(
+        graph, mode, closed_over, results, specs[0], tracing.unrolled, tracing.several_steps
+    )
 
 
 def trace_flat(

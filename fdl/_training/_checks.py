@@ -14,6 +14,7 @@ from fdl import tree
 from fdl._checks import describe
 from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
+from fdl._training._state import TrainState
 from fdl.data import Batch
 from fdl.nn._model import is_model
 from fdl.optim import Optimizer
@@ -86,7 +87,10 @@ def check_loss(caller: str, loss: Any) -> None:
         raise TypeError(
             f"{caller}: loss must be a function (params, batch, *, train, key) -> "
             f"(scalar, metrics), as fdl.supervised makes it, got {describe(loss)}"
+            + ("; the order is train_step(loss, opt)" if isinstance(loss, Optimizer) else "")
         )
+    if isinstance(loss, type):
+        raise TypeError(f"{caller}: loss must be a function, got {describe(loss)}")
     stateful = isinstance(loss, StatefulLoss)
     fn = loss.fn if stateful else loss
     positional = ("params", "buffers", "batch") if stateful else ("params", "batch")
@@ -116,6 +120,19 @@ def check_opt(caller: str, opt: Any) -> None:
         )
 
 
+def check_state(caller: str, state: Any) -> None:
+    """Raise unless `state` has the fields of a `TrainState`.
+
+    >>> from types import SimpleNamespace
+    >>> check_state("here", SimpleNamespace(params={}, buffers={}, opt_state={}, key=0, step=0))
+    """
+    if not all(hasattr(state, field) for field in TrainState._fields):
+        raise TypeError(
+            f"{caller}: state must be a TrainState, got {describe(state)}; make one with "
+            "fdl.TrainState.create(model, opt, key=key)"
+        )
+
+
 def check_result(caller: str, result: Any, stateful: bool) -> None:
     """Raise unless a loss returned `(scalar, metrics)`, or `(scalar, (metrics, buffers))`.
 
@@ -133,7 +150,13 @@ def check_result(caller: str, result: Any, stateful: bool) -> None:
         raise TypeError(f"{caller}: the loss must return a 0-d tensor first, got {describe(value)}")
     if stateful and not (isinstance(rest, tuple) and len(rest) == 2):
         raise TypeError(f"{caller}: the loss must return {expected}, got {describe(rest)} second")
-    for path, leaf in _leaves(rest[0] if stateful else rest):
+    metrics = rest[0] if stateful else rest
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"{caller}: metrics must be a dict of Means or tensors, got {describe(metrics)}; "
+            "return {} if there is nothing to report"
+        )
+    for path, leaf in _leaves(metrics):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{caller}: metrics{path} must be a Mean or a tensor, got {describe(leaf)}; "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdl import random, tree
+from fdl._checks import describe
 from fdl._kinds import register
 from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
@@ -63,9 +65,13 @@ class TrainState(NamedTuple):
         (torch.Size([1, 2]), tensor(0))
         """
         check_model("TrainState.create", model)
+        if not isinstance(opt, Optimizer):
+            raise TypeError(
+                "TrainState.create: opt must be an optimizer such as optim.sgd(0.1), got "
+                f"{describe(opt)}"
+            )
         init_key, run_key = random.split(key)
-        initial = model.init(init_key)
-        expected, buffers = initial if isinstance(model, StatefulModel) else (initial, {})
+        expected, buffers = _initialise(model, init_key)
         if params is None:
             params = expected
         else:
@@ -87,3 +93,22 @@ class TrainState(NamedTuple):
             run_key.clone(),
             torch.zeros((), dtype=torch.int64, device=key.device),
         )
+
+
+def _initialise(model: Model | StatefulModel, key: Tensor) -> tuple[Tree, Tree]:
+    """Return the model's params and buffers, {} for a `Model`."""
+    initial = model.init(key)
+    is_pair = isinstance(initial, tuple) and len(initial) == 2
+    if isinstance(model, StatefulModel):
+        if not is_pair:
+            raise TypeError(
+                "TrainState.create: init of a StatefulModel must return (params, buffers), got "
+                f"{describe(initial)}"
+            )
+        return initial
+    if is_pair and all(isinstance(part, Mapping) for part in initial):
+        raise TypeError(
+            "TrainState.create: init of a Model must return params, got two dicts; a model with "
+            "buffers is a StatefulModel"
+        )
+    return initial, {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fdl import random
-from fdl._training._checks import check_loss, check_opt, check_result
+from fdl._training._checks import check_loss, check_opt, check_result, check_state
 from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
@@ -63,6 +63,7 @@ def train_step(
     opt = Optimizer(opt.init, update_of("train_step", opt))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        check_state("train_step", state)
         objective = make_objective(loss, state, batch, random.fold_in(state.key, state.step))
         grads, (value, (metrics, buffers)) = differentiate(objective, state, grad_fn)
         value_fn = lambda params: objective(params)[0]  # noqa: E731
@@ -160,6 +161,7 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], Metrics]:
     check_loss("eval_step", loss)
 
     def step(state: TrainState, batch: Any) -> Metrics:
+        check_state("eval_step", state)
         if isinstance(loss, StatefulLoss):
             result = loss(state.params, state.buffers, batch, train=False, key=None)
             check_result("eval_step", result, stateful=True)

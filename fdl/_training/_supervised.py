@@ -18,7 +18,7 @@ from fdl.data import Batch
 from fdl.losses import weighted_mean
 from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
-from fdl.nn._model import check_model, check_takes_mask
+from fdl.nn._model import check_model, check_takes_mask, is_model
 from fdl.tree import Tree
 
 Metric = Callable[..., Mean]
@@ -79,11 +79,15 @@ def supervised(
     >>> loss(params, batch, train=True, key=random.key(0))[0]    # with dropout
     tensor(1.6000)
     """
+    if is_model(loss) and not is_model(model):
+        raise TypeError("supervised: model and loss are swapped: supervised(model, loss)")
     check_model("supervised", model)
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, type) or is_model(loss):
         raise TypeError(
             f"supervised: loss must be a function (prediction, y), got {describe(loss)}"
+            + (f"; make an instance, {loss.__name__}()" if isinstance(loss, type) else "")
         )
+    _check_metrics(metrics)
     takes_weights = _takes_weights(loss)
 
     def score(prediction: Any, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -138,6 +142,21 @@ def supervised(
         return value, (results, buffers)
 
     return StatefulLoss(stateful)
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Raise a TypeError unless `metrics` is None or a dict of functions."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(
+            "supervised: metrics must be a dict such as {'accuracy': fdl.metrics.accuracy}, got "
+            f"{describe(metrics)}"
+        )
+    for name, metric in (metrics or {}).items():
+        if not callable(metric):
+            raise TypeError(
+                f"supervised: metric {name!r} must be a function (prediction, y, weights) -> Mean, "
+                f"got {describe(metric)}"
+            )
 
 
 def _takes_weights(loss: Callable[..., Any]) -> bool:

@@ -17,8 +17,11 @@ from fdl.nn._model import (
     check_model,
     check_not_factory,
     check_takes_mask,
+    check_takes_one,
+    first_is_model,
     is_model,
 )
+from fdl.random._checks import check_key
 from fdl.tree import Tree
 
 
@@ -78,6 +81,7 @@ def sequential(*layers: Any, **named: Any) -> Any:
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
     def init(key: Tensor) -> Any:
+        check_key("sequential: init", key)
         child_keys = keys(key)
         params: dict[str, Tree] = {}
         buffers: dict[str, Tree] = {}
@@ -96,6 +100,11 @@ def sequential(*layers: Any, **named: Any) -> Any:
         params: Tree, buffers: Tree, x: Tensor, train: bool, key: Tensor | None, mask: Any
     ) -> tuple[Tensor, Tree]:
         for argument, entries in (("params", params), ("buffers", buffers)):
+            if not isinstance(entries, Mapping):
+                raise TypeError(
+                    f"sequential: {argument} must be a dict with an entry for each layer, got "
+                    f"{describe(entries)}"
+                )
             unknown = [name for name in entries if name not in children]
             if unknown:
                 raise ValueError(
@@ -160,8 +169,12 @@ def _check_layer(name: str, layer: Any) -> None:
             "be lost; interop.from_module makes a model of it"
         )
     if isinstance(layer, type) or not callable(layer):
-        raise TypeError(f"{caller} must be a Model or a function x -> y, got {describe(layer)}")
+        raise TypeError(
+            f"{caller} must be a Model or a function x -> y, got {describe(layer)}"
+            f"{first_is_model(layer)}"
+        )
     check_not_factory(caller, layer)
+    check_takes_one(caller, layer)
 
 
 def tied(model: Model, same: Mapping[str, str]) -> Model:

@@ -44,10 +44,15 @@ def as_pair(layer: str, name: str, size: Size, least: int = 1) -> tuple[int, int
 
 
 def check_input(layer: str, x: Tensor) -> None:
-    """Raise a TypeError if x holds integers.
+    """Raise a TypeError unless x is a tensor that is floating or complex.
 
     Norms would round their results to integers, and compiled products would convert them silently.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{layer}: x must be a tensor, got {describe(x)}; for inputs with several parts write "
+            "a Model whose apply takes them apart"
+        )
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
             f"{layer}: x must be floating, got {describe(x)}; convert images with "

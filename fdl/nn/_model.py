@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,10 +89,20 @@ def check_model(caller: str, model: Any) -> None:
             "interop.from_module makes a model of it"
         )
     check_not_factory(f"{caller}: model", model)
-    hint = "; pass the model itself, not its apply" if callable(model) else ""
+    hint = "; pass the model itself, not its apply" if callable(model) else first_is_model(model)
     raise TypeError(
         f"{caller}: model must be a Model or a StatefulModel, got {describe(model)}{hint}"
     )
+
+
+def first_is_model(x: Any) -> str:
+    """Return the end of an error message if `x` is what `interop.from_module` returns, else "".
+
+    >>> first_is_model((Model(lambda key: {}, max), {}))
+    '; pass the model alone, the first of them'
+    """
+    is_pair = isinstance(x, tuple) and x and is_model(x[0])
+    return "; pass the model alone, the first of them" if is_pair else ""
 
 
 def check_not_factory(caller: str, x: Any) -> None:
@@ -100,10 +111,37 @@ def check_not_factory(caller: str, x: Any) -> None:
     >>> check_not_factory("layer '0'", torch.relu)
     """
     module, name = (getattr(x, attribute, "") for attribute in ("__module__", "__qualname__"))
-    if module.startswith("fdl.nn._") and name.isidentifier() and not isinstance(x, type):
+    if not name.isidentifier() or isinstance(x, type):
+        return
+    if module.startswith("fdl.nn._"):
         raise TypeError(
             f"{caller} is the function nn.{name}, which makes a layer: call it, nn.{name}(...)"
         )
+    if module.startswith("fdl.optim"):
+        raise TypeError(
+            f"{caller} is the function optim.{name}, which makes an optimizer; an optimizer goes "
+            "to train_step and TrainState.create"
+        )
+
+
+def check_takes_one(caller: str, fn: Callable[..., Any]) -> None:
+    """Raise a TypeError if a function cannot be called as `fn(x)`, such as a model's `apply`.
+
+    >>> check_takes_one("layer '0'", torch.relu)
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin may have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        is_apply = next(iter(signature.parameters), "") == "params"
+        hint = "; pass the model itself, not its apply" if is_apply else ""
+        raise TypeError(
+            f"{caller} must accept one argument, got {describe(fn)} with the signature "
+            f"{signature} ({error}){hint}"
+        ) from None
 
 
 def check_takes_mask(caller: str, model: StatefulModel) -> None:

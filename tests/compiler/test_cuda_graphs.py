@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdl import jit, scan, tree
+from fdl import debug, jit, scan, tree
 from fdl._compiler import _cuda_graphs, _inductor
 from tests.conftest import StandIn
 from tests.support.asserts import close, draw, unchanged
@@ -414,3 +414,18 @@ def test_strict_raises_and_takes_nothing(
         ):
             jitted(state, xs)
     assert jitted.report() == ()
+
+
+def test_a_program_that_calls_python_is_not_recorded(
+    gpu: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fn(x: Tensor) -> Tensor:
+        debug.print("{:.1f}", x.sum())
+        return x + 1
+
+    jitted = jit(fn)
+    with pytest.warns(UserWarning, match=r"cannot call Python, as fdl\.debug\.print"):
+        jitted(torch.ones(3, device=gpu.device))
+    jitted(torch.zeros(3, device=gpu.device))
+    assert capsys.readouterr().out.split() == ["3.0", "0.0"]
+    assert jitted.report()[0].route == "compiled"

@@ -266,3 +266,9 @@ def test_results_share_no_memory() -> None:
             assert_equal(after, before)
     assert torch.equal(x, torch.arange(3.0)) and torch.equal(y, torch.arange(3.0, 6.0))
     assert torch.equal(CLOSED, torch.ones(3))
+
+
+@pytest.mark.parametrize("argnums", ["a", 1.0, None, [0, "b"], {0}])
+def test_donate_argnums_are_positions(argnums: Any) -> None:
+    with pytest.raises(TypeError, match="donate_argnums must be a position or a sequence of pos"):
+        jit(lambda x: x, donate_argnums=argnums)

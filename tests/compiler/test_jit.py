@@ -353,3 +353,18 @@ def test_importing_fdl_does_not_wait_for_the_compiler():
     code = "import sys, fdl; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_is_not_a_function_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="jit: fn must be a function, got an int"):
+        jit(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", [lambda f: f, jit], ids=["eager", "jit"])
+def test_a_body_that_does_not_return_a_pair_is_named(way: Callable[..., Any]) -> None:
+    rows = torch.zeros(4, 2)  # two values: a carry that would unpack
+    for y, got in ((lambda c, x: c + x, r"a tensor float32\[2\]"), (lambda c, x: (c,), "a tuple")):
+        with pytest.raises(TypeError, match=rf"scan: f must return a pair \(carry, y\), got {got}"):
+            way(lambda c, y=y: scan(y, c, rows))(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"scan: f must be a function .* got a tensor"):
+        way(lambda c: scan(c, lambda c, x: (c, x), rows))(torch.zeros(2))

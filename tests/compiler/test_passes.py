@@ -204,7 +204,21 @@ def average_pools(axes: int) -> Iterator[tuple[str, Case]]:
         yield "float16", (lambda x: pool(x, 3, 2, 1, True), (x.half(),))
 
 
+def permutations() -> Iterator[tuple[str, Case]]:
+    """A permutation that changes nothing, as a constant of a loop: the program used to crash."""
+
+    xs = some(11)
+
+    def loop(w: Tensor) -> Tensor:
+        return scan(lambda c, x: (torch.tanh(c @ w) + x, ()), w, xs)[0]
+
+    yield "argument", (lambda x: loop(x.permute(0, 1)), (some(3, 3),))
+    yield "computed", (lambda x: loop((x + 1).permute(0, -1)), (some(3, 3),))
+    yield "others", (lambda x: (x.permute(1, 0) @ x).permute(-2, -1), (some(3, 3),))
+
+
 TABLES: dict[Any, Callable[[], Iterator[tuple[str, Case]]]] = {
+    aten.permute.default: permutations,
     aten.mm.default: lambda: products(False),
     aten.addmm.default: lambda: products(True),
     aten.scatter_add.default: scatters,

@@ -16,7 +16,7 @@ STOREYS = [
     {"_modes", "tree", "random"},
     {"_dtensor", "_numerics", "data", "io"},
     {"_compiler", "_masks", "_differentiable", "nn"},
-    {"metrics", "optim", "interop"},
+    {"metrics", "optim", "interop", "debug"},
     {"losses"},
     {"_training"},
     {"population", "transforms", "parallel"},

@@ -114,6 +114,12 @@ TABLE: dict[str, dict[str, Case]] = {
         "accuracy": Case(metrics.accuracy, labelled, grads=()),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
     },
+    "debug": {
+        "callback": Case(
+            lambda x: (fdl.debug.callback(lambda x: None, x), x * 2)[1], lambda key: (draw(key, 3),)
+        ),
+        "print": Case(lambda x: (fdl.debug.print("{}", x), x * 2)[1], lambda key: (draw(key, 3),)),
+    },
     "interop": {
         "from_flax": Case(
             lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
@@ -227,6 +233,7 @@ MODULES: dict[str, ModuleType] = {
     "transforms": transforms,
     "data": data,
     "population": population,
+    "debug": fdl.debug,
 }
 
 NO_ROW = {
@@ -243,6 +250,7 @@ NO_ROW = {
     "fdl.supervised": "makes a loss: tests/training",
     "fdl.train_step": "makes a step: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
+    "debug.nans": "a context",
     "nn.Layer": "a type",
     "nn.Model": "a type",
     "nn.StatefulModel": "a type",

@@ -14,6 +14,7 @@ FILES = sorted(
 
 # Where a file, or all other files of a package, is tested, if no test file has its name.
 TESTED_IN = {
+    "_compiler/_callbacks.py": "debug/test_callback.py",
     "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
     "_compiler/_custom_functions.py": "compiler/test_scan_transformed.py",
     "_compiler/_decompositions.py": "compiler/test_passes.py",
@@ -24,7 +25,9 @@ TESTED_IN = {
     "_compiler/_loop_gradient.py": "compiler/test_scan_transformed.py",
     "_compiler/_loop_rules.py": "compiler/test_scan_transformed.py",
     "_compiler/_loops.py": "compiler/test_scan_transformed.py",
+    "_compiler/_refusals.py": "compiler/test_pieces.py",
     "_compiler/_lowerings.py": "compiler/test_passes.py",
+    "_compiler/_nans.py": "debug/test_nans.py",
     "_compiler/_scan_dynamo.py": "compiler/test_scan.py",
     "_compiler/_scan_eager.py": "compiler/test_scan.py",
     "_compiler/_scan_traced.py": "compiler/test_scan.py",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fdl
-from fdl import losses, metrics, nn, optim, random, tree
+from fdl import interop, losses, metrics, nn, optim, random, tree
 from fdl.data import Batch
 from tests.support.asserts import close, draw
 
@@ -47,12 +47,32 @@ CASES = {
     ),
     "apply and loss": (
         lambda: fdl.supervised(losses.mse, NET),
-        r"supervised: model must be a Model or a StatefulModel, got the function mse",
+        r"supervised: model and loss are swapped: supervised\(model, loss\)",
+    ),
+    "what from_module returns": (
+        lambda: fdl.supervised(interop.from_module(MODULE), losses.mse),
+        "got a tuple; pass the model alone, the first of them",
+    ),
+    "a class of losses": (
+        lambda: fdl.supervised(NET, torch.nn.MSELoss),
+        r"loss must be .* got the class MSELoss; make an instance, MSELoss\(\)",
+    ),
+    "a list of metrics": (
+        lambda: fdl.supervised(NET, losses.mse, [metrics.accuracy]),
+        "supervised: metrics must be a dict such as .* got a list",
+    ),
+    "a metric that is a number": (
+        lambda: fdl.supervised(NET, losses.mse, {"mine": 3}),
+        "metric 'mine' must be a function .* got an int",
+    ),
+    "a class for the loss": (
+        lambda: fdl.train_step(torch.nn.MSELoss, OPT),
+        "train_step: loss must be a function, got the class MSELoss",
     ),
     "no loss": (lambda: fdl.supervised(NET, "mse"), "loss must be a function .* got a str"),
     "loss and optimizer": (
         lambda: fdl.train_step(OPT, LOSS),
-        r"train_step: loss must be a function .* as fdl\.supervised makes it, got an Optimizer",
+        r"loss must be a function .* got an Optimizer; the order is train_step\(loss, opt\)",
     ),
     "an optimizer not made": (
         lambda: fdl.train_step(LOSS, optim.adam),
@@ -100,6 +120,34 @@ CASES = {
         step_of(lambda p: (value(p), {"acc.top": 0.5})),
         r"metrics\['acc\.top'\] must be a Mean or a tensor, got a float",
     ),
+    "metrics that are no dict": (
+        step_of(lambda p: (value(p), value(p))),
+        r"metrics must be a dict of Means or tensors, got a tensor float64\[\]; return \{\} if",
+    ),
+    "no metrics": (
+        step_of(lambda p: (value(p), None)),
+        "train_step: metrics must be a dict of Means or tensors, got a NoneType",
+    ),
+    "params for the state": (
+        lambda: fdl.train_step(LOSS, OPT)(PARAMS, (X, Y)),
+        r"train_step: state must be a TrainState, got a dict; make one with fdl\.TrainState",
+    ),
+    "params to evaluate": (
+        lambda: fdl.eval_step(LOSS)(PARAMS, (X, Y)),
+        "eval_step: state must be a TrainState, got a dict",
+    ),
+    "an optimizer not made, in create": (
+        lambda: fdl.TrainState.create(NET, optim.sgd, key=KEY),
+        r"create: opt must be an optimizer such as optim\.sgd\(0\.1\), got the function sgd",
+    ),
+    "two trees of a Model": (
+        lambda: fdl.TrainState.create(nn.Model(lambda key: ({}, {}), max), OPT, key=KEY),
+        "init of a Model must return params, got two dicts; .* StatefulModel",
+    ),
+    "one tree of a StatefulModel": (
+        lambda: fdl.TrainState.create(nn.StatefulModel(lambda key: {}, max), OPT, key=KEY),
+        r"init of a StatefulModel must return \(params, buffers\), got a dict",
+    ),
     "a bare metric": (
         metric(torch.tensor(1.0)),
         "metric 'mine' must return a Mean, .* got a tensor float32",
@@ -132,6 +180,38 @@ CASES = {
         r"call model\.apply\(params, buffers, x\)",
     ),
     "init(0)": (lambda: NET.init(0), r"make a key from a seed with random\.key\(0\)"),
+    "init(0) of a sequential": (
+        lambda: nn.sequential(nn.relu).init(0),
+        r"sequential: init: .* make a key from a seed with random\.key\(0\)",
+    ),
+    "a dict for x": (
+        lambda: NET.apply(PARAMS, {"a": X}),
+        r"linear\(3, 2\): x must be a tensor, got a dict",
+    ),
+    "a pair for x": (
+        lambda: nn.dropout(0.5).apply({}, (X, X), train=True, key=KEY),
+        r"dropout\(0\.5\): x must be a tensor, got a tuple",
+    ),
+    "params after x": (
+        lambda: nn.sequential(NET).apply(X, PARAMS),
+        r"sequential: params must be a dict .* got a tensor float64\[6, 3\]",
+    ),
+    "an apply as a layer": (
+        lambda: nn.sequential(NET.apply),
+        r"layer '0' must accept one argument, .*'x'\); pass the model itself, not its apply",
+    ),
+    "a loss as a layer": (
+        lambda: nn.sequential(NET, losses.mse),
+        "layer '1' must accept one argument, got the function mse .*'target'",
+    ),
+    "an optimizer not made, as a layer": (
+        lambda: nn.sequential(NET, optim.sgd),
+        r"layer '1' is the function optim\.sgd, which makes an optimizer",
+    ),
+    "from_module as a layer": (
+        lambda: nn.sequential(interop.from_module(MODULE)),
+        "layer '0' must be a Model .* got a tuple; pass the model alone, the first of them",
+    ),
     "a layer not made": (
         lambda: nn.sequential(nn.flatten, NET),
         r"layer '0' is the function nn\.flatten, which makes a layer: call it, nn\.flatten\(",
