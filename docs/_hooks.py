@@ -42,7 +42,8 @@ def documented() -> dict[str, ModuleType]:
 GROUPS = {
     "fdl": {
         "Training": "TrainState supervised StatefulLoss train_step eval_step update_bn",
-        "Compiling": "jit scan map disable_jit Jitted Report",
+        "Compiling": "jit disable_jit Jitted Report",
+        "Loops and branches": "scan map fori_loop while_loop cond switch associative_scan",
         "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
         " interop io checkpointing",
     },

@@ -18,7 +18,19 @@ from fdl import (
     transforms,
     tree,
 )
-from fdl._compiler import Jitted, Report, disable_jit, jit, map, scan
+from fdl._compiler import (
+    Jitted,
+    Report,
+    associative_scan,
+    cond,
+    disable_jit,
+    fori_loop,
+    jit,
+    map,
+    scan,
+    switch,
+    while_loop,
+)
 from fdl._training import StatefulLoss, TrainState, eval_step, supervised, train_step, update_bn
 from fdl._version import __version__ as __version__
 
@@ -27,11 +39,14 @@ __all__ = [
     "Report",
     "StatefulLoss",
     "TrainState",
+    "associative_scan",
     "checkpointing",
+    "cond",
     "data",
     "debug",
     "disable_jit",
     "eval_step",
+    "fori_loop",
     "interop",
     "io",
     "jit",
@@ -45,8 +60,10 @@ __all__ = [
     "random",
     "scan",
     "supervised",
+    "switch",
     "train_step",
     "transforms",
     "tree",
     "update_bn",
+    "while_loop",
 ]

@@ -15,6 +15,8 @@ from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
+COND = torch.ops.higher_order.cond  # the node of a branch: (predicate, true, false, operands)
+WHILE = torch.ops.higher_order.while_loop  # (condition, body, carry, constants)
 NEEDS_Y = RELEASE < (2, 12)  # the loop has to have a y
 MOVE = torch.ops.prims.device_put.default  # to another device
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -40,15 +40,34 @@ class Loop(NamedTuple):
 
 Rule = Callable[[Loop, list[Tensor], Any], list[Tensor]]
 RULES: dict[Any, Rule] = {}  # of each transformation; `_scan_transformed.py` fills it
+# How other operators with graphs run under transformations: functions of a node's arguments.
+OPERATORS: dict[Any, Callable[..., list[Tensor]]] = {}
 
 
 def run_loop(loop: Loop, operands: Sequence[Tensor]) -> list[Tensor]:
-    """Run a loop under the active transformations, innermost first: `[*carry, *ys]`."""
+    """Run a loop under the active transformations: `[*carry, *ys]`."""
+    return innermost_first(RULES, _write, loop, operands)
+
+
+def innermost_first(
+    rules: Mapping[Any, Callable[..., list[Tensor]]],
+    write: Callable[..., list[Tensor]],
+    subject: Any,
+    operands: Sequence[Tensor],
+) -> list[Tensor]:
+    """Apply the rule of the innermost transformation; without any, write into the graph.
+
+    Args:
+        rules: of each transformation, functions of subject, operands and interpreter.
+        write: a function of subject and operands.
+        subject: what is transformed, such as a loop.
+        operands: its operands.
+    """
     operands = [functorch.unwrap_if_dead(x) for x in operands]
     if functorch.peek_interpreter_stack() is None:
-        return _write(loop, operands)
+        return write(subject, operands)
     interpreter = retrieve_current_functorch_interpreter()
-    return RULES[interpreter.key()](loop, operands, interpreter)
+    return rules[interpreter.key()](subject, operands, interpreter)
 
 
 def _write(loop: Loop, operands: list[Tensor]) -> list[Tensor]:
@@ -95,6 +114,8 @@ class _Run(Interpreter):
         runs_again = self.computed is not None  # the forward pass has made the calls
         if target is CALLBACK and runs_again:
             return None
+        if target in OPERATORS:
+            return OPERATORS[target](*args)
         if target is not LOOP:
             return super().call_function(REPLACEMENTS.get(target, target), args, kwargs)
         body, init, xs, constants = args[:4]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._callbacks import CALLBACK
+from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 
@@ -37,6 +38,7 @@ def register() -> None:
     """Register the lowerings with Inductor, and import it."""
     from torch._inductor.dependencies import ReadWrites, StarDep
     from torch._inductor.ir import (
+        BaseView,
         ExternKernel,
         FallbackKernel,
         FixedLayout,
@@ -60,6 +62,17 @@ def register() -> None:
             constant_args=constants if bias is not None else [None, *constants],
         )
         return TensorBox.create(call)
+
+    loop = lowerings[WHILE]
+
+    @register_lowering(WHILE, type_promotion_kind=None)
+    def lower_while_loop(condition: Any, body: Any, carry: Any, constants: Any, *rest: Any) -> Any:
+        # torch frees a constant that is a view at each turn: the process would crash.
+        copies = (
+            ExternKernel.copy_input(x) if isinstance(getattr(x, "data", None), BaseView) else x
+            for x in constants
+        )
+        return loop(condition, body, carry, type(constants)(copies), *rest)
 
     class RaiseIf(ExternKernel):
         """Raises between kernels: an error inside a kernel would abort a multithreaded process."""

@@ -1,7 +1,8 @@
-"""Decompositions of reductions that Inductor computes wrongly for integers of 8 bits on the CPU.
+"""Decompositions of operations that Inductor computes wrongly for integers of 8 bits on the CPU.
 
 The lanes that its vectorized minimum and maximum leave unused hold 0, also where 0 is beyond every
-element: the minimum of an image of bytes would be 0. And `any` of `uint8` would have dtype `bool`.
+element: the minimum of an image of bytes would be 0. The absolute value of −128 would be 128 if it
+is reduced or converted in the same kernel. And `any` of `uint8` would have dtype `bool`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from torch import Tensor
 
 aten = torch.ops.aten
 NARROW = (torch.uint8, torch.int8)
+
+
+def _abs(x: Tensor) -> Tensor:
+    """Leave −128 as it is, as eager torch does."""
+    return torch.where(x < 0, -x, x) if x.dtype == torch.int8 else NotImplemented
 
 
 def _reduce(
@@ -43,6 +49,7 @@ def _any(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
 
 
 NARROW_INTEGERS: dict[Any, Callable[..., Any]] = {
+    aten.abs.default: _abs,
     aten.amin.default: partial(_reduce, aten.amin.default, torch.all),
     aten.min.default: partial(_reduce, aten.amin.default, torch.all),
     aten.amax.default: partial(_reduce, aten.amax.default, torch.any),

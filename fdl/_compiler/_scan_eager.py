@@ -20,20 +20,20 @@ def row_of(xs: Tree, i: int) -> Tree:
     return tree.map(lambda leaf: leaf[i], xs)
 
 
-def check_carry(init: Tree, carry: Tree) -> Tree:
+def check_carry(init: Tree, carry: Tree, caller: str = "scan", f: str = "f") -> Tree:
     """Check that `carry` is like `init`, and return it with its keys in the order of `init`."""
-    leaves = match(init, carry, "scan: the carry that f returned")
-    check_tensors(leaves, carry, "scan: every leaf of the carry that f returned")
+    leaves = match(init, carry, f"{caller}: the carry that {f} returned")
+    check_tensors(leaves, carry, f"{caller}: every leaf of the carry that {f} returned")
     for before, after in zip(tree.leaves(init), leaves, strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             lines = tree.diff(init, carry, values=False)
             raise ValueError(
-                "scan: f must keep the structure, shapes and dtypes of the carry:\n  "
+                f"{caller}: {f} must keep the structure, shapes and dtypes of the carry:\n  "
                 + "\n  ".join(lines)
             )
         if _placements(before) != _placements(after):
             raise ValueError(
-                "scan: f must keep the placements of DTensors in the carry: expected "
+                f"{caller}: {f} must keep the placements of DTensors in the carry: expected "
                 f"{_placements(before)}, got {_placements(after)}, shape {list(after.shape)}"
             )
     return pytree.tree_unflatten(leaves, pytree.tree_structure(init))

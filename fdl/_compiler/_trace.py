@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions
 from fdl._compiler._dtypes import check_dtypes
+from fdl._compiler._dynamic_index import DynamicIndex
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
@@ -199,7 +200,7 @@ def trace(
     name = getattr(fn, "__qualname__", repr(fn))
     token = _modes.tracing.set(tracing)
     try:
-        with mode:
+        with mode, DynamicIndex():
             fakes = [_fake_like(mode, leaf) for leaf in leaves]
             tracing.leaks.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))
@@ -208,10 +209,9 @@ def trace(
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         operation = getattr(error.func, "overloadpacket", error.func)
         raise RuntimeError(
-            f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index, "
-            f"x[i] with a 0-d i), by {operation} at {format_line(user_line_of(error))}; while "
-            "tracing there are no values: use torch.where or x[i[None]][0], or compute the value "
-            "outside and close over it"
+            f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index), by "
+            f"{operation} at {format_line(user_line_of(error))}; while tracing there are no "
+            "values: use torch.where, or compute the value outside and close over it"
         ).with_traceback(error.__traceback__) from None
     finally:
         _modes.tracing.reset(token)

@@ -43,6 +43,20 @@ MIXED = nn.Policy(torch.float64, torch.float32, torch.float64)
 
 TABLE: dict[str, dict[str, Case]] = {
     "fdl": {
+        "associative_scan": Case(
+            lambda x: fdl.associative_scan(torch.matmul, x, reverse=True),
+            lambda key: (draw(key, 5, 2, 2),),
+        ),
+        "cond": Case(
+            lambda x, y: fdl.cond(x[0] > 0, lambda x: (x * y).sin(), lambda x: x * 2, x),
+            lambda key: (draw(key, 2), draw(random.fold_in(key, 1), 2)),
+            grads=(0, 1),
+        ),
+        "fori_loop": Case(
+            lambda x, y: fdl.fori_loop(0, 3, lambda i, x: x.sin() + i * y, x),
+            lambda key: (draw(key, 2), draw(random.fold_in(key, 1), 2)),
+            grads=(0, 1),
+        ),
         "map": Case(
             lambda x, y: [
                 fdl.map(lambda x: x.sin() * y, x),
@@ -55,6 +69,10 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda x, y: fdl.scan(lambda c, x: (c + x.sin() * y, c * x), y, x),
             lambda key: (draw(key, 5, 2), draw(random.fold_in(key, 1), 2)),
             grads=(0, 1),
+        ),
+        "switch": Case(
+            lambda x: fdl.switch((x[0] * 2).long(), [torch.sin, torch.cos, torch.square], x),
+            lambda key: (draw(key, 2),),
         ),
     },
     "nn": {
@@ -248,6 +266,7 @@ NO_ROW = {
     "fdl.eval_step": "makes a step: tests/training",
     "fdl.jit": "the whole of tests/compiler",
     "fdl.supervised": "makes a loss: tests/training",
+    "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
     "debug.nans": "a context",

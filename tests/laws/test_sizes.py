@@ -15,7 +15,11 @@ FILES = sorted(
 # Where a file, or all other files of a package, is tested, if no test file has its name.
 TESTED_IN = {
     "_compiler/_callbacks.py": "debug/test_callback.py",
+    "_compiler/_associative_scan.py": "compiler/test_control_flow.py",
+    "_compiler/_branches.py": "compiler/test_control_flow.py",
+    "_compiler/_branches_traced.py": "compiler/test_control_flow.py",
     "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
+    "_compiler/_counters.py": "compiler/test_dynamic_index.py",
     "_compiler/_custom_functions.py": "compiler/test_scan_transformed.py",
     "_compiler/_decompositions.py": "compiler/test_passes.py",
     "_compiler/_differentiable_ops.py": "compiler/test_scan_transformed.py",
@@ -33,6 +37,8 @@ TESTED_IN = {
     "_compiler/_scan_traced.py": "compiler/test_scan.py",
     "_compiler/_signature.py": "compiler/test_jit.py",
     "_compiler/_user_lines.py": "compiler/test_purity.py",
+    "_compiler/_while.py": "compiler/test_control_flow.py",
+    "_compiler/_while_traced.py": "compiler/test_control_flow.py",
     "_differentiable/_functions.py": "transforms/test_second_order.py",
     "_differentiable/_norms.py": "transforms/test_second_order.py",
     "_dtensor.py": "parallel/test_step.py",

@@ -46,9 +46,4 @@ def xs():
     }
 
 
-PROGRAM = Program(
-    step,
-    init,
-    xs,
-    faults={"inductor: vmap of scan": "crash: a vmapped scan with a constant in its carry"},
-)
+PROGRAM = Program(step, init, xs)

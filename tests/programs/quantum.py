@@ -43,15 +43,4 @@ def xs():
     return random.normal(random.key(0), (4, 3), torch.float64)
 
 
-PROGRAM = Program(
-    step,
-    init,
-    xs,
-    faults={
-        "unrolled": "another layout of the carry at the second step of a turn",
-        "inductor: scan": "complex leaves of a loop",
-        "inductor: grad of scan": "complex leaves of a loop",
-        "inductor: vmap of scan": "complex leaves of a loop",
-        "inductor: backward": "complex leaves of a loop",
-    },
-)
+PROGRAM = Program(step, init, xs)
