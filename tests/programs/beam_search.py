@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fdl import random
-from tests.support.programs import FORMS, Program
+from tests.support.programs import Program
 
 BEAMS, WORDS, WIDTH, LENGTH = 3, 7, 8, 6
 
@@ -37,10 +37,8 @@ def init():
     return torch.zeros(BEAMS, WIDTH), scores, words, history, torch.tensor(0), params
 
 
-FAULT = "x[i] with a 0-d tensor i is refused while tracing"
 PROGRAM = Program(
     step,
     init=init,
     xs=lambda: random.uniform(random.key(1), (6, WORDS)),
-    faults=dict.fromkeys(FORMS.keys() - {"vmap"}, FAULT),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fdl import random
-from tests.support.programs import FORMS, Program
+from tests.support.programs import Program
 
 SIZE, GOAL = 4, 15
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
@@ -32,11 +32,9 @@ def step(state, key):
     return (q, s, epsilon * 0.99), {"reward": reward, "error": error, "state": new}
 
 
-FAULT = "x[i] with a 0-d tensor i is refused while tracing"
 PROGRAM = Program(
     step,
     init=lambda: (torch.zeros(SIZE * SIZE, 4), torch.tensor(0), torch.tensor(0.9)),
     xs=lambda: random.split(random.key(0), 8),
     fullgraph="PendingUnbackedSymbolNotFound",
-    faults=dict.fromkeys(FORMS.keys() - {"vmap"}, FAULT),
 )
