@@ -20,6 +20,7 @@ from fdl.tree._checks import check_tensors
 
 aten = torch.ops.aten
 MAX_UNROLL = 10  # steps of a tiny body
+MAX_OPERATIONS = 400  # of all unrolled steps: more take long to compile, and gain little
 CALLED = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
@@ -209,9 +210,10 @@ def _unroll_factor(body: GraphModule, length: int) -> int:
     handles a dozen tensors per turn; unrolled, ten steps are one kernel.
     """
     calls, trace = nodes_of(body.graph, "call_function"), current_trace()
-    if not trace.unroll or len(calls) > 200 or not all(_is_small(node) for node in calls):
+    if not trace.unroll or not all(_is_small(node) for node in calls):
         return 1
-    factor = max(n for n in range(1, MAX_UNROLL + 1) if length % n == 0)
+    most = min(MAX_UNROLL, MAX_OPERATIONS // max(len(calls), 1))
+    factor = max((n for n in range(1, most + 1) if length % n == 0), default=1)
     trace.several_steps |= factor > 1
     return factor
 
