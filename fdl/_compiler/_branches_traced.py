@@ -28,7 +28,7 @@ from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import current_trace, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 from fdl.tree._map import match
@@ -123,6 +123,7 @@ def close(
 def _write(branches: tuple[Branch, Branch], operands: list[Tensor]) -> list[Tensor]:
     """Write a `cond` into the graph that is being traced."""
     pred, *rest = operands
+    rest = copy_aliases(rest, [])  # the operator refuses operands that share memory
     yes, no = (pure_graph(branch, rest) for branch in branches)
     return list(COND(pred, yes, no, tuple(rest)))
 

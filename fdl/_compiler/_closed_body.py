@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, has_proxy_slot
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._trace import current_trace, plain, trace_flat
 
+NOT_IN_PLACE = ("__get__", "requires_grad_", "__repr__", "__len__", "__bool__")
 DEAD = -2  # the level of a tensor whose transformation has ended
 
 
@@ -73,15 +75,20 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
     return ClosedBody(graph, flat.init, flat.xs, closed_over)
 
 
-def closed_graph(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> GraphModule:
-    """Trace a function that closes over no tensors, for arguments like `examples`."""
+def closed_graph(
+    fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]
+) -> tuple[GraphModule, list[Tensor]]:
+    """Trace a function of tensors, for arguments like `examples`.
+
+    Returns:
+        The graph, and its last arguments: tensors that custom functions in it close over.
+    """
     leaks = current_trace().leaks
     made_before = len(leaks.made)
     with _outside_transforms():
-        graph, constants = trace_flat(fn, [plain(leaf) for leaf in examples], ())
-    assert not constants, "the body of a loop is closed"
+        graph, closed_over = trace_flat(fn, [plain(leaf) for leaf in examples], ())
     del leaks.made[made_before:]
-    return graph
+    return graph, closed_over
 
 
 @contextmanager
@@ -125,10 +132,6 @@ class _NoGrad(torch.autograd.Function):
         return cast(Tensor, _NoGrad.apply(tangent))
 
 
-def _stop_gradient(x: Tensor) -> Tensor:
-    return cast(Tensor, _NoGrad.apply(x)) if is_smooth(x) else x
-
-
 class Substitutes(TorchFunctionMode):
     """Replaces each wrapped tensor from outside of a body by a plain one.
 
@@ -140,7 +143,7 @@ class Substitutes(TorchFunctionMode):
         """Record substitutes in `originals`, with what they replace, by their ids."""
         super().__init__()
         self.originals, self.tracing = originals, current_trace()
-        self.has_grad = torch.is_grad_enabled()
+        self.has_grad = self.is_grad_enabled = torch.is_grad_enabled()
         self.depth = len(self.tracing.substitutes)
         self.first_tracer = len(self.tracing.tracers) - 1  # that of the body
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, kept alive
@@ -162,15 +165,37 @@ class Substitutes(TorchFunctionMode):
             # Kernels without a derivative are chosen where nothing requires grad. (A pullback asks
             # about results that are wrapped, although its transformation has ended.)
             return "Grad" in _modes.active() and is_smooth(args[0])
-        replace = partial(self.replace, inside=_modes.in_transform())
-        args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
-        if self.has_grad and not torch.is_grad_enabled():  # under no_grad, which no graph records
-            in_place = getattr(func, "__name__", "").endswith("_")
-            args = (
-                *args[:in_place],
-                *pytree.tree_map_only(Tensor, _stop_gradient, args[in_place:]),
+        inside = _modes.in_transform()
+        if func is torch._C._set_grad_enabled and not inside:
+            self.is_grad_enabled = args[0]
+        if (
+            func is torch.autograd.grad
+            and not inside
+            and not any(
+                isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x)  # by a vjp
+                for x in pytree.tree_leaves(args)
             )
+        ):
+            raise CannotClose("its body calls torch.autograd.grad; use torch.func.grad")
+        replace = partial(self.replace, inside=inside)
+        args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
+        if self.is_under_no_grad():
+            name = getattr(func, "__name__", "")
+            if not inside and name.endswith("_") and name not in NOT_IN_PLACE:
+                raise CannotClose("its body changes a tensor in place under no_grad")
+            args, kwargs = pytree.tree_map_only(Tensor, self.stop, (args, kwargs))
         return func(*args, **kwargs)
+
+    def is_under_no_grad(self) -> bool:
+        """Check for a `no_grad` in the body, which no graph records."""
+        return self.has_grad and not self.is_grad_enabled
+
+    def stop(self, x: Tensor) -> Tensor:
+        """Stop gradients of the transformations around the body, but none in the body."""
+        if not (is_smooth(x) and isinstance(x, FakeTensor) and self._is_known(x)):  # or wrapped
+            return x
+        with temporarily_clear_interpreter_stack():
+            return cast(Tensor, _NoGrad.apply(x))
 
     def replace(self, x: Tensor, inside: bool = False) -> Tensor:
         """Return the plain tensor that stands for `x`, or `x` if it was made in the body."""
@@ -199,7 +224,11 @@ def _replacing(wrap: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def wrapper(x: Tensor, *rest: Any) -> Tensor:
         tracing = _modes.tracing.get()
-        return wrap(x if tracing is None else tracing.substitute(x, inside=True), *rest)
+        if tracing is not None:
+            x = tracing.substitute(x, inside=True)
+            if tracing.substitutes and tracing.substitutes[-1].is_under_no_grad():
+                x = tracing.substitutes[-1].stop(x)
+        return wrap(x, *rest)
 
     return wrapper
 

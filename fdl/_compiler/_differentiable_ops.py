@@ -27,6 +27,19 @@ def select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
     return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
 
 
+def slice_scatter(
+    x: Tensor,
+    source: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    """torch's rule for `vmap` refuses the largest integer as an end, that of `x[1:] = y`."""
+    first, last, _ = slice(start, end).indices(x.shape[dim])
+    return torch.slice_scatter(x, source, dim, first, last, step)
+
+
 def as_strided(
     x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Tensor:
@@ -63,6 +76,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.view.default: torch.reshape,  # batched tensors have other layouts
     aten.copy.default: copy,
     aten.select_scatter.default: select_scatter,
+    aten.slice_scatter.default: slice_scatter,
     aten.as_strided.default: as_strided,
     aten.as_strided_scatter.default: as_strided_scatter,
     # Chosen because the traced tensors do not require grad.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
@@ -89,23 +90,26 @@ class DynamicIndex(TorchFunctionMode):
             x, index = _subscript(self.counters, *args[:2])
             if index is not None:
                 func, args = index.write, (x, args[2])
+        versions = self.copies.versions(args, kwargs)
         result = FUNCTIONS.get(func, func)(*args, **kwargs)
-        if changed is not None:
-            self.copies.changed(changed)
-            if not changed.is_floating_point():
+        changed = changed or [x for x, before in versions if x._version != before]  # inplace=True
+        for x in changed:
+            self.copies.changed(x)
+            if not x.is_floating_point():
                 self.counters.forget()
-        else:
+        if not changed:
             self.copies.keep(result)
             self.counters.note(name, (*args, *kwargs.values()), result)
         return result
 
 
-def _changed(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the tensor that a function changes in place."""
+def _changed(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that a function changes in place, as its name tells."""
     in_place = name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
     in_place = in_place and name != "requires_grad_"
-    changed = args[0] if in_place and args else kwargs.get("out")
-    return changed if isinstance(changed, Tensor) else None
+    first = next(iter([*args, *kwargs.values()]), None)
+    changed = first if in_place else kwargs.get("out")
+    return [x for x in pytree.tree_leaves(changed) if isinstance(x, Tensor)]
 
 
 class _Copies:
@@ -118,6 +122,11 @@ class _Copies:
         copy = index.read(x)
         self.sources[copy] = x, index
         return copy
+
+    def versions(self, *args: Any) -> list[tuple[Tensor, int]]:
+        """Return the tensors among arguments, and how often each has been changed in place."""
+        leaves = pytree.tree_leaves(args) if self.sources else ()
+        return [(x, x._version) for x in leaves if isinstance(x, Tensor)]
 
     def keep(self, result: Any) -> None:
         """Keep the copies alive of which a result is a view."""

@@ -53,7 +53,8 @@ def reached(
         smooth: follow floating and complex numbers only, as derivatives do.
 
     Returns:
-        The indices of inputs that depend on `seeds`, and for each result whether it does.
+        The indices of inputs that depend on `seeds`, and for each result whether it does: a leaf
+        of the carry always does if its first value is a seed.
     """
     inputs, results = nodes_of(graph, "placeholder"), results_of(graph)
     indices = set(seeds)
@@ -64,7 +65,8 @@ def reached(
                 nodes.add(node)
         more = {i for i in range(carry) if results[i] in nodes} - indices
         if not more:
-            return indices, [node in nodes for node in results]
+            seeded = [i < carry and i in indices for i in range(len(results))]
+            return indices, [a or z in nodes for a, z in zip(seeded, results, strict=True)]
         indices |= more
 
 

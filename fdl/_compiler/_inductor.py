@@ -60,6 +60,7 @@ def lower(
     ):
         # Float32 products are computed in float32 unless the user asks for less.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         _keep_strides(graph)
         joint_graph_passes(graph)
         compiled = compile_fx_inner(

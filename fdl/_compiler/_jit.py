@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
+from threading import RLock
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -41,6 +42,7 @@ R = TypeVar("R", covariant=True)
 
 _Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, signature of the leaves, settings
 
+_one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
 _disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
 
@@ -221,7 +223,10 @@ def jit(
     ) -> Any:
         spec, _, settings = key
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
-        with torch.set_grad_enabled(has_grad(settings)):  # inside backward() it is off
+        with (
+            _one_at_a_time,
+            torch.set_grad_enabled(has_grad(settings)),
+        ):  # inside backward() it is off
             program = build(fn, leaves, spec, donated, route)
         sources = Sources(fn, program.constants)
         constants = sources.tensors

@@ -50,7 +50,7 @@ def under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = [functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
             needed = [i for i, x in enumerate(ctx.needs_input_grad) if x]
-            backward = _Backward.of(loop, needed, cotangents[:n_results])
+            backward = _Backward.of(with_kept, needed, cotangents)
             grads = backward.run(saved[:n_operands], saved[n_operands:], cotangents)
             return tuple(grads.get(i) for i in range(n_operands))
 
@@ -92,19 +92,23 @@ class _Backward(NamedTuple):
             kept: the carry at the start of each step, and the values that are `worth_keeping`.
             cotangents: of its results; None stands for zeros.
         """
+        if not self.carry and not self.ys:  # nothing that depends on the operands is used
+            return {}
         _, xs, constants = self.loop.split(operands)
         init = [_or_zeros(cotangents[i], operands[i]) for i in self.carry]
         init += [torch.zeros_like(operands[i]) for i in self.constants]
         rows = [*kept, *xs, *(cast(Tensor, cotangents[i]) for i in self.ys)]
         new = Loop(self.loop.body, len(init), len(rows), self.loop.length)
         all_operands = [*init, *(x.flip(0) for x in rows), *constants]
-        body = self.body(new, new.examples(all_operands), len(kept))
-        results = run_loop(new._replace(body=body), all_operands)
+        body, more = self.body(new, new.examples(all_operands), len(kept))
+        results = run_loop(new._replace(body=body), [*all_operands, *more])
         grads = dict(zip([*self.carry, *self.constants], results, strict=False))
         stacked = zip(self.xs, results[len(init) :], strict=True)
         return grads | {i: x.flip(0) for i, x in stacked}
 
-    def body(self, new: Loop, examples: list[Tensor], n_kept: int) -> GraphModule:
+    def body(
+        self, new: Loop, examples: list[Tensor], n_kept: int
+    ) -> tuple[GraphModule, list[Tensor]]:
         """Trace one step of the backward loop.
 
         `(*cotangents, *sums, *kept, *row, *cotangents of y, *constants)` to
@@ -130,13 +134,13 @@ class _Backward(NamedTuple):
             sums = [a + b for a, b in zip(carry[n_carry:], grads[n_single:], strict=True)]
             return [*grads[:n_carry], *sums, *grads[n_carry:n_single]]
 
-        graph = closed_graph(fn, examples)
+        graph, closed_over = closed_graph(fn, examples)
         arguments = nodes_of(graph.graph, "placeholder")[new.carry + n : new.carry + n_kept]
         for node, argument in zip(worth_keeping(self.loop.body.graph), arguments, strict=True):
             if node in computed:
                 computed[node].replace_all_uses_with(argument)
         graph.graph.eliminate_dead_code()
-        return graph
+        return graph, closed_over
 
 
 def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
 
     with interpreter.lower():
         moved = [move(i) for i in range(len(operands))]
-        results = run_loop(loop._replace(body=closed_graph(fn, loop.examples(moved))), moved)
+        body, more = closed_graph(fn, loop.examples(moved))
+        results = run_loop(loop._replace(body=body), [*moved, *more])
     return [
         functorch._add_batch_dim(x, int(i >= loop.carry), level) if outputs[i] else x
         for i, x in enumerate(results)
@@ -80,8 +81,8 @@ def under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tens
         init, xs, constants = init + slopes[:k], xs + slopes[k:m], constants + slopes[m:]
         new = Loop(loop.body, len(init), len(xs), loop.length)
         all_operands = [*init, *xs, *constants]
-        body = closed_graph(fn, new.examples(all_operands))
-        results = run_loop(new._replace(body=body), all_operands)
+        body, more = closed_graph(fn, new.examples(all_operands))
+        results = run_loop(new._replace(body=body), [*all_operands, *more])
     return _pack(results, outputs, n)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -63,6 +63,7 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    _declare_loop_outputs_once()
     loop = lowerings[WHILE]
 
     @register_lowering(WHILE, type_promotion_kind=None)
@@ -165,3 +166,25 @@ def register() -> None:
         )
         result.realize()
         return result
+
+
+def _declare_loop_outputs_once() -> None:
+    """Tell Inductor's C++ wrapper that the outputs of a loop exist.
+
+    It declares them before the loop; when a later kernel reuses the memory of one that is not read,
+    it would declare that one a second time, which does not compile.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    wrapper: Any = CppWrapperCpu
+    names = getattr(wrapper, "_get_while_loop_carried_output_names", None)
+    if names is None:  # torch 2.11, where loops have no C++ wrapper
+        return
+    write = wrapper.codegen_while_loop
+
+    @wraps(write)
+    def codegen_while_loop(self: Any, while_loop: Any, *args: Any, **kwargs: Any) -> Any:
+        self.allocated.update(names(while_loop))
+        return write(self, while_loop, *args, **kwargs)
+
+    wrapper.codegen_while_loop = codegen_while_loop

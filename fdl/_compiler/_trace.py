@@ -103,6 +103,8 @@ class Tracing(TorchDispatchMode):
             return NotImplemented  # DTensor then dispatches on its local tensors
         kwargs = kwargs or {}
         check_draw(func, args, kwargs)
+        if func is aten._efficientzerotensor.default:  # a fake one is on another device
+            func = aten.zeros.default
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
             checked = check_indices(func, args) if self.decompose else args
@@ -248,7 +250,7 @@ def trace_flat(
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
         try:
             with tracing:
-                return to_fake(fn(*fakes))
+                return to_fake([tracing.substitute(x) for x in fn(*fakes)])
         finally:
             tracing.tracers.pop()
 

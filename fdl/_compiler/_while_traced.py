@@ -70,7 +70,8 @@ def while_traced(
         raise NotImplementedError(f"while_loop: it cannot be traced here: {reason}") from reason
     m = n + len(first.closed_over)
     loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
-    return unflatten(run_while(loop, [*leaves, *first.closed_over, *second.closed_over]), spec)
+    tested = [x.detach() for x in first.closed_over]  # a condition has no derivative
+    return unflatten(run_while(loop, [*leaves, *tested, *second.closed_over]), spec)
 
 
 def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:

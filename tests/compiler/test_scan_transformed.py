@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fdl
 from fdl import jit, random, scan, tree
-from fdl._compiler import _routes
+from fdl._compiler import _unknown_ops
 from fdl._compiler._closed_body import HOOKS
 from fdl._compiler._graph import LOOP
 from fdl.transforms import checkpoint, stop_gradient
@@ -170,6 +171,34 @@ def strided_writes(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
     return torch.tanh(h), None
 
 
+def slice_writes(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    h = w @ c
+    h = h * 1.0
+    h[1:] = x[:2]
+    return torch.tanh(h), None
+
+
+def previous_row(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    return x, w @ c
+
+
+def normalised(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    return F.layer_norm(w @ c * x, (3,), w[0], w[1]), None
+
+
+def grad_under_no_grad(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        step = grad(lambda z: ((w @ (z * c)) ** 2).sum())(c)
+    return torch.tanh(c * x - 0.1 * step), None
+
+
+def scan_in_a_checkpoint(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    def run(w: Tensor, c: Tensor) -> Tensor:
+        return scan(lambda d, u: (torch.tanh(w @ d + u), None), c, XS)[0]
+
+    return checkpoint(run)(w, c) * x, None
+
+
 def bags(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
     return torch.tanh(c + F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), w).sum(0)), None
 
@@ -183,6 +212,7 @@ BODIES: list[Callable[..., Any]] = [
     tanh, grad_inside, vmap_grad_inside, jvp_inside, vjp_inside, hessian_inside, scan_inside,
     scan_in_grad_inside, in_place, under_no_grad, straight_through, two_results, checkpointed,
     closed_over_results, many_operations, draws, in_place_inside, strided_writes, bags,
+    slice_writes, previous_row, normalised, grad_under_no_grad, scan_in_a_checkpoint,
 ]  # fmt: skip
 WITHOUT_FORWARD_MODE = (straight_through, two_results)  # they have no jvp
 
@@ -242,13 +272,13 @@ def test_equals_the_python_loop(body: Callable[..., Any], form: str) -> None:
 def loops_of(fn: Callable[..., Any], *args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Count the loops in the graph of a jitted function."""
     graphs: list[Any] = []
-    original = _routes.trace
+    original = _unknown_ops.trace
 
     def trace(*args: Any) -> Any:
         graphs.append(original(*args))
         return graphs[-1]
 
-    monkeypatch.setattr(_routes, "trace", trace)
+    monkeypatch.setattr(_unknown_ops, "trace", trace)
     jit(fn, strict=True)(*args)
     nodes = graphs[-1].graph.graph.nodes
     assert len(nodes) < 100, "the steps are unrolled"
@@ -280,7 +310,7 @@ def test_products_are_computed_again_only_in_a_checkpoint(
     again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products: list[int] = []
-    original = _routes.trace
+    original = _unknown_ops.trace
 
     def trace(*args: Any) -> Any:
         traced = original(*args)
@@ -289,7 +319,7 @@ def test_products_are_computed_again_only_in_a_checkpoint(
             products.append(sum(node.target is torch.ops.aten.mm.default for node in nodes))
         return traced
 
-    monkeypatch.setattr(_routes, "trace", trace)
+    monkeypatch.setattr(_unknown_ops, "trace", trace)
     step = lambda w, c: torch.tanh(w @ torch.tanh(w @ c))  # noqa: E731
     body = checkpoint(step) if again else step
 
@@ -434,6 +464,61 @@ def test_a_loop_of_which_nothing_depends_on_the_transformed_argument(
 ) -> None:
     fn = jit(lambda k: transform(lambda k: total(tanh, W, C, XS) * k)(k), strict=True)
     close(fn(C), transform(lambda k: total(tanh, W, C, XS) * k)(C))
+
+
+@pytest.mark.usefixtures("plain_backend")
+def test_results_that_do_not_depend_on_what_is_differentiated() -> None:
+    def loss(x: Tensor) -> Tensor:
+        ones = scan(lambda c, _: (c, torch.ones(2)), x, length=STEPS)[1]
+        return ones.sum() + fdl.map(lambda t: (t > 0).double().mean(), x * XS).sum() + x.sum()
+
+    assert jit(lambda x: grad(loss)(x), strict=True)(C).tolist() == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("plain_backend")
+def test_a_gradient_penalty_by_autograd_at_the_same_level() -> None:
+    def penalty(x: Tensor) -> Tensor:
+        y = scan(lambda c, _: ((W @ c).tanh() * c.exp(), None), x, length=STEPS)[0].sum()
+        (slope,) = torch.autograd.grad(y, x, create_graph=True)
+        return (slope**2).sum()
+
+    fn = jit(lambda x: grad(penalty)(x), strict=True)
+    with fdl.disable_jit():
+        expected = fn(0.1 * C)
+    close(fn(0.1 * C), expected)
+
+
+def overwritten(c: Tensor, x: Tensor) -> tuple[Tensor, None]:
+    y = c * 2
+    with torch.no_grad():
+        y.mul_(3)
+    return torch.tanh(c * x + y), None
+
+
+def by_autograd(c: Tensor, x: Tensor) -> tuple[Tensor, None]:
+    return c * x - torch.autograd.grad((c.sin() ** 2).sum(), c, create_graph=True)[0], None
+
+
+@pytest.mark.parametrize("body", [overwritten, by_autograd])
+def test_bodies_that_only_autograd_understands_are_unrolled(
+    body: Callable[..., Any], plain_backend: None
+) -> None:
+    fn = jit(lambda c: grad(lambda c: scan(body, c, XS)[0].sum())(c))
+    with fdl.disable_jit():
+        expected = fn(C)
+    with pytest.warns(UserWarning, match=r"its 13 steps are unrolled"):
+        close(fn(C), expected)
+
+
+@pytest.mark.usefixtures("plain_backend")
+def test_threads_trace_one_after_the_other() -> None:
+    def compile_some(_: int) -> Tensor:
+        return jit(lambda w: grad(lambda w: total(tanh, w, C, XS))(w), strict=True)(W)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(compile_some, range(6)))
+    for result in results:
+        close(result, results[0])
 
 
 @pytest.mark.usefixtures("plain_backend")
