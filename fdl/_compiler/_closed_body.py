@@ -7,6 +7,7 @@ over becomes an argument. To find those, every operation of the body is intercep
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -143,7 +144,10 @@ class Substitutes(TorchFunctionMode):
         """Record substitutes in `originals`, with what they replace, by their ids."""
         super().__init__()
         self.originals, self.tracing = originals, current_trace()
-        self.has_grad = self.is_grad_enabled = torch.is_grad_enabled()
+        self.has_grad = torch.is_grad_enabled() and "Grad" in _modes.active()
+        self.stops = False  # under no_grad, where gradients of the transformations stop
+        self.has_derivative = self.has_grad or "Jvp" in _modes.active()
+        self.detached: list[Callable[[], Tensor | None]] = []  # weak references
         self.depth = len(self.tracing.substitutes)
         self.first_tracer = len(self.tracing.tracers) - 1  # that of the body
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, kept alive
@@ -159,15 +163,43 @@ class Substitutes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func = Tensor.detach  # which is an operation
-        if func == Tensor.requires_grad.__get__ and not (  # type: ignore[attr-defined]
-            _modes.in_transform() or functorch.is_functorch_wrapped_tensor(args[0])
-        ):
+        inside = _modes.in_transform()
+        if func == Tensor.requires_grad.__get__ and not inside:  # type: ignore[attr-defined]
             # Kernels without a derivative are chosen where nothing requires grad. (A pullback asks
             # about results that are wrapped, although its transformation has ended.)
-            return "Grad" in _modes.active() and is_smooth(args[0])
-        inside = _modes.in_transform()
+            is_plain = not functorch.is_functorch_wrapped_tensor(args[0])
+            if is_plain:
+                return self.has_grad and is_smooth(args[0]) and self._is_known(args[0])
         if func is torch._C._set_grad_enabled and not inside:
-            self.is_grad_enabled = args[0]
+            self.stops = self.has_grad and not args[0]
+        self._check(func, args, kwargs or {}, inside)
+        replace = partial(self.replace, inside=inside)
+        args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
+        if self.stops:
+            args, kwargs = pytree.tree_map_only(Tensor, self._stop, (args, kwargs))
+        result = func(*args, **kwargs)
+        if func in (Tensor.detach, torch.detach):
+            self.detached.append(weakref.ref(result))
+        return result
+
+    def _check(self, func: Any, args: Any, kwargs: Any, inside: bool) -> None:
+        """Raise for what only autograd understands: no graph of operations records it."""
+        name = getattr(func, "__name__", "")
+        changes = (
+            name in ("__setitem__", "detach_")
+            or "out" in kwargs
+            or (name.startswith("__i") if name.startswith("__") else name.endswith("_"))
+        )
+        if not self.has_derivative or name in NOT_IN_PLACE:
+            return
+        if self.stops:
+            self.refuse_no_grad(changes or inside)
+        if changes and isinstance(args[0], Tensor):
+            memory = innermost(args[0]).untyped_storage()._cdata
+            detached = [x for reference in self.detached if (x := reference()) is not None]
+            shared = any(innermost(x).untyped_storage()._cdata == memory for x in detached)
+            if shared or name == "detach_":
+                raise CannotClose("its body changes what it has detached, or detaches in place")
         if (
             func is torch.autograd.grad
             and not inside
@@ -177,25 +209,19 @@ class Substitutes(TorchFunctionMode):
             )
         ):
             raise CannotClose("its body calls torch.autograd.grad; use torch.func.grad")
-        replace = partial(self.replace, inside=inside)
-        args, kwargs = pytree.tree_map_only(Tensor, replace, (args, kwargs or {}))
-        if self.is_under_no_grad():
-            name = getattr(func, "__name__", "")
-            if not inside and name.endswith("_") and name not in NOT_IN_PLACE:
-                raise CannotClose("its body changes a tensor in place under no_grad")
-            args, kwargs = pytree.tree_map_only(Tensor, self.stop, (args, kwargs))
-        return func(*args, **kwargs)
 
-    def is_under_no_grad(self) -> bool:
-        """Check for a `no_grad` in the body, which no graph records."""
-        return self.has_grad and not self.is_grad_enabled
+    def refuse_no_grad(self, unless_plain: bool = True) -> None:
+        """Raise under `no_grad`, except for plain functions, whose arguments can be detached."""
+        if self.stops and unless_plain:
+            raise CannotClose("its body uses no_grad; use fdl.transforms.stop_gradient")
 
-    def stop(self, x: Tensor) -> Tensor:
-        """Stop gradients of the transformations around the body, but none in the body."""
+    def _stop(self, x: Tensor) -> Tensor:
         if not (is_smooth(x) and isinstance(x, FakeTensor) and self._is_known(x)):  # or wrapped
             return x
-        with temporarily_clear_interpreter_stack():
-            return cast(Tensor, _NoGrad.apply(x))
+        self.stops = False
+        stopped = cast(Tensor, _NoGrad.apply(x))
+        self.stops = True
+        return stopped
 
     def replace(self, x: Tensor, inside: bool = False) -> Tensor:
         """Return the plain tensor that stands for `x`, or `x` if it was made in the body."""
@@ -226,8 +252,6 @@ def _replacing(wrap: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tracing = _modes.tracing.get()
         if tracing is not None:
             x = tracing.substitute(x, inside=True)
-            if tracing.substitutes and tracing.substitutes[-1].is_under_no_grad():
-                x = tracing.substitutes[-1].stop(x)
         return wrap(x, *rest)
 
     return wrapper

@@ -91,6 +91,7 @@ class Tracing(TorchDispatchMode):
     def substitute(self, x: Tensor, inside: bool | None = None) -> Tensor:
         """Return the plain tensor that stands for `x` in the loop bodies that are being traced."""
         for substitutes in reversed(self.substitutes):
+            substitutes.refuse_no_grad()
             x = substitutes.replace(x, _modes.in_transform() if inside is None else inside)
         return x
 

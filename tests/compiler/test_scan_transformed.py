@@ -186,12 +186,6 @@ def normalised(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
     return F.layer_norm(w @ c * x, (3,), w[0], w[1]), None
 
 
-def grad_under_no_grad(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
-    with torch.no_grad():
-        step = grad(lambda z: ((w @ (z * c)) ** 2).sum())(c)
-    return torch.tanh(c * x - 0.1 * step), None
-
-
 def scan_in_a_checkpoint(w: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Any]:
     def run(w: Tensor, c: Tensor) -> Tensor:
         return scan(lambda d, u: (torch.tanh(w @ d + u), None), c, XS)[0]
@@ -212,7 +206,7 @@ BODIES: list[Callable[..., Any]] = [
     tanh, grad_inside, vmap_grad_inside, jvp_inside, vjp_inside, hessian_inside, scan_inside,
     scan_in_grad_inside, in_place, under_no_grad, straight_through, two_results, checkpointed,
     closed_over_results, many_operations, draws, in_place_inside, strided_writes, bags,
-    slice_writes, previous_row, normalised, grad_under_no_grad, scan_in_a_checkpoint,
+    slice_writes, previous_row, normalised, scan_in_a_checkpoint,
 ]  # fmt: skip
 WITHOUT_FORWARD_MODE = (straight_through, two_results)  # they have no jvp
 
@@ -488,26 +482,63 @@ def test_a_gradient_penalty_by_autograd_at_the_same_level() -> None:
     close(fn(0.1 * C), expected)
 
 
-def overwritten(c: Tensor, x: Tensor) -> tuple[Tensor, None]:
+def overwritten(c: Tensor) -> Tensor:
     y = c * 2
     with torch.no_grad():
-        y.mul_(3)
-    return torch.tanh(c * x + y), None
+        y.clamp_(-0.5, 0.5)
+    return y
 
 
-def by_autograd(c: Tensor, x: Tensor) -> tuple[Tensor, None]:
-    return c * x - torch.autograd.grad((c.sin() ** 2).sum(), c, create_graph=True)[0], None
+def grad_under_no_grad(c: Tensor) -> Tensor:
+    with torch.no_grad():
+        return grad(lambda z: (z * c).sin().sum())(c)
 
 
-@pytest.mark.parametrize("body", [overwritten, by_autograd])
+def function_under_no_grad(c: Tensor) -> Tensor:
+    with torch.no_grad():
+        return Rounded.apply(c)
+
+
+def scan_under_no_grad(c: Tensor) -> Tensor:
+    with torch.no_grad():
+        return scan(lambda d, u: (d, d * u), c, XS)[1].sum(0)
+
+
+def changed_behind_autograd(c: Tensor) -> Tensor:
+    y = c * 2
+    y.detach().mul_(3)
+    return y
+
+
+def detached_in_place(c: Tensor) -> Tensor:
+    return (c * 2).detach_()
+
+
+def by_autograd(c: Tensor) -> Tensor:
+    return torch.autograd.grad((c.sin() ** 2).sum(), c, create_graph=True)[0]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        overwritten, grad_under_no_grad, function_under_no_grad, scan_under_no_grad,
+        changed_behind_autograd, detached_in_place, by_autograd,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", [grad, lambda f: vmap(grad(f))])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of eager torch
 def test_bodies_that_only_autograd_understands_are_unrolled(
-    body: Callable[..., Any], plain_backend: None
+    order: Callable[..., Any], fn: Callable[[Tensor], Tensor], plain_backend: None
 ) -> None:
-    fn = jit(lambda c: grad(lambda c: scan(body, c, XS)[0].sum())(c))
+    def loss(c: Tensor) -> Tensor:
+        return scan(lambda c, x: (torch.tanh(c * x - fn(c)), None), c, XS)[0].sum()
+
+    jitted = jit(lambda c: order(loss)(c))
+    args = C if order is grad else W
     with fdl.disable_jit():
-        expected = fn(C)
+        expected = jitted(args)
     with pytest.warns(UserWarning, match=r"its 13 steps are unrolled"):
-        close(fn(C), expected)
+        close(jitted(args), expected)
 
 
 @pytest.mark.usefixtures("plain_backend")

@@ -41,5 +41,4 @@ PROGRAM = Program(
     xs=data,
     rtol=1e-4,
     atol=1e-5,
-    faults={"vmap": "jvp of grad of log_softmax under vmap mixes cpu and meta"},
 )
