@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.programs import FORMS, Program
+from tests.support.programs import Program
 
 SIZE = 3
 
@@ -33,5 +33,4 @@ PROGRAM = Program(
     init,
     xs,
     fullgraph="unbacked",
-    faults=dict.fromkeys(FORMS.keys() - {"vmap"}, "x[i] with a 0-d tensor i is refused"),
 )
