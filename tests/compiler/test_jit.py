@@ -233,7 +233,7 @@ def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.Monk
     """Inductor prefers channels last on GPUs, but the next step expects the original layout."""
     options = _inductor._options
     no_cache = {"fx_graph_cache": False}  # which ignores layouts
-    monkeypatch.setattr(_inductor, "_options", lambda on_cpu: options(on_cpu=False) | no_cache)
+    monkeypatch.setattr(_inductor, "_options", lambda *_: options(False, False) | no_cache)
 
     model, opt = models.lenet(), optim.sgd(0.1)
     step = train_step(supervised(model, losses.cross_entropy), opt)
