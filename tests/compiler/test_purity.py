@@ -319,7 +319,7 @@ def asks(x: Tensor) -> Tensor:
 ASKED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "if": (asks, r"_local_scalar_dense at test_purity\.py:\d+: if x\.sum\(\) > 0:"),
     "item": (lambda x: x * x[0, 0].item(), "_local_scalar_dense"),
-    "bincount": (lambda x: torch.bincount(x[0].long(), minlength=3), "bincount"),
+    "bincount": (lambda x: torch.bincount(x[0].long()), "bincount"),
     "nonzero": (lambda x: x.nonzero(), "nonzero"),
     "in grad": (grad(lambda x: asks(x).sum()), r"if x\.sum\(\) > 0:"),
     "in a scan": (lambda x: scan(lambda c, z: (asks(c), z), x[0], x), r"if x\.sum\(\) > 0:"),
