@@ -92,7 +92,9 @@ class DynamicIndex(TorchFunctionMode):
                 func, args = index.write, (x, args[2])
         versions = self.copies.versions(args, kwargs)
         result = FUNCTIONS.get(func, func)(*args, **kwargs)
-        changed = changed or [x for x, before in versions if x._version != before]  # inplace=True
+        changed = changed or [
+            x for x, before in versions if innermost(x)._version != before
+        ]  # inplace=True
         for x in changed:
             self.copies.changed(x)
             if not x.is_floating_point():
@@ -126,7 +128,7 @@ class _Copies:
     def versions(self, *args: Any) -> list[tuple[Tensor, int]]:
         """Return the tensors among arguments, and how often each has been changed in place."""
         leaves = pytree.tree_leaves(args) if self.sources else ()
-        return [(x, x._version) for x in leaves if isinstance(x, Tensor)]
+        return [(x, innermost(x)._version) for x in leaves if isinstance(x, Tensor)]
 
     def keep(self, result: Any) -> None:
         """Keep the copies alive of which a result is a view."""

@@ -22,7 +22,10 @@ from fdl._compiler._user_lines import Line, current_user_line, format_line, is_u
 from fdl._modes import is_tracing
 from fdl.tree._summary import shape_dtype
 
-PRINTERS = {"_purity.py", "_tensor.py", "_tensor_str.py", "overrides.py", "proxy_tensor.py"}
+PRINTERS = {
+    *("_purity.py", "_dynamic_index.py", "_closed_body.py"),  # and torch's:
+    *("_tensor.py", "_tensor_str.py", "overrides.py", "proxy_tensor.py"),
+}
 SWITCHES = ("train", "training", "dropout", "dropout_p")  # without these, nothing is drawn
 
 

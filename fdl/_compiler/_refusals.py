@@ -46,8 +46,8 @@ def first_line(error: BaseException) -> str:
 def describe(fn: Callable[..., Any]) -> str:
     """Return the name of a function and where it is defined.
 
-    >>> describe(torch.sin)
-    'sin'
+    >>> describe(len)
+    'len'
     """
     name = getattr(fn, "__qualname__", None) or repr(fn)
     code = getattr(inspect.unwrap(fn), "__code__", None)

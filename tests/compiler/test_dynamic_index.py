@@ -14,6 +14,7 @@ from fdl import jit, scan, tree
 from fdl._compiler._counters import Counters
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import trace
+from fdl._torch_compat import RELEASE
 from tests.support.asserts import assert_equal, draw
 
 X = draw(1, 2, 3, 4)
@@ -164,6 +165,7 @@ def on_a_copy(write: Callable[..., None]) -> Callable[..., Tensor]:
     return f
 
 
+NO_FORWARD_MODE = ("zero", "two_axes", "chained", "changed_counter")  # in torch 2.11
 CASES = READS | {f.__name__: on_a_copy(f) for f in WRITES}
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -178,12 +180,15 @@ def test_equals_eager_and_so_do_derivatives(name: str) -> None:
     def along(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return jvp(lambda x: grad(loss)(x, i, j), (x,), (x + 1,))[1]
 
-    for g in (f, grad(loss), along):
+    has_forward_mode = name not in NO_FORWARD_MODE or RELEASE >= (2, 12)
+    for g in (f, grad(loss), along)[: 2 + has_forward_mode]:
         assert_equal(traced(g)(X, AT, BACK), g(X, AT, BACK))
 
 
 @cases
 def test_under_vmap_each_member_has_its_own_index(name: str) -> None:
+    if name == "with_mask" and RELEASE < (2, 12):
+        pytest.skip("vmap takes no mask in torch 2.11")
     f = CASES[name]
     in_range = (
         torch.tensor([1, 1, 0]) if name in ("x[i]", "x[:, i]", "add") else torch.tensor([1, 1])
