@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._compiler._graph import is_smooth
 from fdl._compiler._settings import Settings, use_settings
 from fdl._compiler._signature import flatten, unflatten
 from fdl.tree import Tree
@@ -79,4 +80,4 @@ def differentiable(
 
 
 def _differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [x for x in leaves if x.is_floating_point() or x.is_complex()]
+    return [x for x in leaves if is_smooth(x)]

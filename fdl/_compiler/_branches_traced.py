@@ -24,11 +24,18 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from fdl import _modes, tree
 from fdl._compiler._closed_body import close_body
 from fdl._compiler._graph import COND, is_smooth, results_of
-from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph
+from fdl._compiler._loops import (
+    OPERATORS,
+    innermost_first,
+    replaced,
+    run_below,
+    run_graph,
+    unpack_duals,
+)
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat, trace_part
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 from fdl.tree._map import match
@@ -109,15 +116,11 @@ def close(
     if _modes.in_transform():
         body = close_body(f, FlatBody(fn, list(leaves), [], (), [], names))
         return Closed(body.graph, body.closed_over)
-    leaks = current_trace().leaks
-    made_before = len(leaks.made)
-    with disable_proxy_modes_tracing():
-        fakes = [leaf.clone() for leaf in to_fake(leaves)]
-        leaks.note(fakes)
-        graph, closed_over = trace_flat(fn, fakes, names)
-    del fakes
-    leaks.check(f, graph, name, made_before)
-    return Closed(graph, closed_over)
+    return Closed(*trace_part(f, fn, lambda: _copies(leaves), names, name))
+
+
+def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.clone() for leaf in to_fake(leaves)]
 
 
 def _write(branches: tuple[Branch, Branch], operands: list[Tensor]) -> list[Tensor]:
@@ -136,7 +139,7 @@ def pure_graph(fn: Branch, operands: Sequence[Tensor]) -> GraphModule:
     leaks = current_trace().leaks
     made_before = len(leaks.made)
     with disable_proxy_modes_tracing():
-        fakes = [leaf.clone() for leaf in to_fake(operands)]
+        fakes = _copies(operands)
         graph, constants = trace_flat(lambda *z: [*map(contiguous_copy, fn(*z))], fakes, ())
     assert not constants, "a branch is closed"
     del leaks.made[made_before:]
@@ -168,25 +171,10 @@ def _under_vmap(
     return [functorch._add_batch_dim(x, 0, level) for x in results]
 
 
-def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a value and its tangent at the innermost level."""
-    if not is_smooth(x):
-        return x, None
-    dual = forward_ad.unpack_dual(x)
-    return dual.primal, dual.tangent
-
-
 def _under_jvp(
     branches: tuple[Branch, Branch], operands: list[Tensor], interpreter: Any
 ) -> list[Tensor]:
-    level = interpreter.level()
-    pairs = [unpack(x) for x in operands]
-    values = [functorch._unwrap_for_grad(value, level) for value, _ in pairs]
-    slopes = {
-        i: functorch._unwrap_for_grad(slope, level)
-        for i, (_, slope) in enumerate(pairs)
-        if slope is not None
-    }
+    values, slopes = unpack_duals(operands, interpreter.level())
     n = len(values)
 
     def along(branch: Branch) -> Branch:
@@ -216,19 +204,10 @@ def _under_jvp(
 def _under_grad(
     branches: tuple[Branch, Branch], operands: list[Tensor], interpreter: Any
 ) -> list[Tensor]:
-    level = interpreter.level()
-
     class Cond(_SingleLevelFunction):
         @staticmethod
         def forward(*operands: Tensor) -> tuple[Tensor, ...]:
-            values = [functorch._unwrap_for_grad(x, level) for x in operands]
-            with (
-                torch.enable_grad(),
-                forward_ad._set_fwd_grad_enabled(True),
-                interpreter.lower(),
-            ):
-                results = run_cond(branches, values)
-            return tuple(functorch._wrap_for_grad(x, level) for x in results)
+            return run_below(interpreter, partial(run_cond, branches), operands)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx.node import has_side_effect
 
+from fdl._compiler._graph import copy_graph
 from fdl._modes import is_eager, is_tracing
 
 Function = Callable[[list[Tensor]], None]
@@ -46,23 +47,26 @@ def call_back(fn: Function, values: Sequence[Tensor]) -> None:
 
 def calls_back(module: GraphModule) -> bool:
     """Check for callbacks in a graph, and in the bodies of its loops."""
-    graphs = (each.graph for each in module.modules() if isinstance(each, GraphModule))
-    return any(graph.find_nodes(op="call_function", target=CALLBACK) for graph in graphs)
+    return any(
+        each.graph.find_nodes(op="call_function", target=CALLBACK) for each in _graphs(module)
+    )
 
 
 def without_callbacks(module: GraphModule) -> GraphModule:
     """Copy a graph, and the bodies of its loops, without their callbacks."""
     if not calls_back(module):
         return module
-    graph = Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.find_nodes(op="call_function", target=CALLBACK):
-        graph.erase_node(node)
-    copy = GraphModule(module, graph)
-    for name, child in module.named_children():
-        if isinstance(child, GraphModule) and hasattr(copy, name):
-            setattr(copy, name, without_callbacks(child))
+    copy = copy_graph(module)
+    for each in _graphs(copy):
+        for node in each.graph.find_nodes(op="call_function", target=CALLBACK):
+            each.graph.erase_node(node)
+        each.recompile()
     return copy
+
+
+def _graphs(module: GraphModule) -> list[GraphModule]:
+    """List a graph, and the bodies of its loops."""
+    return [each for each in module.modules() if isinstance(each, GraphModule)]
 
 
 def keep(result: Tensor) -> None:

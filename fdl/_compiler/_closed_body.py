@@ -30,11 +30,10 @@ from fdl import _modes
 from fdl._compiler._custom_functions import CannotClose, recording
 from fdl._compiler._differentiable_ops import has_strides_of_its_own
 from fdl._compiler._graph import is_smooth
-from fdl._compiler._purity import innermost
+from fdl._compiler._purity import changed_in_place, innermost
 from fdl._compiler._scan_traced import FlatBody
-from fdl._compiler._trace import current_trace, plain, trace_flat
+from fdl._compiler._trace import current_trace, plain, trace_flat, trace_part
 
-NOT_IN_PLACE = ("__get__", "requires_grad_", "__repr__", "__len__", "__bool__")
 DEAD = -2  # the level of a tensor whose transformation has ended
 
 
@@ -54,22 +53,19 @@ def close_body(f: Callable[..., Any], flat: FlatBody) -> ClosedBody:
         f: the body, for error messages.
         flat: the same as a function of leaves.
     """
-    leaks = current_trace().leaks
-    made_before = len(leaks.made)
+    originals: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fn(*leaves: Tensor) -> list[Tensor]:
+        with Substitutes(originals) as substitutes:
+            return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
+
+    def arguments() -> list[Tensor]:
+        return [*map(plain, flat.init), *(plain(leaf, 1) for leaf in flat.xs)]
+
     with _outside_transforms():
-        fakes = [*(plain(leaf) for leaf in flat.init), *(plain(leaf, 1) for leaf in flat.xs)]
-        leaks.note(fakes)
-        originals: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def fn(*leaves: Tensor) -> list[Tensor]:
-            with Substitutes(originals) as substitutes:
-                return [substitutes.replace(leaf) for leaf in flat.fn(*leaves)]
-
-        graph, closed_over = trace_flat(fn, fakes, flat.names)
+        graph, closed_over = trace_part(f, fn, arguments, flat.names, "scan: the body")
     if has_strides_of_its_own(graph.graph):
         raise CannotClose("its body calls as_strided on a tensor that is not contiguous")
-    del fakes
-    leaks.check(f, graph, "scan: the body", made_before)
     closed_over = [
         current_trace().substitute(originals.get(id(leaf), (leaf, leaf))[1]) for leaf in closed_over
     ]
@@ -184,22 +180,13 @@ class Substitutes(TorchFunctionMode):
 
     def _check(self, func: Any, args: Any, kwargs: Any, inside: bool) -> None:
         """Raise for what only autograd understands: no graph of operations records it."""
-        name = getattr(func, "__name__", "")
-        changes = (
-            name in ("__setitem__", "detach_")
-            or "out" in kwargs
-            or (name.startswith("__i") if name.startswith("__") else name.endswith("_"))
-        )
-        if not self.has_derivative or name in NOT_IN_PLACE:
+        if not self.has_derivative:
             return
+        changed = changed_in_place(func, args, kwargs)
         if self.stops:
-            self.refuse_no_grad(changes or inside)
-        if changes and isinstance(args[0], Tensor):
-            memory = innermost(args[0]).untyped_storage()._cdata
-            detached = [x for reference in self.detached if (x := reference()) is not None]
-            shared = any(innermost(x).untyped_storage()._cdata == memory for x in detached)
-            if shared or name == "detach_":
-                raise CannotClose("its body changes what it has detached, or detaches in place")
+            self.refuse_no_grad(bool(changed) or inside)
+        if func in (Tensor.detach_, torch.detach_) or any(map(self._is_detached, changed)):
+            raise CannotClose("its body changes what it has detached, or detaches in place")
         if (
             func is torch.autograd.grad
             and not inside
@@ -209,6 +196,12 @@ class Substitutes(TorchFunctionMode):
             )
         ):
             raise CannotClose("its body calls torch.autograd.grad; use torch.func.grad")
+
+    def _is_detached(self, x: Tensor) -> bool:
+        """Check whether a tensor shares memory with one that the body has detached."""
+        memory = innermost(x).untyped_storage()._cdata
+        detached = [y for reference in self.detached if (y := reference()) is not None]
+        return any(innermost(y).untyped_storage()._cdata == memory for y in detached)
 
     def refuse_no_grad(self, unless_plain: bool = True) -> None:
         """Raise under `no_grad`, except for plain functions, whose arguments can be detached."""

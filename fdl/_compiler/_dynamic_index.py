@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdl import _modes
 from fdl._compiler._counters import Counters
-from fdl._compiler._purity import innermost
+from fdl._compiler._purity import changed_in_place, innermost
 from fdl._compiler._user_lines import current_user_line, format_line
 from fdl._dtensor import any_dtensor_type
 
@@ -81,7 +81,7 @@ class DynamicIndex(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if any_dtensor_type(types):
             return func(*args, **kwargs)
-        changed = _changed(name, args, kwargs)
+        changed = changed_in_place(func, args, kwargs)
         if func in READS:
             x, index = READS[func](self.counters, *args, **kwargs)
             if index is not None:
@@ -103,15 +103,6 @@ class DynamicIndex(TorchFunctionMode):
             self.copies.keep(result)
             self.counters.note(name, (*args, *kwargs.values()), result)
         return result
-
-
-def _changed(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that a function changes in place, as its name tells."""
-    in_place = name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
-    in_place = in_place and name != "requires_grad_"
-    first = next(iter([*args, *kwargs.values()]), None)
-    changed = first if in_place else kwargs.get("out")
-    return [x for x in pytree.tree_leaves(changed) if isinstance(x, Tensor)]
 
 
 class _Copies:

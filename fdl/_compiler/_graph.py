@@ -110,7 +110,7 @@ def worth_keeping(graph: Graph) -> list[Node]:
     kept = []
     for node in nodes_of(graph, "call_function"):
         inputs = [depths.get(z, 0) for z in node.all_input_nodes]
-        depths[node] = max(inputs, default=0) + (not is_view(node))
+        depths[node] = max(inputs, default=0) + (not _is_view(node))
         if not inputs or (_is_cheap(node) and depths[node] <= DEEPEST):
             continue
         depths[node] = 0
@@ -122,11 +122,10 @@ def worth_keeping(graph: Graph) -> list[Node]:
 def _is_cheap(node: Node) -> bool:
     if node.target is getitem:
         return _is_cheap(node.all_input_nodes[0])
-    return is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return _is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def is_view(node: Node) -> bool:
-    """Check that an operation returns a view of its argument."""
+def _is_view(node: Node) -> bool:
     return getattr(node.target, "is_view", False)
 
 

@@ -223,10 +223,8 @@ def jit(
     ) -> Any:
         spec, _, settings = key
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
-        with (
-            _one_at_a_time,
-            torch.set_grad_enabled(has_grad(settings)),
-        ):  # inside backward() it is off
+        # Inside backward() grad mode is off.
+        with _one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route)
         sources = Sources(fn, program.constants)
         constants = sources.tensors

@@ -8,26 +8,25 @@ cotangents; what it would compute again although it was returned, it reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.func import vjp
 from torch.fx import GraphModule, Node
 
 from fdl._compiler._closed_body import closed_graph
 from fdl._compiler._graph import nodes_of, reached, results_of, with_results, worth_keeping
-from fdl._compiler._loops import Loop, replaced, run_graph, run_loop
+from fdl._compiler._loops import Loop, replaced, run_below, run_graph, run_loop
 
 
 def under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
     """Run a loop under `grad` or `vjp`."""
-    level, n_operands = interpreter.level(), len(operands)
-    graph = loop.body.graph
+    graph, n_operands = loop.body.graph, len(operands)
     kept = [*nodes_of(graph, "placeholder")[: loop.carry], *worth_keeping(graph)]
     with_kept = loop._replace(body=with_results(loop.body, kept))
     n_results = len(results_of(graph))
@@ -35,11 +34,7 @@ def under_grad(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
     class Scan(_SingleLevelFunction):
         @staticmethod
         def forward(*operands: Tensor) -> tuple[Tensor, ...]:
-            values = [functorch._unwrap_for_grad(x, level) for x in operands]
-            # Such a function turns derivatives off, which those around it still need.
-            with torch.enable_grad(), _set_fwd_grad_enabled(True), interpreter.lower():
-                results = run_loop(with_kept, values)
-            return tuple(functorch._wrap_for_grad(x, level) for x in results)
+            return run_below(interpreter, partial(run_loop, with_kept), operands)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

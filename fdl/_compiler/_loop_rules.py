@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from fdl._compiler._closed_body import closed_graph
-from fdl._compiler._graph import is_smooth, reached
-from fdl._compiler._loops import Loop, replaced, run_graph, run_loop
+from fdl._compiler._graph import reached
+from fdl._compiler._loops import Loop, replaced, run_graph, run_loop, unpack_duals
 
 
 def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
@@ -53,7 +53,7 @@ def under_vmap(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Ten
 
 def under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
     """Carry the tangents beside the values."""
-    primals, tangents = _unpack(operands, interpreter.level())
+    primals, tangents = unpack_duals(operands, interpreter.level())
     if not tangents:
         with interpreter.lower():
             return run_loop(loop, primals)
@@ -84,20 +84,6 @@ def under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tens
         body, more = closed_graph(fn, new.examples(all_operands))
         results = run_loop(new._replace(body=body), [*all_operands, *more])
     return _pack(results, outputs, n)
-
-
-def _unpack(operands: list[Tensor], level: int) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Return the values of dual numbers, and the tangents of those that have one."""
-    primals: list[Tensor] = []
-    tangents: dict[int, Tensor] = {}
-    for i, x in enumerate(operands):
-        tangent = None
-        if is_smooth(x):
-            x, tangent = forward_ad.unpack_dual(x)[:2]
-        primals.append(functorch._unwrap_for_grad(x, level))
-        if tangent is not None:
-            tangents[i] = functorch._unwrap_for_grad(tangent, level)
-    return primals, tangents
 
 
 def _pack(results: list[Tensor], moves: list[bool], carry: int) -> list[Tensor]:

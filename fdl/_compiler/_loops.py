@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.fx import GraphModule, Interpreter, Node
 
 from fdl._compiler._callbacks import CALLBACK, without_callbacks
 from fdl._compiler._differentiable_ops import REPLACEMENTS
-from fdl._compiler._graph import LOOP
+from fdl._compiler._graph import LOOP, is_smooth
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan_traced import scan_traced
 from fdl._compiler._settings import as_written
@@ -135,3 +137,32 @@ def replaced(
     for i, value in zip(indices, by, strict=True):
         new[i] = value
     return new
+
+
+def run_below(
+    interpreter: Any, run: Callable[[list[Tensor]], list[Tensor]], operands: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Run a function under the transformations around a `grad`, on what the `grad` wraps.
+
+    It is the forward pass of a `_SingleLevelFunction`, which turns derivatives off that the
+    transformations around it still need.
+    """
+    level = interpreter.level()
+    values = [functorch._unwrap_for_grad(x, level) for x in operands]
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+        results = run(values)
+    return tuple(functorch._wrap_for_grad(x, level) for x in results)
+
+
+def unpack_duals(operands: Sequence[Tensor], level: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Return the values of dual numbers, and by index the tangents of those that have one."""
+    primals: list[Tensor] = []
+    tangents: dict[int, Tensor] = {}
+    for i, x in enumerate(operands):
+        tangent = None
+        if is_smooth(x):
+            x, tangent = forward_ad.unpack_dual(x)[:2]
+        primals.append(functorch._unwrap_for_grad(x, level))
+        if tangent is not None:
+            tangents[i] = functorch._unwrap_for_grad(tangent, level)
+    return primals, tangents

@@ -75,14 +75,11 @@ def register() -> None:
         )
         return loop(condition, body, carry, type(constants)(copies), *rest)
 
-    class RaiseIf(ExternKernel):
-        """Raises between kernels: an error inside a kernel would abort a multithreaded process."""
+    class Statement(ExternKernel):
+        """Writes code between kernels, and has no result."""
 
-        def __init__(self, flag: TensorBox, message: str) -> None:
-            flag.realize()
-            device = flag.get_device_or_error()
-            super().__init__(None, NoneLayout(device=device), self.unwrap_storage([flag]))
-            self.message = message
+        def __init__(self, device: torch.device, inputs: list[Any]) -> None:
+            super().__init__(None, NoneLayout(device=device), inputs)
             self.name = V.graph.register_buffer(self)
             V.graph.register_operation(self)
 
@@ -91,6 +88,14 @@ def register() -> None:
 
         def has_side_effects(self) -> bool:
             return True
+
+    class RaiseIf(Statement):
+        """Raises between kernels: an error inside a kernel would abort a multithreaded process."""
+
+        def __init__(self, flag: TensorBox, message: str) -> None:
+            flag.realize()
+            super().__init__(flag.get_device_or_error(), list(self.unwrap_storage([flag])))
+            self.message = message
 
         def codegen(self, wrapper: Any) -> None:
             flag = cast(Any, self.inputs[0]).codegen_reference()
@@ -103,20 +108,12 @@ def register() -> None:
                 wrapper.writeline(f"if {flag}.item():")
                 wrapper.writeline(f'    raise RuntimeError("{self.message}")')
 
-    class CheckSignals(ExternKernel):
-        """Writes the code of `fdl::check_signals` between kernels."""
+    class CheckSignals(Statement):
+        """Writes the code of `fdl::check_signals`."""
 
         def __init__(self, intact: bool) -> None:
-            super().__init__(None, NoneLayout(device=torch.device("cpu")), [])
+            super().__init__(torch.device("cpu"), [])
             self.intact = intact
-            self.name = V.graph.register_buffer(self)
-            V.graph.register_operation(self)
-
-        def should_allocate(self) -> bool:
-            return False
-
-        def has_side_effects(self) -> bool:
-            return True
 
         def codegen(self, wrapper: Any) -> None:
             if V.graph.cpp_wrapper:  # a wrapper in Python sees signals by itself

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdl import tree
+from fdl._compiler._graph import is_smooth
 from fdl._compiler._scan_eager import scan_as_loop
 from fdl._compiler._user_lines import current_user_line, format_line
 from fdl.tree import Tree
@@ -72,5 +73,4 @@ def _steps() -> str:
 
 
 def _has(kind: str, x: Any) -> bool:
-    numbers = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return numbers and bool(TESTS[kind](x).any())
+    return isinstance(x, Tensor) and is_smooth(x) and bool(TESTS[kind](x).any())

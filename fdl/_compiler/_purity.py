@@ -7,12 +7,13 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
@@ -75,6 +76,21 @@ def _warn_about_print() -> None:
             frame.f_code.co_filename,
             frame.f_lineno,
         )
+
+
+def changed_in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that a function of torch changes in place, as its name tells.
+
+    >>> x = torch.zeros(2)
+    >>> changed_in_place(Tensor.add_, (x, 1), {}), changed_in_place(Tensor.add, (x, 1), {})
+    ([tensor([0., 0.])], [])
+    """
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
+    in_place = in_place and name != "requires_grad_"
+    first = next(iter([*args, *kwargs.values()]), None)
+    changed = first if in_place else kwargs.get("out")
+    return [x for x in pytree.tree_leaves(changed) if isinstance(x, Tensor)]
 
 
 class _TracedTensor(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx import GraphModule
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._callbacks import calls_back
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import copy_graph, nodes_of, results_of
+from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._inductor import Compiled
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._refusals import Refusal, describe, first_line, write_log
@@ -331,8 +333,7 @@ def _run_graphed(
 
 def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) -> Compiled:
     """Compile a program that computes some results in the memory of donated leaves."""
-    module = copy_graph(traced.graph)
-    graph = module.graph
+    graph = deepcopy(traced.graph.graph)
     arguments, results = nodes_of(graph, "placeholder"), results_of(graph)
     (output,) = nodes_of(graph, "output")
     with graph.inserting_before(output):
@@ -340,5 +341,5 @@ def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) 
             copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
             copy.meta["val"] = arguments[i].meta["val"]
     output.args = ([node for out, node in enumerate(results) if out not in aliases],)
-    module.recompile()
+    module = GraphModule(traced.graph, graph)  # shares the bodies of loops, which `lower` copies
     return _inductor.lower(module, traced.mode, _inputs(traced), cpp_wrapper)

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._graph import LOOP, NEEDS_Y, nodes_of, results_of
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, contiguous_copy, scan_as_loop
 from fdl._compiler._signature import flatten, unflatten
-from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_flat
+from fdl._compiler._trace import copy_aliases, current_trace, to_fake, trace_part
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -93,15 +92,12 @@ def _trace_body(f: Callable[..., Any], init: Tree, xs: Tree) -> _Body:
     # If the carry has one memory layout throughout, a view in the body is a view at every step.
     init_leaves = [_resolve_sign(leaf).contiguous() for leaf in to_fake(flat.init)]
     xs_leaves = [_resolve_sign(leaf) for leaf in to_fake(flat.xs)]
-    leaks = current_trace().leaks
-    made_before = len(leaks.made)
-    with disable_proxy_modes_tracing():
+
+    def arguments() -> list[Tensor]:
         # Copies: the body may also close over the first carry itself.
-        fakes = [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
-        leaks.note(fakes)
-        graph, closed_over = trace_flat(flat.fn, fakes, flat.names)
-    del fakes
-    leaks.check(f, graph, "scan: the body", made_before)
+        return [*(leaf.clone() for leaf in init_leaves), *(leaf[0] for leaf in xs_leaves)]
+
+    graph, closed_over = trace_part(f, flat.fn, arguments, flat.names, "scan: the body")
     return _Body(graph, init_leaves, xs_leaves, closed_over, flat.carry_spec, flat.y_specs[0])
 
 

@@ -23,7 +23,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -270,6 +275,39 @@ def trace_flat(
             prune_loop_outputs(graph, node)
     graph.recompile()
     return graph, constants
+
+
+def trace_part(
+    f: Callable[..., Any],
+    fn: Callable[..., list[Tensor]],
+    arguments: Callable[[], list[Tensor]],
+    names: Sequence[str],
+    noun: str,
+) -> tuple[GraphModule, list[Tensor]]:
+    """Trace a part of the traced function, such as the body of a loop, as a graph of its own.
+
+    Args:
+        f: the part as the user wrote it, for error messages.
+        fn: the same as a function of tensors.
+        arguments: makes its arguments, fake tensors.
+        names: names of the arguments, used in error messages.
+        noun: names the part in error messages.
+
+    Returns:
+        The graph, and the tensors that `fn` closes over.
+
+    Raises:
+        ValueError: `f` changes a tensor in place that it did not create, or keeps one.
+    """
+    leaks = current_trace().leaks
+    made_before = len(leaks.made)
+    with disable_proxy_modes_tracing():
+        fakes = arguments()
+        leaks.note(fakes)
+        graph, closed_over = trace_flat(fn, fakes, names)
+    del fakes
+    leaks.check(f, graph, noun, made_before)
+    return graph, closed_over
 
 
 def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:

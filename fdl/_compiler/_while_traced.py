@@ -16,10 +16,10 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from fdl._compiler._branches_traced import close, pure_graph, unpack
+from fdl._compiler._branches_traced import close, pure_graph
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import WHILE, is_smooth
-from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph
+from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph, unpack_duals
 from fdl._compiler._scan_eager import contiguous_copy
 from fdl._compiler._signature import flatten, unflatten
 from fdl._compiler._trace import copy_aliases, current_trace
@@ -117,20 +117,15 @@ def _under_vmap(loop: While, operands: list[Tensor], interpreter: Any) -> list[T
 
 
 def _under_jvp(loop: While, operands: list[Tensor], interpreter: Any) -> list[Tensor]:
-    level, n = interpreter.level(), loop.carry
-    pairs = [unpack(x) for x in operands]
-    values = [functorch._unwrap_for_grad(value, level) for value, _ in pairs]
-    slopes = [
-        None if slope is None else functorch._unwrap_for_grad(slope, level) for _, slope in pairs
-    ]
+    values, slopes = unpack_duals(operands, interpreter.level())
+    n = loop.carry
     with interpreter.lower():
-        if all(slope is None for slope in slopes):
+        if not slopes:
             return run_while(loop, values)
         carried = [i for i in range(n) if is_smooth(values[i])]
-        fixed = [i for i in range(n, len(values)) if slopes[i] is not None]
+        fixed = [i for i in slopes if i >= n]
         directions = [
-            torch.zeros_like(values[i]) if slope is None else slope
-            for i, slope in ((i, slopes[i]) for i in [*carried, *fixed])
+            slopes[i] if i in slopes else torch.zeros_like(values[i]) for i in [*carried, *fixed]
         ]
         k = n + len(carried)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx import GraphModule
 
 import fdl
 from fdl import jit, random, scan, tree
@@ -263,23 +264,25 @@ def test_equals_the_python_loop(body: Callable[..., Any], form: str) -> None:
     close(f(), expected)
 
 
-def loops_of(fn: Callable[..., Any], *args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Count the loops in the graph of a jitted function."""
-    graphs: list[Any] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> list[GraphModule]:
+    """Record the graphs that `jit` traces."""
+    recorded: list[GraphModule] = []
     original = _unknown_ops.trace
 
     def trace(*args: Any) -> Any:
-        graphs.append(original(*args))
-        return graphs[-1]
+        traced = original(*args)
+        recorded.append(traced.graph)
+        return traced
 
     monkeypatch.setattr(_unknown_ops, "trace", trace)
-    jit(fn, strict=True)(*args)
-    nodes = graphs[-1].graph.graph.nodes
-    assert len(nodes) < 100, "the steps are unrolled"
-    return sum(node.target is LOOP for node in nodes)
+    return recorded
 
 
-@pytest.mark.usefixtures("plain_backend")
+def calls_of(op: Any, graph: GraphModule) -> int:
+    return sum(node.target is op for node in graph.graph.nodes)
+
+
 @pytest.mark.parametrize(
     ("form", "loops"),
     {
@@ -291,29 +294,16 @@ def loops_of(fn: Callable[..., Any], *args: Any, monkeypatch: pytest.MonkeyPatch
         "jvp of grad": 2,
     }.items(),
 )
-def test_is_one_loop_for_each_direction(
-    form: str, loops: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fn = lambda: FORMS[form](lambda *args: total(tanh, *args))  # noqa: E731
-    assert loops_of(fn, monkeypatch=monkeypatch) == loops
+def test_is_one_loop_for_each_direction(form: str, loops: int, graphs: list[GraphModule]) -> None:
+    jit(lambda: FORMS[form](lambda *args: total(tanh, *args)), strict=True)()
+    assert len(graphs[-1].graph.nodes) < 100, "the steps are unrolled"
+    assert calls_of(LOOP, graphs[-1]) == loops
 
 
-@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize("again", [False, True])
 def test_products_are_computed_again_only_in_a_checkpoint(
-    again: bool, monkeypatch: pytest.MonkeyPatch
+    again: bool, graphs: list[GraphModule]
 ) -> None:
-    products: list[int] = []
-    original = _unknown_ops.trace
-
-    def trace(*args: Any) -> Any:
-        traced = original(*args)
-        for module in traced.graph.children():
-            nodes = module.graph.nodes  # type: ignore[union-attr]
-            products.append(sum(node.target is torch.ops.aten.mm.default for node in nodes))
-        return traced
-
-    monkeypatch.setattr(_unknown_ops, "trace", trace)
     step = lambda w, c: torch.tanh(w @ torch.tanh(w @ c))  # noqa: E731
     body = checkpoint(step) if again else step
 
@@ -321,7 +311,8 @@ def test_products_are_computed_again_only_in_a_checkpoint(
         return scan(lambda c, _: (body(w, c), None), W, length=STEPS)[0].sum()
 
     jit(lambda w: grad(loss)(w), strict=True)(W)
-    assert products == [2, 4 + 2 * again]
+    bodies = [cast(GraphModule, body) for body in graphs[-1].children()]
+    assert [calls_of(torch.ops.aten.mm.default, body) for body in bodies] == [2, 4 + 2 * again]
 
 
 @pytest.mark.usefixtures("plain_backend")
