@@ -5,6 +5,8 @@ and running the graphs without Inductor; Inductor compiles a third of them in ea
 each. The choice changes with every change of the library; `make test-all` compiles all.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch._functorch import eager_transforms
@@ -88,22 +90,30 @@ def test_compiled(program: Program, form: str) -> None:
 def leave_forward_mode():
     """Leave what Dynamo has entered and not left, where it refuses a function within a jvp."""
     eager_transforms.JVP_NESTING = 0
-    while forward_ad._current_level >= 0:
-        forward_ad.exit_dual_level()
+    forward_ad._current_level = -1
+    # Dynamo's refusal may put back the Python level and not that of C++ below it.
+    with contextlib.suppress(RuntimeError):
+        torch._C._exit_dual_level(level=0)
+    with forward_ad.dual_level():
+        pass
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(IS_OLD, reason="Dynamo refused other programs then")
 @pytest.mark.parametrize("program, form", cases(NAMES, lambda *_: ["fullgraph"]))
 def test_torch_compile_takes_it_whole_or_says_why_not(program: Program, form: str) -> None:
     torch._dynamo.reset()
     state, row = program.init(), next(rows(program.xs()))
+    # First without: what torch remembers of a first call (of kl_divergence's table, say) is traced
+    # otherwise than what it looks up, and another test may have called it.
+    expected = program.step(state, row)
     compiled = torch.compile(program.step, fullgraph=True, backend="aot_eager")
     if program.fullgraph:
         with pytest.raises(Exception, match=program.fullgraph):
             compiled(state, row)
         leave_forward_mode()
     else:
-        check_equal(program, compiled(state, row), program.step(state, row))
+        check_equal(program, compiled(state, row), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).vmap])
