@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fdl._modes import is_eager
 from fdl.tree import Tree
@@ -44,6 +45,8 @@ def root(x: Tensor) -> Tensor:
     >>> torch.func.grad(root)(torch.tensor(0.0)), torch.func.grad(root)(torch.tensor(4.0))
     (tensor(0.), tensor(0.2500))
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(root, (x,), x)
     is_zero = x <= 0  # False for NaN, so that NaN propagates
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
+from fdl.optim._foreach import map_columns, map_leaves
 from fdl.optim._hyperparams import (
     AT_LEAST_0,
     Hyper,
@@ -30,9 +31,11 @@ from fdl.optim._hyperparams import (
     next_hyper,
     rates_now,
 )
+from fdl.optim._leaves import Leaves
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._paths import dotted
+from fdl.tree._structure import flatten, unflatten
 
 
 class Optimizer(NamedTuple):
@@ -151,27 +154,30 @@ def apply_rule(
         count: int64 [], updates done.
         scalars: further arguments of the rule, float64 [], such as the rates.
     """
-    leaves, spec = pytree.tree_flatten(params)
-    columns = {slot: match(params, slots[slot], f"{name}: {slot}") for slot in slots}
+    leaves, structure = flatten(params)
+    columns = [match(params, slots[slot], f"{name}: {slot}", structure) for slot in slots]
     t = (count + 1).double()
-    updates: list[Tensor | None] = []
-    for i, (g, p) in enumerate(zip(match_grads(grads, params, name), leaves, strict=True)):
+
+    def step(g: Tensor | None, p: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         if g is None:
-            updates.append(None)
-            continue
+            return g, *kept
         # A file of an earlier version may hold slots of 16 bits.
-        old = {slot: upcast(column[i]) for slot, column in columns.items()}
+        old = dict(zip(slots, map(upcast, kept), strict=True))
         with_axis = {slot: _with_axis(x, p) for slot, x in old.items()}
         u, new = rule(_with_axis(g.to(p.dtype), p), _with_axis(p, p), t, **with_axis, **scalars)
-        updates.append(u.to(p.dtype).reshape(p.shape))
-        for slot, x in old.items():
-            columns[slot][i] = new[slot].to(x.dtype).reshape(x.shape)
-    new_slots = {slot: pytree.tree_unflatten(column, spec) for slot, column in columns.items()}
-    return pytree.tree_unflatten(updates, spec), new_slots
+        new_slots = [new[slot].to(x.dtype).reshape_as(x) for slot, x in old.items()]
+        return u.to(p.dtype).reshape_as(p), *new_slots
+
+    grads_of_leaves = match_grads(grads, params, name)
+    updates, *columns = map_columns(step, grads_of_leaves, leaves, *columns) or [[], *columns]
+    new = [unflatten(column, structure) for column in columns]
+    return unflatten(updates, structure), dict(zip(slots, new, strict=True))
 
 
 def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
     """Add an axis to a tensor of a 0-d leaf, so that a float64 rate does not promote it."""
+    if type(leaf) is Leaves:  # which are not 0-d
+        return x
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
 
 
@@ -195,7 +201,7 @@ def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, T
         return init(_upcast_leaves(params))
 
     def step(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
-        if not any(map(is_narrow, pytree.tree_leaves((grads, params)))):
+        if not any(map(is_narrow, tree.leaves(grads) + tree.leaves(params))):
             return update(grads, state, params, **extra)
         value_fn = extra.get("value_fn")
         if value_fn is not None:
@@ -206,13 +212,20 @@ def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, T
     return Optimizer(start, step)
 
 
+NARROW = frozenset(
+    dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize < 4
+)
+
+
 def is_narrow(x: Any) -> bool:
     """Return True for a floating tensor of less than 32 bits.
 
     >>> is_narrow(torch.ones(1).half()), is_narrow(torch.ones(1)), is_narrow(None)
     (True, False, False)
     """
-    return isinstance(x, Tensor) and torch.is_floating_point(x) and x.dtype.itemsize < 4
+    return isinstance(x, Tensor) and x.dtype in NARROW
 
 
 def upcast(x: Any) -> Any:
@@ -246,21 +259,22 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     >>> match_grads({"b": None, "w": torch.ones(1)}, {"w": torch.ones(1), "b": 0}, "here")
     [tensor([1.]), None]
     """
-    matched = match(params, grads, f"{caller}: grads")
-    leaves = tree.leaves(params)
-    if not all(
-        g is None or (g.is_floating_point() and g.shape == p.shape)
-        for g, p in zip(matched, leaves, strict=True)
-    ):
+    leaves, structure = flatten(params)
+    matched = match(params, grads, f"{caller}: grads", structure)
+    if not all(map(_fits, matched, leaves)):
         lines = [
             f"{path}: expected a floating tensor {list(p.shape)}, got {g.dtype} {list(g.shape)}"
             for path, g, p in zip(tree.flatten_dict(params), matched, leaves, strict=True)
-            if g is not None and not (g.is_floating_point() and g.shape == p.shape)
+            if not _fits(g, p)
         ]
         raise ValueError(
             f"{caller}: gradients do not fit their parameters:\n  " + "\n  ".join(lines)
         )
     return matched
+
+
+def _fits(g: Tensor | None, p: Tensor) -> bool:
+    return g is None or (g.is_floating_point() and g.shape == p.shape)
 
 
 def check_floating(params: Tree, caller: str) -> None:
@@ -286,7 +300,7 @@ def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
     >>> map_grads(lambda g: -g, {"w": torch.ones(1), "frozen": None})
     {'w': tensor([-1.]), 'frozen': None}
     """
-    return tree.map(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
+    return map_leaves(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
 
 
 def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[Tree, Tree]]:
@@ -357,7 +371,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     ...               {"w": torch.ones(1), "frozen": None})
     {'w': tensor([2.]), 'frozen': tensor([1.])}
     """
-    return tree.map(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
+    return map_leaves(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
 
 
 def slots(state: Tree) -> dict[str, Tree]:
