@@ -86,7 +86,7 @@ def _together(
 
 def _is_plain() -> bool:
     """Return True if nothing but automatic differentiation watches or changes operations."""
-    if not is_eager() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if not is_eager() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return False
@@ -107,7 +107,9 @@ def _batches(columns: Sequence[list[Any]]) -> list[Batch]:
         if PLAIN.issuperset(map(type, row)) and row[0].ndim:
             groups.setdefault((*map(_form, row),), []).append(i)
     alike = [(group, _wholes(_pick(columns, group))) for group in groups.values()]
-    return [batch for group, wholes in alike if wholes for batch in _small(columns[0], group, wholes)]
+    return [
+        batch for group, wholes in alike if wholes for batch in _small(columns[0], group, wholes)
+    ]
 
 
 def _pick(columns: Sequence[list[Any]], positions: Sequence[int]) -> list[list[Any]]:
@@ -129,19 +131,17 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
         return []
     if torch.is_grad_enabled() and any(any(map(_requires_grad, column)) for column in columns):
         return []
-    shapes, dtypes = [*map(_shape, columns[0])], {*map(_dtype, columns[0])}
-    if () in shapes or len(dtypes) > 1 or not dtypes <= DTYPES:
+    shapes, devices = [*map(_shape, columns[0])], {*map(_device, columns[0])}
+    if () in shapes or len(devices) > 1 or columns[0][0].is_meta:
         return []
-    if len({*map(_device, columns[0])}) > 1 or columns[0][0].is_meta:
-        return []
-    wholes = []
-    for column in columns:
-        wholes.append([*map(_shape, column)] == shapes)
-        if wholes[-1]:
-            fits = {*map(_dtype, column)} == dtypes and all(map(Tensor.is_contiguous, column))
-        else:
-            fits = {*map(_dtype, column)} == {torch.float64} and {*map(_shape, column)} == {()}
-        if not fits:
+    wholes = [column is columns[0] or [*map(_shape, column)] == shapes for column in columns]
+    for column, whole in zip(columns, wholes, strict=True):
+        if not whole and {*map(_shape, column)} != {()}:
+            return []
+        dtypes = {*map(_dtype, column)}
+        if len(dtypes) > 1 or not dtypes <= (DTYPES if whole else {torch.float64}):
+            return []
+        if not all(map(Tensor.is_contiguous, column)):
             return []
     return wholes
 

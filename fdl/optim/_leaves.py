@@ -80,7 +80,8 @@ def compute(results: Sequence[Leaves]) -> list[list[Tensor]]:
         inputs = [x for x in step.operands if type(x) is Leaves]
         for x in inputs:
             x.readers -= 1
-        step.tensors = step.run(step)  # type: ignore[misc]
+        if step.readers:
+            step.tensors = step.run(step)  # type: ignore[misc]
         for x in inputs:
             if not x.readers:
                 x.tensors = []  # frees memory early
@@ -107,34 +108,39 @@ def _by_foreach(operation: Operation, *operands: Any) -> Leaves:
         raise NotElementwise(operation)
     if operation.commutes and type(operands[0]) is not Leaves:
         operands = operands[::-1]
-    first, second = operands[0], operands[-1]
-    if type(first) is Leaves and operation.scales and isinstance(second, Tensor):
-        if type(second) is not Leaves and second.device == first.place and kind is first.kind:
-            # Rounded once for all leaves. Torch itself rounds for 16 bits to float32 instead.
-            second = second.to(kind) if kind.itemsize >= 4 else second
-            return _record(partial(_run_many, operation), kind, first, second)
-    if type(first) is Leaves and type(second) is Leaves:
-        return _record(partial(_run_many, operation), kind, *operands)
-    return _by_leaf(operation.each, *operands)
+    place = next(x.place for x in operands if type(x) is Leaves)
+    rounded = [_rounded(x, kind, place) for x in operands]
+    if any(x is None for x in rounded):
+        return _record(partial(_run_each, operation.each), kind, *operands)
+    return _record(partial(_run_many, operation), kind, *rounded)
 
 
-def _by_leaf(function: Callable[..., Tensor], *operands: Any) -> Leaves:
-    kind = _dtype(*operands)
-    if not kind.is_floating_point:
-        raise NotElementwise(function)
-    return _record(partial(_run_each, function), kind, *operands)
+def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:
+    """Round a scalar once for all leaves; None if torch does not round it before it computes."""
+    if type(operand) is Leaves:
+        return operand
+    if kind.itemsize < 4:
+        return None  # it computes with float32
+    if isinstance(operand, Tensor):
+        return operand.to(kind) if operand.device == place else None
+    # On a GPU, to divide by a number is to multiply by its reciprocal.
+    exact = place.type == "cpu" and float(operand) == operand
+    return torch.tensor(operand, dtype=kind) if exact else None
 
 
 def _run_many(operation: Operation, result: Leaves) -> list[Tensor]:
-    first, *others = result.operands
-    rest = [x.tensors if type(x) is Leaves else x for x in others]
+    count = next(len(x.tensors) for x in result.operands if type(x) is Leaves)
+    values = [x.tensors if type(x) is Leaves else [x] * count for x in result.operands]
+    first, second = result.operands[0], result.operands[-1]
+    if operation.scales and type(second) is not Leaves and result.place.type != "cpu":
+        values[-1] = second  # which is one kernel for all leaves; on the CPU it is slower
     if _may_hold(first, result):
-        operation.into(first.tensors, *rest)
-        return first.tensors
-    if operation.commutes and _may_hold(others[0], result):
-        operation.into(rest[0], first.tensors)
-        return rest[0]
-    return list(operation.many(first.tensors, *rest))
+        operation.into(*values)
+        return values[0]
+    if operation.commutes and _may_hold(second, result):
+        operation.into(*values[::-1])
+        return values[-1]
+    return list(operation.many(*values))
 
 
 def _may_hold(operand: Any, result: Leaves) -> bool:
@@ -144,6 +150,39 @@ def _may_hold(operand: Any, result: Leaves) -> bool:
     return operand.kind is result.kind and operand.whole == result.whole
 
 
+def _by_leaf(function: Callable[..., Tensor], *operands: Any) -> Leaves:
+    kind = _dtype(*operands)
+    if not kind.is_floating_point:
+        raise NotElementwise(function)
+    return _record(partial(_run_each, function), kind, *operands)
+
+
+def _compare(function: Callable[..., Tensor], *operands: Any) -> Leaves:
+    _dtype(*operands)
+    return _record(partial(_run_each, function), torch.bool, *operands)
+
+
+def _where(condition: Any, new: Any, old: Any) -> Leaves:
+    _like(condition)
+    return _record(partial(_run_each, torch.where), _dtype(new, old), condition, new, old)
+
+
+def _to(x: Leaves, dtype: torch.dtype) -> Leaves:
+    if dtype is x.kind:
+        return x
+    return _record(partial(_run_each, lambda leaf: leaf.to(dtype)), dtype, x)
+
+
+def _reshape_as(x: Any, other: Any) -> Leaves:
+    """Give each leaf a result of its shape, and a copy of its own of what is the same for all."""
+    if type(x) is Leaves and type(other) is Leaves and x.whole == other.whole:
+        return x
+    if type(x) is Leaves or type(other) is not Leaves or other.whole:
+        raise NotElementwise(x)
+    kind = _like(x).dtype
+    return _record(partial(_run_each, lambda leaf, shared: shared.clone()), kind, other, x)
+
+
 def _run_each(function: Callable[..., Tensor], result: Leaves) -> list[Tensor]:
     count = next(len(x.tensors) for x in result.operands if type(x) is Leaves)
     columns = [x.tensors if type(x) is Leaves else repeat(x, count) for x in result.operands]
@@ -151,11 +190,11 @@ def _run_each(function: Callable[..., Tensor], result: Leaves) -> list[Tensor]:
 
 
 def _dtype(*operands: Any) -> torch.dtype:
-    """Return the dtype of the result of an operation; raise for operands that are not supported."""
-    like = [_like(x) for x in operands]
-    kind = torch.result_type(like[0], like[-1])
-    for x in like[1:-1]:
-        kind = torch.promote_types(kind, torch.result_type(like[0], x))
+    """Return the dtype of a result, or raise if an operand is not supported."""
+    first, *others = map(_like, operands)
+    kind = torch.result_type(first, others[0]) if others else first.dtype
+    for other in others[1:]:
+        kind = torch.promote_types(kind, torch.result_type(first, other))
     return kind
 
 
@@ -176,40 +215,12 @@ def _example(kind: torch.dtype, whole: bool) -> Tensor:
     return torch.empty((1,) if whole else (), dtype=kind)
 
 
-def _compare(function: Callable[..., Tensor], *operands: Any) -> Leaves:
-    _dtype(*operands)
-    return _record(partial(_run_each, function), torch.bool, *operands)
-
-
-def _where(condition: Any, new: Any, old: Any) -> Leaves:
-    _like(condition)
-    return _record(partial(_run_each, torch.where), _dtype(new, old), condition, new, old)
-
-
-def _to(x: Leaves, dtype: torch.dtype) -> Leaves:
-    if dtype is x.kind:
-        return x
-    return _record(partial(_run_each, lambda leaf: leaf.to(dtype)), dtype, x)
-
-
-def _reshape_as(x: Any, other: Any) -> Leaves:
-    """Give every leaf a result of its shape, and of its own if they share one."""
-    if type(other) is not Leaves:
-        raise NotElementwise(other)
-    if type(x) is Leaves and x.whole == other.whole:
-        return x
-    kind = _like(x).dtype
-    if type(x) is Leaves or other.whole:
-        raise NotElementwise(x)
-    return _record(partial(_run_each, lambda leaf, shared: shared.clone()), kind, other, x)
-
-
 def _roots(tensors: list[Tensor]) -> list[Tensor]:
     """Return the `root` of each, which is 0.0 for negative numbers and −0.0."""
-    clamped = torch._foreach_clamp_min(tensors, 0.0)
-    torch._foreach_sqrt_(clamped)
-    torch._foreach_abs_(clamped)
-    return list(clamped)
+    roots = torch._foreach_clamp_min(tensors, 0.0)
+    torch._foreach_sqrt_(roots)
+    torch._foreach_abs_(roots)
+    return list(roots)
 
 
 def _roots_into(tensors: list[Tensor]) -> None:
@@ -224,10 +235,10 @@ def _operation(name: str, commutes: bool = False, scales: bool = False) -> Opera
 
 
 def _recorders() -> dict[Any, Callable[..., Any]]:
-    """List the functions of torch, and the getters, that accept `Leaves`."""
+    """List the functions of torch, and the getters of a tensor, that accept `Leaves`."""
     foreach = [_operation(name, commutes=True, scales=True) for name in ("add", "mul")]
-    foreach += [_operation("div", scales=True), _operation("sub")]
-    foreach += [_operation(name) for name in ("abs", "maximum", "minimum", "neg", "sign", "sqrt")]
+    foreach += [_operation("div", scales=True)]
+    foreach += [_operation(n) for n in ("sub", "maximum", "minimum", "abs", "neg", "sign", "sqrt")]
     recorders: dict[Any, Callable[..., Any]] = {
         root: partial(_by_foreach, Operation(root, _roots, _roots_into)),
         torch.where: _where,
@@ -235,20 +246,17 @@ def _recorders() -> dict[Any, Callable[..., Any]]:
         Tensor.reshape_as: _reshape_as,
         Tensor.dtype.__get__: lambda x: x.kind,  # type: ignore[attr-defined]
         Tensor.device.__get__: lambda x: x.place,  # type: ignore[attr-defined]
-        Tensor.is_floating_point: lambda x: x.kind.is_floating_point,
-        torch.is_floating_point: lambda x: x.kind.is_floating_point,
     }
     for operation in foreach:
-        name = operation.each.__name__
-        for function in (getattr(torch, name), getattr(Tensor, name)):
-            recorders[function] = partial(_by_foreach, operation)
-    for name in ("clamp", "lerp", "pow", "rsqrt", "__rdiv__", "__rpow__", "__rsub__"):
         for home in (torch, Tensor):
-            if hasattr(home, name):
-                recorders[getattr(home, name)] = partial(_by_leaf, getattr(Tensor, name))
-    for name in ("eq", "ge", "gt", "le", "lt", "ne"):
-        for home in (torch, Tensor):
-            recorders[getattr(home, name)] = partial(_compare, getattr(Tensor, name))
+            recorders[getattr(home, operation.each.__name__)] = partial(_by_foreach, operation)
+    for home in (torch, Tensor):
+        for name in ("clamp", "lerp", "pow", "rsqrt"):
+            recorders[getattr(home, name)] = partial(_by_leaf, getattr(torch, name))
+        for name in ("eq", "ge", "gt", "le", "lt", "ne"):
+            recorders[getattr(home, name)] = partial(_compare, getattr(torch, name))
+    for name in ("__rdiv__", "__rpow__", "__rsub__"):
+        recorders[getattr(Tensor, name)] = partial(_by_leaf, getattr(Tensor, name))
     return recorders
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return unflatten([f(*row) for row in zip(first, *columns, strict=True)], structure)
 
 
-def match(like: Tree, tree: Tree, caller: str, structure: Hashable = None) -> list[Any]:
+def match(like: Tree, tree: Tree, caller: str, structure: Any = None) -> list[Any]:
     """List the leaves of `tree` in the order of `like`, which must have the same structure.
 
     Args:

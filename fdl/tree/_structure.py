@@ -5,7 +5,8 @@ The containers are those of torch's pytree, which takes several times as long.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ LEAF = None
 _LEAVES = frozenset((Tensor, Parameter, type(None), int, float, bool, str))
 
 
-def flatten(tree: Tree) -> tuple[list[Any], Hashable]:
-    """Return the leaves of a tree, and its structure, which tells the order of keys as well.
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """Return the leaves of a tree, and its structure, with the order of keys.
 
     >>> flatten({"a": [1, None], "b": ()})[0]
     [1, None]
@@ -36,6 +37,7 @@ def _flatten(tree: Tree, leaves: list[Any]) -> Any:
     if kind in _LEAVES:
         leaves.append(tree)
         return LEAF
+    keys: Any
     if kind is dict:
         keys, parts = tuple(tree), tree.values()
     elif kind is list or kind is tuple or pytree.is_namedtuple_class(kind):
@@ -44,14 +46,13 @@ def _flatten(tree: Tree, leaves: list[Any]) -> Any:
         more, spec = pytree.tree_flatten(tree)
         leaves += more
         return LEAF if spec.is_leaf() else spec
-    # A list of leaves alone needs no list of their structures.
     if _LEAVES.issuperset(map(type, parts)):
         leaves.extend(parts)
-        return kind, keys
-    return kind, keys, *[_flatten(part, leaves) for part in parts]
+        return kind, keys, None
+    return kind, keys, [_flatten(part, leaves) for part in parts]
 
 
-def unflatten(leaves: Sequence[Any], structure: Hashable) -> Tree:
+def unflatten(leaves: Sequence[Any], structure: Any) -> Tree:
     """Rebuild a tree: the inverse of `flatten`.
 
     >>> unflatten(*flatten({"a": [1, None], "b": ()}))
@@ -64,18 +65,14 @@ def _unflatten(leaves: Iterator[Any], structure: Any) -> Tree:
     if structure is LEAF:
         return next(leaves)
     if type(structure) is not tuple:
-        return pytree.tree_unflatten([next(leaves) for _ in range(structure.num_leaves)], structure)
-    kind, keys, *children = structure
+        return pytree.tree_unflatten(islice(leaves, structure.num_leaves), structure)
+    kind, keys, children = structure
     if kind is dict:
-        if not children:  # zip takes a key first, so it takes no leaf too many
-            return dict(zip(keys, leaves, strict=False))
-        return {
-            key: _unflatten(leaves, child) for key, child in zip(keys, children, strict=True)
-        }
-    size = range(keys)
-    parts = (
-        [_unflatten(leaves, child) for child in children]
-        if children
-        else [next(leaves) for _ in size]
-    )
+        if children is None:
+            return dict(zip(keys, leaves, strict=False))  # which takes a key before a leaf
+        return dict(zip(keys, [_unflatten(leaves, child) for child in children], strict=True))
+    if children is None:
+        parts = list(islice(leaves, keys))
+    else:
+        parts = [_unflatten(leaves, child) for child in children]
     return parts if kind is list else tuple(parts) if kind is tuple else kind(*parts)
