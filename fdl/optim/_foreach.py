@@ -6,6 +6,7 @@ Leaf by leaf, an eager update of many small leaves spends its time in Python.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -117,8 +118,8 @@ def _pick(columns: Sequence[list[Any]], positions: Sequence[int]) -> list[list[A
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
-    strided = x.layout is torch.strided
-    return x.dtype, x.device, x.requires_grad, x.ndim == 0, strided and x.is_contiguous()
+    dense = x.layout is torch.strided and x.is_contiguous() and x.stride() == _strides(x.shape)
+    return x.dtype, x.device, x.requires_grad, x.ndim == 0, dense
 
 
 def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
@@ -134,6 +135,7 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
     shapes, devices = [*map(_shape, columns[0])], {*map(_device, columns[0])}
     if () in shapes or len(devices) > 1 or columns[0][0].is_meta:
         return []
+    lenient = [i for i, shape in enumerate(shapes) if min(shape) < 2]  # in what is contiguous
     wholes = [column is columns[0] or [*map(_shape, column)] == shapes for column in columns]
     for column, whole in zip(columns, wholes, strict=True):
         if not whole and {*map(_shape, column)} != {()}:
@@ -143,7 +145,14 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
             return []
         if not all(map(Tensor.is_contiguous, column)):
             return []
+        if whole and any(column[i].stride() != _strides(shapes[i]) for i in lenient):
+            return []
     return wholes
+
+
+@lru_cache(256)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _small(column: list[Tensor], positions: Sequence[int], wholes: list[bool]) -> list[Batch]:

@@ -106,12 +106,12 @@ def _by_foreach(operation: Operation, *operands: Any) -> Leaves:
     kind = _dtype(*operands)
     if not kind.is_floating_point:
         raise NotElementwise(operation)
-    if operation.commutes and type(operands[0]) is not Leaves:
-        operands = operands[::-1]
     place = next(x.place for x in operands if type(x) is Leaves)
     rounded = [_rounded(x, kind, place) for x in operands]
     if any(x is None for x in rounded):
         return _record(partial(_run_each, operation.each), kind, *operands)
+    if operation.commutes and type(operands[0]) is not Leaves:
+        rounded.reverse()
     return _record(partial(_run_many, operation), kind, *rounded)
 
 
@@ -255,7 +255,7 @@ def _recorders() -> dict[Any, Callable[..., Any]]:
             recorders[getattr(home, name)] = partial(_by_leaf, getattr(torch, name))
         for name in ("eq", "ge", "gt", "le", "lt", "ne"):
             recorders[getattr(home, name)] = partial(_compare, getattr(torch, name))
-    for name in ("__rdiv__", "__rpow__", "__rsub__"):
+    for name in ("__pow__", "__rdiv__", "__rpow__", "__rsub__"):
         recorders[getattr(Tensor, name)] = partial(_by_leaf, getattr(Tensor, name))
     return recorders
 
