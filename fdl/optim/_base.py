@@ -168,7 +168,7 @@ def fits(g: Tensor | None, p: Tensor) -> bool:
     (True, False, True)
     """
     if type(g) is Leaves:
-        return g.whole
+        return g.node.whole
     return g is None or (g.is_floating_point() and g.shape == p.shape)
 
 

@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fdl._modes import is_eager
-from fdl.optim._leaves import PLAIN, Leaves, argument, compute
+from fdl.optim._leaves import PLAIN, Node, argument, compute
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._structure import flatten, unflatten
@@ -29,7 +29,7 @@ MOST = {"cpu": 2**18}
 MOST_ELSEWHERE = 2**24
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
-_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -76,7 +76,7 @@ def _together(
     f: Callable[..., tuple[Any, ...]], columns: Sequence[list[Tensor]], wholes: Sequence[bool]
 ) -> list[list[Tensor]]:
     """Call a function for a batch; return an empty list if it has to be called leaf by leaf."""
-    tape: list[Leaves] = []
+    tape: list[Node] = []
     try:
         return compute(f(*[argument(tape, *each) for each in zip(columns, wholes, strict=True)]))
     except Exception:  # an error of the function is raised again for the leaf at fault
@@ -132,20 +132,25 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
         return []
     if torch.is_grad_enabled() and any(any(map(_requires_grad, column)) for column in columns):
         return []
-    shapes, devices = [*map(_shape, columns[0])], {*map(_device, columns[0])}
+    shapes, devices = [*map(Tensor.size, columns[0])], {*map(_device, columns[0])}
     if () in shapes or len(devices) > 1 or columns[0][0].is_meta:
         return []
-    lenient = [i for i, shape in enumerate(shapes) if min(shape) < 2]  # in what is contiguous
-    wholes = [column is columns[0] or [*map(_shape, column)] == shapes for column in columns]
+    # Strides of axes of length 1 may be anything in a contiguous tensor.
+    loose = (
+        [i for i, shape in enumerate(shapes) if min(shape) < 2]
+        if any(min(shape) < 2 for shape in {*shapes})
+        else []
+    )
+    wholes = [column is columns[0] or [*map(Tensor.size, column)] == shapes for column in columns]
     for column, whole in zip(columns, wholes, strict=True):
-        if not whole and {*map(_shape, column)} != {()}:
+        if not whole and {*map(Tensor.size, column)} != {()}:
             return []
         dtypes = {*map(_dtype, column)}
         if len(dtypes) > 1 or not dtypes <= (DTYPES if whole else {torch.float64}):
             return []
         if not all(map(Tensor.is_contiguous, column)):
             return []
-        if whole and any(column[i].stride() != _strides(shapes[i]) for i in lenient):
+        if whole and any(column[i].stride() != _strides(shapes[i]) for i in loose):
             return []
     return wholes
 

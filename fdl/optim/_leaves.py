@@ -33,14 +33,7 @@ class Leaves(Tensor):
     It has no memory of its own, so code that bypasses `__torch_function__` cannot read values.
     """
 
-    tape: list[Leaves]  # the results of this batch of leaves, in the order of their computation
-    tensors: list[Tensor]  # of an argument, or once computed
-    run: Callable[[Leaves], list[Tensor]] | None  # None for an argument
-    operands: tuple[Any, ...]
-    readers: int  # results, not computed yet, that read the tensors
-    kind: torch.dtype
-    place: torch.device
-    whole: bool  # of the shapes of the leaves; otherwise the tensors are 0-d
+    node: Node
 
     @classmethod
     def __torch_function__(
@@ -48,46 +41,68 @@ class Leaves(Tensor):
     ) -> Any:
         if func not in RECORDERS:
             raise NotElementwise(func)
-        return RECORDERS[func](*args, **(kwargs or {}))
+        nodes = [x.node if type(x) is Leaves else x for x in args]
+        result = RECORDERS[func](*nodes, **(kwargs or {}))
+        return _wrap(result) if type(result) is Node else result
 
 
-def argument(tape: list[Leaves], tensors: list[Tensor], whole: bool) -> Leaves:
+class Node:
+    """What `Leaves` stand for."""
+
+    __slots__ = ("kind", "operands", "place", "readers", "run", "tape", "tensors", "whole")
+
+    tape: list[Node]  # the results of this batch of leaves, in the order of their computation
+    tensors: list[Tensor]  # of an argument, or once computed
+    run: Callable[[Node], list[Tensor]] | None  # None for an argument
+    operands: tuple[Any, ...]  # nodes and scalars
+    readers: int  # results, not computed yet, that read the tensors
+    kind: torch.dtype
+    place: torch.device
+    whole: bool  # of the shapes of the leaves; otherwise the tensors are 0-d
+
+    def __init__(self, *fields: Any) -> None:
+        self.tape, self.tensors, self.run, self.operands, *others = fields
+        self.kind, self.place, self.whole = others
+        self.readers = 0
+
+
+def _wrap(node: Node) -> Leaves:
+    leaves = Tensor._make_subclass(Leaves, _NO_MEMORY)
+    leaves.node = node
+    return leaves
+
+
+def argument(tape: list[Node], tensors: list[Tensor], whole: bool) -> Leaves:
     """Make an argument from the tensors of a batch of leaves."""
-    return _make(tape, tensors, None, (), tensors[0].dtype, tensors[0].device, whole)
+    return _wrap(Node(tape, tensors, None, (), tensors[0].dtype, tensors[0].device, whole))
 
 
-def _make(*fields: Any) -> Leaves:
-    new = Tensor._make_subclass(Leaves, _NO_MEMORY)
-    new.tape, new.tensors, new.run, new.operands, new.kind, new.place, new.whole = fields
-    new.readers = 0
-    return new
-
-
-def _record(run: Callable[[Leaves], list[Tensor]], kind: torch.dtype, *operands: Any) -> Leaves:
-    inputs = [x for x in operands if type(x) is Leaves]
+def _record(run: Callable[[Node], list[Tensor]], kind: torch.dtype, *operands: Any) -> Node:
+    inputs = [x for x in operands if type(x) is Node]
     for x in inputs:
         x.readers += 1
     tape, place, whole = inputs[0].tape, inputs[0].place, any(x.whole for x in inputs)
-    tape.append(_make(tape, [], run, operands, kind, place, whole))
+    tape.append(Node(tape, [], run, operands, kind, place, whole))
     return tape[-1]
 
 
 def compute(results: Sequence[Leaves]) -> list[list[Tensor]]:
     """Compute the results of a function, and list the tensors of each."""
-    for result in results:
-        result.readers += 1
-    for step in results[0].tape:
-        inputs = [x for x in step.operands if type(x) is Leaves]
+    nodes = [result.node for result in results]
+    for node in nodes:
+        node.readers += 1
+    for node in nodes[0].tape:
+        inputs = [x for x in node.operands if type(x) is Node]
         for x in inputs:
             x.readers -= 1
-        if step.readers:
-            step.tensors = step.run(step)  # type: ignore[misc]
+        if node.readers:
+            node.tensors = node.run(node)  # type: ignore[misc]
         for x in inputs:
             if not x.readers:
                 x.tensors = []  # frees memory early
-    columns = [result.tensors for result in results]
-    for i, result in enumerate(results):
-        if result.run is None or any(result is other for other in results[:i]):
+    columns = [node.tensors for node in nodes]
+    for i, node in enumerate(nodes):
+        if node.run is None or node in nodes[:i]:
             columns[i] = [x.view_as(x) for x in columns[i]]  # one tensor has one place
     return columns
 
@@ -100,24 +115,25 @@ class Operation(NamedTuple):
     into: Callable[..., Any]  # of many, into the memory of the first operand
     commutes: bool = False
     scales: bool = False  # `many` takes a 0-d tensor as the second operand
+    only_cpu: bool = False  # elsewhere a foreach function may choose −0.0 for 0.0
 
 
-def _by_foreach(operation: Operation, *operands: Any) -> Leaves:
+def _by_foreach(operation: Operation, *operands: Any) -> Node:
     kind = _dtype(*operands)
     if not kind.is_floating_point:
         raise NotElementwise(operation)
-    place = next(x.place for x in operands if type(x) is Leaves)
+    place = next(x.place for x in operands if type(x) is Node)
     rounded = [_rounded(x, kind, place) for x in operands]
-    if any(x is None for x in rounded):
+    if any(x is None for x in rounded) or (operation.only_cpu and place.type != "cpu"):
         return _record(partial(_run_each, operation.each), kind, *operands)
-    if operation.commutes and type(operands[0]) is not Leaves:
+    if operation.commutes and type(operands[0]) is not Node:
         rounded.reverse()
     return _record(partial(_run_many, operation), kind, *rounded)
 
 
 def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:
     """Round a scalar once for all leaves; None if torch does not round it before it computes."""
-    if type(operand) is Leaves:
+    if type(operand) is Node:
         return operand
     if kind.itemsize < 4:
         return None  # it computes with float32
@@ -128,11 +144,11 @@ def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:
     return torch.tensor(operand, dtype=kind) if exact else None
 
 
-def _run_many(operation: Operation, result: Leaves) -> list[Tensor]:
-    count = next(len(x.tensors) for x in result.operands if type(x) is Leaves)
-    values = [x.tensors if type(x) is Leaves else [x] * count for x in result.operands]
+def _run_many(operation: Operation, result: Node) -> list[Tensor]:
+    count = next(len(x.tensors) for x in result.operands if type(x) is Node)
+    values = [x.tensors if type(x) is Node else [x] * count for x in result.operands]
     first, second = result.operands[0], result.operands[-1]
-    if operation.scales and type(second) is not Leaves and result.place.type != "cpu":
+    if operation.scales and type(second) is not Node and result.place.type != "cpu":
         values[-1] = second  # which is one kernel for all leaves; on the CPU it is slower
     if _may_hold(first, result):
         operation.into(*values)
@@ -143,49 +159,49 @@ def _run_many(operation: Operation, result: Leaves) -> list[Tensor]:
     return list(operation.many(*values))
 
 
-def _may_hold(operand: Any, result: Leaves) -> bool:
+def _may_hold(operand: Any, result: Node) -> bool:
     """Return True if the memory of an operand may be overwritten with the result."""
-    if type(operand) is not Leaves or operand.run is None or operand.readers:
+    if type(operand) is not Node or operand.run is None or operand.readers:
         return False
     return operand.kind is result.kind and operand.whole == result.whole
 
 
-def _by_leaf(function: Callable[..., Tensor], *operands: Any) -> Leaves:
+def _by_leaf(function: Callable[..., Tensor], *operands: Any) -> Node:
     kind = _dtype(*operands)
     if not kind.is_floating_point:
         raise NotElementwise(function)
     return _record(partial(_run_each, function), kind, *operands)
 
 
-def _compare(function: Callable[..., Tensor], *operands: Any) -> Leaves:
+def _compare(function: Callable[..., Tensor], *operands: Any) -> Node:
     _dtype(*operands)
     return _record(partial(_run_each, function), torch.bool, *operands)
 
 
-def _where(condition: Any, new: Any, old: Any) -> Leaves:
+def _where(condition: Any, new: Any, old: Any) -> Node:
     _like(condition)
     return _record(partial(_run_each, torch.where), _dtype(new, old), condition, new, old)
 
 
-def _to(x: Leaves, dtype: torch.dtype) -> Leaves:
+def _to(x: Any, dtype: torch.dtype) -> Node:
     if dtype is x.kind:
         return x
     return _record(partial(_run_each, lambda leaf: leaf.to(dtype)), dtype, x)
 
 
-def _reshape_as(x: Any, other: Any) -> Leaves:
+def _reshape_as(x: Any, other: Any) -> Node:
     """Give each leaf a result of its shape, and a copy of its own of what is the same for all."""
-    if type(x) is Leaves and type(other) is Leaves and x.whole == other.whole:
+    if type(x) is Node and type(other) is Node and x.whole == other.whole:
         return x
-    if type(x) is Leaves or type(other) is not Leaves or other.whole:
+    if type(x) is Node or type(other) is not Node or other.whole:
         raise NotElementwise(x)
     kind = _like(x).dtype
     return _record(partial(_run_each, lambda leaf, shared: shared.clone()), kind, other, x)
 
 
-def _run_each(function: Callable[..., Tensor], result: Leaves) -> list[Tensor]:
-    count = next(len(x.tensors) for x in result.operands if type(x) is Leaves)
-    columns = [x.tensors if type(x) is Leaves else repeat(x, count) for x in result.operands]
+def _run_each(function: Callable[..., Tensor], result: Node) -> list[Tensor]:
+    count = next(len(x.tensors) for x in result.operands if type(x) is Node)
+    columns = [x.tensors if type(x) is Node else repeat(x, count) for x in result.operands]
     return [function(*row) for row in zip(*columns, strict=True)]
 
 
@@ -200,12 +216,13 @@ def _dtype(*operands: Any) -> torch.dtype:
 
 def _like(operand: Any) -> Any:
     """Return something that promotes dtypes as the operand does."""
-    if type(operand) is Leaves:
+    if type(operand) is Node:
         return _example(operand.kind, operand.whole)
     if isinstance(operand, (bool, int, float)):
         return operand
-    differentiated = operand.requires_grad and torch.is_grad_enabled()
-    if type(operand) not in PLAIN or operand.ndim or differentiated or operand.is_complex():
+    if type(operand) not in PLAIN or operand.ndim or operand.is_complex():
+        raise NotElementwise(operand)
+    if operand.requires_grad and torch.is_grad_enabled():
         raise NotElementwise(operand)
     return operand
 
@@ -229,16 +246,17 @@ def _roots_into(tensors: list[Tensor]) -> None:
     torch._foreach_abs_(tensors)
 
 
-def _operation(name: str, commutes: bool = False, scales: bool = False) -> Operation:
+def _operation(name: str, **properties: bool) -> Operation:
     many, into = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
-    return Operation(getattr(torch, name), many, into, commutes, scales)
+    return Operation(getattr(torch, name), many, into, **properties)
 
 
 def _recorders() -> dict[Any, Callable[..., Any]]:
     """List the functions of torch, and the getters of a tensor, that accept `Leaves`."""
     foreach = [_operation(name, commutes=True, scales=True) for name in ("add", "mul")]
     foreach += [_operation("div", scales=True)]
-    foreach += [_operation(n) for n in ("sub", "maximum", "minimum", "abs", "neg", "sign", "sqrt")]
+    foreach += [_operation(name, only_cpu=True) for name in ("maximum", "minimum")]
+    foreach += [_operation(name) for name in ("abs", "neg", "sign", "sqrt", "sub")]
     recorders: dict[Any, Callable[..., Any]] = {
         root: partial(_by_foreach, Operation(root, _roots, _roots_into)),
         torch.where: _where,
