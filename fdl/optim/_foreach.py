@@ -100,14 +100,17 @@ Batch = tuple[Sequence[int], Sequence[bool]]  # positions of leaves; which colum
 
 def _batches(columns: Sequence[list[Any]]) -> list[Batch]:
     """Find leaves to be computed together."""
-    wholes = _wholes(columns)
-    if wholes:
-        return _small(columns[0], range(len(columns[0])), wholes)
     groups: dict[Any, list[int]] = {}
-    for i, row in enumerate(zip(*columns, strict=True)):
-        if PLAIN.issuperset(map(type, row)) and row[0].ndim:
-            groups.setdefault((*map(_form, row),), []).append(i)
-    alike = [(group, _wholes(_pick(columns, group))) for group in groups.values()]
+    try:
+        wholes = _wholes(columns)
+        if wholes:
+            return _small(columns[0], range(len(columns[0])), wholes)
+        for i, row in enumerate(zip(*columns, strict=True)):
+            if PLAIN.issuperset(map(type, row)) and row[0].ndim:
+                groups.setdefault((*map(_form, row),), []).append(i)
+        alike = [(group, _wholes(_pick(columns, group))) for group in groups.values()]
+    except RuntimeError:  # nested tensors have no shape, and sparse ones no strides
+        return []
     return [
         batch for group, wholes in alike if wholes for batch in _small(columns[0], group, wholes)
     ]
@@ -136,11 +139,7 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
     if () in shapes or len(devices) > 1 or columns[0][0].is_meta:
         return []
     # Strides of axes of length 1 may be anything in a contiguous tensor.
-    loose = (
-        [i for i, shape in enumerate(shapes) if min(shape) < 2]
-        if any(min(shape) < 2 for shape in {*shapes})
-        else []
-    )
+    loose = {shape for shape in {*shapes} if min(shape) < 2}
     wholes = [column is columns[0] or [*map(Tensor.size, column)] == shapes for column in columns]
     for column, whole in zip(columns, wholes, strict=True):
         if not whole and {*map(Tensor.size, column)} != {()}:
@@ -150,7 +149,7 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
             return []
         if not all(map(Tensor.is_contiguous, column)):
             return []
-        if whole and any(column[i].stride() != _strides(shapes[i]) for i in loose):
+        if loose and whole and any(x.stride() != _strides(x.shape) for x in column):
             return []
     return wholes
 
@@ -164,16 +163,15 @@ def _small(column: list[Tensor], positions: Sequence[int], wholes: list[bool]) -
     """Divide leaves into batches, without those that are large."""
     most = MOST.get(column[positions[0]].device.type, MOST_ELSEWHERE)
     sizes = [column[i].numel() for i in positions]
-    if sum(sizes) <= most:
-        return [(positions, wholes)] if len(sizes) >= FEW else []
+    if sum(sizes) <= most and len(sizes) >= FEW:
+        return [(positions, wholes)]
     batches: list[list[int]] = [[]]
     total = 0
     for i, size in zip(positions, sizes, strict=True):
-        if size > most // FEW:
-            continue
-        total += size
-        if total > most:
-            batches.append([])
-            total = size
-        batches[-1].append(i)
+        if size <= most // FEW:
+            if total + size > most:
+                batches.append([])
+                total = 0
+            batches[-1].append(i)
+            total += size
     return [(batch, wholes) for batch in batches if len(batch) >= FEW]

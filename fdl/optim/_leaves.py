@@ -61,8 +61,7 @@ class Node:
     whole: bool  # of the shapes of the leaves; otherwise the tensors are 0-d
 
     def __init__(self, *fields: Any) -> None:
-        self.tape, self.tensors, self.run, self.operands, *others = fields
-        self.kind, self.place, self.whole = others
+        self.tape, self.tensors, self.run, self.operands, self.kind, self.place, self.whole = fields
         self.readers = 0
 
 
@@ -78,12 +77,14 @@ def argument(tape: list[Node], tensors: list[Tensor], whole: bool) -> Leaves:
 
 
 def _record(run: Callable[[Node], list[Tensor]], kind: torch.dtype, *operands: Any) -> Node:
-    inputs = [x for x in operands if type(x) is Node]
-    for x in inputs:
-        x.readers += 1
-    tape, place, whole = inputs[0].tape, inputs[0].place, any(x.whole for x in inputs)
-    tape.append(Node(tape, [], run, operands, kind, place, whole))
-    return tape[-1]
+    whole = False
+    for x in operands:
+        if type(x) is Node:
+            x.readers += 1
+            tape, place, whole = x.tape, x.place, whole or x.whole
+    node = Node(tape, [], run, operands, kind, place, whole)
+    tape.append(node)
+    return node
 
 
 def compute(results: Sequence[Leaves]) -> list[list[Tensor]]:
@@ -122,8 +123,8 @@ def _by_foreach(operation: Operation, *operands: Any) -> Node:
     kind = _dtype(*operands)
     if not kind.is_floating_point:
         raise NotElementwise(operation)
-    place = next(x.place for x in operands if type(x) is Node)
-    rounded = [_rounded(x, kind, place) for x in operands]
+    place = (operands[0] if type(operands[0]) is Node else operands[-1]).place
+    rounded = [x if type(x) is Node else _rounded(x, kind, place) for x in operands]
     if any(x is None for x in rounded) or (operation.only_cpu and place.type != "cpu"):
         return _record(partial(_run_each, operation.each), kind, *operands)
     if operation.commutes and type(operands[0]) is not Node:
@@ -133,8 +134,6 @@ def _by_foreach(operation: Operation, *operands: Any) -> Node:
 
 def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:
     """Round a scalar once for all leaves; None if torch does not round it before it computes."""
-    if type(operand) is Node:
-        return operand
     if kind.itemsize < 4:
         return None  # it computes with float32
     if isinstance(operand, Tensor):
@@ -148,8 +147,9 @@ def _run_many(operation: Operation, result: Node) -> list[Tensor]:
     count = next(len(x.tensors) for x in result.operands if type(x) is Node)
     values = [x.tensors if type(x) is Node else [x] * count for x in result.operands]
     first, second = result.operands[0], result.operands[-1]
-    if operation.scales and type(second) is not Node and result.place.type != "cpu":
-        values[-1] = second  # which is one kernel for all leaves; on the CPU it is slower
+    slow = operation.each is torch.add and result.place.type == "cpu"
+    if type(second) is not Node and operation.scales and not slow:
+        values[-1] = second
     if _may_hold(first, result):
         operation.into(*values)
         return values[0]
