@@ -161,8 +161,9 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
 
 def _small(column: list[Tensor], positions: Sequence[int], wholes: list[bool]) -> list[Batch]:
     """Divide leaves into batches, without those that are large."""
-    most = MOST.get(column[positions[0]].device.type, MOST_ELSEWHERE)
-    sizes = [column[i].numel() for i in positions]
+    leaves = column if len(positions) == len(column) else [column[i] for i in positions]
+    most = MOST.get(leaves[0].device.type, MOST_ELSEWHERE)
+    sizes = [*map(Tensor.numel, leaves)]
     if sum(sizes) <= most and len(sizes) >= FEW:
         return [(positions, wholes)]
     batches: list[list[int]] = [[]]
