@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fdl._modes import is_eager
-from fdl.optim._leaves import PLAIN, Node, argument, compute
+from fdl.optim._leaves import PLAIN, Node, NotElementwise, argument, compute
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._structure import flatten, unflatten
@@ -45,15 +45,21 @@ def map_leaves(f: Callable[..., Any], first: Tree, *rest: Tree) -> Tree:
     return unflatten(results[0] if results else [], structure)
 
 
-def map_columns(f: Callable[..., tuple[Any, ...]], *columns: list[Any]) -> list[list[Any]]:
+def map_columns(
+    f: Callable[..., tuple[Any, ...]], *columns: list[Any], together: bool = False
+) -> list[list[Any]]:
     """Call a function of the tensors of one leaf for every leaf.
 
     Args:
         f: a pure function, which is passed `Leaves` for many leaves at once.
         columns: for each argument of `f`, that of every leaf: tensors or None.
+        together: do not call `f` leaf by leaf because it is not elementwise.
 
     Returns:
         For each result of `f`, that of every leaf; an empty list if there are no leaves.
+
+    Raises:
+        NotElementwise: `together`, and `f` is not elementwise.
 
     >>> map_columns(lambda p, u: (p + u, p - u), [torch.ones(1)], [torch.ones(1)])
     [[tensor([2.])], [tensor([0.])]]
@@ -65,6 +71,8 @@ def map_columns(f: Callable[..., tuple[Any, ...]], *columns: list[Any]) -> list[
         results = _together(f, parts, wholes)
         if results and parts is columns:
             return results
+        if together and not results:
+            raise NotElementwise(f)
         rows |= zip(batch, zip(*results, strict=True), strict=False)
     for i, row in enumerate(zip(*columns, strict=True)):
         if i not in rows:

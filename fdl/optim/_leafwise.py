@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,7 +32,7 @@ from fdl.optim._hyperparams import (
     next_hyper,
     rates_now,
 )
-from fdl.optim._leaves import Leaves
+from fdl.optim._leaves import Leaves, NotElementwise
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._structure import flatten, unflatten
@@ -121,7 +122,7 @@ _LINKS: WeakKeyDictionary[Callable[..., Any], Link] = WeakKeyDictionary()  # by 
 def _apply_links(
     links: Sequence[Link], grads: Tree, states: Sequence[State], params: Tree
 ) -> tuple[Tree, list[State]]:
-    """Update with transformations made by `leafwise`, one after another on each leaf."""
+    """Update with transformations made by `leafwise`, all of them leaf by leaf if they can be."""
     steps = [
         Step(
             link.name,
@@ -132,9 +133,27 @@ def _apply_links(
         )
         for link, state in zip(links, states, strict=True)
     ]
-    updates, slots = apply_rules(steps, grads, params)
+    applied = None
+    with suppress(NotElementwise):
+        applied = apply_rules(steps, grads, params)
+    if applied is None:  # some of them may be
+        return _one_after_another(links).update(grads, states, params)
+    updates, slots = applied
     hypers = [next_hyper(link.rates, s.hyper) for link, s in zip(links, states, strict=True)]
     return updates, [*map(State, hypers, slots)]
+
+
+def _one_after_another(links: Sequence[Link]) -> Optimizer:
+    def update(
+        grads: Tree, states: Sequence[State], params: Tree, **extra: Any
+    ) -> tuple[Tree, list[State]]:
+        new: list[State] = []
+        for link, state in zip(links, states, strict=True):
+            grads, own = _apply_links([link], grads, [state], params)
+            new += own
+        return grads, new
+
+    return in_32_bits(lambda params: params, update)
 
 
 class Step(NamedTuple):
@@ -159,6 +178,9 @@ def apply_rules(
         steps: rules, at least one.
         grads: gradients; the leaves where one is None stay as they are, and so do their slots.
         params: the parameters.
+
+    Raises:
+        NotElementwise: of several rules, one has to be applied leaf by leaf.
     """
     leaves, structure = flatten(params)
     columns = [match(params, grads, f"{steps[0].name}: grads", structure), leaves]
@@ -183,7 +205,7 @@ def apply_rules(
             new += [slots[slot].to(x.dtype).reshape_as(x) for slot, x in old.items()]
         return g.to(p.dtype), *new
 
-    results = map_columns(apply, *columns) or [[], *columns[2:]]
+    results = map_columns(apply, *columns, together=len(steps) > 1) or [[], *columns[2:]]
     updates, *new = [unflatten(column, structure) for column in results]
     trees = iter(new)
     return updates, [{slot: next(trees) for slot in step.slots} for step in steps]

@@ -19,8 +19,7 @@ FORMAT = torch.contiguous_format
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Those whose maths are not elementwise.
 LEAF_BY_LEAF = {
-    *("adafactor", "adaptive_grad_clip", "add_noise", "centralize", "lamb", "lars"),
-    "scale_by_trust_ratio",
+    *("adafactor", "adaptive_grad_clip", "add_noise", "centralize", "scale_by_trust_ratio"),
 }
 # Of "w" and "b" alone, by their paths.
 BY_PATH = {"freeze", "masked", "multi_transform", "muon", "scale_by_muon"}
@@ -178,6 +177,15 @@ def test_a_step_of_many_leaves_is_few_batches(dtype, batches):
     params = [draw(i, 4).to(dtype) for i in range(200)]
     run(optim.adamw(0.1), params, steps=1)
     assert batches == [200, 200]  # the chain, and apply_updates
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_rule_that_is_not_elementwise_does_not_slow_down_its_neighbours(dtype, batches):
+    params = [draw(i, 4).to(dtype) for i in range(20)]
+    opt = optim.lamb(0.1, weight_decay=0.1)  # whose trust ratio comes third of four
+    updates, _ = opt.update(params, opt.init(params), params)
+    assert batches == [20, 20, 20]
+    assert all(u.dtype is dtype for u in updates)
 
 
 def test_leaves_of_each_dtype_are_a_batch(batches):
@@ -376,10 +384,11 @@ def test_errors_are_those_of_a_leaf(batches):
         raise ValueError("of the rule")
 
     own = optim.leafwise("own", fails, {})
-    with pytest.raises(ValueError, match="of the rule") as caught:
-        own.update(params, own.init(params), params)
-    assert caught.value.__context__ is None
-    assert not batches
+    for opt in (own, optim.chain(optim.sgd(0.1), own), optim.chain(own, own)):
+        batches.clear()
+        with pytest.raises(ValueError, match="of the rule") as caught:
+            opt.update(params, opt.init(params), params)
+        assert caught.value.__context__ is None
 
 
 def test_leaves_have_no_values_to_read():
