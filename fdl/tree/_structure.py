@@ -8,7 +8,7 @@ the standard library does for its dataclasses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
-from fdl.tree._paths import Tree
-
+Tree = Any
 LEAF = None
 _LEAVES = frozenset((Tensor, Parameter, type(None), int, float, bool, str))
 
@@ -62,7 +61,7 @@ def _flatten(tree: Tree, leaves: list[Any]) -> Any:
     return kind, keys, tuple([_flatten(part, leaves) for part in parts])
 
 
-def unflatten(leaves: Sequence[Any], structure: Any) -> Tree:
+def unflatten(leaves: Iterable[Any], structure: Any) -> Tree:
     """Rebuild a tree: the inverse of `flatten`.
 
     >>> unflatten(*flatten({"a": [1, None], "b": ()}))
@@ -94,7 +93,7 @@ class _Code(NamedTuple):
     """Functions generated for a structure."""
 
     take: Callable[[Tree], list[Any] | None]  # the leaves, or None if the structure is another
-    build: Callable[[Sequence[Any]], Tree]
+    build: Callable[[Iterable[Any]], Tree]
 
 
 SIZES = range(16, 2049)  # of trees for which functions are generated
@@ -108,7 +107,7 @@ _generated = 0
 def _remember(structure: Any) -> None:
     """Count a structure, and generate functions for one that is frequent."""
     global _codes, _generated
-    if not _is_plain(structure):
+    if not is_plain(structure):
         return
     if len(_times) > 8 * KEPT:
         _times.clear()
@@ -119,16 +118,20 @@ def _remember(structure: Any) -> None:
         _codes = (generate(structure), *_codes)[:KEPT]
 
 
-def _is_plain(structure: Any, depth: int = 0) -> bool:
-    """Return True if code can be generated: no containers of others, no keys but strings."""
-    if structure is LEAF:
+def is_plain(structure: Any, depth: int = 0) -> bool:
+    """Return True for dicts with strings as keys, sequences and leaves, not nested too deeply.
+
+    >>> is_plain(flatten({"a": [1, None], "b": ()})[1]), is_plain(flatten({3: 1})[1])
+    (True, False)
+    """
+    if structure is LEAF or type(structure) is _Code:
         return True
     if type(structure) is not tuple or depth > 20:
         return False
     kind, keys, children = structure
     if kind is dict and not {str}.issuperset(map(type, keys)):
         return False
-    return all(_is_plain(child, depth + 1) for child in children or ())
+    return all(is_plain(child, depth + 1) for child in children or ())
 
 
 def generate(structure: Any) -> _Code:
