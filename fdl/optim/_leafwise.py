@@ -56,7 +56,9 @@ def leafwise(
 
     Args:
         name: name of the optimizer, with which its error messages begin.
-        rule: a pure function; it is not called for a gradient that is None.
+        rule: a pure function; it is not called for a gradient that is None. Eagerly, an elementwise
+            rule is called once for many leaves, with tensors that stand for those of all leaves,
+            and each operation runs for all of them in one of torch's foreach functions.
         rates: hyperparameters by name: numbers, 0-d tensors or schedules.
         slots: per-parameter state by name, each a function from a leaf to its initial value.
         ranges: ranges of rates, in words and as a predicate:

@@ -134,13 +134,14 @@ def _by_foreach(operation: Operation, *operands: Any) -> Node:
 
 def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:
     """Round a scalar once for all leaves; None if torch does not round it before it computes."""
-    if kind.itemsize < 4:
-        return None  # it computes with float32
+    if kind.itemsize < 4 or isinstance(operand, bool):
+        return None  # it computes with float32; it does not subtract bools
     if isinstance(operand, Tensor):
-        return operand.to(kind) if operand.device == place else None
+        same = operand.device == place and operand.dtype is not torch.bool
+        return operand.to(kind) if same else None
     # On a GPU, to divide by a number is to multiply by its reciprocal.
     exact = place.type == "cpu" and float(operand) == operand
-    return torch.tensor(operand, dtype=kind) if exact else None
+    return torch.tensor(operand, dtype=kind, device=place) if exact else None
 
 
 def _run_many(operation: Operation, result: Node) -> list[Tensor]:
@@ -229,7 +230,7 @@ def _like(operand: Any) -> Any:
 
 @lru_cache
 def _example(kind: torch.dtype, whole: bool) -> Tensor:
-    return torch.empty((1,) if whole else (), dtype=kind)
+    return torch.empty((1,) if whole else (), dtype=kind, device="cpu")
 
 
 def _roots(tensors: list[Tensor]) -> list[Tensor]:
