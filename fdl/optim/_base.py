@@ -167,8 +167,8 @@ def fits(g: Tensor | None, p: Tensor) -> bool:
     >>> fits(torch.ones(2), torch.ones(2)), fits(torch.ones(1), torch.ones(2)), fits(None, None)
     (True, False, True)
     """
-    if type(g) is Leaves:
-        return g.node.whole
+    if type(g) is Leaves and type(p) is Leaves:
+        return g.node.whole == p.node.whole
     return g is None or (g.is_floating_point() and g.shape == p.shape)
 
 

@@ -68,6 +68,7 @@ def leafwise(
         ValueError: a rate out of its range; (at init and update) a leaf or a gradient that is not
             floating, gradients of another structure or shape (each path is listed).
 
+    >>> import torch
     >>> momentum = leafwise(
     ...     "momentum",
     ...     lambda g, p, t, m, beta1: (beta1 * m + g, {"m": beta1 * m + g}),
@@ -227,6 +228,7 @@ def chain(*parts: Optimizer) -> Optimizer:
         TypeError: one of `parts` is not an optimizer.
         ValueError: (at update) the state is that of another number of transformations.
 
+    >>> import torch
     >>> from fdl import optim
     >>> opt = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(lr=0.1))
     >>> optim.hyperparams(opt.init({"w": torch.ones(1)}))["max_norm"]

@@ -9,6 +9,7 @@ from torch.autograd.forward_ad import dual_level
 from torch.func import grad, vmap
 
 from fdl import jit, optim, tree
+from fdl._numerics import root
 from fdl.optim import _foreach, _leaves
 from fdl.optim._foreach import map_columns, map_leaves
 from fdl.optim._leaves import Leaves
@@ -233,6 +234,9 @@ def test_autograd_records_an_update(batches):
     recorded = lr.clone().requires_grad_()
     after_three(recorded, params).backward()
     assert torch.equal(recorded.grad, by_lr) and by_lr != 0
+    batches.clear()
+    scaled = map_leaves(lambda p: p * recorded, [torch.ones(3)] * 5)
+    assert all(p.grad_fn is not None for p in scaled) and not batches
     leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
     after_three(lr, leaves).backward()
     assert not tree.diff(by_params, tree.map(lambda p: p.grad, leaves), rtol=1e-12, atol=1e-15)
@@ -244,7 +248,7 @@ def test_autograd_records_an_update(batches):
         assert not after_three(recorded, leaves).requires_grad and batches
 
 
-def test_what_is_traced_or_transformed_is_computed_leaf_by_leaf(batches):
+def test_what_is_traced_or_transformed_is_computed_leaf_by_leaf(batches, monkeypatch):
     params = sizes(torch.float32)
 
     def update(params):
@@ -253,6 +257,7 @@ def test_what_is_traced_or_transformed_is_computed_leaf_by_leaf(batches):
     eager = update(params)
     assert batches
     batches.clear()
+    monkeypatch.setattr(_foreach, "_batches", pytest.fail)
     assert not tree.diff(eager, jit(update)(params), rtol=1e-6, atol=1e-7)
     rows = vmap(update)(tree.stack([params, params]))
     assert not tree.diff(eager, tree.unstack(rows)[0], rtol=1e-6, atol=1e-7)
@@ -315,6 +320,7 @@ RULES = {
     "bounds": lambda g, p, s: torch.maximum(s, g) + torch.minimum(g, -s) + g.clamp(-s, s) + p,
     "signs": lambda g, p: -g.abs().sign() + (-p).abs(),
     "roots": lambda g, p: g.abs().sqrt() + (p * p + 1).rsqrt() + abs(g) ** 0.5 + 2**p,
+    "root": lambda g, p: 1 / root(0 * g) + 0 * g + root(p) + root(g * p),
     "choices": lambda g, p: torch.where(g > p, g, torch.where(p != 0, 0.0, p)) + (g <= 1) * p,
     "reuse": lambda g, p: (g + p) * (g + p) + (g * 2) * (g * 2) + g,
     "one twice": lambda g, p: (lambda x: x * x + x)(g - p),
@@ -364,9 +370,11 @@ def test_nothing_is_kept_until_garbage_is_collected():
     state = opt.init(params)
     gc.disable()
     try:
-        new = optim.apply_updates(params, opt.update(params, state, params)[0])
-        old = [weakref.ref(p) for p in params]
-        del params, state, new
+        updates, new = opt.update(params, state, params)
+        moved = optim.apply_updates(params, updates)
+        leaves = tree.leaves((params, state, updates, new, moved))
+        old = [weakref.ref(leaf) for leaf in leaves]
+        del params, state, updates, new, moved, leaves
         assert not any(ref() is not None for ref in old)
     finally:
         gc.enable()
@@ -379,6 +387,14 @@ def test_errors_are_those_of_a_leaf(batches):
         opt.update([*params[:2], torch.ones(2), *params[3:]], state, params)
     with pytest.raises(ValueError, match=r"(?s)do not fit.*0: .*got torch.float64 \[\].*5: "):
         opt.update([torch.ones((), dtype=torch.float64)] * 6, state, params)
+
+    scalars = [torch.ones((), dtype=torch.float64)] * 6
+    with pytest.raises(
+        ValueError, match=r"(?s)do not fit.*0: .*tensor \[\], got torch.float32 \[3\]"
+    ):
+        opt.update(params, opt.init(scalars), scalars)
+    with pytest.raises(RuntimeError, match="size of tensor"):  # slots of other parameters
+        opt.update(params, opt.init([torch.ones(1, 3)] * 5 + [torch.ones(2)]), params)
 
     def fails(g, p, t):
         raise ValueError("of the rule")
