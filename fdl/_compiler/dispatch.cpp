@@ -71,7 +71,6 @@ struct {
     PyObject *disabled, *watching, *tracing;                 // ContextVars
     PyObject *default_device, *peek_transform, *has_mode, *unflatten;  // functions
     PyObject *forward_ad, *intact;                           // dict of a module, name of an attribute
-    void (*plain_deleter)(void*);                            // of memory that torch allocated
 } python;
 
 TensorImpl* impl_of(PyObject* tensor) {
@@ -158,7 +157,7 @@ struct Program {
     Object spec, device, result_spec, read, run;
     std::vector<Form> forms;        // of the arguments, then of the closed-over tensors
     std::vector<size_t> donated;
-    std::vector<Impl> empties;      // for each donated argument: what its object holds afterwards
+    std::vector<Impl> placeholders;  // for each donated argument: what its object holds afterwards
     std::vector<Py_ssize_t> aliases;  // for each result: the input it is written to, or -1
     std::vector<size_t> places;     // of the inputs among the arguments, if they differ in order
     std::vector<size_t> result_places;  // of the results among those computed, likewise
@@ -293,15 +292,16 @@ bool same_device(const Program& program) {
     return equal;
 }
 
-// Check that nobody else can see the memory of a tensor of which this file holds one reference.
-bool is_alone(TensorImpl* impl) {
+// Check that nobody else can see the memory of a tensor of which this file holds one reference, and
+// that torch allocated it in the same way as that of `plain`.
+bool is_alone(TensorImpl* impl, TensorImpl* plain) {
     if (!impl->has_storage() || c10::raw::intrusive_ptr::use_count(impl) != 2) return false;
     const c10::Storage& storage = impl->storage();
     auto* memory = storage.unsafeGetStorageImpl();
     PyObject* object = memory->pyobj_slot()->load_pyobj();  // once somebody asked for it
     size_t holders = object ? 2 : 1;
     return storage.use_count() == holders && (!object || Py_REFCNT(object) == 1) &&
-        memory->resizable() && storage.data_ptr().get_deleter() == python.plain_deleter &&
+        memory->resizable() && storage.data_ptr().get_deleter() == plain->storage().data_ptr().get_deleter() &&
         storage.nbytes() == static_cast<size_t>(impl->numel()) * impl->itemsize();
 }
 
@@ -313,8 +313,8 @@ struct Donated {  // an argument that has been given away
     Impl value;
 };
 
-void invalidate(Donated& argument, const Impl& empty) {
-    impl_of(argument.object.ptr)->shallow_copy_from(empty);
+void invalidate(Donated& argument, const Impl& placeholder) {
+    impl_of(argument.object.ptr)->shallow_copy_from(placeholder);
     if (PyObject_SetAttrString(argument.object.ptr, "__class__", python.donated)) throw Failed();
 }
 
@@ -424,8 +424,10 @@ Object attempt(
     std::vector<Impl> inputs;
     inputs.reserve(leaves.size());
     for (auto* leaf : leaves) inputs.push_back(share(impl_of(leaf)));
-    for (auto i : program.donated) {
-        if (!is_alone(inputs[i].get())) return Object();
+    for (size_t j = 0; j < program.donated.size(); ++j) {
+        if (!is_alone(inputs[program.donated[j]].get(), program.placeholders[j].get())) {
+            return Object();
+        }
     }
 
     std::vector<Donated> given;
@@ -438,7 +440,7 @@ Object attempt(
     if (program.writes) {
         for (size_t j = 0; j < given.size(); ++j) {
             inputs[program.donated[j]] = given[j].value;
-            invalidate(given[j], program.empties[j]);
+            invalidate(given[j], program.placeholders[j]);
         }
     }
     inputs = in_order(std::move(inputs), program.places);
@@ -450,7 +452,7 @@ Object attempt(
         throw;
     }
     if (!program.writes) {
-        for (size_t j = 0; j < given.size(); ++j) invalidate(given[j], program.empties[j]);
+        for (size_t j = 0; j < given.size(); ++j) invalidate(given[j], program.placeholders[j]);
     }
     return build(program, inputs, outputs);
 }
@@ -490,15 +492,15 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
 }
 
-// make(spec, device, result_spec, read, run, entry, leaves, donated, empties, aliases,
+// make(spec, device, result_spec, read, run, entry, leaves, donated, placeholders, aliases,
 // places, result_places, writes): return a program.
 PyObject* make(PyObject*, PyObject* values) {
-    PyObject *spec, *device, *result_spec, *read, *run, *leaves, *donated, *empties, *aliases, *places, *result_places;
+    PyObject *spec, *device, *result_spec, *read, *run, *leaves, *donated, *placeholders, *aliases, *places, *result_places;
     unsigned long long entry;
     int writes;
     if (!PyArg_ParseTuple(
             values, "OOOOOKO!O!O!O!O!O!p", &spec, &device, &result_spec, &read, &run, &entry,
-            &PyList_Type, &leaves, &PyList_Type, &donated, &PyList_Type, &empties,
+            &PyList_Type, &leaves, &PyList_Type, &donated, &PyList_Type, &placeholders,
             &PyList_Type, &aliases, &PyList_Type, &places, &PyList_Type, &result_places,
             &writes)) {
         return nullptr;
@@ -510,7 +512,7 @@ PyObject* make(PyObject*, PyObject* values) {
     }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(donated); ++i) {
         program->donated.push_back(PyLong_AsSize_t(PyList_GET_ITEM(donated, i)));
-        program->empties.push_back(share(impl_of(PyList_GET_ITEM(empties, i))));
+        program->placeholders.push_back(share(impl_of(PyList_GET_ITEM(placeholders, i))));
     }
     for (auto [list, numbers] : {std::pair(places, &program->places),
                                  std::pair(result_places, &program->result_places)}) {
@@ -537,7 +539,7 @@ PyObject* takes(PyObject*, PyObject* spec) {
     return PyBool_FromLong(is_simple(spec));
 }
 
-// install(...): set `python`; the last argument is a plain tensor and the address of its TensorImpl.
+// install(...): set `python`; the last two arguments are a tensor and the address of its TensorImpl.
 PyObject* install(PyObject*, PyObject* values) {
     PyObject* example;
     unsigned long long address;
@@ -548,12 +550,10 @@ PyObject* install(PyObject*, PyObject* values) {
             &python.intact, &example, &address)) {
         return nullptr;
     }
-    auto* impl = impl_of(example);
-    if (reinterpret_cast<unsigned long long>(impl) != address) {
+    if (reinterpret_cast<unsigned long long>(impl_of(example)) != address) {
         PyErr_SetString(PyExc_ImportError, "tensors have another layout in this release of torch");
         return nullptr;
     }
-    python.plain_deleter = impl->storage().data_ptr().get_deleter();
     Py_INCREF(values);  // with all that `python` points to
     Py_RETURN_NONE;
 }

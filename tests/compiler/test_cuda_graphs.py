@@ -238,7 +238,8 @@ def test_a_thousand_replays_keep_no_memory(gpu: StandIn) -> None:
             return torch.cuda.memory_allocated()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    assert run(10) == run(1000)
+    few = run(10)
+    assert run(1000) <= few
     assert (gpu.recorded, gpu.replayed) == (1, 1010)
 
 
