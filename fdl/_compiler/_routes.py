@@ -268,12 +268,8 @@ def _for_cuda(
     compiled = _compile_or_interpret(traced, route)
     donated = set(aliases.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
-    graphed = _cuda_graphs.GraphedProgram(compiled, kept, gpu, route.fall_back)
-
-    def into_buffers(inputs: list[Tensor]) -> list[Tensor]:
-        return graphed(inputs, {out: inputs[i].detach() for out, i in aliases.items()})
-
-    program = _program(into_buffers, traced, writes=bool(aliases))
+    graphed = _cuda_graphs.GraphedProgram(compiled, kept, gpu, route.fall_back, aliases)
+    program = _program(graphed, traced, writes=bool(aliases))
     return program._replace(kept_graphs=graphed.kept_graphs)
 
 
