@@ -40,6 +40,8 @@ SOURCE = Path(__file__).with_name("dispatch.cpp")
 MOST = 8  # programs of a function that are tried
 ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of a program of Inductor's C++ wrapper
 
+_loaded: list[Any] = []  # the module, once it is built
+
 
 class Direct(NamedTuple):
     """What a program is, for `dispatch.cpp`."""
@@ -105,7 +107,7 @@ def call_known(programs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if not programs:
         return NotImplemented
     try:
-        return _extension().result().call(programs, args, kwargs)
+        return _loaded[0].call(programs, args, kwargs)
     except BaseException as error:
         raise_python_error(error)
 
@@ -135,11 +137,12 @@ def _extension() -> Future[Any]:
 
     def build() -> None:
         try:
-            future.set_result(_load(_build()))
+            _loaded.append(_load(_build()))
+            future.set_result(_loaded[0])
         except Exception as error:
+            future.set_result(None)
             message = f"jit: calls are dispatched in Python, which takes longer ({error})"
             warnings.warn(message, stacklevel=1)
-            future.set_result(None)
 
     if missing_compiler():
         future.set_result(None)
@@ -148,17 +151,21 @@ def _extension() -> Future[Any]:
     return future
 
 
+os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no such thread
+
+
 def _build() -> Path:
     """Compile `dispatch.cpp`, if nobody has done so for this torch and Python."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    silence_log()
     versions = f"{torch.__version__} {torch.__file__} {sys.version}"
     name = hashlib.sha256(SOURCE.read_bytes() + versions.encode()).hexdigest()[:32]
     folder = Path(cache_dir()) / "fdl"
     library = folder / f"{name}.so"
     if not library.exists():
+        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+        silence_log()
         folder.mkdir(parents=True, exist_ok=True)
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
         with tempfile.TemporaryDirectory(dir=folder) as own:
