@@ -1,8 +1,8 @@
 """Dispatch of calls that need nothing new, in C++.
 
-`dispatch.cpp` compares the arguments of a call with those that the known programs were made for,
-gives donated memory away, and runs a program: about half a microsecond for each leaf of the state.
-Whatever is new about a call, and every error, is left to `_jit.py`. The file is compiled once on a
+`dispatch/` compares the arguments of a call with those that the known programs were made for, gives
+donated memory away, and runs a program: about half a microsecond for each leaf of the state.
+Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
 machine, while the first function is traced, and kept in torch's cache of compiled programs.
 """
 
@@ -27,16 +27,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.backends.cpu import get_cpu_capability
 
 from fdl._compiler._donation import Donated
 from fdl._compiler._inductor import Compiled, missing_compiler, raise_python_error, silence_log
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import watching
+from fdl._compiler._refusals import first_line
 from fdl._compiler._settings import default_device, has_active_mode
 from fdl._compiler._signature import unflatten
 from fdl._modes import disabled, tracing
 
-SOURCE = Path(__file__).with_name("dispatch.cpp")
+SOURCES = Path(__file__).with_name("dispatch")
 MOST = 8  # programs of a function that are tried
 ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of a program of Inductor's C++ wrapper
 
@@ -44,7 +46,7 @@ _loaded: list[Any] = []  # the module, once it is built
 
 
 class Direct(NamedTuple):
-    """What a program is, for `dispatch.cpp`."""
+    """What a program is, for `dispatch/`."""
 
     run: Compiled  # from arguments and closed-over tensors to the results that `aliases` lacks
     spec: Hashable  # the structure of the result
@@ -141,7 +143,9 @@ def _extension() -> Future[Any]:
             future.set_result(_loaded[0])
         except Exception as error:
             future.set_result(None)
-            message = f"jit: calls are dispatched in Python, which takes longer ({error})"
+            message = (
+                f"jit: calls are dispatched in Python, which takes longer ({first_line(error)})"
+            )
             warnings.warn(message, stacklevel=1)
 
     if missing_compiler():
@@ -155,11 +159,12 @@ os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no s
 
 
 def _build() -> Path:
-    """Compile `dispatch.cpp`, if nobody has done so for this torch and Python."""
+    """Compile it, if nobody has done so for this torch and Python."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    versions = f"{torch.__version__} {torch.__file__} {sys.version}"
-    name = hashlib.sha256(SOURCE.read_bytes() + versions.encode()).hexdigest()[:32]
+    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
+    texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
+    name = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()[:32]
     folder = Path(cache_dir()) / "fdl"
     library = folder / f"{name}.so"
     if not library.exists():
@@ -169,7 +174,7 @@ def _build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            builder = CppBuilder("dispatch", str(SOURCE), options, own)
+            builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
             builder.build()
             os.replace(builder.get_target_file_path(), library)  # whole, or not at all
     return library

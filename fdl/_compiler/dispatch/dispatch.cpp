@@ -4,154 +4,18 @@
 // the program and builds the result. Before it has changed anything it returns NotImplemented
 // wherever something is new; `_jit.py` then does the same in Python, where all errors are raised.
 
-#include <Python.h>
-
-#include <array>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/TensorBase.h>
-#include <c10/core/DefaultDtype.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
-PyObject* THPVariable_Wrap(at::TensorBase&& tensor);  // of torch_python
-namespace at::autocast {
-ScalarType get_autocast_dtype(DeviceType device);
-}
+#include "conditions.h"
+#include "trees.h"
 
 namespace {
 
-using c10::TensorImpl;
-using Impl = c10::intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>;
 // The entry of a program of Inductor's C++ wrapper: it takes the tensors of the first array, and
 // fills the second. Each is a pointer to a new at::Tensor, which is a pointer to a TensorImpl.
 using Entry = void (*)(void**, void**);
-
-struct Object {  // an owned reference
-    PyObject* ptr = nullptr;
-    Object() = default;
-    explicit Object(PyObject* ptr) : ptr(ptr) {}
-    Object(Object&& other) noexcept : ptr(other.ptr) { other.ptr = nullptr; }
-    Object(const Object&) = delete;
-    Object& operator=(Object&& other) noexcept {
-        std::swap(ptr, other.ptr);
-        return *this;
-    }
-    ~Object() { Py_XDECREF(ptr); }
-    PyObject* release() {
-        PyObject* released = ptr;
-        ptr = nullptr;
-        return released;
-    }
-};
-
-Object owned(PyObject* borrowed) {
-    Py_XINCREF(borrowed);
-    return Object(borrowed);
-}
-
-struct Failed {};  // a Python error is set
-
-PyObject* checked(PyObject* value) {
-    if (!value) throw Failed();
-    return value;
-}
-
-// What `install` was given: classes and functions of Python.
-struct {
-    PyObject *tensor, *parameter, *donated;                  // classes
-    PyObject *disabled, *watching, *tracing;                 // ContextVars
-    PyObject *default_device, *peek_transform, *has_mode, *unflatten;  // functions
-    PyObject *forward_ad, *intact;                           // dict of a module, name of an attribute
-} python;
-
-TensorImpl* impl_of(PyObject* tensor) {
-    // The layout of THPVariable; `install` checks it.
-    return *reinterpret_cast<TensorImpl**>(reinterpret_cast<char*>(tensor) + sizeof(PyObject));
-}
-
-bool is_tensor(PyObject* x) {
-    PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(x));
-    return kind == python.tensor || kind == python.parameter;
-}
-
-Impl share(TensorImpl* impl) {
-    return Impl::reclaim_copy(impl);
-}
-
-Impl detach(TensorImpl* impl) {
-    return impl->shallow_copy_and_detach(c10::VariableVersion(0), true);
-}
-
-PyObject* wrap(Impl impl) {
-    return checked(THPVariable_Wrap(at::TensorBase(std::move(impl))));
-}
-
-struct Form {  // of a tensor: what a program is specialised to
-    std::vector<int64_t> sizes, strides;
-    caffe2::TypeMeta dtype;
-    c10::Device device;
-    c10::DispatchKeySet keys;
-
-    explicit Form(TensorImpl* x)
-        : sizes(x->sizes().vec()), strides(x->strides().vec()), dtype(x->dtype()),
-          device(x->device()), keys(x->key_set()) {}
-
-    bool fits(TensorImpl* x) const {
-        return x->key_set() == keys && x->dtype() == dtype && x->device() == device &&
-            x->sizes() == c10::IntArrayRef(sizes) && x->strides() == c10::IntArrayRef(strides) &&
-            !x->requires_grad();
-    }
-};
-
-// The state of torch that programs depend on: SETTINGS of `_settings.py`, without the default
-// device. Autocast, inference mode, transformations and modes that intercept operations are keys.
-struct Ambient {
-    c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-    std::array<int, 19> values;
-
-    Ambient() {
-        auto& context = at::globalContext();
-        auto dtype = [](c10::DeviceType device) { return int(at::autocast::get_autocast_dtype(device)); };
-        auto precision = [&](at::Float32Backend backend, at::Float32Op op) {
-            return int(context.float32Precision(backend, op));
-        };
-        values = {
-            dtype(c10::DeviceType::CPU),
-            dtype(c10::DeviceType::CUDA),
-            dtype(c10::DeviceType::XPU),
-            dtype(c10::DeviceType::MPS),
-            int(c10::get_default_dtype_as_scalartype()),
-            c10::GradMode::is_enabled(),
-            at::get_num_threads(),
-            context.deterministicAlgorithms(),
-            context.deterministicAlgorithmsWarnOnly(),
-            precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL),
-            precision(at::Float32Backend::CUDA, at::Float32Op::CONV),
-            precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL),
-            context.userEnabledMkldnn(),
-            context.userEnabledCuDNN(),
-            context.deterministicCuDNN(),
-            context.userEnabledMathSDP(),
-            context.userEnabledFlashSDP(),
-            context.userEnabledMemEfficientSDP(),
-            context.userEnabledCuDNNSDP(),
-        };
-    }
-
-    bool operator==(const Ambient& other) const {
-        return keys.included_ == other.keys.included_ && keys.excluded_ == other.keys.excluded_ &&
-            values == other.values;
-    }
-};
 
 struct Program {
     Object spec, device, result_spec, read, run;
@@ -166,144 +30,6 @@ struct Program {
     Entry entry;                    // or null: then `run` is called
     Ambient ambient;
 };
-
-// ---- trees: the structures that `_signature.py` describes, as nested tuples ----
-
-Py_ssize_t children(PyObject* spec) {
-    return PyTuple_GET_SIZE(spec) - 2;
-}
-
-bool is_namedtuple(PyObject* kind) {
-    return PyType_Check(kind) &&
-        PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(kind), &PyTuple_Type);
-}
-
-// Check for a structure of dicts, lists, tuples, named tuples, None and leaves.
-bool is_simple(PyObject* spec) {
-    if (spec == Py_None) return true;
-    if (!PyTuple_CheckExact(spec) || PyTuple_GET_SIZE(spec) < 2) return false;
-    PyObject* kind = PyTuple_GET_ITEM(spec, 0);
-    if (kind == reinterpret_cast<PyObject*>(Py_TYPE(Py_None))) return true;
-    if (kind != reinterpret_cast<PyObject*>(&PyDict_Type) &&
-        kind != reinterpret_cast<PyObject*>(&PyList_Type) && !is_namedtuple(kind)) {
-        return false;
-    }
-    for (Py_ssize_t i = 0; i < children(spec); ++i) {
-        if (!is_simple(PyTuple_GET_ITEM(spec, i + 2))) return false;
-    }
-    return true;
-}
-
-// Append the leaves of a tree, or return false if it has another structure.
-bool flatten(PyObject* tree, PyObject* spec, std::vector<PyObject*>& leaves) {
-    if (spec == Py_None) {
-        if (!is_tensor(tree)) return false;
-        leaves.push_back(tree);
-        return true;
-    }
-    PyObject* kind = PyTuple_GET_ITEM(spec, 0);
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tree)) != kind) return false;
-    if (tree == Py_None) return true;
-    if (PyDict_CheckExact(tree)) {
-        PyObject* keys = PyTuple_GET_ITEM(spec, 1);
-        if (PyDict_GET_SIZE(tree) != children(spec)) return false;
-        Py_ssize_t position = 0;
-        PyObject *key, *value;
-        for (Py_ssize_t i = 0; i < children(spec); ++i) {
-            PyObject* expected = PyTuple_GET_ITEM(keys, i);
-            if (!PyDict_Next(tree, &position, &key, &value)) return false;
-            if (key != expected) {  // mostly it is the same object
-                int equal = PyObject_RichCompareBool(key, expected, Py_EQ);
-                if (equal < 0) throw Failed();
-                if (!equal) return false;
-            }
-            if (!flatten(value, PyTuple_GET_ITEM(spec, i + 2), leaves)) return false;
-        }
-        return true;
-    }
-    bool list = PyList_CheckExact(tree);
-    if ((list ? PyList_GET_SIZE(tree) : PyTuple_GET_SIZE(tree)) != children(spec)) return false;
-    for (Py_ssize_t i = 0; i < children(spec); ++i) {
-        PyObject* part = list ? PyList_GET_ITEM(tree, i) : PyTuple_GET_ITEM(tree, i);
-        if (!flatten(part, PyTuple_GET_ITEM(spec, i + 2), leaves)) return false;
-    }
-    return true;
-}
-
-// Build a tree; takes its leaves from `next` on.
-Object unflatten(PyObject* spec, std::vector<Object>::iterator& next) {
-    if (spec == Py_None) return std::move(*next++);
-    PyObject* kind = PyTuple_GET_ITEM(spec, 0);
-    if (kind == reinterpret_cast<PyObject*>(Py_TYPE(Py_None))) return owned(Py_None);
-    if (kind == reinterpret_cast<PyObject*>(&PyDict_Type)) {
-        Object tree(checked(PyDict_New()));
-        PyObject* keys = PyTuple_GET_ITEM(spec, 1);
-        for (Py_ssize_t i = 0; i < children(spec); ++i) {
-            Object part = unflatten(PyTuple_GET_ITEM(spec, i + 2), next);
-            if (PyDict_SetItem(tree.ptr, PyTuple_GET_ITEM(keys, i), part.ptr)) throw Failed();
-        }
-        return tree;
-    }
-    bool list = kind == reinterpret_cast<PyObject*>(&PyList_Type);
-    Object tree(checked(list ? PyList_New(children(spec)) : PyTuple_New(children(spec))));
-    for (Py_ssize_t i = 0; i < children(spec); ++i) {
-        PyObject* part = unflatten(PyTuple_GET_ITEM(spec, i + 2), next).release();
-        if (list) {
-            PyList_SET_ITEM(tree.ptr, i, part);
-        } else {
-            PyTuple_SET_ITEM(tree.ptr, i, part);
-        }
-    }
-    if (list || kind == reinterpret_cast<PyObject*>(&PyTuple_Type)) return tree;
-    return Object(checked(PyObject_Call(kind, tree.ptr, nullptr)));  // a named tuple
-}
-
-// ---- conditions ----
-
-bool is_set(PyObject* context_variable) {
-    PyObject* value = nullptr;
-    if (PyContextVar_Get(context_variable, nullptr, &value)) throw Failed();
-    Object held(value);
-    if (!value || value == Py_None) return false;
-    int truth = PyObject_IsTrue(value);
-    if (truth < 0) throw Failed();
-    return truth;
-}
-
-bool runs_inline() {
-    const char* environment = std::getenv("FDL_JIT");
-    if (environment && !std::strcmp(environment, "0")) return true;
-    if (is_set(python.disabled) || is_set(python.watching) || is_set(python.tracing)) return true;
-    PyObject* level = PyDict_GetItemString(python.forward_ad, "_current_level");
-    if (!level || PyLong_AsLong(level) >= 0) return true;
-    Object transform(checked(PyObject_CallNoArgs(python.peek_transform)));
-    if (transform.ptr != Py_None) return true;
-    if (!at::impl::PythonTorchFunctionTLS::stack_len()) return false;
-    Object mode(checked(PyObject_CallNoArgs(python.has_mode)));
-    return mode.ptr != Py_False;
-}
-
-// Check the default device, which a mode of torch.overrides sets.
-bool same_device(const Program& program) {
-    if (!at::impl::PythonTorchFunctionTLS::stack_len()) return program.device.ptr == Py_None;
-    Object device(checked(PyObject_CallNoArgs(python.default_device)));
-    int equal = PyObject_RichCompareBool(device.ptr, program.device.ptr, Py_EQ);
-    if (equal < 0) throw Failed();
-    return equal;
-}
-
-// Check that nobody else can see the memory of a tensor of which this file holds one reference, and
-// that torch allocated it in the same way as that of `plain`.
-bool is_alone(TensorImpl* impl, TensorImpl* plain) {
-    if (!impl->has_storage() || c10::raw::intrusive_ptr::use_count(impl) != 2) return false;
-    const c10::Storage& storage = impl->storage();
-    auto* memory = storage.unsafeGetStorageImpl();
-    PyObject* object = memory->pyobj_slot()->load_pyobj();  // once somebody asked for it
-    size_t holders = object ? 2 : 1;
-    return storage.use_count() == holders && (!object || Py_REFCNT(object) == 1) &&
-        memory->resizable() && storage.data_ptr().get_deleter() == plain->storage().data_ptr().get_deleter() &&
-        storage.nbytes() == static_cast<size_t>(impl->numel()) * impl->itemsize();
-}
 
 // ---- a call ----
 
@@ -388,14 +114,14 @@ Object build(const Program& program, std::vector<Impl>& inputs, std::vector<Impl
     if (program.simple) return unflatten(program.result_spec.ptr, next);
     Object list(checked(PyList_New(results.size())));
     for (size_t i = 0; i < results.size(); ++i) PyList_SET_ITEM(list.ptr, i, results[i].release());
-    return Object(checked(
-        PyObject_CallFunctionObjArgs(python.unflatten, list.ptr, program.result_spec.ptr, nullptr)));
+    return Object(checked(PyObject_CallFunctionObjArgs(
+        python.unflatten, list.ptr, program.result_spec.ptr, nullptr)));
 }
 
 // Return the result of a program, or nothing if it was not made for these arguments.
 Object attempt(
     const Program& program, PyObject* args, PyObject* kwargs, const Ambient& ambient) {
-    if (!(ambient == program.ambient) || !same_device(program)) return Object();
+    if (!(ambient == program.ambient) || !is_default_device(program.device.ptr)) return Object();
     std::vector<PyObject*> leaves;
     leaves.reserve(program.forms.size());
     PyObject* spec = program.spec.ptr;
@@ -495,7 +221,8 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // make(spec, device, result_spec, read, run, entry, leaves, donated, placeholders, aliases,
 // places, result_places, writes): return a program.
 PyObject* make(PyObject*, PyObject* values) {
-    PyObject *spec, *device, *result_spec, *read, *run, *leaves, *donated, *placeholders, *aliases, *places, *result_places;
+    PyObject *spec, *device, *result_spec, *read, *run;
+    PyObject *leaves, *donated, *placeholders, *aliases, *places, *result_places;
     unsigned long long entry;
     int writes;
     if (!PyArg_ParseTuple(
@@ -539,7 +266,7 @@ PyObject* takes(PyObject*, PyObject* spec) {
     return PyBool_FromLong(is_simple(spec));
 }
 
-// install(...): set `python`; the last two arguments are a tensor and the address of its TensorImpl.
+// install(...): set `python`; the last two arguments are a tensor and its `_cdata`.
 PyObject* install(PyObject*, PyObject* values) {
     PyObject* example;
     unsigned long long address;
