@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -401,3 +405,30 @@ def test_any_tree(shapes: Any, donate: bool) -> None:
             expected = double(expected)
             assert_equal(result["x"], expected)
             value = result["x"]
+
+
+@pytest.mark.slow
+def test_without_the_extension_calls_are_dispatched_in_python(tmp_path: Path) -> None:
+    """A compiler that cannot build it; a warning says why, once."""
+    compiler = tmp_path / "g++"
+    refusal = "[[ $* == *dispatch.cpp* ]] && { echo 'x.h:1:1: error: no such header' >&2; exit 1; }"
+    compiler.write_text(f'#!/bin/bash\n{refusal}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    program = """
+import torch, fdl
+fn = fdl.jit(lambda s: {"x": s["x"] + 1}, donate_argnums=0)
+state = {"x": torch.zeros(2)}
+for _ in range(3):
+    state = fn(state)
+print(state["x"].tolist(), fn.report()[0].route)
+"""
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    assert run.stdout == "[3.0, 3.0] one program\n", run.stderr
+    assert run.stderr.count("dispatched in Python, which takes longer (error: no such header)") == 1
