@@ -110,7 +110,7 @@ def worth_keeping(graph: Graph) -> list[Node]:
     kept = []
     for node in nodes_of(graph, "call_function"):
         inputs = [depths.get(z, 0) for z in node.all_input_nodes]
-        depths[node] = max(inputs, default=0) + (not _is_view(node))
+        depths[node] = max(inputs, default=0) + (not is_view(node))
         if not inputs or (_is_cheap(node) and depths[node] <= DEEPEST):
             continue
         depths[node] = 0
@@ -122,10 +122,11 @@ def worth_keeping(graph: Graph) -> list[Node]:
 def _is_cheap(node: Node) -> bool:
     if node.target is getitem:
         return _is_cheap(node.all_input_nodes[0])
-    return _is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Check whether the result of an operation shares memory with its argument."""
     return getattr(node.target, "is_view", False)
 
 
