@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from fdl._compiler._graph import is_mutable, is_view, nodes_of, results_of
 from fdl._compiler._indices import IN_RANGE
@@ -41,7 +42,7 @@ def merge_equal(graph: Graph) -> None:
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
-    _copy_shared_results(graph)
+    keep_results_apart(graph)
 
 
 def _can_merge(node: Node) -> bool:
@@ -58,20 +59,24 @@ def _can_merge(node: Node) -> bool:
     )
 
 
-def _copy_shared_results(graph: Graph) -> None:
-    """Copy each result that now shares memory with an argument or an earlier result."""
+def keep_results_apart(graph: Graph) -> None:
+    """Copy each result that shares memory with an argument or an earlier result.
+
+    The traced function has none; they come from merging, and from torch's rules for x · 1.
+    """
     (output,) = nodes_of(graph, "output")
     used = set(nodes_of(graph, "placeholder"))
-    distinct = []
-    for node in results_of(graph):
-        if (memory := _owner(node)) in used:
+    results = results_of(graph)
+    for i, node in enumerate(results):
+        if not isinstance(node, Node):  # a number, the result of a branch
+            continue
+        if (owner := _owner(node)) in used:
             with graph.inserting_before(output):
-                copy = graph.call_function(aten.clone.default, (node,))
-            copy.meta["val"] = node.meta["val"]
-            node = copy
-        used.add(memory)
-        distinct.append(node)
-    output.args = (distinct,)
+                results[i] = graph.call_function(aten.clone.default, (node,))
+            results[i].meta["val"] = node.meta["val"].clone()
+            _note_sharing(node)
+        used.add(owner)
+    output.args = (cast(Any, type(output.args[0]))(results),)
 
 
 def _owner(node: Node) -> Node:
@@ -79,6 +84,14 @@ def _owner(node: Node) -> Node:
     while _may_be_view(node):
         node = cast(Node, node.args[0])
     return node
+
+
+def _note_sharing(node: Node) -> None:
+    """Let the fake values of views share memory as the views do, or Inductor removes the copy."""
+    if _may_be_view(node):
+        _note_sharing(cast(Node, node.args[0]))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda z: z.meta["val"])
+        node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
 
 
 def _may_be_view(node: Node) -> bool:

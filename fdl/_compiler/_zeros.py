@@ -7,6 +7,7 @@ is the other term, also −0. Fake tensors are no such tensors, so that a traced
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,37 +18,62 @@ from fdl._compiler._graph import is_view
 
 aten = torch.ops.aten
 MARK = "_fdl_zero_tangent"
-SUMS = (aten.add.Tensor, aten.sub.Tensor)
-BINARY = (*SUMS, aten.mul.Tensor, aten.div.Tensor)
-PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}  # the first factor
+MATRIX_PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}  # first factor
 
 
 def run_operation(op: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation; with a zero tangent among the arguments, by torch's rules for these."""
     if op is aten._efficientzerotensor.default:
         return _marked(aten.zeros.default(*args, **kwargs))  # a fake one is on another device
-    if args and _is_zero(args[0]) and getattr(op, "is_view", False):
-        result = op(*args, **kwargs)
-        return _marked(result) if isinstance(result, Tensor) else result
-    if op in BINARY and any(map(_is_zero, args)) and all(isinstance(z, Tensor) for z in args):
-        return _run_binary(op, *args, **kwargs)
-    return op(*args, **kwargs)
+    if op is aten._has_same_storage_numel.default:
+        _unmark(args)  # from here on it is the tangent of a dual number, which has memory
+    if op in RULES and any(map(_is_zero, args)):
+        return RULES[op](*args, **kwargs)
+    result = op(*args, **kwargs)
+    if args and _is_zero(args[0]) and getattr(op, "is_view", False) and isinstance(result, Tensor):
+        _marked(result)
+    return result
 
 
-def _run_binary(op: Any, x: Tensor, y: Tensor, **alpha: Any) -> Tensor:
-    shape, dtype = torch.broadcast_shapes(x.shape, y.shape), torch.result_type(x, y)
-    both = _is_zero(x) and _is_zero(y)
-    if op is aten.mul.Tensor or (both if op in SUMS else _is_zero(x) and not both):
-        return _marked(aten.zeros.default(shape, dtype=dtype, device=x.device))
-    if op not in SUMS or (_is_zero(x) and alpha):
-        return cast(Tensor, op(x, y, **alpha))
-    term = y if _is_zero(x) else x
-    copy = term.to(dtype).expand(shape).clone()
-    return -copy if term is y and op is aten.sub.Tensor else copy
+def _mul(x: Any, y: Any) -> Tensor:
+    return _marked(torch.zeros_like(x * y))
+
+
+def _div(x: Any, y: Any) -> Tensor:
+    return x / y if _is_zero(y) else _mul(x, y)
+
+
+def _add(x: Any, y: Any, alpha: float = 1) -> Tensor:
+    if not isinstance(y, Tensor):
+        return torch.add(x, y, alpha=alpha)
+    if _is_zero(x) and _is_zero(y):
+        return _mul(x, y)
+    term, scale = (x, 1) if _is_zero(y) else (y, alpha)
+    copy = term.to(torch.result_type(x, y)).expand(torch.broadcast_shapes(x.shape, y.shape)).clone()
+    return copy if scale == 1 else copy * scale
+
+
+def _sub(x: Any, y: Any, alpha: float = 1) -> Tensor:
+    return _add(x, y, alpha=-alpha)
+
+
+RULES: dict[Any, Callable[..., Tensor]] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.mul.Tensor: _mul,
+    aten.mul.Scalar: _mul,
+    aten.div.Tensor: _div,
+    aten.div.Scalar: _div,
+}
 
 
 def _is_zero(x: Any) -> bool:
     return hasattr(x, MARK)
+
+
+def _unmark(values: Any) -> None:
+    for zeros in filter(_is_zero, values):
+        delattr(zeros, MARK)
 
 
 def _marked(zeros: Tensor) -> Tensor:
@@ -60,7 +86,7 @@ def replace_zero_products(graph: Graph) -> None:
 
     In 0 · B an entry is NaN if its column in B has one that is not finite, and 0 otherwise.
     """
-    for op, first in PRODUCTS.items():
+    for op, first in MATRIX_PRODUCTS.items():
         for node in graph.find_nodes(op="call_function", target=op):
             a, b = cast(Any, node.args[first:])
             if node.kwargs or not node.meta["val"].is_floating_point():
@@ -91,4 +117,4 @@ def _replace_product(graph: Graph, product: Node, factor: Node, axis: int) -> No
 def _is_full_of_zeros(node: Node) -> bool:
     while is_view(node) or node.target in (aten.reshape.default, aten.clone.default):
         node = cast(Node, node.args[0])
-    return node.target is aten.full.default and node.args[1] == 0
+    return node.target is aten.full.default and bool(node.args[1] == 0)
