@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from operator import getitem
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -156,6 +157,20 @@ def check_pure(graph: GraphModule, names: Sequence[str]) -> None:
 def nodes_of(graph: Graph, op: str) -> list[Node]:
     """List the nodes of one kind, in order."""
     return [node for node in graph.nodes if node.op == op]
+
+
+def caller(graph: Graph, node: Node) -> Callable[..., Node]:
+    """Make a function that adds a call before `node`, with its fake result."""
+    value, *_ = pytree.tree_leaves(node.meta["val"])
+
+    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+        with graph.inserting_before(node), value.fake_mode:
+            new = graph.call_function(op, args, kwargs)
+            values = (z.meta["val"] if isinstance(z, Node) else z for z in args)
+            new.meta["val"] = op(*values, **kwargs)
+        return new
+
+    return call
 
 
 def results_of(graph: Graph) -> list[Node]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._graph import is_view
+from fdl._compiler._graph import caller, is_view
 
 aten = torch.ops.aten
 MARK = "_fdl_zero_tangent"
@@ -97,21 +97,13 @@ def replace_zero_products(graph: Graph) -> None:
                 _replace_product(graph, node, a, -1)
 
 
-def _replace_product(graph: Graph, product: Node, factor: Node, axis: int) -> None:
-    shape = list(product.meta["val"].shape)
-
-    def call(op: Any, *args: Any) -> Node:
-        new = graph.call_function(op, args)
-        values = (z.meta["val"] if isinstance(z, Node) else z for z in args)
-        new.meta["val"] = op(*values)
-        return new
-
-    with graph.inserting_before(product), product.meta["val"].fake_mode:
-        sums = call(aten.sum.dim_IntList, call(aten.mul.Tensor, factor, 0.0), [axis], True)
-        new = call(aten.expand.default, sums, shape)
-        for bias in product.args[:-2]:
-            new = call(aten.add.Tensor, new, bias)
-    product.replace_all_uses_with(new)
+def _replace_product(graph: Graph, node: Node, factor: Node, axis: int) -> None:
+    call = caller(graph, node)
+    sums = call(aten.sum.dim_IntList, call(aten.mul.Tensor, factor, 0.0), [axis], True)
+    new = call(aten.expand.default, sums, list(node.meta["val"].shape))
+    for bias in node.args[:-2]:
+        new = call(aten.add.Tensor, new, bias)
+    node.replace_all_uses_with(new)
 
 
 def _is_full_of_zeros(node: Node) -> bool:
