@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -117,3 +118,19 @@ def test_a_checkpoint_is_computed_again() -> None:
     # computed again, and the first block has been computed whole.
     assert operations(twice(block), X)["sin"] == 3
     assert operations(twice(checkpoint(block)), X)["sin"] == 2 + 1 + 1
+
+
+def test_indices_are_checked_once_and_constant_ones_while_compiling() -> None:
+    rows, labels = torch.arange(3), torch.tensor([1, 0, 3])
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        each = F.cross_entropy(x, labels) + F.cross_entropy(x, torch.arange(3))
+        return each - x[torch.arange(3), labels].sum() + x[torch.arange(3) - 3].sum()
+
+    # Labels of the loss and of its derivative; labels as an index, which may be negative.
+    count = operations(lambda x, labels: (loss(x, labels), grad(loss)(x, labels)), X, labels)
+    assert count["in_range"] == 2
+    # Closed-over indices may have other values at the next call; others are wrong at each.
+    assert operations(lambda x: x[rows], X)["in_range"] == 1
+    with pytest.raises(IndexError, match="-3 <= index < 3"):
+        jit(lambda x: x[torch.arange(4)])(X)
