@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from fdl._compiler._callbacks import take_error
+from fdl._compiler._common_subexpressions import keep_results_apart
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
@@ -63,6 +64,8 @@ def lower(
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         _keep_strides(graph)
         joint_graph_passes(graph)
+        keep_results_apart(graph.graph)
+        graph.recompile()
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
