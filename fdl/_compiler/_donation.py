@@ -14,7 +14,7 @@ from torch import Tensor, UntypedStorage
 from fdl._compiler._signature import flatten
 
 
-class _Donated(Tensor):
+class Donated(Tensor):
     """The class that a donated tensor gets: any use of it raises."""
 
     @classmethod
@@ -31,7 +31,7 @@ def invalidate(leaf: Tensor) -> None:
     """Make any later use of a tensor raise."""
     if leaf._use_count() == ALONE[0]:  # else an array that shares its memory would lose it
         leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-    leaf.__class__ = _Donated  # type: ignore[assignment]
+    leaf.__class__ = Donated  # type: ignore[assignment]
 
 
 def revalidate(leaf: Tensor, tensor_type: type[Tensor], value: Tensor) -> None:

@@ -12,6 +12,7 @@ from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
+from fdl._compiler._loop_code import allocate_only_what_is_stored
 
 aten = torch.ops.aten
 
@@ -64,6 +65,7 @@ def register() -> None:
         return TensorBox.create(call)
 
     _declare_loop_outputs_once()
+    allocate_only_what_is_stored()
     loop = lowerings[WHILE]
 
     @register_lowering(WHILE, type_promotion_kind=None)
