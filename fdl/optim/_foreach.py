@@ -139,25 +139,26 @@ def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
     Returns:
         An empty list if the leaves cannot be computed together.
     """
-    if not all(PLAIN.issuperset(map(type, column)) for column in columns):
-        return []
-    if torch.is_grad_enabled() and any(any(map(_requires_grad, column)) for column in columns):
-        return []
-    shapes, devices = [*map(Tensor.size, columns[0])], {*map(_device, columns[0])}
-    if () in shapes or len(devices) > 1 or columns[0][0].is_meta:
-        return []
-    # Strides of axes of length 1 may be anything in a contiguous tensor.
-    loose = {shape for shape in {*shapes} if min(shape) < 2}
-    wholes = [column is columns[0] or [*map(Tensor.size, column)] == shapes for column in columns]
-    for column, whole in zip(columns, wholes, strict=True):
-        if not whole and {*map(Tensor.size, column)} != {()}:
+    grads, wholes = torch.is_grad_enabled(), []
+    shapes: list[torch.Size] = []
+    for column in columns:
+        if not PLAIN.issuperset(map(type, column)) or (grads and any(map(_requires_grad, column))):
             return []
-        dtypes = {*map(_dtype, column)}
+        dtypes, sizes = {*map(_dtype, column)}, [*map(Tensor.size, column)]
+        shapes = shapes or sizes
+        whole = sizes == shapes
         if len(dtypes) > 1 or not dtypes <= (DTYPES if whole else {torch.float64}):
             return []
-        if not all(map(Tensor.is_contiguous, column)):
+        if not (whole or {*sizes} == {()}) or not all(map(Tensor.is_contiguous, column)):
             return []
-        if loose and whole and any(x.stride() != _strides(x.shape) for x in column):
+        wholes.append(whole)
+    first = columns[0]
+    if () in shapes or len({*map(_device, first)}) > 1 or first[0].is_meta:
+        return []
+    # Strides of axes of length 1 may be anything in a contiguous tensor.
+    if any(min(shape) < 2 for shape in {*shapes}):
+        checked = [column for column, whole in zip(columns, wholes, strict=True) if whole]
+        if any(x.stride() != _strides(x.shape) for column in checked for x in column):
             return []
     return wholes
 
