@@ -66,7 +66,7 @@ def copy_if_shared(leaves: list[Tensor], donated: Sequence[int]) -> None:
     """Replace each donated leaf by a copy if its memory is visible elsewhere.
 
     It may be shared with views or a base, autograd's saved tensors, arrays of NumPy and JAX,
-    memory-mapped files and other processes.
+    memory-mapped files and other processes, or by elements of the leaf.
 
     Raises:
         ValueError: a donated leaf shares memory with another argument.
@@ -87,6 +87,7 @@ def copy_if_shared(leaves: list[Tensor], donated: Sequence[int]) -> None:
             and storages[i].resizable()  # borrowed memory is not
             and _holders(leaves[i], storages, i) == ALONE
             and (leaves[i].is_cuda or not storages[i].is_shared())  # with other processes
+            and not torch._debug_has_internal_overlap(leaves[i])  # 0: each element has its own
         ):
             leaves[i] = leaves[i].clone()
 

@@ -184,9 +184,11 @@ def _where(condition: Any, new: Any, old: Any) -> Node:
     return _record(partial(_run_each, torch.where), _dtype(new, old), condition, new, old)
 
 
-def _to(x: Any, dtype: torch.dtype) -> Node:
+def _to(x: Any, dtype: Any) -> Node:
     if dtype is x.kind:
         return x
+    if not isinstance(dtype, torch.dtype):  # to a device it may return the leaf itself
+        raise NotElementwise(x)
     return _record(partial(_run_each, lambda leaf: leaf.to(dtype)), dtype, x)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,15 @@ def test_shared_memory_among_arguments(calls: Calls, plain_backend: None) -> Non
     for _ in range(3):
         assert_equal(free([a, a], a), [torch.full((2,), 2.0)] * 2)
     assert_equal(fn([a, b], x), [torch.full((2,), 2.0)] * 2)
+
+
+def test_elements_that_share_memory(calls: Calls) -> None:
+    def make() -> Tensor:
+        return torch.arange(6.0).as_strided((3, 2), (1, 1)).data  # of 24 bytes, as its storage
+
+    fn = jit(lambda x: x * 2 + torch.arange(6.0).view(3, 2), donate_argnums=0)
+    for _ in range(3):
+        assert_equal(fn(make()), make() * 2 + torch.arange(6.0).view(3, 2))
 
 
 def test_donated_tensors_are_gone(calls: Calls, plain_backend: None) -> None:
@@ -366,6 +376,27 @@ def test_calls_keep_no_memory(plain_backend: None) -> None:
 
     few = count()
     assert count() <= few
+
+
+class Trainer:
+    """Jits a method that reads a tensor of the object, in which it is kept."""
+
+    def __init__(self) -> None:
+        self.w = torch.ones(3)
+        self.step = jit(self._step)
+
+    def _step(self, x: Tensor) -> Tensor:
+        return x * self.w
+
+
+def test_functions_are_freed_with_what_they_close_over(plain_backend: None) -> None:
+    trainer = Trainer()
+    for _ in range(3):
+        trainer.step(torch.ones(3))
+    here = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert here() is None
 
 
 trees = st.recursive(

@@ -425,3 +425,14 @@ def test_leaves_have_no_values_to_read():
         with pytest.raises((_leaves.NotElementwise, TypeError)):
             read(leaves)
     assert isinstance(leaves, Leaves) and leaves.dtype is torch.float32
+
+
+def test_a_move_to_a_device_gives_no_memory_to_overwrite():
+    """`x.to(device)` returns x itself: a gradient, which the next operation must not write to."""
+    move = optim.leafwise("move", lambda g, p, t: (g.to(p.device), {}), {})
+    scale = optim.leafwise("scale", lambda g, p, t, lr: (g * lr, {}), {"lr": 0.1})
+    params = {str(i): torch.ones(3) for i in range(6)}
+    grads, opt = tree.map(torch.ones_like, params), optim.chain(move, scale)
+    updates, _ = opt.update(grads, opt.init(params), params)
+    assert all(leaf.tolist() == [1.0] * 3 for leaf in tree.leaves(grads))
+    assert all(leaf.tolist() == pytest.approx([0.1] * 3) for leaf in tree.leaves(updates))

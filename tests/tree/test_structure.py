@@ -55,7 +55,7 @@ def test_flatten_and_unflatten_equal_pytree(often, sample):
             check(sample)
 
 
-@pytest.mark.parametrize("sample", OTHERS, ids=repr)
+@pytest.mark.parametrize("sample", OTHERS, ids=range(len(OTHERS)))
 def test_whatever_pytree_knows(sample, monkeypatch):
     monkeypatch.setattr(_structure, "OFTEN", 1)
     for _ in range(3):

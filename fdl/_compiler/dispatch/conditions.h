@@ -125,7 +125,8 @@ bool is_alone(TensorImpl* impl, TensorImpl* plain) {
     return storage.use_count() == holders && (!object || Py_REFCNT(object) == 1) &&
         memory->resizable() &&
         storage.data_ptr().get_deleter() == plain->storage().data_ptr().get_deleter() &&
-        storage.nbytes() == static_cast<size_t>(impl->numel()) * impl->itemsize();
+        storage.nbytes() == static_cast<size_t>(impl->numel()) * impl->itemsize() &&
+        impl->is_non_overlapping_and_dense();
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 using Entry = void (*)(void**, void**);
 
 struct Program {
-    Object spec, device, result_spec, read, run;
+    PyObject *spec, *device, *result_spec, *read, *run;  // owned by the tuple that `make` returns
     std::vector<Form> forms;        // of the arguments, then of the closed-over tensors
     std::vector<size_t> donated;
     std::vector<Impl> placeholders;  // for each donated argument: what its object holds afterwards
@@ -83,7 +83,7 @@ std::vector<Impl> execute(const Program& program, std::vector<Impl>& inputs) {
     }
     Object list(checked(PyList_New(inputs.size())));
     for (size_t i = 0; i < inputs.size(); ++i) PyList_SET_ITEM(list.ptr, i, wrap(inputs[i]));
-    Object results(checked(PyObject_CallOneArg(program.run.ptr, list.ptr)));
+    Object results(checked(PyObject_CallOneArg(program.run, list.ptr)));
     Object sequence(checked(PySequence_Fast(results.ptr, "a program returned no sequence")));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.ptr); ++i) {
         outputs.push_back(share(impl_of(PySequence_Fast_GET_ITEM(sequence.ptr, i))));
@@ -111,20 +111,20 @@ Object build(const Program& program, std::vector<Impl>& inputs, std::vector<Impl
     }
     results = in_order(std::move(results), program.result_places);
     auto next = results.begin();
-    if (program.simple) return unflatten(program.result_spec.ptr, next);
+    if (program.simple) return unflatten(program.result_spec, next);
     Object list(checked(PyList_New(results.size())));
     for (size_t i = 0; i < results.size(); ++i) PyList_SET_ITEM(list.ptr, i, results[i].release());
     return Object(checked(PyObject_CallFunctionObjArgs(
-        python.unflatten, list.ptr, program.result_spec.ptr, nullptr)));
+        python.unflatten, list.ptr, program.result_spec, nullptr)));
 }
 
 // Return the result of a program, or nothing if it was not made for these arguments.
 Object attempt(
     const Program& program, PyObject* args, PyObject* kwargs, const Ambient& ambient) {
-    if (!(ambient == program.ambient) || !is_default_device(program.device.ptr)) return Object();
+    if (!(ambient == program.ambient) || !is_default_device(program.device)) return Object();
     std::vector<PyObject*> leaves;
     leaves.reserve(program.forms.size());
-    PyObject* spec = program.spec.ptr;
+    PyObject* spec = program.spec;
     if (!flatten(args, PyTuple_GET_ITEM(spec, 2), leaves) ||
         !flatten(kwargs, PyTuple_GET_ITEM(spec, 3), leaves)) {
         return Object();
@@ -134,8 +134,8 @@ Object attempt(
     }
 
     Object constants;
-    if (program.read.ptr != Py_None) {
-        Object now(checked(PyObject_CallNoArgs(program.read.ptr)));
+    if (program.read != Py_None) {
+        Object now(checked(PyObject_CallNoArgs(program.read)));
         std::swap(constants.ptr, now.ptr);
         if (!PyList_CheckExact(constants.ptr)) return Object();  // it must be traced again
         if (leaves.size() + PyList_GET_SIZE(constants.ptr) != program.forms.size()) return Object();
@@ -203,9 +203,9 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         if (PyList_GET_SIZE(programs.ptr) && !runs_inline()) {
             Ambient ambient;
             for (Py_ssize_t i = 0; i < PyList_GET_SIZE(programs.ptr); ++i) {
-                Object capsule = owned(PyList_GET_ITEM(programs.ptr, i));
-                Object result =
-                    attempt(*program_of(capsule.ptr), arguments[1], arguments[2], ambient);
+                Object tuple = owned(PyList_GET_ITEM(programs.ptr, i));
+                const Program& program = *program_of(PyTuple_GET_ITEM(tuple.ptr, 0));
+                Object result = attempt(program, arguments[1], arguments[2], ambient);
                 if (result.ptr) return result.release();
             }
         }
@@ -232,8 +232,7 @@ PyObject* make(PyObject*, PyObject* values) {
             &writes)) {
         return nullptr;
     }
-    auto program = std::make_unique<Program>(Program{
-        owned(spec), owned(device), owned(result_spec), owned(read), owned(run)});
+    auto program = std::make_unique<Program>(Program{spec, device, result_spec, read, run});
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leaves); ++i) {
         program->forms.emplace_back(impl_of(PyList_GET_ITEM(leaves, i)));
     }
@@ -256,9 +255,12 @@ PyObject* make(PyObject*, PyObject* values) {
     program->writes = writes;
     program->simple = is_simple(result_spec);
     program->entry = reinterpret_cast<Entry>(entry);
-    PyObject* capsule = PyCapsule_New(program.get(), NAME, free_program);
-    if (capsule) program.release();
-    return capsule;
+    Object capsule(PyCapsule_New(program.get(), NAME, free_program));
+    if (!capsule.ptr) return nullptr;
+    program.release();
+    // A tuple, because the garbage collector does not see what a capsule holds, and a function may
+    // be reached from the tensors that it closes over.
+    return PyTuple_Pack(6, capsule.ptr, spec, device, result_spec, read, run);
 }
 
 // takes(spec): whether trees of a structure can be read here.
