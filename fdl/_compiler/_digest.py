@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._graph import nodes_of
 from fdl._compiler._signature import paths
 
 Digest = dict[str, str]  # of each result, by its path
@@ -34,13 +34,14 @@ def digest(
         results: structure of its results.
         constants: the closed-over tensors, which are arguments of the graph too.
     """
-    if any(node.is_impure() for node in nodes_of(module.graph, "call_function")):
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    if any(node.is_impure() for graph in graphs for node in nodes_of(graph, "call_function")):
         return None
     values = _values(module, [*paths(arguments), *(f"closed over: {id(x)}" for x in constants)])
     return dict(zip(paths(results), values, strict=True))
 
 
-def _values(module: GraphModule, names: Sequence[str]) -> list[str]:
+def _values(module: GraphModule, names: Sequence[str]) -> Any:
     """Return a digest of each result of a graph, whose arguments have these names."""
     known: dict[Node, str] = {}
     name = iter(names)
@@ -53,7 +54,8 @@ def _values(module: GraphModule, names: Sequence[str]) -> list[str]:
         else:
             parts = str(node.target), map_arg((node.args, node.kwargs), lambda n: f"%{known[n]}")
         known[node] = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-    return [known[node] for node in results_of(module.graph)]
+    (output,) = nodes_of(module.graph, "output")
+    return map_arg(output.args[0], lambda node: known[node])
 
 
 def _attribute(module: GraphModule, target: str) -> Any:

@@ -95,7 +95,8 @@ def prepare(
         _entry(direct.run),
         inputs,
         list(donated),
-        [_placeholder(inputs[i].dtype, inputs[i].device) for i in donated],
+        [_new(0, inputs[i].dtype, inputs[i].device) for i in donated],
+        [_new(1, inputs[i].dtype, inputs[i].device) for i in donated],
         [direct.aliases.get(out, -1) for out in range(direct.results)],
         list(direct.places),
         list(direct.result_places),
@@ -115,9 +116,8 @@ def call_known(programs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @cache
-def _placeholder(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what a donated tensor holds afterwards."""
-    return torch.empty(1, dtype=dtype, device=device)
+def _new(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _entry(run: Compiled) -> int:

@@ -31,7 +31,7 @@ from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
 from fdl._compiler._routes import Program, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
-from fdl._compiler._signature import flatten, paths, signature, unordered
+from fdl._compiler._signature import flatten, paths, runs_in_python, signature, unordered
 from fdl._compiler._tracebacks import shorten
 from fdl._modes import disabled, in_transform, is_tracing
 from fdl.tree._checks import check_tensors
@@ -197,6 +197,8 @@ def jit(
     def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
         _check_arguments(fn, leaves, args, kwargs)
+        if any(map(runs_in_python, leaves)):
+            return fn(*args, **kwargs)
         settings = current_settings()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return with_backward(leaves, spec, settings)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, cast
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -132,8 +133,22 @@ def paths(structure: Hashable) -> list[str]:
     """
     zeros = iter(int, 1)  # infinite
     example = _unflatten(zeros, structure, lambda zero, _: zero)
-    pairs = pytree.tree_flatten_with_path(example)[0]
+    try:
+        pairs = pytree.tree_flatten_with_path(example)[0]
+    except ValueError:  # a class that was registered without paths
+        return [str(i) for i in range(len(pytree.tree_leaves(example)))]
     return [dotted(path) for path, leaf in pairs if leaf is not None]
+
+
+def runs_in_python(leaf: Any) -> bool:
+    """Check for a tensor whose operations are defined in Python, such as a FakeTensor.
+
+    >>> runs_in_python(torch.ones(1))
+    False
+    """
+    if type(leaf) is Tensor or not isinstance(leaf, Tensor):
+        return False
+    return torch._C._dispatch_keys(leaf).has(torch._C.DispatchKey.Python)
 
 
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:

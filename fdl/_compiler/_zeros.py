@@ -101,6 +101,7 @@ def _replace_product(graph: Graph, node: Node, factor: Node, axis: int) -> None:
     call = caller(graph, node)
     sums = call(aten.sum.dim_IntList, call(aten.mul.Tensor, factor, 0.0), [axis], True)
     new = call(aten.expand.default, sums, list(node.meta["val"].shape))
+    new = call(aten.clone.default, new, memory_format=torch.contiguous_format)  # may be a result
     for bias in node.args[:-2]:
         new = call(aten.add.Tensor, new, bias)
     node.replace_all_uses_with(new)

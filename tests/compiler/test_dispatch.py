@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fdl
 from fdl import jit, tree
@@ -376,6 +377,50 @@ def test_calls_keep_no_memory(plain_backend: None) -> None:
 
     few = count()
     assert count() <= few
+
+
+def test_uses_that_torch_does_not_announce_see_nothing(calls: Calls, plain_backend: None) -> None:
+    fn = jit(lambda x: x + 1, donate_argnums=0)
+    for _ in range(3):
+        x = torch.zeros(3)
+        fn(x)
+        assert torch.tensor(x).tolist() == []  # copies the values without asking the class
+
+
+def test_tensors_whose_operations_run_in_python(plain_backend: None) -> None:
+    mode = FakeTensorMode()
+    fake, fn = mode.from_tensor(torch.ones(2, 3)), jit(lambda x: x.sum(0))
+    for x in (torch.ones(2, 3), fake, torch.ones(2, 3), fake):
+        assert fn(x).shape == (3,) and type(fn(x)) is type(x)
+
+
+def test_loops_and_branches_have_digests(plain_backend: None) -> None:
+    """Conditions return a tensor, not a list; a print in a body is seen."""
+    looped = jit(lambda s: fdl.while_loop(lambda c: c["n"] < 50, double, s))
+    one, two = (
+        {"n": torch.tensor(1), "m": torch.tensor(3)},
+        {"m": torch.tensor(3), "n": torch.tensor(1)},
+    )
+    for _ in range(2):
+        assert looped(one) == looped(two) == {"n": torch.tensor(64), "m": torch.tensor(192)}
+    assert len(looped.report()) == 1
+    branched = jit(lambda s: fdl.cond(s["n"] > 0, double, lambda x: x, s))
+    assert branched(one) == branched(two) == double(one)
+    assert len(branched.report()) == 1
+
+
+def test_prints_in_a_loop_keep_their_order(
+    plain_backend: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(carry: Any, row: dict[str, Tensor]) -> Any:
+        for name in row:
+            fdl.debug.print(name)
+        return carry, tree.map(lambda x: x, row)
+
+    fn = jit(lambda rows: fdl.scan(body, torch.zeros(()), rows)[1])
+    fn({"a": torch.ones(1), "b": torch.ones(1)})
+    fn({"b": torch.ones(1), "a": torch.ones(1)})
+    assert capsys.readouterr().out.split() == ["a", "b", "b", "a"]
 
 
 class Trainer:

@@ -111,3 +111,9 @@ def test_no_product_with_zeros_is_left() -> None:
     rewrite(graph, on_cpu=False)
     # x w, which is also its tangent; h w; and its tangent.
     assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)) == 3
+
+
+def test_a_product_with_zeros_has_memory_of_its_own():
+    for fn in (lambda a: torch.zeros(3, 2) @ a, lambda a: a @ torch.zeros(4, 3)):
+        result = jit(fn)(torch.ones(2, 4))
+        assert result.is_contiguous() and result.add_(1).unique().tolist() == [1.0]

@@ -22,6 +22,7 @@ struct Program {
     std::vector<Form> forms;        // of the arguments, then of the closed-over tensors
     std::vector<size_t> donated;
     std::vector<Impl> placeholders;  // for each donated argument: what its object holds afterwards
+    std::vector<Impl> plain;         // and a tensor whose memory was allocated in the usual way
     std::vector<Py_ssize_t> aliases;  // for each result: the input it is written to, or -1
     std::vector<size_t> places;     // of the inputs among the arguments, if they differ in order
     std::vector<size_t> result_places;  // of the results among those computed, likewise
@@ -151,7 +152,7 @@ Object attempt(
     inputs.reserve(leaves.size());
     for (auto* leaf : leaves) inputs.push_back(share(impl_of(leaf)));
     for (size_t j = 0; j < program.donated.size(); ++j) {
-        if (!is_alone(inputs[program.donated[j]].get(), program.placeholders[j].get())) {
+        if (!is_alone(inputs[program.donated[j]].get(), program.plain[j].get())) {
             return Object();
         }
     }
@@ -218,16 +219,16 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
 }
 
-// make(spec, device, result_spec, read, run, entry, leaves, donated, placeholders, aliases,
+// make(spec, device, result_spec, read, run, entry, leaves, donated, placeholders, plain, aliases,
 // places, result_places, writes): return a program.
 PyObject* make(PyObject*, PyObject* values) {
     PyObject *spec, *device, *result_spec, *read, *run;
-    PyObject *leaves, *donated, *placeholders, *aliases, *places, *result_places;
+    PyObject *leaves, *donated, *placeholders, *plain, *aliases, *places, *result_places;
     unsigned long long entry;
     int writes;
     if (!PyArg_ParseTuple(
-            values, "OOOOOKO!O!O!O!O!O!p", &spec, &device, &result_spec, &read, &run, &entry,
-            &PyList_Type, &leaves, &PyList_Type, &donated, &PyList_Type, &placeholders,
+            values, "OOOOOKO!O!O!O!O!O!O!p", &spec, &device, &result_spec, &read, &run, &entry,
+            &PyList_Type, &leaves, &PyList_Type, &donated, &PyList_Type, &placeholders, &PyList_Type, &plain,
             &PyList_Type, &aliases, &PyList_Type, &places, &PyList_Type, &result_places,
             &writes)) {
         return nullptr;
@@ -239,6 +240,7 @@ PyObject* make(PyObject*, PyObject* values) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(donated); ++i) {
         program->donated.push_back(PyLong_AsSize_t(PyList_GET_ITEM(donated, i)));
         program->placeholders.push_back(share(impl_of(PyList_GET_ITEM(placeholders, i))));
+        program->plain.push_back(share(impl_of(PyList_GET_ITEM(plain, i))));
     }
     for (auto [list, numbers] : {std::pair(places, &program->places),
                                  std::pair(result_places, &program->result_places)}) {
