@@ -49,9 +49,6 @@ def lower(
     _silence_log()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
-    rewrite(graph, on_cpu)
-    if on_cpu:
-        watch_signals(graph)
     with (
         config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
         tracing(TracingContext(mode)),
@@ -61,6 +58,9 @@ def lower(
         # Float32 products are computed in float32 unless the user asks for less.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
+        rewrite(graph, on_cpu)
+        if on_cpu:
+            watch_signals(graph)
         _keep_strides(graph)
         joint_graph_passes(graph)
         compiled = compile_fx_inner(

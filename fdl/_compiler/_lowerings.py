@@ -12,6 +12,7 @@ from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
+from fdl._compiler._leafwise import register_leafwise
 
 aten = torch.ops.aten
 
@@ -63,6 +64,7 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    register_leafwise()
     _declare_loop_outputs_once()
     loop = lowerings[WHILE]
 

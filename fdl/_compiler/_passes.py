@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fdl._compiler._graph import LOOP, nodes_of
+from fdl._compiler._families import merge_families
+from fdl._compiler._graph import LOOP, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._compiler._lowerings import has_onednn
 
@@ -47,13 +48,15 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
             if new is not None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
+    if on_cpu:
+        merge_families(module)
     module.recompile()
 
 
 def _add(call: Call, node: Node) -> Node | None:
     """Keep x + 0, which is 0 for x = −0, but which Inductor replaces by x."""
     x, y = (cast(Any, z) for z in node.args)
-    if not _value(node).is_floating_point() or node.kwargs:
+    if not value_of(node).is_floating_point() or node.kwargs:
         return None
     if _is_zero(x) and isinstance(y, Node):
         x, y = y, x
@@ -81,8 +84,8 @@ def _addmm(call: Call, node: Node) -> Node | None:
 
 
 def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Node | None:
-    (m, k), n = _value(a).shape, _value(b).shape[1]
-    dtype = _value(node).dtype
+    (m, k), n = value_of(a).shape, value_of(b).shape[1]
+    dtype = value_of(node).dtype
     # Sums of integers would be int64; torch's kernel accumulates 16-bit numbers in float32.
     if m * n * k <= TINY and dtype in (torch.float32, torch.float64):
         # [m, k, 1] · [1, k, n], summed over k
@@ -91,7 +94,7 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
         )
         new = call(aten.sum.dim_IntList, products, [1])
         return new if bias is None else call(aten.add.Tensor, new, bias)
-    fits = bias is None or _value(bias).shape == (n,)
+    fits = bias is None or value_of(bias).shape == (n,)
     if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
         transposed = call(aten.permute.default, b, [1, 0])
         return call(torch.ops.fdl.linear.default, a, transposed, bias)
@@ -100,7 +103,7 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
 
 def _scatter_add(call: Call, node: Node) -> Node | None:
     into, dim, index, source = cast(Any, node.args)
-    if not _is_zeros(into) or dim not in (-1, _value(into).ndim - 1):
+    if not _is_zeros(into) or dim not in (-1, value_of(into).ndim - 1):
         return None
     if _are_distinct(index):
         return call(aten.scatter.src, into, dim, index, source)
@@ -112,7 +115,7 @@ def _are_distinct(index: Node) -> bool:
 
     No two gradients go to the same pixel then, so a store can replace the atomic addition.
     """
-    positions = prod(_value(index).shape[-1:])
+    positions = prod(value_of(index).shape[-1:])
     while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
         index = cast(Node, index.args[0])
     if index.target is not prims._low_memory_max_pool_offsets_to_indices.default:
@@ -121,7 +124,7 @@ def _are_distinct(index: Node) -> bool:
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     disjoint = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
     # Indices count the pixels of one image: each row has to be the windows of one image.
-    return bool(disjoint and positions == prod(_value(index).shape[-len(kernel) :]))
+    return bool(disjoint and positions == prod(value_of(index).shape[-len(kernel) :]))
 
 
 def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) -> Node | None:
@@ -129,12 +132,12 @@ def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) ->
 
     A scatter is a call with a buffer to fill; a comparison fuses with its neighbours.
     """
-    shape, index_shape = _value(into).shape, _value(index).shape
-    if index_shape != (*shape[:-1], 1) or _value(source).shape != index_shape:
+    shape, index_shape = value_of(into).shape, value_of(index).shape
+    if index_shape != (*shape[:-1], 1) or value_of(source).shape != index_shape:
         return None
-    options = {"dtype": _value(index).dtype, "device": _value(index).device}
+    options = {"dtype": value_of(index).dtype, "device": value_of(index).device}
     columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **options)
-    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=options["device"])
+    zero = call(aten.full.default, [], 0, dtype=value_of(source).dtype, device=options["device"])
     return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
 
 
@@ -149,8 +152,8 @@ def _avg_pool_backward(call: Call, node: Node) -> Node | None:
     stride, padding = stride or kernel, padding or [0] * len(kernel)
     area: Any = 1
     for axis in range(-len(kernel), 0):
-        size, windows = _value(x).shape[axis], _value(grad).shape[axis]
-        options = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
+        size, windows = value_of(x).shape[axis], value_of(grad).shape[axis]
+        options = {"dtype": torch.int64, "device": value_of(grad).device, "requires_grad": False}
         # What is left of the padded axis from the start of each window on.
         left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
         sides = call(
@@ -176,10 +179,6 @@ def _is_zero(x: Any) -> bool:
     if isinstance(x, Node):
         x = x.args[1] if x.target is aten.full.default else 1
     return bool(x == 0 and copysign(1, x) == 1)
-
-
-def _value(node: Node) -> Tensor:
-    return cast(Tensor, node.meta["val"])
 
 
 def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
