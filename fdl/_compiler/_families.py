@@ -28,6 +28,7 @@ from fdl._compiler._leafwise import (
     leaf_source,
 )
 from fdl._compiler._order import memory, move_into_order, predecessors
+from fdl._compiler._products import PRODUCT
 
 aten = torch.ops.aten
 
@@ -49,6 +50,7 @@ CALLED = (  # by libraries, which read memory
     aten.bmm.default,
     aten.convolution.default,
     torch.ops.fdl.linear.default,
+    PRODUCT,
     LOOP,
 )
 

@@ -18,6 +18,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from fdl._compiler._kernels import call_kernel, place, realized
+
 aten = torch.ops.aten
 
 LENGTH = 1031  # an example; the kernel is for any
@@ -207,19 +209,30 @@ def can_lower(target: Any) -> bool:
     )
 
 
-WALK = """
-{body}
-extern "C" void {name}({parameters})
+# g++ takes half a minute to optimise a function that fills a table of a few thousand addresses.
+KERNEL = """
+{source}
+typedef void* Row[{columns}];
+static __attribute__((noinline)) void walk_leaves(const Row* table)
 {{
-    void* const table[][{columns}] = {{
-        {rows}
-    }};
     static const int64_t sizes[] = {{{sizes}}};
     {walk}
 }}
+#if defined(__clang__)
+#define AS_WRITTEN __attribute__((optnone))
+#else
+#define AS_WRITTEN __attribute__((optimize("O0")))
+#endif
+extern "C" AS_WRITTEN void KERNEL_NAME(PARAMETERS)
+{{
+    const Row table[] = {{
+        {rows}
+    }};
+    walk_leaves(table);
+}}
 """
 
-WHOLE_LEAVES = """for (int64_t i = 0; i < {leaves}; ++i) leaf(table[i], 0, sizes[i]);"""
+WHOLE_LEAVES = "for (int64_t i = 0; i < {leaves}; ++i) leaf(table[i], 0, sizes[i]);"
 
 IN_PARTS = """auto walk = [&](int64_t begin, int64_t end) {{
         for (int64_t i = 0; i < {leaves} && end > 0; ++i) {{
@@ -238,8 +251,7 @@ THREADS = """if (omp_get_max_threads() > 1 && !omp_in_parallel()) {{
         #pragma omp parallel
         {{
             const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-            walk({total} / threads * thread,
-                 thread + 1 == threads ? {total} : {total} / threads * (thread + 1));
+            walk({total} * thread / threads, {total} * (thread + 1) / threads);
         }}
     }} else walk(0, {total});"""
 
@@ -247,29 +259,10 @@ THREADS = """if (omp_get_max_threads() > 1 && !omp_in_parallel()) {{
 @cache
 def register_leafwise() -> None:
     """Register the lowering of `fdl::leafwise_` with Inductor."""
-    from torch._inductor import metrics
     from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-    from torch._inductor.ir import (
-        BaseView,
-        ExternKernel,
-        MutationOutput,
-        NoneLayout,
-        ReinterpretView,
-        TensorBox,
-    )
+    from torch._inductor.ir import ExternKernel, MutationOutput, NoneLayout, TensorBox
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V
-
-    def place(x: Any) -> tuple[Any, int]:
-        """Return the buffer that holds a contiguous tensor, and where it starts."""
-        x = ExternKernel.require_contiguous(x)
-        view = ExternKernel.unwrap_storage_for_input(ExternKernel.realize_input(x))
-        if not isinstance(view, ReinterpretView):
-            return view, 0
-        buffer = ExternKernel.unwrap_storage_for_input(view.data)
-        if buffer.get_dtype() != view.get_dtype():
-            raise NotImplementedError("leafwise: a view of another dtype")
-        return buffer, int(view.layout.offset - buffer.get_layout().offset)
 
     class Leafwise(ExternKernel):
         """The call of the kernel."""
@@ -283,17 +276,18 @@ def register_leafwise() -> None:
             writes: Sequence[TensorBox],
         ) -> None:
             self.source, self.in_parts, self.sizes = source, in_parts, sizes
-            places = {id(x): place(x) for x in [*reads, *writes]}
-            self.buffers = {buffer.get_name(): buffer for buffer, _ in places.values()}
+            own = {id(x): ExternKernel.require_contiguous(realized(x)) for x in [*reads, *writes]}
+            self.reads = [place(own[id(x)]) for x in reads]
+            self.writes = [place(own[id(x)]) for x in writes]
+            places = [*self.reads, *self.writes]
+            self.buffers = {buffer.get_name(): buffer for buffer, _, _ in places}
             device = torch.device("cpu")
             super().__init__(None, NoneLayout(device=device), list(self.buffers.values()))
-            self.reads = [(b.get_name(), at) for b, at in (places[id(x)] for x in reads)]
-            self.writes = [(b.get_name(), at) for b, at in (places[id(x)] for x in writes)]
             self.name = V.graph.register_buffer(self)
             V.graph.register_operation(self)
             self.mutation_outputs = [
-                MutationOutput(NoneLayout(device=device), self.buffers[name], self)
-                for name, _ in self.writes
+                MutationOutput(NoneLayout(device=device), buffer, self)
+                for buffer, _, _ in self.writes
             ]
 
         def get_outputs(self) -> list[Any]:
@@ -306,52 +300,27 @@ def register_leafwise() -> None:
             return True
 
         def codegen(self, wrapper: Any) -> None:
-            names = list(self.buffers)
-            types = [f"{DTYPE_TO_CPP[self.buffers[name].get_dtype()]}*" for name in names]
-            parameters = [f"{kind} a{i}" for i, kind in enumerate(types)]
-            body = self._text(names)
-            key = (body, tuple(types))
-            if key not in wrapper.src_to_kernel:
-                name = f"cpp_leafwise_{wrapper.next_kernel_suffix()}"
-                wrapper.src_to_kernel[key] = name
-                symbol = name if V.graph.cpp_wrapper else "kernel"
-                text = body.replace("KERNEL_NAME", symbol).replace(
-                    "PARAMETERS", ", ".join(parameters)
-                )
-                if not V.graph.cpp_wrapper:
-                    text = f"async_compile.cpp_pybinding({types!r}, r'''{text}''')"
-                definition = f'extern "C" void {symbol}({", ".join(parameters)});\n'
-                wrapper.define_kernel(name, text, gpu=False, cpp_definition=definition)
-                metrics.generated_kernel_count += 1
-            wrapper.generate_kernel_call(
-                wrapper.src_to_kernel[key], names, triton=False, arg_types=types
+            types = [f"{DTYPE_TO_CPP[buffer.get_dtype()]}*" for buffer in self.buffers.values()]
+            names = [buffer.codegen_reference() for buffer in self.buffers.values()]
+            call_kernel(wrapper, "leafwise", self._source(), types, names)
+
+        def _source(self) -> str:
+            leaves, total = len(self.sizes), sum(self.sizes)
+            variables = {name: f"a{i}" for i, name in enumerate(self.buffers)}
+            reads, writes = (
+                [f"{variables[buffer.get_name()]} + {start}" for buffer, start, _ in places]
+                for places in (self.reads, self.writes)
             )
-
-        def _text(self, names: list[str]) -> str:
-            index = {name: f"a{i}" for i, name in enumerate(names)}
-            leaves = len(self.sizes)
-
-            def row(i: int) -> list[str]:
-                columns = [
-                    place
-                    for places in (self.reads, self.writes)
-                    for place in places[
-                        i * (len(places) // leaves) : (i + 1) * (len(places) // leaves)
-                    ]
-                ]
-                return [f"{index[name]} + {at}" if at else index[name] for name, at in columns]
-
-            rows = [f"{{{', '.join(row(i))}}}" for i in range(leaves)]
-            columns = (len(self.reads) + len(self.writes)) // leaves
-            total = sum(self.sizes)
-            run = THREADS if total * columns >= WORTH_THREADS else ONE_THREAD
+            n, m = len(reads) // leaves, len(writes) // leaves
+            rows = [
+                [*reads[n * i : n * (i + 1)], *writes[m * i : m * (i + 1)]] for i in range(leaves)
+            ]
+            run = THREADS if total * (n + m) >= WORTH_THREADS else ONE_THREAD
             walk = IN_PARTS if self.in_parts else WHOLE_LEAVES
-            return WALK.format(
-                body=self.source,
-                name="KERNEL_NAME",
-                parameters="PARAMETERS",
-                columns=columns,
-                rows=",\n        ".join(rows),
+            return KERNEL.format(
+                source=self.source,
+                columns=n + m,
+                rows=",\n        ".join(f"{{{', '.join(row)}}}" for row in rows),
                 sizes=", ".join(map(str, self.sizes)),
                 walk=walk.format(leaves=leaves, run=run.format(total=total)),
             )

@@ -13,6 +13,7 @@ from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
+from fdl._compiler._products import register_product
 
 aten = torch.ops.aten
 
@@ -65,6 +66,7 @@ def register() -> None:
         return TensorBox.create(call)
 
     register_leafwise()
+    register_product()
     _declare_loop_outputs_once()
     loop = lowerings[WHILE]
 

@@ -24,6 +24,7 @@ from fdl._compiler._families import merge_families
 from fdl._compiler._graph import LOOP, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._compiler._lowerings import has_onednn
+from fdl._compiler._products import PRODUCT, is_small
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -95,6 +96,8 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
         new = call(aten.sum.dim_IntList, products, [1])
         return new if bias is None else call(aten.add.Tensor, new, bias)
     fits = bias is None or value_of(bias).shape == (n,)
+    if fits and is_small(value_of(a), value_of(b)):
+        return call(PRODUCT, a, b, bias)
     if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
         transposed = call(aten.permute.default, b, [1, 0])
         return call(torch.ops.fdl.linear.default, a, transposed, bias)
