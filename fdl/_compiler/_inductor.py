@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -119,8 +121,12 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw
         # takes ten times longer to compile, and the program is not faster.
         "realize_opcount_threshold": 8,
-        # Without this, programs with a loop are not cached on disk.
-        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
+        # Without this, programs with a loop are not cached on disk. Programs that other sources
+        # of fdl have lowered are not loaded from there.
+        "unsafe_marked_cacheable_functions": {
+            "torch.ops.higher_order.scan": torch.__version__,
+            "fdl": _sources(),
+        },
     }
     if on_cpu:
         if config.cpp.vec_isa_ok is None:
@@ -135,6 +141,13 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # Compile kernels and wrapper as two files, the latter unoptimised: half the time.
         options["cpp_wrapper_build_separate"] = True
     return options
+
+
+@cache
+def _sources() -> str:
+    """Return a hash of the sources of this package."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def kernels_written() -> int:

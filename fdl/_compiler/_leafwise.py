@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -23,7 +24,7 @@ from fdl._compiler._kernels import call_kernel, place, realized
 aten = torch.ops.aten
 
 LENGTH = 1031  # an example; the kernel is for any
-WORTH_THREADS = 1 << 18  # numbers read and written, below which one thread is as fast
+WORTH_THREADS = 1 << 19  # numbers read and written, below which one thread is about as fast
 
 torch.library.define(
     "fdl::leafwise_",
@@ -277,6 +278,7 @@ def register_leafwise() -> None:
         ) -> None:
             self.source, self.in_parts, self.sizes = source, in_parts, sizes
             own = {id(x): ExternKernel.require_contiguous(realized(x)) for x in [*reads, *writes]}
+            self.traffic = sum(prod(map(int, x.get_size())) for x in [*reads, *writes])
             self.reads = [place(own[id(x)]) for x in reads]
             self.writes = [place(own[id(x)]) for x in writes]
             places = [*self.reads, *self.writes]
@@ -315,7 +317,7 @@ def register_leafwise() -> None:
             rows = [
                 [*reads[n * i : n * (i + 1)], *writes[m * i : m * (i + 1)]] for i in range(leaves)
             ]
-            run = THREADS if total * (n + m) >= WORTH_THREADS else ONE_THREAD
+            run = THREADS if self.traffic >= WORTH_THREADS else ONE_THREAD
             walk = IN_PARTS if self.in_parts else WHOLE_LEAVES
             return KERNEL.format(
                 source=self.source,

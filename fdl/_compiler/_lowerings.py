@@ -14,6 +14,7 @@ from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._products import register_product
+from fdl._compiler._threads import start_fewer_threads
 
 aten = torch.ops.aten
 
@@ -65,6 +66,7 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    start_fewer_threads()
     register_leafwise()
     register_product()
     _declare_loop_outputs_once()
