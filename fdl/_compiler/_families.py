@@ -18,11 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._graph import LOOP, value_of
 from fdl._compiler._leafwise import (
+    LEAFWISE,
     Body,
     Call,
     Filled,
     Number,
-    LEAFWISE,
     Operand,
     can_lower,
     leaf_source,
@@ -30,7 +30,7 @@ from fdl._compiler._leafwise import (
 from fdl._compiler._order import memory, move_into_order, predecessors
 from fdl._compiler._products import PRODUCT
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 FEWEST = 4  # leaves of a family
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool)
@@ -52,6 +52,17 @@ CALLED = (  # by libraries, which read memory
     torch.ops.fdl.linear.default,
     PRODUCT,
     LOOP,
+)
+
+
+FUSED = (
+    aten.expand.default,
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.embedding.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    prims.iota.default,
 )
 
 
@@ -100,7 +111,8 @@ def _share_scalars(graph: Graph) -> None:
     known: dict[Any, Node] = {}
     for node in graph.nodes:
         # A result has memory of its own, so it is not shared.
-        if not (can_lower(node.target) and _is_number(node) and _is_only_computed_with(node)):
+        once = can_lower(node.target) or _is_full_sum(node)
+        if not (once and _is_number(node) and _is_only_computed_with(node)):
             continue
         key = (node.target, *map(_literal, (*node.args, *sorted(node.kwargs.items()))))
         first = known.setdefault(key, node)
@@ -206,16 +218,21 @@ def _readers(node: Node) -> Iterator[Node]:
 
 
 def _is_kept(nodes: list[Node]) -> bool:
-    """Check that the results have to be in memory anyway.
+    """Check that inputs and results have to be in memory anyway.
 
-    Otherwise Inductor would rather fuse the operations with those that read their results.
+    Otherwise Inductor would rather fuse the operations with those that compute or read them.
     """
     inside = set(nodes)
-    return all(
-        not outside or value_of(node).ndim == 0 or any(map(_reads_memory, outside))
-        for node in nodes
-        if (outside := set(_readers(node)) - inside) is not None
+    inputs = {memory(z) for node in nodes for z in node.all_input_nodes if value_of(z).ndim}
+    outputs = [set(_readers(node)) - inside for node in nodes if value_of(node).ndim]
+    return all(z in inside or not _is_fused(z) for z in inputs) and all(
+        not readers or any(map(_reads_memory, readers)) for readers in outputs
     )
+
+
+def _is_fused(node: Node) -> bool:
+    """Check for an operation that Inductor computes where its result is read."""
+    return can_lower(node.target) or node.target in FUSED
 
 
 def _reads_memory(node: Node) -> bool:
@@ -246,7 +263,9 @@ def _member(nodes: list[Node]) -> _Member | None:
 
     calls = []
     for node in nodes:
-        target, args = (aten.sum.default, node.args[:1]) if node.target in SUMS else (node.target, node.args)
+        target, args = (
+            (aten.sum.default, node.args[:1]) if node.target in SUMS else (node.target, node.args)
+        )
         if not all(map(_is_simple, (*args, *node.kwargs.values()))):
             return None
         options = tuple((name, operand(z)) for name, z in sorted(node.kwargs.items()))
@@ -320,9 +339,10 @@ def _merge(graph: Graph, group: list[_Member], source: str) -> None:
                 needed_by_call += readers
     sizes = [member.size for member in group]
     in_parts = all(value_of(out).ndim for out in group[0].outputs)
-    call.args = (source, in_parts, sizes, reads, list(targets.values()))
+    call.args = (source, in_parts, sizes, reads)
+    call.kwargs = {"writes": list(targets.values())}
     for node in inside:
-        needed_by_call += before.pop(node)
+        needed_by_call += before[node]
     for out, target in targets.items():
         shaped = target
         if value_of(target).shape != value_of(out).shape:
@@ -335,21 +355,20 @@ def _merge(graph: Graph, group: list[_Member], source: str) -> None:
             user.replace_input_with(out, shaped)
     for copy in copies:
         graph.erase_node(copy)
+    before[call] = [z for z in needed_by_call if z not in inside | after] + list(targets.values())
+    for node in graph.nodes:
+        replaced = copies if node in inside else inside | copies
+        before[node] = [call if z in replaced else z for z in before[node]]
+    move_into_order(graph, before)
     graph.eliminate_dead_code()
-    moved = inside | copies
-    before[call] = [z for z in needed_by_call if z not in moved] + list(targets.values())
-    left = set(graph.nodes)
-    order = {
-        node: [call if z in moved else z for z in before[node] if z in moved or z in left]
-        for node in graph.nodes
-    }
-    move_into_order(graph, order)
 
 
 def _empty(graph: Graph, value: Tensor) -> Node:
-    options = {"dtype": value.dtype, "device": value.device}
-    node = graph.call_function(aten.empty.memory_format, (list(value.shape),), options)
-    node.meta["val"] = value
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+    size = value.shape or (1,)  # Inductor fills an empty tensor without axes
+    node = graph.call_function(aten.empty.memory_format, (list(size),), options)
+    with cast(Any, value).fake_mode:
+        node.meta["val"] = torch.empty(size, **options)
     return node
 
 

@@ -15,17 +15,19 @@ def realized(x: Any) -> Any:
     return x if buffer.get_dtype() == x.get_dtype() else ExternKernel.copy_input(x)
 
 
-def place(x: Any) -> tuple[Any, int, list[int]]:
-    """Return the buffer that an argument of a kernel is in, where it starts, and its strides."""
+def place(x: Any) -> tuple[Any, Any, Sequence[Any]]:
+    """Return the buffer that an argument of a kernel is in, where it starts, and its strides.
+
+    In a loop, the start of a row is an expression.
+    """
     from torch._inductor.ir import ReinterpretView, StorageBox, TensorBox
 
     while isinstance(x, TensorBox | StorageBox):
         x = x.data
-    strides = [int(stride) for stride in x.get_stride()]
     if not isinstance(x, ReinterpretView):
-        return x, 0, strides
+        return x, 0, x.get_stride()
     buffer, _, _ = place(x.data)
-    return buffer, int(x.get_layout().offset), strides  # from the start of the memory
+    return buffer, x.get_layout().offset, x.get_stride()  # counted from the start of the memory
 
 
 def call_kernel(

@@ -6,19 +6,19 @@ a row for each leaf: the memory that it reads and writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from fdl._compiler._graph import results_of, value_of
 from fdl._compiler._kernels import call_kernel, place, realized
 
 aten = torch.ops.aten
@@ -28,16 +28,12 @@ WORTH_THREADS = 1 << 19  # numbers read and written, below which one thread is a
 
 torch.library.define(
     "fdl::leafwise_",
-    "(str source, bool in_parts, int[] sizes, Tensor[] reads, Tensor(a!)[] writes) -> ()",
+    # In the bodies of loops torch refuses lists of written tensors among positional arguments.
+    "(str source, bool in_parts, int[] sizes, Tensor[] reads, *, Tensor(a!)[] writes) -> ()",
 )
 
 
-@torch.library.register_fake("fdl::leafwise_")
-def _(
-    source: str, in_parts: bool, sizes: list[int], reads: list[Tensor], writes: list[Tensor]
-) -> None:
-    pass
-
+torch.library.register_fake("fdl::leafwise_", lambda *args, writes: None)
 
 LEAFWISE = torch.ops.fdl.leafwise_.default
 
@@ -46,7 +42,7 @@ class Operand(NamedTuple):
     """An argument of a call: an input, a scalar, or the result of an earlier call."""
 
     kind: Literal["input", "scalar", "call"]
-    index: int
+    position: int
 
 
 class Number(NamedTuple):
@@ -88,8 +84,8 @@ class Body(NamedTuple):
         needed: list[set[int]] = []
         for _, args, _ in self.calls[: call + 1]:
             operands = [z for z in args if isinstance(z, Operand)]
-            own = {z.index for z in operands if z.kind == "input"}
-            needed.append(own.union(*(needed[z.index] for z in operands if z.kind == "call")))
+            own = {z.position for z in operands if z.kind == "input"}
+            needed.append(own.union(*(needed[z.position] for z in operands if z.kind == "call")))
         return needed[call]
 
 
@@ -100,7 +96,7 @@ def leaf_source(body: Body) -> str | None:
     `leaf(row, at, n)` computes the numbers from `at` on, n of them; `row` has the addresses of the
     inputs, the scalars and the outputs.
     """
-    from torch._inductor import config
+    from torch._inductor import config, metrics
     from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -110,6 +106,7 @@ def leaf_source(body: Body) -> str | None:
     mode = FakeTensorMode(shape_env=symbols)
     module, arguments = _as_graph(body, symbols, mode)
     calls: list[list[str]] = []
+    kernels = metrics.generated_kernel_count
     with (
         V.set_debug_handler(DebugContext()),
         config.patch({"cpp_wrapper": False, "cpp.threads": 1, "inplace_buffers": False}),
@@ -127,13 +124,14 @@ def leaf_source(body: Body) -> str | None:
             wrapper.generate_kernel_call = lambda _, names, **__: calls.append(names)
             lowering.scheduler.codegen()
             results = lowering.get_output_names()
+    metrics.generated_kernel_count = kernels  # this one is written where it is called
     if len(calls) != 1 or len(set(results)) < len(results):
         return None
     (source,) = wrapper.src_to_kernel
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"][1:]
     columns = [*names, *results]
     dtypes = [*body.inputs, *body.scalars]
-    outputs = [module.graph.output_node().args[0][i].meta["val"] for i in range(len(results))]
+    outputs = [value_of(node) for node in results_of(module.graph)]
     types = [f"const {DTYPE_TO_CPP[d]}*" for d in dtypes]
     types += [f"{DTYPE_TO_CPP[out.dtype]}*" for out in outputs]
     moves = [True] * len(body.inputs) + [False] * len(body.scalars) + [out.ndim for out in outputs]
@@ -146,16 +144,15 @@ def leaf_source(body: Body) -> str | None:
 
     if not set(columns) >= {str(name) for name in calls[0]} - {str(arguments[0])}:
         return None  # it needs memory of its own
-    kernel = source.replace("Placeholder.KERNEL_NAME", "loop").replace('extern "C"', "static")
+    kernel = source[source.index('extern "C"') :].replace('extern "C"', "static")
+    kernel = kernel.replace("Placeholder.KERNEL_NAME", "loop")
     return (
         f"{kernel}\nstatic void leaf(void* const* row, int64_t at, int64_t n)\n"
         f"{{\n    loop({', '.join(argument(str(name)) for name in calls[0])});\n}}\n"
     )
 
 
-def _as_graph(
-    body: Body, symbols: ShapeEnv, mode: FakeTensorMode
-) -> tuple[GraphModule, list[Any]]:
+def _as_graph(body: Body, symbols: ShapeEnv, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
     """Write a body as a graph `(n, *inputs, *scalars) -> outputs`; also return its arguments."""
     source = ConstantSource("n")
     symbol = symbols.create_symbol(LENGTH, source, DimDynamic.DYNAMIC, constraint_dim=None)
@@ -181,7 +178,7 @@ def _as_graph(
 
     def operand(z: Any) -> Any:
         if isinstance(z, Operand):
-            return kinds[z.kind][z.index]
+            return kinds[z.kind][z.position]
         if isinstance(z, Filled):
             size = [length] if z.has_axis else []
             return call(aten.full.default, size, z.number.value(), dtype=z.dtype, device="cpu")
@@ -212,6 +209,8 @@ def can_lower(target: Any) -> bool:
 
 # g++ takes half a minute to optimise a function that fills a table of a few thousand addresses.
 KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+namespace KERNEL_NAME_parts {{
 {source}
 typedef void* Row[{columns}];
 static __attribute__((noinline)) void walk_leaves(const Row* table)
@@ -219,13 +218,16 @@ static __attribute__((noinline)) void walk_leaves(const Row* table)
     static const int64_t sizes[] = {{{sizes}}};
     {walk}
 }}
+}}
+extern "C"
 #if defined(__clang__)
-#define AS_WRITTEN __attribute__((optnone))
+__attribute__((optnone))
 #else
-#define AS_WRITTEN __attribute__((optimize("O0")))
+__attribute__((optimize("O0")))
 #endif
-extern "C" AS_WRITTEN void KERNEL_NAME(PARAMETERS)
+void KERNEL_NAME(PARAMETERS)
 {{
+    using namespace KERNEL_NAME_parts;
     const Row table[] = {{
         {rows}
     }};
@@ -265,6 +267,11 @@ def register_leafwise() -> None:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V
 
+    def in_memory(x: TensorBox) -> Any:
+        x = realized(ExternKernel.require_contiguous(x))
+        _, start, _ = place(x)
+        return x if not getattr(start, "free_symbols", ()) else ExternKernel.copy_input(x)
+
     class Leafwise(ExternKernel):
         """The call of the kernel."""
 
@@ -277,7 +284,7 @@ def register_leafwise() -> None:
             writes: Sequence[TensorBox],
         ) -> None:
             self.source, self.in_parts, self.sizes = source, in_parts, sizes
-            own = {id(x): ExternKernel.require_contiguous(realized(x)) for x in [*reads, *writes]}
+            own = {id(x): in_memory(x) for x in [*reads, *writes]}
             self.traffic = sum(prod(map(int, x.get_size())) for x in [*reads, *writes])
             self.reads = [place(own[id(x)]) for x in reads]
             self.writes = [place(own[id(x)]) for x in writes]
@@ -333,6 +340,7 @@ def register_leafwise() -> None:
         in_parts: bool,
         sizes: Sequence[int],
         reads: Sequence[TensorBox],
+        *,
         writes: Sequence[TensorBox],
     ) -> None:
         Leafwise(source, in_parts, sizes, reads, writes)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fdl._compiler._graph import is_mutable
@@ -26,10 +27,13 @@ def written(node: Node) -> list[Node]:
     """List the tensors that a node writes to."""
     if node.op != "call_function" or not is_mutable(node):
         return []
-    names = [arg.name for arg in node.target._schema.arguments if arg.is_write]  # type: ignore[union-attr]
-    positions = [i for i, arg in enumerate(node.target._schema.arguments) if arg.name in names]  # type: ignore[union-attr]
-    values = [node.args[i] for i in positions]
-    return [z for value in values for z in (value if isinstance(value, list | tuple) else [value])]  # type: ignore[misc]
+    schema = cast(OpOverload, node.target)._schema
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if argument.is_write
+    ]
+    return [z for value in values for z in (value if isinstance(value, list) else [value])]  # type: ignore[misc]
 
 
 def predecessors(graph: Graph) -> dict[Node, list[Node]]:

@@ -17,7 +17,6 @@ from math import copysign, prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fdl._compiler._families import merge_families

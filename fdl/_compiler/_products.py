@@ -21,10 +21,9 @@ LONGEST = 1024  # terms of a sum
 torch.library.define("fdl::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
 
-@torch.library.register_fake("fdl::product")
-def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
-
+torch.library.register_fake(
+    "fdl::product", lambda a, b, bias: a.new_empty(*a.shape[:-1], b.shape[-1])
+)
 
 PRODUCT = torch.ops.fdl.product.default
 
@@ -38,7 +37,7 @@ def is_small(a: Tensor, b: Tensor) -> bool:
 TYPES = ["const float*"] * 3 + ["float*"] + ["const int64_t"] * 13
 SOURCE = """
 #include <torch/csrc/inductor/cpp_prefix.h>
-namespace {
+namespace KERNEL_NAME_parts {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t width = Vec::size();
 constexpr int most_rows = width >= 16 ? 8 : 4;
@@ -88,7 +87,6 @@ void panel(const float* a, int64_t a_row, int64_t a_column, const float* b, int6
         block<1, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                     columns, terms);
 }
-}
 
 // Few rows times a matrix whose columns are contiguous: sums of products, without a copy.
 static void by_columns(const float* a, int64_t a_row, const float* b, int64_t b_column,
@@ -101,7 +99,8 @@ static void by_columns(const float* a, int64_t a_row, const float* b, int64_t b_
             int64_t p = 0;
             for (; p + width <= k; p += width)
                 sum = at::vec::fmadd(Vec::loadu(x + p), Vec::loadu(y + p), sum);
-            if (p < k) sum = at::vec::fmadd(Vec::loadu(x + p, k - p), Vec::loadu(y + p, k - p), sum);
+            const int64_t left = k - p;
+            if (left) sum = at::vec::fmadd(Vec::loadu(x + p, left), Vec::loadu(y + p, left), sum);
             const float total = at::vec::vec_reduce_all<float>(
                 [](Vec& p, Vec& q) { return p + q; }, sum);
             c[i * n + j] = bias ? total + bias[j] : total;
@@ -139,8 +138,11 @@ static void by_rows(const float* a, int64_t a_row, int64_t a_column, const float
     }
 }
 
+}  // namespace
+
 extern "C" void KERNEL_NAME(PARAMETERS)
 {
+    using namespace KERNEL_NAME_parts;
     const float *a = a0 + a4, *b = a1 + a5, *bias = a6 < 0 ? nullptr : a2 + a6;
     float* c = a3;
     const int64_t batch = a7, m = a8, k = a9, n = a10, a_batch = a11, a_row = a12, a_column = a13;
@@ -185,7 +187,7 @@ def register_product() -> None:
             (m, n), k = self.get_size()[-2:], cast(Any, self.inputs[0]).get_size()[-1]
             batch = prod(self.get_size()[:-2])
             strides = [number for _, _, s in places[:2] for number in [0, *s][-3:]]
-            numbers = [*starts, *map(int, (batch, m, k, n)), *strides]
+            numbers = map(wrapper.codegen_sizevar, [*starts, batch, m, k, n, *strides])
             call_kernel(wrapper, "product", SOURCE, TYPES, [*names, self.get_name(), *numbers])
 
     @register_lowering(PRODUCT, type_promotion_kind=None)
