@@ -12,7 +12,6 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -154,6 +153,8 @@ def leaf_source(body: Body) -> str | None:
 
 def _as_graph(body: Body, symbols: ShapeEnv, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
     """Write a body as a graph `(n, *inputs, *scalars) -> outputs`; also return its arguments."""
+    from torch._dynamo.source import ConstantSource
+
     source = ConstantSource("n")
     symbol = symbols.create_symbol(LENGTH, source, DimDynamic.DYNAMIC, constraint_dim=None)
     n = symbols.create_symintnode(symbol, hint=LENGTH, source=source)
