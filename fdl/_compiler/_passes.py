@@ -103,6 +103,11 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
     return None
 
 
+def _bmm(call: Call, node: Node) -> Node | None:
+    a, b = cast(Any, node.args)
+    return call(PRODUCT, a, b, None) if is_small(value_of(a), value_of(b)) else None
+
+
 def _scatter_add(call: Call, node: Node) -> Node | None:
     into, dim, index, source = cast(Any, node.args)
     if not _is_zeros(into) or dim not in (-1, value_of(into).ndim - 1):
@@ -202,6 +207,7 @@ RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
     aten.permute.default: _permute,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
     aten.scatter_add.default: _scatter_add,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,

@@ -122,7 +122,7 @@ ALIASING: dict[str, Callable[..., Any]] = {
     "the other's memory": lambda a, b: (of(torch.exp)(b), of(torch.sin)(a)),
     "both need both": lambda a, b: (of(lambda x, y: x - y)(a, b), of(lambda x, y: x * y)(a, b)),
     "neighbours": lambda a, b: (
-        dict(zip(a, of(torch.exp)(dict(zip(a, [*list(a.values())[1:], a["0"]]))).values())),
+        {key: a[str((int(key) + 1) % len(a))].exp() for key in a},
         b,
     ),
     "read afterwards": lambda a, b: (of(lambda x, y: x + y)(a, b), of(lambda x: x.cumsum(0))(a)),
