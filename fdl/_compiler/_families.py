@@ -9,7 +9,7 @@ table of the leaves.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +27,7 @@ from fdl._compiler._leafwise import (
     can_lower,
     leaf_source,
 )
-from fdl._compiler._order import memory, move_into_order, predecessors
+from fdl._compiler._order import memory, move_into_order, predecessors, written
 from fdl._compiler._products import PRODUCT
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -55,6 +55,13 @@ CALLED = (  # by libraries, which read memory
 )
 
 
+CHEAP = (
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.neg.default,
+    prims.convert_element_type.default,
+)
 FUSED = (
     aten.expand.default,
     aten.cat.default,
@@ -124,6 +131,12 @@ def _share_scalars(graph: Graph) -> None:
 def _is_number(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _is_kept_number(node: Node) -> bool:
+    """Check for a number that no family has overwritten."""
+    writers = [user for user in memory(node).users if user.target is LEAFWISE]
+    return _is_number(node) and not any(memory(node) in written(user) for user in writers)
 
 
 def _is_only_computed_with(node: Node) -> bool:
@@ -243,33 +256,51 @@ def _reads_memory(node: Node) -> bool:
 
 def _member(nodes: list[Node]) -> _Member | None:
     """Describe the computation for one leaf; the body says nothing of names and shapes."""
-    index = {node: i for i, node in enumerate(nodes)}
+    inside = set(nodes)
     inputs: dict[Node, int] = {}
     scalars: dict[Node, int] = {}
+    calls: list[Call] = []
+    position: dict[Node, int] = {}  # of the call of a node
 
     def operand(z: Any) -> Any:
         if not isinstance(z, Node):
             return _literal(z)
         base = _base(z)
-        if base in index:
-            return Operand("call", index[base])
+        if base in inside:
+            return Operand("call", position[base])
         if z.target in (aten.full.default, aten.scalar_tensor.default):
             number = cast(Any, z.args[0] if z.target is aten.scalar_tensor.default else z.args[1])
             if isinstance(number, bool | int | float):
-                return Filled(operand(number), value_of(z).dtype, value_of(z).ndim > 0)
-        if value_of(z).ndim == 0:
-            return Operand("scalar", scalars.setdefault(z, len(scalars)))
-        return Operand("input", inputs.setdefault(base, len(inputs)))
+                return Filled(_literal(number), value_of(z).dtype, value_of(z).ndim > 0)
+        if value_of(z).ndim:
+            return Operand("input", inputs.setdefault(base, len(inputs)))
+        if z.target in CHEAP and z not in position and all(map(_is_kept_number, z.all_input_nodes)):
+            add_call(z, scalar)  # it takes no time to compute it anew, and a kernel to keep it
+        return Operand("call", position[z]) if z in position else scalar(z)
 
-    calls = []
-    for node in nodes:
-        target, args = (
-            (aten.sum.default, node.args[:1]) if node.target in SUMS else (node.target, node.args)
-        )
-        if not all(map(_is_simple, (*args, *node.kwargs.values()))):
-            return None
+    def scalar(z: Any) -> Any:
+        if not isinstance(z, Node):
+            return _literal(z)
+        return Operand("scalar", scalars.setdefault(z, len(scalars)))
+
+    def add_call(node: Node, operand: Callable[[Any], Any]) -> None:
+        target, args = node.target, node.args
+        if target in SUMS:
+            target, args = aten.sum.default, args[:1]  # over all axes, whatever their number
         options = tuple((name, operand(z)) for name, z in sorted(node.kwargs.items()))
-        calls.append(Call(target, tuple(map(operand, args)), options))
+        call = Call(target, tuple(map(operand, args)), options)
+        position[node] = len(calls)
+        calls.append(call)
+
+    for node in nodes:
+        if not all(
+            map(
+                _is_simple,
+                (*node.args[: 1 if node.target in SUMS else None], *node.kwargs.values()),
+            )
+        ):
+            return None
+        add_call(node, operand)
     outputs = [node for node in nodes if set(_readers(node)) - set(nodes)]
     if not (inputs and outputs):
         return None
@@ -277,7 +308,7 @@ def _member(nodes: list[Node]) -> _Member | None:
         tuple(value_of(z).dtype for z in inputs),
         tuple(value_of(z).dtype for z in scalars),
         tuple(calls),
-        tuple(index[node] for node in outputs),
+        tuple(position[node] for node in outputs),
     )
     size = value_of(next(iter(inputs))).numel()
     return _Member(nodes, body, size, list(inputs), list(scalars), outputs)
@@ -353,6 +384,7 @@ def _merge(graph: Graph, group: list[_Member], source: str) -> None:
         before.setdefault(target, [])
         for user in [user for user in out.users if user not in inside]:
             user.replace_input_with(out, shaped)
+            before[user].append(shaped)
     for copy in copies:
         graph.erase_node(copy)
     before[call] = [z for z in needed_by_call if z not in inside | after] + list(targets.values())

@@ -294,11 +294,12 @@ def register_leafwise() -> None:
             device = torch.device("cpu")
             super().__init__(None, NoneLayout(device=device), list(self.buffers.values()))
             self.name = V.graph.register_buffer(self)
-            V.graph.register_operation(self)
+            # What reads the old values, and is computed only where it is used, is computed now.
             self.mutation_outputs = [
                 MutationOutput(NoneLayout(device=device), buffer, self)
                 for buffer, _, _ in self.writes
             ]
+            V.graph.register_operation(self)
 
         def get_outputs(self) -> list[Any]:
             return [self, *self.mutation_outputs]

@@ -49,7 +49,7 @@ COMPUTATIONS: dict[str, Callable[..., Any]] = {
     "functions": lambda a, b: (torch.tanh(a) + b.exp()) / (a.abs().sqrt() + 1e-3),
     "masks": lambda a, b: torch.where(a > b, a, -0.0 * b),
     "negative zero": lambda a, b: a * 0 + (-0.0),
-    "cast": lambda a, b: (a.to(torch.bfloat16), b.double(), a > 0),
+    "cast": lambda a, b: (a.double(), b.float() * 2, a > 0),
     "two results": lambda a, b: (a + b, (a + b) * a),
     "norms": lambda a, b: ((a.double() ** 2).sum(), b.sum()),
     "reshaped": lambda a, b: (a.reshape(-1) * 2 + b.flatten()).reshape(a.shape),

@@ -115,9 +115,12 @@ def small_and_large() -> Iterator[tuple[str, Case]]:
     }  # fmt: skip
     assert SMALL < 110 * 100 * 100
     for name, (m, k, n) in sizes.items():
-        for strides, (a, b) in {
-            "": ((m, k), (k, n)), ", a transposed": ((k, m), (k, n)), ", b transposed": ((m, k), (n, k)),
-        }.items():  # fmt: skip
+        layouts = {
+            "": ((m, k), (k, n)),
+            ", a transposed": ((k, m), (k, n)),
+            ", b transposed": ((m, k), (n, k)),
+        }
+        for strides, (a, b) in layouts.items():
             x, y = some(*a, dtype=torch.float32), some(*b, dtype=torch.float32)
             x, y = (x.T if a != (m, k) else x), (y.T if b != (k, n) else y)
             yield f"{name}{strides}", (torch.mm, (x, y))
