@@ -127,6 +127,8 @@ def leaf_source(body: Body) -> str | None:
     if len(calls) != 1 or len(set(results)) < len(results):
         return None
     (source,) = wrapper.src_to_kernel
+    if source.count("for(int64_t x0=") != 1:
+        return None  # a second loop would read what the first one has overwritten
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"][1:]
     columns = [*names, *results]
     dtypes = [*body.inputs, *body.scalars]
@@ -236,7 +238,8 @@ void KERNEL_NAME(PARAMETERS)
 }}
 """
 
-WHOLE_LEAVES = "for (int64_t i = 0; i < {leaves}; ++i) leaf(table[i], 0, sizes[i]);"
+WHOLE_LEAVES = """{run}
+    for (int64_t i = 0; i < {leaves}; ++i) leaf(table[i], 0, sizes[i]);"""
 
 IN_PARTS = """auto walk = [&](int64_t begin, int64_t end) {{
         for (int64_t i = 0; i < {leaves} && end > 0; ++i) {{
@@ -326,8 +329,11 @@ def register_leafwise() -> None:
             rows = [
                 [*reads[n * i : n * (i + 1)], *writes[m * i : m * (i + 1)]] for i in range(leaves)
             ]
-            run = THREADS if self.traffic >= WORTH_THREADS else ONE_THREAD
-            walk = IN_PARTS if self.in_parts else WHOLE_LEAVES
+            several = self.traffic >= WORTH_THREADS
+            if self.in_parts:
+                walk, run = IN_PARTS, THREADS if several else ONE_THREAD
+            else:
+                walk, run = WHOLE_LEAVES, "#pragma omp parallel for" * several
             return KERNEL.format(
                 source=self.source,
                 columns=n + m,

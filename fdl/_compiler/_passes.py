@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from fdl._compiler._families import merge_families
 from fdl._compiler._graph import LOOP, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
 from fdl._compiler._lowerings import has_onednn
+from fdl._compiler._merging import merge_families
 from fdl._compiler._products import PRODUCT, is_small
 
 aten, prims = torch.ops.aten, torch.ops.prims
