@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import getitem
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._families import (
+    CALLED,
+    FEWEST,
     Member,
     base_of,
     find_families,
@@ -31,6 +34,7 @@ def merge_families(module: GraphModule) -> None:
     """Write each family of at least `FEWEST` leaves as one node."""
     graph, seen = module.graph, set[Body]()
     _drop_copies_to_themselves(graph)
+    _clone_results_of_calls(graph)
     _share_scalars(graph)
     while True:
         families = {
@@ -56,6 +60,25 @@ def _drop_copies_to_themselves(graph: Graph) -> None:
         if value is argument and not copy.users:
             graph.erase_node(copy)
     graph.eliminate_dead_code()
+
+
+def _clone_results_of_calls(graph: Graph) -> None:
+    """Let a computation, a copy, stand before what writes the results of loops to given memory.
+
+    Inductor would write a kernel for each; copies for many leaves are a family.
+    """
+    copies = [
+        copy
+        for copy in graph.find_nodes(op="call_function", target=aten.copy_.default)
+        if all(is_plain(cast(Node, z)) for z in copy.args[:2])
+        and base_of(cast(Node, copy.args[1])).target in (getitem, *CALLED)
+    ]
+    for copy in copies if len(copies) >= FEWEST else ():
+        value = cast(Node, copy.args[1])
+        with graph.inserting_before(copy), cast(Any, value_of(value)).fake_mode:
+            clone = graph.call_function(aten.clone.default, (value,))
+            clone.meta["val"] = value_of(value).clone()
+        copy.replace_input_with(value, clone)
 
 
 def _share_scalars(graph: Graph) -> None:
