@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fdl._torch_compat import assume_constant_result
 
 tracing: ContextVar[Any] = ContextVar("fdl_tracing", default=None)  # the tracer of `jit`
-
+disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)  # by `disable_jit`
 
 # Transformations around a loop body that `jit` traces by itself, outermost first.
 around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())

@@ -1,5 +1,6 @@
 """What all test files share."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -65,6 +66,15 @@ def plain_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
 
 
+def borrow(leaf: Tensor) -> Tensor:
+    """Return a tensor at the same address, which does not own the memory, as in a CUDA graph."""
+    span = sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+    if not leaf.numel():
+        return torch.empty_like(leaf)
+    memory = (ctypes.c_byte * (span * leaf.itemsize)).from_address(leaf.data_ptr())
+    return torch.frombuffer(memory, dtype=leaf.dtype).as_strided(leaf.shape, leaf.stride())
+
+
 class StandIn:
     """Records on the CPU what a CUDA graph would: the same memory is read and written each time."""
 
@@ -73,19 +83,29 @@ class StandIn:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def capture(self, run: Callable[[], list[Tensor]]) -> _cuda_graphs._Graph:
+    def capture(
+        self,
+        program: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        into: dict[int, Tensor],
+    ) -> _cuda_graphs._Graph:
         self.recorded += 1
-        run()
-        results = run()
+        owners = {id(leaf) for leaf in into.values()}
+        inputs = [borrow(leaf) if id(leaf) in owners else leaf for leaf in inputs]
+        targets = {out: borrow(leaf) for out, leaf in into.items()}
+        program(list(inputs))
+        results = program(list(inputs))
         _cuda_graphs._copy(
             results, [torch.full_like(leaf, -77) for leaf in results]
         )  # not computed
 
         def replay() -> None:
             self.replayed += 1
-            _cuda_graphs._copy(results, run())
+            _cuda_graphs._copy(results, program(list(inputs)))
+            _cuda_graphs._copy(list(targets.values()), [results[out] for out in targets])
 
-        return _cuda_graphs._Graph(replay, results, lambda: sum(leaf.nbytes for leaf in results))
+        kept = [None if out in into else leaf for out, leaf in enumerate(results)]
+        return _cuda_graphs._Graph(replay, kept, lambda: sum(leaf.nbytes for leaf in results))
 
 
 @pytest.fixture

@@ -255,7 +255,14 @@ class Data:
 
 
 WorkloadName = Literal[
-    "linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-scaling"
+    "linreg",
+    "softmax",
+    "mlp",
+    "dropout",
+    "lenet",
+    "lenet-momentum",
+    "lenet-adam",
+    "lenet-scaling",
 ]
 RunnerName = Literal[
     "fdl-scan",

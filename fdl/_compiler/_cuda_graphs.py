@@ -2,7 +2,8 @@
 
 A graph reads and writes fixed addresses. So the arguments are copied into static tensors of the
 program, and the results out of them. Large arguments, such as a data set, are read in place as long
-as they do not move.
+as they do not move. Donated arguments are read and written in place if they are the results of the
+last call, as in a loop of steps: then nothing of the state is copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fdl._compiler._inductor import Compiled
 from fdl._compiler._interpreter import loop_in_python
 
 LARGE = 2**20  # bytes; an argument of this size or more is read in place
+MOST = 8  # captures of a program for donated arguments at other addresses
 LONGEST = 2000  # steps in one graph: capture takes about 0.1 ms and some memory per step
 
 FallBack = Callable[[str, str], None]  # (what happens instead, reason); may raise
@@ -27,14 +29,14 @@ FallBack = Callable[[str, str], None]  # (what happens instead, reason); may rai
 
 class _Graph(NamedTuple):
     replay: Callable[[], None]
-    results: list[Tensor]  # every replay overwrites them
+    results: list[Tensor | None]  # every replay overwrites them; None: written to an argument
     memory: Callable[[], int]  # bytes kept for results and intermediate values
 
 
 class GraphedProgram:
     """A program that runs as a CUDA graph: captured at the first call.
 
-    It is captured again if an input that it reads in place has moved.
+    It is captured again if an input that it reads or writes in place has moved.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class GraphedProgram:
         kept: Collection[int],
         device: torch.device,
         fall_back: FallBack,
+        aliases: dict[int, int] | None = None,
     ) -> None:
         """Wrap a pure program.
 
@@ -51,28 +54,38 @@ class GraphedProgram:
             kept: indices of inputs that the caller keeps, which may be read in place.
             device: the one device of all inputs and results.
             fall_back: called if capture fails; the program then runs without a graph.
+            aliases: results that are written to the memory of donated inputs, and these.
         """
         self.program, self.kept, self.device, self.fall_back = program, kept, device, fall_back
+        self.aliases = aliases or {}
         self.graph: _Graph | None = None
         self.static: dict[int, Tensor] = {}  # copies of inputs, which the graph reads
         self.addresses: dict[int, int] = {}  # of inputs that it reads in place
+        self.written: dict[int, int] = {}  # addresses of inputs that it writes in place
+        self.donated: dict[int, int] = {}  # addresses of donated inputs in the last call
+        self.captures = 0
         self.failed = False
 
-    def __call__(
-        self, inputs: list[Tensor], buffers: dict[int, Tensor] | None = None
-    ) -> list[Tensor]:
-        """Run the program; the results in `buffers`, by index, are written to the given memory."""
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Run the program; the results in `aliases` are written to the memory of these inputs."""
         if self.failed:
             return self.program(inputs)
         with _one_at_a_time(self.device):
+            donated = {i: inputs[i].data_ptr() for i in self.aliases.values()}
             moved = [i for i, old in self.addresses.items() if inputs[i].data_ptr() != old]
             if moved:  # copy these from now on
                 self.kept, self.graph = self.addresses.keys() - moved, None
+            # The results of the last call come again, or come for the first time.
+            again = donated == self.donated or not self.captures
+            in_place = again and self.captures < MOST
+            if self.written not in ({}, donated) or (in_place and self.written != donated):
+                self.graph = None
+            self.donated = donated
             if self.graph is None:
                 try:
-                    self.graph = self._capture(inputs)
+                    self.graph = self._capture(inputs, donated if in_place else {})
                 except RuntimeError as error:
-                    self.static, self.addresses = {}, {}
+                    self.static, self.addresses, self.written = {}, {}, {}
                     reason = f"capturing a CUDA graph failed: {error}".splitlines()[0]
                     self.fall_back("kernels are launched one by one", reason)
                     self.failed = True
@@ -80,29 +93,36 @@ class GraphedProgram:
             else:
                 _copy(list(self.static.values()), [inputs[i] for i in self.static])
             self.graph.replay()
-            buffers = buffers or {}
-            results = [
-                buffers[i] if i in buffers else torch.empty_like(x)
-                for i, x in enumerate(self.graph.results)
-            ]
-            _copy(results, self.graph.results)
-            return results
+            return self._take(self.graph, inputs)
+
+    def _take(self, graph: _Graph, inputs: list[Tensor]) -> list[Tensor]:
+        """Return the results of a replay, outside of the memory of the graph."""
+        results = {out: inputs[i].detach() for out, i in self.aliases.items()}
+        computed = {out: x for out, x in enumerate(graph.results) if x is not None}
+        for out, x in computed.items():
+            if out not in results:
+                results[out] = torch.empty_like(x)
+        _copy([results[out] for out in computed], list(computed.values()))
+        return [results[out] for out in range(len(graph.results))]
 
     def kept_graphs(self) -> tuple[int, int]:
         """Return the number of graphs, and the bytes kept between calls."""
         copies = sum(x.untyped_storage().nbytes() for x in self.static.values())
         return (1, copies + self.graph.memory()) if self.graph else (0, 0)
 
-    def _capture(self, inputs: list[Tensor]) -> _Graph:
+    def _capture(self, inputs: list[Tensor], written: dict[int, int]) -> _Graph:
+        self.captures += 1
+        self.written = written
         self.addresses = {i: inputs[i].data_ptr() for i in self.kept if inputs[i].nbytes >= LARGE}
         self.static = {
             i: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             for i, x in enumerate(inputs)
-            if i not in self.addresses
+            if i not in self.addresses and i not in written
         }
         _copy(list(self.static.values()), [inputs[i] for i in self.static])
         graph_inputs = [self.static.get(i, x) for i, x in enumerate(inputs)]
-        return _capture(lambda: self.program(list(graph_inputs)))
+        into = {out: inputs[i] for out, i in self.aliases.items() if i in written}
+        return _capture(self.program, graph_inputs, into)
 
 
 class ChunkedLoop:
@@ -138,12 +158,18 @@ class ChunkedLoop:
         return sum(graphs for graphs, _ in counts), sum(memory for _, memory in counts)
 
 
-def _capture(run: Callable[[], list[Tensor]]) -> _Graph:
-    """Capture the kernels that `run` launches."""
+def _capture(program: Compiled, inputs: list[Tensor], into: dict[int, Tensor]) -> _Graph:
+    """Capture the kernels of a program.
+
+    Args:
+        program: the program.
+        inputs: its inputs, whose memory each replay reads.
+        into: inputs that replays also write to, by the index of the result.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()  # not captured: the first run loads kernels and sets up libraries
+        program(list(inputs))  # not captured: the first run loads kernels and sets up libraries
     torch.cuda.current_stream().wait_stream(stream)
     # Give each graph its own cuBLAS workspaces: those of another graph may be freed.
     torch._C._cuda_clearCublasWorkspaces()
@@ -157,7 +183,9 @@ def _capture(run: Callable[[], list[Tensor]]) -> _Graph:
         ):
             # torch also warns when capture fails; our own message says more.
             warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
-            results = run()
+            computed = program(list(inputs))
+            _copy(list(into.values()), [computed[out] for out in into])
+            results = [None if out in into else x for out, x in enumerate(computed)]
     finally:
         torch._C._cuda_clearCublasWorkspaces()
 

@@ -14,7 +14,7 @@ from torch import Tensor, UntypedStorage
 from fdl._compiler._signature import flatten
 
 
-class _Donated(Tensor):
+class Donated(Tensor):
     """The class that a donated tensor gets: any use of it raises."""
 
     @classmethod
@@ -31,7 +31,7 @@ def invalidate(leaf: Tensor) -> None:
     """Make any later use of a tensor raise."""
     if leaf._use_count() == ALONE[0]:  # else an array that shares its memory would lose it
         leaf.data = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-    leaf.__class__ = _Donated  # type: ignore[assignment]
+    leaf.__class__ = Donated  # type: ignore[assignment]
 
 
 def revalidate(leaf: Tensor, tensor_type: type[Tensor], value: Tensor) -> None:
@@ -66,7 +66,7 @@ def copy_if_shared(leaves: list[Tensor], donated: Sequence[int]) -> None:
     """Replace each donated leaf by a copy if its memory is visible elsewhere.
 
     It may be shared with views or a base, autograd's saved tensors, arrays of NumPy and JAX,
-    memory-mapped files and other processes.
+    memory-mapped files and other processes, or by elements of the leaf.
 
     Raises:
         ValueError: a donated leaf shares memory with another argument.
@@ -87,6 +87,7 @@ def copy_if_shared(leaves: list[Tensor], donated: Sequence[int]) -> None:
             and storages[i].resizable()  # borrowed memory is not
             and _holders(leaves[i], storages, i) == ALONE
             and (leaves[i].is_cuda or not storages[i].is_shared())  # with other processes
+            and not torch._debug_has_internal_overlap(leaves[i])  # 0: each element has its own
         ):
             leaves[i] = leaves[i].clone()
 

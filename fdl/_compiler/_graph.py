@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from operator import getitem
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -110,7 +111,7 @@ def worth_keeping(graph: Graph) -> list[Node]:
     kept = []
     for node in nodes_of(graph, "call_function"):
         inputs = [depths.get(z, 0) for z in node.all_input_nodes]
-        depths[node] = max(inputs, default=0) + (not _is_view(node))
+        depths[node] = max(inputs, default=0) + (not is_view(node))
         if not inputs or (_is_cheap(node) and depths[node] <= DEEPEST):
             continue
         depths[node] = 0
@@ -122,10 +123,11 @@ def worth_keeping(graph: Graph) -> list[Node]:
 def _is_cheap(node: Node) -> bool:
     if node.target is getitem:
         return _is_cheap(node.all_input_nodes[0])
-    return _is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Check whether the result of an operation shares memory with its argument."""
     return getattr(node.target, "is_view", False)
 
 
@@ -160,6 +162,20 @@ def value_of(node: Node) -> Tensor:
 def nodes_of(graph: Graph, op: str) -> list[Node]:
     """List the nodes of one kind, in order."""
     return [node for node in graph.nodes if node.op == op]
+
+
+def caller(graph: Graph, node: Node) -> Callable[..., Node]:
+    """Make a function that adds a call before `node`, with its fake result."""
+    value, *_ = pytree.tree_leaves(node.meta["val"])
+
+    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+        with graph.inserting_before(node), value.fake_mode:
+            new = graph.call_function(op, args, kwargs)
+            values = (z.meta["val"] if isinstance(z, Node) else z for z in args)
+            new.meta["val"] = op(*values, **kwargs)
+        return new
+
+    return call
 
 
 def results_of(graph: Graph) -> list[Node]:

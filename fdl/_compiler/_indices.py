@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
@@ -159,19 +161,37 @@ SAME_ELEMENTS = (
 )
 
 
-def merge_checks(graph: Graph) -> None:
-    """Merge equal checks of an index, such as those of a value and its derivative."""
-    first: dict[tuple[Any, ...], Node] = {}
+def drop_checks(graph: Graph) -> None:
+    """Remove checks that have been made before, and those that constant indices pass."""
     for node in graph.find_nodes(op="call_function", target=IN_RANGE):
-        index, *limits = cast(Any, node.args)
+        index, low, high = cast(Any, node.args)
         # A loop body is traced a second time, with the checks that it already has.
-        if index.target is IN_RANGE and list(index.args[1:]) == limits:
-            same = index
-        else:
-            same = first.setdefault(node.args, node)
-        if same is not node:
-            node.replace_all_uses_with(same)
+        repeated = index.target is IN_RANGE and list(index.args[1:]) == [low, high]
+        if repeated or _always_passes(index, low, high):
+            node.replace_all_uses_with(index)
             graph.erase_node(node)
+
+
+LARGEST = 2**16  # elements of a constant that is computed to be checked
+
+
+def _always_passes(index: Node, low: int, high: int) -> bool:
+    """Check an index that depends on no argument, such as the rows in `x[arange(n), labels]`."""
+    chain, rest = {index}, [index]
+    while rest:
+        node = rest.pop()
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.numel() > LARGEST:
+            return False
+        rest += set(node.all_input_nodes) - chain
+        chain.update(node.all_input_nodes)
+    values: dict[Node, Any] = {}
+    with _disable_current_modes():
+        for node in sorted(chain):
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = cast(Any, node.target)(*args, **kwargs)
+    constant = values[index]
+    return bool(((constant >= low) & (constant < high)).all())
 
 
 def hoist_checks(loop: Node, body: Graph) -> None:

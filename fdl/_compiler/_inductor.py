@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from fdl._compiler._callbacks import take_error
+from fdl._compiler._common_subexpressions import keep_results_apart
 from fdl._compiler._graph import copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
@@ -49,7 +50,7 @@ def lower(
         from torch._inductor.virtualized import V
 
     register()
-    _silence_log()
+    silence_log()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
     with (
@@ -67,6 +68,8 @@ def lower(
             watch_signals(graph)
         _keep_strides(graph)
         joint_graph_passes(graph)
+        keep_results_apart(graph.graph)
+        graph.recompile()
         compiled = compile_fx_inner(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
@@ -74,7 +77,7 @@ def lower(
 
 
 @cache
-def _silence_log() -> None:
+def silence_log() -> None:
     """Drop messages in torch's log about which a user can do nothing."""
     dropped = ("No CUDA runtime is found", "is missing a c-shim implementation")
 
@@ -86,20 +89,24 @@ def _silence_log() -> None:
 
 
 def _with_python_errors(compiled: Compiled) -> Compiled:
-    """Raise IndexErrors and the errors of callbacks; from C++ every error is a RuntimeError."""
-
     def run(inputs: list[Tensor]) -> list[Tensor]:
         try:
             return compiled(inputs)
         except BaseException as error:
-            raised = take_error()
-            if raised is not None:
-                raise raised from None
-            if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
-                raise IndexError(str(error)) from None
-            raise
+            raise_python_error(error)
 
+    cast(Any, run).compiled = compiled
     return run
+
+
+def raise_python_error(error: BaseException) -> NoReturn:
+    """Raise IndexErrors and the errors of callbacks; from C++ every error is a RuntimeError."""
+    raised = take_error()
+    if raised is not None:
+        raise raised from None
+    if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
+        raise IndexError(str(error)) from None
+    raise error
 
 
 def _keep_strides(graph: GraphModule) -> None:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial, wraps
 from threading import RLock
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._checks import describe
+from fdl._compiler import _dispatch
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources
 from fdl._compiler._donation import (
@@ -29,11 +29,11 @@ from fdl._compiler._donation import (
 from fdl._compiler._inductor import kernels_written
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
-from fdl._compiler._routes import Program, Refused, Route, build
+from fdl._compiler._routes import Program, Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
-from fdl._compiler._signature import flatten, paths, signature
+from fdl._compiler._signature import flatten, paths, signature, unordered
 from fdl._compiler._tracebacks import shorten
-from fdl._modes import in_transform, is_tracing
+from fdl._modes import disabled, in_transform, is_tracing
 from fdl.tree._checks import check_tensors
 from fdl.tree._summary import dtype_name
 
@@ -43,7 +43,6 @@ R = TypeVar("R", covariant=True)
 _Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, signature of the leaves, settings
 
 _one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
-_disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)
 
 
 class Report(NamedTuple):
@@ -111,11 +110,11 @@ def disable_jit() -> Iterator[None]:
     ...     jit(lambda x: x + 1)(torch.tensor(1))
     tensor(2)
     """
-    token = _disabled.set(True)
+    token = disabled.set(True)
     try:
         yield
     finally:
-        _disabled.reset(token)
+        disabled.reset(token)
 
 
 def jit(
@@ -169,17 +168,21 @@ def jit(
     entries: list[_Entry] = []  # all of the cache, oldest first
     backwards: dict[Any, Any] = {}
     donated_in: dict[Hashable, list[int]] = {}  # donated leaves, by structure
+    known: list[Any] = []  # the newest programs, for `call_known`
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         # While Dynamo traces there is nothing to look up, and it cannot read a ContextVar.
-        if torch.compiler.is_compiling() or _runs_inline():
+        if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
         try:
-            return watched(args, kwargs) if watching.get() else dispatch(args, kwargs)
+            result = _dispatch.call_known(known, args, kwargs)
+            if result is NotImplemented and not _runs_inline():
+                result = watched(args, kwargs) if watching.get() else dispatch(args, kwargs)
         except Exception as error:
             shorten(error)
             raise
+        return fn(*args, **kwargs) if result is NotImplemented else result
 
     def watched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def eagerly() -> None:
@@ -222,14 +225,17 @@ def jit(
         key: _Key, leaves: list[Tensor], donated: Sequence[int], donated_leaves: list[Tensor]
     ) -> Any:
         spec, _, settings = key
+        _dispatch.start()
         start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
         # Inside backward() grad mode is off.
         with _one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
-            program = build(fn, leaves, spec, donated, route)
+            program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
         constants = sources.tensors
         _check_closed_over(constants, leaves, donated, has_grad(settings))
+        new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
         result = _execute(program, leaves, constants, donated, donated_leaves)
+        known[:] = [*new, *known][: _dispatch.MOST]
         entry = _Entry(
             key,
             program,
@@ -241,8 +247,14 @@ def jit(
             kernels_written() - kernels,
         )
         cache.setdefault(key, []).append(entry)
-        entries.append(entry)
+        if route.name:  # else an earlier one is used
+            entries.append(entry)
         return result
+
+    def in_other_order(spec: Hashable, settings: Settings) -> list[tuple[Hashable, Program]]:
+        form = unordered(spec)
+        like = [entry for entry in entries if entry.key[2] == settings]
+        return [(e.key[0], e.program) for e in like if unordered(e.key[0]) == form]
 
     def with_backward(leaves: list[Tensor], spec: Hashable, settings: Settings) -> Any:
         if argnums:
@@ -312,7 +324,7 @@ def _execute(
     try:
         return program.run(leaves, constants)
     except BaseException as error:
-        if not (isinstance(error, Refused) or hasattr(error, INTACT)):
+        if not hasattr(error, INTACT):
             raise  # it may have been raised after something was written
         for leaf, (tensor_type, value) in zip(donated_leaves, before, strict=True):
             revalidate(leaf, tensor_type, value)
@@ -358,7 +370,7 @@ def _describe(leaf_signature: tuple[Any, ...]) -> str:
 
 
 def _runs_inline() -> bool:
-    off = _disabled.get() or os.environ.get("FDL_JIT") == "0"
+    off = disabled.get() or os.environ.get("FDL_JIT") == "0"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return off or is_tracing() or in_transform() or forward_mode or has_active_mode()
 

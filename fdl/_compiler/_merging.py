@@ -17,14 +17,11 @@ from fdl._compiler._families import (
     base_of,
     find_families,
     independent,
-    is_full_sum,
-    is_number,
     is_plain,
-    literal,
     readers_of,
 )
 from fdl._compiler._graph import value_of
-from fdl._compiler._leafwise import LEAFWISE, Body, can_lower, leaf_source
+from fdl._compiler._leafwise import LEAFWISE, Body, leaf_source
 from fdl._compiler._order import memory, move_into_order, predecessors
 
 aten = torch.ops.aten
@@ -35,7 +32,6 @@ def merge_families(module: GraphModule) -> None:
     graph, seen = module.graph, set[Body]()
     _drop_copies_to_themselves(graph)
     _clone_results_of_calls(graph)
-    _share_scalars(graph)
     while True:
         families = {
             body: members for body, members in find_families(graph).items() if body not in seen
@@ -79,25 +75,6 @@ def _clone_results_of_calls(graph: Graph) -> None:
             clone = graph.call_function(aten.clone.default, (value,))
             clone.meta["val"] = value_of(value).clone()
         copy.replace_input_with(value, clone)
-
-
-def _share_scalars(graph: Graph) -> None:
-    """Compute numbers once, such as a rate, that are computed in the same way for each leaf."""
-    known: dict[Any, Node] = {}
-    for node in graph.nodes:
-        # A result has memory of its own, so it is not shared.
-        once = can_lower(node.target) or is_full_sum(node)
-        if not (once and is_number(node) and _is_only_computed_with(node)):
-            continue
-        key = (node.target, *map(literal, (*node.args, *sorted(node.kwargs.items()))))
-        first = known.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-    graph.eliminate_dead_code()
-
-
-def _is_only_computed_with(node: Node) -> bool:
-    return all(can_lower(user.target) or user.target is aten.copy_.default for user in node.users)
 
 
 def _merge(graph: Graph, group: list[Member], source: str) -> None:

@@ -19,11 +19,13 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, nodes_of, value_of
-from fdl._compiler._indices import IN_RANGE, hoist_checks, merge_checks
+from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._lowerings import has_onednn
 from fdl._compiler._merging import merge_families
 from fdl._compiler._products import PRODUCT, is_small
+from fdl._compiler._zeros import replace_zero_products
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -36,7 +38,9 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
     """Apply the rules to a graph and to the bodies of its loops."""
     for child in module.children():
         rewrite(cast(GraphModule, child), on_cpu)
-    merge_checks(module.graph)
+    replace_zero_products(module.graph)
+    merge_equal(module.graph)
+    drop_checks(module.graph)
     for node in nodes_of(module.graph, "call_function"):
         if node.target is LOOP:
             body = module.get_submodule(cast(Any, node.args[0]).target)

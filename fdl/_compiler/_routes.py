@@ -17,13 +17,15 @@ from torch.fx import GraphModule
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._callbacks import calls_back
+from fdl._compiler._digest import Digest, digest
+from fdl._compiler._dispatch import Direct
 from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._inductor import Compiled
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._refusals import Refusal, describe, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
-from fdl._compiler._signature import flatten, unflatten
+from fdl._compiler._signature import flatten, positions, unflatten
 from fdl._compiler._trace import Traced, copy_aliases, trace
 from fdl._compiler._unknown_ops import CannotTrace, trace_unknown
 from fdl.tree import Tree
@@ -36,6 +38,8 @@ Attempt = tuple[str, Exception]  # what was tried, and the error
 
 class Refused(RuntimeError):
     """A slower way would be taken, but `strict` is set; nothing has been written."""
+
+    fdl_arguments_are_intact = True
 
 
 class Route:
@@ -69,6 +73,8 @@ class Program(NamedTuple):
     constants: Sequence[Tensor] = ()  # the tensors closed over when it was traced
     writes: bool = False  # to the memory of donated arguments
     kept_graphs: Callable[[], tuple[int, int]] = lambda: (0, 0)  # number of CUDA graphs, bytes
+    direct: Direct | None = None  # the same, for dispatch in C++
+    digest: Digest | None = None  # what it computes
 
 
 def build(
@@ -77,8 +83,13 @@ def build(
     spec: Hashable,
     donated: Sequence[int],
     route: Route,
+    others: Sequence[tuple[Hashable, Program]] = (),
 ) -> Program:
-    """Compile `fn` for arguments with the structure `spec` and the signature of `leaves`."""
+    """Compile `fn` for arguments with the structure `spec` and the signature of `leaves`.
+
+    If it computes the same as one of the `others`, whose arguments have the keys of their dicts in
+    another order, that program is used, and `route` has no name.
+    """
     settings = current_settings()
     eager = Program(_eagerly(fn, spec))
 
@@ -98,6 +109,10 @@ def build(
                 f"its {steps} steps are unrolled", f"a scan is not compiled as a loop: {why}"
             )
         eager = eager._replace(constants=traced.constants)
+        computes = digest(traced.graph, spec, traced.spec, traced.constants)
+        for structure, other in others:
+            if computes is not None and computes == other.digest and other.direct is not None:
+                return _reordered(other, other.direct, structure, spec, traced.spec)
         aliases = match_buffers(leaves, donated, traced.results)
         if not is_plain(settings):
             stack.enter_context(as_written())
@@ -107,9 +122,11 @@ def build(
             program = _for_cuda(traced, leaves, aliases, route)
         else:
             program = _for_cpu(traced, without_unrolling, eager, aliases, route)
+    program = program._replace(digest=computes)
     if is_plain(settings) or route.name == "eager":
         return program
-    return program._replace(run=as_written()(program.run))  # the graph contains the casts
+    # The graph contains the casts.
+    return program._replace(run=as_written()(program.run), direct=None)
 
 
 def _around_unknown(
@@ -129,11 +146,12 @@ def _around_unknown(
         return eager
     route.name = "compiled pieces"
     route.fall_back(_around(refused), reason)
+    pieces = _program(compiled, traced)
 
     def run(leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
         if route.name != "eager":
             try:
-                return _run(compiled, traced, leaves, constants)
+                return pieces.run(leaves, constants)
             except AnotherShape as error:
                 route.name = "eager"
                 route.fall_back(EAGER, str(error))
@@ -188,18 +206,14 @@ def _rungs(
     """List the ways to compile for the CPU, fastest first; `attempts` are those that failed."""
 
     def whole(traced: Traced, cpp_wrapper: bool = True) -> Program:
-        compiled = _write_in_place(traced, aliases, cpp_wrapper)
-        run = partial(_run_in_place, compiled, traced, aliases)
-        return Program(run, traced.constants, bool(aliases))
+        return _program(_write_in_place(traced, aliases, cpp_wrapper), traced, aliases)
 
     def bodies() -> Program:
-        run = partial(_run, _interpreter.compile_bodies(traced), traced)
-        return Program(run, traced.constants)
+        return _program(_interpreter.compile_bodies(traced), traced)
 
     def pieces(traced: Traced) -> tuple[Program, str]:
         compiled, refused = compile_pieces(traced, attempts[0][1])
-        program = Program(partial(_run, compiled, traced), traced.constants)
-        return program, _around(refused)
+        return _program(compiled, traced), _around(refused)
 
     one = "one program"
     yield _Rung(one, "from C++", lambda: (whole(traced), ""))
@@ -239,8 +253,7 @@ def _for_cuda(
             if elsewhere
             else "a CUDA graph cannot call Python, as fdl.debug.print and fdl.debug.callback do",
         )
-        program = _compile_or_interpret(traced, route)
-        return Program(partial(_run, program, traced), traced.constants)
+        return _program(_compile_or_interpret(traced, route), traced)
     steps, longest = _interpreter.longest_loop(traced), _cuda_graphs.LONGEST
     if steps > longest:
         route.name = "CUDA graphs of loops"
@@ -249,16 +262,15 @@ def _for_cuda(
             f"a loop of {steps} steps is too long for one CUDA graph (at most {longest})",
         )
         loop = _cuda_graphs.ChunkedLoop(longest, gpu, route.fall_back)
-        program = _compile_or_interpret(traced, route, loop)
-        run = partial(_run, program, traced)
-        return Program(run, traced.constants, kept_graphs=loop.kept_graphs)
+        program = _program(_compile_or_interpret(traced, route, loop), traced)
+        return program._replace(kept_graphs=loop.kept_graphs)
     route.name = "CUDA graph"
-    program = _compile_or_interpret(traced, route)
+    compiled = _compile_or_interpret(traced, route)
     donated = set(aliases.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
-    graphed = _cuda_graphs.GraphedProgram(program, kept, gpu, route.fall_back)
-    run = partial(_run_graphed, graphed, traced, aliases)
-    return Program(run, traced.constants, bool(aliases), graphed.kept_graphs)
+    graphed = _cuda_graphs.GraphedProgram(compiled, kept, gpu, route.fall_back, aliases)
+    program = _program(graphed, traced, writes=bool(aliases))
+    return program._replace(kept_graphs=graphed.kept_graphs)
 
 
 def _compile_or_interpret(
@@ -300,35 +312,56 @@ def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[..., Tree]:
     return run
 
 
-def _run(
-    program: Compiled, traced: Traced, leaves: list[Tensor], constants: Sequence[Tensor]
-) -> Tree:
-    return unflatten(program([*leaves, *constants]), traced.spec)
-
-
-def _run_in_place(
-    program: Compiled,
+def _program(
+    compiled: Compiled,
     traced: Traced,
-    aliases: dict[int, int],
-    leaves: list[Tensor],
-    constants: Sequence[Tensor],
-) -> Tree:
-    new = iter(program([*leaves, *constants]))
+    aliases: dict[int, int] | None = None,
+    writes: bool = False,
+) -> Program:
+    """Make a program of a compiled graph.
+
+    Args:
+        compiled: the compiled graph; it does not return the results in `aliases`.
+        traced: what it was compiled from.
+        aliases: indices of the donated arguments that results are written to.
+        writes: it writes to donated arguments in another way.
+    """
+    aliases = aliases or {}
+    writes = writes or bool(aliases)
+    direct = Direct(compiled, traced.spec, len(traced.results), aliases, writes)
+    return Program(partial(_run, direct), traced.constants, writes, direct=direct)
+
+
+def _reordered(
+    program: Program, direct: Direct, arguments: Hashable, new: Hashable, results: Hashable
+) -> Program:
+    """Make a program for arguments and results whose dicts have their keys in another order.
+
+    Args:
+        program: the program.
+        direct: the same.
+        arguments: structure of its arguments.
+        new: structure of the arguments from now on.
+        results: structure of the results from now on.
+    """
+    direct = direct._replace(
+        spec=results,
+        places=positions(arguments, new),
+        result_places=positions(results, direct.spec),
+    )
+    return program._replace(run=partial(_run, direct), direct=direct)
+
+
+def _run(direct: Direct, leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
+    inputs = [leaves[i] for i in direct.places] if direct.places else leaves
+    new = iter(direct.run([*inputs, *constants]))
     results = [
-        leaves[aliases[out]] if out in aliases else next(new) for out in range(len(traced.results))
+        inputs[direct.aliases[out]] if out in direct.aliases else next(new)
+        for out in range(direct.results)
     ]
-    return unflatten(results, traced.spec)
-
-
-def _run_graphed(
-    graphed: _cuda_graphs.GraphedProgram,
-    traced: Traced,
-    aliases: dict[int, int],
-    leaves: list[Tensor],
-    constants: Sequence[Tensor],
-) -> Tree:
-    buffers = {out: leaves[i].detach() for out, i in aliases.items()}
-    return unflatten(graphed([*leaves, *constants], buffers), traced.spec)
+    if direct.result_places:
+        results = [results[i] for i in direct.result_places]
+    return unflatten(results, direct.spec)
 
 
 def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) -> Compiled:

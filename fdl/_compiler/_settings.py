@@ -22,8 +22,8 @@ _precision = _C._get_fp32_precision_getter  # the older getters raise if both AP
 DEVICES = ("cpu", "cuda", "xpu", "mps")  # devices with autocast
 
 
-def _default_device() -> torch.device | None:
-    """Return the device of `with torch.device(...)` and `torch.set_default_device`."""
+def default_device() -> torch.device | None:
+    """Return the device of `with torch.device(...)` and `torch.setdefault_device`."""
     if not _C._len_torch_function_stack():
         return None
     contexts = [mode.device for mode in _function_modes() if isinstance(mode, DeviceContext)]
@@ -39,7 +39,7 @@ def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
 
 # `use_settings` restores the first three; the fourth is `has_grad`.
 SETTINGS: dict[str, Callable[[], Any]] = {
-    "default device": _default_device,
+    "default device": default_device,
     "autocast": _autocast,
     "default dtype": torch.get_default_dtype,
     "gradients": torch.is_grad_enabled,

@@ -8,7 +8,8 @@ rebuild the state of a small model, and an epoch of linear regression takes 200 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from itertools import count
+from typing import Any, cast
 
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -81,6 +82,46 @@ def _unflatten(
     if kind is dict:
         return dict(zip(keys, parts, strict=True))
     return parts if kind is list else tuple(parts) if kind is tuple else kind(*parts)
+
+
+def unordered(structure: Any) -> Hashable:
+    """Return a structure that equals another's if only the order of keys in dicts differs.
+
+    >>> _, there = flatten({"a": 1, "b": ()})
+    >>> _, back = flatten({"b": (), "a": 1})
+    >>> there == back, unordered(there) == unordered(back)
+    (False, True)
+    """
+    if type(structure) is not tuple or structure == NONE:
+        return cast(Hashable, structure)
+    kind, keys, *children = structure
+    parts = [unordered(child) for child in children]
+    return kind, frozenset(zip(keys, parts, strict=True)) if kind is dict else (keys, *parts)
+
+
+def positions(like: Hashable, structure: Hashable) -> list[int]:
+    """Return for each leaf of one structure its index among the leaves of another.
+
+    Args:
+        like: a structure.
+        structure: the same, but for the order of keys in dicts.
+
+    >>> here, there = {"a": 1, "b": (2, 3)}, {"b": (2, 3), "a": 1}
+    >>> positions(flatten(here)[1], flatten(there)[1])
+    [2, 0, 1]
+    """
+    numbered = _unflatten(count(), structure, lambda i, _: i)
+    return flatten(_arrange(numbered, like))[0]
+
+
+def _arrange(tree: Any, like: Any) -> Tree:
+    """Put the keys of the dicts in a tree into the order that a structure has."""
+    if type(like) is not tuple or like == NONE:
+        return tree
+    kind, keys, *children = like
+    if kind is dict:
+        return {key: _arrange(tree[key], child) for key, child in zip(keys, children, strict=True)}
+    return [_arrange(part, child) for part, child in zip(tree, children, strict=True)]
 
 
 def paths(structure: Hashable) -> list[str]:

@@ -53,6 +53,7 @@ from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, unflatten
 from fdl._compiler._user_lines import format_line, user_line_of
+from fdl._compiler._zeros import run_operation
 from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
 
@@ -109,12 +110,10 @@ class Tracing(TorchDispatchMode):
             return NotImplemented  # DTensor then dispatches on its local tensors
         kwargs = kwargs or {}
         check_draw(func, args, kwargs)
-        if func is aten._efficientzerotensor.default:  # a fake one is on another device
-            func = aten.zeros.default
         if func not in LITERAL:
             args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
             checked = check_indices(func, args) if self.decompose else args
-            result = func(*checked, **kwargs)
+            result = run_operation(func, checked, kwargs)
             check_dtypes(func, args, kwargs, result)
         else:
             result = func(*args, **kwargs)

@@ -15,7 +15,7 @@ from fdl.optim._adaptive import (
     scale_by_rms,
 )
 from fdl.optim._averaging import lookahead, params_ema
-from fdl.optim._base import Optimizer, State, apply_updates, chain, leafwise, slots
+from fdl.optim._base import Optimizer, State, apply_updates, slots
 from fdl.optim._basic import (
     add_decayed_weights,
     add_noise,
@@ -29,6 +29,7 @@ from fdl.optim._conditional import accumulate, apply_if_finite
 from fdl.optim._hyperparams import Schedule, hyperparams, with_hyperparams
 from fdl.optim._layerwise import lamb, lars, scale_by_trust_ratio
 from fdl.optim._lbfgs import lbfgs
+from fdl.optim._leafwise import chain, leafwise
 from fdl.optim._lion import lion, scale_by_lion
 from fdl.optim._loss_scale import loss_scale, loss_scale_of
 from fdl.optim._masking import freeze, masked, multi_transform

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import norm
-from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._descent import negated
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero
+from fdl.optim._leafwise import Result, chain, leafwise
 
 
 def adafactor(

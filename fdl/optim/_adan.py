@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._leafwise import Result, leafwise
 from fdl.tree import Where
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._leafwise import Result, leafwise
 
 
 def _zeros(*names: str) -> dict[str, Callable[[Tensor], Tensor]]:

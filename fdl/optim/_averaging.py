@@ -19,6 +19,7 @@ from fdl.optim._base import (
     upcast,
     update_of,
 )
+from fdl.optim._foreach import map_leaves
 from fdl.optim._helpers import check_whole
 from fdl.optim._hyperparams import (
     RANGES,
@@ -91,7 +92,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
 
         updates = map_grads(move, updates, params, slow)
         # Computed from the updates, to equal the new parameters to the last bit of float32.
-        slow = tree.map(
+        slow = map_leaves(
             lambda s, u, p: s if u is None else torch.where(sync, p + u, s), slow, updates, params
         )
         return updates, LookaheadState(State(next_hyper(rates, hyper), {"slow": slow}), inner)
@@ -143,7 +144,7 @@ def params_ema(decay: ScalarOrSchedule) -> Optimizer:
             w = p if u is None else p + u.to(p.dtype)
             return torch.where(first, w, (a + (1 - kept) * (w - a)).to(a.dtype))
 
-        averages = tree.map(average, tree.map(upcast, state.slots["ema"]), params, grads)
+        averages = map_leaves(average, tree.map(upcast, state.slots["ema"]), params, grads)
         return grads, State(next_hyper(rates, state.hyper), {"ema": averages})
 
     return in_32_bits(init, update)

@@ -11,7 +11,7 @@ gradients on the way in and rounds the updates once, on the way out of the outer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +20,15 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
+from fdl.optim._foreach import map_leaves
 from fdl.optim._hyperparams import (
-    AT_LEAST_0,
     Hyper,
-    Range,
-    ScalarOrSchedule,
-    check_rate,
-    init_hyper,
-    next_hyper,
-    rates_now,
 )
+from fdl.optim._leaves import Leaves
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._paths import dotted
+from fdl.tree._structure import flatten
 
 
 class Optimizer(NamedTuple):
@@ -73,108 +69,6 @@ class State(NamedTuple):
     slots: dict[str, Tree]  # by the names of torch.optim, each with the paths of the parameters
 
 
-Result = tuple[Tensor, dict[str, Tensor]]  # of a rule: the update, and the new slots by name
-
-
-def leafwise(
-    name: str,
-    rule: Callable[..., Result],
-    rates: Mapping[str, ScalarOrSchedule],
-    slots: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-    ranges: Mapping[str, Range] | None = None,
-) -> Optimizer:
-    """Make a transformation from the maths of one leaf.
-
-    `rule(g, p, t, **slots, **rates)` returns the update and the new slots. `t`, the number of this
-    update counted from 1, and the rates are float64 0-d tensors: PyTorch's type promotion then
-    keeps the dtype of a leaf, and `1 - beta2**t` is exact. For the same reason a 0-d leaf is passed
-    to the rule as `[1]`.
-
-    Args:
-        name: name of the optimizer, with which its error messages begin.
-        rule: a pure function; it is not called for a gradient that is None.
-        rates: hyperparameters by name: numbers, 0-d tensors or schedules.
-        slots: per-parameter state by name, each a function from a leaf to its initial value.
-        ranges: ranges of rates, in words and as a predicate:
-            `{"momentum": ("in [0, 1)", lambda x: 0 <= x < 1)}`. The others must be at least 0.
-
-    Raises:
-        ValueError: a rate out of its range; (at init and update) a leaf or a gradient that is not
-            floating, gradients of another structure or shape (each path is listed).
-
-    >>> momentum = leafwise(
-    ...     "momentum",
-    ...     lambda g, p, t, m, beta1: (beta1 * m + g, {"m": beta1 * m + g}),
-    ...     {"beta1": 0.9},
-    ...     {"m": torch.zeros_like},
-    ... )
-    >>> params = {"w": torch.ones(1)}
-    >>> momentum.update(params, momentum.init(params), params)[0]
-    {'w': tensor([1.])}
-    """
-    for rate_name, rate in rates.items():
-        check_rate(name, rate_name, rate, (ranges or {}).get(rate_name, AT_LEAST_0))
-    initial = slots or {}
-
-    def init(params: Tree) -> State:
-        check_floating(params, name)
-        return State(
-            init_hyper(rates, params), {slot: tree.map(f, params) for slot, f in initial.items()}
-        )
-
-    def update(grads: Tree, state: State, params: Tree, **extra: Any) -> tuple[Tree, State]:
-        kept = {slot: state.slots[slot] for slot in initial}
-        now = rates_now(rates, state.hyper)
-        updates, kept = apply_rule(name, rule, grads, kept, params, state.hyper.count, now)
-        return updates, State(next_hyper(rates, state.hyper), kept)
-
-    return in_32_bits(init, update)
-
-
-def apply_rule(
-    name: str,
-    rule: Callable[..., Result],
-    grads: Tree,
-    slots: Mapping[str, Tree],
-    params: Tree,
-    count: Tensor,
-    scalars: Mapping[str, Tensor],
-) -> tuple[Tree, dict[str, Tree]]:
-    """Apply the rule of `leafwise` to each leaf, and return updates and new slots.
-
-    Args:
-        name: name of the optimizer, with which error messages begin.
-        rule: see `leafwise`.
-        grads: gradients; the leaves where one is None stay as they are, and so do their slots.
-        slots: trees like `params`, by name.
-        params: the parameters, of at least 32 bits.
-        count: int64 [], updates done.
-        scalars: further arguments of the rule, float64 [], such as the rates.
-    """
-    leaves, spec = pytree.tree_flatten(params)
-    columns = {slot: match(params, slots[slot], f"{name}: {slot}") for slot in slots}
-    t = (count + 1).double()
-    updates: list[Tensor | None] = []
-    for i, (g, p) in enumerate(zip(match_grads(grads, params, name), leaves, strict=True)):
-        if g is None:
-            updates.append(None)
-            continue
-        # A file of an earlier version may hold slots of 16 bits.
-        old = {slot: upcast(column[i]) for slot, column in columns.items()}
-        with_axis = {slot: _with_axis(x, p) for slot, x in old.items()}
-        u, new = rule(_with_axis(g.to(p.dtype), p), _with_axis(p, p), t, **with_axis, **scalars)
-        updates.append(u.to(p.dtype).reshape(p.shape))
-        for slot, x in old.items():
-            columns[slot][i] = new[slot].to(x.dtype).reshape(x.shape)
-    new_slots = {slot: pytree.tree_unflatten(column, spec) for slot, column in columns.items()}
-    return pytree.tree_unflatten(updates, spec), new_slots
-
-
-def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
-    """Add an axis to a tensor of a 0-d leaf, so that a float64 rate does not promote it."""
-    return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
-
-
 def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, Tree]]) -> Optimizer:
     """Make an optimizer that sees 16-bit parameters and gradients as float32.
 
@@ -195,7 +89,7 @@ def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, T
         return init(_upcast_leaves(params))
 
     def step(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
-        if not any(map(is_narrow, pytree.tree_leaves((grads, params)))):
+        if not any(map(is_narrow, tree.leaves(grads) + tree.leaves(params))):
             return update(grads, state, params, **extra)
         value_fn = extra.get("value_fn")
         if value_fn is not None:
@@ -206,13 +100,20 @@ def in_32_bits(init: Callable[[Tree], Tree], update: Callable[..., tuple[Tree, T
     return Optimizer(start, step)
 
 
+NARROW = frozenset(
+    dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize < 4
+)
+
+
 def is_narrow(x: Any) -> bool:
     """Return True for a floating tensor of less than 32 bits.
 
     >>> is_narrow(torch.ones(1).half()), is_narrow(torch.ones(1)), is_narrow(None)
     (True, False, False)
     """
-    return isinstance(x, Tensor) and torch.is_floating_point(x) and x.dtype.itemsize < 4
+    return isinstance(x, Tensor) and x.dtype in NARROW
 
 
 def upcast(x: Any) -> Any:
@@ -221,7 +122,7 @@ def upcast(x: Any) -> Any:
     >>> upcast(torch.ones(1).bfloat16()), upcast(torch.ones(1).double()), upcast(None)
     (tensor([1.]), tensor([1.], dtype=torch.float64), None)
     """
-    return x.float() if is_narrow(x) else x
+    return x.to(torch.float32) if is_narrow(x) else x
 
 
 def _upcast_leaves(params: Tree) -> Tree:
@@ -246,21 +147,29 @@ def match_grads(grads: Tree, params: Tree, caller: str) -> list[Tensor | None]:
     >>> match_grads({"b": None, "w": torch.ones(1)}, {"w": torch.ones(1), "b": 0}, "here")
     [tensor([1.]), None]
     """
-    matched = match(params, grads, f"{caller}: grads")
-    leaves = tree.leaves(params)
-    if not all(
-        g is None or (g.is_floating_point() and g.shape == p.shape)
-        for g, p in zip(matched, leaves, strict=True)
-    ):
+    leaves, structure = flatten(params)
+    matched = match(params, grads, f"{caller}: grads", structure)
+    if not all(map(fits, matched, leaves)):
         lines = [
             f"{path}: expected a floating tensor {list(p.shape)}, got {g.dtype} {list(g.shape)}"
             for path, g, p in zip(tree.flatten_dict(params), matched, leaves, strict=True)
-            if g is not None and not (g.is_floating_point() and g.shape == p.shape)
+            if not fits(g, p)
         ]
         raise ValueError(
             f"{caller}: gradients do not fit their parameters:\n  " + "\n  ".join(lines)
         )
     return matched
+
+
+def fits(g: Tensor | None, p: Tensor) -> bool:
+    """Return True for a floating gradient of the shape of its parameter, and for None.
+
+    >>> fits(torch.ones(2), torch.ones(2)), fits(torch.ones(1), torch.ones(2)), fits(None, None)
+    (True, False, True)
+    """
+    if type(g) is Leaves and type(p) is Leaves:
+        return g.node.whole == p.node.whole
+    return g is None or (g.is_floating_point() and g.shape == p.shape)
 
 
 def check_floating(params: Tree, caller: str) -> None:
@@ -286,7 +195,7 @@ def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
     >>> map_grads(lambda g: -g, {"w": torch.ones(1), "frozen": None})
     {'w': tensor([-1.]), 'frozen': None}
     """
-    return tree.map(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
+    return map_leaves(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
 
 
 def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[Tree, Tree]]:
@@ -316,37 +225,6 @@ def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[T
     return lambda *args, count=None, **extra: opt.update(*args, **extra)
 
 
-def chain(*parts: Optimizer) -> Optimizer:
-    """Apply transformations one after another; the state is the tuple of their states.
-
-    Raises:
-        TypeError: one of `parts` is not an optimizer.
-        ValueError: (at update) the state is that of another number of transformations.
-
-    >>> from fdl import optim
-    >>> opt = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(lr=0.1))
-    >>> optim.hyperparams(opt.init({"w": torch.ones(1)}))["max_norm"]
-    tensor(1., dtype=torch.float64)
-    """
-    steps = [update_of("chain", part, f"part {i}") for i, part in enumerate(parts)]
-
-    def init(params: Tree) -> Tree:
-        return tuple(part.init(params) for part in parts)
-
-    def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
-        if len(state) != len(parts):
-            raise ValueError(
-                f"chain: expected the states of {len(parts)} transformations, got {len(state)}"
-            )
-        states = []
-        for step, old in zip(steps, state, strict=True):
-            grads, new = step(grads, old, params, **extra)
-            states.append(new)
-        return grads, tuple(states)
-
-    return in_32_bits(init, update)
-
-
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Add updates to parameters, in the dtype of each; an update of `None` changes nothing.
 
@@ -357,7 +235,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     ...               {"w": torch.ones(1), "frozen": None})
     {'w': tensor([2.]), 'frozen': tensor([1.])}
     """
-    return tree.map(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
+    return map_leaves(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
 
 
 def slots(state: Tree) -> dict[str, Tree]:

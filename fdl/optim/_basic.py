@@ -11,7 +11,7 @@ from torch import Tensor
 from fdl import random, tree
 from fdl._kinds import register
 from fdl._numerics import root
-from fdl.optim._base import Optimizer, check_floating, in_32_bits, leafwise, map_grads, match_grads
+from fdl.optim._base import Optimizer, check_floating, in_32_bits, map_grads, match_grads
 from fdl.optim._hyperparams import (
     Hyper,
     ScalarOrSchedule,
@@ -21,6 +21,7 @@ from fdl.optim._hyperparams import (
     next_hyper,
     rates_now,
 )
+from fdl.optim._leafwise import leafwise
 from fdl.optim._masking import masked_for
 from fdl.random._checks import check_key
 from fdl.tree import Tree, Where

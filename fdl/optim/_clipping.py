@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import global_norm, norm
-from fdl.optim._base import Optimizer, State, in_32_bits, leafwise, map_grads
+from fdl.optim._base import Optimizer, State, in_32_bits, map_grads
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._leafwise import leafwise
 from fdl.tree import Tree
 
 

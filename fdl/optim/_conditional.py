@@ -14,6 +14,7 @@ from torch import Tensor
 from fdl import tree
 from fdl._kinds import register
 from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads, update_of
+from fdl.optim._foreach import map_leaves
 from fdl.optim._helpers import (
     NO_SURPLUS,
     all_finite,
@@ -139,7 +140,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         match_grads(grads, params, "accumulate")
         gathered, total = state.gathered + 1, state.value
         surplus = state.surplus + surplus_of("accumulate", count, total)
-        mean = tree.map(
+        mean = map_leaves(
             lambda m, g: m if g is None else m + weigh(count, g.to(m.dtype)) / k, state.mean, grads
         )
         if value is not None:
@@ -147,7 +148,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         # Divide by Σ count instead of k: the factor is exactly 1 if each count is 1.
         weight = gathered + surplus
         share = torch.where(weight > 0, k / torch.where(weight > 0, weight, 1.0), 0.0)
-        means = tree.map(lambda m, g: None if g is None else m * share.to(m.dtype), mean, grads)
+        means = map_leaves(lambda m, g: None if g is None else m * share.to(m.dtype), mean, grads)
         updates, inner = step(
             means,
             state.inner,
@@ -158,7 +159,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         full = gathered >= k
         return zero_unless(full, updates), AccumulateState(
             tree_where(full, inner, state.inner),
-            tree.map(lambda m, g: m if g is None else torch.where(full, 0.0, m), mean, grads),
+            map_leaves(lambda m, g: m if g is None else torch.where(full, 0.0, m), mean, grads),
             torch.where(full, 0.0, total),
             torch.where(full, 0, gathered),
             torch.where(full, 0.0, surplus),

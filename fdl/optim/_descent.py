@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fdl.optim._base import Optimizer, chain
+from fdl.optim._base import Optimizer
 from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
+from fdl.optim._leafwise import chain
 from fdl.tree import Where
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fdl._numerics import norm
 from fdl.optim._adaptive import scale_by_adam
-from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._basic import scale_by_learning_rate, trace
 from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
+from fdl.optim._leafwise import Result, chain, leafwise
 from fdl.optim._masking import masked
 from fdl.tree import Where
 

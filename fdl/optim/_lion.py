@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._leafwise import Result, leafwise
 from fdl.tree import Where
 
 

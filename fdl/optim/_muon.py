@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._numerics import norm
-from fdl.optim._base import Optimizer, Result, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import ScalarOrSchedule
+from fdl.optim._leafwise import Result, leafwise
 from fdl.tree import Tree
 
 

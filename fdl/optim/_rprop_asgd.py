@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdl.optim._base import Optimizer, Result, chain, leafwise
+from fdl.optim._base import Optimizer
 from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate
+from fdl.optim._leafwise import Result, chain, leafwise
 
 
 def rprop(

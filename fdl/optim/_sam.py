@@ -13,6 +13,7 @@ from torch.func import grad_and_value
 from fdl import tree
 from fdl._numerics import global_norm
 from fdl.optim._base import upcast
+from fdl.optim._foreach import map_leaves
 from fdl.optim._hyperparams import known_values
 from fdl.tree import Tree
 
@@ -78,11 +79,11 @@ def _ascend(params: Tree, grads: Tree, rho: float | Tensor, adaptive: bool) -> T
     """Move by ρ along the gradient, relative to the size of each weight if adaptive."""
     wide, scaled = tree.map(upcast, params), tree.map(upcast, grads)
     if adaptive:
-        scaled = tree.map(lambda p, g: p.abs() * g, wide, scaled)
+        scaled = map_leaves(lambda p, g: p.abs() * g, wide, scaled)
     length = global_norm(scaled)
     factor = torch.where(length > 0, rho / torch.where(length > 0, length, 1.0), 0.0)
 
     def move(p: Tensor, w: Tensor, s: Tensor) -> Tensor:
         return (w + (factor * (w.abs() * s if adaptive else s)).to(w.dtype)).to(p.dtype)
 
-    return tree.map(move, params, wide, scaled)
+    return map_leaves(move, params, wide, scaled)

@@ -17,16 +17,7 @@ from torch import Tensor
 from fdl import tree
 from fdl._kinds import register
 from fdl._numerics import root
-from fdl.optim._base import (
-    Optimizer,
-    Result,
-    State,
-    apply_rule,
-    chain,
-    check_floating,
-    in_32_bits,
-    leafwise,
-)
+from fdl.optim._base import Optimizer, State, check_floating, in_32_bits
 from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import (
     AT_LEAST_0,
@@ -37,6 +28,7 @@ from fdl.optim._hyperparams import (
     next_hyper,
     rates_now,
 )
+from fdl.optim._leafwise import Result, Step, apply_rules, chain, leafwise
 from fdl.tree import Tree
 
 
@@ -121,9 +113,8 @@ def schedule_free(
             "old_beta": state.beta,
             "share": share,
         }
-        updates, slots = apply_rule(
-            "schedule_free", rule, grads, slots, params, hyper.count, scalars
-        )
+        step = Step("schedule_free", rule, slots, hyper.count, scalars)
+        updates, (slots,) = apply_rules([step], grads, params)
         steps = State(next_hyper(rates, hyper), slots)
         return updates, ScheduleFreeState(steps, total, lr_max, now["beta"].clone())
 

@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from fdl import tree
+from fdl._compiler._common_subexpressions import stop_merging
 from fdl._compiler._settings import current_settings, use_settings
+from fdl._modes import is_tracing
 from fdl.optim._base import check_floating
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -123,6 +125,8 @@ class _Remat(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         f, n, m = ctx.f, ctx.floats, ctx.floats + len(cotangents)
         xs, others = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if is_tracing():  # otherwise the program would keep the values of the first run
+            xs = [stop_merging(x) for x in xs]
 
         def pullback(*args: Tensor) -> tuple[Tensor, ...]:
             return cast(tuple, vjp(lambda *xs: f(*xs, *args[m:]), *args[:n])[1](args[n:m]))

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 
 from fdl.tree._compare import diff
 from fdl.tree._paths import Tree, flatten_dict
+from fdl.tree._structure import flatten, unflatten
 from fdl.tree._summary import describe_leaf
 
 
@@ -29,18 +30,19 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda p, g: p - 0.1 * g, {"w": 1.0, "b": 2.0}, {"b": 10.0, "w": 20.0})
     {'w': -1.0, 'b': 1.0}
     """
-    first, spec = pytree.tree_flatten(tree)
-    columns = [match(tree, other, "tree.map") for other in rest]
-    return pytree.tree_unflatten([f(*row) for row in zip(first, *columns, strict=True)], spec)
+    first, structure = flatten(tree)
+    columns = [match(tree, other, "tree.map", structure) for other in rest]
+    return unflatten([f(*row) for row in zip(first, *columns, strict=True)], structure)
 
 
-def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
+def match(like: Tree, tree: Tree, caller: str, structure: Any = None) -> list[Any]:
     """List the leaves of `tree` in the order of `like`, which must have the same structure.
 
     Args:
         like: the expected structure.
         tree: the actual tree.
         caller: prefix of error messages.
+        structure: that of `like`, if `flatten` has returned it already.
 
     Raises:
         ValueError: the structures differ; the message starts with `caller` and lists every path.
@@ -48,7 +50,11 @@ def match(like: Tree, tree: Tree, caller: str) -> list[Any]:
     >>> match({"w": 0, "b": 0}, {"b": 1, "w": 2}, "caller")
     [2, 1]
     """
-    spec = pytree.tree_structure(like)
+    if not torch.compiler.is_compiling():
+        leaves, own = flatten(tree)
+        if own == (flatten(like)[1] if structure is None else structure):
+            return leaves
+    spec = pytree.tree_structure(like)  # dicts may have their keys in another order
     try:
         subtrees = spec.flatten_up_to(tree)
     except ValueError as error:
@@ -77,7 +83,7 @@ def leaves(tree: Tree) -> list[Any]:
     >>> leaves({"a": [1, 2], "b": (3, {})})
     [1, 2, 3]
     """
-    return pytree.tree_leaves(tree)
+    return flatten(tree)[0]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

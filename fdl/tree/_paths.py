@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 
 from fdl._torch_compat import assume_constant_result
+from fdl.tree._structure import flatten, is_plain, unflatten
 
 Tree = Any
 Where = str | Sequence[str] | Callable[[str, Any], bool]
@@ -25,8 +28,19 @@ def flatten_dict(tree: Tree) -> dict[str, Any]:
     >>> flatten_dict({"conv": [{"weight": 1}, 2]})
     {'conv.0.weight': 1, 'conv.1': 2}
     """
+    if not torch.compiler.is_compiling():
+        leaves, structure = flatten(tree)
+        if is_plain(structure):
+            return dict(zip(_paths(structure, len(leaves)), leaves, strict=True))
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return {dotted(entries): leaf for entries, leaf in pairs}
+
+
+@lru_cache(64)
+def _paths(structure: Any, count: int) -> tuple[str, ...]:
+    """List the dotted paths of all `count` leaves of a structure."""
+    pairs, _ = pytree.tree_flatten_with_path(unflatten(range(count), structure))
+    return tuple(dotted(entries) for entries, _ in pairs)
 
 
 def in_order(tree: Tree) -> Tree:
@@ -118,7 +132,7 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
                 "tree.unflatten_dict: the paths are not those of `like`:\n  "
                 + "\n  ".join(sorted(lines))
             )
-        return pytree.tree_unflatten([flat[path] for path in wanted], pytree.tree_structure(like))
+        return unflatten([flat[path] for path in wanted], flatten(like)[1])
     if flat.keys() == {""}:
         return flat[""]
     tree: dict[str, Any] = {}

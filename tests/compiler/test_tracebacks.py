@@ -190,7 +190,7 @@ def test_only_the_message_about_cuda_is_dropped() -> None:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logger.addHandler(handler)
-    _inductor._silence_log()
+    _inductor.silence_log()
     try:
         logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
         logger.warning("another")

@@ -71,7 +71,7 @@ def command(monkeypatch, capsys, tmp_path):
 
 # The runners, compiled or not: what they compute is what is tested here, so none is compiled.
 
-NAMES = ["linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum"]
+NAMES = ["linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-adam"]
 # The learner's loop forks, which JAX forbids; two others differ from compile-step in the compiler.
 ELSEWHERE = ("learner", "compile-step-cpp", "compile-step-graphs")
 IN_PROCESS = [name for name in registry.RUNNERS if name not in ELSEWHERE]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdl import TrainState, data, jit, losses, random, scan, supervised, train_step, tree
+from fdl import TrainState, data, jit, losses, optim, random, scan, supervised, train_step, tree
 from fdl._training._state import Metrics
 from fdl.data import Dataset, Indices
 from fdl.metrics import Mean
@@ -40,8 +40,10 @@ def problem_of(task: Task, device: torch.device) -> recipes.Problem:
     x, y = (torch.from_numpy(array).to(device) for array in (task.x, task.y))
     examples = Dataset(x, y)
     if isinstance(recipe, config.Images):
-        return recipes.image_problem(recipe, examples, None, "of the benchmark")
-    return recipes.build(recipe, random.key(0))._replace(train=examples)
+        problem = recipes.image_problem(recipe, examples, None, "of the benchmark")
+    else:
+        problem = recipes.build(recipe, random.key(0))._replace(train=examples)
+    return problem._replace(opt=optim.adam(task.lr)) if task.adam else problem
 
 
 class FdlRunner(TorchRunner):

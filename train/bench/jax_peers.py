@@ -77,7 +77,9 @@ def forward(task: Task, params: Params, x: jax.Array, key: jax.Array) -> jax.Arr
 
 
 def optimizer(task: Task) -> optax.GradientTransformation:
-    """Make the optimizer equal to `torch.optim.SGD`: weight decay goes into the momentum."""
+    """Make the optimizer equal to torch's: the weight decay of SGD goes into the momentum."""
+    if task.adam:
+        return optax.adam(task.lr)
     decay = [optax.add_decayed_weights(task.weight_decay)] if task.weight_decay else []
     return optax.chain(*decay, optax.sgd(task.lr, momentum=task.momentum or None))
 

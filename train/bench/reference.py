@@ -20,7 +20,7 @@ from models import torch_modules
 from train.bench.check import Reference
 from train.bench.runner import CALLS
 from train.bench.task import Task, load, save_arrays
-from train.bench.torch_peers import Eager, floats
+from train.bench.torch_peers import Eager, floats, make_optimizer
 
 __all__ = ["GivenDropout", "count_flops", "draw_masks", "run", "write"]
 
@@ -53,9 +53,7 @@ def run(task: Task) -> Reference:
     """Train `CALLS` calls from the initial weights, in float64 on the CPU."""
     module = torch_modules.make(task.model, task.rates, GivenDropout).double()
     module.load_state_dict({name: torch.from_numpy(p) for name, p in task.params.items()})
-    optimizer = torch.optim.SGD(
-        module.parameters(), task.lr, task.momentum, weight_decay=task.weight_decay
-    )
+    optimizer = make_optimizer(task, module)
     loss_fn, key = torch_modules.loss_of(task.model), torch.from_numpy(task.key.astype(np.int64))
     losses = []
     for i, row in enumerate(np.concatenate([task.rows] * CALLS)):

@@ -25,6 +25,7 @@ class Task(NamedTuple):
     lr: float
     momentum: float
     weight_decay: float
+    adam: bool  # Adam instead of SGD with momentum and weight decay
     rates: tuple[float, ...]  # of dropout, () without it
     steps: int  # in one call of `epoch`
     device: str

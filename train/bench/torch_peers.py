@@ -17,7 +17,15 @@ from models import torch_modules
 from train.bench.runner import Loop, Runner, Trajectory
 from train.bench.task import Array, Task
 
-__all__ = ["CompiledModel", "CompiledStep", "Eager", "Learner", "TorchRunner", "floats"]
+__all__ = [
+    "CompiledModel",
+    "CompiledStep",
+    "Eager",
+    "Learner",
+    "TorchRunner",
+    "floats",
+    "make_optimizer",
+]
 
 
 def floats(task: Task) -> Tensor:
@@ -49,6 +57,21 @@ class TorchRunner(Runner):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
+def make_optimizer(
+    task: Task, module: nn.Module, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a task."""
+    if task.adam:
+        return torch.optim.Adam(module.parameters(), task.lr, fused=fused)
+    return torch.optim.SGD(
+        module.parameters(),
+        task.lr,
+        task.momentum,
+        weight_decay=task.weight_decay,
+        fused=fused,
+    )
+
+
 class TorchLoop(TorchRunner, Loop):
     """Base of the loops in this file."""
 
@@ -64,7 +87,7 @@ class TorchLoop(TorchRunner, Loop):
 
 
 class Eager(TorchLoop):
-    """`nn.Module`, `backward()` and `torch.optim.SGD`, on float images on the device."""
+    """`nn.Module`, `backward()` and a `torch.optim` optimizer, on float images on the device."""
 
     fused: bool | None = None  # torch's default
 
@@ -85,13 +108,7 @@ class Eager(TorchLoop):
         torch.manual_seed(0)
         initial = {name: torch.from_numpy(p) for name, p in self.task.params.items()}
         self.module.load_state_dict(initial)
-        self.optimizer = torch.optim.SGD(
-            self.module.parameters(),
-            self.task.lr,
-            self.task.momentum,
-            weight_decay=self.task.weight_decay,
-            fused=self.fused,
-        )
+        self.optimizer = make_optimizer(self.task, self.module, self.fused)
 
     def train_on(self, x: Tensor, y: Tensor) -> Tensor:
         """Make the usual step."""
@@ -196,7 +213,7 @@ class CompiledStep(TorchLoop):
         initial = {name: torch.from_numpy(p) for name, p in task.params.items()}
         self.initial = list(initial.values())
         self.current = [p.to(self.device, copy=True) for p in self.initial]
-        self.slots = [torch.zeros_like(p) for p in self.current] if task.momentum else []
+        self.slots = make_slots(task, self.current)
         for leaf in [*self.current, *self.slots, self.images, self.labels]:
             torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy it at each step
         module = torch_modules.make(task.model, task.rates).to("meta")
@@ -226,7 +243,7 @@ class CompiledStep(TorchLoop):
 def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., Tensor]:
     """Make the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
     loss_fn, has_images = torch_modules.loss_of(task.model), task.images
-    lr, momentum, weight_decay = task.lr, task.momentum, task.weight_decay
+    update = adam_update if task.adam else sgd_update
 
     def objective(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss_fn(functional_call(module, params, (x,)), y)
@@ -239,15 +256,38 @@ def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., 
             x = x[:, None].float() / 255
         named = dict(zip(names, params, strict=True))
         grads, loss = grad_and_value(objective)(named, x, labels[rows])
-        for i, (p, g) in enumerate(zip(params, grads.values(), strict=True)):
-            if weight_decay:
-                g = g + weight_decay * p
-            if slots:
-                g = slots[i].mul_(momentum).add_(g)
-            p.sub_(lr * g)
+        update(task, params, list(grads.values()), slots)
         return loss
 
     return step
+
+
+def make_slots(task: Task, params: list[Tensor]) -> list[Tensor]:
+    """Make what the optimizer remembers: of Adam two moments of each parameter and a count."""
+    if task.adam:
+        return [torch.zeros_like(p) for p in params * 2] + [params[0].new_zeros(())]
+    return [torch.zeros_like(p) for p in params] if task.momentum else []
+
+
+def sgd_update(task: Task, params: list[Tensor], grads: list[Tensor], slots: list[Tensor]) -> None:
+    """Update in place as `torch.optim.SGD` does."""
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if task.weight_decay:
+            g = g + task.weight_decay * p
+        if slots:
+            g = slots[i].mul_(task.momentum).add_(g)
+        p.sub_(task.lr * g)
+
+
+def adam_update(task: Task, params: list[Tensor], grads: list[Tensor], slots: list[Tensor]) -> None:
+    """Update in place as `torch.optim.Adam` does."""
+    n, count = len(params), slots[-1]
+    count.add_(1)
+    first, second = 1 - 0.9**count, 1 - 0.999**count
+    for p, g, m, v in zip(params, grads, slots[:n], slots[n:-1], strict=True):
+        m.lerp_(g, 0.1)
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        p.sub_(task.lr / first * m / ((v / second).sqrt() + 1e-8))
 
 
 def compiled_step_cpp(task: Task) -> CompiledStep:

@@ -24,7 +24,9 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "dropout": ("dropout", Dropout(lr=0.1)),
     "lenet": ("lenet", LeNet()),
     "lenet-momentum": ("lenet", LeNet(lr=0.1, momentum=0.9, weight_decay=5e-4)),
+    "lenet-adam": ("lenet", LeNet(lr=1e-3, batch_size=16)),
 }
+ADAM = ("lenet-adam",)  # workloads that Adam trains; the others are trained by SGD
 MOST_SCALED = 100 * 256  # examples in a call with scaled batches
 
 
@@ -85,6 +87,7 @@ def make_task(workload: Workload, config: Bench, images: Dataset | None, device:
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
+        adam=workload.name in ADAM,
         rates=recipe.rates if isinstance(recipe, Dropout) else (),
         steps=steps,
         device=device,

@@ -1,0 +1,204 @@
+"""Dispatch of calls that need nothing new, in C++.
+
+`dispatch/` compares the arguments of a call with those that the known programs were made for, gives
+donated memory away, and runs a program: about half a microsecond for each leaf of the state.
+Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
+machine, while the first function is traced, and kept in torch's cache of compiled programs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from functools import cache
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.backends.cpu import get_cpu_capability
+
+from fdl._compiler._donation import Donated
+from fdl._compiler._inductor import Compiled, missing_compiler, raise_python_error, silence_log
+from fdl._compiler._interrupt import INTACT
+from fdl._compiler._nans import watching
+from fdl._compiler._refusals import first_line
+from fdl._compiler._settings import default_device, has_active_mode
+from fdl._compiler._signature import unflatten
+from fdl._modes import disabled, tracing
+
+SOURCES = Path(__file__).with_name("dispatch")
+MOST = 8  # programs of a function that are tried
+ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of a program of Inductor's C++ wrapper
+
+_loaded: list[Any] = []  # the module, once it is built
+
+
+class Direct(NamedTuple):
+    """What a program is, for `dispatch/`."""
+
+    run: Compiled  # from arguments and closed-over tensors to the results that `aliases` lacks
+    spec: Hashable  # the structure of the result
+    results: int  # how many
+    aliases: dict[int, int]  # results that are written to donated arguments
+    writes: bool  # to donated arguments
+    places: Sequence[int] = ()  # of what it takes among the arguments, if in another order
+    result_places: Sequence[int] = ()  # of the results among those that it computes, likewise
+
+
+def start() -> None:
+    """Begin to build the extension, in a thread."""
+    _extension()
+
+
+def prepare(
+    direct: Direct | None,
+    spec: Hashable,
+    leaves: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    donated: Sequence[int],
+    read: Callable[[], list[Tensor] | None],
+) -> list[Any]:
+    """Return a program for `call_known`, or nothing if it can only be called from Python.
+
+    Args:
+        direct: the program.
+        spec: structure of the arguments.
+        leaves: the arguments.
+        constants: the closed-over tensors.
+        donated: indices of the arguments that the program is given.
+        read: returns the closed-over tensors at a later call.
+    """
+    extension = _extension().result()
+    inputs = [*leaves, *constants]
+    if direct is None or extension is None or not extension.takes(spec):
+        return []
+    if any(x.layout is not torch.strided for x in inputs):
+        return []
+    program = extension.make(
+        spec,
+        default_device(),
+        direct.spec,
+        read if constants else None,
+        direct.run,
+        _entry(direct.run),
+        inputs,
+        list(donated),
+        [_placeholder(inputs[i].dtype, inputs[i].device) for i in donated],
+        [direct.aliases.get(out, -1) for out in range(direct.results)],
+        list(direct.places),
+        list(direct.result_places),
+        direct.writes,
+    )
+    return [program]
+
+
+def call_known(programs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the result of the first program made for such arguments, or NotImplemented."""
+    if not programs:
+        return NotImplemented
+    try:
+        return _loaded[0].call(programs, args, kwargs)
+    except BaseException as error:
+        raise_python_error(error)
+
+
+@cache
+def _placeholder(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what a donated tensor holds afterwards."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
+def _entry(run: Compiled) -> int:
+    """Return the address of a program in C++, or 0 if it is to be called from Python."""
+    compiled = getattr(run, "compiled", None)
+    code = getattr(compiled, "current_callable", None)
+    cells = inspect.getclosurevars(code).nonlocals if inspect.isfunction(code) else {}
+    module = getattr(cells.get("f"), "__self__", None)
+    if not inspect.ismodule(module) or set(cells) != {"f"} or cast(Any, compiled).constants:
+        return 0
+    entry = getattr(ctypes.CDLL(module.__file__), ENTRY, None)
+    return (entry and ctypes.cast(entry, ctypes.c_void_p).value) or 0
+
+
+@cache
+def _extension() -> Future[Any]:
+    """Build and load the extension; the result is its module, or None if that fails."""
+    future: Future[Any] = Future()
+
+    def build() -> None:
+        try:
+            _loaded.append(_load(_build()))
+            future.set_result(_loaded[0])
+        except Exception as error:
+            future.set_result(None)
+            message = (
+                f"jit: calls are dispatched in Python, which takes longer ({first_line(error)})"
+            )
+            warnings.warn(message, stacklevel=1)
+
+    if missing_compiler():
+        future.set_result(None)
+    else:
+        Thread(target=build, name="fdl-dispatch", daemon=True).start()
+    return future
+
+
+os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no such thread
+
+
+def _build() -> Path:
+    """Compile it, if nobody has done so for this torch and Python."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
+    texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
+    name = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()[:32]
+    folder = Path(cache_dir()) / "fdl"
+    library = folder / f"{name}.so"
+    if not library.exists():
+        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+        silence_log()
+        folder.mkdir(parents=True, exist_ok=True)
+        options = CppTorchOptions(include_pytorch=True, warning_all=False)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
+            builder.build()
+            os.replace(builder.get_target_file_path(), library)  # whole, or not at all
+    return library
+
+
+def _load(library: Path) -> Any:
+    """Import the extension, and give it the objects of Python that it uses."""
+    loader = ExtensionFileLoader("dispatch", str(library))
+    module = module_from_spec(ModuleSpec("dispatch", loader, origin=str(library)))
+    example = torch.empty(1)
+    module.install(
+        Tensor,
+        torch.nn.Parameter,
+        Donated,
+        disabled,
+        watching,
+        tracing,
+        default_device,
+        torch._C._functorch.peek_interpreter_stack,
+        has_active_mode,
+        unflatten,
+        vars(forward_ad),
+        INTACT,
+        example,
+        example._cdata,
+    )
+    return module
