@@ -3,8 +3,8 @@
 torch passes matrix products to MKL, which uses older instructions on processors of other makers and
 is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions, generates kernels
 for the processor at hand: the products of a classifier with ten classes took a half to a third of
-the time. Tiny products are not worth a call: Inductor fuses a sum of products with the operations
-around it.
+the time. Small products are not worth a call of either (`_products.py`), and tiny ones are sums,
+which Inductor fuses with the operations around them.
 
 A rule applies only if the node itself proves that the result is the same to rounding;
 `tests/compiler/test_passes.py` has a table for each.
