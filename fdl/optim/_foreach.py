@@ -22,9 +22,9 @@ from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._structure import flatten, unflatten
 
-FEW = 4  # leaves are as fast one by one
-# Elements of a batch: its intermediate results stay in the cache of a CPU, and are a small part of
-# the memory of a GPU. A larger leaf is as fast alone.
+FEW = 4  # with fewer leaves, one by one is as fast
+# The most elements of a batch, by device: intermediate results stay in the cache of a CPU, and take
+# little of the memory of a GPU. A leaf with a quarter of that is as fast alone.
 MOST = {"cpu": 2**18}
 MOST_ELSEWHERE = 2**24
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -134,10 +134,9 @@ def _form(x: Tensor) -> tuple[Any, ...]:
 
 
 def _wholes(columns: Sequence[list[Any]]) -> list[bool]:
-    """Tell for each column if its tensors have the shapes of the leaves, or are float64 `[]`.
+    """Return for each column True for tensors of the shapes of the leaves, False for float64 `[]`.
 
-    Returns:
-        An empty list if the leaves cannot be computed together.
+    The list is empty if the leaves cannot be computed together.
     """
     grads, wholes = torch.is_grad_enabled(), []
     shapes: list[torch.Size] = []

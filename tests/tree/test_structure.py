@@ -6,7 +6,7 @@ from functools import reduce
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 from fdl import tree
@@ -47,6 +47,7 @@ def check(sample):
 
 
 @pytest.mark.parametrize("often", [1, 10**9], ids=["generated", "walked"])
+@settings(deadline=None)
 @given(trees())
 def test_flatten_and_unflatten_equal_pytree(often, sample):
     with pytest.MonkeyPatch.context() as patch:
@@ -62,6 +63,7 @@ def test_whatever_pytree_knows(sample, monkeypatch):
         check(sample)
 
 
+@settings(deadline=None)
 @given(trees(), trees())
 def test_generated_functions_take_their_own_structure_only(sample, other):
     _structure._codes = ()
