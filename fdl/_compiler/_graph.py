@@ -154,6 +154,11 @@ def check_pure(graph: GraphModule, names: Sequence[str]) -> None:
         )
 
 
+def value_of(node: Node) -> Tensor:
+    """Return the fake tensor that a node computes."""
+    return cast(Tensor, node.meta["val"])
+
+
 def nodes_of(graph: Graph, op: str) -> list[Node]:
     """List the nodes of one kind, in order."""
     return [node for node in graph.nodes if node.op == op]

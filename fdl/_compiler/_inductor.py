@@ -7,11 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
@@ -50,11 +53,9 @@ def lower(
     silence_log()
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
-    rewrite(graph, on_cpu)
-    if on_cpu:
-        watch_signals(graph)
     with (
         config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
+        config.patch({"size_asserts": config.size_asserts and not _is_known(graph)}),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         warnings.catch_warnings(),
@@ -62,6 +63,9 @@ def lower(
         # Float32 products are computed in float32 unless the user asks for less.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
+        rewrite(graph, on_cpu)
+        if on_cpu:
+            watch_signals(graph)
         _keep_strides(graph)
         joint_graph_passes(graph)
         keep_results_apart(graph.graph)
@@ -126,8 +130,12 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw
         # takes ten times longer to compile, and the program is not faster.
         "realize_opcount_threshold": 8,
-        # Without this, programs with a loop are not cached on disk.
-        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
+        # Without this, programs with a loop are not cached on disk. Programs that other sources
+        # of fdl have lowered are not loaded from there.
+        "unsafe_marked_cacheable_functions": {
+            "torch.ops.higher_order.scan": torch.__version__,
+            "fdl": _sources(),
+        },
     }
     if on_cpu:
         if config.cpp.vec_isa_ok is None:
@@ -142,6 +150,24 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # Compile kernels and wrapper as two files, the latter unoptimised: half the time.
         options["cpp_wrapper_build_separate"] = True
     return options
+
+
+def _is_known(module: GraphModule) -> bool:
+    """Check that all operations are torch's or fdl's, whose shapes and strides are as declared.
+
+    Those of the arguments are in the signature. The checks take a third of the compile time.
+    """
+    targets = [node.target for node in nodes_of(module.graph, "call_function")]
+    namespaces = {t.namespace for t in targets if isinstance(t, OpOverload)}
+    children = [child for child in module.children() if isinstance(child, GraphModule)]
+    return namespaces <= {"aten", "prims", "fdl"} and all(map(_is_known, children))
+
+
+@cache
+def _sources() -> str:
+    """Return a hash of the sources of this package."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def kernels_written() -> int:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 
 from fdl._compiler._graph import LOOP, nodes_of
+from fdl._compiler._order import memory, predecessors, written
 from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
@@ -69,8 +70,10 @@ def watch_signals(module: GraphModule) -> None:
     """Let each turn of the loops in a graph for the CPU check for signals."""
     if RELEASE < (2, 12):  # there the loop itself runs in Python
         return
+    before = predecessors(module.graph)
+    needed = [_needed_by(write, before) for write in _writes(module)]
     for loop in _loops(module):
-        _insert_check(module, loop, all(loop in _needed_by(copy) for copy in _writes(module)))
+        _insert_check(module, loop, all(loop in nodes for nodes in needed))
 
 
 def _insert_check(module: GraphModule, loop: Node, intact: bool) -> None:
@@ -89,8 +92,12 @@ def _loops(module: GraphModule) -> list[Node]:
 
 def _writes(module: GraphModule) -> list[Node]:
     """List the nodes that write to donated memory something else than what it holds."""
-    copies = module.graph.find_nodes(op="call_function", target=aten.copy_.default)
-    return [node for node in copies if not _is_copy_of(*cast(Any, node.args[:2]))]
+    return [
+        node
+        for node in nodes_of(module.graph, "call_function")
+        if any(memory(z).op == "placeholder" for z in written(node))
+        and not (node.target is aten.copy_.default and _is_copy_of(*cast(Any, node.args[:2])))
+    ]
 
 
 def _is_copy_of(argument: Node, value: Node) -> bool:
@@ -99,11 +106,11 @@ def _is_copy_of(argument: Node, value: Node) -> bool:
     return value is argument
 
 
-def _needed_by(node: Node) -> set[Node]:
+def _needed_by(node: Node, before: dict[Node, list[Node]]) -> set[Node]:
     """Return the nodes that have to run before this one."""
     needed, rest = set[Node](), [node]
     while rest:
-        inputs = set(rest.pop().all_input_nodes) - needed
+        inputs = set(before[rest.pop()]) - needed
         needed |= inputs
         rest += inputs
     return needed

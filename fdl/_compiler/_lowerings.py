@@ -12,7 +12,10 @@ from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
+from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._loop_code import allocate_only_what_is_stored
+from fdl._compiler._products import register_product
+from fdl._compiler._threads import start_fewer_threads
 
 aten = torch.ops.aten
 
@@ -64,6 +67,9 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    start_fewer_threads()
+    register_leafwise()
+    register_product()
     _declare_loop_outputs_once()
     allocate_only_what_is_stored()
     loop = lowerings[WHILE]

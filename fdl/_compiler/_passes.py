@@ -3,8 +3,8 @@
 torch passes matrix products to MKL, which uses older instructions on processors of other makers and
 is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions, generates kernels
 for the processor at hand: the products of a classifier with ten classes took a half to a third of
-the time. Tiny products are not worth a call: Inductor fuses a sum of products with the operations
-around it.
+the time. Small products are not worth a call of either (`_products.py`), and tiny ones are sums,
+which Inductor fuses with the operations around them.
 
 A rule applies only if the node itself proves that the result is the same to rounding;
 `tests/compiler/test_passes.py` has a table for each.
@@ -17,13 +17,14 @@ from math import copysign, prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fdl._compiler._common_subexpressions import merge_equal
-from fdl._compiler._graph import LOOP, nodes_of
+from fdl._compiler._graph import LOOP, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._lowerings import has_onednn
+from fdl._compiler._merging import merge_families
+from fdl._compiler._products import PRODUCT, is_small
 from fdl._compiler._zeros import replace_zero_products
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -51,13 +52,15 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
             if new is not None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
+    if on_cpu:
+        merge_families(module)
     module.recompile()
 
 
 def _add(call: Call, node: Node) -> Node | None:
     """Keep x + 0, which is 0 for x = −0, but which Inductor replaces by x."""
     x, y = (cast(Any, z) for z in node.args)
-    if not _value(node).is_floating_point() or node.kwargs:
+    if not value_of(node).is_floating_point() or node.kwargs:
         return None
     if _is_zero(x) and isinstance(y, Node):
         x, y = y, x
@@ -85,8 +88,8 @@ def _addmm(call: Call, node: Node) -> Node | None:
 
 
 def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Node | None:
-    (m, k), n = _value(a).shape, _value(b).shape[1]
-    dtype = _value(node).dtype
+    (m, k), n = value_of(a).shape, value_of(b).shape[1]
+    dtype = value_of(node).dtype
     # Sums of integers would be int64; torch's kernel accumulates 16-bit numbers in float32.
     if m * n * k <= TINY and dtype in (torch.float32, torch.float64):
         # [m, k, 1] · [1, k, n], summed over k
@@ -95,16 +98,23 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
         )
         new = call(aten.sum.dim_IntList, products, [1])
         return new if bias is None else call(aten.add.Tensor, new, bias)
-    fits = bias is None or _value(bias).shape == (n,)
+    fits = bias is None or value_of(bias).shape == (n,)
+    if fits and is_small(value_of(a), value_of(b)):
+        return call(PRODUCT, a, b, bias)
     if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
         transposed = call(aten.permute.default, b, [1, 0])
         return call(torch.ops.fdl.linear.default, a, transposed, bias)
     return None
 
 
+def _bmm(call: Call, node: Node) -> Node | None:
+    a, b = cast(Any, node.args)
+    return call(PRODUCT, a, b, None) if is_small(value_of(a), value_of(b)) else None
+
+
 def _scatter_add(call: Call, node: Node) -> Node | None:
     into, dim, index, source = cast(Any, node.args)
-    if not _is_zeros(into) or dim not in (-1, _value(into).ndim - 1):
+    if not _is_zeros(into) or dim not in (-1, value_of(into).ndim - 1):
         return None
     if _are_distinct(index):
         return call(aten.scatter.src, into, dim, index, source)
@@ -116,7 +126,7 @@ def _are_distinct(index: Node) -> bool:
 
     No two gradients go to the same pixel then, so a store can replace the atomic addition.
     """
-    positions = prod(_value(index).shape[-1:])
+    positions = prod(value_of(index).shape[-1:])
     while index.target in (aten.view.default, aten.reshape.default, IN_RANGE):
         index = cast(Node, index.args[0])
     if index.target is not prims._low_memory_max_pool_offsets_to_indices.default:
@@ -125,7 +135,7 @@ def _are_distinct(index: Node) -> bool:
     spans = (d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     disjoint = all(span <= s for span, s in zip(spans, stride, strict=True)) and not any(padding)
     # Indices count the pixels of one image: each row has to be the windows of one image.
-    return bool(disjoint and positions == prod(_value(index).shape[-len(kernel) :]))
+    return bool(disjoint and positions == prod(value_of(index).shape[-len(kernel) :]))
 
 
 def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) -> Node | None:
@@ -133,12 +143,12 @@ def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) ->
 
     A scatter is a call with a buffer to fill; a comparison fuses with its neighbours.
     """
-    shape, index_shape = _value(into).shape, _value(index).shape
-    if index_shape != (*shape[:-1], 1) or _value(source).shape != index_shape:
+    shape, index_shape = value_of(into).shape, value_of(index).shape
+    if index_shape != (*shape[:-1], 1) or value_of(source).shape != index_shape:
         return None
-    options = {"dtype": _value(index).dtype, "device": _value(index).device}
+    options = {"dtype": value_of(index).dtype, "device": value_of(index).device}
     columns = call(prims.iota.default, shape[-1], start=0, step=1, requires_grad=False, **options)
-    zero = call(aten.full.default, [], 0, dtype=_value(source).dtype, device=options["device"])
+    zero = call(aten.full.default, [], 0, dtype=value_of(source).dtype, device=options["device"])
     return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
 
 
@@ -153,8 +163,8 @@ def _avg_pool_backward(call: Call, node: Node) -> Node | None:
     stride, padding = stride or kernel, padding or [0] * len(kernel)
     area: Any = 1
     for axis in range(-len(kernel), 0):
-        size, windows = _value(x).shape[axis], _value(grad).shape[axis]
-        options = {"dtype": torch.int64, "device": _value(grad).device, "requires_grad": False}
+        size, windows = value_of(x).shape[axis], value_of(grad).shape[axis]
+        options = {"dtype": torch.int64, "device": value_of(grad).device, "requires_grad": False}
         # What is left of the padded axis from the start of each window on.
         left = {"start": size + 2 * padding[axis], "step": -stride[axis]}
         sides = call(
@@ -182,10 +192,6 @@ def _is_zero(x: Any) -> bool:
     return bool(x == 0 and copysign(1, x) == 1)
 
 
-def _value(node: Node) -> Tensor:
-    return cast(Tensor, node.meta["val"])
-
-
 def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
     """Make a function that adds a call before `node`."""
 
@@ -205,6 +211,7 @@ RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
     aten.permute.default: _permute,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
     aten.scatter_add.default: _scatter_add,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,

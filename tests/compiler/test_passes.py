@@ -5,7 +5,7 @@ operation of `_decompositions` without a row fails.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch.func import grad, vjp
 from fdl import jit, scan, tree
 from fdl._compiler._decompositions import OWN
 from fdl._compiler._passes import RULES, TINY
+from fdl._compiler._products import LONGEST, SMALL
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ def check(cases: dict[str, Case]) -> None:
 
 def products(with_bias: bool) -> Iterator[tuple[str, Case]]:
     sizes = {"tiny": (3, 4, 5), "larger": (20, 30, 40), "empty sum": (3, 0, 4), "row": (1, 70, 80)}
-    assert 20 * 30 * 40 > TINY > 3 * 4 * 5
+    assert SMALL > 20 * 30 * 40 > TINY > 3 * 4 * 5
     for dtype, (size, (m, k, n)) in product((*INTEGERS, *FLOATS), sizes.items()):
         whole = dtype in (torch.float32, torch.float64)
         if not whole and (size == "row" or (size != "tiny" and dtype in INTEGERS)):
@@ -102,6 +103,50 @@ def products(with_bias: bool) -> Iterator[tuple[str, Case]]:
             yield f"{name}, bias {shape}", (torch.addmm, row)
         if whole or size == "tiny":
             yield f"{name}, scaled", (lambda c, a, b: torch.addmm(c, a, b, beta=2, alpha=3), row)
+
+
+def small_and_large() -> Iterator[tuple[str, Case]]:
+    """Products of shapes at which the loop of `fdl::product` takes another path."""
+    sizes = {
+        "few rows": (3, 40, 50), "rows left over": (13, 33, 31), "one column": (80, 70, 1),
+        "17 columns": (9, 40, 17), "49 columns": (20, 20, 49), "one term": (90, 1, 80),
+        "longest sum": (3, LONGEST, 4), "a longer one": (3, LONGEST + 1, 4),
+        "large": (110, 100, 100),
+    }  # fmt: skip
+    assert SMALL < 110 * 100 * 100
+    for name, (m, k, n) in sizes.items():
+        layouts = {
+            "": ((m, k), (k, n)),
+            ", a transposed": ((k, m), (k, n)),
+            ", b transposed": ((m, k), (n, k)),
+        }
+        for strides, (a, b) in layouts.items():
+            x, y = some(*a, dtype=torch.float32), some(*b, dtype=torch.float32)
+            x, y = (x.T if a != (m, k) else x), (y.T if b != (k, n) else y)
+            yield f"{name}{strides}", (torch.mm, (x, y))
+            bias = some(n, dtype=torch.float32)
+            yield f"{name}{strides}, with a bias", (torch.addmm, (bias, x, y))
+    x = some(30, 3 * 40, dtype=torch.float32)
+    yield "columns of a larger one", (lambda x: x[3:, 40:80].T @ x[3:, :40], (x,))
+
+
+def batches() -> Iterator[tuple[str, Case]]:
+    for dtype, (b, m, k, n) in product(
+        (torch.float16, torch.float32, torch.float64, torch.int64),
+        ((1, 3, 4, 5), (6, 9, 17, 20), (2, 0, 3, 4), (3, 4, 0, 5), (40, 30, 33, 31)),
+    ):
+        x, y = some(b, m, k, dtype=dtype), some(b, k, n, dtype=dtype)
+        name = f"{dtype}, {b} of {m} × {k} × {n}".removeprefix("torch.")
+        yield name, (torch.bmm, (x, y))
+        yield f"{name}, strides", (lambda x, y: x.mT @ y.mT, (x.mT.contiguous(), y.mT.contiguous()))
+        yield f"{name}, one for all", (lambda x, y: x @ y[:1].expand_as(y), (x, y))
+    heads = some(5, 7, 3 * 2 * 8, dtype=torch.float32)
+
+    def attention(x: Tensor) -> Tensor:
+        q, k, v = x.view(5, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(5, 7, 16)
+
+    yield "attention", (attention, (heads,))
 
 
 def scatters() -> Iterator[tuple[str, Case]]:
@@ -219,8 +264,9 @@ def permutations() -> Iterator[tuple[str, Case]]:
 
 TABLES: dict[Any, Callable[[], Iterator[tuple[str, Case]]]] = {
     aten.permute.default: permutations,
-    aten.mm.default: lambda: products(False),
+    aten.mm.default: lambda: chain(products(False), small_and_large()),
     aten.addmm.default: lambda: products(True),
+    aten.bmm.default: batches,
     aten.scatter_add.default: scatters,
     aten.avg_pool2d_backward.default: lambda: average_pools(2),
     aten.avg_pool3d_backward.default: lambda: average_pools(3),

@@ -1,0 +1,60 @@
+"""Kernels that fdl writes itself: their place in the programs that Inductor writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def realized(x: Any) -> Any:
+    """Let an argument of a kernel be in memory, as numbers of its own dtype."""
+    from torch._inductor.ir import ExternKernel
+
+    x = ExternKernel.realize_input(x)
+    buffer, _, _ = place(x)
+    return x if buffer.get_dtype() == x.get_dtype() else ExternKernel.copy_input(x)
+
+
+def place(x: Any) -> tuple[Any, Any, Sequence[Any]]:
+    """Return the buffer that an argument of a kernel is in, where it starts, and its strides.
+
+    In a loop, the start of a row is an expression.
+    """
+    from torch._inductor.ir import ReinterpretView, StorageBox, TensorBox
+
+    while isinstance(x, TensorBox | StorageBox):
+        x = x.data
+    if not isinstance(x, ReinterpretView):
+        return x, 0, x.get_stride()
+    buffer, _, _ = place(x.data)
+    return buffer, x.get_layout().offset, x.get_stride()  # counted from the start of the memory
+
+
+def call_kernel(
+    wrapper: Any, name: str, source: str, types: Sequence[str], arguments: Sequence[Any]
+) -> None:
+    """Write the call of a kernel, and the kernel itself unless the program has it.
+
+    Args:
+        wrapper: the code around the kernels.
+        name: the beginning of the kernel's name.
+        source: C++ of the function `KERNEL_NAME(PARAMETERS)`.
+        types: types of its parameters, which are called a0, a1, …
+        arguments: names of buffers, and numbers.
+    """
+    from torch._inductor import metrics
+    from torch._inductor.virtualized import V
+
+    kernel = wrapper.src_to_kernel.get(source)
+    if kernel is None:
+        kernel = f"cpp_{name}_{wrapper.next_kernel_suffix()}"
+        wrapper.src_to_kernel[source] = kernel
+        symbol = kernel if V.graph.cpp_wrapper else "kernel"
+        parameters = ", ".join(f"{kind} a{i}" for i, kind in enumerate(types))
+        text = source.replace("KERNEL_NAME", symbol).replace("PARAMETERS", parameters)
+        if not V.graph.cpp_wrapper:
+            text = f"async_compile.cpp_pybinding({list(types)!r}, r'''{text}''')"
+        definition = f'extern "C" void {symbol}({parameters});\n'
+        wrapper.define_kernel(kernel, text, gpu=False, cpp_definition=definition)
+        metrics.generated_kernel_count += 1
+    wrapper.generate_kernel_call(kernel, arguments, triton=False, arg_types=list(types))

@@ -1,0 +1,195 @@
+"""Small matrix products, as loops of the compiled program: `fdl::product`.
+
+The call of a matrix library takes some microseconds before it multiplies, longer than the product
+of a narrow layer; with several threads it may take ten times as long.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fdl._compiler._kernels import call_kernel, place, realized
+
+SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
+LONGEST = 1024  # terms of a sum
+
+torch.library.define("fdl::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+
+torch.library.register_fake(
+    "fdl::product", lambda a, b, bias: a.new_empty(*a.shape[:-1], b.shape[-1])
+)
+
+PRODUCT = torch.ops.fdl.product.default
+
+
+def is_small(a: Tensor, b: Tensor) -> bool:
+    """Check for a product of `[m, k]` and `[k, n]`, or of batches of them, worth a loop."""
+    terms = a.shape[-1]
+    return a.dtype is torch.float32 and 0 < terms <= LONGEST and a.numel() * b.shape[-1] <= SMALL
+
+
+TYPES = ["const float*"] * 3 + ["float*"] + ["const int64_t"] * 13
+SOURCE = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+namespace KERNEL_NAME_parts {
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t width = Vec::size();
+constexpr int most_rows = width >= 16 ? 8 : 4;
+
+// Rows of the product, and `columns` of its columns, at most V vectors.
+template <int R, int V>
+inline void block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                  const float* bias, float* c, int64_t c_row, int64_t columns, int64_t terms) {
+    Vec sums[R][V];
+    #pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+        const int64_t left = columns - v * width;
+        const Vec start = bias ? Vec::loadu(bias + v * width, left < width ? left : width) : Vec(0);
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][v] = start;
+    }
+    for (int64_t k = 0; k < terms; ++k) {
+        Vec row[V];
+        #pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) row[v] = Vec::loadu(b + k * b_row + v * width);
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Vec factor(a[r * a_row + k * a_column]);
+            #pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) sums[r][v] = at::vec::fmadd(factor, row[v], sums[r][v]);
+        }
+    }
+    #pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        #pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const int64_t left = columns - v * width;
+            sums[r][v].store(c + r * c_row + v * width, left < width ? left : width);
+        }
+    }
+}
+
+template <int V>
+void panel(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+           const float* bias, float* c, int64_t c_row, int64_t columns, int64_t rows,
+           int64_t terms) {
+    int64_t i = 0;
+    for (; i + most_rows <= rows; i += most_rows)
+        block<most_rows, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
+                            columns, terms);
+    for (; i < rows; ++i)
+        block<1, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
+                    columns, terms);
+}
+
+// Few rows times a matrix whose columns are contiguous: sums of products, without a copy.
+static void by_columns(const float* a, int64_t a_row, const float* b, int64_t b_column,
+                       const float* bias, float* c, int64_t m, int64_t k, int64_t n)
+{
+    for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            const float *x = a + i * a_row, *y = b + j * b_column;
+            Vec sum(0);
+            int64_t p = 0;
+            for (; p + width <= k; p += width)
+                sum = at::vec::fmadd(Vec::loadu(x + p), Vec::loadu(y + p), sum);
+            const int64_t left = k - p;
+            if (left) sum = at::vec::fmadd(Vec::loadu(x + p, left), Vec::loadu(y + p, left), sum);
+            const float total = at::vec::vec_reduce_all<float>(
+                [](Vec& p, Vec& q) { return p + q; }, sum);
+            c[i * n + j] = bias ? total + bias[j] : total;
+        }
+    }
+}
+
+static void by_rows(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                    int64_t b_column, const float* bias, float* c, int64_t m, int64_t k, int64_t n)
+{
+    alignas(64) float packed[LONGEST * 2 * width];  // columns of b, as rows of whole vectors
+    for (int64_t j = 0; j < n; j += 2 * width) {
+        const int64_t columns = n - j < 2 * width ? n - j : 2 * width;
+        const int64_t padded = columns <= width ? width : 2 * width;
+        const float* from = b + j * b_column;
+        int64_t from_row = b_row;
+        if (b_column != 1 || columns < padded) {
+            if (columns < padded) std::fill(packed, packed + k * padded, 0.0f);
+            if (b_row == 1) {
+                for (int64_t q = 0; q < columns; ++q)
+                    for (int64_t p = 0; p < k; ++p) packed[p * padded + q] = from[p + q * b_column];
+            } else {
+                for (int64_t p = 0; p < k; ++p)
+                    for (int64_t q = 0; q < columns; ++q)
+                        packed[p * padded + q] = from[p * b_row + q * b_column];
+            }
+            from = packed;
+            from_row = padded;
+        }
+        const float* start = bias ? bias + j : nullptr;
+        if (padded == width)
+            panel<1>(a, a_row, a_column, from, from_row, start, c + j, n, columns, m, k);
+        else
+            panel<2>(a, a_row, a_column, from, from_row, start, c + j, n, columns, m, k);
+    }
+}
+
+}  // namespace
+
+extern "C" void KERNEL_NAME(PARAMETERS)
+{
+    using namespace KERNEL_NAME_parts;
+    const float *a = a0 + a4, *b = a1 + a5, *bias = a6 < 0 ? nullptr : a2 + a6;
+    float* c = a3;
+    const int64_t batch = a7, m = a8, k = a9, n = a10, a_batch = a11, a_row = a12, a_column = a13;
+    const int64_t b_batch = a14, b_row = a15, b_column = a16;
+    for (int64_t i = 0; i < batch; ++i, a += a_batch, b += b_batch, c += m * n) {
+        if (m < most_rows && a_column == 1 && b_row == 1)
+            by_columns(a, a_row, b, b_column, bias, c, m, k, n);
+        else
+            by_rows(a, a_row, a_column, b, b_row, b_column, bias, c, m, k, n);
+    }
+}
+""".replace("LONGEST", str(LONGEST))
+
+
+@cache
+def register_product() -> None:
+    """Register the lowering of `fdl::product` with Inductor."""
+    from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
+
+    class Product(ExternKernel):
+        """The call of the loop."""
+
+        def __init__(self, a: Any, b: Any, bias: Any) -> None:
+            size = [*a.get_size()[:-1], b.get_size()[-1]]
+            inputs = [realized(z) for z in (a, b, bias) if z is not None]
+            layout = FixedLayout(device=a.get_device_or_error(), dtype=a.get_dtype(), size=size)
+            super().__init__(None, layout, self.unwrap_storage(inputs))
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return True
+
+        def codegen(self, wrapper: Any) -> None:
+            places = [place(z) for z in self.inputs]
+            names = [buffer.codegen_reference() for buffer, _, _ in places]
+            starts = [start for _, start, _ in places]
+            if len(places) == 2:  # without a bias
+                names, starts = [*names, names[0]], [*starts, -1]
+            (m, n), k = self.get_size()[-2:], cast(Any, self.inputs[0]).get_size()[-1]
+            batch = prod(self.get_size()[:-2])
+            strides = [number for _, _, s in places[:2] for number in [0, *s][-3:]]
+            numbers = map(wrapper.codegen_sizevar, [*starts, batch, m, k, n, *strides])
+            call_kernel(wrapper, "product", SOURCE, TYPES, [*names, self.get_name(), *numbers])
+
+    @register_lowering(PRODUCT, type_promotion_kind=None)
+    def lower_product(a: TensorBox, b: TensorBox, bias: TensorBox | None) -> TensorBox:
+        return TensorBox.create(Product(a, b, bias))
