@@ -81,20 +81,21 @@ def keep_results_apart(graph: Graph) -> None:
 
 def _owner(node: Node) -> Node:
     """Return the node whose memory this one may be a view of."""
-    while _may_be_view(node):
+    while may_be_view(node):
         node = cast(Node, node.args[0])
     return node
 
 
 def _note_sharing(node: Node) -> None:
     """Let the fake values of views share memory as the views do, or Inductor removes the copy."""
-    if _may_be_view(node):
+    if may_be_view(node):
         _note_sharing(cast(Node, node.args[0]))
         args, kwargs = map_arg((node.args, node.kwargs), lambda z: z.meta["val"])
         node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
 
 
-def _may_be_view(node: Node) -> bool:
+def may_be_view(node: Node) -> bool:
+    """Check for an operation whose result may be a view of its first argument."""
     if node.target is getitem:  # a part of a view, such as of `split`
         return is_view(cast(Node, node.args[0]))
     return is_view(node) or node.target is aten.reshape.default

@@ -39,7 +39,7 @@ from fdl._compiler._signature import unflatten
 from fdl._modes import disabled, tracing
 
 SOURCES = Path(__file__).with_name("dispatch")
-MOST = 8  # programs of a function that are tried
+MOST = 8  # programs of a function that are tried; more are called from Python
 ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of a program of Inductor's C++ wrapper
 
 _loaded: list[Any] = []  # the module, once it is built

@@ -107,9 +107,14 @@ ALONE = _holders_of_new()
 
 
 def match_buffers(
-    leaves: Sequence[Tensor], donated: Sequence[int], results: Sequence[Tensor]
+    leaves: Sequence[Tensor], donated: Sequence[int], results: Sequence[Tensor | None]
 ) -> dict[int, int]:
     """Map results to donated leaves of the same shape, dtype and device, each used once.
+
+    Args:
+        leaves: the arguments.
+        donated: indices of those that are donated.
+        results: the results; None for one that needs memory of its own.
 
     Returns:
         The index of a leaf for the index of each result that is written into its memory.
@@ -119,7 +124,7 @@ def match_buffers(
         free[_buffer_kind(leaves[i])].append(i)
     aliases = {}
     for out, result in enumerate(results):
-        candidates = free[_buffer_kind(result)]
+        candidates = free[_buffer_kind(result)] if result is not None else []
         if candidates:
             aliases[out] = candidates.pop(0)
     return aliases

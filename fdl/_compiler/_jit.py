@@ -168,7 +168,7 @@ def jit(
     entries: list[_Entry] = []  # all of the cache, oldest first
     backwards: dict[Any, Any] = {}
     donated_in: dict[Hashable, list[int]] = {}  # donated leaves, by structure
-    known: list[Any] = []  # the newest programs, for `call_known`
+    known: list[Any] = []  # programs for `_dispatch.call_known`
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +237,10 @@ def jit(
         _check_closed_over(constants, leaves, donated, has_grad(settings))
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
         result = _execute(program, leaves, constants, donated, donated_leaves)
-        known[:] = [*new, *known][: _dispatch.MOST]
+        before = cache.setdefault(key, [])
+        # In the order of `run`, or a program that closes over less would be found first.
+        in_order = len(known) < _dispatch.MOST and all(entry.is_known for entry in before)
+        known.extend(new if in_order else ())
         entry = _Entry(
             key,
             program,
@@ -247,8 +250,9 @@ def jit(
             route,
             time.perf_counter() - start,
             kernels_written() - kernels,
+            bool(new) and in_order,
         )
-        cache.setdefault(key, []).append(entry)
+        before.append(entry)
         if route.name:  # else an earlier one is used
             entries.append(entry)
         return result
@@ -292,6 +296,7 @@ class _Entry(NamedTuple):
     route: Route
     seconds: float
     kernels: int
+    is_known: bool  # to `_dispatch`
 
     def report(self) -> Report:
         return Report(

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._callbacks import calls_back
+from fdl._compiler._common_subexpressions import may_be_view
 from fdl._compiler._digest import Digest, digest
 from fdl._compiler._dispatch import Direct
 from fdl._compiler._donation import match_buffers
@@ -113,7 +114,12 @@ def build(
         for structure, other in others:
             if computes is not None and computes == other.digest and other.direct is not None:
                 return _reordered(other, other.direct, structure, spec, traced.spec)
-        aliases = match_buffers(leaves, donated, traced.results)
+        # Inductor would write a view of a computed value before it has read all that it needs.
+        places = [
+            None if may_be_view(node) else traced.results[out]
+            for out, node in enumerate(results_of(traced.graph.graph))
+        ]
+        aliases = match_buffers(leaves, donated, places)
         if not is_plain(settings):
             stack.enter_context(as_written())
         if unknown:

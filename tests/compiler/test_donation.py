@@ -51,6 +51,28 @@ def test_results_are_written_where_the_donated_tensors_were() -> None:
         assert sorted(addresses(state)) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "move",
+    [
+        torch.rot90,
+        lambda x: (x.flip(0) * 2).T.contiguous().T,
+        lambda x: x.flip(0).reshape(9).view(3, 3),
+        lambda x: x.roll(1, 0),
+        lambda x: torch.cat(x.split([1, 2])[::-1]),
+    ],
+)
+def test_values_are_read_before_others_are_written(move: Callable[[Tensor], Tensor]) -> None:
+    fn, expected = jit(lambda s: [move(s[0]), s[1] + s[0].T], donate_argnums=0), torch.randn(3, 3)
+    total = torch.zeros(3, 3)
+    state = [expected.clone(), total.clone()]
+    for _ in range(3):
+        state = fn(state)
+        last, expected = expected, move(expected)
+        total = total + last.T
+        assert_equal(state, [expected, total])
+
+
 def mapped(w: Tensor, path: Any) -> Any:
     """Map a tensor to a file; return the file's view of it."""
     np.zeros(len(w), dtype=np.float32).tofile(path)
