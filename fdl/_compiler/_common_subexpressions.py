@@ -46,8 +46,14 @@ def merge_equal(graph: Graph) -> None:
 
 
 def _can_merge(node: Node) -> bool:
-    """Check for a pure operation of torch that is not a barrier."""
+    """Check for a pure operation of torch that is neither a barrier nor a constant.
+
+    Constants cost nothing, and two carries or results of a branch that start as the same one would
+    share memory: Inductor removes their copies.
+    """
     op = node.target
+    if not node.all_input_nodes:
+        return False
     if op is getitem or op is IN_RANGE:
         return True
     return (
@@ -76,7 +82,8 @@ def keep_results_apart(graph: Graph) -> None:
             results[i].meta["val"] = node.meta["val"].clone()
             _note_sharing(node)
         used.add(owner)
-    output.args = (cast(Any, type(output.args[0]))(results),)
+    single = isinstance(output.args[0], Node)  # of the condition of a loop
+    output.args = (results[0] if single else cast(Any, type(output.args[0]))(results),)
 
 
 def _owner(node: Node) -> Node:

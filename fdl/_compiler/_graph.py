@@ -181,4 +181,6 @@ def caller(graph: Graph, node: Node) -> Callable[..., Node]:
 def results_of(graph: Graph) -> list[Node]:
     """List the nodes that a graph returns."""
     (output,) = nodes_of(graph, "output")
-    return cast(list[Node], list(cast(Any, output.args[0])))
+    results = output.args[0]
+    # The condition of a while_loop returns a single one.
+    return [results] if isinstance(results, Node) else cast(list[Node], list(cast(Any, results)))

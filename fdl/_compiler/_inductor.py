@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fdl._compiler._callbacks import take_error
 from fdl._compiler._common_subexpressions import keep_results_apart
@@ -130,6 +130,8 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # operations. Twenty rounds of Threefry share so much that with the default, 30, a draw
         # takes ten times longer to compile, and the program is not faster.
         "realize_opcount_threshold": 8,
+        # Its passes remove copies, also both of two copies of one value that a branch returns.
+        "post_grad_custom_post_pass": _results_apart(),
         # Without this, programs with a loop are not cached on disk. Programs that other sources
         # of fdl have lowered are not loaded from there.
         "unsafe_marked_cacheable_functions": {
@@ -161,6 +163,21 @@ def _is_known(module: GraphModule) -> bool:
     namespaces = {t.namespace for t in targets if isinstance(t, OpOverload)}
     children = [child for child in module.children() if isinstance(child, GraphModule)]
     return namespaces <= {"aten", "prims", "fdl"} and all(map(_is_known, children))
+
+
+@cache
+def _results_apart() -> Any:
+    """Return `keep_results_apart` as a pass of Inductor, for branches and bodies of loops too."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class ResultsApart(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            keep_results_apart(graph)
+
+        def uuid(self) -> str:
+            return _sources()
+
+    return ResultsApart()
 
 
 @cache

@@ -418,6 +418,35 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [report.route for report in compiled.report()] == ["one program"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_loops")
+def test_the_same_value_twice() -> None:
+    """Equal results of branches, carries, rows and initial values have memory of their own."""
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        return y, y
+
+    def f(x: Tensor, n: Tensor) -> Any:
+        rows, same = torch.arange(3.0, dtype=x.dtype), (x * 3, x * 3)
+        return (
+            cond(n > 0, twice, lambda c: (c, c + 1), x),
+            cond(n > 0, lambda c: (c * 2, c * 2), lambda c: (c, c), x),
+            cond(n > 0, lambda c: 2 * ((c * 2)[:1],), lambda c: (c[:1], c[1:2]), x),
+            while_loop(lambda c: c[2] < 4, lambda c: (*twice(c[0] + c[1]), c[2] + 1), (*same, n)),
+            scan(lambda c, row: (twice(c[0] + c[1] * row), twice(c[0])), same, rows),
+            scan(lambda c, row: ((c[0] * 2 + row, c[1]), c), (x, x), rows),
+            scan(lambda c, row: ((c[0] + x, c[1] - row), c), (0 * x.detach(), 0 * x), rows),
+        )
+
+    compiled = jit(f, strict=True)
+    for n in (torch.tensor(1), torch.tensor(-1)):
+        assert_equal(compiled(X, n), f(X, n))
+        for leaf in tree.leaves(compiled(X, n)):
+            leaf.add_(1)  # changes nothing else
+        assert_equal(compiled(X, n), f(X, n))
+
+
 def test_a_program_stops_early(plain_backend: None) -> None:
     turns = fdl.jit(
         lambda n: while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] + 2), (n * 0, n))
