@@ -19,7 +19,7 @@ optimizer = optim.adam(1e-3)
 
 
 def predict(params, x, t):
-    frequency = torch.exp(-math.log(100.0) * torch.arange(4) / 4)
+    frequency = torch.exp(-math.log(100.0) * torch.arange(4, dtype=x.dtype) / 4)
     angle = t[:, None] * frequency
     return denoiser.apply(params, torch.cat([x, angle.sin(), angle.cos()], -1))
 
