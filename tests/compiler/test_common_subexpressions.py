@@ -14,6 +14,7 @@ from fdl._compiler._graph import copy_graph
 from fdl._compiler._passes import rewrite
 from fdl._compiler._signature import flatten
 from fdl._compiler._trace import trace
+from fdl._torch_compat import RELEASE
 from fdl.transforms import checkpoint
 
 aten = torch.ops.aten
@@ -129,7 +130,8 @@ def test_indices_are_checked_once_and_constant_ones_while_compiling() -> None:
 
     # Labels of the loss and of its derivative; labels as an index, which may be negative.
     count = operations(lambda x, labels: (loss(x, labels), grad(loss)(x, labels)), X, labels)
-    assert count["in_range"] == 2
+    if RELEASE >= (2, 12):  # whose derivative of cross entropy is made of other operations
+        assert count["in_range"] == 2
     # Closed-over indices may have other values at the next call; others are wrong at each.
     assert operations(lambda x: x[rows], X)["in_range"] == 1
     with pytest.raises(IndexError, match="-3 <= index < 3"):
