@@ -46,14 +46,8 @@ def merge_equal(graph: Graph) -> None:
 
 
 def _can_merge(node: Node) -> bool:
-    """Check for a pure operation of torch that is neither a barrier nor a constant.
-
-    Constants cost nothing, and two carries or results of a branch that start as the same one would
-    share memory: Inductor removes their copies.
-    """
+    """Check for a pure operation of torch that is not a barrier."""
     op = node.target
-    if not node.all_input_nodes:
-        return False
     if op is getitem or op is IN_RANGE:
         return True
     return (
