@@ -94,7 +94,8 @@ def leafwise(
         return updates, new
 
     link, optimizer = Link(name, rule, rates, initial), _in_32_bits_by_leaf(init, update)
-    _LINKS[optimizer.update] = link
+    if is_eager():  # Dynamo loses objects with weak references
+        _LINKS[optimizer.update] = link
     return optimizer
 
 
@@ -235,7 +236,7 @@ def chain(*parts: Optimizer) -> Optimizer:
     tensor(1., dtype=torch.float64)
     """
     steps = [update_of("chain", part, f"part {i}") for i, part in enumerate(parts)]
-    links = [_LINKS.get(part.update) for part in parts]
+    links = [_LINKS.get(part.update) for part in parts] if is_eager() else [None] * len(parts)
 
     def init(params: Tree) -> Tree:
         return tuple(part.init(params) for part in parts)
