@@ -190,10 +190,12 @@ def test_only_the_message_about_cuda_is_dropped() -> None:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logger.addHandler(handler)
+    _inductor.silence_log.cache_clear()  # another test may have set up torch's logs anew
     _inductor.silence_log()
     try:
         logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
         logger.warning("another")
     finally:
         logger.removeHandler(handler)
-    assert [record.msg for record in records] == ["another"]
+    messages = [record.msg for record in records]  # other threads may write some too
+    assert "another" in messages and not any("No CUDA" in message for message in messages)
