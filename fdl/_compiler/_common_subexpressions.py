@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fdl._compiler._graph import is_mutable, is_view, nodes_of, results_of
+from fdl._compiler._graph import is_mutable, may_be_view, memory, nodes_of, results_of
 from fdl._compiler._indices import IN_RANGE
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ def keep_results_apart(graph: Graph) -> None:
     for i, node in enumerate(results):
         if not isinstance(node, Node):  # a number, the result of a branch
             continue
-        if (owner := _owner(node)) in used:
+        if (owner := memory(node)) in used:
             with graph.inserting_before(output):
                 results[i] = graph.call_function(aten.clone.default, (node,))
             results[i].meta["val"] = node.meta["val"].clone()
@@ -80,23 +80,9 @@ def keep_results_apart(graph: Graph) -> None:
     output.args = (results[0] if single else cast(Any, type(output.args[0]))(results),)
 
 
-def _owner(node: Node) -> Node:
-    """Return the node whose memory this one may be a view of."""
-    while may_be_view(node):
-        node = cast(Node, node.args[0])
-    return node
-
-
 def _note_sharing(node: Node) -> None:
     """Let the fake values of views share memory as the views do, or Inductor removes the copy."""
     if may_be_view(node):
         _note_sharing(cast(Node, node.args[0]))
         args, kwargs = map_arg((node.args, node.kwargs), lambda z: z.meta["val"])
         node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
-
-
-def may_be_view(node: Node) -> bool:
-    """Check for an operation whose result may be a view of its first argument."""
-    if node.target is getitem:  # a part of a view, such as of `split`
-        return is_view(cast(Node, node.args[0]))
-    return is_view(node) or node.target is aten.reshape.default

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fdl._compiler._graph import nodes_of
-from fdl._compiler._signature import paths
+from fdl._compiler._signature import paths, signature
 
 Digest = dict[str, str]  # of each result, by its path
 
@@ -48,7 +48,7 @@ def _values(module: GraphModule, names: Sequence[str]) -> Any:
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            parts: Any = next(name), _form(value)
+            parts: Any = next(name), signature([value])
         elif node.op == "get_attr":
             parts = _attribute(module, node.target)
         else:
@@ -65,8 +65,4 @@ def _attribute(module: GraphModule, target: str) -> Any:
         count = len(nodes_of(attribute.graph, "placeholder"))
         return _values(attribute, [str(i) for i in range(count)])
     is_short = isinstance(attribute, Tensor) and attribute.numel() <= 64 and not is_fake(attribute)
-    return (_form(attribute), attribute.tolist()) if is_short else id(attribute)
-
-
-def _form(x: Any) -> Any:
-    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+    return (signature([attribute]), attribute.tolist()) if is_short else id(attribute)

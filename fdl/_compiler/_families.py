@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._graph import LOOP, value_of
+from fdl._compiler._graph import LOOP, is_view, memory, value_of
 from fdl._compiler._leafwise import (
     LEAFWISE,
     Body,
@@ -26,7 +26,7 @@ from fdl._compiler._leafwise import (
     Operand,
     can_lower,
 )
-from fdl._compiler._order import memory, predecessors, written
+from fdl._compiler._order import predecessors, written
 from fdl._compiler._products import PRODUCT
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -183,7 +183,7 @@ def _is_fused(node: Node) -> bool:
 def _reads_memory(node: Node) -> bool:
     if node.op == "output" or node.target is aten.copy_.default or node.target in CALLED:
         return True
-    return getattr(node.target, "is_view", False) and any(map(_reads_memory, node.users))
+    return is_view(node) and any(map(_reads_memory, node.users))
 
 
 def _member(nodes: list[Node]) -> Member | None:

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
+MAY_BE_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
 COND = torch.ops.higher_order.cond  # the node of a branch: (predicate, true, false, operands)
 WHILE = torch.ops.higher_order.while_loop  # (condition, body, carry, constants)
@@ -129,6 +130,20 @@ def _is_cheap(node: Node) -> bool:
 def is_view(node: Node) -> bool:
     """Check whether the result of an operation shares memory with its argument."""
     return getattr(node.target, "is_view", False)
+
+
+def may_be_view(node: Node) -> bool:
+    """Check for an operation whose result may share memory with its first argument."""
+    if node.target is getitem:  # a part of a view, such as of `split`
+        return is_view(cast(Node, node.args[0]))
+    return is_view(node) or node.target in MAY_BE_VIEWS
+
+
+def memory(node: Node) -> Node:
+    """Follow a chain of views to the node that made the memory."""
+    while may_be_view(node):
+        node = cast(Node, node.args[0])
+    return node
 
 
 def is_mutable(node: Node) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 
-from fdl._compiler._graph import LOOP, nodes_of
-from fdl._compiler._order import memory, predecessors, written
+from fdl._compiler._graph import LOOP, memory, nodes_of
+from fdl._compiler._order import predecessors, written
 from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
@@ -91,19 +91,12 @@ def _loops(module: GraphModule) -> list[Node]:
 
 
 def _writes(module: GraphModule) -> list[Node]:
-    """List the nodes that write to donated memory something else than what it holds."""
+    """List the nodes that write to donated memory; none writes what it holds (`_merging.py`)."""
     return [
         node
         for node in nodes_of(module.graph, "call_function")
         if any(memory(z).op == "placeholder" for z in written(node))
-        and not (node.target is aten.copy_.default and _is_copy_of(*cast(Any, node.args[:2])))
     ]
-
-
-def _is_copy_of(argument: Node, value: Node) -> bool:
-    while value.target is aten.clone.default:
-        value = cast(Node, value.args[0])
-    return value is argument
 
 
 def _needed_by(node: Node, before: dict[Node, list[Node]]) -> set[Node]:

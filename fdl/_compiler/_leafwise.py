@@ -285,6 +285,7 @@ def register_leafwise() -> None:
             in_parts: bool,
             sizes: Sequence[int],
             reads: Sequence[TensorBox],
+            *,
             writes: Sequence[TensorBox],
         ) -> None:
             self.source, self.in_parts, self.sizes = source, in_parts, sizes
@@ -343,12 +344,5 @@ def register_leafwise() -> None:
             )
 
     @register_lowering(LEAFWISE, type_promotion_kind=None)
-    def lower_leafwise(
-        source: str,
-        in_parts: bool,
-        sizes: Sequence[int],
-        reads: Sequence[TensorBox],
-        *,
-        writes: Sequence[TensorBox],
-    ) -> None:
-        Leafwise(source, in_parts, sizes, reads, writes)
+    def lower_leafwise(*arguments: Any, writes: Sequence[TensorBox]) -> None:
+        Leafwise(*arguments, writes=writes)

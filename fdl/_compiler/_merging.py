@@ -20,9 +20,9 @@ from fdl._compiler._families import (
     is_plain,
     readers_of,
 )
-from fdl._compiler._graph import value_of
+from fdl._compiler._graph import caller, memory, value_of
 from fdl._compiler._leafwise import LEAFWISE, Body, leaf_source
-from fdl._compiler._order import memory, move_into_order, predecessors
+from fdl._compiler._order import move_into_order, predecessors
 
 aten = torch.ops.aten
 
@@ -71,10 +71,7 @@ def _clone_results_of_calls(graph: Graph) -> None:
     ]
     for copy in copies if len(copies) >= FEWEST else ():
         value = cast(Node, copy.args[1])
-        with graph.inserting_before(copy), cast(Any, value_of(value)).fake_mode:
-            clone = graph.call_function(aten.clone.default, (value,))
-            clone.meta["val"] = value_of(value).clone()
-        copy.replace_input_with(value, clone)
+        copy.replace_input_with(value, caller(graph, copy)(aten.clone.default, value))
 
 
 def _merge(graph: Graph, group: list[Member], source: str) -> None:

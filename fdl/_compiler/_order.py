@@ -6,21 +6,10 @@ import heapq
 from collections import defaultdict
 from typing import cast
 
-import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from fdl._compiler._graph import is_mutable
-
-MAY_BE_VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-FIRST = ("placeholder", "get_attr")
-
-
-def memory(node: Node) -> Node:
-    """Follow a chain of views to the node that made the memory."""
-    while getattr(node.target, "is_view", False) or node.target in MAY_BE_VIEWS:
-        node = cast(Node, node.args[0])
-    return node
+from fdl._compiler._graph import is_mutable, memory
 
 
 def written(node: Node) -> list[Node]:

@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fdl._compiler._common_subexpressions import merge_equal
-from fdl._compiler._graph import LOOP, nodes_of, value_of
+from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._lowerings import has_onednn
 from fdl._compiler._merging import merge_families
@@ -31,7 +31,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 TINY = 4096  # multiplications; a product with at most so many is written as a sum
 
-Call = Callable[..., Node]  # adds a call to the graph: `_caller`
+Call = Callable[..., Node]  # adds a call to the graph: `caller`
 
 
 def rewrite(module: GraphModule, on_cpu: bool) -> None:
@@ -48,7 +48,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
     for node in nodes_of(module.graph, "call_function"):
         rule = RULES.get(node.target)
         if rule is not None and (on_cpu or rule in EVERYWHERE):
-            new = rule(_caller(module, node), node)
+            new = rule(caller(module.graph, node), node)
             if new is not None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
@@ -190,19 +190,6 @@ def _is_zero(x: Any) -> bool:
     if isinstance(x, Node):
         x = x.args[1] if x.target is aten.full.default else 1
     return bool(x == 0 and copysign(1, x) == 1)
-
-
-def _caller(module: GraphModule, node: Node) -> Callable[..., Node]:
-    """Make a function that adds a call before `node`."""
-
-    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
-        with module.graph.inserting_before(node), node.meta["val"].fake_mode:
-            new = module.graph.call_function(op, args, kwargs)
-            values = (z.meta["val"] if isinstance(z, Node) else z for z in args)
-            new.meta["val"] = op(*values, **kwargs)
-        return new
-
-    return call
 
 
 # A rule returns the replacement of a node, or None to keep it.

@@ -17,11 +17,10 @@ from torch.fx import GraphModule
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._callbacks import calls_back
-from fdl._compiler._common_subexpressions import may_be_view
 from fdl._compiler._digest import Digest, digest
 from fdl._compiler._dispatch import Direct
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._graph import may_be_view, nodes_of, results_of
 from fdl._compiler._inductor import Compiled
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._refusals import Refusal, describe, first_line, write_log

@@ -21,9 +21,7 @@ from torch import Tensor
 from fdl import tree
 from fdl._kinds import register
 from fdl.optim._foreach import map_leaves
-from fdl.optim._hyperparams import (
-    Hyper,
-)
+from fdl.optim._hyperparams import Hyper
 from fdl.optim._leaves import Leaves
 from fdl.tree import Tree
 from fdl.tree._map import match

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +25,7 @@ from torch._subclasses import FakeTensorMode
 import fdl
 from fdl import jit, tree
 from fdl._compiler import _dispatch, _inductor
-from tests.support.asserts import assert_equal
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
+from tests.support.asserts import Pair, assert_equal, trees
 
 
 class Calls:
@@ -451,38 +446,17 @@ def test_functions_are_freed_with_what_they_close_over(plain_backend: None) -> N
     assert here() is None
 
 
-trees = st.recursive(
-    st.sampled_from([(), (2,), (2, 1), (0,)]),
-    lambda part: st.one_of(
-        st.lists(part, max_size=3),
-        st.tuples(part, part),
-        st.builds(Pair, part, st.none() | part),
-        st.dictionaries(st.sampled_from("abc"), part, max_size=3),
-    ),
-    max_leaves=6,
-)
-
-
-def is_shape(x: Any) -> bool:
-    return isinstance(x, tuple) and not hasattr(x, "_fields") and all(type(n) is int for n in x)
+LEAVES = st.sampled_from([(), (2,), (2, 1), (0,)]).map(torch.ones) | st.none()
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes=trees, donate=st.booleans())
-def test_any_tree(shapes: Any, donate: bool) -> None:
-    def make(x: Any) -> Any:
-        if is_shape(x):
-            return torch.ones(x)
-        if isinstance(x, dict):
-            return {key: make(part) for key, part in x.items()}
-        if hasattr(x, "_fields"):
-            return type(x)(*(make(part) for part in x))
-        return None if x is None else type(x)(make(part) for part in x)
-
+@given(value=trees(LEAVES), donate=st.booleans())
+def test_any_tree(value: Any, donate: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
         fn = jit(lambda x: {"x": double(x), "n": [x]}, donate_argnums=0 if donate else ())
-        value, expected = make(shapes), make(shapes)
+        expected = value
+        value = tree.map(lambda leaf: None if leaf is None else leaf.clone(), value)
         for _ in range(3):
             result = fn(value)
             expected = double(expected)
