@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._narrow_integers import NARROW_INTEGERS
@@ -29,6 +30,17 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
     return {**select_decomp_table(), **OWN, **FIXED_SHAPES, **NARROW_INTEGERS}
+
+
+@cache
+def early_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return those that are needed while a function is traced, rather than afterwards.
+
+    `native_batch_norm` writes running statistics, which its schema does not say, and copies to
+    another device are to be seen.
+    """
+    packets = [aten.native_batch_norm, aten.cudnn_batch_norm, aten._to_copy]
+    return {**get_decompositions(packets), **FIXED_SHAPES}
 
 
 def elu_backward(

@@ -8,9 +8,7 @@ machine, while the first function is traced, and kept in torch's cache of compil
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import inspect
 import os
 import sys
 import tempfile
@@ -22,16 +20,18 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.backends.cpu import get_cpu_capability
 
+from fdl._compiler import _cache
 from fdl._compiler._donation import Donated
 from fdl._compiler._inductor import Compiled, missing_compiler, raise_python_error, silence_log
 from fdl._compiler._interrupt import INTACT
+from fdl._compiler._library import Library, library_of, program
 from fdl._compiler._nans import watching
 from fdl._compiler._refusals import first_line
 from fdl._compiler._settings import default_device, has_active_mode
@@ -40,7 +40,6 @@ from fdl._modes import disabled, tracing
 
 SOURCES = Path(__file__).with_name("dispatch")
 MOST = 8  # programs of a function that are tried; more are called from Python
-ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of a program of Inductor's C++ wrapper
 
 _loaded: list[Any] = []  # the module, once it is built
 
@@ -80,7 +79,7 @@ def prepare(
         donated: indices of the arguments that the program is given.
         read: returns the closed-over tensors at a later call.
     """
-    extension = _extension().result()
+    extension, library = _extension().result(), direct and library_of(direct.run)
     inputs = [*leaves, *constants]
     if direct is None or extension is None or not extension.takes(spec):
         return []
@@ -92,7 +91,7 @@ def prepare(
         direct.spec,
         read if constants else None,
         direct.run,
-        _entry(direct.run),
+        library.entry if library else 0,
         inputs,
         list(donated),
         [_new(0, inputs[i].dtype, inputs[i].device) for i in donated],
@@ -103,6 +102,12 @@ def prepare(
         direct.writes,
     )
     return [program]
+
+
+def from_library(library: Library, outputs: int) -> Compiled | None:
+    """Make a program of its library, or return None if there is nothing to call it with."""
+    extension = _extension().result()
+    return program(library, outputs, extension.execute) if extension else None
 
 
 def call_known(programs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,18 +125,6 @@ def _new(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=dtype, device=device)
 
 
-def _entry(run: Compiled) -> int:
-    """Return the address of a program in C++, or 0 if it is to be called from Python."""
-    compiled = getattr(run, "compiled", None)
-    code = getattr(compiled, "current_callable", None)
-    cells = inspect.getclosurevars(code).nonlocals if inspect.isfunction(code) else {}
-    module = getattr(cells.get("f"), "__self__", None)
-    if not inspect.ismodule(module) or set(cells) != {"f"} or cast(Any, compiled).constants:
-        return 0
-    entry = getattr(ctypes.CDLL(module.__file__), ENTRY, None)
-    return (entry and ctypes.cast(entry, ctypes.c_void_p).value) or 0
-
-
 @cache
 def _extension() -> Future[Any]:
     """Build and load the extension; the result is its module, or None if that fails."""
@@ -139,8 +132,10 @@ def _extension() -> Future[Any]:
 
     def build() -> None:
         try:
-            _loaded.append(_load(_build()))
-            future.set_result(_loaded[0])
+            extension = _open()
+            if extension is not None:
+                _loaded.append(extension)
+            future.set_result(extension)
         except Exception as error:
             future.set_result(None)
             message = (
@@ -148,36 +143,36 @@ def _extension() -> Future[Any]:
             )
             warnings.warn(message, stacklevel=1)
 
-    if missing_compiler():
-        future.set_result(None)
-    else:
-        Thread(target=build, name="fdl-dispatch", daemon=True).start()
+    Thread(target=build, name="fdl-dispatch", daemon=True).start()
     return future
 
 
 os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no such thread
 
 
-def _build() -> Path:
-    """Compile it, if nobody has done so for this torch and Python."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+def _open() -> Any:
+    """Load the extension, or return None without a compiler.
 
+    It is compiled first if nobody has done so for this torch and Python.
+    """
     built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
-    name = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()[:32]
-    folder = Path(cache_dir()) / "fdl"
-    library = folder / f"{name}.so"
-    if not library.exists():
+    name = f"{hashlib.sha256(texts + repr(built_for).encode()).hexdigest()}.so"
+    with _cache.lock(name):
+        found = _cache.find(name)
+        if found is not None:
+            return _load(found[0])
+        if missing_compiler():
+            return None
         from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 
         silence_log()
-        folder.mkdir(parents=True, exist_ok=True)
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
-        with tempfile.TemporaryDirectory(dir=folder) as own:
+        with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
             builder.build()
-            os.replace(builder.get_target_file_path(), library)  # whole, or not at all
-    return library
+            library = Path(builder.get_target_file_path())
+            return _load(_cache.keep(name, library, {}) or library)
 
 
 def _load(library: Path) -> Any:

@@ -136,7 +136,7 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         # of fdl have lowered are not loaded from there.
         "unsafe_marked_cacheable_functions": {
             "torch.ops.higher_order.scan": torch.__version__,
-            "fdl": _sources(),
+            "fdl": sources(),
         },
     }
     if on_cpu:
@@ -175,16 +175,9 @@ def _results_apart() -> Any:
             keep_results_apart(graph)
 
         def uuid(self) -> str:
-            return _sources()
+            return sources()
 
     return ResultsApart()
-
-
-@cache
-def _sources() -> str:
-    """Return a hash of the sources of this package."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def kernels_written() -> int:
@@ -206,3 +199,10 @@ def missing_compiler() -> str:
             f"clang++, or set CXX ({error})"
         )
     return ""
+
+
+@cache
+def sources() -> str:
+    """Return a hash of the sources of this package."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -26,10 +26,10 @@ from fdl._compiler._donation import (
     invalidate,
     revalidate,
 )
-from fdl._compiler._inductor import kernels_written
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
-from fdl._compiler._routes import Program, Route, build
+from fdl._compiler._program import Program
+from fdl._compiler._routes import Route, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, runs_in_python, signature, unordered
 from fdl._compiler._tracebacks import shorten
@@ -228,7 +228,7 @@ def jit(
     ) -> Any:
         spec, _, settings = key
         _dispatch.start()
-        start, kernels, route = time.perf_counter(), kernels_written(), Route(fn, strict)
+        start, route = time.perf_counter(), Route(fn, strict)
         # Inside backward() grad mode is off.
         with _one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
@@ -249,7 +249,6 @@ def jit(
             _why(key, [entry.key for entry in entries]),
             route,
             time.perf_counter() - start,
-            kernels_written() - kernels,
             bool(new) and in_order,
         )
         before.append(entry)
@@ -295,7 +294,6 @@ class _Entry(NamedTuple):
     why: str
     route: Route
     seconds: float
-    kernels: int
     is_known: bool  # to `_dispatch`
 
     def report(self) -> Report:
@@ -303,7 +301,7 @@ class _Entry(NamedTuple):
             self.why,
             self.route.name,
             self.seconds,
-            self.kernels,
+            self.route.kernels,
             *self.program.kept_graphs(),
             tuple(self.route.fallbacks),
             tuple(self.sources.names()),

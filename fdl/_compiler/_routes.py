@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +15,30 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
+from fdl._compiler._cache_key import name as cache_name
 from fdl._compiler._callbacks import calls_back
-from fdl._compiler._digest import Digest, digest
-from fdl._compiler._dispatch import Direct
+from fdl._compiler._decompose import decompose
+from fdl._compiler._digest import digest
 from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import may_be_view, nodes_of, results_of
-from fdl._compiler._inductor import Compiled
+from fdl._compiler._inductor import Compiled, kernels_written
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
+from fdl._compiler._program import Program, eagerly, program_of, reordered
 from fdl._compiler._refusals import Refusal, describe, first_line, write_log
-from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
-from fdl._compiler._signature import flatten, positions, unflatten
-from fdl._compiler._trace import Traced, copy_aliases, trace
+from fdl._compiler._settings import (
+    Settings,
+    as_written,
+    current_settings,
+    is_plain,
+    use_settings,
+)
+from fdl._compiler._stored import Stored
+from fdl._compiler._trace import Traced, trace
 from fdl._compiler._unknown_ops import CannotTrace, trace_unknown
 from fdl.tree import Tree
 
 aten = torch.ops.aten
+ONE = "one program"
 EAGER = "it runs eagerly"
 
 Attempt = tuple[str, Exception]  # what was tried, and the error
@@ -49,6 +57,8 @@ class Route:
         self.fn, self.strict = fn, strict
         self.name = ""  # set before fall_back is called
         self.fallbacks: list[str] = []
+        self.kernels = 0  # that Inductor generated, also in attempts that failed
+        self.stored = False  # it was found in the cache on disk
 
     def fall_back(self, instead: str, reason: str, log: Path | None = None) -> None:
         """Record that a slower way is taken, and warn; raise if `strict`."""
@@ -66,17 +76,6 @@ class Route:
         self.fall_back(instead, reason, write_log(self.fn, traced, attempts))
 
 
-class Program(NamedTuple):
-    """A compiled function of the leaves of the arguments and of the closed-over tensors."""
-
-    run: Callable[[list[Tensor], Sequence[Tensor]], Tree]
-    constants: Sequence[Tensor] = ()  # the tensors closed over when it was traced
-    writes: bool = False  # to the memory of donated arguments
-    kept_graphs: Callable[[], tuple[int, int]] = lambda: (0, 0)  # number of CUDA graphs, bytes
-    direct: Direct | None = None  # the same, for dispatch in C++
-    digest: Digest | None = None  # what it computes
-
-
 def build(
     fn: Callable[..., Any],
     leaves: Sequence[Tensor],
@@ -90,12 +89,12 @@ def build(
     If it computes the same as one of the `others`, whose arguments have the keys of their dicts in
     another order, that program is used, and `route` has no name.
     """
-    settings = current_settings()
-    eager = Program(_eagerly(fn, spec))
+    settings, kernels = current_settings(), kernels_written()
+    eager = Program(eagerly(fn, spec))
 
     def without_unrolling() -> Traced:
         with use_settings(settings):
-            return trace(fn, leaves, spec, False)
+            return decompose(trace(fn, leaves, spec, False))
 
     with ExitStack() as stack:
         try:
@@ -112,7 +111,16 @@ def build(
         computes = digest(traced.graph, spec, traced.spec, traced.constants)
         for structure, other in others:
             if computes is not None and computes == other.digest and other.direct is not None:
-                return _reordered(other, other.direct, structure, spec, traced.spec)
+                return reordered(other, other.direct, structure, spec, traced.spec)
+        on_gpu = any(map(_on_gpu, [*leaves, *traced.constants, *traced.results]))
+        stored = Stored(None if unknown or on_gpu else cache_name(traced.graph, donated, settings))
+        stack.enter_context(stored.lock())
+        found = stored.find(traced)
+        if found is not None:
+            program, route.kernels = found
+            route.name, route.stored = ONE, True
+            return _as_traced(program._replace(digest=computes), settings, route)
+        traced = decompose(traced)
         # Inductor would write a view of a computed value before it has read all that it needs.
         places = [
             None if may_be_view(node) else traced.results[out]
@@ -123,14 +131,21 @@ def build(
             stack.enter_context(as_written())
         if unknown:
             program = _around_unknown(traced, unknown, eager, route)
-        elif any(_on_gpu(x) for x in [*leaves, *traced.constants, *traced.results]):
+        elif on_gpu:
             program = _for_cuda(traced, leaves, aliases, route)
         else:
+            slower = len(route.fallbacks)
             program = _for_cpu(traced, without_unrolling, eager, aliases, route)
-    program = program._replace(digest=computes)
+            if len(route.fallbacks) == slower:
+                stored.keep(program, kernels_written() - kernels)
+    route.kernels = kernels_written() - kernels
+    return _as_traced(program._replace(digest=computes), settings, route)
+
+
+def _as_traced(program: Program, settings: Settings, route: Route) -> Program:
+    """Run a compiled graph, which contains the casts, without autocast or a default device."""
     if is_plain(settings) or route.name == "eager":
         return program
-    # The graph contains the casts.
     return program._replace(run=as_written()(program.run), direct=None)
 
 
@@ -151,7 +166,7 @@ def _around_unknown(
         return eager
     route.name = "compiled pieces"
     route.fall_back(_around(refused), reason)
-    pieces = _program(compiled, traced)
+    pieces = program_of(compiled, traced)
 
     def run(leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
         if route.name != "eager":
@@ -211,24 +226,23 @@ def _rungs(
     """List the ways to compile for the CPU, fastest first; `attempts` are those that failed."""
 
     def whole(traced: Traced, cpp_wrapper: bool = True) -> Program:
-        return _program(_write_in_place(traced, aliases, cpp_wrapper), traced, aliases)
+        return program_of(_write_in_place(traced, aliases, cpp_wrapper), traced, aliases)
 
     def bodies() -> Program:
-        return _program(_interpreter.compile_bodies(traced), traced)
+        return program_of(_interpreter.compile_bodies(traced), traced)
 
     def pieces(traced: Traced) -> tuple[Program, str]:
         compiled, refused = compile_pieces(traced, attempts[0][1])
-        return _program(compiled, traced), _around(refused)
+        return program_of(compiled, traced), _around(refused)
 
-    one = "one program"
-    yield _Rung(one, "from C++", lambda: (whole(traced), ""))
+    yield _Rung(ONE, "from C++", lambda: (whole(traced), ""))
     if _inductor.HAS_CPP_WRAPPER:
         instead = "its kernels are called from Python"
-        yield _Rung(one, instead, lambda: (whole(traced, False), instead))
+        yield _Rung(ONE, instead, lambda: (whole(traced, False), instead))
     rolled = traced
     if traced.several_steps:
         rolled, loops = without_unrolling(), "no loop is unrolled"
-        yield _Rung(one, loops, lambda: (whole(rolled), loops))
+        yield _Rung(ONE, loops, lambda: (whole(rolled), loops))
     if _interpreter.longest_loop(traced):
         in_python = "the body of each loop is compiled, and run in a Python loop"
         yield _Rung("compiled loop bodies", in_python, lambda: (bodies(), in_python))
@@ -258,7 +272,7 @@ def _for_cuda(
             if elsewhere
             else "a CUDA graph cannot call Python, as fdl.debug.print and fdl.debug.callback do",
         )
-        return _program(_compile_or_interpret(traced, route), traced)
+        return program_of(_compile_or_interpret(traced, route), traced)
     steps, longest = _interpreter.longest_loop(traced), _cuda_graphs.LONGEST
     if steps > longest:
         route.name = "CUDA graphs of loops"
@@ -267,14 +281,14 @@ def _for_cuda(
             f"a loop of {steps} steps is too long for one CUDA graph (at most {longest})",
         )
         loop = _cuda_graphs.ChunkedLoop(longest, gpu, route.fall_back)
-        program = _program(_compile_or_interpret(traced, route, loop), traced)
+        program = program_of(_compile_or_interpret(traced, route, loop), traced)
         return program._replace(kept_graphs=loop.kept_graphs)
     route.name = "CUDA graph"
     compiled = _compile_or_interpret(traced, route)
     donated = set(aliases.values())
     kept = [i for i in range(len(leaves) + len(traced.constants)) if i not in donated]
     graphed = _cuda_graphs.GraphedProgram(compiled, kept, gpu, route.fall_back, aliases)
-    program = _program(graphed, traced, writes=bool(aliases))
+    program = program_of(graphed, traced, writes=bool(aliases))
     return program._replace(kept_graphs=graphed.kept_graphs)
 
 
@@ -306,67 +320,6 @@ def _on_gpu(leaf: Tensor) -> bool:
 
 def _inputs(traced: Traced) -> list[Tensor]:
     return [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
-
-
-def _eagerly(fn: Callable[..., Any], spec: Hashable) -> Callable[..., Tree]:
-    def run(leaves: list[Tensor], _: Sequence[Tensor]) -> Tree:
-        args, kwargs = unflatten(leaves, spec)
-        results, out_spec = flatten(fn(*args, **kwargs))
-        return unflatten(copy_aliases(results, leaves), out_spec)
-
-    return run
-
-
-def _program(
-    compiled: Compiled,
-    traced: Traced,
-    aliases: dict[int, int] | None = None,
-    writes: bool = False,
-) -> Program:
-    """Make a program of a compiled graph.
-
-    Args:
-        compiled: the compiled graph; it does not return the results in `aliases`.
-        traced: what it was compiled from.
-        aliases: indices of the donated arguments that results are written to.
-        writes: it writes to donated arguments in another way.
-    """
-    aliases = aliases or {}
-    writes = writes or bool(aliases)
-    direct = Direct(compiled, traced.spec, len(traced.results), aliases, writes)
-    return Program(partial(_run, direct), traced.constants, writes, direct=direct)
-
-
-def _reordered(
-    program: Program, direct: Direct, arguments: Hashable, new: Hashable, results: Hashable
-) -> Program:
-    """Make a program for arguments and results whose dicts have their keys in another order.
-
-    Args:
-        program: the program.
-        direct: the same.
-        arguments: structure of its arguments.
-        new: structure of the arguments from now on.
-        results: structure of the results from now on.
-    """
-    direct = direct._replace(
-        spec=results,
-        places=positions(arguments, new),
-        result_places=positions(results, direct.spec),
-    )
-    return program._replace(run=partial(_run, direct), direct=direct)
-
-
-def _run(direct: Direct, leaves: list[Tensor], constants: Sequence[Tensor]) -> Tree:
-    inputs = [leaves[i] for i in direct.places] if direct.places else leaves
-    new = iter(direct.run([*inputs, *constants]))
-    results = [
-        inputs[direct.aliases[out]] if out in direct.aliases else next(new)
-        for out in range(direct.results)
-    ]
-    if direct.result_places:
-        results = [results[i] for i in direct.result_places]
-    return unflatten(results, direct.spec)
 
 
 def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) -> Compiled:

@@ -8,7 +8,7 @@ the primitives that Inductor knows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,11 +29,10 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     make_fx,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fdl import _modes
-from fdl._compiler._decompositions import decompositions
+from fdl._compiler._decompositions import decompositions, early_decompositions
 from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._dynamic_index import DynamicIndex
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
@@ -123,9 +122,7 @@ class Tracing(TorchDispatchMode):
 
 def _fake_mode() -> FakeTensorMode:
     """Make the mode that computes shapes, without the one cached result that is not as computed."""
-    # Loops that Inductor emits count their steps with a symbol of this environment.
-    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode: Any = FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols, static_shapes=True)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True)
     validate = mode._validate_cache_key
 
     def validate_cache_key(func: Any, args: Any, kwargs: Any) -> None:
@@ -222,7 +219,6 @@ def trace(
         ).with_traceback(error.__traceback__) from None
     finally:
         _modes.tracing.reset(token)
-    mode.allow_scalar_outputs = True
     results = [node.meta["val"] for node in results_of(graph.graph)]
     closed_over = [tracing.reals[id(fake)] for fake in constants]
     return Traced(
@@ -231,7 +227,10 @@ def trace(
 
 
 def trace_flat(
-    fn: Callable[..., list[Tensor]], fakes: Sequence[Tensor], names: Sequence[str]
+    fn: Callable[..., list[Tensor]],
+    fakes: Sequence[Tensor],
+    names: Sequence[str],
+    table: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> tuple[GraphModule, list[Tensor]]:
     """Trace a function of tensors; the tensors that it closes over become its last arguments.
 
@@ -241,6 +240,7 @@ def trace_flat(
         fn: the function to trace.
         fakes: its arguments, fake tensors.
         names: names of the arguments, used in error messages.
+        table: decompositions, instead of those that are needed while a function is traced.
 
     Returns:
         The graph, and the tensors that `fn` closes over.
@@ -249,7 +249,8 @@ def trace_flat(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     tracing = current_trace()
-    table = decompositions() if tracing.decompose else FIXED_SHAPES
+    if table is None:
+        table = early_decompositions() if tracing.decompose else FIXED_SHAPES
 
     def traced(*fakes: Tensor) -> list[Tensor]:
         tracing.tracers.append(cast(Any, get_proxy_mode()).tracer)
@@ -274,6 +275,20 @@ def trace_flat(
             prune_loop_outputs(graph, node)
     graph.recompile()
     return graph, constants
+
+
+def trace_again(
+    fn: Callable[..., list[Tensor]], fakes: Sequence[Tensor], mode: FakeTensorMode
+) -> tuple[GraphModule, list[Tensor]]:
+    """Trace a part of a graph, whose indices have been checked, with all decompositions."""
+    tracing = Tracing(mode)
+    tracing.decompose = False
+    token = _modes.tracing.set(tracing)
+    try:
+        with mode, as_written():
+            return trace_flat(fn, fakes, (), decompositions())
+    finally:
+        _modes.tracing.reset(token)
 
 
 def trace_part(

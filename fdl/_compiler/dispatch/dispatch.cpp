@@ -58,30 +58,34 @@ void revalidate(std::vector<Donated>& arguments) {
     PyErr_Restore(type, value, trace);
 }
 
-// Run a program; return its outputs.
+// Run the code of a program; return its outputs.
+std::vector<Impl> execute(Entry entry, const std::vector<Impl>& inputs, size_t count) {
+    std::vector<Impl> outputs;
+    outputs.reserve(count);
+    std::vector<void*> in, out(count, nullptr);
+    in.reserve(inputs.size());
+    for (auto& input : inputs) in.push_back(new at::TensorBase(input));
+    try {
+        entry(in.data(), out.data());
+    } catch (const std::exception& error) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (...) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "an unknown C++ error");
+    }
+    for (void* handle : out) {
+        if (!handle) continue;
+        auto* tensor = static_cast<at::TensorBase*>(handle);
+        outputs.push_back(share(tensor->unsafeGetTensorImpl()));
+        delete tensor;
+    }
+    if (PyErr_Occurred()) throw Failed();
+    return outputs;
+}
+
 std::vector<Impl> execute(const Program& program, std::vector<Impl>& inputs) {
+    if (program.entry) return execute(program.entry, inputs, program.outputs);
     std::vector<Impl> outputs;
     outputs.reserve(program.outputs);
-    if (program.entry) {
-        std::vector<void*> in, out(program.outputs, nullptr);
-        in.reserve(inputs.size());
-        for (auto& input : inputs) in.push_back(new at::TensorBase(input));
-        try {
-            program.entry(in.data(), out.data());
-        } catch (const std::exception& error) {
-            if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-        } catch (...) {
-            if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "an unknown C++ error");
-        }
-        for (void* handle : out) {
-            if (!handle) continue;
-            auto* tensor = static_cast<at::TensorBase*>(handle);
-            outputs.push_back(share(tensor->unsafeGetTensorImpl()));
-            delete tensor;
-        }
-        if (PyErr_Occurred()) throw Failed();
-        return outputs;
-    }
     Object list(checked(PyList_New(inputs.size())));
     for (size_t i = 0; i < inputs.size(); ++i) PyList_SET_ITEM(list.ptr, i, wrap(inputs[i]));
     Object results(checked(PyObject_CallOneArg(program.run, list.ptr)));
@@ -265,6 +269,26 @@ PyObject* make(PyObject*, PyObject* values) {
     return PyTuple_Pack(6, capsule.ptr, spec, device, result_spec, read, run);
 }
 
+// execute(entry, inputs, count): return the outputs of the code of a program.
+PyObject* execute_entry(PyObject*, PyObject* values) {
+    unsigned long long entry;
+    PyObject* tensors;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(values, "KO!n", &entry, &PyList_Type, &tensors, &count)) return nullptr;
+    try {
+        std::vector<Impl> inputs;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+            inputs.push_back(share(impl_of(PyList_GET_ITEM(tensors, i))));
+        }
+        auto outputs = execute(reinterpret_cast<Entry>(entry), inputs, count);
+        Object results(checked(PyList_New(count)));
+        for (Py_ssize_t i = 0; i < count; ++i) PyList_SET_ITEM(results.ptr, i, wrap(outputs[i]));
+        return results.release();
+    } catch (const Failed&) {
+        return nullptr;
+    }
+}
+
 // takes(spec): whether trees of a structure can be read here.
 PyObject* takes(PyObject*, PyObject* spec) {
     return PyBool_FromLong(is_simple(spec));
@@ -292,6 +316,7 @@ PyObject* install(PyObject*, PyObject* values) {
 PyMethodDef functions[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, ""},
     {"make", make, METH_VARARGS, ""},
+    {"execute", execute_entry, METH_VARARGS, ""},
     {"takes", takes, METH_O, ""},
     {"install", install, METH_VARARGS, ""},
     {nullptr, nullptr, 0, nullptr},

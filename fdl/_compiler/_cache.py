@@ -1,0 +1,169 @@
+"""The cache of compiled programs on disk: docs/cache.md describes it.
+
+An entry is one file: a library, and behind it a description and a checksum of both, which loaders
+of libraries ignore. It is written under another name and then renamed, so that it is never seen in
+part; whatever is damaged is removed and compiled again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LIMIT = 2**30  # bytes of all entries; then those that were used longest ago are removed
+FOOTER = struct.Struct("<Q32s8s")  # size of the description, checksum, mark
+MARK = b"fdl-prog"
+LOCKS = 256
+ABANDONED = 3600  # seconds after which a file that was being written is removed
+
+
+def folder() -> Path | None:
+    """Return the folder of the cache, or None if there is none: `FDL_CACHE=0`.
+
+    It is `$FDL_CACHE`, else `fdl` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """
+    chosen = os.environ.get("FDL_CACHE", "")
+    if chosen == "0":
+        return None
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "fdl"
+
+
+def find(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file of an entry and its description, or None if there is none that is whole."""
+    place = folder()
+    if place is None or not _is_ours(place):
+        return None
+    path = place / name
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    about = _description(data)
+    if about is None:
+        with suppress(OSError):
+            path.unlink()
+        return None
+    with suppress(OSError):
+        os.utime(path)  # it was used now
+    return path, about
+
+
+def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
+    """Write an entry, and return its file; warn once and return None if that is not possible."""
+    place = folder()
+    if place is None:
+        return None
+    text = json.dumps(about).encode()
+    data = library.read_bytes() + text
+    data += FOOTER.pack(len(text), hashlib.sha256(data).digest(), MARK)
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(place):
+            raise PermissionError("it belongs to another user")
+        _write(place / name, data)
+        _remove_oldest(place)
+    except OSError as error:
+        _warn_once(f"{place}: {error}")
+        return None
+    return place / name
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Let one process compile an entry, and others wait for it; without a folder, do nothing.
+
+    If the process is killed, the lock ends.
+    """
+    place = folder()
+    file = None
+    if place is not None:
+        with suppress(OSError):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = open(place / f"{int(name[:2], 16) % LOCKS:02x}.lock", "ab")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _description(data: bytes) -> dict[str, Any] | None:
+    """Return the description in an entry, or None if it is damaged."""
+    if len(data) < FOOTER.size:
+        return None
+    size, checksum, mark = FOOTER.unpack(data[-FOOTER.size :])
+    content = data[: -FOOTER.size]
+    if mark != MARK or size > len(content) or hashlib.sha256(content).digest() != checksum:
+        return None
+    about: dict[str, Any] = json.loads(content[len(content) - size :])
+    return about
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file as a whole, or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix="new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _remove_oldest(place: Path) -> None:
+    """Remove what was used longest ago until the cache is half full, if it is full."""
+    entries = []
+    for path in place.iterdir():
+        with suppress(OSError):  # another process has removed it
+            status = path.stat()
+            if path.name.startswith("new-"):
+                if time.time() - status.st_mtime > ABANDONED:
+                    path.unlink()
+            elif path.suffix == ".so":
+                entries.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    if total <= LIMIT:
+        return
+    for _, size, path in sorted(entries):
+        if total <= LIMIT // 2:
+            break
+        with suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def _is_ours(place: Path) -> bool:
+    """Check that no other user can put programs into the folder, unless it was chosen."""
+    if os.environ.get("FDL_CACHE"):
+        return True
+    try:
+        status = place.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"jit: compiled programs cannot be kept for the next process ({reason}); "
+        "FDL_CACHE=FOLDER names another folder, FDL_CACHE=0 turns this off",
+        stacklevel=2,
+    )

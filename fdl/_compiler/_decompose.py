@@ -1,0 +1,116 @@
+"""Decompose the operations of a traced graph into the primitives that Inductor lowers.
+
+This is not done while the function is traced: a program that is found in the cache on disk needs
+no decompositions, and Inductor, which has them, takes a second to import. An operation on arguments
+of one signature is decomposed once, so that many equal layers take no longer than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_arg
+
+from fdl._compiler._decompositions import decompositions
+from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._signature import signature
+from fdl._compiler._trace import Traced, trace_again
+
+_Part = GraphModule | None  # None: the operation is a primitive
+
+
+def decompose(traced: Traced) -> Traced:
+    """Return a trace of primitives, which computes the same; the graph itself is changed."""
+    # Loops that Inductor emits count their steps with a symbol. Environments of symbols import much.
+    traced.mode.shape_env = ShapeEnv(
+        allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False
+    )
+    _decompose(traced.graph, traced, {})
+    traced.mode.allow_scalar_outputs = True
+    return traced
+
+
+def _decompose(module: GraphModule, traced: Traced, known: dict[str, _Part]) -> None:
+    for child in module.children():
+        if isinstance(child, GraphModule):
+            _decompose(child, traced, known)
+    table = decompositions()
+    for node in nodes_of(module.graph, "call_function"):
+        if node.target not in table:
+            continue
+        key = repr((node.target, map_arg((node.args, node.kwargs), _described)))
+        if key not in known:
+            known[key] = _trace_operation(node, traced)
+        part = known[key]
+        if part is not None:
+            _inline(node, part)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+class _Described(str):
+    """Stands for a tensor among the arguments of an operation."""
+
+    __repr__ = str.__str__
+
+
+def _described(node: Node) -> Any:
+    value = node.meta["val"]
+    lazy = value.is_conj(), value.is_neg()
+    return _Described(f"<{signature([value])}, {value.storage_offset()}, {lazy}>")
+
+
+def _arguments(node: Node) -> list[Node]:
+    """List the tensors among the arguments of an operation, each as often as it is passed."""
+    nodes: list[Node] = []
+    map_arg((node.args, node.kwargs), nodes.append)
+    return nodes
+
+
+def _trace_operation(node: Node, traced: Traced) -> _Part:
+    """Decompose an operation; the graph returns all of its results."""
+
+    def fn(*leaves: Tensor) -> list[Tensor]:
+        rest = iter(leaves)
+        args, kwargs = map_arg((node.args, node.kwargs), lambda _: next(rest))
+        return cast(list[Tensor], pytree.tree_leaves(cast(Any, node.target)(*args, **kwargs)))
+
+    if not all(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta["val"])):
+        return None
+    part, constants = trace_again(fn, [z.meta["val"] for z in _arguments(node)], traced.mode)
+    if constants or [z.target for z in nodes_of(part.graph, "call_function")] == [node.target]:
+        return None
+    return part
+
+
+def _inline(node: Node, part: GraphModule) -> None:
+    """Put a graph in the place of an operation."""
+    graph = node.graph
+    inner, outer = nodes_of(part.graph, "placeholder"), _arguments(node)
+    copies = dict(zip(inner, outer, strict=True))
+    with graph.inserting_before(node):
+        for each in part.graph.nodes:
+            if each.op == "call_function":
+                copies[each] = graph.node_copy(each, copies.__getitem__)
+    results = [copies[each] for each in results_of(part.graph)]
+    values = pytree.tree_leaves(node.meta["val"])
+    if isinstance(node.meta["val"], Tensor):
+        _replace(node, results[0], values[0], outer)
+    else:
+        for user in list(node.users):
+            i = cast(int, user.args[1])
+            _replace(user, results[i], values[i], outer)
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _replace(node: Node, new: Node, value: Tensor, arguments: Sequence[Node]) -> None:
+    """Let a node's users read another one, which then has the strides that they were traced for."""
+    if new not in arguments:
+        new.meta["val"] = value
+    node.replace_all_uses_with(new)
