@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
@@ -50,6 +51,15 @@ class Refused(RuntimeError):
     fdl_arguments_are_intact = True
 
 
+class Times(NamedTuple):
+    """Seconds of the parts of a first call."""
+
+    trace: float = 0.0
+    compile: float = 0.0
+    load: float = 0.0  # from the cache on disk
+    run: float = 0.0
+
+
 class Route:
     """The way in which a program runs, and why it does not run in a faster one."""
 
@@ -59,6 +69,14 @@ class Route:
         self.fallbacks: list[str] = []
         self.kernels = 0  # that Inductor generated, also in attempts that failed
         self.stored = False  # it was found in the cache on disk
+        self.times = Times()
+        self._lap = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last lap to a part of `times`."""
+        now = time.perf_counter()
+        self.times = self.times._replace(**{part: getattr(self.times, part) + now - self._lap})
+        self._lap = now
 
     def fall_back(self, instead: str, reason: str, log: Path | None = None) -> None:
         """Record that a slower way is taken, and warn; raise if `strict`."""
@@ -101,6 +119,7 @@ def build(
             traced, unknown = trace_unknown(fn, leaves, spec, stack)
         except CannotTrace as error:
             route.name = "eager"
+            route.lap("trace")
             route.fall_back(EAGER, f"{error}; register one with torch.library.register_fake")
             return eager
         for steps, why in traced.unrolled:
@@ -114,8 +133,10 @@ def build(
                 return reordered(other, other.direct, structure, spec, traced.spec)
         on_gpu = any(map(_on_gpu, [*leaves, *traced.constants, *traced.results]))
         stored = Stored(None if unknown or on_gpu else cache_name(traced.graph, donated, settings))
+        route.lap("trace")
         stack.enter_context(stored.lock())
         found = stored.find(traced)
+        route.lap("load")
         if found is not None:
             program, route.kernels = found
             route.name, route.stored = ONE, True
