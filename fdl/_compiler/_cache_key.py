@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fdl._compiler._cache import ENTRY
+from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import COND, LOOP, WHILE
 from fdl._compiler._inductor import sources
 from fdl._compiler._signature import signature
@@ -77,9 +78,9 @@ def _line(module: GraphModule, node: Node, names: dict[Node, str]) -> str | None
 
 
 def _is_known(node: Node) -> bool:
-    """Check for an operation of torch or fdl without side effects."""
+    """Check for an operation of torch or fdl that runs no function of this process."""
     if isinstance(node.target, OpOverload):
-        return node.target.namespace in KNOWN and not node.is_impure()
+        return node.target.namespace in KNOWN and node.target != CALLBACK
     return node.target in (getitem, LOOP, COND, WHILE)
 
 
@@ -106,7 +107,10 @@ def _compiler_settings() -> tuple[Any, ...]:
 
 
 def _is_set(config: Any, key: str) -> bool:
-    return not config._is_default(key) and "cache" not in key
+    """Check for a value that is not torch's own; those of caches change no program."""
+    if config._is_default(key) or "cache" in key:
+        return False
+    return bool(getattr(config, key) != config._config[key].default)
 
 
 @cache

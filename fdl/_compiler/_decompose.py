@@ -82,10 +82,18 @@ def _trace_operation(node: Node, traced: Traced) -> _Part:
 
     if not all(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta["val"])):
         return None
-    part, constants = trace_again(fn, [z.meta["val"] for z in _arguments(node)], traced.mode)
-    if constants or [z.target for z in nodes_of(part.graph, "call_function")] == [node.target]:
-        return None
-    return part
+    arguments = _arguments(node)
+    part, constants = trace_again(fn, [z.meta["val"] for z in arguments], traced.mode)
+    calls = nodes_of(part.graph, "call_function")
+    inputs = nodes_of(part.graph, "placeholder")
+    is_primitive = len(calls) == 1 and _written(calls[0], inputs) == _written(node, arguments)
+    return None if constants or is_primitive else part
+
+
+def _written(node: Node, arguments: Sequence[Node]) -> str:
+    """Write an operation, with the position of each tensor among the arguments in its place."""
+    position = {z: _Described(f"%{i}") for i, z in enumerate(arguments)}
+    return repr((node.target, map_arg((node.args, node.kwargs), position.__getitem__)))
 
 
 def _inline(node: Node, part: GraphModule) -> None:
