@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
+DAMAGED = re.compile(r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data)")
 HAS_CPP_WRAPPER = RELEASE >= (2, 12)  # `scan` fails with it in torch 2.11
 
 
@@ -44,13 +46,42 @@ def lower(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-        from torch._inductor.virtualized import V
+        import torch._inductor.compile_fx  # noqa: F401
 
     register()
     silence_log()
+    try:
+        return _lower(graph, mode, inputs, cpp_wrapper)
+    except Exception as error:
+        if not _removed_damaged(error):
+            raise
+        return _lower(graph, mode, inputs, cpp_wrapper)
+
+
+def _removed_damaged(error: Exception) -> bool:
+    """Remove a library that cannot be loaded from torch's cache.
+
+    A compiler that was killed may leave one, which torch would never compile again.
+    """
+    from torch._inductor.codecache import CppWrapperCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    found = DAMAGED.search(str(error))
+    if found is None or not Path(found[1]).is_relative_to(cache_dir()):
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    CppWrapperCodeCache.cache_clear()
+    return True
+
+
+def _lower(
+    graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor], cpp_wrapper: bool
+) -> Compiled:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
     with (
