@@ -316,6 +316,8 @@ names = {f"{f} {c!r}": name(FORMS[f](c)) for f in ("added", "a tensor", "filled"
 names |= {f"{key} {i}": name(fn) for key, pair in PAIRS.items() for i, fn in enumerate(pair)}
 for key in NAMES[::3]:
     program = load(key)
+    if program.faults:
+        continue
     names[key] = name(lambda s, xs: fdl.scan(program.step, s, xs), program.init(), program.xs())
 model = fdl.nn.sequential(
     fdl.nn.linear(6, 8), fdl.nn.batch_norm(8), fdl.nn.relu, fdl.nn.dropout(0.5), fdl.nn.linear(8, 3)
