@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
 from fdl._compiler._digest import digest
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import may_be_view, nodes_of, results_of
+from fdl._compiler._graph import count_operations, may_be_view, nodes_of, results_of
 from fdl._compiler._inductor import Compiled, kernels_written
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._program import Program, eagerly, program_of, reordered
@@ -42,6 +43,10 @@ aten = torch.ops.aten
 ONE = "one program"
 EAGER = "it runs eagerly"
 
+# Called with the number of operations of a program before it is compiled.
+about_to_compile: ContextVar[Callable[[int], None]] = ContextVar(
+    "fdl_about_to_compile", default=lambda operations: None
+)
 Attempt = tuple[str, Exception]  # what was tried, and the error
 
 
@@ -141,6 +146,7 @@ def build(
             program, route.kernels = found
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
+        about_to_compile.get()(count_operations(traced.graph))
         traced = decompose(traced)
         # Inductor would write a view of a computed value before it has read all that it needs.
         places = [

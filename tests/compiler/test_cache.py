@@ -30,14 +30,6 @@ compiles = pytest.mark.skipif(RELEASE < (2, 12), reason="programs need Python th
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a cache of the test's own."""
-    monkeypatch.setenv("FDL_CACHE", str(tmp_path / "cache"))
-    _cache._warn_once.cache_clear()
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def library(tmp_path: Path) -> Path:
     """Something to keep."""
     path = tmp_path / "library.so"
@@ -171,9 +163,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.slow
 @compiles
-def test_a_damaged_entry_is_compiled_again(folder: Path) -> None:
+def test_a_damaged_entry_is_compiled_again(program_cache: Path) -> None:
     assert not is_cached() and is_cached()
-    (path,) = entries(folder)
+    (path,) = entries(program_cache)
     for name, damage in DAMAGES.items():
         # Under the name of a loaded library there is another file now.
         whole = path.read_bytes()
@@ -185,12 +177,12 @@ def test_a_damaged_entry_is_compiled_again(folder: Path) -> None:
 
 @pytest.mark.slow
 @compiles
-def test_an_entry_that_cannot_be_loaded_is_compiled_again(folder: Path) -> None:
+def test_an_entry_that_cannot_be_loaded_is_compiled_again(program_cache: Path) -> None:
     """As if it had been linked with a library that is gone."""
     assert not is_cached()
-    (path,) = entries(folder)
+    (path,) = entries(program_cache)
     about = _cache.find(path.name)[1]
-    broken = folder / "broken"
+    broken = program_cache / "broken"
     broken.write_bytes(b"\x7fELF and no more")
     path.unlink()
     _cache.keep(path.name, broken, about)
@@ -308,15 +300,17 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_a_read_only_folder_is_read_and_one_warning_says_so(folder: Path, library: Path) -> None:
+def test_a_read_only_folder_is_read_and_one_warning_says_so(
+    program_cache: Path, library: Path
+) -> None:
     _cache.keep(NAME, library, {"a": 1})
-    with read_only(folder), _cache.lock(NAME):
-        assert _cache.find(NAME) == (folder / NAME, {"a": 1})
-        with pytest.warns(UserWarning, match=re.escape(f"({folder}: ")) as caught:
+    with read_only(program_cache), _cache.lock(NAME):
+        assert _cache.find(NAME) == (program_cache / NAME, {"a": 1})
+        with pytest.warns(UserWarning, match=re.escape(f"({program_cache}: ")) as caught:
             for i in range(3):
                 assert _cache.keep(f"{i:04}{_cache.ENTRY}", library, {}) is None
         assert len(caught) == 1 and "FDL_CACHE=0 turns this off" in str(caught[0].message)
-    assert [path.name for path in entries(folder)] == [NAME]
+    assert [path.name for path in entries(program_cache)] == [NAME]
 
 
 def test_where_the_folder_should_be_there_is_a_file(
@@ -343,21 +337,21 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_costs_a_warning(
-    folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk(monkeypatch)
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         for _ in range(3):
             assert _cache.keep(NAME, library, {}) is None
     assert len(caught) == 1
-    assert list(folder.iterdir()) == []  # and no part of a file is left
+    assert list(program_cache.iterdir()) == []  # and no part of a file is left
 
 
 @pytest.mark.slow
 @compiles
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_on_a_full_disk_functions_are_compiled(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk(monkeypatch)
     with pytest.warns(UserWarning, match="No space left on device"):
@@ -370,36 +364,40 @@ def test_on_a_full_disk_functions_are_compiled(
 @pytest.mark.slow
 @compiles
 def test_turned_off_it_neither_reads_nor_writes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not is_cached() and is_cached()
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in program_cache.iterdir()}
     monkeypatch.setenv("FDL_CACHE", "0")
     assert not is_cached()
-    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in program_cache.iterdir()}
 
 
 def test_what_was_used_longest_ago_makes_room(
-    folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{i:04x}{_cache.ENTRY}" for i in range(6)]
     size = _cache.keep(names[0], library, {}).stat().st_size
     monkeypatch.setattr(_cache, "LIMIT", 5 * size)
-    mine = [folder / "library.so", folder / "new-model.pt", folder / "0000.lock"]
+    mine = [
+        program_cache / "library.so",
+        program_cache / "new-model.pt",
+        program_cache / "0000.lock",
+    ]
     for path in mine:  # a user's own files in a folder that was chosen
         path.write_bytes(bytes(10 * size))
         os.utime(path, (0, 0))
     for i, name in enumerate(names[:5]):
         _cache.keep(name, library, {})
-        os.utime(folder / name, (0, 1000 + i))
-    assert len(entries(folder)) == 5  # as many as there is room for
+        os.utime(program_cache / name, (0, 1000 + i))
+    assert len(entries(program_cache)) == 5  # as many as there is room for
     assert _cache.find(names[0])  # it is used now
     _cache.keep(names[5], library, {})
-    assert {path.name for path in entries(folder)} == {names[0], names[5]}
+    assert {path.name for path in entries(program_cache)} == {names[0], names[5]}
     assert all(path.exists() for path in mine)
 
 
-def test_a_lock_ends_with_its_block_though_a_child_has_it_open(folder: Path) -> None:
+def test_a_lock_ends_with_its_block_though_a_child_has_it_open(program_cache: Path) -> None:
     """A worker of a DataLoader that was forked meanwhile may live for hours."""
     with _cache.lock(NAME):
         read, write = os.pipe()
@@ -419,10 +417,10 @@ def test_a_lock_ends_with_its_block_though_a_child_has_it_open(folder: Path) -> 
         os.waitpid(child, 0)
 
 
-def test_the_extension_has_a_lock_that_no_program_has(folder: Path) -> None:
+def test_the_extension_has_a_lock_that_no_program_has(program_cache: Path) -> None:
     """The thread that opens it waits for its lock while a program holds its own, and needs it."""
     with _cache.lock("dispatch-0" + _cache.ENTRY):
         for i in range(256):
             with _cache.lock(f"{i:02x}00{_cache.ENTRY}"):
                 pass
-    assert len(list(folder.glob("*.lock"))) == 257
+    assert len(list(program_cache.glob("*.lock"))) == 257

@@ -1,7 +1,7 @@
 """Names of programs in the cache: another program never has the same, an equal one always has."""
 
-import itertools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -83,10 +83,9 @@ def test_names_are_equal_just_if_the_numbers_are(a: Any, b: Any, form: str) -> N
 @pytest.mark.slow
 @pytest.mark.skipif(RELEASE < (2, 12), reason="programs need Python there")
 def test_of_numbers_that_look_alike_each_gets_its_own_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path,
 ) -> None:
     """With a cache: twice, so that every program is taken from it."""
-    monkeypatch.setenv("FDL_CACHE", str(tmp_path))
     for cached in (False, True):
         for c in (0.0, -0.0, math.nan, 1, 1.0, True, 1e-3, neighbour(1e-3)):
             x = X.double()
@@ -160,10 +159,9 @@ def test_arguments_that_differ_have_programs_of_their_own() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(RELEASE < (2, 12), reason="programs need Python there")
 def test_a_cached_program_reads_what_a_function_closes_over_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program_cache: Path,
 ) -> None:
     """Values are no part of a program: another value, another tensor, a table of numbers."""
-    monkeypatch.setenv("FDL_CACHE", str(tmp_path))
 
     def results(value: Tensor, numbers: list[float]) -> tuple[Any, bool]:
         fn = jit(lambda x: (x * value, x + torch.tensor(numbers)))
@@ -314,7 +312,7 @@ from tests.support.programs import NAMES, load
 
 names = {f"{f} {c!r}": name(FORMS[f](c)) for f in ("added", "a tensor", "filled") for c in NUMBERS}
 names |= {f"{key} {i}": name(fn) for key, pair in PAIRS.items() for i, fn in enumerate(pair)}
-for key in NAMES[::3]:
+for key in NAMES[::6]:
     program = load(key)
     if program.faults:
         continue
@@ -343,7 +341,7 @@ def test_equal_functions_have_equal_names_in_all_processes() -> None:
 
     processes = [start("1"), start("2")]
     first, second = (json.loads(p.communicate(timeout=600)[0]) for p in processes)
-    assert len(first) > 60
+    assert len(first) > 50
     assert {key for key in first if first[key] != second[key]} == set()
     unnamed = {key for key, value in first.items() if value is None}
     assert unnamed == set()

@@ -69,7 +69,7 @@ def recipe(name: str, jitted: list[Any]) -> Any:
             donate_argnums=0,
         )
     )
-    order = data.epoch_indices(random.key(2), 64, config.batch_size)
+    order = data.epoch_indices(random.key(2), len(problem.train.x), config.batch_size)
     for i in (0, 1):
         state, metrics = jitted[-1](state, problem.train, (order.index[i], order.mask[i]))
     return state, metrics
