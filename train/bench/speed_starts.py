@@ -1,7 +1,8 @@
-"""Time how programs start: `python -m train.bench.speed_starts`, then `python -m train bench --render`.
+"""Time how programs start: `python -m train.bench.speed_starts`.
 
 Seconds of a whole process up to its first result, without the import of torch or JAX: first with
 empty caches, then in a second process. Rounds are interleaved; the figures are medians.
+`python -m train bench --render` then makes the table in docs/benchmark.md.
 """
 
 from __future__ import annotations
