@@ -61,7 +61,7 @@ def _step(way: str, name: str) -> None:
     from tests.support.programs import load, rows
 
     program = load(name)
-    step = {"fdl-step": fdl.jit, "compile-step": torch.compile}[way](program.step)
+    step: Any = fdl.jit(program.step) if way == "fdl-step" else torch.compile(program.step)
     row = next(rows(program.xs()))
     if name == "char_gru":
         row = row[:1].repeat(GRU_STEPS + 1, 1)
