@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -42,19 +43,98 @@ def lower(
         inputs: its arguments.
         cpp_wrapper: call the kernels from C++ where torch can, instead of from Python.
     """
+    on_cpu = not any(leaf.is_cuda for leaf in inputs)
+    with _prepared(graph, mode, on_cpu, cpp_wrapper and HAS_CPP_WRAPPER) as prepared:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        compiled = compile_fx_inner(
+            prepared, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
+        )
+    return _with_python_errors(cast(Compiled, compiled))
+
+
+def lower_to_files(
+    graph: GraphModule,
+    mode: FakeTensorMode,
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    folder: Path,
+    metadata: dict[str, str],
+) -> list[Path]:
+    """Compile a graph for the CPU, and write the files of a program that does not need Python.
+
+    Args:
+        graph: the graph, which is not changed.
+        mode: the mode of its fake tensors.
+        inputs: its arguments; `constants` are values of the last ones.
+        constants: tensors that become part of the program.
+        folder: the folder for the files.
+        metadata: texts that torch writes to one of the files.
+    """
+    with _prepared(graph, mode, True, True, in_python=False) as prepared:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.virtualized import V
+
+        _hold(prepared, constants)
+        arguments = list(inputs[: len(inputs) - len(constants)])
+        with config.patch(_file_options(folder, metadata)), V.set_aot_compilation(True):
+            compiled: Any = compile_fx_inner(
+                prepared, arguments, cpp_wrapper=True, is_inference=True
+            )
+    return [Path(file) for file in compiled.filename]
+
+
+def _file_options(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    from torch._inductor import config
+
+    options = {
+        "aot_inductor.output_path": str(folder),
+        "aot_inductor.metadata": metadata,
+        "aot_inductor.package": True,
+        "aot_inductor.precompile_headers": False,  # that takes longer than to compile one program
+        # Information for profilers makes the file four times as large.
+        "aot_inductor.enable_frame_pointer": False,
+        "aot_inductor.enable_line_tables": False,
+        # Otherwise small constants become numbers in the code, which would be rounded elsewhere.
+        "always_keep_tensor_constants": True,
+        # Fixed, since torch's code for any number of threads writes past an array if there are
+        # more than here.
+        "cpp.threads": torch.get_num_threads(),
+    }
+    known: Any = config
+    return {name: value for name, value in options.items() if name in known._config}
+
+
+@contextmanager
+def _prepared(
+    graph: GraphModule,
+    mode: FakeTensorMode,
+    on_cpu: bool,
+    cpp_wrapper: bool,
+    in_python: bool = True,
+) -> Iterator[GraphModule]:
+    """Rewrite a copy of a graph, and set the options of Inductor while it compiles the copy.
+
+    Args:
+        graph: the graph, which is not changed.
+        mode: the mode of its fake tensors.
+        on_cpu: it is for the CPU.
+        cpp_wrapper: kernels are called from C++.
+        in_python: the program runs in a Python process, which handles signals.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
         from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
         from torch._inductor.virtualized import V
 
     register()
     silence_log()
-    on_cpu = not any(leaf.is_cuda for leaf in inputs)
     graph = copy_graph(graph)  # the passes change it
     with (
-        config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
+        config.patch(_options(on_cpu, cpp_wrapper)),
         config.patch({"size_asserts": config.size_asserts and not _is_known(graph)}),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
@@ -64,16 +144,27 @@ def lower(
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         rewrite(graph, on_cpu)
-        if on_cpu:
+        if on_cpu and in_python:
             watch_signals(graph)
         _keep_strides(graph)
         joint_graph_passes(graph)
         keep_results_apart(graph.graph)
         graph.recompile()
-        compiled = compile_fx_inner(
-            graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
-        )
-    return _with_python_errors(cast(Compiled, compiled))
+        yield graph
+
+
+def _hold(module: GraphModule, constants: Sequence[Tensor]) -> None:
+    """Let a graph hold the values of its last arguments."""
+    arguments = nodes_of(module.graph, "placeholder")
+    for i, (node, value) in enumerate(zip(arguments[::-1], constants[::-1], strict=False)):
+        name = f"constant_{i}"
+        module.register_buffer(name, value.detach())
+        with module.graph.inserting_before(node):
+            held = module.graph.get_attr(name)
+        held.meta = node.meta
+        node.replace_all_uses_with(held)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 @cache
