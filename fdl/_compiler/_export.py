@@ -72,16 +72,15 @@ def export(
     """
     target = _checked_path(path)
     arguments = _named(fn, example_args)
-    leaves, spec = flatten((tuple(arguments.values()), {}))
-    _check_leaves(leaves, arguments, spec)
+    leaves = _checked_leaves(arguments)
+    arguments = unflatten(leaves, flatten(arguments)[1])
+    _, spec = flatten((tuple(arguments.values()), {}))
     settings = current_settings()
 
     def again() -> Traced:
         with use_settings(settings):
             return decompose(trace(fn, leaves, spec, unroll=False))
 
-    # The program has memory of its own for each element.
-    leaves = [x.contiguous() if torch._debug_has_internal_overlap(x) else x for x in leaves]
     with _one_at_a_time, ExitStack() as stack:
         traced = _trace(fn, leaves, spec, stack)
         if not is_plain(settings):
@@ -133,16 +132,21 @@ def _named(fn: Callable[..., Any], example_args: Any) -> dict[str, Any]:
     return dict(zip(names, example_args, strict=True))
 
 
-def _check_leaves(leaves: Sequence[Any], arguments: dict[str, Any], spec: Hashable) -> None:
+def _checked_leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    """Return the leaves of the arguments, with memory for each element, or raise."""
+    leaves, spec = flatten(arguments)
     check_tensors(leaves, arguments, "export: every leaf of an argument")
     if any(map(runs_in_python, leaves)) or not is_eager():
         raise TypeError("export: the arguments must be ordinary tensors, with values")
     for path, leaf in zip(paths(spec), leaves, strict=True):
         if leaf.device.type != "cpu":
             raise ValueError(
-                f"export: {path.removeprefix('0.')} is on {leaf.device}, but a file is for the "
-                "CPU; move the arguments with fdl.tree.to"
+                f"export: {path} is on {leaf.device}, but a file is for the CPU; move the "
+                "arguments with fdl.tree.to"
             )
+    return [
+        leaf.contiguous() if torch._debug_has_internal_overlap(leaf) else leaf for leaf in leaves
+    ]
 
 
 def _trace(

@@ -165,7 +165,7 @@ def _mismatch(about: About, args: Sequence[Tree], where: str) -> Exception:
         return TypeError(
             f"{where}: expected {len(about.arguments)} arguments ({names}), got {len(args)}"
         )
-    lines = differences(about, args, where) or ["the fields of a NamedTuple have another order"]
+    lines = differences(about, args, where) or ["an OrderedDict has its keys in another order"]
     return ValueError(
         f"{where}: the program takes other arguments; pass such, or export the function with "
         "these:\n  " + "\n  ".join(lines)
