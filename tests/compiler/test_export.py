@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -285,6 +287,50 @@ def test_a_failed_export_leaves_the_old_file(
     with pytest.raises(RuntimeError, match=r"export: torch's compiler refused .*no space left"):
         fdl.export(lambda x: x + 1, (torch.ones(1),), path)
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def cpp_command(source: Path, to: Path) -> list[str]:
+    """The command that the comment in the source gives."""
+    torch_folder = Path(torch.__path__[0])
+    libraries = torch_folder / "lib"
+    flags = f"-L {libraries} -Wl,-rpath,{libraries},--no-as-needed -ltorch -ltorch_cpu -lc10"
+    include = ("-I", torch_folder / "include")
+    return list(map(str, ("g++", "-std=c++20", "-O1", *include, source, "-o", to, *flags.split())))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs_loops
+def test_lenet_trains_in_cpp_with_the_same_bits(tmp_path: Path) -> None:
+    examples = ROOT / "docs" / "examples"
+    source = examples / "lenet_train.cpp"
+    subprocess.run(
+        [sys.executable, examples / "lenet_export.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=600,
+    )
+    subprocess.run(cpp_command(source, tmp_path / "lenet_train"), check=True, timeout=600)
+    program = [tmp_path / "lenet_train", tmp_path]
+    only_threads = {"OMP_NUM_THREADS": "1"}  # no PATH, and no folder of Python
+    done = subprocess.run(
+        [*program, "2"], env=only_threads, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    init, epoch = (fdl.load_program(tmp_path / name) for name in ("init.pt2", "epoch.pt2"))
+    state, losses = init(random.key(0)), []
+    images, labels = fdl.data.fashion_mnist_sample()
+    for _ in range(2):
+        state, loss, _ = epoch(state, images, labels.byte())
+        losses.append(f"{loss.item():.6g}")
+    assert re.findall(r"loss (\S+),", done.stdout) == losses
+    leaves = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(leaves) == len(tree.leaves(state)) and state.step == 2 * 24
+    for got, expected in zip(leaves, tree.leaves(state), strict=True):
+        assert equal_bits(got, expected)
+    (tmp_path / "images").write_bytes(bytes(28 * 28))
+    failed = subprocess.run([*program, "1"], env=only_threads, capture_output=True, timeout=300)
+    assert failed.returncode != 0 and b"unmatched dim value" in failed.stderr
 
 
 # --- without the compiler ---

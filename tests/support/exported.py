@@ -42,10 +42,10 @@ def linreg_epoch() -> Case:
     model, opt = linreg(), optim.sgd(0.03)
     step = fdl.train_step(fdl.supervised(model, losses.squared_loss), opt)
     state = fdl.TrainState.create(model, opt, key=random.key(0))
-    examples = data.synthetic_linear(random.key(1), [2.0, -3.4], 4.2, 60, 0.1)
+    examples = data.synthetic_linear(random.key(1), [2.0, -3.4], 4.2, 300, 0.1)
 
     def epoch(state: Any, examples: data.Dataset, key: Tensor) -> Any:
-        rows = data.epoch_indices(random.fold_in(key, state.step), 60, 10)
+        rows = data.epoch_indices(random.fold_in(key, state.step), 300, 10)
         return fdl.scan(lambda state, i: step(state, data.batch(examples, i)), state, rows)
 
     return Case(epoch, (state, examples, random.key(2)))
