@@ -19,11 +19,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule
 
 from fdl._checks import describe as describe_argument
-from fdl._compiler import _inductor
+from fdl._compiler import _inductor, _package
 from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
 from fdl._compiler._graph import nodes_of
-from fdl._compiler._jit import _one_at_a_time
+from fdl._compiler._jit import one_at_a_time
 from fdl._compiler._program_file import ENTRY, About, about, as_json, kinds, structure
 from fdl._compiler._refusals import describe, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
@@ -81,7 +81,7 @@ def export(
         with use_settings(settings):
             return decompose(trace(fn, leaves, spec, unroll=False))
 
-    with _one_at_a_time, ExitStack() as stack:
+    with one_at_a_time, ExitStack() as stack:
         traced = _trace(fn, leaves, spec, stack)
         if not is_plain(settings):
             stack.enter_context(as_written())
@@ -206,7 +206,7 @@ def _write(
         raise RuntimeError(f"export: {missing}")
     with TemporaryDirectory(prefix="fdl-export-") as folder:
         files = _compile(fn, traced, program, without_unrolling, Path(folder))
-        package = _package(files, Path(folder, "program.pt2"))
+        package = _package.write(files, Path(folder, "program.pt2"))
 
         def copy(file: Any) -> None:
             with package.open("rb") as source:
@@ -227,7 +227,7 @@ def _compile(
         inputs = [node.meta["val"] for node in nodes_of(traced.graph.graph, "placeholder")]
         metadata = {ENTRY: as_json(program)}
         try:
-            return _inductor.lower_to_files(
+            return _package.lower(
                 traced.graph, traced.mode, inputs, traced.constants, folder, metadata
             )
         except Exception as error:
@@ -239,18 +239,3 @@ def _compile(
                 + (f"; full log: {log}" if log else "")
             ) from attempts[0][1]
         traced = without_unrolling()
-
-
-def _package(files: Sequence[Path], package: Path) -> Path:
-    """Put the files of a program into torch's package, without the code that they come from."""
-    from torch.export.pt2_archive._package import package_pt2
-
-    kept: list[Any] = []
-    for file in files:
-        if file.name.endswith(("kernel.cpp", "kernel_metadata.json")):
-            continue
-        if file.suffix == ".cpp":  # torch 2.11 looks for the name
-            file.write_text("")
-        kept.append(str(file))
-    package_pt2(str(package), aoti_files={"model": kept})
-    return package

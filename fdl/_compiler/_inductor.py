@@ -1,8 +1,9 @@
-"""Compile a graph with Inductor, torch's compiler; nothing else calls it."""
+"""Compile a graph with Inductor, torch's compiler; only `_package.py` calls it as well."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
+DAMAGED = re.compile(r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data)")
 HAS_CPP_WRAPPER = RELEASE >= (2, 12)  # `scan` fails with it in torch 2.11
 
 
@@ -43,72 +45,57 @@ def lower(
         inputs: its arguments.
         cpp_wrapper: call the kernels from C++ where torch can, instead of from Python.
     """
+    import_inductor()
+    try:
+        return _lower(graph, mode, inputs, cpp_wrapper)
+    except Exception as error:
+        if not _removed_damaged(error):
+            raise
+        return _lower(graph, mode, inputs, cpp_wrapper)
+
+
+def import_inductor() -> None:
+    """Import Inductor, with the lowerings of fdl."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
+        import torch._inductor.compile_fx  # noqa: F401
+
+    register()
+    silence_log()
+
+
+def _removed_damaged(error: Exception) -> bool:
+    """Remove a library that cannot be loaded from torch's cache.
+
+    A compiler that was killed may leave one, which torch would never compile again.
+    """
+    from torch._inductor.codecache import CppWrapperCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    found = DAMAGED.search(str(error))
+    if found is None or not Path(found[1]).is_relative_to(cache_dir()):
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    CppWrapperCodeCache.cache_clear()
+    return True
+
+
+def _lower(
+    graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor], cpp_wrapper: bool
+) -> Compiled:
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
-    with _prepared(graph, mode, on_cpu, cpp_wrapper and HAS_CPP_WRAPPER) as prepared:
+    with prepared(graph, mode, on_cpu, cpp_wrapper and HAS_CPP_WRAPPER) as copy:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
 
         compiled = compile_fx_inner(
-            prepared, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
+            copy, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
     return _with_python_errors(cast(Compiled, compiled))
 
 
-def lower_to_files(
-    graph: GraphModule,
-    mode: FakeTensorMode,
-    inputs: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    folder: Path,
-    metadata: dict[str, str],
-) -> list[Path]:
-    """Compile a graph for the CPU, and write the files of a program that does not need Python.
-
-    Args:
-        graph: the graph, which is not changed.
-        mode: the mode of its fake tensors.
-        inputs: its arguments; `constants` are values of the last ones.
-        constants: tensors that become part of the program.
-        folder: the folder for the files.
-        metadata: texts that torch writes to one of the files.
-    """
-    with _prepared(graph, mode, True, True, in_python=False) as prepared:
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.virtualized import V
-
-        _hold(prepared, constants)
-        arguments = list(inputs[: len(inputs) - len(constants)])
-        with config.patch(_file_options(folder, metadata)), V.set_aot_compilation(True):
-            compiled: Any = compile_fx_inner(
-                prepared, arguments, cpp_wrapper=True, is_inference=True
-            )
-    return [Path(file) for file in compiled.filename]
-
-
-def _file_options(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    from torch._inductor import config
-
-    options = {
-        "aot_inductor.output_path": str(folder),
-        "aot_inductor.metadata": metadata,
-        "aot_inductor.package": True,
-        "aot_inductor.precompile_headers": False,  # that takes longer than to compile one program
-        # Information for profilers makes the file four times as large.
-        "aot_inductor.enable_frame_pointer": False,
-        "aot_inductor.enable_line_tables": False,
-        # Otherwise small constants become numbers in the code, which would be rounded elsewhere.
-        "always_keep_tensor_constants": True,
-        # Fixed, since torch's code for any number of threads writes past an array if there are
-        # more than here.
-        "cpp.threads": torch.get_num_threads(),
-    }
-    known: Any = config
-    return {name: value for name, value in options.items() if name in known._config}
-
-
 @contextmanager
-def _prepared(
+def prepared(
     graph: GraphModule,
     mode: FakeTensorMode,
     on_cpu: bool,
@@ -124,14 +111,10 @@ def _prepared(
         cpp_wrapper: kernels are called from C++.
         in_python: the program runs in a Python process, which handles signals.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
-        from torch._inductor import config
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-        from torch._inductor.virtualized import V
+    from torch._inductor import config
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
 
-    register()
-    silence_log()
     graph = copy_graph(graph)  # the passes change it
     with (
         config.patch(_options(on_cpu, cpp_wrapper)),
@@ -151,20 +134,6 @@ def _prepared(
         keep_results_apart(graph.graph)
         graph.recompile()
         yield graph
-
-
-def _hold(module: GraphModule, constants: Sequence[Tensor]) -> None:
-    """Let a graph hold the values of its last arguments."""
-    arguments = nodes_of(module.graph, "placeholder")
-    for i, (node, value) in enumerate(zip(arguments[::-1], constants[::-1], strict=False)):
-        name = f"constant_{i}"
-        module.register_buffer(name, value.detach())
-        with module.graph.inserting_before(node):
-            held = module.graph.get_attr(name)
-        held.meta = node.meta
-        node.replace_all_uses_with(held)
-        module.graph.erase_node(node)
-    module.recompile()
 
 
 @cache

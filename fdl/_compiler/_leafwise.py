@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fdl._compiler._graph import results_of, value_of
 from fdl._compiler._kernels import call_kernel, place, realized
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 aten = torch.ops.aten
 
@@ -100,6 +102,7 @@ def leaf_source(body: Body) -> str | None:
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     symbols = ShapeEnv()
     mode = FakeTensorMode(shape_env=symbols)
@@ -156,6 +159,7 @@ def leaf_source(body: Body) -> str | None:
 def _as_graph(body: Body, symbols: ShapeEnv, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
     """Write a body as a graph `(n, *inputs, *scalars) -> outputs`; also return its arguments."""
     from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     source = ConstantSource("n")
     symbol = symbols.create_symbol(LENGTH, source, DimDynamic.DYNAMIC, constraint_dim=None)

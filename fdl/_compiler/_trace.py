@@ -93,6 +93,15 @@ class Tracing(TorchDispatchMode):
             self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
 
+    def make_symbols(self) -> None:
+        """Give the mode an environment of symbols. torch imports much for it, so few traces do."""
+        if self.mode.shape_env is None:
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+            self.mode.shape_env = ShapeEnv(
+                allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False
+            )
+
     def substitute(self, x: Tensor, inside: bool | None = None) -> Tensor:
         """Return the plain tensor that stands for `x` in the loop bodies that are being traced."""
         for substitutes in reversed(self.substitutes):

@@ -79,6 +79,7 @@ def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     carry = [contiguous_copy(x) for x in operands[: loop.carry]]
     constants = copy_aliases(operands[loop.carry :], [])
 
+    current_trace().make_symbols()  # the operator asks for them
     condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
     body = pure_graph(loop.body, [*carry, *constants])
     return list(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fdl
 from fdl import debug, random, tree
-from fdl._compiler import _inductor, _load_program
+from fdl._compiler import _inductor, _load_program, _package
 from fdl._torch_compat import RELEASE
 from fdl.metrics import Mean
 from tests.support.asserts import equal_bits
@@ -58,7 +58,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Write files without compiling, and run the graphs; return the graphs."""
     graphs: list[Any] = []
 
-    def lower_to_files(
+    def lower(
         graph: Any, mode: Any, inputs: Any, constants: Any, folder: Path, metadata: dict[str, str]
     ) -> list[Path]:
         constants = [leaf.clone() for leaf in constants]
@@ -74,7 +74,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, files: dict[str, bytes]) -> None:
             self.run = graphs[int(files["a.wrapper.so"])]
 
-    monkeypatch.setattr(_inductor, "lower_to_files", lower_to_files)
+    monkeypatch.setattr(_package, "lower", lower)
     monkeypatch.setattr(_inductor, "missing_compiler", lambda: "")
     monkeypatch.setattr(_load_program, "_load", lambda files, where: Runner(files))
     return graphs
@@ -283,7 +283,7 @@ def test_a_failed_export_leaves_the_old_file(
     def fail(*_: Any) -> Any:
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(_inductor, "lower_to_files", fail)
+    monkeypatch.setattr(_package, "lower", fail)
     with pytest.raises(RuntimeError, match=r"export: torch's compiler refused .*no space left"):
         fdl.export(lambda x: x + 1, (torch.ones(1),), path)
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
