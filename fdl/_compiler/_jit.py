@@ -41,7 +41,7 @@ R = TypeVar("R", covariant=True)
 
 _Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, signature of the leaves, settings
 
-_one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
+one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
 
 
 class Report(NamedTuple):
@@ -234,7 +234,7 @@ def jit(
         _dispatch.start()
         route = Route(fn, strict)
         # Inside backward() grad mode is off.
-        with _one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
+        with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
         constants = sources.tensors
