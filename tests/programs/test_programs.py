@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fdl
 from fdl._torch_compat import RELEASE
@@ -103,9 +104,9 @@ def test_a_file_has_the_bits_of_jit(name: str, tmp_path: Path) -> None:
 
     fdl.export(run, (state, xs), tmp_path / "program.pt2")
     loaded = fdl.load_program(tmp_path / "program.pt2")
-    expected = fdl.tree.leaves(fdl.jit(run)(state, xs))
+    expected = tree_leaves(fdl.jit(run)(state, xs))
     for _ in range(2):
-        got = fdl.tree.leaves(loaded(state, xs))
+        got = tree_leaves(loaded(state, xs))
         assert all(map(equal_bits, got, expected)) and len(got) == len(expected)
 
 
