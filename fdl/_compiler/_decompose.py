@@ -16,16 +16,17 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._fakes import make_symbols
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._signature import signature
-from fdl._compiler._trace import Traced, Tracing, trace_again
+from fdl._compiler._trace import Traced, trace_again
 
 _Part = GraphModule | None  # None: the operation is a primitive
 
 
 def decompose(traced: Traced) -> Traced:
     """Return a trace of primitives, which computes the same; the graph itself is changed."""
-    Tracing(traced.mode).make_symbols()  # loops that Inductor emits count their steps with one
+    make_symbols(traced.mode)  # loops that Inductor emits count their steps with one
     _decompose(traced.graph, traced, {})
     traced.mode.allow_scalar_outputs = True
     return traced

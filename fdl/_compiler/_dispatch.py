@@ -3,7 +3,7 @@
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
 Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
-machine, while the first function is traced, and kept in torch's cache of compiled programs.
+machine, while the first function is traced, and kept in the cache of programs.
 """
 
 from __future__ import annotations
@@ -129,10 +129,14 @@ def _new(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _extension() -> Future[Any]:
     """Build and load the extension; the result is its module, or None if that fails."""
     future: Future[Any] = Future()
+    name = _name()
+    if _cache.find(name) is None:
+        # Two threads that import torch's compiler at the same time find parts of it missing.
+        import torch._inductor.cpp_builder  # noqa: F401
 
     def build() -> None:
         try:
-            extension = _open()
+            extension = _open(name)
             if extension is not None:
                 _loaded.append(extension)
             future.set_result(extension)
@@ -150,14 +154,16 @@ def _extension() -> Future[Any]:
 os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no such thread
 
 
-def _open() -> Any:
-    """Load the extension, or return None without a compiler.
-
-    It is compiled first if nobody has done so for this torch and Python.
-    """
+def _name() -> str:
+    """Return the name in the cache of the extension for this torch and Python."""
     built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
-    name = f"{hashlib.sha256(texts + repr(built_for).encode()).hexdigest()}.so"
+    digest = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()
+    return f"dispatch-{digest}{_cache.ENTRY}"  # with a lock of its own: programs wait for it
+
+
+def _open(name: str) -> Any:
+    """Load the extension, or return None without a compiler; compile it first if need be."""
     with _cache.lock(name):
         found = _cache.find(name)
         if found is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -29,7 +28,7 @@ from fdl._compiler._donation import (
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
 from fdl._compiler._program import Program
-from fdl._compiler._routes import Route, build
+from fdl._compiler._routes import Route, Times, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, runs_in_python, signature, unordered
 from fdl._compiler._tracebacks import shorten
@@ -62,6 +61,9 @@ class Report(NamedTuple):
         fallbacks: why it does not run in a faster way, with the path of a log if torch's compiler
             failed; empty if it runs in the fastest.
         closed_over: names of the tensors that it reads besides its arguments.
+        cached: the program was loaded from the cache on disk.
+        times: the parts of `seconds`: `trace`, `compile`, `load` (look the program up on disk, or
+            wait for another process that compiles it) and `run`, the first run.
 
     >>> fn = jit(lambda x: x + 1)
     >>> fn.report()                             # nothing is compiled before the first call
@@ -78,6 +80,8 @@ class Report(NamedTuple):
     memory: int
     fallbacks: tuple[str, ...]
     closed_over: tuple[str, ...] = ()
+    cached: bool = False
+    times: Times = Times()
 
 
 class Jitted(Protocol[P, R]):
@@ -228,7 +232,7 @@ def jit(
     ) -> Any:
         spec, _, settings = key
         _dispatch.start()
-        start, route = time.perf_counter(), Route(fn, strict)
+        route = Route(fn, strict)
         # Inside backward() grad mode is off.
         with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
@@ -236,7 +240,9 @@ def jit(
         constants = sources.tensors
         _check_closed_over(constants, leaves, donated, has_grad(settings))
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
+        route.lap("load" if route.stored else "compile")  # the extension that calls it, too
         result = _execute(program, leaves, constants, donated, donated_leaves)
+        route.lap("run")
         before = cache.setdefault(key, [])
         # In the order of `run`, or a program that closes over less would be found first.
         in_order = len(known) < _dispatch.MOST and all(entry.is_known for entry in before)
@@ -248,7 +254,7 @@ def jit(
             signature(constants),
             _why(key, [entry.key for entry in entries]),
             route,
-            time.perf_counter() - start,
+            sum(route.times),
             bool(new) and in_order,
         )
         before.append(entry)
@@ -305,6 +311,8 @@ class _Entry(NamedTuple):
             *self.program.kept_graphs(),
             tuple(self.route.fallbacks),
             tuple(self.sources.names()),
+            self.route.stored,
+            self.route.times,
         )
 
 

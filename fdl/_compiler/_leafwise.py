@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._guards import TracingContext, tracing
@@ -18,9 +18,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._graph import results_of, value_of
 from fdl._compiler._kernels import call_kernel, place, realized
-
-if TYPE_CHECKING:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 aten = torch.ops.aten
 
@@ -156,7 +153,7 @@ def leaf_source(body: Body) -> str | None:
     )
 
 
-def _as_graph(body: Body, symbols: ShapeEnv, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
+def _as_graph(body: Body, symbols: Any, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
     """Write a body as a graph `(n, *inputs, *scalars) -> outputs`; also return its arguments."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
