@@ -58,6 +58,7 @@ class Direct(NamedTuple):
 
 def start() -> None:
     """Begin to build the extension, in a thread."""
+    import torch._inductor.cpp_builder  # two threads cannot import torch's compiler at once
     _extension()
 
 
