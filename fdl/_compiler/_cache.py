@@ -24,7 +24,6 @@ from typing import Any
 LIMIT = 2**30  # bytes of all entries; then those that were used longest ago are removed
 FOOTER = struct.Struct("<Q32s8s")  # size of the description, checksum, mark
 MARK = b"fdl-prog"
-LOCKS = 256
 ABANDONED = 3600  # seconds after which a file that was being written is removed
 
 
@@ -93,7 +92,7 @@ def lock(name: str) -> Iterator[None]:
     if place is not None:
         with suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = open(place / f"{int(name[:2], 16) % LOCKS:02x}.lock", "ab")  # noqa: SIM115
+            file = open(place / f"{name[:2]}.lock", "ab")  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield

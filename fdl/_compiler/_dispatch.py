@@ -3,7 +3,8 @@
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
 Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
-machine, while the first function is traced, and kept in torch's cache of compiled programs.
+machine, while the first function is compiled, and kept in the cache of programs. Until it is ready,
+programs are called from Python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,7 @@ class Direct(NamedTuple):
 
 
 def start() -> None:
-    """Begin to build the extension, in a thread."""
-    import torch._inductor.cpp_builder  # two threads cannot import torch's compiler at once
+    """Load the extension, or begin to build it in a thread."""
     _extension()
 
 
@@ -69,8 +69,10 @@ def prepare(
     constants: Sequence[Tensor],
     donated: Sequence[int],
     read: Callable[[], list[Tensor] | None],
-) -> list[Any]:
+) -> list[Any] | None:
     """Return a program for `call_known`, or nothing if it can only be called from Python.
+
+    Return None while the extension is being built.
 
     Args:
         direct: the program.
@@ -80,6 +82,8 @@ def prepare(
         donated: indices of the arguments that the program is given.
         read: returns the closed-over tensors at a later call.
     """
+    if not _extension().done():
+        return None
     extension, library = _extension().result(), direct and library_of(direct.run)
     inputs = [*leaves, *constants]
     if direct is None or extension is None or not extension.takes(spec):
@@ -128,12 +132,19 @@ def _new(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def _extension() -> Future[Any]:
-    """Build and load the extension; the result is its module, or None if that fails."""
+    """Load the extension, or build it in a thread; the result is its module, or None on failure."""
     future: Future[Any] = Future()
+    name = _name()
+    found = _cache.find(name)
+    if found is None:
+        # Imported here: two threads cannot import torch's compiler at the same time.
+        from torch._inductor import cpp_builder  # noqa: F401
 
-    def build() -> None:
+    def load() -> None:
+        if found is None and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)  # the program comes first
         try:
-            extension = _open()
+            extension = _load(found[0]) if found else _build(name)
             if extension is not None:
                 _loaded.append(extension)
             future.set_result(extension)
@@ -144,29 +155,33 @@ def _extension() -> Future[Any]:
             )
             warnings.warn(message, stacklevel=1)
 
-    Thread(target=build, name="fdl-dispatch", daemon=True).start()
+    if found:
+        load()
+    else:  # not a daemon: a short process leaves the extension to the next ones
+        Thread(target=load, name="fdl-dispatch").start()
     return future
 
 
 os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no such thread
 
 
-def _open() -> Any:
-    """Load the extension, or return None without a compiler.
-
-    It is compiled first if nobody has done so for this torch and Python.
-    """
+def _name() -> str:
+    """Return the name of the extension for this torch and Python in the cache of programs."""
     built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
-    name = f"{hashlib.sha256(texts + repr(built_for).encode()).hexdigest()}.so"
+    return f"dispatch-{hashlib.sha256(texts + repr(built_for).encode()).hexdigest()}.so"
+
+
+def _build(name: str) -> Any:
+    """Compile and load the extension, or return None without a compiler."""
+    if missing_compiler():
+        return None
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
     with _cache.lock(name):
-        found = _cache.find(name)
+        found = _cache.find(name)  # another process has compiled it meanwhile
         if found is not None:
             return _load(found[0])
-        if missing_compiler():
-            return None
-        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
         silence_log()
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
         with tempfile.TemporaryDirectory() as own:

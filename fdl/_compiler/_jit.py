@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from itertools import takewhile
 from threading import RLock
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -220,6 +221,10 @@ def jit(
             constants = entry.sources.read()
             if constants is not None and signature(constants) == entry.constants:
                 _check_closed_over(constants, leaves, donated, has_grad(settings))
+                if not entry.known:
+                    direct, read = entry.program.direct, entry.sources.read
+                    new = _dispatch.prepare(direct, spec, leaves, constants, donated, read)
+                    enlist(entry, new)
                 return _execute(entry.program, leaves, constants, donated, donated_leaves)
         return first_run(key, leaves, donated, donated_leaves)
 
@@ -237,10 +242,6 @@ def jit(
         _check_closed_over(constants, leaves, donated, has_grad(settings))
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
         result = _execute(program, leaves, constants, donated, donated_leaves)
-        before = cache.setdefault(key, [])
-        # In the order of `run`, or a program that closes over less would be found first.
-        in_order = len(known) < _dispatch.MOST and all(entry.is_known for entry in before)
-        known.extend(new if in_order else ())
         entry = _Entry(
             key,
             program,
@@ -249,12 +250,22 @@ def jit(
             _why(key, [entry.key for entry in entries]),
             route,
             time.perf_counter() - start,
-            bool(new) and in_order,
+            [],
         )
-        before.append(entry)
+        enlist(entry, new)
+        cache.setdefault(key, []).append(entry)
         if route.name:  # else an earlier one is used
             entries.append(entry)
         return result
+
+    def enlist(entry: _Entry, new: list[Any] | None) -> None:
+        """Let `_dispatch` run a program, in the order of `run`: what closes over less fits too."""
+        if new is None:
+            return
+        before = takewhile(lambda other: other is not entry, cache.get(entry.key, ()))
+        in_order = len(known) < _dispatch.MOST and all(True in other.known for other in before)
+        known.extend(new if in_order else ())
+        entry.known.append(bool(new) and in_order)
 
     def in_other_order(spec: Hashable, settings: Settings) -> list[tuple[Hashable, Program]]:
         form = unordered(spec)
@@ -294,7 +305,7 @@ class _Entry(NamedTuple):
     why: str
     route: Route
     seconds: float
-    is_known: bool  # to `_dispatch`
+    known: list[bool]  # to `_dispatch`; empty until that is ready
 
     def report(self) -> Report:
         return Report(

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._compiler._build import build_side_by_side, skip_test_programs
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
@@ -67,6 +68,8 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    build_side_by_side()
+    skip_test_programs()
     start_fewer_threads()
     register_leafwise()
     register_product()
