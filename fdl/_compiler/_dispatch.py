@@ -141,8 +141,6 @@ def _extension() -> Future[Any]:
         from torch._inductor import cpp_builder  # noqa: F401
 
     def load() -> None:
-        if found is None and sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)  # the program comes first
         try:
             extension = _load(found[0]) if found else _build(name)
             if extension is not None:
@@ -186,6 +184,8 @@ def _build(name: str) -> Any:
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
         with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)  # the program comes first
             builder.build()
             library = Path(builder.get_target_file_path())
             return _load(_cache.keep(name, library, {}) or library)

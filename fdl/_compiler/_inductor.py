@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -74,6 +75,13 @@ def lower(
             graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
         )
     return _with_python_errors(cast(Compiled, compiled))
+
+
+def without_cache() -> AbstractContextManager[None]:
+    """Turn off Inductor's own cache of graphs: its keys take half a second."""
+    from torch._inductor import config
+
+    return config.patch({"fx_graph_cache": False})
 
 
 @cache

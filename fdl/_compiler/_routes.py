@@ -120,6 +120,8 @@ def build(
             program, route.kernels = found
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
+        if stored.is_kept():
+            stack.enter_context(_inductor.without_cache())
         traced = decompose(traced)
         # Inductor would write a view of a computed value before it has read all that it needs.
         places = [
