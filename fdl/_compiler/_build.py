@@ -8,6 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from typing import Any
 
+LONG = 200  # lines of code, before they are written out in C++
+UNOPTIMIZED = """
+#if defined(__clang__)
+__attribute__((optnone))
+#else
+__attribute__((optimize("O0")))
+#endif
+void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*);
+"""
 KNOWS_ALL = 12  # release of g++ and of clang++ from which on they know the instruction sets below
 
 
@@ -27,6 +36,27 @@ def build_side_by_side() -> None:
         build(lock, builders)  # what is missing: the program, linked from its parts
 
     codecache._worker_compile_cpp = build_parts_first
+
+
+def leave_long_wrappers_unoptimized() -> None:
+    """Let the C++ compiler translate the code around many kernels as it is.
+
+    Each of its lines runs once for each call of the program, and takes far less time than a
+    kernel; the time to optimise it grows faster than its length.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
+
+    wrapper: Any = CppWrapperCpu
+    generate = wrapper.generate
+
+    @wraps(generate)
+    def generate_unoptimized(self: Any, is_inference: bool) -> Any:
+        if len(self.lines) > LONG and not V.graph.aot_mode:
+            self.prefix.splice(UNOPTIMIZED)
+        return generate(self, is_inference)
+
+    wrapper.generate = generate_unoptimized
 
 
 def skip_test_programs() -> None:

@@ -8,7 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdl._compiler._build import build_side_by_side, skip_test_programs
+from fdl._compiler._build import (
+    build_side_by_side,
+    leave_long_wrappers_unoptimized,
+    skip_test_programs,
+)
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
@@ -69,6 +73,7 @@ def register() -> None:
         return TensorBox.create(call)
 
     build_side_by_side()
+    leave_long_wrappers_unoptimized()
     skip_test_programs()
     start_fewer_threads()
     register_leafwise()
