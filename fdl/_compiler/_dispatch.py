@@ -185,7 +185,7 @@ def _build(name: str) -> Any:
         with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
             if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)  # the program comes first
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), 5)  # the program comes first
             builder.build()
             library = Path(builder.get_target_file_path())
             return _load(_cache.keep(name, library, {}) or library)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._cache_key import name as cache_name
@@ -97,6 +98,7 @@ def build(
             return decompose(trace(fn, leaves, spec, False))
 
     with ExitStack() as stack:
+        stack.enter_context(_use_lazy_graph_module(True))  # no Python code for each change of one
         try:
             traced, unknown = trace_unknown(fn, leaves, spec, stack)
         except CannotTrace as error:
@@ -334,5 +336,5 @@ def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) 
             copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
             copy.meta["val"] = arguments[i].meta["val"]
     output.args = ([node for out, node in enumerate(results) if out not in aliases],)
-    module = GraphModule(traced.graph, graph)  # shares the bodies of loops, which `lower` copies
+    module = _make_graph_module(traced.graph, graph)  # shares the bodies of loops, which `lower` copies
     return _inductor.lower(module, traced.mode, _inputs(traced), cpp_wrapper)
