@@ -8,12 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdl._compiler._build import (
-    build_side_by_side,
-    leave_long_wrappers_unoptimized,
-    skip_test_programs,
-)
 from fdl._compiler._callbacks import CALLBACK
+from fdl._compiler._compile_time import compile_faster
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
@@ -72,9 +68,7 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
-    build_side_by_side()
-    leave_long_wrappers_unoptimized()
-    skip_test_programs()
+    compile_faster()
     start_fewer_threads()
     register_leafwise()
     register_product()
