@@ -37,7 +37,8 @@ def _build_side_by_side() -> None:
     """Compile the two files of a program, its kernels and its wrapper, at the same time."""
     from torch._inductor import codecache
 
-    build = codecache._worker_compile_cpp
+    module: Any = codecache
+    build = module._worker_compile_cpp
 
     @wraps(build)  # pickled by its name
     def build_parts_first(lock: str, builders: Sequence[Any]) -> None:
@@ -48,7 +49,7 @@ def _build_side_by_side() -> None:
                 list(pool.map(build, locks, [[part] for part in parts]))
         build(lock, builders)  # what is missing: the program, linked from its parts
 
-    codecache._worker_compile_cpp = build_parts_first
+    module._worker_compile_cpp = build_parts_first
 
 
 def _leave_long_wrappers_unoptimized() -> None:
@@ -116,7 +117,8 @@ def _find_varying_strides() -> None:
     from torch._inductor.codegen import cpp
     from torch.utils._sympy.functions import FloorDiv
 
-    module: Any = sys.modules[cpp.stride_at_vec_range.__module__]
+    function = vars(cpp)["stride_at_vec_range"]
+    module: Any = sys.modules[function.__module__]
     simplified = module.stride_at
 
     @lru_cache

@@ -129,8 +129,6 @@ def _keep_strides(graph: GraphModule) -> None:
 
 
 def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
-    from torch._inductor import config
-
     options: dict[str, Any] = {
         # Round values of 16 bits even if a kernel continues with them in 32 bits.
         "emulate_precision_casts": True,

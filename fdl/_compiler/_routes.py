@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
@@ -336,5 +335,6 @@ def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) 
             copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
             copy.meta["val"] = arguments[i].meta["val"]
     output.args = ([node for out, node in enumerate(results) if out not in aliases],)
-    module = _make_graph_module(traced.graph, graph)  # shares the bodies of loops, which `lower` copies
+    # It shares the bodies of loops, which `lower` copies.
+    module = _make_graph_module(traced.graph, graph)
     return _inductor.lower(module, traced.mode, _inputs(traced), cpp_wrapper)
