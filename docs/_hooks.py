@@ -43,6 +43,7 @@ GROUPS = {
     "fdl": {
         "Training": "TrainState supervised StatefulLoss train_step eval_step update_bn",
         "Compiling": "jit disable_jit Jitted Report",
+        "Programs as files": "export load_program",
         "Loops and branches": "scan map fori_loop while_loop cond switch associative_scan",
         "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
         " interop io checkpointing",

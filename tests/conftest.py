@@ -4,7 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdl._compiler import _cuda_graphs, _inductor, _routes
+from fdl._compiler import _cache, _cache_key, _cuda_graphs, _inductor, _routes
 from train import recipes
 
+# Tests and the processes that they start share a cache of their own; its extension is kept there.
+if place := _cache.folder():
+    os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
 
 
@@ -58,6 +61,26 @@ def _skip_what_takes_long() -> None:
     guard(inductor, "__call__", "compiles", inductor.__call__)
     guard(subprocess.Popen, "__init__", "starts a process", subprocess.Popen.__init__)
     guard(os, "fork", "starts a process", os.fork)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_program_cache() -> Iterator[None]:
+    """Let `jit` compile in this process: a test may have changed the compiler, or count its work.
+
+    Programs of other processes, and of tests with `program_cache`, come from the cache.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(_routes, "cache_name", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def program_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let `jit` use a cache of the test's own; return its folder."""
+    monkeypatch.setattr(_routes, "cache_name", _cache_key.name)
+    monkeypatch.setenv("FDL_CACHE", str(tmp_path / "cache"))
+    _cache._warn_once.cache_clear()
+    return tmp_path / "cache"
 
 
 @pytest.fixture

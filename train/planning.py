@@ -66,13 +66,11 @@ def describe(plan: Plan) -> str:
     """Announce how a run is executed.
 
     >>> print(describe(choose_plan(Recipe(), 0.05, 240)))
-    compiling, 10 to 20 s the first time (eager steps would take about 120 s) …
+    compiled: eager steps would take about 120 s
     >>> print(describe(choose_plan(Recipe(compile="off"), 0.05, 240)))
     not compiled: --compile off
     """
-    if plan.compile:
-        return f"compiling, 10 to 20 s the first time ({plan.reason}) …"
-    return f"not compiled: {plan.reason}"
+    return f"{'compiled' if plan.compile else 'not compiled'}: {plan.reason}"
 
 
 def steps_per_epoch(problem: Problem, config: Recipe) -> int:

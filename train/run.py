@@ -21,6 +21,7 @@ from fdl.checkpointing import Checkpointer
 from fdl.parallel._group import on_all, on_first
 from train import config as configs
 from train import launch, loop, planning, plots, recipes, resume, run_folder, usual
+from train.compiling import announced
 
 __all__ = ["line", "next_commands", "run"]
 
@@ -209,9 +210,11 @@ def make_programs(run: Run) -> loop.Programs:
     plan = run.plan._replace(compile=run.plan.compile and left)
     if left:
         print(planning.describe(plan), flush=True)
-    programs = loop.make_programs(run.problem, run.config, plan, run.state, run.mesh)
+    with announced() as compiled:
+        programs = loop.make_programs(run.problem, run.config, plan, run.state, run.mesh)
     if plan.compile:
-        print(f"compiled in {time.perf_counter() - start:.1f} s")
+        how = "compiled" if compiled() else "taken from the cache"
+        print(f"{how} in {time.perf_counter() - start:.1f} s")
     return programs
 
 

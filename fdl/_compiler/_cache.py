@@ -1,8 +1,8 @@
 """The cache of compiled programs on disk: docs/cache.md describes it.
 
 An entry is one file: a library, and behind it a description and a checksum of both, which loaders
-of libraries ignore. It is written under another name and then renamed, so that it is never seen in
-part; whatever is damaged is removed and compiled again.
+of libraries ignore. It is written under another name and then renamed, so that no process sees a
+part of it; a damaged entry is removed and compiled again.
 """
 
 from __future__ import annotations
@@ -12,33 +12,38 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EPERM
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 LIMIT = 2**30  # bytes of all entries; then those that were used longest ago are removed
 FOOTER = struct.Struct("<Q32s8s")  # size of the description, checksum, mark
 MARK = b"fdl-prog"
+ENTRY, UNFINISHED = ".fdl", ".fdl-new"  # suffixes: users may have other files in a chosen folder
 ABANDONED = 3600  # seconds after which a file that was being written is removed
 
 
 def folder() -> Path | None:
-    """Return the folder of the cache, or None if there is none: `FDL_CACHE=0`.
+    """Return the folder of the cache, or None for `FDL_CACHE=0` or a user without a home.
 
     It is `$FDL_CACHE`, else `fdl` in `$XDG_CACHE_HOME` or `~/.cache`.
     """
     chosen = os.environ.get("FDL_CACHE", "")
     if chosen == "0":
         return None
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "fdl"
+    base = base if os.path.isabs(base) else "~/.cache"  # as its specification demands
+    try:
+        # Absolute: a file without a folder in its name would be looked for among the libraries.
+        return Path(chosen or f"{base}/fdl").expanduser().absolute()
+    except (RuntimeError, OSError):  # there is no home, or no working directory
+        return None
 
 
 def find(name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -67,16 +72,16 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
     if place is None:
         return None
     text = json.dumps(about).encode()
-    data = library.read_bytes() + text
-    data += FOOTER.pack(len(text), hashlib.sha256(data).digest(), MARK)
     try:
+        data = library.read_bytes() + text
+        data += FOOTER.pack(len(text), hashlib.sha256(data).digest(), MARK)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(place):
-            raise PermissionError("it belongs to another user")
+            raise PermissionError(EPERM, "other users can write to it")
         _write(place / name, data)
         _remove_oldest(place)
     except OSError as error:
-        _warn_once(f"{place}: {error}")
+        _warn_once(f"{place}: {error.strerror or error}")
         return None
     return place / name
 
@@ -85,19 +90,23 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
 def lock(name: str) -> Iterator[None]:
     """Let one process compile an entry, and others wait for it; without a folder, do nothing.
 
-    If the process is killed, the lock ends.
+    If the process is killed, the lock ends. Entries share a lock if the first two characters of
+    their names are equal.
     """
     place = folder()
     file = None
     if place is not None:
         with suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = open(place / f"{name[:2]}.lock", "ab")  # noqa: SIM115
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_ours(place):
+                file = open(place / f"{name[:2]}.lock", "ab")  # noqa: SIM115
+                fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield
     finally:
         if file is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # also if a process forked meanwhile has it open
             file.close()
 
 
@@ -115,14 +124,14 @@ def _description(data: bytes) -> dict[str, Any] | None:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file as a whole, or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix="new-", dir=path.parent)
+    temporary = path.with_name(token_hex(16) + UNFINISHED)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 
@@ -132,10 +141,10 @@ def _remove_oldest(place: Path) -> None:
     for path in place.iterdir():
         with suppress(OSError):  # another process has removed it
             status = path.stat()
-            if path.name.startswith("new-"):
+            if path.suffix == UNFINISHED:
                 if time.time() - status.st_mtime > ABANDONED:
                     path.unlink()
-            elif path.suffix == ".so":
+            elif path.suffix == ENTRY:
                 entries.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in entries)
     if total <= LIMIT:

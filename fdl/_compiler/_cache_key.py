@@ -14,11 +14,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import is_fake
+from torch.backends.cpu import get_cpu_capability
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fdl._compiler._cache import ENTRY
+from fdl._compiler._callbacks import CALLBACK
+from fdl._compiler._graph import COND, LOOP, WHILE
 from fdl._compiler._inductor import sources
 from fdl._compiler._signature import signature
 
@@ -40,7 +44,7 @@ def name(graph: GraphModule, donated: Sequence[int], settings: Hashable) -> str 
     parts = repr((text, tuple(donated), settings, _compiler_settings(), _machine()))
     if text is None or " at 0x" in parts:  # objects of this process
         return None
-    return f"{sha256(parts.encode()).hexdigest()}.so"
+    return sha256(parts.encode()).hexdigest() + ENTRY
 
 
 def _text(module: GraphModule) -> str | None:
@@ -74,18 +78,17 @@ def _line(module: GraphModule, node: Node, names: dict[Node, str]) -> str | None
 
 
 def _is_known(node: Node) -> bool:
-    """Check for an operation of torch or fdl without side effects."""
-    if node.target is getitem:
-        return True
+    """Check for an operation of torch or fdl that runs no function of this process."""
     if isinstance(node.target, OpOverload):
-        return node.target.namespace in KNOWN and not node.is_impure()
-    return isinstance(node.target, HigherOrderOperator)
+        return node.target.namespace in KNOWN and node.target != CALLBACK
+    return node.target in (getitem, LOOP, COND, WHILE)
 
 
 def _attribute(value: Any) -> str | None:
     """Describe the body of a loop, or a tensor that the function has made of numbers."""
     if isinstance(value, GraphModule):
-        return _text(value)
+        text = _text(value)
+        return text and repr(text)  # on one line, or it might be taken for lines around it
     if not isinstance(value, Tensor) or value.numel() > LARGEST or is_fake(value):
         return None
     return repr((signature([value]), value.tolist()))
@@ -104,7 +107,10 @@ def _compiler_settings() -> tuple[Any, ...]:
 
 
 def _is_set(config: Any, key: str) -> bool:
-    return not config._is_default(key) and "cache" not in key
+    """Check for a value that is not torch's own; those of caches change no program."""
+    if config._is_default(key) or "cache" in key:
+        return False
+    return bool(getattr(config, key) != config._config[key].default)
 
 
 @cache
@@ -119,4 +125,4 @@ def _machine() -> tuple[Any, ...]:
     )
     torch_release = torch.__version__, torch.version.git_version, torch.__file__
     system = sys.version, sys.platform, platform.machine(), platform.libc_ver()
-    return torch_release, system, processor, sources()
+    return torch_release, system, processor, get_cpu_capability(), sources()

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from fdl._compiler._decompositions import decompositions
+from fdl._compiler._fakes import make_symbols
 from fdl._compiler._graph import nodes_of, results_of
 from fdl._compiler._signature import signature
 from fdl._compiler._trace import Traced, trace_again
@@ -26,10 +26,7 @@ _Part = GraphModule | None  # None: the operation is a primitive
 
 def decompose(traced: Traced) -> Traced:
     """Return a trace of primitives, which computes the same; the graph itself is changed."""
-    # Loops that Inductor emits count their steps with a symbol. Environments of symbols import much.
-    traced.mode.shape_env = ShapeEnv(
-        allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False
-    )
+    make_symbols(traced.mode)  # loops that Inductor emits count their steps with one
     _decompose(traced.graph, traced, {})
     traced.mode.allow_scalar_outputs = True
     return traced
@@ -82,10 +79,20 @@ def _trace_operation(node: Node, traced: Traced) -> _Part:
 
     if not all(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta["val"])):
         return None
-    part, constants = trace_again(fn, [z.meta["val"] for z in _arguments(node)], traced.mode)
-    if constants or [z.target for z in nodes_of(part.graph, "call_function")] == [node.target]:
-        return None
-    return part
+    with traced.mode:  # an argument that is passed twice has two names: the next may be passed once
+        examples = [z.meta["val"].detach() for z in _arguments(node)]
+    part, constants = trace_again(fn, examples, traced.mode)
+    return None if constants or _is_same(node, part) else part
+
+
+def _is_same(node: Node, part: GraphModule) -> bool:
+    """Check whether a graph is just the operation itself."""
+    calls = nodes_of(part.graph, "call_function")
+    if [call.target for call in calls] != [node.target]:
+        return False
+    outer = dict(zip(nodes_of(part.graph, "placeholder"), _arguments(node), strict=True))
+    arguments = map_arg((calls[0].args, calls[0].kwargs), outer.__getitem__)
+    return repr(arguments) == repr((node.args, node.kwargs))
 
 
 def _inline(node: Node, part: GraphModule) -> None:

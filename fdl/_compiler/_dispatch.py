@@ -137,8 +137,8 @@ def _extension() -> Future[Any]:
     name = _name()
     found = _cache.find(name)
     if found is None:
-        # Imported here: two threads cannot import torch's compiler at the same time.
-        from torch._inductor import cpp_builder  # noqa: F401
+        # Two threads that import torch's compiler at the same time find parts of it missing.
+        import torch._inductor.cpp_builder  # noqa: F401
 
     def load() -> None:
         try:
@@ -164,10 +164,11 @@ os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no s
 
 
 def _name() -> str:
-    """Return the name of the extension for this torch and Python in the cache of programs."""
+    """Return the name in the cache of the extension for this torch and Python."""
     built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
-    return f"dispatch-{hashlib.sha256(texts + repr(built_for).encode()).hexdigest()}.so"
+    digest = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()
+    return f"dispatch-{digest}{_cache.ENTRY}"  # with a lock of its own: programs wait for it
 
 
 def _build(name: str) -> Any:

@@ -25,6 +25,12 @@ MOVE = torch.ops.prims.device_put.default  # to another device
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
 
+def count_operations(module: GraphModule) -> int:
+    """Count the operations in a graph, and in the bodies of its loops and branches."""
+    parts = [part for part in module.modules() if isinstance(part, GraphModule)]
+    return sum(len(nodes_of(part.graph, "call_function")) for part in parts)
+
+
 def prune_loop_outputs(module: GraphModule, loop: Node) -> None:
     """Remove loop outputs that are never read, such as unused metrics."""
     reference, init, *_ = cast(Any, loop.args)

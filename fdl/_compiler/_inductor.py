@@ -1,12 +1,13 @@
-"""Compile a graph with Inductor, torch's compiler; nothing else calls it."""
+"""Compile a graph with Inductor, torch's compiler; only `_package.py` calls it as well."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ from fdl._compiler._passes import rewrite
 from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
+DAMAGED = re.compile(r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data)")
 HAS_CPP_WRAPPER = RELEASE >= (2, 12)  # `scan` fails with it in torch 2.11
 
 
@@ -43,19 +45,79 @@ def lower(
         inputs: its arguments.
         cpp_wrapper: call the kernels from C++ where torch can, instead of from Python.
     """
+    import_inductor()
+    try:
+        return _lower(graph, mode, inputs, cpp_wrapper)
+    except Exception as error:
+        if not _removed_damaged(error):
+            raise
+        return _lower(graph, mode, inputs, cpp_wrapper)
+
+
+def import_inductor() -> None:
+    """Import Inductor, with the lowerings of fdl."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-        from torch._inductor.virtualized import V
+        import torch._inductor.compile_fx  # noqa: F401
 
     register()
     silence_log()
+
+
+def _removed_damaged(error: Exception) -> bool:
+    """Remove a library that cannot be loaded from torch's cache.
+
+    A compiler that was killed may leave one, which torch would never compile again.
+    """
+    from torch._inductor.codecache import CppWrapperCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    found = DAMAGED.search(str(error))
+    if found is None or not Path(found[1]).is_relative_to(cache_dir()):
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    CppWrapperCodeCache.cache_clear()
+    return True
+
+
+def _lower(
+    graph: GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor], cpp_wrapper: bool
+) -> Compiled:
     on_cpu = not any(leaf.is_cuda for leaf in inputs)
+    with prepared(graph, mode, on_cpu, cpp_wrapper and HAS_CPP_WRAPPER) as copy:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        compiled = compile_fx_inner(
+            copy, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
+        )
+    return _with_python_errors(cast(Compiled, compiled))
+
+
+@contextmanager
+def prepared(
+    graph: GraphModule,
+    mode: FakeTensorMode,
+    on_cpu: bool,
+    cpp_wrapper: bool,
+    in_python: bool = True,
+) -> Iterator[GraphModule]:
+    """Rewrite a copy of a graph, and set the options of Inductor while it compiles the copy.
+
+    Args:
+        graph: the graph, which is not changed.
+        mode: the mode of its fake tensors.
+        on_cpu: it is for the CPU.
+        cpp_wrapper: kernels are called from C++.
+        in_python: the program runs in a Python process, which handles signals.
+    """
+    from torch._inductor import config
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+
     graph = copy_graph(graph)  # the passes change it
     with (
-        config.patch(_options(on_cpu, cpp_wrapper and HAS_CPP_WRAPPER)),
+        config.patch(_options(on_cpu, cpp_wrapper)),
         config.patch({"size_asserts": config.size_asserts and not _is_known(graph)}),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
@@ -65,16 +127,13 @@ def lower(
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         rewrite(graph, on_cpu)
-        if on_cpu:
+        if on_cpu and in_python:
             watch_signals(graph)
         _keep_strides(graph)
         joint_graph_passes(graph)
         keep_results_apart(graph.graph)
         graph.recompile()
-        compiled = compile_fx_inner(
-            graph, list(inputs), cpp_wrapper=config.cpp_wrapper, is_inference=True
-        )
-    return _with_python_errors(cast(Compiled, compiled))
+        yield graph
 
 
 def without_cache() -> AbstractContextManager[None]:

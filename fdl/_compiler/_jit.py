@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -19,7 +18,7 @@ from fdl import tree
 from fdl._checks import describe
 from fdl._compiler import _dispatch
 from fdl._compiler._backward import differentiable, pullback
-from fdl._compiler._closure import Sources
+from fdl._compiler._closure import Sources, check_closed_over
 from fdl._compiler._donation import (
     as_positions,
     copy_if_shared,
@@ -30,7 +29,7 @@ from fdl._compiler._donation import (
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
 from fdl._compiler._program import Program
-from fdl._compiler._routes import Route, build
+from fdl._compiler._routes import Route, Times, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
 from fdl._compiler._signature import flatten, paths, runs_in_python, signature, unordered
 from fdl._compiler._tracebacks import shorten
@@ -43,7 +42,7 @@ R = TypeVar("R", covariant=True)
 
 _Key = tuple[Hashable, tuple[Any, ...], Settings]  # structure, signature of the leaves, settings
 
-_one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
+one_at_a_time = RLock()  # torch's tracers and its compiler keep state of the process
 
 
 class Report(NamedTuple):
@@ -63,6 +62,9 @@ class Report(NamedTuple):
         fallbacks: why it does not run in a faster way, with the path of a log if torch's compiler
             failed; empty if it runs in the fastest.
         closed_over: names of the tensors that it reads besides its arguments.
+        cached: the program was loaded from the cache on disk.
+        times: the parts of `seconds`: `trace`, `compile`, `load` (look the program up on disk, or
+            wait for another process that compiles it) and `run`, the first run.
 
     >>> fn = jit(lambda x: x + 1)
     >>> fn.report()                             # nothing is compiled before the first call
@@ -79,6 +81,8 @@ class Report(NamedTuple):
     memory: int
     fallbacks: tuple[str, ...]
     closed_over: tuple[str, ...] = ()
+    cached: bool = False
+    times: Times = Times()
 
 
 class Jitted(Protocol[P, R]):
@@ -220,7 +224,7 @@ def jit(
         for entry in cache.get(key, ()):
             constants = entry.sources.read()
             if constants is not None and signature(constants) == entry.constants:
-                _check_closed_over(constants, leaves, donated, has_grad(settings))
+                check_closed_over(constants, leaves, donated, has_grad(settings))
                 if not entry.known:
                     direct, read = entry.program.direct, entry.sources.read
                     new = _dispatch.prepare(direct, spec, leaves, constants, donated, read)
@@ -233,15 +237,17 @@ def jit(
     ) -> Any:
         spec, _, settings = key
         _dispatch.start()
-        start, route = time.perf_counter(), Route(fn, strict)
+        route = Route(fn, strict)
         # Inside backward() grad mode is off.
-        with _one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
+        with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
         constants = sources.tensors
-        _check_closed_over(constants, leaves, donated, has_grad(settings))
+        check_closed_over(constants, leaves, donated, has_grad(settings))
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
+        route.lap("load" if route.stored else "compile")
         result = _execute(program, leaves, constants, donated, donated_leaves)
+        route.lap("run")
         entry = _Entry(
             key,
             program,
@@ -249,7 +255,7 @@ def jit(
             signature(constants),
             _why(key, [entry.key for entry in entries]),
             route,
-            time.perf_counter() - start,
+            sum(route.times),
             [],
         )
         enlist(entry, new)
@@ -316,6 +322,8 @@ class _Entry(NamedTuple):
             *self.program.kept_graphs(),
             tuple(self.route.fallbacks),
             tuple(self.sources.names()),
+            self.route.stored,
+            self.route.times,
         )
 
 
@@ -345,21 +353,6 @@ def _execute(
         for leaf, (tensor_type, value) in zip(donated_leaves, before, strict=True):
             revalidate(leaf, tensor_type, value)
         raise
-
-
-def _check_closed_over(
-    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], grad: bool
-) -> None:
-    """Raise if a closed-over tensor is donated by this call, or requires grad in grad mode."""
-    if constants and donated:
-        memory = {leaves[i].untyped_storage()._cdata for i in donated}
-        if any(leaf.untyped_storage()._cdata in memory for leaf in constants):
-            raise ValueError("jit: a donated tensor is also closed over by the function; clone it")
-    if grad and any(leaf.requires_grad for leaf in constants):
-        raise ValueError(
-            "jit: the function closes over a tensor that requires grad, which backward() would not "
-            "reach; pass it as an argument, detach it, or call under torch.no_grad()"
-        )
 
 
 def _why(key: _Key, earlier: Sequence[_Key]) -> str:

@@ -16,7 +16,6 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fdl._compiler._graph import results_of, value_of
 from fdl._compiler._kernels import call_kernel, place, realized
@@ -101,6 +100,7 @@ def leaf_source(body: Body) -> str | None:
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     symbols = ShapeEnv()
     mode = FakeTensorMode(shape_env=symbols)
@@ -154,9 +154,10 @@ def leaf_source(body: Body) -> str | None:
     )
 
 
-def _as_graph(body: Body, symbols: ShapeEnv, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
+def _as_graph(body: Body, symbols: Any, mode: FakeTensorMode) -> tuple[GraphModule, list[Any]]:
     """Write a body as a graph `(n, *inputs, *scalars) -> outputs`; also return its arguments."""
     from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     source = ConstantSource("n")
     symbol = symbols.create_symbol(LENGTH, source, DimDynamic.DYNAMIC, constraint_dim=None)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from fdl._compiler._inductor import Compiled
+from fdl._compiler._inductor import Compiled, raise_python_error
 
 ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # the function of such a library
 
@@ -56,7 +56,10 @@ def program(library: Library, outputs: int, execute: Any) -> Compiled:
     """
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        return cast(list[Tensor], execute(library.entry, inputs, outputs))
+        try:
+            return cast(list[Tensor], execute(library.entry, inputs, outputs))
+        except BaseException as error:
+            raise_python_error(error)
 
     cast(Any, run).library = library
     return run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
 from fdl._compiler._digest import digest
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import may_be_view, nodes_of, results_of
+from fdl._compiler._graph import count_operations, may_be_view, nodes_of, results_of
 from fdl._compiler._inductor import Compiled, kernels_written
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._program import Program, eagerly, program_of, reordered
@@ -41,6 +43,10 @@ aten = torch.ops.aten
 ONE = "one program"
 EAGER = "it runs eagerly"
 
+# Called with the number of operations of a program before it is compiled.
+about_to_compile: ContextVar[Callable[[int], None]] = ContextVar(
+    "fdl_about_to_compile", default=lambda operations: None
+)
 Attempt = tuple[str, Exception]  # what was tried, and the error
 
 
@@ -48,6 +54,15 @@ class Refused(RuntimeError):
     """A slower way would be taken, but `strict` is set; nothing has been written."""
 
     fdl_arguments_are_intact = True
+
+
+class Times(NamedTuple):
+    """Seconds of the parts of a first call."""
+
+    trace: float = 0.0
+    compile: float = 0.0
+    load: float = 0.0  # from the cache on disk
+    run: float = 0.0
 
 
 class Route:
@@ -59,6 +74,14 @@ class Route:
         self.fallbacks: list[str] = []
         self.kernels = 0  # that Inductor generated, also in attempts that failed
         self.stored = False  # it was found in the cache on disk
+        self.times = Times()
+        self._lap = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last lap to a part of `times`."""
+        now = time.perf_counter()
+        self.times = self.times._replace(**{part: getattr(self.times, part) + now - self._lap})
+        self._lap = now
 
     def fall_back(self, instead: str, reason: str, log: Path | None = None) -> None:
         """Record that a slower way is taken, and warn; raise if `strict`."""
@@ -102,6 +125,7 @@ def build(
             traced, unknown = trace_unknown(fn, leaves, spec, stack)
         except CannotTrace as error:
             route.name = "eager"
+            route.lap("trace")
             route.fall_back(EAGER, f"{error}; register one with torch.library.register_fake")
             return eager
         for steps, why in traced.unrolled:
@@ -115,12 +139,15 @@ def build(
                 return reordered(other, other.direct, structure, spec, traced.spec)
         on_gpu = any(map(_on_gpu, [*leaves, *traced.constants, *traced.results]))
         stored = Stored(None if unknown or on_gpu else cache_name(traced.graph, donated, settings))
+        route.lap("trace")
         stack.enter_context(stored.lock())
         found = stored.find(traced)
+        route.lap("load")
         if found is not None:
             program, route.kernels = found
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
+        about_to_compile.get()(count_operations(traced.graph))
         if stored.is_kept():
             stack.enter_context(_inductor.without_cache())
         traced = decompose(traced)

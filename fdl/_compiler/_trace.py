@@ -19,7 +19,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    _BypassDispatchCache,
 )
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
@@ -35,6 +34,7 @@ from fdl import _modes
 from fdl._compiler._decompositions import decompositions, early_decompositions
 from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._dynamic_index import DynamicIndex
+from fdl._compiler._fakes import fake_like, fake_mode
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._graph import (
     LITERAL,
@@ -91,7 +91,7 @@ class Tracing(TorchDispatchMode):
             return leaf
         if id(leaf) not in self.fakes:
             with _disable_current_modes():
-                fake = _fake_like(self.mode, leaf)
+                fake = fake_like(self.mode, leaf)
             self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
 
@@ -121,22 +121,6 @@ class Tracing(TorchDispatchMode):
             result = func(*args, **kwargs)
         self.leaks.note(result, func)
         return result
-
-
-def _fake_mode() -> FakeTensorMode:
-    """Make the mode that computes shapes, without the one cached result that is not as computed."""
-    mode: Any = FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True)
-    validate = mode._validate_cache_key
-
-    def validate_cache_key(func: Any, args: Any, kwargs: Any) -> None:
-        # From the cache it has a storage of another size, which a nested jvp refuses.
-        if func is torch.ops.aten._new_zeros_with_same_feature_meta.default:
-            raise _BypassDispatchCache("its storage is as large as that of its argument")
-        validate(func, args, kwargs)
-
-    # No subclass: torch looks up its rules for loops by the exact type of the mode.
-    mode._validate_cache_key = validate_cache_key
-    return cast(FakeTensorMode, mode)
 
 
 class Traced(NamedTuple):
@@ -191,7 +175,7 @@ def trace(
         ValueError: `fn` changes a tensor in place that it did not create.
     """
     specs: list[Hashable] = []
-    mode = _fake_mode()
+    mode = fake_mode()
     tracing = Tracing(mode)
     tracing.unroll = unroll
 
@@ -208,7 +192,7 @@ def trace(
     token = _modes.tracing.set(tracing)
     try:
         with mode, DynamicIndex():
-            fakes = [_fake_like(mode, leaf) for leaf in leaves]
+            fakes = [fake_like(mode, leaf) for leaf in leaves]
             tracing.leaks.note(fakes)
             graph, constants = trace_flat(flat, fakes, paths(spec))
         del fakes
@@ -325,16 +309,6 @@ def trace_part(
     del fakes
     leaks.check(f, graph, noun, made_before)
     return graph, closed_over
-
-
-def _fake_like(mode: FakeTensorMode, leaf: Tensor) -> FakeTensor:
-    """Make a fake tensor like a real one, with memory of its own.
-
-    Whether arguments share memory does not matter, since none is written to.
-    """
-    with mode:
-        fake = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-    return cast(FakeTensor, fake)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.func import jvp, vmap
 
 from fdl._compiler._branches_traced import close, pure_graph
 from fdl._compiler._custom_functions import CannotClose
+from fdl._compiler._fakes import make_symbols
 from fdl._compiler._graph import WHILE, is_smooth
 from fdl._compiler._loops import OPERATORS, innermost_first, replaced, run_graph, unpack_duals
 from fdl._compiler._scan_eager import contiguous_copy
@@ -79,6 +80,7 @@ def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     carry = [contiguous_copy(x) for x in operands[: loop.carry]]
     constants = copy_aliases(operands[loop.carry :], [])
 
+    make_symbols(current_trace().mode)  # the operator asks for them
     condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
     body = pure_graph(loop.body, [*carry, *constants])
     return list(

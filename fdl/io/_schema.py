@@ -163,13 +163,19 @@ def later_fields(structure: Node) -> dict[str, Tensor]:
     }
 
 
-def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree:
+def rebuild(
+    node: Node,
+    tensor: Callable[[str], Tensor],
+    path: str = "",
+    kinds: Mapping[str, type] = KINDS,
+) -> Tree:
     """Rebuild a tree from its structure.
 
     Args:
         node: the structure.
         tensor: function that returns the tensor at a path.
         path: path of the node.
+        kinds: the NamedTuples by name.
 
     Raises:
         ValueError: a NamedTuple is not in the table, or has other fields.
@@ -181,20 +187,22 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
     if container is None:
         return tensor(path) if node == ["tensor"] else leaf_value(node)
     kind, nodes = container
-    children = {name: rebuild(child, tensor, join(path, name)) for name, child in nodes.items()}
+    children = {
+        name: rebuild(child, tensor, join(path, name), kinds) for name, child in nodes.items()
+    }
     if kind == "dict":
         return children
     if kind == "OrderedDict":
         return OrderedDict(children)
     if kind in ("list", "tuple"):
         return list(children.values()) if kind == "list" else tuple(children.values())
-    if kind not in KINDS:
+    if kind not in kinds:
         raise ValueError(
             f"{path!r} is a NamedTuple {kind!r}, which fdl does not know; "
             "pass like=, a tree with this NamedTuple at the same path"
         )
-    fields = KINDS[kind]._fields  # type: ignore[attr-defined]
-    for name, default in KINDS[kind]._field_defaults.items():  # type: ignore[attr-defined]
+    fields = kinds[kind]._fields  # type: ignore[attr-defined]
+    for name, default in kinds[kind]._field_defaults.items():  # type: ignore[attr-defined]
         if name not in children:  # an older file
             children[name] = default.clone() if isinstance(default, Tensor) else default
     if fields != tuple(children):
@@ -202,7 +210,7 @@ def rebuild(node: Node, tensor: Callable[[str], Tensor], path: str = "") -> Tree
             f"{path!r} is a {kind} with fields {list(children)}, expected {list(fields)}; "
             "use load_matching with a tree of the current structure"
         )
-    return KINDS[kind](*children.values())
+    return kinds[kind](*children.values())
 
 
 def leaf_value(node: Node) -> bool | int | float | str | None:

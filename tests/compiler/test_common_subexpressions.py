@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from fdl import jit, scan, tree
+from fdl._compiler._decompose import decompose
 from fdl._compiler._graph import copy_graph
 from fdl._compiler._passes import rewrite
 from fdl._compiler._signature import flatten
@@ -24,7 +25,7 @@ X, W = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4), torch.eye(4
 def operations(fn: Any, *args: Any) -> Counter[Any]:
     """Count the operations of the program for `fn`, by their names."""
     leaves, spec = flatten((args, {}))
-    traced = trace(fn, leaves, spec)
+    traced = decompose(trace(fn, leaves, spec))
     graph = copy_graph(traced.graph)
     rewrite(graph, on_cpu=False)
     graph.graph.lint()

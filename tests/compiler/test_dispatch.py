@@ -480,7 +480,7 @@ for _ in range(3):
     state = fn(state)
 print(state["x"].tolist(), fn.report()[0].route)
 """
-    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {"CXX": str(compiler), "FDL_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -26,6 +26,7 @@ from fdl import (
     tree,
 )
 from fdl._compiler import _inductor, _interpreter, _scan_traced, _trace
+from fdl._compiler._decompose import decompose
 from fdl._compiler._signature import flatten
 from tests.support.asserts import assert_equal, close
 
@@ -241,7 +242,9 @@ def test_a_step_leaves_the_layout_of_convolutions_alone(monkeypatch: pytest.Monk
     x = random.normal(random.key(1), (16, 2, 1, 28, 28)).transpose(0, 1)  # rows lie apart
     y = torch.zeros(2, 16, dtype=torch.int64)
     leaves, spec = flatten(((state, (x, y)), {}))
-    program = _interpreter.compile_bodies(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
+    program = _interpreter.compile_bodies(
+        decompose(_trace.trace(lambda s, b: scan(step, s, b), leaves, spec))
+    )
     got, (expected, _) = program(leaves), flatten(scan(step, state, (x, y)))
     close(got, expected, rtol=1e-4, atol=1e-6)
     assert [x.stride() for x in got] == [x.stride() for x in expected]

@@ -3,6 +3,7 @@
 import gc
 import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -358,3 +359,23 @@ def test_a_refused_training_run_compiles_its_step_once(no_loops: None, count_pro
     for rows in indices:
         expected, _ = epoch(expected, DATASET, rows)
     assert_equal(state, expected, rtol=1e-10)
+
+
+def test_a_library_that_a_killed_compiler_left_is_compiled_again(monkeypatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    library = Path(cache_dir()) / "damaged.so"
+    library.touch()
+    attempts = []
+    lower = _inductor._lower
+
+    def fails_first(*args: Any) -> Any:
+        attempts.append(library.exists())
+        if library.exists():
+            raise ImportError(f"{library}: file too short")
+        return lower(*args)
+
+    monkeypatch.setattr(_inductor, "_lower", fails_first)
+    fn = jit(lambda x: x * 3 + 0.25, strict=True)
+    assert torch.equal(fn(torch.ones(3)), torch.full((3,), 3.25))
+    assert attempts == [True, False]

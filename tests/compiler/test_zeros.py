@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from fdl import jit, tree
+from fdl._compiler._decompose import decompose
 from fdl._compiler._graph import copy_graph
 from fdl._compiler._passes import rewrite
 from fdl._compiler._signature import flatten
@@ -106,7 +107,7 @@ def test_no_product_with_zeros_is_left() -> None:
         return jvp(lambda x: torch.tanh(torch.tanh(x @ w) @ w), (x,), (x,))[1]
 
     leaves, spec = flatten(((X, W), {}))
-    traced = trace(tangent, leaves, spec)
+    traced = decompose(trace(tangent, leaves, spec))
     graph = copy_graph(traced.graph)
     rewrite(graph, on_cpu=False)
     # x w, which is also its tangent; h w; and its tangent.

@@ -5,12 +5,8 @@ and running the graphs without Inductor; Inductor compiles a third of them in ea
 each. The choice changes with every change of the library; `make test-all` compiles all.
 """
 
-import contextlib
-
 import pytest
 import torch
-from torch._functorch import eager_transforms
-from torch.autograd import forward_ad
 
 import fdl
 from fdl._torch_compat import RELEASE
@@ -20,6 +16,7 @@ from tests.support.programs import (
     Program,
     check_equal,
     forms,
+    leave_forward_mode,
     load,
     loop,
     rows,
@@ -85,17 +82,6 @@ def test_traced(program: Program, form: str) -> None:
 )
 def test_compiled(program: Program, form: str) -> None:
     run(program, form)
-
-
-def leave_forward_mode():
-    """Leave what Dynamo has entered and not left, where it refuses a function within a jvp."""
-    eager_transforms.JVP_NESTING = 0
-    forward_ad._current_level = -1
-    # Dynamo's refusal may put back the Python level and not that of C++ below it.
-    with contextlib.suppress(RuntimeError):
-        torch._C._exit_dual_level(level=0)
-    with forward_ad.dual_level():
-        pass
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The programs in `tests/programs`: their form, and the ways in which each is run."""
 
+import contextlib
 import importlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from unittest.mock import patch
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 import fdl
 from fdl import tree
@@ -232,3 +235,14 @@ def check_equal(program: Program, actual: Any, expected: Any) -> None:
             equal_nan=True,
             msg=lambda text, path=path: f"result {path}: {text}",
         )
+
+
+def leave_forward_mode() -> None:
+    """Leave what Dynamo has entered and not left, where it refuses a function within a jvp."""
+    eager_transforms.JVP_NESTING = 0
+    forward_ad._current_level = -1
+    # Dynamo's refusal may put back the Python level and not that of C++ below it.
+    with contextlib.suppress(RuntimeError):
+        torch._C._exit_dual_level(level=0)
+    with forward_ad.dual_level():
+        pass

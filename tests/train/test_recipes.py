@@ -159,7 +159,7 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
         with mode:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    monkeypatch.setattr(_trace, "_fake_like", elsewhere)
+    monkeypatch.setattr(_trace, "fake_like", elsewhere)
     problem = recipes.build(RECIPES[name], random.key(1))
     state = TrainState.create(problem.model, problem.opt, key=random.key(0))
     rows = data.epoch_indices(random.key(2), 100, 10)

@@ -20,7 +20,14 @@ import torch
 
 import fdl
 from fdl import tree
-from tests.support.programs import NAMES, Program, check_equal, load, loop
+from tests.support.programs import (
+    NAMES,
+    Program,
+    check_equal,
+    leave_forward_mode,
+    load,
+    loop,
+)
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -67,6 +74,7 @@ def _first_call(program: Program, run: Callable[[], Any], expected: Any) -> floa
         check_equal(program, *(tree.map(lambda leaf: leaf[:4], part) for part in (ys, expected[1])))
     except Exception as error:
         print(f"{type(error).__name__}: {error}".partition("\n")[0][:120], file=sys.stderr)
+        leave_forward_mode()
         return math.inf
     return seconds
 

@@ -30,6 +30,7 @@ from fdl.data import Indices
 from fdl.parallel._group import on_all, on_first
 from train import config as configs
 from train import launch, loop, planning, plots, recipes, resume, run_folder
+from train.compiling import announced
 from train.config import RECIPES, SWEEPS, Images, Recipe, Sweep
 from train.planning import Plan
 from train.run import next_commands
@@ -74,7 +75,8 @@ def run(sweep: Sweep) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
-            return train(setting, base, axes, groups, size, share)
+            with announced():
+                return train(setting, base, axes, groups, size, share)
         except OSError as error:
             print(
                 f"error: cannot write to {setting.folder}: {error}\n"

@@ -1,0 +1,172 @@
+"""`load_program`: run a file of `export` without a compiler or the code of the function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdl import _modes
+from fdl._compiler._indices import OUT_OF_RANGE
+from fdl._compiler._program_file import About, by_name, check_here, differences, kinds, read
+from fdl._compiler._program_file import structure as structure_of
+from fdl._compiler._signature import (
+    flatten,
+    positions,
+    runs_in_python,
+    signature,
+    unflatten,
+    unordered,
+)
+from fdl.tree import Tree
+
+
+def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Load a program that `export` wrote; it needs neither a compiler nor the code of the function.
+
+    The program computes the same bits as the jitted function on the processor where it was
+    exported. Its results never share memory with its arguments, or with anything else.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A function of positional arguments: trees of the structure, shapes and dtypes with which the
+        program was exported. The keys of dicts may have another order, and tensors with other
+        strides are copied. NamedTuples of fdl are restored as such; another NamedTuple becomes one
+        of the same name and fields.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a file of `export`, or damaged; at call: an argument has another
+            structure, shape, dtype or device (each is listed with its path), or requires grad.
+        RuntimeError: it is for another release of torch or another processor, or it cannot be
+            loaded; at call: it is transformed or traced.
+        TypeError: another number of arguments, or a leaf that is not a tensor (at call).
+        IndexError: an index is out of range (at call).
+
+    >>> load_program("epoch.pt2")
+    Traceback (most recent call last):
+    FileNotFoundError: load_program: epoch.pt2: no such file; write it with fdl.export
+    """
+    where = f"load_program: {os.fspath(path)}"
+    about, files = read(path, where)
+    check_here(about, where)
+    known = kinds(about.arguments, about.results)
+    take = _taker(about, structure_of(about.arguments, known, first=True), where)
+    results = structure_of(about.results, known)
+    runner = _load(files, where)
+
+    def program(*args: Any) -> Any:
+        if not _modes.is_eager() or torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{where}: a program from a file cannot be traced, vmapped or differentiated; "
+                "export a function that does this inside"
+            )
+        leaves = take(args)
+        try:
+            with torch._C._DisableAutocast():  # the program contains the casts
+                return unflatten(runner.run(leaves), results)
+        except RuntimeError as error:
+            raise _python_error(error, where) from None
+
+    return program
+
+
+def _load(files: dict[str, bytes], where: str) -> Any:
+    """Load the library of a program; the folder that torch needs for this is then removed."""
+    try:
+        with TemporaryDirectory(prefix="fdl-program-") as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            (library,) = Path(folder).glob("*.so")
+            return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{where}: {error.strerror}; set TMPDIR to another folder", error.filename
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"{where}: it cannot be loaded ({line}); export the function again here"
+        ) from None
+
+
+def _python_error(error: RuntimeError, where: str) -> Exception:
+    text = str(error).strip().partition("\n")[0]
+    if OUT_OF_RANGE in text:
+        return IndexError(text)
+    if "API call failed" in text:  # torch 2.11 prints the reason to stderr
+        text = "the program stopped with the error that was printed above"
+    return RuntimeError(f"{where}: {text}")
+
+
+def _taker(
+    about: About, expected: Hashable, where: str
+) -> Callable[[tuple[Any, ...]], list[Tensor]]:
+    """Return a function that takes the leaves from arguments, or raises.
+
+    Args:
+        about: the program.
+        expected: structure of its arguments.
+        where: first words of error messages.
+    """
+    cpu = torch.device("cpu")
+    forms = tuple(
+        (torch.Size(leaf.shape), tuple(leaf.strides), getattr(torch, leaf.dtype), cpu)
+        for leaf in about.argument_leaves
+    )
+    form = unordered(by_name(expected))
+    orders: dict[Hashable, list[int]] = {}  # of the leaves, by structure of the arguments
+
+    def take(args: tuple[Any, ...]) -> list[Tensor]:
+        leaves, spec = flatten(args)
+        if spec not in orders:
+            if unordered(by_name(spec)) != form:
+                raise _mismatch(about, args, where)
+            orders[spec] = positions(expected, spec)
+        leaves = [leaves[i] for i in orders[spec]]
+        if not all(isinstance(leaf, Tensor) for leaf in leaves) or any(map(runs_in_python, leaves)):
+            raise _mismatch(about, args, where)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            which = [
+                x.path
+                for x, leaf in zip(about.argument_leaves, leaves, strict=True)
+                if leaf.requires_grad
+            ]
+            raise ValueError(
+                f"{where}: {', '.join(which)} require grad, but there is no backward() through a "
+                "program from a file; detach them, or call under torch.no_grad()"
+            )
+        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # lazy signs
+            leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
+        found = signature(leaves)
+        if found == forms:
+            return leaves
+        if [(x[0], *x[2:]) for x in found] != [(x[0], *x[2:]) for x in forms]:  # but for strides
+            raise _mismatch(about, args, where)
+        return [
+            leaf if old == new else torch.empty_strided(new[0], new[1], dtype=new[2]).copy_(leaf)
+            for leaf, old, new in zip(leaves, found, forms, strict=True)
+        ]
+
+    return take
+
+
+def _mismatch(about: About, args: Sequence[Tree], where: str) -> Exception:
+    """Return the error for arguments that the program does not take."""
+    names = ", ".join(about.arguments)
+    if len(args) != len(about.arguments):
+        return TypeError(
+            f"{where}: expected {len(about.arguments)} arguments ({names}), got {len(args)}"
+        )
+    lines = differences(about, args, where) or ["an OrderedDict has its keys in another order"]
+    return ValueError(
+        f"{where}: the program takes other arguments; pass such, or export the function with "
+        "these:\n  " + "\n  ".join(lines)
+    )
