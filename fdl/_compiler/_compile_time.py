@@ -115,7 +115,6 @@ def _find_varying_strides() -> None:
     Sympy takes a tenth of a second for each index of an average pooling, and finds nothing.
     """
     from torch._inductor.codegen import cpp
-    from torch.utils._sympy.functions import FloorDiv
 
     function = vars(cpp)["stride_at_vec_range"]
     module: Any = sys.modules[function.__module__]
@@ -123,7 +122,7 @@ def _find_varying_strides() -> None:
 
     @lru_cache
     def stride_at(index: Any, var: Any) -> Any:
-        if index.has(FloorDiv) and index.has(var):
+        if index.has(module.FloorDiv) and index.has(var):
             stride = index.xreplace({var: var + 1}) - index
             others = dict.fromkeys(stride.free_symbols - {var}, 0)
             if len({stride.subs({**others, var: i}) for i in range(4)}) > 1:
