@@ -57,7 +57,7 @@ int main(int argc, char** argv) {
         std::cout << "epoch " << i << ": loss " << loss << ", accuracy " << accuracy << std::endl;
     }
 
-    c10::List<at::Tensor> leaves(state);
+    const auto leaves = c10::ivalue::Tuple::create({state.begin(), state.end()});
     const std::vector<char> bytes = torch::jit::pickle_save(leaves);
     std::ofstream(folder + "/state.pt", std::ios::binary).write(bytes.data(), bytes.size());
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdl import _modes
+from fdl._compiler._container import Run, load
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._program_file import About, by_name, check_here, differences, kinds, read
 from fdl._compiler._program_file import structure as structure_of
@@ -60,7 +61,7 @@ def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
     known = kinds(about.arguments, about.results)
     take = _taker(about, structure_of(about.arguments, known, first=True), where)
     results = structure_of(about.results, known)
-    runner = _load(files, where)
+    run = _load(files, len(about.result_leaves), where)
 
     def program(*args: Any) -> Any:
         if not _modes.is_eager() or torch.autograd.forward_ad._current_level >= 0:
@@ -71,38 +72,38 @@ def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
         leaves = take(args)
         try:
             with torch._C._DisableAutocast():  # the program contains the casts
-                return unflatten(runner.run(leaves), results)
+                return unflatten(run(leaves), results)
         except RuntimeError as error:
             raise _python_error(error, where) from None
 
     return program
 
 
-def _load(files: dict[str, bytes], where: str) -> Any:
-    """Load the library of a program; the folder that torch needs for this is then removed."""
+def _load(files: dict[str, bytes], outputs: int, where: str) -> Run:
+    """Load the library of a program, from a temporary folder."""
     try:
         with TemporaryDirectory(prefix="fdl-program-") as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
             (library,) = Path(folder).glob("*.so")
-            return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{where}: {error.strerror}; set TMPDIR to another folder", error.filename
-        ) from None
-    except (RuntimeError, ValueError) as error:
+            return load(library, outputs)
+    except (OSError, RuntimeError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(
+                error.errno, f"{where}: {error.strerror}; set TMPDIR to another folder"
+            ) from None
         raise RuntimeError(
-            f"{where}: it cannot be loaded ({line}); export the function again here"
+            f"{where}: it cannot be loaded ({line}); export the function again here, or, if "
+            "libraries in the folder for temporary files cannot be run, set TMPDIR to another"
         ) from None
 
 
 def _python_error(error: RuntimeError, where: str) -> Exception:
+    """Return an IndexError for an index out of range; from C++ every error is a RuntimeError."""
     text = str(error).strip().partition("\n")[0]
     if OUT_OF_RANGE in text:
         return IndexError(text)
-    if "API call failed" in text:  # torch 2.11 prints the reason to stderr
-        text = "the program stopped with the error that was printed above"
     return RuntimeError(f"{where}: {text}")
 
 

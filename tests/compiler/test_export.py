@@ -70,13 +70,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         code.write_text("int main() {}")
         return [library, about, code]
 
-    class Runner:
-        def __init__(self, files: dict[str, bytes]) -> None:
-            self.run = graphs[int(files["a.wrapper.so"])]
+    def load(files: dict[str, bytes], outputs: int, where: str) -> Callable[[Any], Any]:
+        run: Callable[[Any], Any] = graphs[int(files["a.wrapper.so"])]
+        return run
 
     monkeypatch.setattr(_package, "lower", lower)
     monkeypatch.setattr(_inductor, "missing_compiler", lambda: "")
-    monkeypatch.setattr(_load_program, "_load", lambda files, where: Runner(files))
+    monkeypatch.setattr(_load_program, "_load", load)
     return graphs
 
 
@@ -213,6 +213,28 @@ def test_threads_and_a_file_that_is_replaced(small: Path, tmp_path: Path) -> Non
     for thread in threads:
         thread.join()
     assert not failed
+
+
+@pytest.mark.slow
+@needs_loops
+def test_other_threads_run_while_a_program_does(tmp_path: Path) -> None:
+    def fn(c: Tensor) -> Tensor:
+        return fdl.fori_loop(0, 30_000, lambda _, c: (c @ c).tanh(), c)
+
+    program, turns, done = through_file(fn, (torch.eye(64),), tmp_path), [0], threading.Event()
+
+    def count() -> None:
+        while not done.wait(0.001):
+            turns[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = turns[0]
+    program(torch.eye(64))  # about a second
+    during = turns[0] - before
+    done.set()
+    thread.join()
+    assert during > 10
 
 
 @pytest.mark.slow

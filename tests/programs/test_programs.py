@@ -5,11 +5,16 @@ and running the graphs without Inductor; Inductor compiles a third of them in ea
 each. The choice changes with every change of the library; `make test-all` compiles all.
 """
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fdl
 from fdl._torch_compat import RELEASE
+from tests.support.asserts import equal_bits
 from tests.support.programs import (
     FORMS,
     NAMES,
@@ -82,6 +87,27 @@ def test_traced(program: Program, form: str) -> None:
 )
 def test_compiled(program: Program, form: str) -> None:
     run(program, form)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(IS_OLD, reason="torch 2.11 has no loops in files")
+@pytest.mark.parametrize(
+    "name",
+    [name for name in repeats(NAMES[TURN % 23 :: 23], NAMES) if load(name).route == "one program"],
+)
+def test_a_file_has_the_bits_of_jit(name: str, tmp_path: Path) -> None:
+    program = load(name)
+    state, xs = program.init(), program.xs()
+
+    def run(state: Any, xs: Any) -> Any:
+        return fdl.scan(program.step, state, xs)
+
+    fdl.export(run, (state, xs), tmp_path / "program.pt2")
+    loaded = fdl.load_program(tmp_path / "program.pt2")
+    expected = tree_leaves(fdl.jit(run)(state, xs))
+    for _ in range(2):
+        got = tree_leaves(loaded(state, xs))
+        assert all(map(equal_bits, got, expected)) and len(got) == len(expected)
 
 
 @pytest.mark.slow
