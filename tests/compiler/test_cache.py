@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @compiles
-def test_a_second_process_computes_the_same_bits_without_a_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, names", [("program", cache_worker.PROGRAMS), ("recipe", RECIPES)])
+def test_a_second_process_computes_the_same_bits_without_a_compiler(
+    kind: str, names: Iterable[str], tmp_path: Path
+) -> None:
     """Programs of users and the recipes' steps; strings have other hashes in each process."""
-    cases = [f"program:{name}" for name in cache_worker.PROGRAMS]
-    cases += [f"recipe:{name}" for name in RECIPES]
+    cases = [f"{kind}:{name}" for name in names]
     cold = result(start(tmp_path, *cases, PYTHONHASHSEED="1"))
     nowhere = str(tmp_path / "inductor")
     warm = result(start(tmp_path, *cases, PYTHONHASHSEED="2", TORCHINDUCTOR_CACHE_DIR=nowhere))
@@ -272,6 +274,7 @@ def test_without_a_home_nothing_is_kept(library: Path, monkeypatch: pytest.Monke
     assert _cache.folder() is None
     with _cache.lock(NAME):
         assert _cache.find(NAME) is None and _cache.keep(NAME, library, {}) is None
+    assert not _cache.is_writable()
 
 
 def test_the_default_folder_is_the_users_alone(
@@ -284,12 +287,12 @@ def test_the_default_folder_is_the_users_alone(
     assert path == tmp_path / "fdl" / NAME and path.parent.stat().st_mode & 0o777 == 0o700
     for mode in (0o777, 0o770, 0o720, 0o702):
         path.parent.chmod(mode)
-        assert _cache.find(NAME) is None, oct(mode)
+        assert _cache.find(NAME) is None and not _cache.is_writable(), oct(mode)
         with pytest.warns(UserWarning, match="other users can write to it"):
             assert _cache.keep(NAME, library, {}) is None
         _cache._warn_once.cache_clear()
     path.parent.chmod(0o755)
-    assert _cache.find(NAME) == (path, {})
+    assert _cache.find(NAME) == (path, {}) and _cache.is_writable()
     another = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: another)
     assert _cache.find(NAME) is None
@@ -339,6 +342,7 @@ def test_where_the_folder_should_be_there_is_a_file(
     _cache._warn_once.cache_clear()
     with _cache.lock(NAME), pytest.warns(UserWarning, match="File exists"):
         assert _cache.find(NAME) is None and _cache.keep(NAME, library, {}) is None
+    assert not _cache.is_writable()
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
