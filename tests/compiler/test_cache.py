@@ -109,7 +109,7 @@ def test_of_two_processes_one_compiles_and_the_other_waits(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @compiles
-def test_a_process_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_leaves_nothing_behind(program_cache: Path, library: Path) -> None:
     """It has locked the program, and writes it: the next one neither waits nor finds a part."""
     code = (
         "import sys, signal, os\n"
@@ -122,22 +122,19 @@ def test_a_process_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         "from tests.workers import cache_worker\n"
         "cache_worker.main('scaled')\n"
     )
-    environment = os.environ | {"FDL_CACHE": str(tmp_path)}
+    environment = os.environ | {"FDL_CACHE": str(program_cache)}
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE
     ) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == b"writes\n"
-        (part,) = tmp_path.glob(f"*{_cache.UNFINISHED}")
-        assert part.stat().st_size > 1000 and not entries(tmp_path)
+        (part,) = program_cache.glob(f"*{_cache.UNFINISHED}")
+        assert part.stat().st_size > 1000 and not entries(program_cache)
         writer.send_signal(signal.SIGKILL)
-    assert result(start(tmp_path, "scaled"))["scaled"][1] == [False]
+    assert result(start(program_cache, "scaled"))["scaled"][1] == [False]
     assert part.exists()  # its process may be alive, for all that others know
     os.utime(part, (0, time.time() - _cache.ABANDONED - 1))
-    for path in entries(tmp_path):
-        path.unlink()
-    assert result(start(tmp_path, "scaled"))["scaled"][1] == [False]
-    assert not part.exists() and len(entries(tmp_path)) == 1
-    assert result(start(tmp_path, "scaled"))["scaled"][1] == [True]
+    _cache.keep(NAME, library, {})
+    assert not part.exists() and len(entries(program_cache)) == 2
 
 
 def tripled(x: torch.Tensor) -> torch.Tensor:
@@ -154,13 +151,9 @@ def is_cached() -> bool:
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-1],
-    "half": lambda data: data[: len(data) // 2],
     "a byte of the library": lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
-    "a byte of the description": lambda data: data[:-60] + bytes([data[-60] ^ 1]) + data[-59:],
-    "a byte of the size": lambda data: data[:-41] + b"\xff" + data[-40:],
     "empty": lambda data: b"",
     "garbage": lambda data: bytes(range(256)) * 50,
-    "longer": lambda data: data + b"\0",
 }
 
 
