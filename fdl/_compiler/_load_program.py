@@ -168,6 +168,6 @@ def _mismatch(about: About, args: Sequence[Tree], where: str) -> Exception:
         )
     lines = differences(about, args, where) or ["an OrderedDict has its keys in another order"]
     return ValueError(
-        f"{where}: the program takes other arguments; pass such, or export the function with "
-        "these:\n  " + "\n  ".join(lines)
+        f"{where}: the arguments differ from those of the export; change them, or export the "
+        "function again with arguments like these:\n  " + "\n  ".join(lines)
     )

@@ -396,8 +396,7 @@ def test_other_arguments_are_refused_by_path(stand_in: list[Any], tmp_path: Path
     def message(*args: Any) -> str:
         with pytest.raises(
             ValueError,
-            match=r"it\.pt2: the program takes other arguments; pass "
-            r"such, or export the function with these:",
+            match=r"it\.pt2: the arguments differ from those of the export; change them, or ",
         ) as error:
             program(*args)
         return "\n".join(line.strip() for line in str(error.value).splitlines()[1:])
