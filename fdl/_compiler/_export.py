@@ -35,6 +35,7 @@ from fdl._dtensor import is_dtensor
 from fdl._files import atomic_write, expanded
 from fdl._modes import is_eager
 from fdl._torch_compat import RELEASE
+from fdl.io._schema import describe as describe_tree
 from fdl.tree._checks import check_tensors
 
 FREE_OF_PYTHON = {"aten", "prims", "fdl"}  # fdl's own operations are compiled
@@ -141,6 +142,7 @@ def _checked_leaves(arguments: dict[str, Any]) -> list[Tensor]:
     """Return the leaves of the arguments, with memory for each element, or raise."""
     leaves, spec = flatten(arguments)
     check_tensors(leaves, arguments, "export: every leaf of an argument")
+    describe_tree(arguments, "export: the arguments")  # raises for other containers
     if any(map(runs_in_python, leaves)) or any(map(is_dtensor, tree.leaves(arguments))):
         raise TypeError(
             "export: the arguments must be ordinary tensors with values, not DTensors or "
