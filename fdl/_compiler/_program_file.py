@@ -6,6 +6,7 @@ metadata in it.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -13,7 +14,6 @@ import re
 import stat
 import sys
 import zipfile
-import zlib
 from collections import namedtuple
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
@@ -124,15 +124,16 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[About, dict[str, byt
         raise FileNotFoundError(f"{where}: no such file; write it with fdl.export")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{where}: it is not a file")
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             files = {  # each is read whole, and its checksum compared
                 name.rpartition("/")[2]: archive.read(name)
                 for name in archive.namelist()
                 if FOLDER in name
             }
         metadata = [json.loads(x) for name, x in files.items() if name.endswith("_metadata.json")]
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # of many types, since `zipfile` trusts the numbers in a file
         raise ValueError(
             f"{where}: it is damaged, or not a file of fdl.export ({error}); export it again"
         ) from None

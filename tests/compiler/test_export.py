@@ -278,7 +278,8 @@ def test_a_file_that_was_damaged(small: Path, tmp_path: Path) -> None:
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"it\.pt2: it is damaged.*export it again"):
             fdl.load_program(path)
-    for place in range(0, len(content), len(content) // 50):
+    directory = content.rindex(b"PK\x05\x06")
+    for place in (*range(0, len(content), len(content) // 50), *range(directory, len(content))):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         try:
             program = fdl.load_program(path)
