@@ -90,6 +90,21 @@ class Sources:
         return [paths.get(id(x), f"{shape_dtype(x)}, {unnamed}") for x in self.tensors]
 
 
+def check_closed_over(
+    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], grad: bool
+) -> None:
+    """Raise if a closed-over tensor is donated by this call, or requires grad in grad mode."""
+    if constants and donated:
+        memory = {leaves[i].untyped_storage()._cdata for i in donated}
+        if any(leaf.untyped_storage()._cdata in memory for leaf in constants):
+            raise ValueError("jit: a donated tensor is also closed over by the function; clone it")
+    if grad and any(leaf.requires_grad for leaf in constants):
+        raise ValueError(
+            "jit: the function closes over a tensor that requires grad, which backward() would not "
+            "reach; pass it as an argument, detach it, or call under torch.no_grad()"
+        )
+
+
 def closed_over_tensors(fn: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
     """List the tensors that a function closes over, each with its name.
 

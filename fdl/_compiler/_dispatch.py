@@ -3,7 +3,8 @@
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
 Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
-machine, while the first function is traced, and kept in the cache of programs.
+machine, while the first function is compiled, and kept in the cache of programs. Until it is ready,
+programs are called from Python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Direct(NamedTuple):
 
 
 def start() -> None:
-    """Begin to build the extension, in a thread."""
+    """Load the extension, or begin to build it in a thread."""
     _extension()
 
 
@@ -68,8 +69,10 @@ def prepare(
     constants: Sequence[Tensor],
     donated: Sequence[int],
     read: Callable[[], list[Tensor] | None],
-) -> list[Any]:
+) -> list[Any] | None:
     """Return a program for `call_known`, or nothing if it can only be called from Python.
+
+    Return None while the extension is being built.
 
     Args:
         direct: the program.
@@ -79,6 +82,8 @@ def prepare(
         donated: indices of the arguments that the program is given.
         read: returns the closed-over tensors at a later call.
     """
+    if not _extension().done():
+        return None
     extension, library = _extension().result(), direct and library_of(direct.run)
     inputs = [*leaves, *constants]
     if direct is None or extension is None or not extension.takes(spec):
@@ -127,16 +132,17 @@ def _new(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def _extension() -> Future[Any]:
-    """Build and load the extension; the result is its module, or None if that fails."""
+    """Load the extension, or build it in a thread; the result is its module, or None on failure."""
     future: Future[Any] = Future()
     name = _name()
-    if _cache.find(name) is None:
+    found = _cache.find(name)
+    if found is None:
         # Two threads that import torch's compiler at the same time find parts of it missing.
         import torch._inductor.cpp_builder  # noqa: F401
 
-    def build() -> None:
+    def load() -> None:
         try:
-            extension = _open(name)
+            extension = _load(found[0]) if found else _build(name)
             if extension is not None:
                 _loaded.append(extension)
             future.set_result(extension)
@@ -147,7 +153,10 @@ def _extension() -> Future[Any]:
             )
             warnings.warn(message, stacklevel=1)
 
-    Thread(target=build, name="fdl-dispatch", daemon=True).start()
+    if found:
+        load()
+    else:  # not a daemon: a short process leaves the extension to the next ones
+        Thread(target=load, name="fdl-dispatch").start()
     return future
 
 
@@ -162,20 +171,22 @@ def _name() -> str:
     return f"dispatch-{digest}{_cache.ENTRY}"  # with a lock of its own: programs wait for it
 
 
-def _open(name: str) -> Any:
-    """Load the extension, or return None without a compiler; compile it first if need be."""
+def _build(name: str) -> Any:
+    """Compile and load the extension, or return None without a compiler."""
+    if missing_compiler():
+        return None
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
     with _cache.lock(name):
-        found = _cache.find(name)
+        found = _cache.find(name)  # another process has compiled it meanwhile
         if found is not None:
             return _load(found[0])
-        if missing_compiler():
-            return None
-        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
         silence_log()
         options = CppTorchOptions(include_pytorch=True, warning_all=False)
         with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), 5)  # the program comes first
             builder.build()
             library = Path(builder.get_target_file_path())
             return _load(_cache.keep(name, library, {}) or library)

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from fdl._torch_compat import RELEASE
 
@@ -94,12 +95,12 @@ def with_results(module: GraphModule, more: Sequence[Node]) -> GraphModule:
     graph, copies = Graph(), dict[Node, Node]()
     graph.graph_copy(module.graph, copies)
     graph.output([copies[node] for node in [*results_of(module.graph), *more]])
-    return GraphModule(module, graph)
+    return _make_graph_module(module, graph)
 
 
 def copy_graph(module: GraphModule) -> GraphModule:
     """Copy a graph and the bodies of its loops; the fake tensors in them are shared."""
-    copy = GraphModule(module, deepcopy(module.graph))
+    copy = _make_graph_module(module, deepcopy(module.graph))
     for name, child in module.named_children():
         if isinstance(child, GraphModule):
             setattr(copy, name, copy_graph(child))

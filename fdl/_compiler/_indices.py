@@ -101,15 +101,17 @@ LISTS = ("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_inde
 
 def check_indices(op: Any, args: _Args) -> _Args:
     """Replace the indices among the arguments of an operation by checked ones."""
+    name = getattr(op, "_opname", "").removesuffix("_")
+    if name not in RULES and name not in LISTS:
+        return args
     if any(isinstance(z, Tensor) and z.is_cuda for z in args):
         return args  # kernels check; nothing else could stop the program
-    name = getattr(op, "_opname", "").removesuffix("_")
     new = list(args)
     if name in LISTS:  # `(x, indices, …)`: one for each of the first axes, None for a whole axis
         sizes = zip(args[1], args[0].shape, strict=False)
         if all(_is_integer(index) for index in args[1] if index is not None):
             new[1] = [None if z is None else _checked(z, -size, size) for z, size in sizes]
-    elif name in RULES:
+    else:
         for i, low, high, ignored in RULES[name](args):
             index = args[i]
             if ignored is not None and index.dtype == torch.uint8:

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -136,6 +136,13 @@ def prepared(
         yield graph
 
 
+def without_cache() -> AbstractContextManager[None]:
+    """Turn off Inductor's own cache of graphs: its keys take half a second."""
+    from torch._inductor import config
+
+    return config.patch({"fx_graph_cache": False})
+
+
 @cache
 def silence_log() -> None:
     """Drop messages in torch's log about which a user can do nothing."""
@@ -181,8 +188,6 @@ def _keep_strides(graph: GraphModule) -> None:
 
 
 def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
-    from torch._inductor import config
-
     options: dict[str, Any] = {
         # Round values of 16 bits even if a kernel continues with them in 32 bits.
         "emulate_precision_casts": True,
@@ -200,10 +205,8 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         },
     }
     if on_cpu:
-        if config.cpp.vec_isa_ok is None:
-            # Any compiler that accepts torch's headers supports the instruction sets that torch
-            # looks for; compiling a test for each takes two seconds.
-            options["cpp.vec_isa_ok"] = True
+        # They take six seconds, and then save one for each program.
+        options["cpp_cache_precompile_headers"] = False
         # Convolutions of few channels are faster in their own layout than in channels-last.
         options["layout_optimization"] = False
     if on_cpu and cpp_wrapper:

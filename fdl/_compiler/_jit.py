@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from itertools import takewhile
 from threading import RLock
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -17,7 +18,7 @@ from fdl import tree
 from fdl._checks import describe
 from fdl._compiler import _dispatch
 from fdl._compiler._backward import differentiable, pullback
-from fdl._compiler._closure import Sources
+from fdl._compiler._closure import Sources, check_closed_over
 from fdl._compiler._donation import (
     as_positions,
     copy_if_shared,
@@ -223,7 +224,11 @@ def jit(
         for entry in cache.get(key, ()):
             constants = entry.sources.read()
             if constants is not None and signature(constants) == entry.constants:
-                _check_closed_over(constants, leaves, donated, has_grad(settings))
+                check_closed_over(constants, leaves, donated, has_grad(settings))
+                if not entry.known:
+                    direct, read = entry.program.direct, entry.sources.read
+                    new = _dispatch.prepare(direct, spec, leaves, constants, donated, read)
+                    enlist(entry, new)
                 return _execute(entry.program, leaves, constants, donated, donated_leaves)
         return first_run(key, leaves, donated, donated_leaves)
 
@@ -238,15 +243,11 @@ def jit(
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
         constants = sources.tensors
-        _check_closed_over(constants, leaves, donated, has_grad(settings))
+        check_closed_over(constants, leaves, donated, has_grad(settings))
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
-        route.lap("load" if route.stored else "compile")  # the extension that calls it, too
+        route.lap("load" if route.stored else "compile")
         result = _execute(program, leaves, constants, donated, donated_leaves)
         route.lap("run")
-        before = cache.setdefault(key, [])
-        # In the order of `run`, or a program that closes over less would be found first.
-        in_order = len(known) < _dispatch.MOST and all(entry.is_known for entry in before)
-        known.extend(new if in_order else ())
         entry = _Entry(
             key,
             program,
@@ -255,12 +256,22 @@ def jit(
             _why(key, [entry.key for entry in entries]),
             route,
             sum(route.times),
-            bool(new) and in_order,
+            [],
         )
-        before.append(entry)
+        enlist(entry, new)
+        cache.setdefault(key, []).append(entry)
         if route.name:  # else an earlier one is used
             entries.append(entry)
         return result
+
+    def enlist(entry: _Entry, new: list[Any] | None) -> None:
+        """Let `_dispatch` run a program, in the order of `run`: what closes over less fits too."""
+        if new is None:
+            return
+        before = takewhile(lambda other: other is not entry, cache.get(entry.key, ()))
+        in_order = len(known) < _dispatch.MOST and all(True in other.known for other in before)
+        known.extend(new if in_order else ())
+        entry.known.append(bool(new) and in_order)
 
     def in_other_order(spec: Hashable, settings: Settings) -> list[tuple[Hashable, Program]]:
         form = unordered(spec)
@@ -300,7 +311,7 @@ class _Entry(NamedTuple):
     why: str
     route: Route
     seconds: float
-    is_known: bool  # to `_dispatch`
+    known: list[bool]  # to `_dispatch`; empty until that is ready
 
     def report(self) -> Report:
         return Report(
@@ -342,21 +353,6 @@ def _execute(
         for leaf, (tensor_type, value) in zip(donated_leaves, before, strict=True):
             revalidate(leaf, tensor_type, value)
         raise
-
-
-def _check_closed_over(
-    constants: Sequence[Tensor], leaves: Sequence[Tensor], donated: Sequence[int], grad: bool
-) -> None:
-    """Raise if a closed-over tensor is donated by this call, or requires grad in grad mode."""
-    if constants and donated:
-        memory = {leaves[i].untyped_storage()._cdata for i in donated}
-        if any(leaf.untyped_storage()._cdata in memory for leaf in constants):
-            raise ValueError("jit: a donated tensor is also closed over by the function; clone it")
-    if grad and any(leaf.requires_grad for leaf in constants):
-        raise ValueError(
-            "jit: the function closes over a tensor that requires grad, which backward() would not "
-            "reach; pass it as an argument, detach it, or call under torch.no_grad()"
-        )
 
 
 def _why(key: _Key, earlier: Sequence[_Key]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from fdl._compiler._graph import results_of, value_of
 from fdl._compiler._kernels import call_kernel, place, realized
@@ -192,7 +193,7 @@ def _as_graph(body: Body, symbols: Any, mode: FakeTensorMode) -> tuple[GraphModu
         options = {name: operand(z) for name, z in kwargs}
         kinds["call"].append(call(target, *map(operand, args), **options))
     graph.output(tuple(kinds["call"][i] for i in body.outputs))
-    return GraphModule({}, graph), [n, *vectors, *numbers]
+    return _make_graph_module({}, graph), [n, *vectors, *numbers]
 
 
 @cache

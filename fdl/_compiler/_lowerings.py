@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._callbacks import CALLBACK
+from fdl._compiler._compile_time import compile_faster
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
@@ -67,6 +68,7 @@ def register() -> None:
         )
         return TensorBox.create(call)
 
+    compile_faster()
     start_fewer_threads()
     register_leafwise()
     register_product()

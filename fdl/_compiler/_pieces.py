@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from fdl._compiler import _inductor
 from fdl._compiler._graph import LOOP, nodes_of, results_of
@@ -197,7 +198,7 @@ def _extract(
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in outputs])
-    return GraphModule(module, graph), inputs, outputs
+    return _make_graph_module(module, graph), inputs, outputs
 
 
 def _with_strides(run: Compiled, fakes: Sequence[Tensor]) -> Compiled:

@@ -90,6 +90,8 @@ def changed_in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     in_place = in_place and name != "requires_grad_"
     first = next(iter([*args, *kwargs.values()]), None)
     changed = first if in_place else kwargs.get("out")
+    if changed is None:
+        return []
     return [x for x in pytree.tree_leaves(changed) if isinstance(x, Tensor)]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
 from fdl._compiler._cache_key import name as cache_name
@@ -120,6 +120,7 @@ def build(
             return decompose(trace(fn, leaves, spec, False))
 
     with ExitStack() as stack:
+        stack.enter_context(_use_lazy_graph_module(True))  # no Python code for each change of one
         try:
             traced, unknown = trace_unknown(fn, leaves, spec, stack)
         except CannotTrace as error:
@@ -147,6 +148,8 @@ def build(
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
         about_to_compile.get()(count_operations(traced.graph))
+        if stored.is_kept():
+            stack.enter_context(_inductor.without_cache())
         traced = decompose(traced)
         # Inductor would write a view of a computed value before it has read all that it needs.
         places = [
@@ -359,5 +362,6 @@ def _write_in_place(traced: Traced, aliases: dict[int, int], cpp_wrapper: bool) 
             copy = graph.call_function(aten.copy_.default, (arguments[i], results[out]))
             copy.meta["val"] = arguments[i].meta["val"]
     output.args = ([node for out, node in enumerate(results) if out not in aliases],)
-    module = GraphModule(traced.graph, graph)  # shares the bodies of loops, which `lower` copies
+    # It shares the bodies of loops, which `lower` copies.
+    module = _make_graph_module(traced.graph, graph)
     return _inductor.lower(module, traced.mode, _inputs(traced), cpp_wrapper)

@@ -21,6 +21,10 @@ class Stored(NamedTuple):
         """Wait for another process that compiles the same program."""
         return _cache.lock(self.name) if self.name else nullcontext()
 
+    def is_kept(self) -> bool:
+        """Check that the program will be in the cache once it has been compiled."""
+        return self.name is not None and _cache.folder() is not None
+
     def find(self, traced: Traced) -> tuple[Program, int] | None:
         """Load the program, and return it with the number of its kernels."""
         found = _cache.find(self.name) if self.name else None

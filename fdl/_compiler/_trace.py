@@ -56,6 +56,8 @@ from fdl._compiler._zeros import run_operation
 from fdl._dtensor import any_dtensor_type
 from fdl.tree._checks import check_tensors
 
+SIMPLE = frozenset((FakeTensor, int, float, bool, type(None)))  # arguments that hold no real tensor
+
 watch_prints()
 # When an operation fails on fake tensors, torch logs a traceback before it raises.
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(
@@ -110,7 +112,8 @@ class Tracing(TorchDispatchMode):
         kwargs = kwargs or {}
         check_draw(func, args, kwargs)
         if func not in LITERAL:
-            args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
+            if kwargs or not SIMPLE.issuperset(map(type, args)):
+                args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
             checked = check_indices(func, args) if self.decompose else args
             result = run_operation(func, checked, kwargs)
             check_dtypes(func, args, kwargs, result)

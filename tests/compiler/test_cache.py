@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl import jit
+from fdl import jit, scan
 from fdl._compiler import _cache
 from fdl._torch_compat import RELEASE
 from tests.train.test_recipes import RECIPES
@@ -60,6 +60,7 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What a worker has printed; it must have ended well."""
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
+    assert "CUDA" not in err  # of which torch warns if it finds CUDA's compiler and no GPU
     return json.loads(out.splitlines()[-1])
 
 
@@ -173,6 +174,24 @@ def test_a_damaged_entry_is_compiled_again(program_cache: Path) -> None:
         path.write_bytes(damage(whole))
         assert not is_cached(), name
         assert is_cached(), name
+
+
+@pytest.mark.slow
+@compiles
+def test_the_report_of_a_cached_program(program_cache: Path) -> None:
+    """It tells what that one does which was compiled, but for the time."""
+    reports = []
+    for _ in range(2):
+        fn = jit(lambda x: scan(lambda c, z: (c + z, c.exp()), x[0], x)[1].sum())
+        fn(torch.ones(50, 2))
+        reports += fn.report()
+    compiled, cached = reports
+    assert not compiled.cached and cached.cached
+    assert cached._replace(seconds=0, times=(), cached=False) == compiled._replace(
+        seconds=0, times=(), cached=False
+    )
+    assert cached.times.compile == 0 < min(cached.times.trace, cached.times.load, cached.times.run)
+    assert sum(cached.times) == cached.seconds < compiled.seconds
 
 
 @pytest.mark.slow

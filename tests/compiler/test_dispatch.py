@@ -43,6 +43,7 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    _dispatch._extension().result()  # until it is built, the first calls are not dispatched in C++
     counts, call = Calls(), _dispatch.call_known
 
     def counted(*args: Any) -> Any:

@@ -236,6 +236,9 @@ def test_report_says_what_a_program_is() -> None:
     assert report.route == "one program" and 0.01 < report.seconds < 600
     assert 1 <= report.kernels <= 10  # of the body and the sum, whatever the number of steps
     assert (report.graphs, report.memory, report.fallbacks) == (0, 0, ())
+    assert not report.cached and sum(report.times) == report.seconds
+    assert all(seconds > 0 for seconds in report.times)
+    assert report.times.compile > max(report.times.load, report.times.run)
 
 
 # ------------------------------------------------------------------------- what to do without it

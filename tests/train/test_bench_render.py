@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import shutil
 from pathlib import Path
 
@@ -114,9 +115,52 @@ def test_render_remakes_page_and_chart(tmp_path):
     assert page.read_text() == text and (folder / "cpu.png").read_bytes() == first
 
 
+STARTS = {
+    "date": "2026-11-29",
+    "cpu": "A processor",
+    "cores": 2,
+    "versions": {"torch": "2.15.0", "jax": None},
+    "rounds": 3,
+    "starts": [
+        {"name": "linreg", "way": "fdl-step", "cold": [9.0, 3.04, 2.0], "again": [1.2, 0.9, 0.94]},
+        {"name": "kalman", "way": "fdl-step", "cold": [4.0], "again": [1.0]},
+        {"name": "kalman", "way": "compile-step", "cold": [], "again": [], "reason": "broken"},
+    ],
+}
+
+
+def test_render_puts_the_starts_in_their_place(tmp_path):
+    folder = tmp_path / "docs" / "bench"
+    folder.mkdir(parents=True)
+    record.write(document(), folder / "cpu.json")
+    page = tmp_path / "docs" / "benchmark.md"
+    begin, end = render.STARTS_BEGIN, render.STARTS_END
+    page.write_text(f"{render.BEGIN}\n{render.END}\nbetween\n{begin}\nstale\n{end}\nafter\n")
+    render.render(tmp_path)
+    assert f"{begin}\nstale\n{end}" in page.read_text()  # nothing has been measured
+    (tmp_path / "docs" / "starts.json").write_text(json.dumps(STARTS))
+    render.render(tmp_path)
+    _, _, table = page.read_text().partition("between\n")
+    assert (
+        table
+        == f"""{begin}
+A processor, 2 cores; torch 2.15.0; 2026-11-29; medians of 3 rounds.
+
+| seconds: cold, again | `fdl.jit(step)` | `torch.compile(step)` |
+| --- | --- | --- |
+| linreg | 3.0, 0.9 |  |
+| Kalman filter | 4.0, 1.0 | failed |
+{end}
+after
+"""
+    )
+
+
 @pytest.mark.slow
 def test_the_page_holds_what_was_committed(tmp_path):
     shutil.copytree(ROOT / "docs" / "bench", tmp_path / "docs" / "bench")
+    for starts in ROOT.glob("docs/starts.json"):
+        shutil.copy(starts, tmp_path / "docs")
     shutil.copy(ROOT / "docs" / "benchmark.md", tmp_path / "docs")
     render.render(tmp_path)
     made, committed = (root / "docs" / "benchmark.md" for root in (tmp_path, ROOT))

@@ -1,6 +1,7 @@
 """A run: what an epoch is, how it ends where the weights are destroyed, and what it writes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 
 import fdl
 from fdl import data, random, tree
+from fdl._compiler import _inductor
+from fdl._torch_compat import RELEASE
 from fdl.checkpointing import _folder
 from fdl.data import Dataset
-from train import loop, recipes, usual
+from train import loop, planning, recipes, usual
+from train.compiling import announced
 from train.config import RECIPES, Images, Linreg, Softmax, WeightDecay
 from train.planning import Plan, steps_per_epoch
 
@@ -220,3 +224,39 @@ def test_ten_passes_an_epoch_are_resumed_exactly(run):
     whole, cut = (fdl.io.load(f"{folder}/params.safetensors") for folder in ("whole", "cut"))
     assert not tree.diff(whole, cut)
     assert json.loads(Path("cut/config.json").read_text())["passes"] == 10
+
+
+# ----------------------------------------------------------------------- what it says meanwhile
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RELEASE < (2, 12), reason="programs need Python there")
+def test_it_says_that_it_compiles_before_it_does_and_only_then(run, program_cache, monkeypatch):
+    monkeypatch.setattr(planning, "timed", lambda *_: 0.01)  # or the chunk may have another length
+    code, out, err = run("linreg", "--compile", "on", "--epochs", 1)
+    assert code == 0 and re.fullmatch(r"compiling, about \d+ s\n", err)
+    assert re.search(r"^compiled: --compile on\ncompiled in \d+\.\d s$", out, re.MULTILINE)
+    code, again, err = run("linreg", "--compile", "on", "--epochs", 1)
+    assert code == 0 and err == ""
+    taken = r"^compiled: --compile on\ntaken from the cache in \d+\.\d s$"
+    assert re.search(taken, again, re.MULTILINE)
+    epoch = r"^epoch 1/1 .*(?=  \S+/s$)"  # without the speed
+    assert re.findall(epoch, out, re.MULTILINE) == re.findall(epoch, again, re.MULTILINE) != []
+
+
+def test_the_line_comes_before_the_compiler_runs(program_cache, monkeypatch, capsys):
+    said = []
+
+    def lower(graph, *_):
+        said.append(capsys.readouterr())
+        return lambda leaves: graph(*leaves)
+
+    monkeypatch.setattr(_inductor, "lower", lower)
+    with announced() as compiled:
+        assert not compiled()
+        for n in (3, 4):  # a second program is not announced again
+            fdl.jit(lambda x: x.sin().sum() + 1)(torch.ones(n))
+        assert compiled()
+    assert [(out, err) for out, err in said] == [("", "compiling, about 3 s\n"), ("", "")]
+    fdl.jit(lambda x: x.sin().sum() + 2)(torch.ones(3))
+    assert capsys.readouterr().err == ""  # the library itself says nothing

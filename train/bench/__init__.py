@@ -8,4 +8,5 @@ reference   the same training in float64
 check       compare losses and movements of parameters with the reference
 rates       matrix products and copies per second on this machine, for the floor
 measure     the coordinator; record computes the figures, render and chart show them
+start       the process of one start, for speed_starts
 """

@@ -25,10 +25,11 @@ class RunnerError(Exception):
 def environment(device: str, threads: int, cache: Path) -> dict[str, str]:
     """Make the environment of a worker, with equal threads for all and its own caches.
 
-    JAX is told to keep compiled programs on disk, as Inductor does.
+    JAX is told to keep compiled programs on disk, as fdl and Inductor do.
     """
     return os.environ | {
         "FDL_JIT": "1",
+        "FDL_CACHE": str(cache / "fdl"),
         "OMP_NUM_THREADS": str(threads),
         "NPROC": str(threads),  # XLA's pool on the CPU
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-from train.bench import record
+from train.bench import record, speed_starts
 from train.bench.chart import draw, figure
 
 __all__ = ["BEGIN", "END", "markdown", "render", "terminal_table"]
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+STARTS_BEGIN, STARTS_END = "<!-- starts:begin -->", "<!-- starts:end -->"
 Record = dict[str, Any]
 
 
@@ -173,7 +175,11 @@ def render(root: Path = ROOT) -> list[Path]:
         raise ValueError(f"--render: no result in {root / 'docs/bench'}")
     documents = {path: record.read(path) for path in sources}
     page, written = root / "docs/benchmark.md", []
-    text = replaced(page.read_text(), documents)
+    text = between(page.read_text(), BEGIN, END, tables(documents))
+    starts = root / speed_starts.RESULT
+    if starts.exists():
+        table = speed_starts.markdown(json.loads(starts.read_text()))
+        text = between(text, STARTS_BEGIN, STARTS_END, table)
     for path, document in documents.items():
         draw(document, path.with_suffix(".png"))
         written.append(path.with_suffix(".png"))
@@ -181,17 +187,21 @@ def render(root: Path = ROOT) -> list[Path]:
     return [page, *written]
 
 
-def replaced(page: str, documents: dict[Path, Record]) -> str:
-    """Replace the text between the markers of a page by the tables."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """Replace the text between the markers of a page."""
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(
-            f"--render: docs/benchmark.md needs the markers {BEGIN} and {END}, once each"
+            f"--render: docs/benchmark.md needs the markers {begin} and {end}, once each"
         )
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def tables(documents: dict[Path, Record]) -> str:
+    """Make the tables of all documents, each with its chart."""
     charts = [
         f"{markdown(document)}\n\n![Time per step relative to the fastest, "
         f"{path.stem}](bench/{path.stem}.png)"
         for path, document in documents.items()
     ]
-    return f"{before}{BEGIN}\n" + "\n\n".join(charts) + f"\n{END}{after}"
+    return "\n\n".join(charts)
