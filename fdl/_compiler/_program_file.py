@@ -28,6 +28,7 @@ from fdl._files import expanded
 from fdl._kinds import KINDS, NAMES
 from fdl._torch_compat import RELEASE
 from fdl._version import __version__
+from fdl.io._json import dumps
 from fdl.io._schema import Node, as_container, describe, rebuild, walk
 from fdl.tree import Tree
 from fdl.tree._paths import join
@@ -90,7 +91,7 @@ def _leaf(path: str, x: Tensor) -> Leaf:
 
 def as_json(program: About) -> str:
     """Write a description as JSON."""
-    return json.dumps(program._asdict())
+    return dumps(program._asdict())
 
 
 def _machine() -> tuple[str, str, list[str]]:
