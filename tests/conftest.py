@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdl._compiler import _cache, _cache_key, _cuda_graphs, _inductor, _routes
+from fdl._compiler import (
+    _cache,
+    _cache_key,
+    _cuda_graphs,
+    _dispatch,
+    _inductor,
+    _routes,
+)
 from train import recipes
 
 # Tests and the processes that they start share a cache of their own; its extension is kept there.
@@ -56,6 +63,8 @@ def _skip_what_takes_long() -> None:
 
         setattr(place, name, call)
 
+    _inductor.missing_compiler()  # asks for its version, in a process
+    _dispatch._build = lambda name: None  # calls are dispatched in Python, unless it is cached
     inductor = torch._TorchCompileInductorWrapper
     guard(_inductor, "lower", "compiles", lambda graph, *_: lambda leaves: graph(*leaves))
     guard(inductor, "__call__", "compiles", inductor.__call__)

@@ -147,11 +147,13 @@ def _extension() -> Future[Any]:
                 _loaded.append(extension)
             future.set_result(extension)
         except Exception as error:
-            future.set_result(None)
             message = (
                 f"jit: calls are dispatched in Python, which takes longer ({first_line(error)})"
             )
             warnings.warn(message, stacklevel=1)
+        finally:  # whatever happened: others wait for it
+            if not future.done():
+                future.set_result(None)
 
     if found:
         load()

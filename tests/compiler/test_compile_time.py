@@ -195,6 +195,8 @@ class Unbuilt:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ready = _dispatch._extension().result()
+        if self.ready is None:
+            pytest.skip("there is no extension; test_dispatch.py fails if there should be")
         self.future: Future[Any] = Future()
         monkeypatch.setattr(_dispatch, "_extension", lambda: self.future)
 
