@@ -86,6 +86,16 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
     return place / name
 
 
+def is_writable() -> bool:
+    """Check that entries can be kept, unless the disk is full."""
+    place = folder()
+    if place is None:
+        return False
+    with suppress(OSError):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _is_ours(place) and os.access(place, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def lock(name: str) -> Iterator[None]:
     """Let one process compile an entry, and others wait for it; without a folder, do nothing.

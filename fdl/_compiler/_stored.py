@@ -23,7 +23,7 @@ class Stored(NamedTuple):
 
     def is_kept(self) -> bool:
         """Check that the program will be in the cache once it has been compiled."""
-        return self.name is not None and _cache.folder() is not None
+        return self.name is not None and _cache.is_writable()
 
     def find(self, traced: Traced) -> tuple[Program, int] | None:
         """Load the program, and return it with the number of its kernels."""

