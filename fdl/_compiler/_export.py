@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule
 
+from fdl import tree
 from fdl._checks import describe as describe_argument
 from fdl._compiler import _inductor, _package
 from fdl._compiler._callbacks import calls_back
@@ -30,9 +31,11 @@ from fdl._compiler._settings import as_written, current_settings, is_plain, use_
 from fdl._compiler._signature import flatten, paths, runs_in_python, unflatten
 from fdl._compiler._trace import Traced, trace
 from fdl._compiler._unknown_ops import CannotTrace, trace_unknown
+from fdl._dtensor import is_dtensor
 from fdl._files import atomic_write, expanded
 from fdl._modes import is_eager
 from fdl._torch_compat import RELEASE
+from fdl.io._schema import describe as describe_tree
 from fdl.tree._checks import check_tensors
 
 FREE_OF_PYTHON = {"aten", "prims", "fdl"}  # fdl's own operations are compiled
@@ -63,13 +66,16 @@ def export(
             `fn` is not pure.
         NotImplementedError: `fn` calls Python (`debug.print`, `debug.callback`) or operations that
             are not torch's, or has loops and torch is older than 2.12.
-        RuntimeError: there is no C++ compiler, or torch's compiler refuses `fn`.
+        RuntimeError: there is no C++ compiler, torch's compiler refuses `fn`, or `export` is called
+            in a traced or transformed function.
         OSError: the file cannot be written.
 
     >>> export(lambda x: x + 1, (torch.ones(2),), "add.so")
     Traceback (most recent call last):
     ValueError: export: path must end in .pt2, as torch's loaders expect, got 'add.so'
     """
+    if not is_eager():
+        raise RuntimeError("export: call it outside jit, torch.compile and torch.func")
     target = _checked_path(path)
     arguments = _named(fn, example_args)
     leaves = _checked_leaves(arguments)
@@ -136,8 +142,12 @@ def _checked_leaves(arguments: dict[str, Any]) -> list[Tensor]:
     """Return the leaves of the arguments, with memory for each element, or raise."""
     leaves, spec = flatten(arguments)
     check_tensors(leaves, arguments, "export: every leaf of an argument")
-    if any(map(runs_in_python, leaves)) or not is_eager():
-        raise TypeError("export: the arguments must be ordinary tensors, with values")
+    describe_tree(arguments, "export: the arguments")  # raises for other containers
+    if any(map(runs_in_python, leaves)) or any(map(is_dtensor, tree.leaves(arguments))):
+        raise TypeError(
+            "export: the arguments must be ordinary tensors with values, not DTensors or "
+            "FakeTensors; fdl.parallel.gather makes ordinary tensors of DTensors"
+        )
     for path, leaf in zip(paths(spec), leaves, strict=True):
         if leaf.device.type != "cpu":
             raise ValueError(

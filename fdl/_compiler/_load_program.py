@@ -127,23 +127,15 @@ def _taker(
 
     def take(args: tuple[Any, ...]) -> list[Tensor]:
         leaves, spec = flatten(args)
-        if spec not in orders:
+        order = orders.get(spec)
+        if order is None:
             if unordered(by_name(spec)) != form:
                 raise _mismatch(about, args, where)
-            orders[spec] = positions(expected, spec)
-        leaves = [leaves[i] for i in orders[spec]]
+            order = orders[spec] = positions(expected, spec)
+        leaves = [leaves[i] for i in order]
         if not all(isinstance(leaf, Tensor) for leaf in leaves) or any(map(runs_in_python, leaves)):
             raise _mismatch(about, args, where)
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            which = [
-                x.path
-                for x, leaf in zip(about.argument_leaves, leaves, strict=True)
-                if leaf.requires_grad
-            ]
-            raise ValueError(
-                f"{where}: {', '.join(which)} require grad, but there is no backward() through a "
-                "program from a file; detach them, or call under torch.no_grad()"
-            )
+        _check_grad(about, leaves, where)
         if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # lazy signs
             leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
         found = signature(leaves)
@@ -159,6 +151,18 @@ def _taker(
     return take
 
 
+def _check_grad(about: About, leaves: Sequence[Tensor], where: str) -> None:
+    """Raise for an argument that requires grad, in grad mode."""
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
+        return
+    pairs = zip(about.argument_leaves, leaves, strict=True)
+    paths = [place.path for place, leaf in pairs if leaf.requires_grad]
+    raise ValueError(
+        f"{where}: {', '.join(paths)} require grad, but there is no backward() through a program "
+        "from a file; detach them, or call under torch.no_grad()"
+    )
+
+
 def _mismatch(about: About, args: Sequence[Tree], where: str) -> Exception:
     """Return the error for arguments that the program does not take."""
     names = ", ".join(about.arguments)
@@ -168,6 +172,6 @@ def _mismatch(about: About, args: Sequence[Tree], where: str) -> Exception:
         )
     lines = differences(about, args, where) or ["an OrderedDict has its keys in another order"]
     return ValueError(
-        f"{where}: the program takes other arguments; pass such, or export the function with "
-        "these:\n  " + "\n  ".join(lines)
+        f"{where}: the arguments differ from those of the export; change them, or export the "
+        "function again with arguments like these:\n  " + "\n  ".join(lines)
     )

@@ -130,7 +130,7 @@ def test_graphs_are_not_written_as_python_code(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Graph, "python_code", record)
     step, state, batch = mlp_step(6)
     jit(step)(state, batch)
-    assert len(written) <= 2  # by torch, for its log
+    assert len(set(written)) <= 1  # torch writes what it lowers, for its log
 
 
 @pytest.mark.parametrize(("release", "known"), [(12, True), (11, False)])

@@ -10,14 +10,17 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import distribute_tensor
 
 import fdl
 from fdl import debug, random, tree
@@ -275,7 +278,8 @@ def test_a_file_that_was_damaged(small: Path, tmp_path: Path) -> None:
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"it\.pt2: it is damaged.*export it again"):
             fdl.load_program(path)
-    for place in range(0, len(content), len(content) // 50):
+    directory = content.rindex(b"PK\x05\x06")
+    for place in (*range(0, len(content), len(content) // 50), *range(directory, len(content))):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         try:
             program = fdl.load_program(path)
@@ -396,8 +400,7 @@ def test_other_arguments_are_refused_by_path(stand_in: list[Any], tmp_path: Path
     def message(*args: Any) -> str:
         with pytest.raises(
             ValueError,
-            match=r"it\.pt2: the program takes other arguments; pass "
-            r"such, or export the function with these:",
+            match=r"it\.pt2: the arguments differ from those of the export; change them, or ",
         ) as error:
             program(*args)
         return "\n".join(line.strip() for line in str(error.value).splitlines()[1:])
@@ -510,6 +513,8 @@ def test_arguments_of_export(stand_in: list[Any], tmp_path: Path) -> None:
         fdl.export(fn, (x, {"b": 3}), path)
     with pytest.raises(ValueError, match=r"export: y\.0 is on meta.*fdl\.tree\.to"):
         fdl.export(fn, (x, [x.to("meta")]), path)
+    with pytest.raises(TypeError, match=r"NamedTuple, tensor, .* got deque at 'y'"):
+        fdl.export(fn, (x, deque([x])), path)
     with pytest.raises(TypeError, match="key must be a str, got 3"):
         fdl.export(lambda x: x[3], ({3: x},), path)
     with pytest.raises(TypeError, match=r"every leaf of the result must be a tensor.*\n  a: \{"):
@@ -519,6 +524,29 @@ def test_arguments_of_export(stand_in: list[Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder; create it first"):
         fdl.export(fn, (x, x), tmp_path / "no" / "it.pt2")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_tensors_without_values_of_their_own(stand_in: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "it.pt2"
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    with pytest.raises(TypeError, match="ordinary tensors with values, not DTensors"):
+        fdl.export(lambda x: x, (fake,), path)
+    with pytest.raises(RuntimeError, match="call it outside jit"):
+        torch.vmap(lambda x: fdl.export(lambda x: x, (x,), path))(torch.ones(2, 2))
+    program = through_file(lambda x: x, (torch.ones(4),), tmp_path)
+    with pytest.raises(ValueError, match=r"x: expected float32\[4\], got .*, a FakeTensor"):
+        program(fake.new_ones(4))
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        leaf = distribute_tensor(torch.ones(4), mesh)
+        with pytest.raises(TypeError, match=r"not DTensors.*fdl\.parallel\.gather"):
+            fdl.export(lambda x: x, (leaf,), path)
+        with pytest.raises(ValueError, match=r"x: expected float32\[4\], got .*, a DTensor"):
+            program(leaf)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_a_file_cannot_hold_is_refused_by_name(
