@@ -7,7 +7,6 @@ of the benchmark.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from importlib import import_module
@@ -32,7 +31,10 @@ def main() -> None:
     else:
         took += _import(["train.bench.task", f"train.bench.{RUNNERS_IN[way.partition('-')[0]]}"])
         _train(way, Path(what))
-    print(json.dumps({"end": time.time(), "not_counted": took}))
+    end = time.time()
+    from train.records import to_json
+
+    print(to_json({"end": end, "not_counted": took}))
 
 
 RUNNERS_IN = {"fdl": "fdl_runners", "compile": "torch_peers", "jax": "jax_peers"}
