@@ -186,7 +186,8 @@ def test_the_report_of_a_cached_program(program_cache: Path) -> None:
         seconds=0, times=(), cached=False
     )
     assert cached.times.compile == 0 < min(cached.times.trace, cached.times.load, cached.times.run)
-    assert sum(cached.times) == cached.seconds < compiled.seconds
+    assert sum(cached.times) == cached.seconds
+    assert min(compiled.times) > 0
 
 
 @pytest.mark.slow
