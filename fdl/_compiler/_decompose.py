@@ -8,9 +8,9 @@ of one signature is decomposed once, so that many equal layers take no longer th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any, cast
 
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -70,15 +70,13 @@ def _arguments(node: Node) -> list[Node]:
 
 
 def _trace_operation(node: Node, traced: Traced) -> _Part:
-    """Decompose an operation; the graph returns all of its results."""
+    """Decompose an operation; the graph returns its results, without those that are None."""
 
     def fn(*leaves: Tensor) -> list[Tensor]:
         rest = iter(leaves)
         args, kwargs = map_arg((node.args, node.kwargs), lambda _: next(rest))
-        return cast(list[Tensor], pytree.tree_leaves(cast(Any, node.target)(*args, **kwargs)))
+        return [x for _, x in _values(cast(Any, node.target)(*args, **kwargs))]
 
-    if not all(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta["val"])):
-        return None
     with traced.mode:  # an argument that is passed twice has two names: the next may be passed once
         examples = [z.meta["val"].detach() for z in _arguments(node)]
     part, constants = trace_again(fn, examples, traced.mode)
@@ -87,7 +85,7 @@ def _trace_operation(node: Node, traced: Traced) -> _Part:
 
 def _is_same(node: Node, part: GraphModule) -> bool:
     """Check whether a graph is just the operation itself."""
-    calls = nodes_of(part.graph, "call_function")
+    calls = [z for z in nodes_of(part.graph, "call_function") if z.target is not getitem]
     if [call.target for call in calls] != [node.target]:
         return False
     outer = dict(zip(nodes_of(part.graph, "placeholder"), _arguments(node), strict=True))
@@ -105,15 +103,21 @@ def _inline(node: Node, part: GraphModule) -> None:
             if each.op == "call_function":
                 copies[each] = graph.node_copy(each, copies.__getitem__)
     results = [copies[each] for each in results_of(part.graph)]
-    values = pytree.tree_leaves(node.meta["val"])
+    values = _values(node.meta["val"])
+    new = {i: (z, value) for z, (i, value) in zip(results, values, strict=True)}
     if isinstance(node.meta["val"], Tensor):
-        _replace(node, results[0], values[0], outer)
+        _replace(node, *new[0], outer)
     else:
         for user in list(node.users):
-            i = cast(int, user.args[1])
-            _replace(user, results[i], values[i], outer)
+            _replace(user, *new[cast(int, user.args[1])], outer)
             graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _values(result: Any) -> list[tuple[int, Tensor]]:
+    """List the tensors that an operation returns, with their positions."""
+    leaves = [result] if isinstance(result, Tensor) else result
+    return [(i, x) for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
 
 def _replace(node: Node, new: Node, value: Tensor, arguments: Sequence[Node]) -> None:

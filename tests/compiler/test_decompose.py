@@ -1,11 +1,13 @@
 """Traced graphs in primitives: the same values, and one decomposition for equal operations."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad
 
@@ -13,6 +15,7 @@ from fdl._compiler import _decompose
 from fdl._compiler._decompose import decompose
 from fdl._compiler._signature import flatten
 from fdl._compiler._trace import trace
+from tests.support.programs import turn
 
 X = torch.linspace(-2, 2, 24, dtype=torch.float64).view(4, 6)
 Y = X.cos()
@@ -36,6 +39,8 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "its gradient": grad(lambda x, y: (F.layer_norm(x, (6,), y[0], y[1]) * y).sum()),
     "group norm": lambda x, y: F.group_norm(x, 3, y[0], y[1]),
     "batch norm": grad(lambda x, y: (F.batch_norm(x, None, None, training=True) * y).sum()),
+    "layer norm of numbers": grad(lambda x, y: (F.layer_norm(x, (6,)) * y).sum()),
+    "its weight": grad(lambda x, y: (F.layer_norm(y, (6,), x[0]) * y).sum()),
     "pooling": grad(lambda x, y: F.max_pool2d(image(x), 2).square().sum()),
     "cross entropy": grad(lambda x, y: F.cross_entropy(x, torch.arange(4), label_smoothing=0.1)),
     "a transposed argument": lambda x, y: F.gelu(x.mT) + F.gelu(y.mT),
@@ -95,3 +100,58 @@ def test_primitives_stay_as_they_are(name: str, real_loops: None) -> None:
     traced = decompose(trace(FUNCTIONS[name], leaves, spec))
     before = str(traced.graph.graph)
     assert str(decompose(traced).graph.graph) == before
+
+
+def operations_of_torch() -> list[Any]:
+    """A tenth of the operations that torch tests, another one for each state of the library."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return [op for op in op_db[turn() % 10 :: 10] if torch.float64 in op.dtypes]
+
+
+def tensor_function(op: Any, sample: Any) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
+    """Write an operation as a function of its tensors, and list these."""
+    leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+    def fn(*tensors: Tensor) -> list[Tensor]:
+        values = dict(zip(places, tensors, strict=True))
+        x, args, kwargs = pytree.tree_unflatten(
+            [values.get(i, leaf) for i, leaf in enumerate(leaves)], spec
+        )
+        results = pytree.tree_leaves(op.op(x, *args, **kwargs))
+        return [z for z in results if isinstance(z, Tensor)]
+
+    return fn, [leaves[i] for i in places]
+
+
+def gradient(fn: Callable[..., list[Tensor]], tensors: list[Tensor]) -> Callable[..., Any]:
+    smooth = tuple(i for i, x in enumerate(tensors) if x.is_floating_point())
+
+    def total(*tensors: Tensor) -> Tensor:
+        return sum((z * z.detach().cos()).sum() for z in fn(*tensors) if z.is_floating_point())
+
+    return lambda *tensors: list(grad(total, argnums=smooth)(*tensors))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_operations_of_torch_and_their_gradients() -> None:
+    """Against the graph before, which eager torch runs."""
+    compared = 0
+    for op in operations_of_torch():
+        for sample in islice(op.sample_inputs("cpu", torch.float64), 2):
+            fn, tensors = tensor_function(op, sample)
+            for f in (fn, gradient(fn, tensors)):
+                leaves, spec = flatten((tuple(tensors), {}))
+                try:
+                    traced = trace(f, leaves, spec)
+                    expected = traced.graph(*leaves, *traced.constants)
+                except Exception:
+                    continue
+                got = decompose(traced).graph(*leaves, *traced.constants)
+                if "empty" not in op.name:
+                    close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}
+                    torch.testing.assert_close(got, expected, **close, msg=f"{op.name}: {sample}")
+                compared += 1
+    assert compared > 50
