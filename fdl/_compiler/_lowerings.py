@@ -14,7 +14,7 @@ from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
-from fdl._compiler._loop_code import allocate_only_what_is_stored
+from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import register_product
 from fdl._compiler._threads import start_fewer_threads
 
@@ -83,7 +83,14 @@ def register() -> None:
             ExternKernel.copy_input(x) if isinstance(getattr(x, "data", None), BaseView) else x
             for x in constants
         )
-        return loop(condition, body, carry, type(constants)(copies), *rest)
+        results = loop(condition, body, carry, type(constants)(copies), *rest)
+        if makes_a_turn(condition.graph_module.graph, V.graph.current_node):
+            return results
+        # Otherwise a result may be in the memory of what the loop starts from.
+        lowered = next(op for op in reversed(V.graph.operations) if isinstance(op, WhileLoop))
+        in_memory = *cast(Any, lowered).carried_inputs, *results
+        V.graph.never_reuse_buffers.update(x.get_name() for x in in_memory)
+        return type(results)(map(ExternKernel.copy_input, results))
 
     class Statement(ExternKernel):
         """Writes code between kernels, and has no result."""

@@ -452,3 +452,24 @@ def test_a_program_stops_early(plain_backend: None) -> None:
         lambda n: while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] + 2), (n * 0, n))
     )
     assert_equal(turns(torch.tensor(4)), (torch.tensor(4), torch.tensor(12)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [(), 0])
+def test_results_have_memory_of_their_own_without_a_turn(donate: Any) -> None:
+    """Of a loop that stops at once, and of a branch that returns what it is given."""
+    weight = torch.ones(3)
+
+    def stopped(x: Tensor, n: Tensor) -> Any:
+        halve = lambda c: (c[0] / 2, c[1] - 1)  # noqa: E731
+        y = x * 1.5
+        loops = [while_loop(lambda c: c[1] > 0, halve, (z, n))[0] for z in (x, y, weight)]
+        return *loops, y, fdl.cond(n > 0, lambda x: x * 2, lambda x: x, x)
+
+    fn, n = fdl.jit(stopped, donate_argnums=donate), torch.tensor(0)
+    assert_equal(fn(torch.ones(3), torch.tensor(1))[1], torch.full((3,), 0.75))
+    x = torch.ones(3)
+    results = fn(x, n)
+    memory = [z.untyped_storage().data_ptr() for z in (*results, weight, *[x] * (donate == ()))]
+    assert len(set(memory)) == len(memory)
+    assert_equal(results, (*(torch.full((3,), z) for z in (1.0, 1.5, 1.0, 1.5, 1.0)),))
