@@ -197,8 +197,10 @@ def trace(
             graph, constants = trace_flat(flat, fakes, paths(spec))
         del fakes
         tracing.leaks.check(fn, graph, f"jit: {name}")
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        operation = getattr(error.func, "overloadpacket", error.func)
+    except RuntimeError as error:
+        operation = _operation_that_asks(error)
+        if operation is None:
+            raise
         raise RuntimeError(
             f"jit: {name} asks for the value of a tensor (.item(), if, float, a boolean index), by "
             f"{operation} at {format_line(user_line_of(error))}; while tracing there are no "
@@ -211,6 +213,13 @@ def trace(
     return Traced(
         graph, mode, closed_over, results, specs[0], tracing.unrolled, tracing.several_steps
     )
+
+
+def _operation_that_asks(error: RuntimeError) -> Any:
+    """Return what asks for values that fake tensors lack, if that is what an error is about."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return getattr(error.func, "overloadpacket", error.func)
+    return "an operation" if "its data is not allocated yet" in str(error) else None
 
 
 def trace_flat(

@@ -315,6 +315,11 @@ def test_python_sequences_ask_for_values() -> None:
         traced(lambda x, i: x * [1, 2, 3][i])(X, AT)
 
 
+def test_functions_that_read_a_tensor_as_numbers_ask_for_values() -> None:
+    with pytest.raises(RuntimeError, match=r"value of a tensor .* at test_dynamic_index.py:\d+"):
+        traced(lambda x, i: torch.tensor_split(x, i.expand(2)))(X, AT)
+
+
 def test_an_argument_is_not_changed_through_an_index() -> None:
     with pytest.raises(ValueError, match="in place"):
         traced(lambda x, i: x[i].zero_())(X, AT)
