@@ -12,6 +12,10 @@ from operator import getitem
 from typing import Any, cast
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -79,7 +83,10 @@ def _trace_operation(node: Node, traced: Traced) -> _Part:
 
     with traced.mode:  # an argument that is passed twice has two names: the next may be passed once
         examples = [z.meta["val"].detach() for z in _arguments(node)]
-    part, constants = trace_again(fn, examples, traced.mode)
+    try:
+        part, constants = trace_again(fn, examples, traced.mode)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None  # Inductor calls torch's own kernel, or refuses the operation
     return None if constants or _is_same(node, part) else part
 
 

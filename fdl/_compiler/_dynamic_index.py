@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -297,7 +298,16 @@ def _take(input: Tensor, index: Any) -> Tensor:
     return input.reshape(-1)[index.reshape(-1)].reshape(index.shape)
 
 
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    """Write ones where labels are: torch reads their values, which `_indices.py` checks here."""
+    if num_classes <= 0 or x.dtype != torch.int64:
+        return F.one_hot(x, num_classes)
+    zeros = torch.zeros(*x.shape, num_classes, dtype=torch.int64, device=x.device)
+    return zeros.scatter(-1, x.unsqueeze(-1), 1)
+
+
 FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    F.one_hot: _one_hot,
     **dict.fromkeys((torch.index_select, torch.Tensor.index_select), _index_select),
     **dict.fromkeys((torch.take, torch.Tensor.take), _take),
 }

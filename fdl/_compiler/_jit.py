@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +30,17 @@ from fdl._compiler._nans import check_result, watching
 from fdl._compiler._program import Program
 from fdl._compiler._routes import Route, Times, build
 from fdl._compiler._settings import Settings, changes, current_settings, has_active_mode, has_grad
-from fdl._compiler._signature import flatten, paths, runs_in_python, signature, unordered
+from fdl._compiler._signature import (
+    check_arguments,
+    flatten,
+    paths,
+    resolved,
+    runs_in_python,
+    signature,
+    unordered,
+)
 from fdl._compiler._tracebacks import shorten
 from fdl._modes import disabled, in_transform, is_tracing
-from fdl.tree._checks import check_tensors
 from fdl.tree._summary import dtype_name
 
 P = ParamSpec("P")
@@ -201,7 +207,7 @@ def jit(
 
     def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten((args, kwargs))
-        _check_arguments(fn, leaves, args, kwargs)
+        check_arguments(fn, leaves, args, kwargs)
         if any(map(runs_in_python, leaves)):
             return fn(*args, **kwargs)
         settings = current_settings()
@@ -218,13 +224,13 @@ def jit(
     ) -> Any:
         donated_leaves = [leaves[i] for i in donated]
         copy_if_shared(leaves, donated)
-        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # lazy signs
-            leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
+        leaves = resolved(leaves)
         key = (spec, signature(leaves), settings)
         for entry in cache.get(key, ()):
-            constants = entry.sources.read()
+            closed_over = entry.sources.read()
+            constants = closed_over and resolved(closed_over)
             if constants is not None and signature(constants) == entry.constants:
-                check_closed_over(constants, leaves, donated, has_grad(settings))
+                check_closed_over(closed_over or (), leaves, donated, has_grad(settings))
                 if not entry.known:
                     direct, read = entry.program.direct, entry.sources.read
                     new = _dispatch.prepare(direct, spec, leaves, constants, donated, read)
@@ -242,8 +248,8 @@ def jit(
         with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
             program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
-        constants = sources.tensors
-        check_closed_over(constants, leaves, donated, has_grad(settings))
+        check_closed_over(sources.tensors, leaves, donated, has_grad(settings))
+        constants = resolved(sources.tensors)
         new = _dispatch.prepare(program.direct, spec, leaves, constants, donated, sources.read)
         route.lap("load" if route.stored else "compile")
         result = _execute(program, leaves, constants, donated, donated_leaves)
@@ -382,15 +388,3 @@ def _runs_inline() -> bool:
     off = disabled.get() or os.environ.get("FDL_JIT") == "0"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return off or is_tracing() or in_transform() or forward_mode or has_active_mode()
-
-
-def _check_arguments(
-    fn: Callable[..., Any], leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    if all(isinstance(leaf, Tensor) for leaf in leaves):
-        return
-    try:
-        named: Any = inspect.signature(fn).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # without a signature, or one that does not fit
-        named = (args, kwargs)
-    check_tensors(leaves, named, "jit: every leaf of an argument")

@@ -19,6 +19,7 @@ from fdl._compiler._program_file import structure as structure_of
 from fdl._compiler._signature import (
     flatten,
     positions,
+    resolved,
     runs_in_python,
     signature,
     unflatten,
@@ -136,15 +137,18 @@ def _taker(
         if not all(isinstance(leaf, Tensor) for leaf in leaves) or any(map(runs_in_python, leaves)):
             raise _mismatch(about, args, where)
         _check_grad(about, leaves, where)
-        if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):  # lazy signs
-            leaves = [leaf.resolve_neg().resolve_conj() for leaf in leaves]
+        if any(leaf.layout is not torch.strided for leaf in leaves):
+            raise _mismatch(about, args, where)
+        leaves = resolved(leaves)
         found = signature(leaves)
         if found == forms:
             return leaves
         if [(x[0], *x[2:]) for x in found] != [(x[0], *x[2:]) for x in forms]:  # but for strides
             raise _mismatch(about, args, where)
         return [
-            leaf if old == new else torch.empty_strided(new[0], new[1], dtype=new[2]).copy_(leaf)
+            leaf
+            if old == new
+            else torch.empty_strided(*new[:2], dtype=new[2], device=cpu).copy_(leaf)
             for leaf, old, new in zip(leaves, found, forms, strict=True)
         ]
 

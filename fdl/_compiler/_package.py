@@ -72,7 +72,7 @@ def _hold(module: GraphModule, constants: Sequence[Tensor]) -> None:
     arguments = nodes_of(module.graph, "placeholder")
     for i, (node, value) in enumerate(zip(arguments[::-1], constants[::-1], strict=False)):
         name = f"constant_{i}"
-        module.register_buffer(name, value.detach())
+        module.register_buffer(name, value.detach().resolve_neg().resolve_conj())
         with module.graph.inserting_before(node):
             held = module.graph.get_attr(name)
         held.meta = node.meta

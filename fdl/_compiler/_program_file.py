@@ -244,7 +244,8 @@ def differences(program: About, args: Sequence[Tree], where: str) -> list[str]:
 def _form(leaf: Tensor) -> str:
     kind = "" if type(leaf) in (Tensor, torch.nn.Parameter) else f", a {type(leaf).__name__}"
     device = "" if leaf.device.type == "cpu" else f" on {leaf.device}"
-    return f"{dtype_name(leaf.dtype)}{list(leaf.shape)}{device}{kind}"
+    layout = "" if leaf.layout is torch.strided else f", {leaf.layout}"
+    return f"{dtype_name(leaf.dtype)}{list(leaf.shape)}{device}{kind}{layout}"
 
 
 def _compare(

@@ -7,6 +7,7 @@ rebuild the state of a small model, and an epoch of linear regression takes 200 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fdl._dtensor import DTensorSpec, from_local, is_dtensor, to_local
 from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
 from fdl.tree._paths import dotted
 
 LEAF = None
@@ -154,3 +156,38 @@ def runs_in_python(leaf: Any) -> bool:
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return shape, stride, dtype and device of each tensor: what a program is specialised to."""
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
+
+
+def resolved(leaves: list[Tensor]) -> list[Tensor]:
+    """Compute lazy conjugates and negatives, of which compiled programs know nothing.
+
+    >>> resolved([torch.tensor([1j]).conj()])[0].is_conj()
+    False
+    """
+    if any(leaf.is_neg() or leaf.is_conj() for leaf in leaves):
+        return [leaf.resolve_neg().resolve_conj() for leaf in leaves]
+    return leaves
+
+
+def check_arguments(
+    fn: Callable[..., Any], leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise a TypeError with every path unless all leaves are tensors, and none is sparse."""
+    if all(isinstance(leaf, Tensor) and leaf.layout is torch.strided for leaf in leaves):
+        return
+    try:
+        named: Any = inspect.signature(fn).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # without a signature, or one that does not fit
+        named = (args, kwargs)
+    check_tensors(leaves, named, "jit: every leaf of an argument")
+    pairs, _ = pytree.tree_flatten_with_path(named)
+    sparse = [
+        f"{dotted(path)}: {leaf.layout}"
+        for path, leaf in pairs
+        if leaf.layout is not torch.strided and not runs_in_python(leaf)
+    ]
+    if sparse:
+        raise TypeError(
+            "jit: every leaf of an argument must be dense; pass x.to_dense(), or call the function "
+            "without jit. Not dense:\n  " + "\n  ".join(sparse)
+        )

@@ -50,7 +50,7 @@ from fdl._compiler._graph import (
 from fdl._compiler._indices import check_indices
 from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
-from fdl._compiler._signature import flatten, paths, unflatten
+from fdl._compiler._signature import flatten, paths, resolved, unflatten
 from fdl._compiler._user_lines import format_line, user_line_of
 from fdl._compiler._zeros import run_operation
 from fdl._dtensor import any_dtensor_type
@@ -91,7 +91,8 @@ class Tracing(TorchDispatchMode):
             return leaf
         if id(leaf) not in self.fakes:
             with _disable_current_modes():
-                fake = fake_like(self.mode, leaf)
+                (plain_leaf,) = resolved([leaf])  # as it is passed to the program
+                fake = fake_like(self.mode, plain_leaf)
             self.fakes[id(leaf)], self.reals[id(fake)] = fake, leaf
         return self.fakes[id(leaf)]
 

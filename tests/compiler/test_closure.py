@@ -15,6 +15,7 @@ from torch.func import functional_call, grad
 import fdl
 from fdl import disable_jit, jit, losses, nn, optim, scan
 from fdl._compiler._closure import closed_over_tensors
+from tests.support.asserts import assert_equal
 
 pytestmark = pytest.mark.usefixtures("plain_backend", "real_loops")
 
@@ -443,3 +444,26 @@ def test_gradients_follow_a_new_tensor() -> None:
         (got,) = torch.autograd.grad(jitted(x), x)
         assert torch.equal(got, 2 * i * X)
     assert len(jitted.report()) == 2  # forwards and backwards
+
+
+@pytest.mark.slow
+def test_closed_over_conjugates_and_negatives_are_read_as_such() -> None:
+    """torch computes them lazily; memory holds other values, perhaps with other strides."""
+    z = torch.complex(torch.ones(3), torch.arange(3.0))
+    box = {"negative": z.conj().imag, "conjugate": z.conj()}
+    y = torch.arange(3.0)
+
+    def body(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return c + box["negative"] * x, (c * box["conjugate"]).abs()
+
+    functions: list[Callable[..., Any]] = [
+        lambda y: y + box["negative"],
+        lambda y: y * box["conjugate"],
+        lambda y: fdl.scan(body, y, y),
+        torch.func.grad(lambda y: (y * box["negative"]).sum()),
+    ]
+    jitted = [fdl.jit(fn) for fn in functions]
+    for _ in range(3):
+        assert_equal([fn(y) for fn in jitted], [fn(y) for fn in functions])
+    box |= {"negative": torch.ones(3), "conjugate": z.clone()}  # and then plain ones
+    assert_equal([fn(y) for fn in jitted], [fn(y) for fn in functions])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -400,3 +401,17 @@ def test_differences_that_do_not_depend_on_values() -> None:
     before = call("add", i, 1)
     counters.forget()
     assert counters.difference(before, i) is None
+
+
+def test_one_hot_checks_labels_and_takes_closed_over_ones() -> None:
+    labels = torch.tensor([[1, 2], [0, 3]])
+    for fn in (lambda x, i: x + F.one_hot(labels, 6), lambda x, i: F.one_hot(labels + i[:1], 6)):
+        i = torch.tensor([1, 1])
+        assert_equal(traced(fn)(torch.zeros(6), i), fn(torch.zeros(6), i))
+    for fn in (lambda x, i: F.one_hot(labels, 3), lambda x, i: F.one_hot(i, 3)):
+        with pytest.raises(IndexError, match="0 <= index < 3"):
+            traced(fn)(torch.zeros(3), labels)
+    with pytest.raises(RuntimeError, match="LongTensor"):
+        traced(lambda x, i: F.one_hot(i.int(), 6))(torch.zeros(3), labels)
+    with pytest.raises(RuntimeError, match="asks for the value of a tensor"):
+        traced(lambda x, i: F.one_hot(i))(torch.zeros(3), labels)

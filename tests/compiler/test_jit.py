@@ -371,3 +371,9 @@ def test_a_body_that_does_not_return_a_pair_is_named(way: Callable[..., Any]) ->
             way(lambda c, y=y: scan(y, c, rows))(torch.zeros(2))
     with pytest.raises(TypeError, match=r"scan: f must be a function .* got a tensor"):
         way(lambda c: scan(c, lambda c, x: (c, x), rows))(torch.zeros(2))
+
+
+def test_sparse_arguments_are_refused_by_path() -> None:
+    fn = jit(lambda state: state["x"] * 2)
+    with pytest.raises(TypeError, match=r"(?s)must be dense.*state\.x: torch\.sparse_coo"):
+        fn({"x": torch.ones(3).to_sparse(), "y": torch.ones(3)})
