@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -259,3 +260,9 @@ def test_without_the_extension_programs_run_from_python(
     extension.finish()
     assert [fn(torch.ones(1)).item() for _ in range(2)] == [2, 2]
     assert calls == [False] * 3
+
+
+def test_headers_are_precompiled_for_many_programs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_inductor, "_programs", itertools.count(1))
+    precompiled = [_inductor._options(True, True)["cpp_cache_precompile_headers"] for _ in range(6)]
+    assert precompiled == [False] * 4 + [True] * 2
