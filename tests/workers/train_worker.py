@@ -256,7 +256,9 @@ def loads_once(mesh, folder):
     dist.barrier()  # the first has taken the names away
     if sys.platform == "linux":
         mapped = [
-            line for line in Path("/proc/self/maps").read_text().splitlines() if "fdl-" in line
+            line
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.rpartition("/")[2].startswith("fdl-")
         ]
         assert len(mapped) == 3 and all("(deleted)" in line for line in mapped)
         places: list = [None] * mesh.size()
