@@ -78,6 +78,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     """The compiler on a machine where nothing has been compiled."""
     _dispatch._extension().result()
     _inductor.import_inductor()
+    monkeypatch.setattr(_inductor, "_programs", itertools.count(1))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     return Compiler(monkeypatch)
 
