@@ -32,4 +32,5 @@ PROGRAM = Program(
     step,
     init=lambda: (torch.zeros(MEMORIES, WIDTH), torch.tensor(0.5), torch.tensor(0)),
     xs=lambda: 2.0 * random.bernoulli(random.key(0), 0.5, (8, WIDTH)) - 1,
+    rtol=1e-4,  # the derivative with respect to β is what is left of larger terms
 )
