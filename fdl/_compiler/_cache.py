@@ -74,7 +74,7 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
     text = json.dumps(about).encode()
     try:
         data = library.read_bytes() + text
-        data += FOOTER.pack(len(text), hashlib.sha256(data).digest(), MARK)
+        data += FOOTER.pack(len(text), _checksum(data, len(text)), MARK)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(place):
             raise PermissionError(EPERM, "other users can write to it")
@@ -126,10 +126,14 @@ def _description(data: bytes) -> dict[str, Any] | None:
         return None
     size, checksum, mark = FOOTER.unpack(data[-FOOTER.size :])
     content = data[: -FOOTER.size]
-    if mark != MARK or size > len(content) or hashlib.sha256(content).digest() != checksum:
+    if mark != MARK or size > len(content) or _checksum(content, size) != checksum:
         return None
     about: dict[str, Any] = json.loads(content[len(content) - size :])
     return about
+
+
+def _checksum(content: bytes, size: int) -> bytes:
+    return hashlib.sha256(content + size.to_bytes(8, "little")).digest()
 
 
 def _write(path: Path, data: bytes) -> None:
