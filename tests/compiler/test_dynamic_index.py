@@ -415,3 +415,8 @@ def test_one_hot_checks_labels_and_takes_closed_over_ones() -> None:
         traced(lambda x, i: F.one_hot(i.int(), 6))(torch.zeros(3), labels)
     with pytest.raises(RuntimeError, match="asks for the value of a tensor"):
         traced(lambda x, i: F.one_hot(i))(torch.zeros(3), labels)
+
+
+def test_one_hot_under_a_gradient() -> None:
+    fn = grad(lambda x: (F.one_hot(x.argmax(-1), 6) * x).sum())
+    assert_equal(traced(lambda x, i: fn(x))(X[0], AT), fn(X[0]))
