@@ -71,7 +71,7 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
     place = folder()
     if place is None:
         return None
-    text = json.dumps(about).encode()
+    text = json.dumps(about, allow_nan=False).encode()
     try:
         data = library.read_bytes() + text
         data += FOOTER.pack(len(text), _checksum(data, len(text)), MARK)

@@ -12,6 +12,10 @@ from torch.func import grad, hessian, jvp, vmap
 import fdl
 from fdl import debug, jit, scan
 from fdl._compiler import _inductor
+from fdl._torch_compat import RELEASE
+
+# Without Inductor.
+IS_OLD = "torch 2.11 runs the body of a scan once more, for its shapes" * (RELEASE < (2, 12))
 
 X, XS = torch.ones(3), torch.arange(4.0)
 
@@ -116,6 +120,8 @@ def test_lines_and_results(
 ) -> None:
     fn, expected = CASES[name]
     if way == "plain":
+        if IS_OLD:
+            pytest.skip(IS_OLD)
         monkeypatch.setattr(_inductor, "lower", lambda graph, *_: lambda leaves: graph(*leaves))
     result = fn(X)
     first = capsys.readouterr().out.splitlines()
@@ -185,6 +191,7 @@ def test_a_program_in_another_thread_calls_back_too(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines() == ONES
 
 
+@pytest.mark.skipif(bool(IS_OLD), reason=IS_OLD)
 def test_progress_as_the_page_shows_it(plain_backend: None) -> None:
     seen = []
 
