@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Distribution
 
 import fdl
 from fdl._torch_compat import RELEASE
@@ -32,6 +33,12 @@ from tests.support.soak import repeats
 pytestmark = pytest.mark.usefixtures("real_loops")
 TURN = turn()
 IS_OLD = RELEASE < (2, 12)  # torch, with fewer rules for vmap
+
+
+@pytest.fixture(autouse=True)
+def distributions_check_arguments() -> None:
+    """As in a new process: Dynamo turns it off in passing."""
+    Distribution.set_default_validate_args(True)
 
 
 def cases(names, forms_of, backend=""):
