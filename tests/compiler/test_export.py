@@ -292,9 +292,9 @@ def test_a_file_that_was_damaged(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_that_libraries_cannot_be_loaded_from(
-    small: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match=r"small\.pt2: No such file.*; set TMPDIR"):
         fdl.load_program(small)
 
