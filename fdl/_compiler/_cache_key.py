@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import is_fake
 from torch.backends.cpu import get_cpu_capability
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fdl._compiler._cache import ENTRY
 from fdl._compiler._callbacks import CALLBACK
-from fdl._compiler._graph import COND, LOOP, WHILE
+from fdl._compiler._digest import numbers
+from fdl._compiler._graph import COND, LOOP, NAMESPACES, WHILE, Verbatim
 from fdl._compiler._inductor import sources
 from fdl._compiler._signature import signature
 
 COMPILER_VARIABLES = ("CXX", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
 NOT_THESE = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
-LARGEST = 64  # elements of a tensor of numbers that is part of a name
-KNOWN = {"aten", "prims", "fdl"}
 
 
 def name(graph: GraphModule, donated: Sequence[int], settings: Hashable) -> str | None:
@@ -60,12 +57,6 @@ def _text(module: GraphModule) -> str | None:
     return "\n".join(lines)
 
 
-class _Name(str):
-    """The name of a node among the arguments of an operation."""
-
-    __repr__ = str.__str__
-
-
 def _line(module: GraphModule, node: Node, names: dict[Node, str]) -> str | None:
     if node.op == "placeholder":
         return repr(signature([node.meta["val"]]))
@@ -73,14 +64,14 @@ def _line(module: GraphModule, node: Node, names: dict[Node, str]) -> str | None
         return _attribute(attrgetter(cast(str, node.target))(module))
     if node.op == "call_function" and not _is_known(node):
         return None
-    arguments = map_arg((node.args, node.kwargs), lambda z: _Name(names[z]))
+    arguments = map_arg((node.args, node.kwargs), lambda z: Verbatim(names[z]))
     return f"{node.target} {arguments!r}"
 
 
 def _is_known(node: Node) -> bool:
     """Check for an operation of torch or fdl that runs no function of this process."""
     if isinstance(node.target, OpOverload):
-        return node.target.namespace in KNOWN and node.target != CALLBACK
+        return node.target.namespace in NAMESPACES and node.target != CALLBACK
     return node.target in (getitem, LOOP, COND, WHILE)
 
 
@@ -89,9 +80,8 @@ def _attribute(value: Any) -> str | None:
     if isinstance(value, GraphModule):
         text = _text(value)
         return text and repr(text)  # on one line, or it might be taken for lines around it
-    if not isinstance(value, Tensor) or value.numel() > LARGEST or is_fake(value):
-        return None
-    return repr((signature([value]), value.tolist()))
+    description = numbers(value)
+    return None if description is None else repr(description)
 
 
 def _compiler_settings() -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from fdl._compiler._decompositions import decompositions
 from fdl._compiler._fakes import make_symbols
-from fdl._compiler._graph import nodes_of, results_of
+from fdl._compiler._graph import Verbatim, nodes_of, results_of
 from fdl._compiler._signature import signature
 from fdl._compiler._trace import Traced, trace_again
 
@@ -54,16 +54,10 @@ def _decompose(module: GraphModule, traced: Traced, known: dict[str, _Part]) -> 
     module.recompile()
 
 
-class _Described(str):
-    """Stands for a tensor among the arguments of an operation."""
-
-    __repr__ = str.__str__
-
-
 def _described(node: Node) -> Any:
     value = node.meta["val"]
     lazy = value.is_conj(), value.is_neg()
-    return _Described(f"<{signature([value])}, {value.storage_offset()}, {lazy}>")
+    return Verbatim(f"<{signature([value])}, {value.storage_offset()}, {lazy}>")
 
 
 def _arguments(node: Node) -> list[Node]:

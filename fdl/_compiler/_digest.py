@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fdl._compiler._graph import nodes_of
+from fdl._compiler._graph import nodes_of, operations
 from fdl._compiler._signature import paths, signature
 
 Digest = dict[str, str]  # of each result, by its path
+LARGEST = 64  # elements of a tensor of numbers that is part of a description
 
 
 def digest(
@@ -34,8 +35,7 @@ def digest(
         results: structure of its results.
         constants: the closed-over tensors, which are arguments of the graph too.
     """
-    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
-    if any(node.is_impure() for graph in graphs for node in nodes_of(graph, "call_function")):
+    if any(node.is_impure() for node in operations(module)):
         return None
     values = _values(module, [*paths(arguments), *(f"closed over: {id(x)}" for x in constants)])
     return dict(zip(paths(results), values, strict=True))
@@ -64,5 +64,11 @@ def _attribute(module: GraphModule, target: str) -> Any:
     if isinstance(attribute, GraphModule):
         count = len(nodes_of(attribute.graph, "placeholder"))
         return _values(attribute, [str(i) for i in range(count)])
-    is_short = isinstance(attribute, Tensor) and attribute.numel() <= 64 and not is_fake(attribute)
-    return (signature([attribute]), attribute.tolist()) if is_short else id(attribute)
+    return numbers(attribute) or id(attribute)
+
+
+def numbers(value: Any) -> tuple[Any, ...] | None:
+    """Describe a tensor that a function has made of numbers, or return None for what is larger."""
+    if not isinstance(value, Tensor) or value.numel() > LARGEST or is_fake(value):
+        return None
+    return signature([value]), value.tolist()

@@ -7,7 +7,7 @@ import inspect
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx import GraphModule
 
 from fdl import tree
 from fdl._checks import describe as describe_argument
 from fdl._compiler import _inductor, _package
 from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
-from fdl._compiler._graph import nodes_of
+from fdl._compiler._graph import NAMESPACES, nodes_of, operations
 from fdl._compiler._jit import one_at_a_time
 from fdl._compiler._program_file import ENTRY, About, about, as_json, kinds, structure
 from fdl._compiler._refusals import describe, first_line, write_log
@@ -37,8 +36,6 @@ from fdl._modes import is_eager
 from fdl._torch_compat import RELEASE
 from fdl.io._schema import describe as describe_tree
 from fdl.tree._checks import check_tensors
-
-FREE_OF_PYTHON = {"aten", "prims", "fdl"}  # fdl's own operations are compiled
 
 
 def export(
@@ -173,19 +170,16 @@ def _trace(
             f"{name} calls fdl.debug.print or fdl.debug.callback, Python functions that a file "
             "cannot hold; remove the calls, or return the values"
         )
+    called = [node.target for node in operations(traced.graph)]
     foreign = {str(op) for op in unknown} | {
-        str(op)
-        for op in _operations(traced.graph)
-        if isinstance(op, OpOverload) and op.namespace not in FREE_OF_PYTHON
+        str(op) for op in called if isinstance(op, OpOverload) and op.namespace not in NAMESPACES
     }
     if foreign:
         raise NotImplementedError(
             f"{name} calls {', '.join(sorted(foreign))}, which a process that loads the file would "
             "not have; write it with operations of torch"
         )
-    if not _inductor.HAS_CPP_WRAPPER and any(
-        isinstance(op, HigherOrderOperator) for op in _operations(traced.graph)
-    ):
+    if not _inductor.HAS_CPP_WRAPPER and any(isinstance(op, HigherOrderOperator) for op in called):
         raise NotImplementedError(
             f"{name} has a loop or branch, which torch {'.'.join(map(str, RELEASE))} cannot write "
             "to a file; install torch 2.12 or newer, or export a single step"
@@ -195,12 +189,6 @@ def _trace(
     for steps, why in traced.unrolled:
         warnings.warn(f"{name}: the {steps} steps of a scan are unrolled: {why}", stacklevel=3)
     return decompose(traced)
-
-
-def _operations(module: GraphModule) -> Iterator[Any]:
-    for each in module.modules():
-        if isinstance(each, GraphModule):
-            yield from (node.target for node in nodes_of(each.graph, "call_function"))
 
 
 def _write(

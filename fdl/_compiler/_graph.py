@@ -22,13 +22,20 @@ COND = torch.ops.higher_order.cond  # the node of a branch: (predicate, true, fa
 WHILE = torch.ops.higher_order.while_loop  # (condition, body, carry, constants)
 NEEDS_Y = RELEASE < (2, 12)  # the loop has to have a y
 MOVE = torch.ops.prims.device_put.default  # to another device
+NAMESPACES = {"aten", "prims", "fdl"}  # of operations that run no code of a user
 LITERAL = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # what torch.tensor(1.0) ends in
 
 
-def count_operations(module: GraphModule) -> int:
-    """Count the operations in a graph, and in the bodies of its loops and branches."""
+class Verbatim(str):
+    """Text that stands for a node among the arguments of an operation, without quotes."""
+
+    __repr__ = str.__str__
+
+
+def operations(module: GraphModule) -> list[Node]:
+    """List the operations in a graph, and in the bodies of its loops and branches."""
     parts = [part for part in module.modules() if isinstance(part, GraphModule)]
-    return sum(len(nodes_of(part.graph, "call_function")) for part in parts)
+    return [node for part in parts for node in nodes_of(part.graph, "call_function")]
 
 
 def prune_loop_outputs(module: GraphModule, loop: Node) -> None:

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule
 
 from fdl._compiler._callbacks import take_error
 from fdl._compiler._common_subexpressions import keep_results_apart
-from fdl._compiler._graph import copy_graph, nodes_of, results_of
+from fdl._compiler._graph import NAMESPACES, copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
 from fdl._compiler._lowerings import register
@@ -230,7 +230,7 @@ def _is_known(module: GraphModule) -> bool:
     targets = [node.target for node in nodes_of(module.graph, "call_function")]
     namespaces = {t.namespace for t in targets if isinstance(t, OpOverload)}
     children = [child for child in module.children() if isinstance(child, GraphModule)]
-    return namespaces <= {"aten", "prims", "fdl"} and all(map(_is_known, children))
+    return namespaces <= NAMESPACES and all(map(_is_known, children))
 
 
 @cache

@@ -22,7 +22,7 @@ from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
 from fdl._compiler._digest import digest
 from fdl._compiler._donation import match_buffers
-from fdl._compiler._graph import count_operations, may_be_view, nodes_of, results_of
+from fdl._compiler._graph import may_be_view, nodes_of, operations, results_of
 from fdl._compiler._inductor import Compiled, kernels_written
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._program import Program, eagerly, program_of, reordered
@@ -147,7 +147,7 @@ def build(
             program, route.kernels = found
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
-        about_to_compile.get()(count_operations(traced.graph))
+        about_to_compile.get()(len(operations(traced.graph)))
         if stored.is_kept():
             stack.enter_context(_inductor.without_cache())
         traced = decompose(traced)
