@@ -136,10 +136,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("programs", nargs="*", choices=[*every, []], default=every)
+    parser.add_argument("programs", nargs="*", metavar="program", help=f"of {', '.join(every)}")
     args = parser.parse_args()
+    names = args.programs or every
+    if unknown := set(names).difference(every):
+        parser.error(f"unknown programs: {', '.join(sorted(unknown))}")
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        starts = measure(args.programs, args.ways, args.rounds, Path(folder))
+        starts = measure(names, args.ways, args.rounds, Path(folder))
     document = {
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
