@@ -207,6 +207,16 @@ def caller(graph: Graph, node: Node) -> Callable[..., Node]:
     return call
 
 
+def empty(graph: Graph, value: Tensor) -> Node:
+    """Add memory for a value, which a later node writes."""
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+    size = value.shape or (1,)  # Inductor fills an empty tensor without axes
+    node = graph.call_function(aten.empty.memory_format, (list(size),), options)
+    with cast(Any, value).fake_mode:
+        node.meta["val"] = torch.empty(size, **options)
+    return node
+
+
 def results_of(graph: Graph) -> list[Node]:
     """List the nodes that a graph returns."""
     (output,) = nodes_of(graph, "output")

@@ -272,5 +272,6 @@ def missing_compiler() -> str:
 @cache
 def sources() -> str:
     """Return a hash of the sources of this package."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    folder = Path(__file__).parent
+    files = sorted([*folder.glob("*.py"), *folder.glob("blocks/*.h")])
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
+
+import torch
 
 
 def realized(x: Any) -> Any:
@@ -58,3 +61,62 @@ def call_kernel(
         wrapper.define_kernel(kernel, text, gpu=False, cpp_definition=definition)
         metrics.generated_kernel_count += 1
     wrapper.generate_kernel_call(kernel, arguments, triton=False, arg_types=list(types))
+
+
+@cache
+def kernel_that_writes() -> Any:
+    """Return the class of the calls of kernels that read some tensors and write to others."""
+    from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+    from torch._inductor.ir import ExternKernel, MutationOutput, NoneLayout
+    from torch._inductor.virtualized import V
+
+    def in_memory(x: Any) -> Any:
+        x = realized(ExternKernel.require_contiguous(x))
+        _, start, _ = place(x)
+        return x if not getattr(start, "free_symbols", ()) else ExternKernel.copy_input(x)
+
+    class Writing(ExternKernel):
+        """A call; a subclass has the `kind` of the kernel, and its source in `text`."""
+
+        kind = ""
+
+        def __init__(self, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+            own = {id(x): in_memory(x) for x in [*reads, *writes]}
+            self.reads = [place(own[id(x)]) for x in reads]
+            self.writes = [place(own[id(x)]) for x in writes]
+            places = [*self.reads, *self.writes]
+            self.buffers = {buffer.get_name(): buffer for buffer, _, _ in places}
+            device = torch.device("cpu")
+            super().__init__(None, NoneLayout(device=device), list(self.buffers.values()))
+            self.name = V.graph.register_buffer(self)
+            # What reads the old values, and is computed only where it is used, is computed now.
+            self.mutation_outputs = [
+                MutationOutput(NoneLayout(device=device), buffer, self)
+                for buffer, _, _ in self.writes
+            ]
+            V.graph.register_operation(self)
+
+        def text(self, reads: Sequence[str], writes: Sequence[str]) -> str:
+            """Return the source, for the addresses of what is read and written."""
+            raise NotImplementedError
+
+        def get_outputs(self) -> list[Any]:
+            return [self, *self.mutation_outputs]
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def has_side_effects(self) -> bool:
+            return True
+
+        def codegen(self, wrapper: Any) -> None:
+            types = [f"{DTYPE_TO_CPP[buffer.get_dtype()]}*" for buffer in self.buffers.values()]
+            names = [buffer.codegen_reference() for buffer in self.buffers.values()]
+            variables = {name: f"a{i}" for i, name in enumerate(self.buffers)}
+            reads, writes = (
+                [f"{variables[buffer.get_name()]} + {start}" for buffer, start, _ in places]
+                for places in (self.reads, self.writes)
+            )
+            call_kernel(wrapper, self.kind, self.text(reads, writes), types, names)
+
+    return Writing

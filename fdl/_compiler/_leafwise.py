@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
 
 from fdl._compiler._graph import results_of, value_of
-from fdl._compiler._kernels import call_kernel, place, realized
+from fdl._compiler._kernels import kernel_that_writes
 
 aten = torch.ops.aten
 
@@ -268,66 +268,28 @@ THREADS = """if (omp_get_max_threads() > 1 && !omp_in_parallel()) {{
 @cache
 def register_leafwise() -> None:
     """Register the lowering of `fdl::leafwise_` with Inductor."""
-    from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-    from torch._inductor.ir import ExternKernel, MutationOutput, NoneLayout, TensorBox
     from torch._inductor.lowering import register_lowering
-    from torch._inductor.virtualized import V
 
-    def in_memory(x: TensorBox) -> Any:
-        x = realized(ExternKernel.require_contiguous(x))
-        _, start, _ = place(x)
-        return x if not getattr(start, "free_symbols", ()) else ExternKernel.copy_input(x)
-
-    class Leafwise(ExternKernel):
+    class Leafwise(kernel_that_writes()):  # type: ignore[misc]
         """The call of the kernel."""
+
+        kind = "leafwise"
 
         def __init__(
             self,
             source: str,
             in_parts: bool,
             sizes: Sequence[int],
-            reads: Sequence[TensorBox],
+            reads: Sequence[Any],
             *,
-            writes: Sequence[TensorBox],
+            writes: Sequence[Any],
         ) -> None:
             self.source, self.in_parts, self.sizes = source, in_parts, sizes
-            own = {id(x): in_memory(x) for x in [*reads, *writes]}
             self.traffic = sum(prod(map(int, x.get_size())) for x in [*reads, *writes])
-            self.reads = [place(own[id(x)]) for x in reads]
-            self.writes = [place(own[id(x)]) for x in writes]
-            places = [*self.reads, *self.writes]
-            self.buffers = {buffer.get_name(): buffer for buffer, _, _ in places}
-            device = torch.device("cpu")
-            super().__init__(None, NoneLayout(device=device), list(self.buffers.values()))
-            self.name = V.graph.register_buffer(self)
-            # What reads the old values, and is computed only where it is used, is computed now.
-            self.mutation_outputs = [
-                MutationOutput(NoneLayout(device=device), buffer, self)
-                for buffer, _, _ in self.writes
-            ]
-            V.graph.register_operation(self)
+            super().__init__(reads, writes)
 
-        def get_outputs(self) -> list[Any]:
-            return [self, *self.mutation_outputs]
-
-        def should_allocate(self) -> bool:
-            return False
-
-        def has_side_effects(self) -> bool:
-            return True
-
-        def codegen(self, wrapper: Any) -> None:
-            types = [f"{DTYPE_TO_CPP[buffer.get_dtype()]}*" for buffer in self.buffers.values()]
-            names = [buffer.codegen_reference() for buffer in self.buffers.values()]
-            call_kernel(wrapper, "leafwise", self._source(), types, names)
-
-        def _source(self) -> str:
+        def text(self, reads: Sequence[str], writes: Sequence[str]) -> str:
             leaves, total = len(self.sizes), sum(self.sizes)
-            variables = {name: f"a{i}" for i, name in enumerate(self.buffers)}
-            reads, writes = (
-                [f"{variables[buffer.get_name()]} + {start}" for buffer, start, _ in places]
-                for places in (self.reads, self.writes)
-            )
             n, m = len(reads) // leaves, len(writes) // leaves
             rows = [
                 [*reads[n * i : n * (i + 1)], *writes[m * i : m * (i + 1)]] for i in range(leaves)
@@ -346,5 +308,5 @@ def register_leafwise() -> None:
             )
 
     @register_lowering(LEAFWISE, type_promotion_kind=None)
-    def lower_leafwise(*arguments: Any, writes: Sequence[TensorBox]) -> None:
+    def lower_leafwise(*arguments: Any, writes: Sequence[Any]) -> None:
         Leafwise(*arguments, writes=writes)

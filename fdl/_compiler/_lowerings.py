@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fdl._compiler._blocks import register_blocks
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._compile_time import compile_faster
 from fdl._compiler._graph import WHILE
@@ -71,6 +72,7 @@ def register() -> None:
     compile_faster()
     start_fewer_threads()
     register_leafwise()
+    register_blocks()
     register_product()
     _declare_loop_outputs_once()
     allocate_only_what_is_stored()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import getitem
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._families import (
@@ -20,7 +19,7 @@ from fdl._compiler._families import (
     is_plain,
     readers_of,
 )
-from fdl._compiler._graph import caller, memory, value_of
+from fdl._compiler._graph import caller, empty, memory, value_of
 from fdl._compiler._leafwise import LEAFWISE, Body, leaf_source
 from fdl._compiler._order import move_into_order, predecessors
 
@@ -97,7 +96,7 @@ def _merge(graph: Graph, group: list[Member], source: str) -> None:
             readers = _free_to_write(copy, member, column, inside, after) if copy else None
             if copy is None or readers is None or copy.args[0] in targets.values():
                 with graph.inserting_before(call):
-                    targets[out] = _empty(graph, value_of(out))
+                    targets[out] = empty(graph, value_of(out))
             else:
                 targets[out] = cast(Node, copy.args[0])
                 copies.add(copy)
@@ -127,15 +126,6 @@ def _merge(graph: Graph, group: list[Member], source: str) -> None:
         before[node] = [call if z in replaced else z for z in before[node]]
     move_into_order(graph, before)
     graph.eliminate_dead_code()
-
-
-def _empty(graph: Graph, value: Tensor) -> Node:
-    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-    size = value.shape or (1,)  # Inductor fills an empty tensor without axes
-    node = graph.call_function(aten.empty.memory_format, (list(size),), options)
-    with cast(Any, value).fake_mode:
-        node.meta["val"] = torch.empty(size, **options)
-    return node
 
 
 def _copy_of(out: Node) -> Node | None:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from fdl._compiler._blocks import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
@@ -53,6 +54,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
                 node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
     if on_cpu:
+        compute_in_blocks(module)
         merge_families(module)
     module.recompile()
 

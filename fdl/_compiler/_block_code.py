@@ -1,0 +1,301 @@
+"""C++ of a region: its operations on one block of images after the other (`blocks/layers.h`).
+
+The axis of images is the innermost one, and a block has as many images as a vector holds numbers.
+A thread computes everything for one block before it turns to the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isinf, isnan, prod
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.fx import Node
+
+from fdl._compiler._graph import value_of
+
+Shape = tuple[int, ...]
+MEMORY = re.compile(r"\bm\d+\b")  # names of memory of a thread
+
+
+class Place(NamedTuple):
+    """Where the numbers of a block are; sizes and strides count vectors."""
+
+    pointer: str
+    shape: Shape
+    strides: Shape
+    start: int = 0
+
+    def is_contiguous(self) -> bool:
+        return self.strides == strides_of(self.shape)
+
+
+def strides_of(shape: Shape) -> Shape:
+    """Return the strides of a contiguous array.
+
+    >>> strides_of((6, 28, 28))
+    (784, 28, 1)
+    """
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def rest(node: Node) -> Shape:
+    """Return the shape of a value without the axis of images."""
+    return tuple(value_of(node).shape[1:])
+
+
+@dataclass
+class Block:
+    """The code of a region, as it is written."""
+
+    width: int  # images of a block
+    registers: int  # vectors that the processor holds
+    number: str  # C++ type of the numbers
+    shared: dict[Node, str]  # names of tensors that are the same for all images
+    places: dict[Node, Place] = field(default_factory=dict)
+    steps: list[list[str]] = field(default_factory=list)  # lines of code
+    sizes: dict[str, int] = field(default_factory=dict)  # of memory of a thread, in vectors
+    packs: list[str] = field(default_factory=list)  # run once, before the blocks
+    packed: int = 0  # numbers that they write
+    totals: int = 0  # numbers that a thread sums up over its blocks
+    ends: list[str] = field(default_factory=list)  # run once, after the blocks
+    written: set[Node] = field(default_factory=set)  # by a step of their own
+    given: dict[Node, str] = field(default_factory=dict)  # memory outside for a result
+    frames: dict[Any, str] = field(default_factory=dict)
+
+    def buffer(self, size: int, node: Node | None = None) -> str:
+        """Return the name of memory for so many vectors."""
+        if node in self.given:
+            return self.given[node]
+        name = f"m{len(self.sizes)}"
+        self.sizes[name] = size
+        return name
+
+    def step(self, *lines: str) -> None:
+        """Add a step."""
+        self.steps.append(list(lines))
+
+    def new(self, node: Node) -> Place:
+        """Return memory for the value of a node."""
+        shape = rest(node)
+        self.places[node] = Place(self.buffer(prod(shape), node), shape, strides_of(shape))
+        return self.places[node]
+
+    def pointer(self, node: Node) -> str:
+        """Return the address of a value as a contiguous array."""
+        place = self.place(node)
+        if not place.is_contiguous():
+            place = self.copy(place)
+            self.places[node] = place
+        return address(place)
+
+    def copy(self, place: Place, to: Place | None = None) -> Place:
+        if to is None:
+            name = self.buffer(prod(place.shape))
+            to = Place(name, place.shape, strides_of(place.shape))
+        i = indices(place.shape)
+        self.step(*loops(place.shape, [f"store({element(to, i)}, load({element(place, i)}));"]))
+        return to
+
+    def place(self, node: Node) -> Place:
+        """Return where a value is, which is computed now if it was not."""
+        if node not in self.places:
+            code, i = Expressions(self), indices(rest(node))
+            value = code.value(node, i, top=True)
+            place = self.new(node)
+            self.step(*loops(place.shape, [*code.lines, f"store({element(place, i)}, {value});"]))
+        return self.places[node]
+
+    def frame(self, node: Node, shape: Shape, top: Shape, size: Shape, gap: Shape) -> str:
+        """Return the address of `[channels, rows, columns]` in a frame of zeros."""
+        if (top, size, gap) == ((0, 0), shape[1:], (1, 1)):
+            return self.pointer(node)
+        key = node, top, size, gap
+        if key not in self.frames:
+            source = self.pointer(node)
+            name = self.frames[key] = self.buffer(shape[0] * prod(size))
+            numbers = ", ".join(map(str, (*shape, *top, *size, *gap)))
+            self.step(f"frame<T, {numbers}>({source}, {name});")
+        return self.frames[key]
+
+    def pack(self, kind: str, shape: str, tile: int, weight: Node) -> str:
+        """Return the address of weights in the order in which they are read."""
+        numbers = value_of(weight).numel()
+        start, self.packed = self.packed, self.packed + numbers
+        self.packs.append(f"{kind}<T, {shape}, {tile}>({self.shared[weight]}, packed + {start});")
+        return f"packed + {start}"
+
+    def total(self, numbers: int) -> str:
+        """Return the address of numbers that a thread sums up over its blocks."""
+        start, self.totals = self.totals, self.totals + numbers
+        return f"totals + {start}"
+
+    def memory(self) -> tuple[list[str], int]:
+        """Divide a thread's memory: values whose times do not overlap share it."""
+        last: dict[str, int] = {}
+        first: dict[str, int] = {}
+        for i, step in enumerate(self.steps):
+            for name in set(MEMORY.findall("\n".join(step))):
+                first.setdefault(name, i)
+                last[name] = i
+        placed: list[tuple[int, int, str]] = []  # start, end, name
+        for name in sorted(first, key=lambda z: (first[z], -self.sizes[z])):
+            size, start = self.sizes[name], 0
+            for begin, end, other in sorted(placed):
+                if first[other] <= last[name] and first[name] <= last[other]:
+                    if begin >= start + size:
+                        break
+                    start = max(start, end)
+            placed.append((start, start + size, name))
+        lines = [f"T* const {name} = memory + {start} * L;" for start, _, name in placed]
+        return lines, max((end for _, end, _ in placed), default=0)
+
+
+def address(place: Place) -> str:
+    return f"{place.pointer} + {place.start} * L" if place.start else place.pointer
+
+
+def indices(shape: Shape) -> list[str]:
+    return [f"i{axis}" for axis in range(len(shape))]
+
+
+def element(place: Place, index: Sequence[str]) -> str:
+    """Write the address of a vector."""
+    terms = [
+        i if stride == 1 else f"{stride} * {i}"
+        for i, stride, size in zip(index, place.strides, place.shape, strict=True)
+        if stride and size > 1 and i != "0"
+    ]
+    terms += [str(place.start)] if place.start else []
+    return f"{place.pointer} + ({' + '.join(terms) or 0}) * L"
+
+
+def loops(shape: Shape, body: Sequence[str]) -> list[str]:
+    """Write loops of i0, i1 and so on over all axes."""
+    heads = [f"for (int64_t i{k} = 0; i{k} < {n}; ++i{k}) {{" for k, n in enumerate(shape)]
+    return [*heads, *body, "}" * len(heads)]
+
+
+UNARY: dict[str, str] = {
+    "neg": "(-{0})",
+    "relu": "relu<T>({0})",
+    "abs": "absolute({0})",
+    "exp": "exponential({0})",
+    "log": "logarithm<T>({0})",
+    "sigmoid": "sigmoid<T>({0})",
+    "tanh": "hyperbolic_tangent({0})",
+    "sqrt": "squareroot({0})",
+    "rsqrt": "(T(1) / squareroot({0}))",
+    "reciprocal": "(T(1) / {0})",
+    "logical_not": "(~{0})",
+    "bitwise_not": "(~{0})",
+    "clone": "{0}",
+    "alias": "{0}",
+    "lift_fresh_copy": "{0}",
+}
+BINARY: dict[str, str] = {
+    "add": "({0} + {1})",
+    "sub": "({0} - {1})",
+    "mul": "({0} * {1})",
+    "div": "({0} / {1})",
+    "maximum": "maximum<T>({0}, {1})",
+    "minimum": "minimum<T>({0}, {1})",
+    "le": "({0} <= {1})",
+    "lt": "({0} < {1})",
+    "ge": "({0} >= {1})",
+    "gt": "({0} > {1})",
+    "eq": "({0} == {1})",
+    "ne": "({0} != {1})",
+    "logical_and": "({0} & {1})",
+    "logical_or": "({0} | {1})",
+    "bitwise_and": "({0} & {1})",
+    "bitwise_or": "({0} | {1})",
+}
+SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+ELEMENTWISE: dict[Any, str] = {}
+for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
+    for _overload in ("default", "Tensor", "Scalar", "self"):
+        _target = getattr(getattr(torch.ops.aten, _name), _overload, None)
+        if _target is not None:
+            ELEMENTWISE[_target] = _text
+
+
+ELEMENTWISE[torch.ops.prims.convert_element_type.default] = "select<T>({0}, splat(T(1)), V{{}})"
+
+
+def operands(node: Node) -> list[Any]:
+    """List the arguments of an elementwise operation that are values."""
+    return [x for x in node.args if isinstance(x, Node | bool | int | float)]
+
+
+def literal(x: Any) -> Any:
+    """Return the number that a node is filled with, a number itself, or None."""
+    if isinstance(x, bool | int | float):
+        return x
+    if isinstance(x, Node) and x.op == "call_function":
+        name = getattr(x.target, "__name__", "")
+        if name == "scalar_tensor.default":
+            return x.args[0]
+        if name == "full.default":
+            return x.args[1]
+    return None
+
+
+def number(x: Any) -> str:
+    """Write a number as C++."""
+    if isnan(x):
+        return "T(NAN)"
+    if isinf(x):
+        return "T(INFINITY)" if x > 0 else "T(-INFINITY)"
+    return f"T({float(x)!r})"
+
+
+class Expressions:
+    """The lines of a loop's body that compute values at one pixel."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.lines: list[str] = []
+        self.names: dict[Any, str] = {}
+
+    def value(self, x: Any, index: Sequence[str], top: bool = False) -> str:
+        """Return the name of a vector: of an operand at an index."""
+        filled = literal(x)
+        if filled is not None:
+            return f"splat({number(filled)})"
+        node = cast(Node, x)
+        if node in self.block.shared:
+            return self._shared(node, index)
+        shape = rest(node)
+        index = [
+            i if n > 1 else "0"
+            for i, n in zip(index[len(index) - len(shape) :], shape, strict=True)
+        ]
+        key = node, tuple(index)
+        if key not in self.names:
+            text = self._text(node, index, top)
+            self.names[key] = f"v{len(self.names)}"
+            self.lines.append(f"const auto {self.names[key]} = {text};")
+        return self.names[key]
+
+    def _text(self, node: Node, index: Sequence[str], top: bool) -> str:
+        if not top and (node in self.block.written or node in self.block.places):
+            place = self.block.place(node)
+            loaded = f"load({element(place, index)})"
+            return f"({loaded} != T(0))" if value_of(node).dtype is torch.bool else loaded
+        values = [self.value(x, index) for x in operands(node)]
+        return ELEMENTWISE[node.target].format(*values)
+
+    def _shared(self, node: Node, index: Sequence[str]) -> str:
+        shape = tuple(value_of(node).shape)
+        strides = strides_of(shape)
+        used = index[len(index) - len(shape) :] if len(shape) <= len(index) else ["0", *index]
+        terms = [
+            i if stride == 1 else f"{stride} * {i}"
+            for i, stride, n in zip(used, strides, shape, strict=True)
+            if n > 1
+        ]
+        return f"splat(T({self.block.shared[node]}[{' + '.join(terms) or 0}]))"

@@ -1,0 +1,264 @@
+"""Regions of a graph as kernels that compute block by block: `fdl::blocks_`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.backends.cpu import get_cpu_capability
+from torch.fx import Graph, GraphModule, Node
+
+from fdl._compiler._block_code import Block, Place, rest, strides_of
+from fdl._compiler._block_ops import ends_batch, rule_of, shape_of
+from fdl._compiler._graph import empty, value_of
+from fdl._compiler._kernels import kernel_that_writes
+from fdl._compiler._order import move_into_order, predecessors
+from fdl._compiler._regions import CONVOLUTIONS, Region, find_regions
+
+aten = torch.ops.aten
+FOLDER = Path(__file__).parent / "blocks"
+REGISTERS = {"AVX512": (64, 32), "AVX2": (32, 16)}  # bytes of a register, and their number
+BASELINE = 16, 16
+
+torch.library.define("fdl::blocks_", "(str source, Tensor[] reads, *, Tensor(a!)[] writes) -> ()")
+torch.library.register_fake("fdl::blocks_", lambda *args, writes: None)
+BLOCKS = torch.ops.fdl.blocks_.default
+
+
+def compute_in_blocks(module: GraphModule) -> None:
+    """Replace the regions of a graph in which this saves time."""
+    graph = module.graph
+    if not any(node.target in CONVOLUTIONS for node in graph.nodes):
+        return
+    regions = find_regions(graph, pays)
+    if not regions:
+        return
+    before = predecessors(graph)
+    calls: dict[Node, Node] = {}  # of the nodes of regions
+    kept: dict[Node, Node] = {}
+    values: dict[Node, Node] = {}
+    (output,) = graph.find_nodes(op="output")
+    for region in regions:
+        with graph.inserting_before(output):
+            call = _call(graph, region, kept, values, before)
+        calls |= {node: call for node in region.nodes if node not in calls}
+    for old, new in values.items():
+        for user in list(old.users):
+            user.replace_input_with(old, new)
+            before[user] += [calls[old], new]
+    for node in reversed(graph.nodes):  # `eliminate_dead_code` expects them in order
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
+    alive = set(graph.nodes)
+    for node in alive:
+        before[node] = [calls.get(z, z) for z in before[node]]
+    move_into_order(graph, {node: [z for z in before[node] if z in alive] for node in alive})
+
+
+def _call(
+    graph: Graph,
+    region: Region,
+    kept: dict[Node, Node],
+    values: dict[Node, Node],
+    before: dict[Node, list[Node]],
+) -> Node:
+    """Add the call of a region's kernel; note where its values are."""
+    source = BlockSource(region)
+    writes = []
+    for node in region.keeps:
+        blocks = -(-region.images // source.block.width)
+        numbers = prod(rest(node)) * source.block.width
+        with value_of(node).fake_mode:
+            kept[node] = empty(graph, torch.empty(blocks, numbers, dtype=region.dtype))
+        writes.append(kept[node])
+    for node in region.results:
+        writes.append(empty(graph, value_of(node)))
+        values[node] = writes[-1]
+        before[writes[-1]] = []
+        if value_of(writes[-1]).shape != value_of(node).shape:
+            shaped = graph.call_function(aten.view.default, (writes[-1], list(shape_of(node))))
+            shaped.meta["val"] = value_of(node)
+            values[node] = shaped
+    reads = [*region.loads, *region.shared, *(kept[node] for node in region.reads)]
+    call = graph.call_function(BLOCKS, (source.text(), reads), {"writes": writes})
+    call.meta["val"] = None
+    for node in writes:
+        before[node] = []
+    before[call] = [*reads, *writes]
+    for node in region.results:
+        if values[node] not in before:
+            before[values[node]] = [call]
+    return call
+
+
+def pays(group: list[Node]) -> bool:
+    """Tell whether to compute connected nodes block by block."""
+    return any(node.target in CONVOLUTIONS for node in group)
+
+
+class BlockSource:
+    """The kernel of a region."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        size, registers = REGISTERS.get(get_cpu_capability(), BASELINE)
+        self.bytes = size
+        width = size // region.dtype.itemsize
+        number = "float" if region.dtype is torch.float32 else "double"
+        reads = [*region.loads, *region.shared, *region.reads]
+        names = {node: f"a{i}" for i, node in enumerate(reads)}
+        shared = {node: names[node] for node in region.shared}
+        block = self.block = Block(width, registers, number, shared, written=region.written)
+        names |= {node: f"w{i}" for i, node in enumerate([*region.keeps, *region.results])}
+        self.names = names
+        for node in region.loads:
+            self._load(node)
+        for node in region.reads:
+            block.places[node] = Place(f"k{names[node]}", rest(node), strides_of(rest(node)))
+        for node in region.keeps:
+            block.given[node] = f"k{names[node]}"
+        block.given |= {node: names[node] for node in region.results if ends_batch(node)}
+        for node in region.nodes:
+            rule = rule_of(node)
+            if rule is not None and (rule.is_written or node in region.written):
+                rule.emit(block, node)
+        for node in region.keeps:
+            if block.place(node).pointer != block.given[node]:
+                shape = rest(node)
+                block.copy(block.place(node), Place(block.given[node], shape, strides_of(shape)))
+        for node in region.results:
+            if not ends_batch(node):
+                size = prod(rest(node))
+                block.step(
+                    f"store_block<T>({block.pointer(node)}, {names[node]} + number * L * {size}, "
+                    f"{size}, images);"
+                )
+
+    def _load(self, node: Node) -> None:
+        """Read the images of a block; a mask as 0 and 1."""
+        place = self.block.new(node)
+        size, name = prod(rest(node)), self.names[node]
+        kind = "load_flags" if value_of(node).dtype is torch.bool else "load_block"
+        self.block.step(
+            f"{kind}<T>({name} + number * L * {size}, {place.pointer}, {size}, images, {size});"
+        )
+
+    def text(self) -> str:
+        """Return C++ of the function `KERNEL_NAME(PARAMETERS)`."""
+        block, region = self.block, self.region
+        lines, memory = block.memory()
+        kept = [
+            f"T* const k{self.names[node]} = {'const_cast<T*>' * (node in region.reads)}"
+            f"({self.names[node]}) + number * L * {prod(rest(node))};"
+            for node in [*region.reads, *region.keeps]
+        ]
+        reads = [*region.loads, *region.shared, *region.reads]
+        types = [
+            "const bool*" if value_of(node).dtype is torch.bool else "const T*" for node in reads
+        ] + ["T*"] * (len(region.keeps) + len(region.results))
+        names = [f"a{i}" for i in range(len(reads))]
+        names += [f"w{i}" for i in range(len(types) - len(reads))]
+        parameters = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
+        return KERNEL.format(
+            number=block.number,
+            bytes=self.bytes,
+            parameters=parameters,
+            names=", ".join(names),
+            images=region.images,
+            memory="\n    ".join([*lines, *kept]),
+            steps="\n    ".join(line for step in block.steps for line in step),
+            vectors=max(memory, 1),
+            packed=max(block.packed, 1),
+            packs="\n    ".join(block.packs),
+            totals=max(block.totals, 1),
+            ends="\n    ".join(block.ends),
+        )
+
+
+KERNEL = """
+#define FDL_BLOCK_BYTES {bytes}
+#include BLOCK_HEADERS
+namespace KERNEL_NAME_parts {{
+using namespace fdl_blocks;
+typedef {number} T;
+typedef Vec<T> V;
+constexpr int64_t L = lanes<T>, images_of_batch = {images}, blocks = (images_of_batch + L - 1) / L;
+
+// The images of one block, of which the first has the number `number` · L.
+static void compute(int64_t number, int64_t from, int64_t images, T* memory, T* totals,
+                    const T* packed, {parameters}) {{
+    {memory}
+    {steps}
+}}
+
+static void run({parameters}) {{
+    std::unique_ptr<T[]> packed_weights(new T[{packed}]);
+    T* const packed = packed_weights.get();
+    {packs}
+    const bool several = omp_get_max_threads() > 1 && !omp_in_parallel() && blocks > 1;
+    int threads = several ? omp_get_max_threads() : 1;
+    if (threads > blocks) threads = blocks;
+    constexpr int64_t stride = {totals};
+    std::unique_ptr<T[]> all_totals(new T[threads * stride]());
+    T* const totals = all_totals.get();
+    auto work = [&](int t) {{
+        T* memory = static_cast<T*>(scratch({vectors} * bytes));
+        const int64_t from = blocks * t / threads, to = blocks * (t + 1) / threads;
+        for (int64_t number = from; number < to; ++number) {{
+            const int64_t left = images_of_batch - number * L;
+            compute(number, from, left < L ? left : L, memory, totals + t * stride, packed,
+                    {names});
+        }}
+    }};
+    if (several) {{
+        #pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num());
+    }} else work(0);
+    // How many images of a thread are the n-th of their block.
+    auto images_at = [&](int t, int64_t n) {{
+        const int64_t from = blocks * t / threads, to = blocks * (t + 1) / threads;
+        return to - from - (to == blocks && n >= images_of_batch - (blocks - 1) * L);
+    }};
+    (void)images_at;
+    {ends}
+}}
+}}
+extern "C" void KERNEL_NAME(PARAMETERS)
+{{
+    using namespace KERNEL_NAME_parts;
+    run(ARGUMENTS);
+}}
+"""
+
+
+@cache
+def headers() -> str:
+    """Return what all kernels of regions share."""
+    return "\n".join((FOLDER / name).read_text() for name in ("vectors.h", "layers.h"))
+
+
+@cache
+def register_blocks() -> None:
+    """Register the lowering of `fdl::blocks_` with Inductor."""
+    from torch._inductor.lowering import register_lowering
+
+    class Blocks(kernel_that_writes()):  # type: ignore[misc]
+        """The call of the kernel."""
+
+        kind = "blocks"
+
+        def __init__(self, source: str, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+            self.source = source
+            super().__init__(reads, writes)
+
+        def text(self, reads: Sequence[str], writes: Sequence[str]) -> str:
+            text = self.source.replace("#include BLOCK_HEADERS", headers())
+            return text.replace("ARGUMENTS", ", ".join([*reads, *writes]))
+
+    @register_lowering(BLOCKS, type_promotion_kind=None)
+    def lower_blocks(source: str, reads: Sequence[Any], *, writes: Sequence[Any]) -> None:
+        Blocks(source, reads, writes)
