@@ -31,10 +31,12 @@ BLOCKS = torch.ops.fdl.blocks_.default
 
 def compute_in_blocks(module: GraphModule) -> None:
     """Replace the regions of a graph in which this saves time."""
-    graph = module.graph
-    if not any(node.target in CONVOLUTIONS for node in graph.nodes):
-        return
-    regions = find_regions(graph, pays)
+    for dtype in (torch.float32, torch.float64):
+        _compute_in_blocks(module.graph, dtype)
+
+
+def _compute_in_blocks(graph: Graph, dtype: torch.dtype) -> None:
+    regions = find_regions(graph, dtype, pays)
     if not regions:
         return
     before = predecessors(graph)
@@ -46,6 +48,10 @@ def compute_in_blocks(module: GraphModule) -> None:
         with graph.inserting_before(output):
             call = _call(graph, region, kept, values, before)
         calls |= {node: call for node in region.nodes if node not in calls}
+        # What writes memory before a node of the region reads it does so before the call.
+        before[call] += [
+            z for node in region.nodes for z in before[node] if z not in node.all_input_nodes
+        ]
     for old, new in values.items():
         for user in list(old.users):
             user.replace_input_with(old, new)
@@ -113,15 +119,17 @@ class BlockSource:
         names = {node: f"a{i}" for i, node in enumerate(reads)}
         shared = {node: names[node] for node in region.shared}
         block = self.block = Block(width, registers, number, shared, written=region.written)
-        names |= {node: f"w{i}" for i, node in enumerate([*region.keeps, *region.results])}
+        names |= {node: f"w{i}" for i, node in enumerate(region.keeps)}
         self.names = names
+        # A value may be kept, in the order of blocks, and be a result too.
+        results = {node: f"w{len(region.keeps) + i}" for i, node in enumerate(region.results)}
         for node in region.loads:
             self._load(node)
         for node in region.reads:
             block.places[node] = Place(f"k{names[node]}", rest(node), strides_of(rest(node)))
         for node in region.keeps:
             block.given[node] = f"k{names[node]}"
-        block.given |= {node: names[node] for node in region.results if ends_batch(node)}
+        block.given |= {node: results[node] for node in region.results if ends_batch(node)}
         for node in region.nodes:
             rule = rule_of(node)
             if rule is not None and (rule.is_written or node in region.written):
@@ -134,7 +142,7 @@ class BlockSource:
             if not ends_batch(node):
                 size = prod(rest(node))
                 block.step(
-                    f"store_block<T>({block.pointer(node)}, {names[node]} + number * L * {size}, "
+                    f"store_block<T>({block.pointer(node)}, {results[node]} + number * L * {size}, "
                     f"{size}, images);"
                 )
 

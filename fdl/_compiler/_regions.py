@@ -23,7 +23,6 @@ from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
-DTYPES = (torch.float32, torch.float64, torch.bool)
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Region:
 class Candidates:
     """The nodes of a graph that a region could have."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
         self.graph = graph
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
@@ -54,7 +53,7 @@ class Candidates:
                 continue
             inputs = [x for x in rule.inputs(node) if literal(x) is None]
             values = [x.meta.get("val") for x in [node, *inputs]]
-            if all(z.dtype in DTYPES for z in values if isinstance(z, Tensor)):
+            if all(z.dtype in (dtype, torch.bool) for z in values if isinstance(z, Tensor)):
                 self.rules[node], self.batched[node] = rule, inputs
 
     def needs(self, node: Node) -> list[Node]:
@@ -103,14 +102,19 @@ class Candidates:
             del self.rules[node]
 
 
-def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Region]:
+def find_regions(
+    graph: Graph, dtype: torch.dtype, pays: Callable[[list[Node]], bool]
+) -> list[Region]:
     """Return the regions of a graph, each after those that it needs.
 
     Args:
         graph: of primitives.
+        dtype: dtype of the numbers in the regions.
         pays: tells whether to compute connected nodes in blocks.
     """
-    candidates = Candidates(graph)
+    if not any(node.target in CONVOLUTIONS for node in graph.nodes):
+        return []
+    candidates = Candidates(graph, dtype)
     while True:
         groups = candidates.groups()
         chosen = _chosen(candidates, groups, pays)
@@ -119,7 +123,7 @@ def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Regio
         for group in groups:
             if group not in chosen:
                 candidates.drop(group)
-    regions = [_region(group) for group in groups]
+    regions = [_region(group, dtype) for group in groups]
     home = {node: region for region in regions for node in region.nodes}
     outside = _outside(graph, home)
     for region in regions:
@@ -152,9 +156,7 @@ def _chosen(
         chosen |= more
 
 
-def _region(group: list[Node]) -> Region:
-    values = [z for z in (node.meta["val"] for node in group) if isinstance(z, Tensor)]
-    dtype = next((z.dtype for z in values if z.is_floating_point()), torch.bool)
+def _region(group: list[Node], dtype: torch.dtype) -> Region:
     images = next(value_of(n).shape[0] for n in group if is_provided(n) and not ends_batch(n))
     return Region(group, images, dtype)
 
@@ -162,7 +164,7 @@ def _region(group: list[Node]) -> Region:
 def is_provided(node: Node) -> bool:
     """Check for a value that a region can give to others."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in DTYPES[:2]
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _outside(graph: Graph, home: dict[Node, Region]) -> set[Node]:
