@@ -105,6 +105,8 @@ class Block:
         if node not in self.places:
             code, i = Expressions(self), indices(rest(node))
             value = code.value(node, i, top=True)
+            if is_mask(node):
+                value = f"select<T>({value}, splat(T(1)), V{{}})"
             place = self.new(node)
             self.step(*loops(place.shape, [*code.lines, f"store({element(place, i)}, {value});"]))
         return self.places[node]
@@ -214,6 +216,9 @@ BINARY: dict[str, str] = {
     "bitwise_and": "({0} & {1})",
     "bitwise_or": "({0} | {1})",
 }
+MASKS = {"logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
+COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
+COPIES = {"clone", "alias", "lift_fresh_copy"}
 SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
@@ -242,6 +247,11 @@ def literal(x: Any) -> Any:
         if name == "full.default":
             return x.args[1]
     return None
+
+
+def is_mask(x: Any) -> bool:
+    """Check for a tensor of bools that is not filled with one number."""
+    return isinstance(x, Node) and literal(x) is None and value_of(x).dtype is torch.bool
 
 
 def number(x: Any) -> str:
@@ -285,7 +295,7 @@ class Expressions:
         if not top and (node in self.block.written or node in self.block.places):
             place = self.block.place(node)
             loaded = f"load({element(place, index)})"
-            return f"({loaded} != T(0))" if value_of(node).dtype is torch.bool else loaded
+            return f"({loaded} != T(0))" if is_mask(node) else loaded
         values = [self.value(x, index) for x in operands(node)]
         return ELEMENTWISE[node.target].format(*values)
 

@@ -15,13 +15,17 @@ import torch
 from torch.fx import Node
 
 from fdl._compiler._block_code import (
+    COMPARISONS,
+    COPIES,
     ELEMENTWISE,
+    MASKS,
     Block,
     Expressions,
     Place,
     Shape,
     element,
     indices,
+    is_mask,
     literal,
     operands,
     rest,
@@ -33,6 +37,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 # Inductor's, which exist only once it is imported.
 MAX_POOL = "prims._low_memory_max_pool_with_offsets.default"
 TO_INDICES = "prims._low_memory_max_pool_offsets_to_indices.default"
+CONVERT = prims.convert_element_type.default
+PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -64,33 +70,39 @@ def batch_operands(node: Node) -> list[Node]:
     return [x for x in values if shape_of(x)[:1] == shape[:1] and value_of(x).ndim == len(shape)]
 
 
+def has_plain_options(node: Node) -> bool:
+    """Check for no argument but the operands, and options that change nothing."""
+    options = {"alpha": (1,), "memory_format": PLAIN_FORMATS}
+    arity = sum(f"{{{i}}}" in ELEMENTWISE[node.target] for i in range(3))
+    arguments = len(node.args) - (node.target is CONVERT)
+    return arguments == arity == len(operands(node)) and all(
+        value in options.get(name, ()) for name, value in node.kwargs.items()
+    )
+
+
+def fits_kinds(node: Node) -> bool:
+    """Check which operands are masks, and whether the result is one."""
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    kinds, result = [is_mask(x) for x in operands(node)], is_mask(node)
+    if name in MASKS:
+        return all(kinds) and result
+    if name in COPIES:
+        return kinds == [result]
+    first_is_mask = name == "where" or node.target is CONVERT
+    return kinds[0] == first_is_mask and not any(kinds[1:]) and result == (name in COMPARISONS)
+
+
 def fits_elementwise(node: Node) -> bool:
-    shape, value = shape_of(node), value_of(node)
-    alike = batch_operands(node)
-    if len(shape) < 2 or not alike or node.kwargs.get("alpha", 1) != 1:
+    shape, alike = shape_of(node), batch_operands(node)
+    if len(shape) < 2 or not alike or not has_plain_options(node) or not fits_kinds(node):
         return False
-    if node.kwargs.get("rounding_mode") or node.kwargs.get("memory_format") not in (
-        None,
-        torch.contiguous_format,
-        torch.preserve_format,
-    ):
-        return False
-    numbers = {value_of(x).dtype for x in alike} | {value.dtype}
-    compares = "{0} <" in (text := ELEMENTWISE[node.target]) or "=" in text or "{0} >" in text
-    if compares and any(value_of(x).dtype is torch.bool for x in alike):
-        return False
-    if node.target is prims.convert_element_type.default and (
-        value_of(alike[0]).dtype is not torch.bool or value.dtype is torch.bool
-    ):
-        return False
-    for x in operands(node):
-        if isinstance(x, Node) and literal(x) is None and x not in alike:
-            if shape_of(x)[: max(0, len(shape_of(x)) - len(shape) + 1)] not in ((), (1,)):
-                return False
-            numbers.add(value_of(x).dtype)
-            if value_of(x).dtype is torch.bool:
-                return False
-    return len(numbers - {torch.bool}) <= 1
+    values = [x for x in operands(node) if isinstance(x, Node) and literal(x) is None]
+    for x in values:
+        if x not in alike and (
+            shape_of(x)[: max(0, len(shape_of(x)) - len(shape) + 1)] not in ((), (1,)) or is_mask(x)
+        ):
+            return False
+    return len({value_of(x).dtype for x in [node, *values]} - {torch.bool}) <= 1
 
 
 def emit_elementwise(block: Block, node: Node) -> None:
@@ -251,8 +263,10 @@ def read_backward(node: Node) -> tuple[Node, Node, Node, Convolution, list[bool]
 def fits_convolution(node: Node) -> bool:
     backward = node.target is aten.convolution_backward.default
     transposed = node.args[7 if backward else 6]
-    x = cast(Node, node.args[1 if backward else 0])
-    return not transposed and value_of(x).ndim in (3, 4)
+    x, weight, bias = cast(Any, node.args[1:4] if backward else node.args[:3])
+    bias = None if backward else bias
+    given = literal(weight) is None and literal(bias) is None
+    return not transposed and given and value_of(x).ndim in (3, 4)
 
 
 def tiles(outputs: int, columns: int, registers: int, most: int = 8) -> tuple[int, int]:
