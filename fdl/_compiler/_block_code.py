@@ -42,6 +42,11 @@ def strides_of(shape: Shape) -> Shape:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def shape_of(x: Any) -> Shape:
+    """Return the shape of a value."""
+    return tuple(value_of(x).shape)
+
+
 def rest(node: Node) -> Shape:
     """Return the shape of a value without the axis of images."""
     return tuple(value_of(node).shape[1:])

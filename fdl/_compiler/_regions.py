@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fdl._compiler._block_code import ELEMENTWISE, SLOW, literal
-from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, max_pool_backward, rule_of
+from fdl._compiler._block_layers import max_pool_backward
+from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
