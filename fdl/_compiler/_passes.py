@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from fdl._compiler._blocks import compute_in_blocks
+from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks

@@ -8,7 +8,7 @@ order of blocks, unless they are cheap to compute again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import cast
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_code import ELEMENTWISE, SLOW, literal
-from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, max_pool_backward, rule_of
-from fdl._compiler._graph import value_of
+from fdl._compiler._block_axes import find_axes, literal, max_pool_backward
+from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of, name_of
+from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+DEEPEST = 40  # operations of an expression
 
 
 @dataclass
@@ -47,13 +47,18 @@ class Candidates:
         self.graph = graph
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
+        axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
+        for node in graph.nodes:
+            node.meta["images"] = axes.get(node)
         for node in graph.nodes:
             rule = rule_of(node)
             if rule is None or (node.target is getitem and node.args[0] not in self.rules):
                 continue
             inputs = [x for x in rule.inputs(node) if literal(x) is None]
             values = [x.meta.get("val") for x in [node, *inputs]]
-            if all(z.dtype in (dtype, torch.bool) for z in values if isinstance(z, Tensor)):
+            tensors = [z for z in values if isinstance(z, Tensor)]
+            fits = all(z.dtype in (dtype, torch.bool) and z.numel() for z in tensors)
+            if fits and inputs and not any(x in self.rules and ends_batch(x) for x in inputs):
                 self.rules[node], self.batched[node] = rule, inputs
 
     def needs(self, node: Node) -> list[Node]:
@@ -72,7 +77,9 @@ class Candidates:
             level = 0
             inside = node in self.rules
             for x in self.needs(node) if inside else node.all_input_nodes:
-                ends = x in self.rules and (not inside or ends_batch(x))
+                # A region does not compute what it reads for all images.
+                joins = inside and x in self.batched[node] and not ends_batch(x)
+                ends = x in self.rules and not joins
                 level = max(level, levels[x] + ends)
             levels[node] = level
         return levels
@@ -109,11 +116,9 @@ def find_regions(
 
     Args:
         graph: of primitives.
-        dtype: dtype of the numbers in the regions.
+        dtype: of the numbers in the regions.
         pays: tells whether to compute connected nodes in blocks.
     """
-    if not any(node.target in CONVOLUTIONS for node in graph.nodes):
-        return []
     candidates = Candidates(graph, dtype)
     while True:
         groups = candidates.groups()
@@ -123,7 +128,7 @@ def find_regions(
         for group in groups:
             if group not in chosen:
                 candidates.drop(group)
-    regions = [_region(group, dtype) for group in groups]
+    regions = [_region(candidates, group, dtype) for group in groups]
     home = {node: region for region in regions for node in region.nodes}
     outside = _outside(graph, home)
     for region in regions:
@@ -156,9 +161,9 @@ def _chosen(
         chosen |= more
 
 
-def _region(group: list[Node], dtype: torch.dtype) -> Region:
-    images = next(value_of(n).shape[0] for n in group if is_provided(n) and not ends_batch(n))
-    return Region(group, images, dtype)
+def _region(candidates: Candidates, group: list[Node], dtype: torch.dtype) -> Region:
+    axes = [axis_of(x) for node in group for x in candidates.batched[node]]
+    return Region(group, next(axis.images for axis in axes if axis is not None), dtype)
 
 
 def is_provided(node: Node) -> bool:
@@ -185,29 +190,38 @@ def _connect(candidates: Candidates, regions: list[Region], home: dict[Node, Reg
     kept: set[Node] = set()
 
     def is_at_hand(node: Node) -> bool:
-        if node not in home or node in kept:
-            return True
-        return is_cheap(node) and all(map(is_at_hand, candidates.batched[node]))
+        """Check that a node can be computed from what is in memory, by cheap operations."""
+        todo, seen = [node], {node}
+        while todo:
+            x = todo.pop()
+            if x in home and x not in kept:
+                if not is_cheap(x):
+                    return False
+                todo += [z for z in candidates.batched[x] if z not in seen]
+                seen.update(todo)
+        return True
 
     def is_cheap(node: Node) -> bool:
-        name = getattr(node.target, "__name__", "").split(".")[0]
-        return candidates.rules[node].is_cheap and name not in SLOW
+        return candidates.rules[node].is_cheap and name_of(node) not in SLOW
 
-    def sources(node: Node, region: Region) -> Iterator[Node]:
-        """Yield what a region has to compute or read for a node of it."""
-        for x in candidates.batched[node]:
-            if x in home and home[x] is not region:
-                if not is_at_hand(x) and is_provided(x):
-                    kept.add(x)
-                    home[x].keeps.append(x)
-                if x not in kept:
-                    yield from sources(x, region)
-            yield x
+    def sources(region: Region) -> set[Node]:
+        """Return what a region has to compute or read besides its nodes."""
+        todo, seen = list(region.nodes), set(region.nodes)
+        while todo:
+            for x in candidates.batched[todo.pop()]:
+                if x in seen:
+                    continue
+                seen.add(x)
+                if x in home:
+                    if not is_at_hand(x) and is_provided(x):
+                        kept.add(x)
+                        home[x].keeps.append(x)
+                    if x not in kept:
+                        todo.append(x)
+        return seen - set(region.nodes)
 
     for region in regions:
-        own = set(region.nodes)
-        wanted = [x for node in region.nodes for x in sources(node, region)]
-        for x in sorted(set(wanted) - own, key=lambda z: position[z]):
+        for x in sorted(sources(region), key=lambda z: position[z]):
             if x not in home:
                 region.loads.append(x)
             elif x in kept:
@@ -236,8 +250,13 @@ def _written(candidates: Candidates, region: Region) -> set[Node]:
             written.add(node)
             if candidates.rules[node].emit is not emit_sum:
                 written.update(candidates.batched[node])
-        name = getattr(node.target, "__name__", "").split(".")[0]
         users = [user for user in node.users if user in region.nodes]
-        if node.target in ELEMENTWISE and name in SLOW and len(users) > 1:
+        if node.target in ELEMENTWISE and name_of(node) in SLOW and len(users) > 1:
             written.add(node)
+    depth: dict[Node, int] = {}  # of the expressions
+    for node in region.nodes:
+        depth[node] = 1 + max((depth.get(x, 0) for x in candidates.batched[node]), default=0)
+        if node in written or depth[node] > DEEPEST:
+            written.add(node)
+            depth[node] = 0
     return written
