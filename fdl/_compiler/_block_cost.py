@@ -15,4 +15,4 @@ def pays(group: list[Node]) -> bool:
 
 def why_not(node: Node) -> str:
     """Return why a convolution is in no region."""
-    return f"{node.target} {rule_of(node)} {shape_of(node)}"
+    return f"{node.target} {rule_of(node)} {shape_of(node.args[0])}"

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from fdl._compiler._block_axes import find_axes, literal, max_pool_backward
 from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of, name_of
 from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
+from fdl._compiler._order import predecessors
 
 aten = torch.ops.aten
 DEEPEST = 40  # operations of an expression
@@ -45,6 +46,7 @@ class Candidates:
 
     def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
         self.graph = graph
+        self.before = predecessors(graph)
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
         axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
@@ -76,7 +78,8 @@ class Candidates:
         for node in self.graph.nodes:
             level = 0
             inside = node in self.rules
-            for x in self.needs(node) if inside else node.all_input_nodes:
+            writers = [x for x in self.before[node] if x not in node.all_input_nodes]
+            for x in [*(self.needs(node) if inside else node.all_input_nodes), *writers]:
                 # A region does not compute what it reads for all images.
                 joins = inside and x in self.batched[node] and not ends_batch(x)
                 ends = x in self.rules and not joins

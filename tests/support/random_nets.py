@@ -129,9 +129,7 @@ def _convolution(
     scale = (channels // groups * kernel[0] * kernel[-1]) ** 0.5
     w = weight(outputs, channels // groups, *kernel) / scale
     convolve = F.conv1d if n == 1 else F.conv2d
-    return convolve(
-        x, w, weight(outputs) if bias else None, stride, padding, dilation, groups
-    )
+    return convolve(x, w, weight(outputs) if bias else None, stride, padding, dilation, groups)
 
 
 def _max_pool(
@@ -189,9 +187,7 @@ images = st.one_of(
 
 def nets(most: int = 8) -> st.SearchStrategy[Net]:
     """Draw nets of a convolution and up to `most` more layers."""
-    layers = st.lists(
-        st.one_of(convolutions, pools, others, others), min_size=1, max_size=most
-    )
+    layers = st.lists(st.one_of(convolutions, pools, others, others), min_size=1, max_size=most)
     both = st.tuples(st.lists(others, max_size=1), convolutions, layers)
     listed = both.map(lambda parts: [*parts[0], parts[1], *parts[2]])
     return st.builds(Net, images, listed, st.integers(0, 99))
