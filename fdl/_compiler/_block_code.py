@@ -233,7 +233,7 @@ ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):
         _target = getattr(getattr(torch.ops.aten, _name), _overload, None)
-        if _target is not None:
+        if _target is not None and "Tensor" in str(_target._schema.arguments[0].type):
             ELEMENTWISE[_target] = _text
 
 

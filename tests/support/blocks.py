@@ -1,4 +1,4 @@
-"""Regions without Inductor: the kernel alone is compiled, in half a second, and the graph runs eagerly."""
+"""Regions without Inductor: only their kernels are compiled, and the graph runs eagerly."""
 
 import ctypes
 import os
