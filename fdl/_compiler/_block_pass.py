@@ -22,7 +22,7 @@ from fdl._compiler._block_cost import pays, why_not
 from fdl._compiler._blocks import BLOCKS, BlockSource
 from fdl._compiler._graph import empty, value_of
 from fdl._compiler._order import move_into_order, predecessors
-from fdl._compiler._regions import Region, find_regions
+from fdl._compiler._regions import DTYPES, Region, find_regions
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def compute_in_blocks(module: GraphModule) -> None:
     if not convolutions:
         return
     regions: list[Region] = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype in DTYPES:
         more = find_regions(graph, dtype, pays)
         if more:
             _replace(graph, more)

@@ -80,7 +80,7 @@ def _all_reduced(
         else:
             weighting = _weighting(user, node)
             fits = weighting is not None and _all_reduced(
-                user, norms, sums, (*weightings, cast(Weighting, weighting))
+                user, norms, sums, (*weightings, weighting)
             )
         if not fits:
             return False
