@@ -42,7 +42,7 @@ template <typename T> inline Vec<T> load(const T* from) {
     return x;
 }
 template <typename T> inline void store(T* to, Vec<T> x) { __builtin_memcpy(to, &x, bytes); }
-template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <typename T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }  // keeps −0
 
 // a b + c, rounded once where the processor can: the compiler is told not to contract.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
