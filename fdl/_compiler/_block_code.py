@@ -114,16 +114,15 @@ class Block:
             self.step(*loops(place.shape, [*code.lines, f"store({element(place, i)}, {value});"]))
         return self.places[node]
 
-    def frame(self, node: Node, shape: Shape, top: Shape, size: Shape, gap: Shape) -> str:
-        """Return the address of `[channels, rows, columns]` in a frame of zeros."""
-        if (top, size, gap) == ((0, 0), shape[1:], (1, 1)):
+    def frame(self, node: Node, rows: int, columns: int, before: int, width: int) -> str:
+        """Return the address of rows with zeros before and after them, of so many in all."""
+        if (before, width) == (0, columns):
             return self.pointer(node)
-        key = node, top, size, gap
+        key = node, before, width
         if key not in self.frames:
             source = self.pointer(node)
-            name = self.frames[key] = self.buffer(shape[0] * prod(size))
-            numbers = ", ".join(map(str, (*shape, *top, *size, *gap)))
-            self.step(f"frame<T, {numbers}>({source}, {name});")
+            name = self.frames[key] = self.buffer(rows * width)
+            self.step(f"frame<T, {rows}, {columns}, {before}, {width}>({source}, {name});")
         return self.frames[key]
 
     def pack(self, kind: str, shape: str, tile: int, weight: Node) -> str:
