@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fdl._compiler._block_code import shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
 from fdl._compiler._block_ops import rule_of
-from fdl._compiler._regions import CONVOLUTIONS
 
 
 def pays(group: list[Node]) -> bool:

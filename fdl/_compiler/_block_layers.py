@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from math import prod
-from operator import getitem
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_code import Block, Place, Shape, literal, rest, shape_of, strides_of
+from fdl._compiler._block_axes import Axis, Shape, max_pool_backward, result, shape_of
+from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
-# Inductor's, which exist only once it is imported.
-MAX_POOL = "prims._low_memory_max_pool_with_offsets.default"
-TO_INDICES = "prims._low_memory_max_pool_offsets_to_indices.default"
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 class Convolution(NamedTuple):
@@ -91,7 +87,12 @@ def fits_convolution(node: Node) -> bool:
     backward = node.target is aten.convolution_backward.default
     transposed = node.args[7 if backward else 6]
     x = cast(Node, node.args[1 if backward else 0])
-    return not transposed and value_of(x).ndim in (3, 4)
+    values = [x, node.args[0] if backward else node]
+    return (
+        not transposed
+        and value_of(x).ndim in (3, 4)
+        and all(axis_of(z) == Axis(shape_of(x)[0]) for z in values)
+    )
 
 
 def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[int, int]:
@@ -145,11 +146,6 @@ def emit_convolution(block: Block, node: Node) -> None:
     convolve(block, node, conv, x, "pack", weight, block.shared[bias] if bias else "nullptr")
 
 
-def result(node: Node, i: int) -> Node | None:
-    """Return the node of the i-th result of an operation."""
-    return next((user for user in node.users if user.args[1] == i), None)
-
-
 def emit_convolution_backward(block: Block, node: Node) -> None:
     grad, x, weight, conv, mask = read_backward(node)
     block.place(grad)
@@ -188,7 +184,8 @@ def end(block: Block, node: Node, total: str) -> None:
 
 
 def pool(x: Node, out: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any) -> str:
-    channels, *size = rest(x)
+    members, channels, *size = rest(x)
+    channels *= members
     pairs = [as_pair(size, 1), as_pair(out[2:], 1), as_pair(kernel, 1)]
     pairs += [as_pair(stride or kernel, 1), as_pair(padding, 0), as_pair(dilation, 1)]
     return f"Pool<{', '.join(str(n) for n in (channels, *[n for pair in pairs for n in pair]))}>"
@@ -202,7 +199,8 @@ def read_pool(node: Node) -> list[Any]:
 
 def fits_pool(node: Node) -> bool:
     x = cast(Node, node.args[0])
-    return value_of(x).ndim in (3, 4) and value_of(x).is_floating_point()
+    axis = axis_of(x)
+    return axis is not None and axis.axis == 0 and value_of(x).ndim == 4
 
 
 def average(block: Block, node: Node, x: Node, out: Shape, name: str, source: Node) -> None:
@@ -245,37 +243,6 @@ def emit_max_pool(block: Block, node: Node) -> None:
     pointer = block.pointer(x)
     place = block.new(out)
     block.step(f"max_pool<T, {kind}>({pointer}, {place.pointer});")
-
-
-class MaxPoolBackward(NamedTuple):
-    """The nodes that give a pixel the gradients of the windows of which it is the maximum."""
-
-    grad: Node
-    x: Node
-    pool: Node
-
-
-def max_pool_backward(node: Node) -> MaxPoolBackward | None:
-    """Read the pattern `view(scatter(zeros, view(indices), view(grad)))`."""
-    scatter = node.args[0] if node.target in VIEWS else None
-    if not isinstance(scatter, Node) or len(scatter.users) != 1:
-        return None
-    if scatter.target not in (aten.scatter_add.default, aten.scatter.src):
-        return None
-    zeros, _, index, grads = cast(Any, scatter.args)
-    while index.target in VIEWS:
-        index = index.args[0]
-    while isinstance(grads, Node) and grads.target in VIEWS:
-        grads = cast(Node, grads.args[0])
-    if str(index.target) != TO_INDICES or literal(zeros) != 0:
-        return None
-    offsets = cast(Node, index.args[0])
-    source = cast(Node, offsets.args[0])
-    if offsets.target is not getitem or str(source.target) != MAX_POOL:
-        return None
-    out, x = result(source, 0), cast(Node, source.args[0])
-    matches = shape_of(node) == shape_of(x) and out and shape_of(grads) == shape_of(out)
-    return MaxPoolBackward(grads, x, source) if matches else None
 
 
 def emit_max_pool_backward(block: Block, node: Node) -> None:

@@ -14,22 +14,32 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
+from fdl._compiler._block_axes import (
+    MAPS,
+    MAX_POOL,
+    SUMS,
+    VIEWS,
+    Axis,
+    literal,
+    max_pool_backward,
+    result,
+    shape_of,
+    summed,
+)
 from fdl._compiler._block_code import (
+    COMPARISONS,
     ELEMENTWISE,
     Block,
     Expressions,
     Place,
+    axis_of,
     element,
     indices,
-    literal,
     operands,
     rest,
-    shape_of,
     strides_of,
 )
 from fdl._compiler._block_layers import (
-    MAX_POOL,
-    VIEWS,
     emit_average_pool,
     emit_average_pool_backward,
     emit_convolution,
@@ -39,8 +49,6 @@ from fdl._compiler._block_layers import (
     end,
     fits_convolution,
     fits_pool,
-    max_pool_backward,
-    result,
 )
 from fdl._compiler._graph import value_of
 
@@ -66,38 +74,44 @@ def first(node: Node) -> list[Node]:
 
 def batch_operands(node: Node) -> list[Node]:
     """List the operands that have the axis of images."""
-    shape = shape_of(node)
+    axis = axis_of(node)
     values = [x for x in operands(node) if isinstance(x, Node) and literal(x) is None]
-    return [x for x in values if shape_of(x)[:1] == shape[:1] and value_of(x).ndim == len(shape)]
+    return [x for x in values if axis_of(x) == axis and value_of(x).ndim == value_of(node).ndim]
 
 
 def fits_elementwise(node: Node) -> bool:
-    shape, value = shape_of(node), value_of(node)
+    if axis_of(node) is None or not reads_all(node):
+        return False
     alike = batch_operands(node)
-    if len(shape) < 2 or not alike or node.kwargs.get("alpha", 1) != 1:
+    others = [
+        x for x in operands(node) if isinstance(x, Node) and literal(x) is None and x not in alike
+    ]
+    if not alike or not all(is_shared(x, node) for x in others):
         return False
-    if node.kwargs.get("rounding_mode") or node.kwargs.get("memory_format") not in (
-        None,
-        torch.contiguous_format,
-        torch.preserve_format,
-    ):
+    of_bools = any(value_of(x).dtype is torch.bool for x in alike)
+    if node.target is prims.convert_element_type.default:
+        return of_bools and value_of(node).is_floating_point()
+    if of_bools and node.target in COMPARISONS:
         return False
-    numbers = {value_of(x).dtype for x in alike} | {value.dtype}
-    compares = "{0} <" in (text := ELEMENTWISE[node.target]) or "=" in text or "{0} >" in text
-    if compares and any(value_of(x).dtype is torch.bool for x in alike):
-        return False
-    if node.target is prims.convert_element_type.default and (
-        value_of(alike[0]).dtype is not torch.bool or value.dtype is torch.bool
-    ):
-        return False
-    for x in operands(node):
-        if isinstance(x, Node) and literal(x) is None and x not in alike:
-            if shape_of(x)[: max(0, len(shape_of(x)) - len(shape) + 1)] not in ((), (1,)):
-                return False
-            numbers.add(value_of(x).dtype)
-            if value_of(x).dtype is torch.bool:
-                return False
-    return len(numbers - {torch.bool}) <= 1
+    dtypes = {value_of(x).dtype for x in [node, *alike, *others]}
+    return len(dtypes - {torch.bool}) <= 1
+
+
+def reads_all(node: Node) -> bool:
+    """Check that the expression for an operation depends on all of its arguments."""
+    layout = node.kwargs.get("memory_format")
+    return (
+        node.kwargs.get("alpha") in (None, 1)
+        and not node.kwargs.get("rounding_mode")
+        and layout in (None, torch.contiguous_format, torch.preserve_format)
+    )
+
+
+def is_shared(x: Node, node: Node) -> bool:
+    """Check for an operand that is the same for all images."""
+    shape, axis = shape_of(x), cast(Axis, axis_of(node)).axis
+    k = axis - (value_of(node).ndim - len(shape))
+    return bool(k < 0 or shape[k] == 1) and value_of(x).dtype is not torch.bool
 
 
 def emit_elementwise(block: Block, node: Node) -> None:
@@ -107,10 +121,12 @@ def emit_elementwise(block: Block, node: Node) -> None:
 # Views
 
 
-def same_rows(node: Node) -> bool:
-    """Check for a reshape of each image by itself."""
+def keeps_axis(node: Node) -> bool:
+    """Check for a view in which the axis of images is one too."""
     x = cast(Node, node.args[0])
-    return shape_of(x)[:1] == shape_of(node)[:1] and value_of(x).ndim > 1 < value_of(node).ndim
+    axis = axis_of(x)
+    there, _ = MAPS[node.target](node, x)
+    return axis is not None and axis_of(node) is not None and there(axis) == axis_of(node)
 
 
 def emit_reshape(block: Block, node: Node) -> None:
@@ -122,47 +138,28 @@ def emit_reshape(block: Block, node: Node) -> None:
     block.places[node] = Place(place.pointer, shape, strides_of(shape), place.start)
 
 
-def keeps_first(node: Node) -> bool:
-    """Check for a view by axes that does not touch the axis of images."""
-    x = cast(Node, node.args[0])
-    before, after = shape_of(x), shape_of(node)
-    n = len(before)
-    if n < 2 or len(after) < 2 or before[0] != after[0]:
-        return False
-    if node.target is aten.expand.default:
-        return n == len(after)
-    axes: Any = node.args[1] if len(node.args) > 1 else 0
-    listed = axes if isinstance(axes, list | tuple) else [axes]
-    if node.target is aten.permute.default:
-        return bool(listed[0] % n == 0)
-    size = n + 1 if node.target is aten.unsqueeze.default else n
-    return all(axis % size for axis in listed)
-
-
 def emit_view(block: Block, node: Node) -> None:
     (x,) = first(node)
     place, shape = block.place(x), rest(node)
-    strides = list(place.strides)
-    start, n = place.start, len(place.shape) + 1
-    more = list(node.args[1:])
+    strides, start, n = list(place.strides), place.start, len(place.shape)
+    more: Any = list(node.args[1:])
     if node.target is aten.expand.default:
-        strides = [
-            0 if old == 1 else stride for old, stride in zip(place.shape, strides, strict=True)
-        ]
+        pairs = zip(place.shape, strides, strict=True)
+        strides = [0] * (len(shape) - n) + [0 if size == 1 else stride for size, stride in pairs]
     elif node.target is aten.permute.default:
-        strides = [strides[axis % n - 1] for axis in cast(Any, more[0])[1:]]
+        strides = [strides[k % n] for k in more[0]]
     elif node.target is aten.unsqueeze.default:
-        strides.insert(cast(int, more[0]) % (n + 1) - 1, 0)
+        strides.insert(more[0] % (n + 1), 0)
     elif node.target is aten.slice.Tensor:
-        axis, begin, _, step = cast(Any, (more + [0, None, None, 1][len(more) :]))
-        size = place.shape[axis % n - 1]
+        k, begin, _, step = cast(Any, [*more, *[0, None, None, 1][len(more) :]])
+        size = place.shape[k % n]
         begin = 0 if begin is None else max(begin + size, 0) if begin < 0 else min(begin, size)
-        start += begin * strides[axis % n - 1]
-        strides[axis % n - 1] *= step
-    elif node.target in (aten.squeeze.dim, aten.squeeze.dims):
-        axes = more[0] if isinstance(more[0], list | tuple) else [more[0]]
-        gone = {axis % n - 1 for axis in cast(Any, axes) if place.shape[axis % n - 1] == 1}
-        strides = [s for axis, s in enumerate(strides) if axis not in gone]
+        start += begin * strides[k % n]
+        strides[k % n] *= step
+    else:  # squeeze
+        dims = more[0] if isinstance(more[0], list | tuple) else [more[0]]
+        gone = {k % n for k in dims if shape_of(x)[k] == 1}
+        strides = [stride for k, stride in enumerate(strides) if k not in gone]
     block.places[node] = Place(place.pointer, shape, tuple(strides), start)
 
 
@@ -174,40 +171,36 @@ def parts(node: Node) -> list[Node]:
 
 
 def fits_cat(node: Node) -> bool:
-    n, axis = value_of(node).ndim, node.args[1] if len(node.args) > 1 else 0
-    alike = all(value_of(x).ndim == n for x in parts(node))
-    return n > 1 and alike and cast(int, axis) % n != 0
+    axis = axis_of(node)
+    if axis is None or any(axis_of(x) != axis for x in parts(node)):
+        return False
+    return _dim_of_cat(node) != axis.axis
+
+
+def _dim_of_cat(node: Node) -> int:
+    return cast(int, node.args[1] if len(node.args) > 1 else 0) % value_of(node).ndim
 
 
 def emit_cat(block: Block, node: Node) -> None:
-    axis = cast(int, node.args[1]) % value_of(node).ndim - 1
+    dim = _dim_of_cat(node)
     sources = [block.place(x) for x in parts(node)]
     to, start = block.new(node), 0
     for source in sources:
         block.copy(source, to._replace(shape=source.shape, start=start))
-        start += source.shape[axis] * to.strides[axis]
+        start += source.shape[dim] * to.strides[dim]
 
 
 # Sums
 
 
-SUMS = (aten.sum.dim_IntList, aten.mean.dim)
-
-
-def read_sum(node: Node) -> list[int]:
-    x = cast(Node, node.args[0])
-    n = value_of(x).ndim
-    axes = cast(Any, node.args[1]) if len(node.args) > 1 else None
-    return sorted(axis % n for axis in axes) if axes else list(range(n))
-
-
 def fits_sum(node: Node) -> bool:
     x = cast(Node, node.args[0])
-    if node.kwargs or value_of(x).ndim < 2 or value_of(x).dtype != value_of(node).dtype:
+    axis = axis_of(x)
+    if axis is None or node.kwargs or value_of(x).dtype != value_of(node).dtype:
         return False
-    if 0 in read_sum(node):
+    if axis.axis in summed(node):
         return node.target is aten.sum.dim_IntList
-    return value_of(node).ndim > 1
+    return axis_of(node) is not None
 
 
 def ends_batch(node: Node) -> bool:
@@ -217,14 +210,14 @@ def ends_batch(node: Node) -> bool:
         if parent.target is aten.convolution_backward.default:
             return bool(node.args[1] != 0)
         return parent.target is aten.var_mean.correction
-    return node.target in SUMS and 0 in read_sum(node)
+    axis = axis_of(node.args[0]) if node.target in SUMS else None
+    return axis is not None and axis.axis in summed(node)
 
 
 def emit_sum(block: Block, node: Node) -> None:
     (x,) = first(node)
-    axes, shape = read_sum(node), rest(x)
-    kept = [axis for axis in range(len(shape)) if axis + 1 not in axes]
-    summed = [axis for axis in range(len(shape)) if axis + 1 in axes]
+    shape, dims, ends = rest(x), summed(node), ends_batch(node)
+    kept = [k for k in range(len(shape)) if k not in dims]
     code = Expressions(block)
     value = code.value(x, indices(shape))
     heads = {k: f"for (int64_t i{k} = 0; i{k} < {shape[k]}; ++i{k}) {{" for k in range(len(shape))}
@@ -232,38 +225,43 @@ def emit_sum(block: Block, node: Node) -> None:
     at = element(
         Place("", kept_shape, strides_of(kept_shape)), [f"i{k}" for k in kept]
     ).removeprefix(" + ").removesuffix(" * L")  # fmt: skip
-    if 0 in axes:
+    if ends:
         total = block.total(prod(kept_shape))
         finish = f"({total})[{at}] += sum<T>(sum_of_block, images);"
     else:
         place = Place(block.buffer(prod(kept_shape), node), rest(node), strides_of(rest(node)))
         block.places[node] = place
-        count = prod(shape[k] for k in summed)
+        count = prod(shape[k] for k in dims)
         divided = f"sum_of_block / T({count})" if node.target is aten.mean.dim else "sum_of_block"
         finish = f"store({place.pointer} + {at} * L, {divided});"
     block.step(
         *[heads[k] for k in kept],
         "V sum_of_block{};",
-        *[heads[k] for k in summed],
+        *[heads[k] for k in dims],
         *code.lines,
         f"sum_of_block += {value};",
-        "}" * len(summed),
+        "}" * len(dims),
         finish,
         "}" * len(kept),
     )
-    if 0 in axes:
+    if ends:
         end(block, node, total)
 
 
 def fits_moments(node: Node) -> bool:
-    x = cast(Node, node.args[0])
-    n = value_of(x).ndim
-    return n >= 2 and read_sum(node) == [0, *range(2, n)]
+    (x,) = first(node)
+    axis, dims, n = axis_of(x), summed(node), value_of(x).ndim
+    if axis is None or axis.members > 1 or axis.axis not in dims:
+        return False
+    pixels = [k for k in dims if k != axis.axis]
+    return pixels == list(range(n - len(pixels), n))  # channels lie before them in memory
 
 
 def emit_moments(block: Block, node: Node) -> None:
     (x,) = first(node)
-    channels, *size = rest(x)
+    shape, dims = rest(x), summed(node)
+    channels = prod(n for k, n in enumerate(shape) if k not in dims)
+    size = [shape[k] for k in dims]
     total = block.total(channels * 2 * block.width)
     pointer = block.pointer(x)
     count = prod(size)
@@ -283,8 +281,8 @@ def emit_nothing(block: Block, node: Node) -> None:
 
 
 elementwise = Rule(batch_operands, fits_elementwise, emit_elementwise, True, False)
-reshape = Rule(first, same_rows, emit_reshape, True)
-view = Rule(first, keeps_first, emit_view, True)
+reshape = Rule(first, keeps_axis, emit_reshape, True)
+view = Rule(first, keeps_axis, emit_view, True)
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(VIEWS, reshape),
@@ -311,7 +309,7 @@ RULES: dict[Any, Rule] = {
 }
 MAX_POOL_BACKWARD = Rule(
     lambda node: list(max_pool_backward(node)[:2]),  # type: ignore[index]
-    lambda _: True,
+    fits_pool,
     emit_max_pool_backward,
     True,
 )

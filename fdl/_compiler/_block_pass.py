@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fdl._compiler._block_code import rest, shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
+from fdl._compiler._block_code import rest
 from fdl._compiler._block_cost import pays, why_not
 from fdl._compiler._blocks import BLOCKS, BlockSource
 from fdl._compiler._graph import empty, value_of
 from fdl._compiler._order import move_into_order, predecessors
-from fdl._compiler._regions import CONVOLUTIONS, Region, find_regions
+from fdl._compiler._regions import Region, find_regions
 
 aten = torch.ops.aten
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.backends.cpu import get_cpu_capability
 from torch.fx import Node
 
-from fdl._compiler._block_code import Block, Place, rest, strides_of
+from fdl._compiler._block_axes import Axis, shape_of
+from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
 from fdl._compiler._block_ops import ends_batch, rule_of
 from fdl._compiler._graph import value_of
 from fdl._compiler._kernels import kernel_that_writes
@@ -60,19 +61,24 @@ class BlockSource:
                 block.copy(block.place(node), Place(block.given[node], shape, strides_of(shape)))
         for node in region.results:
             if not ends_batch(node):
-                size = prod(rest(node))
-                block.step(
-                    f"store_block<T>({block.pointer(node)}, {names[node]} + number * L * {size}, "
-                    f"{size}, images);"
-                )
+                pointer = block.pointer(node)
+                self._each_member("store_block", node, pointer, self.names[node])
 
     def _load(self, node: Node) -> None:
         """Read the images of a block; a mask as 0 and 1."""
-        place = self.block.new(node)
-        size, name = prod(rest(node)), self.names[node]
+        pointer = self.block.new(node).pointer
         kind = "load_flags" if value_of(node).dtype is torch.bool else "load_block"
+        self._each_member(kind, node, pointer, self.names[node])
+
+    def _each_member(self, function: str, node: Node, block: str, tensor: str) -> None:
+        """Move the images of a block from or to a tensor, all that lies inside of their axis."""
+        images, axis, members = cast(Axis, axis_of(node))
+        shape = shape_of(node)
+        outside, size = prod(shape[:axis]) * members, prod(shape[axis + 1 :])
         self.block.step(
-            f"{kind}<T>({name} + number * L * {size}, {place.pointer}, {size}, images, {size});"
+            f"for (int64_t p = 0; p < {outside}; ++p)",
+            f"    {function}<T>({block} + p * {size} * L, "
+            f"{tensor} + (p * {images} + number * L) * {size}, {size}, images);",
         )
 
     def text(self) -> str:

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_code import ELEMENTWISE, SLOW, literal
-from fdl._compiler._block_layers import max_pool_backward
+from fdl._compiler._block_axes import Axis, find_axes, literal, max_pool_backward
+from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of
 from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
-from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 DTYPES = (torch.float32, torch.float64, torch.bool)
 
 
@@ -49,6 +47,9 @@ class Candidates:
         self.graph = graph
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
+        axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
+        for node in graph.nodes:
+            node.meta["images"] = axes.get(node)
         for node in graph.nodes:
             rule = rule_of(node)
             if rule is None or (node.target is getitem and node.args[0] not in self.rules):
@@ -156,8 +157,8 @@ def _chosen(
 def _region(group: list[Node]) -> Region:
     values = [z for z in (node.meta["val"] for node in group) if isinstance(z, Tensor)]
     dtype = next((z.dtype for z in values if z.is_floating_point()), torch.bool)
-    images = next(value_of(n).shape[0] for n in group if is_provided(n) and not ends_batch(n))
-    return Region(group, images, dtype)
+    axis = next(axis_of(node) for node in group if axis_of(node) is not None)
+    return Region(group, cast(Axis, axis).images, dtype)
 
 
 def is_provided(node: Node) -> bool:
