@@ -10,7 +10,12 @@ template <int C, int H, int W, int OH, int OW, int KH, int KW, int SH, int SW, i
 struct Pool {
     static constexpr int c = C, h = H, w = W, oh = OH, ow = OW, kh = KH, kw = KW, sh = SH, sw = SW,
                          ph = PH, pw = PW, dh = DH, dw = DW;
-    // Calls f(position) for each pixel of a window.
+    // Windows that are apart write each pixel once; those that cover an image write all of it.
+    static constexpr bool apart = (KH - 1) * DH < SH && (KW - 1) * DW < SW;
+    static constexpr bool covers = KH == SH && KW == SW && !PH && !PW && DH == 1 && DW == 1 &&
+                                   OH * SH >= H && OW * SW >= W;
+    static constexpr int64_t pixels = int64_t(H) * W;
+    // Calls f(position, number) for each pixel of a window.
     template <class F> static inline void each(int i, int j, F f) {
         #pragma GCC unroll 8
         for (int p = 0; p < KH; ++p) {
@@ -22,7 +27,7 @@ struct Pool {
                                   (row >= 0 && row < H);
                 const bool fits_too = (!PW && (OW - 1) * SW + (KW - 1) * DW < W) ||
                                       (column >= 0 && column < W);
-                if (fits && fits_too) f(row * W + column);
+                if (fits && fits_too) f(row * W + column, p * KW + q);
             }
         }
     }
@@ -44,28 +49,29 @@ struct Pool {
 template <typename T, class P, int Divisor, bool CountPadding>
 inline void average_pool(const T* x, T* y) {
     constexpr int L = lanes<T>;
-    for (int c = 0; c < P::c; ++c, x += int64_t(P::h) * P::w * L)
+    for (int c = 0; c < P::c; ++c, x += P::pixels * L)
         for (int i = 0; i < P::oh; ++i)
             for (int j = 0; j < P::ow; ++j, y += L) {
                 Vec<T> total{};
-                P::each(i, j, [&](int at) { total += load(x + int64_t(at) * L); });
+                P::each(i, j, [&](int at, int) { total += load(x + int64_t(at) * L); });
                 store(y, total / T(Divisor ? Divisor : P::area(i, j, CountPadding)));
             }
 }
 template <typename T, class P, int Divisor, bool CountPadding>
 inline void average_pool_backward(const T* grad, T* to) {
     constexpr int L = lanes<T>;
-    std::memset(to, 0, sizeof(T) * P::c * P::h * P::w * L);
-    for (int c = 0; c < P::c; ++c, to += int64_t(P::h) * P::w * L)
+    for (int c = 0; c < P::c; ++c, to += P::pixels * L) {
+        if (!P::covers) std::memset(to, 0, sizeof(T) * P::pixels * L);
         for (int i = 0; i < P::oh; ++i)
             for (int j = 0; j < P::ow; ++j, grad += L) {
                 const Vec<T> share =
                     load(grad) / T(Divisor ? Divisor : P::area(i, j, CountPadding));
-                P::each(i, j, [&](int at) {
+                P::each(i, j, [&](int at, int) {
                     T* pixel = to + int64_t(at) * L;
-                    store(pixel, load(pixel) + share);
+                    store(pixel, P::apart ? share : load(pixel) + share);
                 });
             }
+    }
 }
 
 // As in torch, NaN is a maximum, and of equal numbers the first.
@@ -74,11 +80,11 @@ template <typename T> inline Mask<T> is_larger(Vec<T> x, Vec<T> best) {
 }
 template <typename T, class P> inline void max_pool(const T* x, T* y) {
     constexpr int L = lanes<T>;
-    for (int c = 0; c < P::c; ++c, x += int64_t(P::h) * P::w * L)
+    for (int c = 0; c < P::c; ++c, x += P::pixels * L)
         for (int i = 0; i < P::oh; ++i)
             for (int j = 0; j < P::ow; ++j, y += L) {
                 Vec<T> best = splat(T(-INFINITY));
-                P::each(i, j, [&](int at) {
+                P::each(i, j, [&](int at, int) {
                     const Vec<T> pixel = load(x + int64_t(at) * L);
                     best = is_larger<T>(pixel, best) ? pixel : best;
                 });
@@ -89,26 +95,28 @@ template <typename T, class P>
 inline void max_pool_backward(const T* x, const T* grad, T* to) {
     constexpr int L = lanes<T>;
     typedef Mask<T> M;
-    std::memset(to, 0, sizeof(T) * P::c * P::h * P::w * L);
-    for (int c = 0; c < P::c; ++c, x += int64_t(P::h) * P::w * L, to += int64_t(P::h) * P::w * L)
+    for (int c = 0; c < P::c; ++c, x += P::pixels * L, to += P::pixels * L) {
+        if (!P::covers) std::memset(to, 0, sizeof(T) * P::pixels * L);
         for (int i = 0; i < P::oh; ++i)
             for (int j = 0; j < P::ow; ++j, grad += L) {
-                Vec<T> best = splat(T(-INFINITY));
+                Vec<T> best{};
                 M place{};
                 bool first = true;  // pixel of a window, which has the gradient if all are −∞
-                P::each(i, j, [&](int at) {
+                P::each(i, j, [&](int at, int number) {
                     const Vec<T> pixel = load(x + int64_t(at) * L);
                     const M larger = first ? ~M{} : is_larger<T>(pixel, best);
                     first = false;
                     best = larger ? pixel : best;
-                    place = larger ? M{} + at : place;
+                    place = larger ? M{} + number : place;
                 });
                 const Vec<T> g = load(grad);
-                P::each(i, j, [&](int at) {
+                P::each(i, j, [&](int at, int number) {
                     T* pixel = to + int64_t(at) * L;
-                    store(pixel, load(pixel) + (place == M{} + at ? g : Vec<T>{}));
+                    const Vec<T> part = place == M{} + number ? g : Vec<T>{};
+                    store(pixel, P::apart ? part : load(pixel) + part);
                 });
             }
+    }
 }
 
 }  // namespace fdl_blocks
