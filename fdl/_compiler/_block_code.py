@@ -192,7 +192,8 @@ UNARY: dict[str, str] = {
     "relu": "relu<T>({0})",
     "abs": "absolute({0})",
     "exp": "exponential({0})",
-    "log": "logarithm<T>({0})",
+    "log": "logarithm({0})",
+    "erf": "error_function({0})",
     "sigmoid": "sigmoid<T>({0})",
     "tanh": "hyperbolic_tangent({0})",
     "sqrt": "squareroot({0})",
@@ -227,7 +228,7 @@ COMPARISONS = {
     for name in ("le", "lt", "ge", "gt", "eq", "ne", "maximum", "minimum")
     for kind in getattr(torch.ops.aten, name).overloads()
 }
-SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+SLOW = {"exp", "log", "erf", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):

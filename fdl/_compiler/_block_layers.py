@@ -106,22 +106,32 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     """
 
     def cost(o: int, j: int) -> float:
-        # Two products or loads a cycle. A sum is ready after four cycles: fewer than eight wait.
+        # A sum is ready after four cycles of two products: fewer than eight sums wait for it.
         loads = o + j * width
-        return max(o * j * width, loads, 8) + loads / 16 if o * j else 0
+        return max(o * j * width, 1.5 * loads, 8) + loads / 16 if o * j else 0
 
     def total(tile: tuple[int, int]) -> float:
         (rows, left), (times, rest) = divmod(outputs, tile[0]), divmod(columns, tile[1])
         o, j = tile
         return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left, rest)
 
+    spare = 2 if width == 1 else 1  # for what the loop needs besides; with less, GCC spills sums
     choices = [
         (o, j)
         for o in range(1, min(outputs, registers) + 1)
         for j in range(1, min(columns, registers) + 1)
-        if (o * j + j) * width < registers
+        if (o * j + j) * width + spare <= registers
     ]
     return min(choices, key=total, default=(1, 1))
+
+
+def part(size: int, most: int) -> int:
+    """Divide so many columns of a kernel into as few equal parts as there can be.
+
+    >>> part(5, 5), part(7, 5), part(11, 5)
+    (5, 4, 4)
+    """
+    return -(-size // -(-size // most))
 
 
 def convolve(
@@ -153,10 +163,12 @@ def emit_convolution_backward(block: Block, node: Node) -> None:
     if mask[1] and for_weight is not None:
         source = framed(block, x, conv)
         outputs, channels = conv.outputs // conv.groups, conv.channels // conv.groups
-        o, c = tiles(outputs, channels, block.registers, width=conv.kernel[1])
+        columns = part(conv.kernel[1], (block.registers - 1) // 3)
+        wide = columns < conv.kernel[1]
+        o, c = tiles(outputs, 1 if wide else channels, block.registers, width=columns)
         total = block.total(value_of(weight).numel())
         block.step(
-            f"convolve_weights<T, {conv.type()}, {o}, {c}>"
+            f"convolve_weights<T, {conv.type()}, {o}, {c}, {columns}>"
             f"({source}, {block.pointer(grad)}, {total}, images);"
         )
         end(block, for_weight, total)

@@ -95,7 +95,7 @@ inline void convolve_tile(const Rows<S>& rows, const T* x, const T* w, const T* 
                     pixels[j] = load(row + (S::column(Phase, q) + j * S::sw) * L);
                 #pragma GCC unroll 32
                 for (int o = 0; o < Outputs; ++o) {
-                    const Vec<T> weight = splat(weights[q * Outputs + o]);
+                    const Vec<T> weight = broadcast(weights + q * Outputs + o);
                     #pragma GCC unroll 32
                     for (int j = 0; j < Columns; ++j)
                         sums[o][j] = fma(weight, pixels[j], sums[o][j]);
@@ -147,35 +147,35 @@ inline void convolve(const T* x, const T* w, const T* bias, T* y) {
 }
 
 // Adds the sums over the images of N products, [output][channel][column], to the totals of weights.
-template <typename T, class S, int Channels, int N, int Start = 0>
+template <typename T, class S, int Channels, int Columns, int N, int Start = 0>
 [[gnu::always_inline]] inline void add_to_totals(Vec<T>* products, T* totals, int64_t images) {
     constexpr int count = N - Start < lanes<T> ? N - Start : lanes<T>;
     T added[lanes<T>];
     store(added, sums<T, count>(products + Start, images));
     #pragma GCC unroll 32
     for (int n = 0; n < count; ++n) {
-        const int row = (Start + n) / S::kw, o = row / Channels, c = row % Channels;
-        totals[(int64_t(o) * S::c + c) * S::kh * S::kw + (Start + n) % S::kw] += added[n];
+        const int row = (Start + n) / Columns, o = row / Channels, c = row % Channels;
+        totals[o * S::weights + c * S::kh * S::kw + (Start + n) % Columns] += added[n];
     }
     if constexpr (Start + count < N)
-        add_to_totals<T, S, Channels, N, Start + count>(products, totals, images);
+        add_to_totals<T, S, Channels, Columns, N, Start + count>(products, totals, images);
 }
 
-// The derivative by row `p` of the weights of `Outputs` outputs and `Channels` channels.
-template <typename T, class S, int Outputs, int Channels>
+// The derivative by `Columns` neighbours in row `p` of the kernels of some outputs and channels.
+template <typename T, class S, int Outputs, int Channels, int Columns>
 inline void weights_tile(const T* x, const T* grad, T* totals, int p, int64_t images) {
-    constexpr int L = lanes<T>, N = Outputs * Channels * S::kw;
+    constexpr int L = lanes<T>, N = Outputs * Channels * Columns;
     Vec<T> products[N] = {};
     for (int i = 0; i < S::oh; ++i) {
         if (S::row(i, p) < 0) continue;
         const T* row = x + int64_t(S::row(i, p)) * S::w * L;
         const T* grads = grad + int64_t(i) * S::ow * L;
         for (int j = 0; j < S::ow; ++j) {
-            Vec<T> pixels[Channels][S::kw];
+            Vec<T> pixels[Channels][Columns];
             #pragma GCC unroll 32
             for (int c = 0; c < Channels; ++c)
                 #pragma GCC unroll 32
-                for (int q = 0; q < S::kw; ++q)
+                for (int q = 0; q < Columns; ++q)
                     pixels[c][q] = load(row + (int64_t(c) * S::h * S::w + j * S::sw + q * S::dw) * L);
             #pragma GCC unroll 32
             for (int o = 0; o < Outputs; ++o) {
@@ -183,41 +183,54 @@ inline void weights_tile(const T* x, const T* grad, T* totals, int p, int64_t im
                 #pragma GCC unroll 32
                 for (int c = 0; c < Channels; ++c)
                     #pragma GCC unroll 32
-                    for (int q = 0; q < S::kw; ++q) {
-                        Vec<T>& product = products[(o * Channels + c) * S::kw + q];
+                    for (int q = 0; q < Columns; ++q) {
+                        Vec<T>& product = products[(o * Channels + c) * Columns + q];
                         product = fma(g, pixels[c][q], product);
                     }
             }
         }
     }
-    add_to_totals<T, S, Channels, N>(products, totals, images);
+    add_to_totals<T, S, Channels, Columns, N>(products, totals, images);
 }
 
-template <typename T, class S, int Outputs, int Channels>
+template <typename T, class S, int Outputs, int Channels, int Columns>
+inline void weights_of_channels(const T* x, const T* grad, T* totals, int p, int64_t images) {
+    constexpr int left = S::c % Channels;
+    constexpr int64_t size = int64_t(S::h) * S::w * lanes<T>, weights = S::kh * S::kw;
+    int c = 0;
+    for (; c + Channels <= S::c; c += Channels)
+        weights_tile<T, S, Outputs, Channels, Columns>(x + c * size, grad, totals + c * weights, p,
+                                                       images);
+    if constexpr (left)
+        weights_tile<T, S, Outputs, left, Columns>(x + c * size, grad, totals + c * weights, p,
+                                                   images);
+}
+
+template <typename T, class S, int Outputs, int Channels, int Columns>
 inline void weights_of_outputs(const T* x, const T* grad, T* totals, int64_t images) {
-    constexpr int64_t left = S::c % Channels, size = int64_t(S::h) * S::w * lanes<T>;
+    constexpr int L = lanes<T>, left = S::kw % Columns;
     for (int p = 0; p < S::kh; ++p, totals += S::kw) {
-        int c = 0;
-        for (; c + Channels <= S::c; c += Channels)
-            weights_tile<T, S, Outputs, Channels>(x + c * size, grad, totals + c * S::kh * S::kw, p,
-                                                  images);
+        int q = 0;
+        for (; q + Columns <= S::kw; q += Columns)
+            weights_of_channels<T, S, Outputs, Channels, Columns>(x + q * S::dw * L, grad,
+                                                                  totals + q, p, images);
         if constexpr (left)
-            weights_tile<T, S, Outputs, left>(x + c * size, grad, totals + c * S::kh * S::kw, p,
-                                              images);
+            weights_of_channels<T, S, Outputs, Channels, left>(x + q * S::dw * L, grad, totals + q,
+                                                               p, images);
     }
 }
 
-template <typename T, class S, int Outputs, int Channels>
+template <typename T, class S, int Outputs, int Channels, int Columns>
 inline void convolve_weights(const T* x, const T* grad, T* totals, int64_t images) {
     constexpr int L = lanes<T>, left = S::o % Outputs;
     for (int g = 0; g < S::groups; ++g) {
         int o = 0;
         for (; o + Outputs <= S::o; o += Outputs)
-            weights_of_outputs<T, S, Outputs, Channels>(x, grad + o * S::pixels * L,
-                                                        totals + o * S::weights, images);
+            weights_of_outputs<T, S, Outputs, Channels, Columns>(x, grad + o * S::pixels * L,
+                                                                 totals + o * S::weights, images);
         if constexpr (left)
-            weights_of_outputs<T, S, left, Channels>(x, grad + o * S::pixels * L,
-                                                     totals + o * S::weights, images);
+            weights_of_outputs<T, S, left, Channels, Columns>(x, grad + o * S::pixels * L,
+                                                              totals + o * S::weights, images);
         x += int64_t(S::c) * S::h * S::w * L;
         grad += S::o * S::pixels * L;
         totals += S::o * S::weights;

@@ -43,9 +43,9 @@ inline void sum_rows(const T* x, int64_t count, int64_t size, T* sums, int64_t i
     for (int64_t c = 0; c < count; ++c) {
         Vec<T> parts[4] = {};
         int64_t i = 0;
-        for (; i + 4 <= size; i += 4)
-            for (int k = 0; k < 4; ++k) parts[k] += load(x + (c * size + i + k) * L);
-        for (; i < size; ++i) parts[0] += load(x + (c * size + i) * L);
+        for (; i + 4 <= size; i += 4, x += 4 * L)
+            for (int k = 0; k < 4; ++k) parts[k] += load(x + k * L);
+        for (; i < size; ++i, x += L) parts[0] += load(x);
         sums[c] += sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3]), images);
     }
 }

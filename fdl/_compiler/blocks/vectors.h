@@ -45,6 +45,21 @@ template <typename T> inline Vec<T> load(const T* from) {
 }
 template <typename T> inline void store(T* to, Vec<T> x) { __builtin_memcpy(to, &x, bytes); }
 template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+// A number of memory. GCC would load several and shuffle them, which takes registers and time.
+inline Vec<float> broadcast(const float* from) {
+#ifdef FDL_AVX2
+    return (Vec<float>)_mm256_broadcast_ss(from);
+#else
+    return splat(*from);
+#endif
+}
+inline Vec<double> broadcast(const double* from) {
+#ifdef FDL_AVX2
+    return (Vec<double>)_mm256_broadcast_sd(from);
+#else
+    return splat(*from);
+#endif
+}
 
 // a b + c, rounded once where the processor can: the compiler is told not to contract.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
