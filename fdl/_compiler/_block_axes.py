@@ -75,6 +75,8 @@ def _spread(node: Node, links: dict[Node, list[Link]], axes: dict[Node, Axis]) -
     backward = node.target is aten.convolution_backward.default
     inputs = cast(list[Node], list(node.args[: 1 + backward]))
     images = shape_of(inputs[0])[0]
+    if images == 1:
+        return
     output = result(node, 0) if backward else node
     todo: list[Node] = [*inputs, *([output] if output else [])]
     for value in todo:

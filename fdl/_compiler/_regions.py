@@ -131,13 +131,13 @@ def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Regio
             if is_provided(node) and any(user in outside for user in node.users)
         ]
     _connect(candidates, regions, home)
-    return regions
+    return [region for region in regions if region.keeps or region.results]
 
 
 def _chosen(
     candidates: Candidates, groups: list[list[Node]], pays: Callable[[list[Node]], bool]
 ) -> list[list[Node]]:
-    """Return the groups with convolutions, and those that read or write what they keep."""
+    """Return the groups with convolutions, and those between them."""
     home = {node: i for i, group in enumerate(groups) for node in group}
     chosen = {i for i, group in enumerate(groups) if pays(group)}
     edges = {
@@ -148,10 +148,11 @@ def _chosen(
         if x in home and home[x] != i and not ends_batch(x)
     }
     while True:
-        more = {j for i, j in edges if i in chosen} | {i for i, j in edges if j in chosen}
-        if more <= chosen:
+        readers = {j for i, j in edges if i in chosen}
+        writers = {i for i, j in edges if j in chosen}
+        if readers & writers <= chosen:
             return [groups[i] for i in sorted(chosen)]
-        chosen |= more
+        chosen |= readers & writers
 
 
 def _region(group: list[Node]) -> Region:
@@ -224,6 +225,9 @@ def _connect(candidates: Candidates, regions: list[Region], home: dict[Node, Reg
                 if x not in inside and literal(x) is None
             )
         )
+        for x in region.shared:
+            if x in home and x not in home[x].results:
+                home[x].results.append(x)
     for region in regions:
         region.written = _written(candidates, region)
 
