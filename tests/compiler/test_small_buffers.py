@@ -64,6 +64,11 @@ def test_names_for_the_same_memory() -> None:
     assert moved in code and "empty_strided" not in code
 
 
+def test_a_directive_stays_at_the_beginning_of_its_line() -> None:
+    code = program(allocation("buf1"), kernel("buf1")).replace(HEADER, HEADER + "#if 1\n#endif\n")
+    assert "\n#if 1\n" in on_the_stack(code)
+
+
 def test_large_results_and_many_stay() -> None:
     large = program(allocation("buf1"), kernel("buf1"), size=LARGEST // 4 + 1)
     assert on_the_stack(large) == large
