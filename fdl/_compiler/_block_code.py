@@ -120,16 +120,15 @@ class Block:
             self.step(*loops(place.shape, [*code.lines, f"store({element(place, i)}, {value});"]))
         return self.places[node]
 
-    def frame(self, node: Node, shape: Shape, top: Shape, size: Shape, gap: Shape) -> str:
-        """Return the address of `[channels, rows, columns]` in a frame of zeros."""
-        if (top, size, gap) == ((0, 0), shape[1:], (1, 1)):
+    def frame(self, node: Node, rows: int, columns: int, before: int, width: int) -> str:
+        """Return the address of rows with zeros before and after them, of so many in all."""
+        if (before, width) == (0, columns):
             return self.pointer(node)
-        key = node, top, size, gap
+        key = node, before, width
         if key not in self.frames:
             source = self.pointer(node)
-            name = self.frames[key] = self.buffer(shape[0] * prod(size))
-            numbers = ", ".join(map(str, (*shape, *top, *size, *gap)))
-            self.step(f"frame<T, {numbers}>({source}, {name});")
+            name = self.frames[key] = self.buffer(rows * width)
+            self.step(f"frame<T, {rows}, {columns}, {before}, {width}>({source}, {name});")
         return self.frames[key]
 
     def pack(self, kind: str, shape: str, tile: int, weight: Node) -> str:
@@ -195,7 +194,8 @@ UNARY: dict[str, str] = {
     "relu": "relu<T>({0})",
     "abs": "absolute({0})",
     "exp": "exponential({0})",
-    "log": "logarithm<T>({0})",
+    "log": "logarithm({0})",
+    "erf": "error_function({0})",
     "sigmoid": "sigmoid<T>({0})",
     "tanh": "hyperbolic_tangent({0})",
     "sqrt": "squareroot({0})",
@@ -228,7 +228,7 @@ BINARY: dict[str, str] = {
 MASKS = {"logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
 COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
 COPIES = {"clone", "alias", "lift_fresh_copy"}
-SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+SLOW = {"exp", "log", "erf", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):

@@ -20,6 +20,7 @@ from fdl._compiler._kernels import kernel_that_writes
 from fdl._compiler._regions import Region
 
 FOLDER = Path(__file__).parent / "blocks"
+HEADERS = ("vectors.h", "functions.h", "layers.h", "convolutions.h", "pools.h")
 REGISTERS = {"AVX512": (64, 32), "AVX2": (32, 16)}  # bytes of a register, and their number
 BASELINE = 16, 16
 
@@ -174,7 +175,7 @@ extern "C" void KERNEL_NAME(PARAMETERS)
 @cache
 def headers() -> str:
     """Return what all kernels of regions share."""
-    return "\n".join((FOLDER / name).read_text() for name in ("vectors.h", "layers.h"))
+    return "\n".join((FOLDER / name).read_text() for name in HEADERS)
 
 
 @cache
