@@ -204,9 +204,12 @@ def end(block: Block, node: Node, total: str) -> None:
 # Pooling
 
 
-def pool(x: Node, out: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any) -> str:
-    members, channels, *size = rest(x)
-    channels *= members
+def pool(
+    batch: Node, image: Shape, out: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> str:
+    """Return the type of a pool of `image`, of which `batch` is an input or the gradient."""
+    channels, *size = image[1:]
+    channels *= cast(Axis, axis_of(batch)).members
     pairs = [as_pair(size, 1), as_pair(out[2:], 1), as_pair(kernel, 1)]
     pairs += [as_pair(stride or kernel, 1), as_pair(padding, 0), as_pair(dilation, 1)]
     return f"Pool<{', '.join(str(n) for n in (channels, *[n for pair in pairs for n in pair]))}>"
@@ -226,7 +229,7 @@ def fits_pool(node: Node) -> bool:
 
 def average(block: Block, node: Node, x: Node, out: Shape, name: str, source: Node) -> None:
     kernel, stride, padding, _, count, divisor = read_pool(node)
-    kind = pool(x, out, as_two(kernel), as_two(stride), as_two(padding), [1, 1])
+    kind = pool(source, shape_of(x), out, as_two(kernel), as_two(stride), as_two(padding), [1, 1])
     fixed = divisor
     if not divisor and (not any(as_two(padding)) and not node_overhangs(x, out, kernel, stride)):
         fixed = prod(as_two(kernel))
@@ -260,7 +263,7 @@ def emit_max_pool(block: Block, node: Node) -> None:
     x, kernel, stride, padding, dilation, _ = cast(Any, node.args)
     out = result(node, 0)
     assert out is not None
-    kind = pool(x, shape_of(out), kernel, stride, padding, dilation)
+    kind = pool(x, shape_of(x), shape_of(out), kernel, stride, padding, dilation)
     pointer = block.pointer(x)
     place = block.new(out)
     block.step(f"max_pool<T, {kind}>({pointer}, {place.pointer});")
@@ -270,7 +273,7 @@ def emit_max_pool_backward(block: Block, node: Node) -> None:
     found = max_pool_backward(node)
     assert found is not None
     _, kernel, stride, padding, dilation, _ = cast(Any, found.pool.args)
-    kind = pool(found.x, shape_of(found.grad), kernel, stride, padding, dilation)
+    kind = pool(found.x, shape_of(found.x), shape_of(found.grad), kernel, stride, padding, dilation)
     x, grad = block.pointer(found.x), block.pointer(found.grad)
     place = block.new(node)
     block.step(f"max_pool_backward<T, {kind}>({x}, {grad}, {place.pointer});")

@@ -117,9 +117,12 @@ def _call(
         values[node] = writes[-1]
         before[writes[-1]] = []
         if value_of(writes[-1]).shape != value_of(node).shape:
-            shaped = graph.call_function(aten.view.default, (writes[-1], list(shape_of(node))))
-            shaped.meta["val"] = value_of(node)
-            values[node] = shaped
+            values[node] = graph.call_function(
+                aten.view.default, (writes[-1], list(shape_of(node)))
+            )
+        elif not value_of(node).is_contiguous():  # a result of the program keeps its strides
+            values[node] = graph.call_function(aten.clone.default, (writes[-1],))
+        values[node].meta["val"] = value_of(node)
     reads = [*region.loads, *region.shared, *(kept[node] for node in region.reads)]
     call = graph.call_function(BLOCKS, (source.text(), reads), {"writes": writes})
     call.meta["val"] = None
