@@ -36,18 +36,22 @@ inline void store_block(const T* x, T* to, int64_t size, int64_t images) {
     }
 }
 
+// f(0) + … + f(size − 1), in four sums at a time: each addition waits for the one before.
+template <typename T, class F> inline Vec<T> add_all(int64_t size, F f) {
+    Vec<T> parts[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4)
+        for (int k = 0; k < 4; ++k) parts[k] += f(i + k);
+    for (; i < size; ++i) parts[0] += f(i);
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
 // Sums of each of `count` rows of `size` numbers over the images: of a bias, say.
 template <typename T>
 inline void sum_rows(const T* x, int64_t count, int64_t size, T* sums, int64_t images) {
     constexpr int L = lanes<T>;
-    for (int64_t c = 0; c < count; ++c) {
-        Vec<T> parts[4] = {};
-        int64_t i = 0;
-        for (; i + 4 <= size; i += 4, x += 4 * L)
-            for (int k = 0; k < 4; ++k) parts[k] += load(x + k * L);
-        for (; i < size; ++i, x += L) parts[0] += load(x);
-        sums[c] += sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3]), images);
-    }
+    for (int64_t c = 0; c < count; ++c, x += size * L)
+        sums[c] += sum<T>(add_all<T>(size, [&](int64_t i) { return load(x + i * L); }), images);
 }
 
 // The totals of all threads, in their order.
@@ -75,13 +79,11 @@ inline void add_moments(const T* x, int64_t channels, int64_t size, int64_t bloc
     constexpr int L = lanes<T>;
     T old[2 * L];
     for (int64_t c = 0; c < channels; ++c, x += size * L, parts += 2 * L) {
-        Vec<T> total{}, squares{};
-        for (int64_t i = 0; i < size; ++i) total += load(x + i * L);
-        const Vec<T> mean = total / T(size);
-        for (int64_t i = 0; i < size; ++i) {
+        const Vec<T> mean = add_all<T>(size, [&](int64_t i) { return load(x + i * L); }) / T(size);
+        const Vec<T> squares = add_all<T>(size, [&](int64_t i) {
             const Vec<T> off = load(x + i * L) - mean;
-            squares = fma(off, off, squares);
-        }
+            return off * off;
+        });
         std::memcpy(old, parts, sizeof old);
         merge_moments<T>(parts, mean, squares, T(size * blocks), T(size));
         for (int64_t n = images; n < L; ++n) parts[n] = old[n], parts[L + n] = old[L + n];
