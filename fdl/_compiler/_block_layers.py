@@ -8,7 +8,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_axes import Axis, Shape, max_pool_backward, result, shape_of
+from fdl._compiler._block_axes import (
+    Axis,
+    Shape,
+    literal,
+    max_pool_backward,
+    result,
+    shape_of,
+)
 from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
 from fdl._compiler._graph import value_of
 
@@ -86,10 +93,12 @@ def read_backward(node: Node) -> tuple[Node, Node, Node, Convolution, list[bool]
 def fits_convolution(node: Node) -> bool:
     backward = node.target is aten.convolution_backward.default
     transposed = node.args[7 if backward else 6]
-    x = cast(Node, node.args[1 if backward else 0])
+    x, weight, bias = cast(Any, node.args[1:4] if backward else node.args[:3])
     values = [x, node.args[0] if backward else node]
     return (
         not transposed
+        and literal(weight) is None
+        and (backward or literal(bias) is None)
         and value_of(x).ndim in (3, 4)
         and all(axis_of(z) == Axis(shape_of(x)[0]) for z in values)
     )

@@ -139,4 +139,4 @@ def _rewritten(code: str, small: dict[str, Buffer]) -> str:
         return f"SmallBuffer {name}{{static_cast<char*>({source}.data_ptr()) + {start}}};"
 
     code = VIEW.sub(view, ALLOCATION.sub(allocate, code))
-    return code.replace(HEADER, HEADER + TYPE.replace("\n", " "), 1) if small else code
+    return code.replace(HEADER, HEADER + TYPE, 1) if small else code

@@ -44,7 +44,7 @@ template <typename T> inline Vec<T> load(const T* from) {
     return x;
 }
 template <typename T> inline void store(T* to, Vec<T> x) { __builtin_memcpy(to, &x, bytes); }
-template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <typename T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }  // keeps −0
 // A number of memory. GCC would load several and shuffle them, which takes registers and time.
 inline Vec<float> broadcast(const float* from) {
 #ifdef FDL_AVX2
