@@ -111,7 +111,7 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     of each column, and adds the product of each two to a sum.
 
     >>> tiles(32, 28, 32), tiles(32, 28, 16), tiles(32, 16, 32, width=3)
-    ((4, 6), (2, 4), (4, 2))
+    ((4, 6), (6, 2), (4, 2))
     """
 
     def cost(o: int, j: int) -> float:
