@@ -133,10 +133,10 @@ template <typename T> inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { retu
 template <typename T> inline Mask<T> is_nan(Vec<T> x) { return x != x; }
 template <typename T> inline Vec<T> relu(Vec<T> x) { return x < T(0) ? Vec<T>{} : x; }
 template <typename T> inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
 }
 template <typename T> inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
 }
 inline Vec<float> absolute(Vec<float> x) { return (Vec<float>)((Mask<float>)x & INT32_MAX); }
 inline Vec<double> absolute(Vec<double> x) { return (Vec<double>)((Mask<double>)x & INT64_MAX); }
