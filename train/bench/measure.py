@@ -188,15 +188,16 @@ def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference,
     run_module("train.bench.reference", str(path), str(out), env=setting.env("reference"))
     found, rest = read_trajectory(out)
     masks = tuple(rest["other_masks"].tolist()) if "other_masks" in rest else None
-    return Reference(found.losses, task.params, found.params, masks), int(rest["flops"])
+    start = task.params | task.buffers
+    return Reference(found.losses, start, found.params, masks), int(rest["flops"])
 
 
 def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
     """Read the losses and parameters in a file, and everything else in it."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    params, rest = tasks.split_params(arrays)
-    return Trajectory(rest.pop("losses"), params), rest
+    params = tasks.take(arrays, "params/")
+    return Trajectory(arrays.pop("losses"), params), arrays
 
 
 def start(setting: Setting, workload: Workload, name: RunnerName, path: Path) -> Client:
