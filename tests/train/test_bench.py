@@ -361,7 +361,7 @@ def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
         assert runner["check"]["loss"] < 1e-3 and runner["check"]["distance"] < 1e-3
         assert runner["cold_s"] >= 0
         on_disk = runner["name"] == "jax-step"  # the others leave nothing there
-        assert ("warm_s" in runner) == on_disk
+        assert ("warm_s" in runner) == ("warm_peak_bytes" in runner) == on_disk
         assert runner["name"] in out
     assert entry["best_fdl"] == "fdl-eager" and entry["best_peer"] in RUNNERS
     # Two products of [10, 2] by [2, 1], forward and for the weight; x needs no gradient.

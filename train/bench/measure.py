@@ -253,7 +253,12 @@ def add_memory(client: Client, row: dict[str, Any]) -> None:
 
 
 def add_warm_start(setting: Setting, workload: Workload, row: dict[str, Any], path: Path) -> None:
-    """Time the first call in a second process, with the caches that the first left on disk."""
+    """Time the first call in a second process, with the caches that the first left on disk.
+
+    Its memory is that of training, without that of the compiler.
+    """
     with start(setting, workload, row["name"], path) as client:
         client.read()
         row["warm_call_s"] = client.ask("first")["seconds"]
+        answer = client.ask("peak")
+        row["warm_peak_bytes"], row["warm_start_bytes"] = answer["peak"], answer["start"]
