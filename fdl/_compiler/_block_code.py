@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
+from fdl._compiler._block_axes import Axis, Shape, literal, shape_of
 from fdl._compiler._graph import value_of
 
-Shape = tuple[int, ...]
 MEMORY = re.compile(r"\bm\d+\b")  # names of memory of a thread
 
 
@@ -42,9 +42,18 @@ def strides_of(shape: Shape) -> Shape:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def axis_of(node: Any) -> Axis | None:
+    """Return where the images of a value are, if it has any."""
+    return cast(Axis | None, node.meta.get("images"))
+
+
 def rest(node: Node) -> Shape:
-    """Return the shape of a value without the axis of images."""
-    return tuple(value_of(node).shape[1:])
+    """Return the shape of a value in a block, without its images.
+
+    The axis of images has the members of a population, or one.
+    """
+    shape, (_, axis, members) = shape_of(node), cast(Axis, axis_of(node))
+    return (*shape[:axis], members, *shape[axis + 1 :])
 
 
 @dataclass
@@ -214,6 +223,11 @@ BINARY: dict[str, str] = {
     "bitwise_and": "({0} & {1})",
     "bitwise_or": "({0} | {1})",
 }
+COMPARISONS = {
+    getattr(getattr(torch.ops.aten, name), kind)
+    for name in ("le", "lt", "ge", "gt", "eq", "ne", "maximum", "minimum")
+    for kind in getattr(torch.ops.aten, name).overloads()
+}
 SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
@@ -229,19 +243,6 @@ ELEMENTWISE[torch.ops.prims.convert_element_type.default] = "select<T>({0}, spla
 def operands(node: Node) -> list[Any]:
     """List the arguments of an elementwise operation that are values."""
     return [x for x in node.args if isinstance(x, Node | bool | int | float)]
-
-
-def literal(x: Any) -> Any:
-    """Return the number that a node is filled with, a number itself, or None."""
-    if isinstance(x, bool | int | float):
-        return x
-    if isinstance(x, Node) and x.op == "call_function":
-        name = getattr(x.target, "__name__", "")
-        if name == "scalar_tensor.default":
-            return x.args[0]
-        if name == "full.default":
-            return x.args[1]
-    return None
 
 
 def number(x: Any) -> str:
@@ -269,11 +270,7 @@ class Expressions:
         node = cast(Node, x)
         if node in self.block.shared:
             return self._shared(node, index)
-        shape = rest(node)
-        index = [
-            i if n > 1 else "0"
-            for i, n in zip(index[len(index) - len(shape) :], shape, strict=True)
-        ]
+        index = [i if n > 1 else "0" for i, n in zip(index, rest(node), strict=True)]
         key = node, tuple(index)
         if key not in self.names:
             text = self._text(node, index, top)
@@ -292,7 +289,7 @@ class Expressions:
     def _shared(self, node: Node, index: Sequence[str]) -> str:
         shape = tuple(value_of(node).shape)
         strides = strides_of(shape)
-        used = index[len(index) - len(shape) :] if len(shape) <= len(index) else ["0", *index]
+        used = index[len(index) - len(shape) :]
         terms = [
             i if stride == 1 else f"{stride} * {i}"
             for i, stride, n in zip(used, strides, shape, strict=True)

@@ -1,4 +1,4 @@
-"""Regions of a graph as kernels that compute block by block: `fdl::blocks_`."""
+"""The kernel of a region: `fdl::blocks_`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.backends.cpu import get_cpu_capability
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
-from fdl._compiler._block_code import Block, Place, rest, strides_of
-from fdl._compiler._block_ops import ends_batch, rule_of, shape_of
-from fdl._compiler._graph import empty, value_of
+from fdl._compiler._block_axes import Axis, shape_of
+from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
+from fdl._compiler._block_ops import ends_batch, rule_of
+from fdl._compiler._graph import value_of
 from fdl._compiler._kernels import kernel_that_writes
-from fdl._compiler._order import move_into_order, predecessors
-from fdl._compiler._regions import CONVOLUTIONS, Region, find_regions
+from fdl._compiler._regions import Region
 
-aten = torch.ops.aten
 FOLDER = Path(__file__).parent / "blocks"
 REGISTERS = {"AVX512": (64, 32), "AVX2": (32, 16)}  # bytes of a register, and their number
 BASELINE = 16, 16
@@ -27,77 +26,6 @@ BASELINE = 16, 16
 torch.library.define("fdl::blocks_", "(str source, Tensor[] reads, *, Tensor(a!)[] writes) -> ()")
 torch.library.register_fake("fdl::blocks_", lambda *args, writes: None)
 BLOCKS = torch.ops.fdl.blocks_.default
-
-
-def compute_in_blocks(module: GraphModule) -> None:
-    """Replace the regions of a graph in which this saves time."""
-    graph = module.graph
-    if not any(node.target in CONVOLUTIONS for node in graph.nodes):
-        return
-    regions = find_regions(graph, pays)
-    if not regions:
-        return
-    before = predecessors(graph)
-    calls: dict[Node, Node] = {}  # of the nodes of regions
-    kept: dict[Node, Node] = {}
-    values: dict[Node, Node] = {}
-    (output,) = graph.find_nodes(op="output")
-    for region in regions:
-        with graph.inserting_before(output):
-            call = _call(graph, region, kept, values, before)
-        calls |= {node: call for node in region.nodes if node not in calls}
-    for old, new in values.items():
-        for user in list(old.users):
-            user.replace_input_with(old, new)
-            before[user] += [calls[old], new]
-    for node in reversed(graph.nodes):  # `eliminate_dead_code` expects them in order
-        if not node.users and not node.is_impure():
-            graph.erase_node(node)
-    alive = set(graph.nodes)
-    for node in alive:
-        before[node] = [calls.get(z, z) for z in before[node]]
-    move_into_order(graph, {node: [z for z in before[node] if z in alive] for node in alive})
-
-
-def _call(
-    graph: Graph,
-    region: Region,
-    kept: dict[Node, Node],
-    values: dict[Node, Node],
-    before: dict[Node, list[Node]],
-) -> Node:
-    """Add the call of a region's kernel; note where its values are."""
-    source = BlockSource(region)
-    writes = []
-    for node in region.keeps:
-        blocks = -(-region.images // source.block.width)
-        numbers = prod(rest(node)) * source.block.width
-        with value_of(node).fake_mode:
-            kept[node] = empty(graph, torch.empty(blocks, numbers, dtype=region.dtype))
-        writes.append(kept[node])
-    for node in region.results:
-        writes.append(empty(graph, value_of(node)))
-        values[node] = writes[-1]
-        before[writes[-1]] = []
-        if value_of(writes[-1]).shape != value_of(node).shape:
-            shaped = graph.call_function(aten.view.default, (writes[-1], list(shape_of(node))))
-            shaped.meta["val"] = value_of(node)
-            values[node] = shaped
-    reads = [*region.loads, *region.shared, *(kept[node] for node in region.reads)]
-    call = graph.call_function(BLOCKS, (source.text(), reads), {"writes": writes})
-    call.meta["val"] = None
-    for node in writes:
-        before[node] = []
-    before[call] = [*reads, *writes]
-    for node in region.results:
-        if values[node] not in before:
-            before[values[node]] = [call]
-    return call
-
-
-def pays(group: list[Node]) -> bool:
-    """Tell whether to compute connected nodes block by block."""
-    return any(node.target in CONVOLUTIONS for node in group)
 
 
 class BlockSource:
@@ -132,19 +60,24 @@ class BlockSource:
                 block.copy(block.place(node), Place(block.given[node], shape, strides_of(shape)))
         for node in region.results:
             if not ends_batch(node):
-                size = prod(rest(node))
-                block.step(
-                    f"store_block<T>({block.pointer(node)}, {names[node]} + number * L * {size}, "
-                    f"{size}, images);"
-                )
+                pointer = block.pointer(node)
+                self._each_member("store_block", node, pointer, self.names[node])
 
     def _load(self, node: Node) -> None:
         """Read the images of a block; a mask as 0 and 1."""
-        place = self.block.new(node)
-        size, name = prod(rest(node)), self.names[node]
+        pointer = self.block.new(node).pointer
         kind = "load_flags" if value_of(node).dtype is torch.bool else "load_block"
+        self._each_member(kind, node, pointer, self.names[node])
+
+    def _each_member(self, function: str, node: Node, block: str, tensor: str) -> None:
+        """Move the images of a block from or to a tensor, all that lies inside of their axis."""
+        images, axis, members = cast(Axis, axis_of(node))
+        shape = shape_of(node)
+        outside, size = prod(shape[:axis]) * members, prod(shape[axis + 1 :])
         self.block.step(
-            f"{kind}<T>({name} + number * L * {size}, {place.pointer}, {size}, images, {size});"
+            f"for (int64_t p = 0; p < {outside}; ++p)",
+            f"    {function}<T>({block} + p * {size} * L, "
+            f"{tensor} + (p * {images} + number * L) * {size}, {size}, images);",
         )
 
     def text(self) -> str:

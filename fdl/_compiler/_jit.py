@@ -71,6 +71,9 @@ class Report(NamedTuple):
         cached: the program was loaded from the cache on disk.
         times: the parts of `seconds`: `trace`, `compile`, `load` (look the program up on disk, or
             wait for another process that compiles it) and `run`, the first run.
+        regions: parts of the program, around convolutions on a CPU, that are computed for a few
+            images at a time, while these are in the processor's cache.
+        left_out: why a convolution is in none of them, with its shapes.
 
     >>> fn = jit(lambda x: x + 1)
     >>> fn.report()                             # nothing is compiled before the first call
@@ -89,6 +92,8 @@ class Report(NamedTuple):
     closed_over: tuple[str, ...] = ()
     cached: bool = False
     times: Times = Times()
+    regions: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 class Jitted(Protocol[P, R]):
@@ -330,6 +335,7 @@ class _Entry(NamedTuple):
             tuple(self.sources.names()),
             self.route.stored,
             self.route.times,
+            *self.route.regions,
         )
 
 

@@ -19,12 +19,13 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from fdl._compiler._blocks import compute_in_blocks
+from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._lowerings import has_onednn
 from fdl._compiler._merging import merge_families
+from fdl._compiler._outer_products import reduce_outer_products
 from fdl._compiler._products import PRODUCT, is_small
 from fdl._compiler._zeros import replace_zero_products
 
@@ -41,6 +42,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
         rewrite(cast(GraphModule, child), on_cpu)
     replace_zero_products(module.graph)
     merge_equal(module.graph)
+    reduce_outer_products(module.graph)
     drop_checks(module.graph)
     for node in nodes_of(module.graph, "call_function"):
         if node.target is LOOP:

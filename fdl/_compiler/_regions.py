@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_code import ELEMENTWISE, SLOW, literal
-from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, max_pool_backward, rule_of
-from fdl._compiler._graph import value_of
+from fdl._compiler._block_axes import Axis, find_axes, literal, max_pool_backward
+from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of
+from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 DTYPES = (torch.float32, torch.float64, torch.bool)
 
 
@@ -48,6 +47,9 @@ class Candidates:
         self.graph = graph
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
+        axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
+        for node in graph.nodes:
+            node.meta["images"] = axes.get(node)
         for node in graph.nodes:
             rule = rule_of(node)
             if rule is None or (node.target is getitem and node.args[0] not in self.rules):
@@ -129,13 +131,13 @@ def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Regio
             if is_provided(node) and any(user in outside for user in node.users)
         ]
     _connect(candidates, regions, home)
-    return regions
+    return [region for region in regions if region.keeps or region.results]
 
 
 def _chosen(
     candidates: Candidates, groups: list[list[Node]], pays: Callable[[list[Node]], bool]
 ) -> list[list[Node]]:
-    """Return the groups with convolutions, and those that read or write what they keep."""
+    """Return the groups with convolutions, and those between them."""
     home = {node: i for i, group in enumerate(groups) for node in group}
     chosen = {i for i, group in enumerate(groups) if pays(group)}
     edges = {
@@ -146,17 +148,18 @@ def _chosen(
         if x in home and home[x] != i and not ends_batch(x)
     }
     while True:
-        more = {j for i, j in edges if i in chosen} | {i for i, j in edges if j in chosen}
-        if more <= chosen:
+        readers = {j for i, j in edges if i in chosen}
+        writers = {i for i, j in edges if j in chosen}
+        if readers & writers <= chosen:
             return [groups[i] for i in sorted(chosen)]
-        chosen |= more
+        chosen |= readers & writers
 
 
 def _region(group: list[Node]) -> Region:
     values = [z for z in (node.meta["val"] for node in group) if isinstance(z, Tensor)]
     dtype = next((z.dtype for z in values if z.is_floating_point()), torch.bool)
-    images = next(value_of(n).shape[0] for n in group if is_provided(n) and not ends_batch(n))
-    return Region(group, images, dtype)
+    axis = next(axis_of(node) for node in group if axis_of(node) is not None)
+    return Region(group, cast(Axis, axis).images, dtype)
 
 
 def is_provided(node: Node) -> bool:
@@ -222,6 +225,9 @@ def _connect(candidates: Candidates, regions: list[Region], home: dict[Node, Reg
                 if x not in inside and literal(x) is None
             )
         )
+        for x in region.shared:
+            if x in home and x not in home[x].results:
+                home[x].results.append(x)
     for region in regions:
         region.written = _written(candidates, region)
 

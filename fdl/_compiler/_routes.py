@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fdl._compiler import _cuda_graphs, _inductor, _interpreter
+from fdl._compiler._block_pass import Regions, count_regions
 from fdl._compiler._cache_key import name as cache_name
 from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
@@ -75,6 +76,7 @@ class Route:
         self.kernels = 0  # that Inductor generated, also in attempts that failed
         self.stored = False  # it was found in the cache on disk
         self.times = Times()
+        self.regions = Regions()
         self._lap = time.perf_counter()
 
     def lap(self, part: str) -> None:
@@ -144,12 +146,13 @@ def build(
         found = stored.find(traced)
         route.lap("load")
         if found is not None:
-            program, route.kernels = found
+            program, route.kernels, route.regions = found
             route.name, route.stored = ONE, True
             return _as_traced(program._replace(digest=computes), settings, route)
         about_to_compile.get()(len(operations(traced.graph)))
         if stored.is_kept():
             stack.enter_context(_inductor.without_cache())
+        stack.enter_context(count_regions(route))
         traced = decompose(traced)
         # Inductor would write a view of a computed value before it has read all that it needs.
         places = [
@@ -167,7 +170,7 @@ def build(
             slower = len(route.fallbacks)
             program = _for_cpu(traced, without_unrolling, eager, aliases, route)
             if len(route.fallbacks) == slower:
-                stored.keep(program, kernels_written() - kernels)
+                stored.keep(program, kernels_written() - kernels, route.regions)
     route.kernels = kernels_written() - kernels
     return _as_traced(program._replace(digest=computes), settings, route)
 

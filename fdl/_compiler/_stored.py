@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from fdl._compiler import _cache
+from fdl._compiler._block_pass import Regions
 from fdl._compiler._dispatch import from_library
 from fdl._compiler._library import library_of, load
 from fdl._compiler._program import Program, program_of
@@ -25,8 +26,8 @@ class Stored(NamedTuple):
         """Check that the program will be in the cache once it has been compiled."""
         return self.name is not None and _cache.is_writable()
 
-    def find(self, traced: Traced) -> tuple[Program, int] | None:
-        """Load the program, and return it with the number of its kernels."""
+    def find(self, traced: Traced) -> tuple[Program, int, Regions] | None:
+        """Load the program, and return it with the number of its kernels, and its regions."""
         found = _cache.find(self.name) if self.name else None
         if found is None:
             return None
@@ -40,11 +41,17 @@ class Stored(NamedTuple):
         run = from_library(library, outputs) if library else None
         if run is None:
             return None
-        return program_of(run, traced, aliases), about["kernels"]
+        regions = Regions(about["regions"], tuple(about["left_out"]))
+        return program_of(run, traced, aliases), about["kernels"], regions
 
-    def keep(self, program: Program, kernels: int) -> None:
+    def keep(self, program: Program, kernels: int, regions: Regions) -> None:
         """Write a program that has been compiled."""
         library = library_of(program.direct.run) if self.name and program.direct else None
         if self.name and program.direct and library:
-            about = {"aliases": program.direct.aliases, "kernels": kernels}
+            about = {
+                "aliases": program.direct.aliases,
+                "kernels": kernels,
+                "regions": regions.regions,
+                "left_out": regions.left_out,
+            }
             _cache.keep(self.name, library.path, about)

@@ -7,20 +7,20 @@ namespace fdl_blocks {
 // From `images` rows of `size` numbers to size × lanes, and back. What is left of a block repeats
 // its last image, so that no number comes up that no image has.
 template <typename T>
-inline void load_block(const T* x, T* to, int64_t size, int64_t images, int64_t stride) {
+inline void load_block(T* to, const T* x, int64_t size, int64_t images) {
     constexpr int L = lanes<T>;
     const T* rows[L];
-    for (int n = 0; n < L; ++n) rows[n] = x + (n < images ? n : images - 1) * stride;
+    for (int n = 0; n < L; ++n) rows[n] = x + (n < images ? n : images - 1) * size;
     for (int64_t i = 0; i < size; ++i) {
         #pragma GCC unroll 16
         for (int n = 0; n < L; ++n) to[i * L + n] = rows[n][i];
     }
 }
 template <typename T>
-inline void load_flags(const bool* x, T* to, int64_t size, int64_t images, int64_t stride) {
+inline void load_flags(T* to, const bool* x, int64_t size, int64_t images) {
     constexpr int L = lanes<T>;
     for (int64_t i = 0; i < size; ++i)
-        for (int n = 0; n < L; ++n) to[i * L + n] = x[(n < images ? n : images - 1) * stride + i];
+        for (int n = 0; n < L; ++n) to[i * L + n] = x[(n < images ? n : images - 1) * size + i];
 }
 template <typename T>
 inline void store_block(const T* x, T* to, int64_t size, int64_t images) {

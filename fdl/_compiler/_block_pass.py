@@ -1,0 +1,125 @@
+"""Compute small convolutional nets for one block of images after the other.
+
+Layer by layer, a net walks through memory: each layer reads and writes the activations of all
+images. The regions that `_regions.py` finds become kernels that take a few images through all of
+their layers, and through the derivatives, while these are in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
+from fdl._compiler._block_code import rest
+from fdl._compiler._block_cost import pays, why_not
+from fdl._compiler._blocks import BLOCKS, BlockSource
+from fdl._compiler._graph import empty, value_of
+from fdl._compiler._order import move_into_order, predecessors
+from fdl._compiler._regions import Region, find_regions
+
+aten = torch.ops.aten
+
+
+class Regions(NamedTuple):
+    """How many regions a program has, and which convolutions are in none."""
+
+    regions: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+_counting: ContextVar[Any] = ContextVar("fdl_regions", default=None)
+
+
+@contextmanager
+def count_regions(route: Any) -> Iterator[None]:
+    """Note in `route.regions` what `compute_in_blocks` does inside of the `with` block."""
+    token = _counting.set(route)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
+def compute_in_blocks(module: GraphModule) -> None:
+    """Replace the regions of a graph in which this saves time."""
+    graph = module.graph
+    convolutions = [node for node in graph.nodes if node.target in CONVOLUTIONS]
+    if not convolutions:
+        return
+    regions = find_regions(graph, pays)
+    inside = {node for region in regions for node in region.nodes}
+    route = _counting.get()
+    if route is not None:
+        reasons = [why_not(node) for node in convolutions if node not in inside]
+        known = route.regions
+        left_out = tuple(dict.fromkeys([*known.left_out, *reasons]))
+        route.regions = Regions(known.regions + len(regions), left_out)
+    if regions:
+        _replace(graph, regions)
+
+
+def _replace(graph: Graph, regions: list[Region]) -> None:
+    before = predecessors(graph)
+    calls: dict[Node, Node] = {}  # of the nodes of regions
+    kept: dict[Node, Node] = {}
+    values: dict[Node, Node] = {}
+    (output,) = graph.find_nodes(op="output")
+    for region in regions:
+        with graph.inserting_before(output):
+            call = _call(graph, region, kept, values, before)
+        before[call] += [calls[node] for node in region.reads]
+        calls |= {node: call for node in region.nodes if node not in calls}
+    for old, new in values.items():
+        for user in list(old.users):
+            user.replace_input_with(old, new)
+            before[user] += [calls[old], new]
+    for node in reversed(graph.nodes):  # `eliminate_dead_code` expects them in order
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
+    alive = set(graph.nodes)
+    for node in alive:
+        before[node] = [calls.get(z, z) for z in before[node]]
+    move_into_order(graph, {node: [z for z in before[node] if z in alive] for node in alive})
+
+
+def _call(
+    graph: Graph,
+    region: Region,
+    kept: dict[Node, Node],
+    values: dict[Node, Node],
+    before: dict[Node, list[Node]],
+) -> Node:
+    """Add the call of a region's kernel; note where its values are."""
+    source = BlockSource(region)
+    writes = []
+    for node in region.keeps:
+        blocks = -(-region.images // source.block.width)
+        numbers = prod(rest(node)) * source.block.width
+        with cast(Any, value_of(node)).fake_mode:
+            kept[node] = empty(graph, torch.empty(blocks, numbers, dtype=region.dtype))
+        writes.append(kept[node])
+    for node in region.results:
+        writes.append(empty(graph, value_of(node)))
+        values[node] = writes[-1]
+        before[writes[-1]] = []
+        if value_of(writes[-1]).shape != value_of(node).shape:
+            shaped = graph.call_function(aten.view.default, (writes[-1], list(shape_of(node))))
+            shaped.meta["val"] = value_of(node)
+            values[node] = shaped
+    reads = [*region.loads, *region.shared, *(kept[node] for node in region.reads)]
+    call = graph.call_function(BLOCKS, (source.text(), reads), {"writes": writes})
+    call.meta["val"] = None
+    for node in writes:
+        before[node] = []
+    before[call] = [*reads, *writes]
+    for node in region.results:
+        if values[node] not in before:
+            before[values[node]] = [call]
+    return call
