@@ -302,6 +302,8 @@ class Bench:
     """Number of rounds; each times every runner once."""
     steps: int = 100
     """Steps in one call of a runner, at most an epoch."""
+    warm_starts: bool = True
+    """Start every runner once more, to time its first call with what the first left on disk."""
     seconds: float = 0.3
     """Seconds that a round takes at least; it repeats the call."""
     seed: int = 0

@@ -159,7 +159,8 @@ def measure(
             attempt(rows[name], lambda client=client, row=rows[name]: add_memory(client, row))
             client.end()
     for row in entry["runners"]:
-        if row["status"] == "measuring" and registry.RUNNERS[row["name"]].compiles:
+        again = setting.config.warm_starts and registry.RUNNERS[row["name"]].compiles
+        if row["status"] == "measuring" and again:
             attempt(row, lambda row=row: add_warm_start(setting, workload, row, path))
 
 

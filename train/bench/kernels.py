@@ -1,0 +1,184 @@
+"""Count the kernels of a training step: `python -m train.bench.kernels`.
+
+On every machine: how many kernels Inductor generated for `fdl.jit(step)`, without the library calls
+for products and convolutions. On a GPU also what a step of a whole epoch, one CUDA graph, launches:
+names, counts and times from `torch.profiler`, library calls and copies included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+from torch.profiler import ProfilerActivity, profile
+
+from fdl._compiler import _cuda_graphs
+from fdl.data import Dataset
+from train import recipes
+from train.bench.fdl_runners import Scan, Step
+from train.bench.task import Task
+from train.bench.workloads import Workload, find, make_task
+from train.config import Bench, WorkloadName
+from train.records import to_json
+
+__all__ = ["launches", "markdown", "measure"]
+
+WARM_UP = 4  # calls before the one that is profiled; donated memory is at its place after the third
+STEPS = 8  # of an epoch that is profiled
+MOST = 20  # kernels that are shown by name
+Record = dict[str, Any]
+
+
+def measure(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Record:
+    """Count the kernels of a step of a workload; on a GPU, profile one as well."""
+    task = make_task(workload, config, images, device)
+    step = Step(task)
+    step.first()
+    report = step.program.report()[-1]
+    entry: Record = {
+        "name": workload.name,
+        "batch": task.batches.shape[1],
+        "route": report.route,
+        "generated": report.kernels,
+        "regions": report.regions,
+        "fallbacks": list(report.fallbacks),
+    }
+    return entry | profile_epoch(task) if device == "cuda" else entry
+
+
+def profile_epoch(task: Task) -> Record:
+    """Profile what a step launches within the CUDA graph of an epoch.
+
+    A profiler that does not look into graphs sees no kernel; then one sees the program as it runs
+    without a graph, which launches the same kernels.
+    """
+    events = profile_call(task)
+    graphed = bool(events)
+    if not graphed:
+        with patch.object(_cuda_graphs, "_capture", refuse):
+            events = profile_call(task)
+    return {"steps": task.steps, "profiled_graph": graphed} | launches(events, task.steps)
+
+
+def refuse(*_: object) -> None:
+    """Stand in for the capture of a graph; its caller then launches kernels one by one."""
+    raise RuntimeError("the profiler does not look into graphs")
+
+
+def profile_call(task: Task) -> list[tuple[str, float]]:
+    """List what one call of a compiled epoch runs on the device: names and microseconds."""
+    runner = Scan(task)
+
+    def call() -> None:
+        runner.wait(runner.epoch())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a capture was refused
+        for _ in range(WARM_UP):
+            call()
+    return on_device(call, runner.device.type)
+
+
+def on_device(call: Callable[[], None], device: str) -> list[tuple[str, float]]:
+    """Profile a call; list its events on a type of device, but for annotations."""
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        call()
+    return [
+        (event.name, event.time_range.elapsed_us())
+        for event in profiler.events() or ()
+        if event.device_type.name == device.upper()
+        and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def launches(events: list[tuple[str, float]], steps: int) -> Record:
+    """Sum up events by name, for one of `steps` steps, the longest first.
+
+    >>> found = launches([("add", 3.0), ("mul", 9.0), ("add", 5.0), ("add", 4.0)], 2)
+    >>> found["launches"], found["device_us"], found["kernels"][0]
+    (2.0, 10.5, {'name': 'add', 'count': 1.5, 'us': 6.0})
+    """
+    counts: dict[str, int] = defaultdict(int)
+    times: dict[str, float] = defaultdict(float)
+    for name, us in events:
+        counts[name] += 1
+        times[name] += us
+    kernels = [
+        {"name": name, "count": counts[name] / steps, "us": times[name] / steps}
+        for name in sorted(times, key=lambda name: -times[name])
+    ]
+    return {
+        "launches": len(events) / steps,
+        "device_us": sum(times.values()) / steps,
+        "kernels": kernels,
+    }
+
+
+def markdown(entries: list[Record]) -> str:
+    """Make a table with a row for each workload, and below it the kernels of those profiled."""
+    lines = [
+        "| a step | batch | way | kernels generated | regions | launched in the graph | their µs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        cells = [
+            entry["name"],
+            entry["batch"],
+            entry["route"],
+            entry["generated"],
+            entry["regions"],
+        ]
+        profiled = "launches" in entry
+        cells += [f"{entry[key]:.1f}" if profiled else "" for key in ("launches", "device_us")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for entry in entries:
+        lines += named(entry)
+    return "\n".join(lines)
+
+
+def named(entry: Record) -> list[str]:
+    """List the longest kernels of a workload, a line each, and why it runs in no faster way."""
+    lines = [f"{entry['name']}: {reason}" for reason in entry["fallbacks"]]
+    if entry.get("kernels"):
+        how = "in the graph" if entry["profiled_graph"] else "as launched without a graph"
+        lines += ["", f"{entry['name']}, a step {how}: count, µs, name"]
+    for kernel in entry.get("kernels", ())[:MOST]:
+        lines.append(f"{kernel['count']:6.1f} {kernel['us']:8.2f}  {kernel['name']}"[:100])
+    return lines
+
+
+def main() -> None:
+    """Measure the workloads that the command line names."""
+    names = [name for name in get_args(WorkloadName) if name != "lenet-scaling"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=names, default=names)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--data", default="sample", help="auto, sample or a folder")
+    parser.add_argument("--out", type=Path, help="JSON file to write, after every workload")
+    options = parser.parse_args()
+    device = recipes.find_device(options.device).type
+    config = Bench(workloads=tuple(options.workloads), steps=STEPS)
+    workloads = find(config)
+    images: Dataset | None = None
+    if any(workload.model != "linreg" for workload in workloads):
+        images, _, _ = recipes.load_images(options.data)
+    entries: list[Record] = []
+    for workload in workloads:
+        entries.append(measure(workload, config, images, device))
+        print(f"{workload.name}: {entries[-1]['generated']} kernels", file=sys.stderr, flush=True)
+        if options.out:
+            options.out.write_text(to_json(entries, indent=1) + "\n")
+    print(markdown(entries))
+
+
+if __name__ == "__main__":
+    main()
