@@ -259,7 +259,8 @@ def max_pool_backward(node: Node) -> MaxPoolBackward | None:
         return None
     if scatter.target not in (aten.scatter_add.default, aten.scatter.src):
         return None
-    zeros, _, index, grads = cast(Any, scatter.args)
+    zeros, dim, index, grads = cast(Any, scatter.args)
+    rows = shape_of(index)
     while index.target in VIEWS:
         index = index.args[0]
     if str(index.target) != TO_INDICES or literal(zeros) != 0:
@@ -271,6 +272,10 @@ def max_pool_backward(node: Node) -> MaxPoolBackward | None:
     out, x = result(source, 0), cast(Node, source.args[0])
     if out is None or shape_of(node) != shape_of(x):
         return None
+    _, kernel, *_ = cast(Any, source.args)
+    pixels, windows = (prod(shape_of(z)[-len(kernel) :]) for z in (x, out))
+    if dim % len(rows) != len(rows) - 1 or (rows[-1], shape_of(zeros)[-1]) != (windows, pixels):
+        return None  # an index is the position in one image
     while shape_of(grads) != shape_of(out) and grads.target in VIEWS:
         grads = cast(Node, grads.args[0])
     return MaxPoolBackward(grads, x, source) if shape_of(grads) == shape_of(out) else None

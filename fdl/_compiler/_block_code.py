@@ -114,20 +114,21 @@ class Block:
         if node not in self.places:
             code, i = Expressions(self), indices(rest(node))
             value = code.value(node, i, top=True)
+            if is_mask(node):
+                value = f"select<T>({value}, splat(T(1)), V{{}})"
             place = self.new(node)
             self.step(*loops(place.shape, [*code.lines, f"store({element(place, i)}, {value});"]))
         return self.places[node]
 
-    def frame(self, node: Node, shape: Shape, top: Shape, size: Shape, gap: Shape) -> str:
-        """Return the address of `[channels, rows, columns]` in a frame of zeros."""
-        if (top, size, gap) == ((0, 0), shape[1:], (1, 1)):
+    def frame(self, node: Node, rows: int, columns: int, before: int, width: int) -> str:
+        """Return the address of rows with zeros before and after them, of so many in all."""
+        if (before, width) == (0, columns):
             return self.pointer(node)
-        key = node, top, size, gap
+        key = node, before, width
         if key not in self.frames:
             source = self.pointer(node)
-            name = self.frames[key] = self.buffer(shape[0] * prod(size))
-            numbers = ", ".join(map(str, (*shape, *top, *size, *gap)))
-            self.step(f"frame<T, {numbers}>({source}, {name});")
+            name = self.frames[key] = self.buffer(rows * width)
+            self.step(f"frame<T, {rows}, {columns}, {before}, {width}>({source}, {name});")
         return self.frames[key]
 
     def pack(self, kind: str, shape: str, tile: int, weight: Node) -> str:
@@ -193,7 +194,8 @@ UNARY: dict[str, str] = {
     "relu": "relu<T>({0})",
     "abs": "absolute({0})",
     "exp": "exponential({0})",
-    "log": "logarithm<T>({0})",
+    "log": "logarithm({0})",
+    "erf": "error_function({0})",
     "sigmoid": "sigmoid<T>({0})",
     "tanh": "hyperbolic_tangent({0})",
     "sqrt": "squareroot({0})",
@@ -223,26 +225,35 @@ BINARY: dict[str, str] = {
     "bitwise_and": "({0} & {1})",
     "bitwise_or": "({0} | {1})",
 }
-COMPARISONS = {
-    getattr(getattr(torch.ops.aten, name), kind)
-    for name in ("le", "lt", "ge", "gt", "eq", "ne", "maximum", "minimum")
-    for kind in getattr(torch.ops.aten, name).overloads()
-}
-SLOW = {"exp", "log", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+MASKS = {"logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
+COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
+COPIES = {"clone", "alias", "lift_fresh_copy"}
+SLOW = {"exp", "log", "erf", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):
         _target = getattr(getattr(torch.ops.aten, _name), _overload, None)
-        if _target is not None:
+        if _target is not None and "Tensor" in str(_target._schema.arguments[0].type):
             ELEMENTWISE[_target] = _text
 
 
-ELEMENTWISE[torch.ops.prims.convert_element_type.default] = "select<T>({0}, splat(T(1)), V{{}})"
+CONVERT = torch.ops.prims.convert_element_type.default  # of a mask to numbers
+ELEMENTWISE[CONVERT] = "select<T>({0}, splat(T(1)), V{{}})"
 
 
 def operands(node: Node) -> list[Any]:
     """List the arguments of an elementwise operation that are values."""
     return [x for x in node.args if isinstance(x, Node | bool | int | float)]
+
+
+def name_of(node: Node) -> str:
+    """Return the name of an operation without its overload."""
+    return getattr(node.target, "__name__", "").split(".")[0]
+
+
+def is_mask(x: Any) -> bool:
+    """Check for a tensor of bools that is not filled with one number."""
+    return isinstance(x, Node) and literal(x) is None and value_of(x).dtype is torch.bool
 
 
 def number(x: Any) -> str:
@@ -282,7 +293,7 @@ class Expressions:
         if not top and (node in self.block.written or node in self.block.places):
             place = self.block.place(node)
             loaded = f"load({element(place, index)})"
-            return f"({loaded} != T(0))" if value_of(node).dtype is torch.bool else loaded
+            return f"({loaded} != T(0))" if is_mask(node) else loaded
         values = [self.value(x, index) for x in operands(node)]
         return ELEMENTWISE[node.target].format(*values)
 

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_axes import Axis, Shape, max_pool_backward, result, shape_of
+from fdl._compiler._block_axes import (
+    Axis,
+    Shape,
+    literal,
+    max_pool_backward,
+    result,
+    shape_of,
+)
 from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
 from fdl._compiler._graph import value_of
 
@@ -19,38 +26,40 @@ class Convolution(NamedTuple):
     """A convolution of images; of sequences, as images of one row."""
 
     groups: int
-    size: Shape  # of the image
     channels: int  # of all groups
     outputs: int
+    size: Shape  # of the image
+    result: Shape
     kernel: Shape
     stride: Shape
-    padding: Shape
+    padding: Shape  # at the top and left; a negative one leaves rows and columns out
     dilation: Shape
-
-    def framed(self) -> Shape:
-        return tuple(n + 2 * p for n, p in zip(self.size, self.padding, strict=True))
-
-    def result(self) -> Shape:
-        return tuple(
-            (n - d * (k - 1) - 1) // s + 1
-            for n, d, k, s in zip(
-                self.framed(), self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
+    gap: Shape = (1, 1)  # of rows and columns of the image
 
     def backward(self) -> Convolution:
-        """Return the convolution of gradients, in a frame, that gives those of the input."""
-        reach = tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-        size = tuple(n + r for n, r in zip(self.size, reach, strict=True))
+        """Return the convolution of gradients that gives those of the input."""
+        padding = tuple(
+            d * (k - 1) - p
+            for d, k, p in zip(self.dilation, self.kernel, self.padding, strict=True)
+        )
         return Convolution(
-            self.groups, size, self.outputs, self.channels, self.kernel, (1, 1), (0, 0),
-            self.dilation,
+            self.groups, self.outputs, self.channels, self.result, self.size, self.kernel, (1, 1),
+            padding, self.dilation, self.stride,
         )  # fmt: skip
+
+    def frame(self) -> tuple[int, int]:
+        """Return the columns of zeros before a row of the image, and of the row with all zeros."""
+        (_, gap), (_, padding) = self.gap, self.padding
+        before = -(-padding // gap)
+        last = (self.result[1] - 1) * self.stride[1] + (self.kernel[1] - 1) * self.dilation[1]
+        width = (last - padding) // gap + before + 1
+        return before, max(width, self.size[1]) if before == 0 else width
 
     def type(self) -> str:
         numbers = (
-            self.groups, self.channels // self.groups, *self.framed(),
-            self.outputs // self.groups, *self.kernel, *self.stride, *self.dilation,
+            self.groups, self.channels // self.groups, self.size[0], self.frame()[1],
+            self.outputs // self.groups, *self.result, *self.kernel, *self.stride, *self.dilation,
+            *self.padding, *self.gap,
         )  # fmt: skip
         return f"Shape<{', '.join(map(str, numbers))}>"
 
@@ -59,115 +68,128 @@ def as_pair(numbers: Any, fill: int) -> Shape:
     return (fill, *numbers) if len(numbers) == 1 else tuple(numbers)
 
 
-def convolution(x: Node, weight: Node, options: Any, groups: int) -> Convolution:
+def convolution(x: Node, weight: Node, out: Node, options: Any, groups: int) -> Convolution:
     stride, padding, dilation = options
     outputs, _, *kernel = shape_of(weight)
     _, channels, *size = shape_of(x)
     return Convolution(
-        groups, as_pair(size, 1), channels, outputs, as_pair(kernel, 1), as_pair(stride, 1),
-        as_pair(padding, 0), as_pair(dilation, 1),
+        groups, channels, outputs, as_pair(size, 1), as_pair(shape_of(out)[2:], 1),
+        as_pair(kernel, 1), as_pair(stride, 1), as_pair(padding, 0), as_pair(dilation, 1),
     )  # fmt: skip
 
 
 def read_forward(node: Node) -> tuple[Node, Node, Node | None, Convolution]:
     x, weight, bias, stride, padding, dilation, _, _, groups = cast(Any, node.args)
-    return x, weight, bias, convolution(x, weight, (stride, padding, dilation), groups)
+    conv = convolution(x, weight, node, (stride, padding, dilation), groups)
+    return x, weight, bias, conv
 
 
 def read_backward(node: Node) -> tuple[Node, Node, Node, Convolution, list[bool]]:
     grad, x, weight, _, stride, padding, dilation, _, _, groups, mask = cast(Any, node.args)
-    return grad, x, weight, convolution(x, weight, (stride, padding, dilation), groups), mask
+    conv = convolution(x, weight, grad, (stride, padding, dilation), groups)
+    return grad, x, weight, conv, mask
 
 
 def fits_convolution(node: Node) -> bool:
     backward = node.target is aten.convolution_backward.default
     transposed = node.args[7 if backward else 6]
-    x = cast(Node, node.args[1 if backward else 0])
+    x, weight, bias = cast(Any, node.args[1:4] if backward else node.args[:3])
     values = [x, node.args[0] if backward else node]
     return (
         not transposed
+        and literal(weight) is None
+        and (backward or literal(bias) is None)
         and value_of(x).ndim in (3, 4)
         and all(axis_of(z) == Axis(shape_of(x)[0]) for z in values)
     )
 
 
-def tiles(outputs: int, columns: int, registers: int, most: int = 8) -> tuple[int, int]:
+def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[int, int]:
     """Choose how many outputs and columns are computed in registers at a time.
 
-    A step of the loop loads `columns` vectors and `outputs` weights for their product of sums.
+    A column has `width` vectors. A step of the loop loads one vector for each output and for those
+    of each column, and adds the product of each two to a sum.
+
+    >>> tiles(32, 28, 32), tiles(32, 28, 16), tiles(32, 16, 32, width=3)
+    ((4, 6), (2, 4), (4, 2))
     """
-    best, choice = 0.0, (1, 1)
-    for o in range(1, min(outputs, most) + 1):
-        for j in range(1, min(columns, most) + 1):
-            if o * j + j + 1 > registers:
-                continue
-            work = outputs * columns / (-(-outputs // o) * -(-columns // j))
-            score = min(work, o * j) / (o + j)
-            if score > best:
-                best, choice = score, (o, j)
-    return choice
+
+    def cost(o: int, j: int) -> float:
+        # A sum is ready after four cycles of two products: fewer than eight sums wait for it.
+        loads = o + j * width
+        return max(o * j * width, 1.5 * loads, 8) + loads / 16 if o * j else 0
+
+    def total(tile: tuple[int, int]) -> float:
+        (rows, left), (times, rest) = divmod(outputs, tile[0]), divmod(columns, tile[1])
+        o, j = tile
+        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left, rest)
+
+    spare = 2 if width == 1 else 1  # for what the loop needs besides; with less, GCC spills sums
+    choices = [
+        (o, j)
+        for o in range(1, min(outputs, registers) + 1)
+        for j in range(1, min(columns, registers) + 1)
+        if (o * j + j) * width + spare <= registers
+    ]
+    return min(choices, key=total, default=(1, 1))
+
+
+def part(size: int, most: int) -> int:
+    """Divide so many columns of a kernel into as few equal parts as there can be.
+
+    >>> part(5, 5), part(7, 5), part(11, 5)
+    (5, 4, 4)
+    """
+    return -(-size // -(-size // most))
 
 
 def convolve(
-    block: Block, node: Node, conv: Convolution, source: str, weight: str, bias: str
+    block: Block, node: Node, conv: Convolution, x: Node, pack: str, weight: Node, bias: str
 ) -> None:
-    height, width = conv.result()
-    o, j = tiles(conv.outputs // conv.groups, width, block.registers)
-    place = Place(block.buffer(conv.outputs * height * width, node), rest(node), ())
+    columns = -(-conv.result[1] // conv.gap[1])
+    o, j = tiles(conv.outputs // conv.groups, columns, block.registers)
+    source, weights = framed(block, x, conv), block.pack(pack, conv.type(), o, weight)
+    place = Place(block.buffer(conv.outputs * prod(conv.result), node), rest(node), ())
     block.places[node] = place._replace(strides=strides_of(place.shape))
     block.step(
-        f"convolve<T, {conv.type()}, {o}, {j}>({source}, {weight}, {bias}, {place.pointer});"
+        f"convolve<T, {conv.type()}, {o}, {j}>({source}, {weights}, {bias}, {place.pointer});"
     )
+
+
+def framed(block: Block, x: Node, conv: Convolution) -> str:
+    return block.frame(x, conv.channels * conv.size[0], conv.size[1], *conv.frame())
 
 
 def emit_convolution(block: Block, node: Node) -> None:
     x, weight, bias, conv = read_forward(node)
-    source = framed(block, x, conv)
-    tile, _ = tiles(conv.outputs // conv.groups, conv.result()[1], block.registers)
-    packed = block.pack("pack", conv.type(), tile, weight)
-    convolve(block, node, conv, source, packed, block.shared[bias] if bias else "nullptr")
-
-
-def framed(block: Block, x: Node, conv: Convolution) -> str:
-    shape = (conv.channels, *conv.size)
-    return block.frame(x, shape, conv.padding, conv.framed(), (1, 1))
+    convolve(block, node, conv, x, "pack", weight, block.shared[bias] if bias else "nullptr")
 
 
 def emit_convolution_backward(block: Block, node: Node) -> None:
     grad, x, weight, conv, mask = read_backward(node)
-    height, width = conv.result()
     block.place(grad)
     for_weight, for_input, for_bias = result(node, 1), result(node, 0), result(node, 2)
     if mask[1] and for_weight is not None:
         source = framed(block, x, conv)
-        group, kw = conv.channels // conv.groups, conv.kernel[1]
-        o, c = tiles(conv.outputs // conv.groups, group * kw, block.registers)
-        c = max(1, c // kw)
-        o = max(1, min(o, (block.registers - 1 - c * kw) // (c * kw)))
-        o = min(max(o, (block.registers - 1 - c * kw) // (c * kw)), conv.outputs // conv.groups)
+        outputs, channels = conv.outputs // conv.groups, conv.channels // conv.groups
+        columns = part(conv.kernel[1], (block.registers - 1) // 3)
+        wide = columns < conv.kernel[1]
+        o, c = tiles(outputs, 1 if wide else channels, block.registers, width=columns)
         total = block.total(value_of(weight).numel())
         block.step(
-            f"convolve_weights<T, {conv.type()}, {o}, {c}>"
+            f"convolve_weights<T, {conv.type()}, {o}, {c}, {columns}>"
             f"({source}, {block.pointer(grad)}, {total}, images);"
         )
         end(block, for_weight, total)
     if mask[2] and for_bias is not None:
         total = block.total(conv.outputs)
-        pixels = height * width
+        pixels = prod(conv.result)
         block.step(
             f"sum_rows<T>({block.pointer(grad)}, {conv.outputs}, {pixels}, {total}, images);"
         )
         end(block, for_bias, total)
     if mask[0] and for_input is not None:
-        back = conv.backward()
-        top = tuple(
-            d * (k - 1) - p
-            for d, k, p in zip(conv.dilation, conv.kernel, conv.padding, strict=True)
-        )
-        source = block.frame(grad, (conv.outputs, height, width), top, back.size, conv.stride)
-        tile, _ = tiles(back.outputs // back.groups, back.result()[1], block.registers)
-        packed = block.pack("pack_turned", back.type(), tile, weight)
-        convolve(block, for_input, back, source, packed, "nullptr")
+        convolve(block, for_input, conv.backward(), grad, "pack_turned", weight, "nullptr")
 
 
 def end(block: Block, node: Node, total: str) -> None:

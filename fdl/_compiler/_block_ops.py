@@ -28,13 +28,18 @@ from fdl._compiler._block_axes import (
 )
 from fdl._compiler._block_code import (
     COMPARISONS,
+    CONVERT,
+    COPIES,
     ELEMENTWISE,
+    MASKS,
     Block,
     Expressions,
     Place,
     axis_of,
     element,
     indices,
+    is_mask,
+    name_of,
     operands,
     rest,
     strides_of,
@@ -52,7 +57,8 @@ from fdl._compiler._block_layers import (
 )
 from fdl._compiler._graph import value_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
+PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
 
 
 class Rule(NamedTuple):
@@ -80,7 +86,7 @@ def batch_operands(node: Node) -> list[Node]:
 
 
 def fits_elementwise(node: Node) -> bool:
-    if axis_of(node) is None or not reads_all(node):
+    if axis_of(node) is None or not reads_all(node) or not fits_kinds(node):
         return False
     alike = batch_operands(node)
     others = [
@@ -88,30 +94,36 @@ def fits_elementwise(node: Node) -> bool:
     ]
     if not alike or not all(is_shared(x, node) for x in others):
         return False
-    of_bools = any(value_of(x).dtype is torch.bool for x in alike)
-    if node.target is prims.convert_element_type.default:
-        return of_bools and value_of(node).is_floating_point()
-    if of_bools and node.target in COMPARISONS:
-        return False
     dtypes = {value_of(x).dtype for x in [node, *alike, *others]}
     return len(dtypes - {torch.bool}) <= 1
 
 
 def reads_all(node: Node) -> bool:
     """Check that the expression for an operation depends on all of its arguments."""
-    layout = node.kwargs.get("memory_format")
-    return (
-        node.kwargs.get("alpha") in (None, 1)
-        and not node.kwargs.get("rounding_mode")
-        and layout in (None, torch.contiguous_format, torch.preserve_format)
+    harmless = {"alpha": (1,), "memory_format": PLAIN_FORMATS}
+    arity = sum(f"{{{i}}}" in ELEMENTWISE[node.target] for i in range(3))
+    arguments = len(node.args) - (node.target is CONVERT)
+    return arguments == arity == len(operands(node)) and all(
+        value in harmless.get(name, ()) for name, value in node.kwargs.items()
     )
+
+
+def fits_kinds(node: Node) -> bool:
+    """Check which operands are masks, and whether the result is one."""
+    kinds, result, name = [is_mask(x) for x in operands(node)], is_mask(node), name_of(node)
+    if name in MASKS:
+        return all(kinds) and result
+    if name in COPIES:
+        return kinds == [result]
+    first_is_mask = name == "where" or node.target is CONVERT
+    return kinds[0] == first_is_mask and not any(kinds[1:]) and result == (name in COMPARISONS)
 
 
 def is_shared(x: Node, node: Node) -> bool:
     """Check for an operand that is the same for all images."""
     shape, axis = shape_of(x), cast(Axis, axis_of(node)).axis
     k = axis - (value_of(node).ndim - len(shape))
-    return bool(k < 0 or shape[k] == 1) and value_of(x).dtype is not torch.bool
+    return bool(k < 0 or shape[k] == 1) and not is_mask(x)
 
 
 def emit_elementwise(block: Block, node: Node) -> None:

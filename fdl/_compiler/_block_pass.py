@@ -22,7 +22,7 @@ from fdl._compiler._block_cost import pays, why_not
 from fdl._compiler._blocks import BLOCKS, BlockSource
 from fdl._compiler._graph import empty, value_of
 from fdl._compiler._order import move_into_order, predecessors
-from fdl._compiler._regions import Region, find_regions
+from fdl._compiler._regions import DTYPES, Region, find_regions
 
 aten = torch.ops.aten
 
@@ -53,7 +53,12 @@ def compute_in_blocks(module: GraphModule) -> None:
     convolutions = [node for node in graph.nodes if node.target in CONVOLUTIONS]
     if not convolutions:
         return
-    regions = find_regions(graph, pays)
+    regions: list[Region] = []
+    for dtype in DTYPES:
+        more = find_regions(graph, dtype, pays)
+        if more:
+            _replace(graph, more)
+        regions += more
     inside = {node for region in regions for node in region.nodes}
     route = _counting.get()
     if route is not None:
@@ -61,8 +66,6 @@ def compute_in_blocks(module: GraphModule) -> None:
         known = route.regions
         left_out = tuple(dict.fromkeys([*known.left_out, *reasons]))
         route.regions = Regions(known.regions + len(regions), left_out)
-    if regions:
-        _replace(graph, regions)
 
 
 def _replace(graph: Graph, regions: list[Region]) -> None:
@@ -75,6 +78,10 @@ def _replace(graph: Graph, regions: list[Region]) -> None:
         with graph.inserting_before(output):
             call = _call(graph, region, kept, values, before)
         before[call] += [calls[node] for node in region.reads]
+        # What writes memory before a node of the region reads it does so before the call.
+        before[call] += [
+            z for node in region.nodes for z in before[node] if z not in node.all_input_nodes
+        ]
         calls |= {node: call for node in region.nodes if node not in calls}
     for old, new in values.items():
         for user in list(old.users):

@@ -20,6 +20,7 @@ from fdl._compiler._kernels import kernel_that_writes
 from fdl._compiler._regions import Region
 
 FOLDER = Path(__file__).parent / "blocks"
+HEADERS = ("vectors.h", "functions.h", "layers.h", "convolutions.h", "pools.h")
 REGISTERS = {"AVX512": (64, 32), "AVX2": (32, 16)}  # bytes of a register, and their number
 BASELINE = 16, 16
 
@@ -41,15 +42,17 @@ class BlockSource:
         names = {node: f"a{i}" for i, node in enumerate(reads)}
         shared = {node: names[node] for node in region.shared}
         block = self.block = Block(width, registers, number, shared, written=region.written)
-        names |= {node: f"w{i}" for i, node in enumerate([*region.keeps, *region.results])}
+        names |= {node: f"w{i}" for i, node in enumerate(region.keeps)}
         self.names = names
+        # A value may be kept, in the order of blocks, and be a result too.
+        results = {node: f"w{len(region.keeps) + i}" for i, node in enumerate(region.results)}
         for node in region.loads:
             self._load(node)
         for node in region.reads:
             block.places[node] = Place(f"k{names[node]}", rest(node), strides_of(rest(node)))
         for node in region.keeps:
             block.given[node] = f"k{names[node]}"
-        block.given |= {node: names[node] for node in region.results if ends_batch(node)}
+        block.given |= {node: results[node] for node in region.results if ends_batch(node)}
         for node in region.nodes:
             rule = rule_of(node)
             if rule is not None and (rule.is_written or node in region.written):
@@ -61,7 +64,7 @@ class BlockSource:
         for node in region.results:
             if not ends_batch(node):
                 pointer = block.pointer(node)
-                self._each_member("store_block", node, pointer, self.names[node])
+                self._each_member("store_block", node, pointer, results[node])
 
     def _load(self, node: Node) -> None:
         """Read the images of a block; a mask as 0 and 1."""
@@ -148,8 +151,9 @@ static void run({parameters}) {{
         }}
     }};
     if (several) {{
-        #pragma omp parallel num_threads(threads)
-        work(omp_get_thread_num());
+        // There may be fewer threads than asked for.
+        #pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int t = 0; t < threads; ++t) work(t);
     }} else work(0);
     // How many images of a thread are the n-th of their block.
     auto images_at = [&](int t, int64_t n) {{
@@ -171,7 +175,7 @@ extern "C" void KERNEL_NAME(PARAMETERS)
 @cache
 def headers() -> str:
     """Return what all kernels of regions share."""
-    return "\n".join((FOLDER / name).read_text() for name in ("vectors.h", "layers.h"))
+    return "\n".join((FOLDER / name).read_text() for name in HEADERS)
 
 
 @cache

@@ -17,6 +17,7 @@ from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import register_product
+from fdl._compiler._small_buffers import keep_small_buffers_on_the_stack
 from fdl._compiler._threads import start_fewer_threads
 
 aten = torch.ops.aten
@@ -76,6 +77,7 @@ def register() -> None:
     register_product()
     _declare_loop_outputs_once()
     allocate_only_what_is_stored()
+    keep_small_buffers_on_the_stack()
     loop = lowerings[WHILE]
 
     @register_lowering(WHILE, type_promotion_kind=None)

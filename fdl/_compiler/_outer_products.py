@@ -71,7 +71,8 @@ def _all_reduced(
         if user.target in SAME and value_of(user).shape == shape and not weightings:
             fits = _all_reduced(user, norms, sums)
         elif user.target is CONVERT and not weightings:
-            fits = all(_is_norm(square, user, norms) for square in user.users)
+            rounded: list[tuple[Node, list[Weighting]]] = []
+            fits = _all_reduced(user, norms, rounded) and not rounded
         elif _is_norm(user, node, norms) and not weightings:
             fits = True
         elif user.target is aten.sum.dim_IntList:
@@ -80,7 +81,7 @@ def _all_reduced(
         else:
             weighting = _weighting(user, node)
             fits = weighting is not None and _all_reduced(
-                user, norms, sums, (*weightings, cast(Weighting, weighting))
+                user, norms, sums, (*weightings, weighting)
             )
         if not fits:
             return False
@@ -102,7 +103,7 @@ def _is_norm(square: Node, product: Node, norms: list[tuple[Node, torch.dtype]])
 
 def _weighting(user: Node, node: Node) -> Weighting | None:
     examples = (value_of(node).shape[0], 1, 1)
-    if value_of(user).dtype != value_of(node).dtype:
+    if user.op == "output" or value_of(user).dtype != value_of(node).dtype:
         return None
     if user.target is aten.where.self and user.args[1] is node and literal(user.args[2]) == 0:
         condition = cast(Node, user.args[0])

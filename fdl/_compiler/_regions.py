@@ -8,7 +8,7 @@ order of blocks, unless they are cheap to compute again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import cast
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_axes import Axis, find_axes, literal, max_pool_backward
-from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of
+from fdl._compiler._block_axes import find_axes, literal, max_pool_backward
+from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of, name_of
 from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
+from fdl._compiler._order import predecessors
 
 aten = torch.ops.aten
-DTYPES = (torch.float32, torch.float64, torch.bool)
+DTYPES = (torch.float32, torch.float64)  # of the numbers of a region
+DEEPEST = 40  # operations of an expression
 
 
 @dataclass
@@ -43,8 +45,9 @@ class Region:
 class Candidates:
     """The nodes of a graph that a region could have."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
         self.graph = graph
+        self.before = predecessors(graph)
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
         axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
@@ -56,7 +59,9 @@ class Candidates:
                 continue
             inputs = [x for x in rule.inputs(node) if literal(x) is None]
             values = [x.meta.get("val") for x in [node, *inputs]]
-            if all(z.dtype in DTYPES for z in values if isinstance(z, Tensor)):
+            tensors = [z for z in values if isinstance(z, Tensor)]
+            fits = all(z.dtype in (dtype, torch.bool) and z.numel() for z in tensors)
+            if fits and inputs and not any(x in self.rules and ends_batch(x) for x in inputs):
                 self.rules[node], self.batched[node] = rule, inputs
 
     def needs(self, node: Node) -> list[Node]:
@@ -74,8 +79,11 @@ class Candidates:
         for node in self.graph.nodes:
             level = 0
             inside = node in self.rules
-            for x in self.needs(node) if inside else node.all_input_nodes:
-                ends = x in self.rules and (not inside or ends_batch(x))
+            writers = [x for x in self.before[node] if x not in node.all_input_nodes]
+            for x in [*(self.needs(node) if inside else node.all_input_nodes), *writers]:
+                # A region does not compute what it reads for all images.
+                joins = inside and x in self.batched[node] and not ends_batch(x)
+                ends = x in self.rules and not joins
                 level = max(level, levels[x] + ends)
             levels[node] = level
         return levels
@@ -105,14 +113,17 @@ class Candidates:
             del self.rules[node]
 
 
-def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Region]:
+def find_regions(
+    graph: Graph, dtype: torch.dtype, pays: Callable[[list[Node]], bool]
+) -> list[Region]:
     """Return the regions of a graph, each after those that it needs.
 
     Args:
         graph: of primitives.
+        dtype: of the numbers in the regions.
         pays: tells whether to compute connected nodes in blocks.
     """
-    candidates = Candidates(graph)
+    candidates = Candidates(graph, dtype)
     while True:
         groups = candidates.groups()
         chosen = _chosen(candidates, groups, pays)
@@ -121,7 +132,7 @@ def find_regions(graph: Graph, pays: Callable[[list[Node]], bool]) -> list[Regio
         for group in groups:
             if group not in chosen:
                 candidates.drop(group)
-    regions = [_region(group) for group in groups]
+    regions = [_region(candidates, group, dtype) for group in groups]
     home = {node: region for region in regions for node in region.nodes}
     outside = _outside(graph, home)
     for region in regions:
@@ -155,17 +166,15 @@ def _chosen(
         chosen |= readers & writers
 
 
-def _region(group: list[Node]) -> Region:
-    values = [z for z in (node.meta["val"] for node in group) if isinstance(z, Tensor)]
-    dtype = next((z.dtype for z in values if z.is_floating_point()), torch.bool)
-    axis = next(axis_of(node) for node in group if axis_of(node) is not None)
-    return Region(group, cast(Axis, axis).images, dtype)
+def _region(candidates: Candidates, group: list[Node], dtype: torch.dtype) -> Region:
+    axes = [axis_of(x) for node in group for x in candidates.batched[node]]
+    return Region(group, next(axis.images for axis in axes if axis is not None), dtype)
 
 
 def is_provided(node: Node) -> bool:
     """Check for a value that a region can give to others."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in DTYPES[:2]
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _outside(graph: Graph, home: dict[Node, Region]) -> set[Node]:
@@ -186,29 +195,38 @@ def _connect(candidates: Candidates, regions: list[Region], home: dict[Node, Reg
     kept: set[Node] = set()
 
     def is_at_hand(node: Node) -> bool:
-        if node not in home or node in kept:
-            return True
-        return is_cheap(node) and all(map(is_at_hand, candidates.batched[node]))
+        """Check that a node can be computed from what is in memory, by cheap operations."""
+        todo, seen = [node], {node}
+        while todo:
+            x = todo.pop()
+            if x in home and x not in kept:
+                if not is_cheap(x):
+                    return False
+                todo += [z for z in candidates.batched[x] if z not in seen]
+                seen.update(todo)
+        return True
 
     def is_cheap(node: Node) -> bool:
-        name = getattr(node.target, "__name__", "").split(".")[0]
-        return candidates.rules[node].is_cheap and name not in SLOW
+        return candidates.rules[node].is_cheap and name_of(node) not in SLOW
 
-    def sources(node: Node, region: Region) -> Iterator[Node]:
-        """Yield what a region has to compute or read for a node of it."""
-        for x in candidates.batched[node]:
-            if x in home and home[x] is not region:
-                if not is_at_hand(x) and is_provided(x):
-                    kept.add(x)
-                    home[x].keeps.append(x)
-                if x not in kept:
-                    yield from sources(x, region)
-            yield x
+    def sources(region: Region) -> set[Node]:
+        """Return what a region has to compute or read besides its nodes."""
+        todo, seen = list(region.nodes), set(region.nodes)
+        while todo:
+            for x in candidates.batched[todo.pop()]:
+                if x in seen:
+                    continue
+                seen.add(x)
+                if x in home:
+                    if not is_at_hand(x) and is_provided(x):
+                        kept.add(x)
+                        home[x].keeps.append(x)
+                    if x not in kept:
+                        todo.append(x)
+        return seen - set(region.nodes)
 
     for region in regions:
-        own = set(region.nodes)
-        wanted = [x for node in region.nodes for x in sources(node, region)]
-        for x in sorted(set(wanted) - own, key=lambda z: position[z]):
+        for x in sorted(sources(region), key=lambda z: position[z]):
             if x not in home:
                 region.loads.append(x)
             elif x in kept:
@@ -240,8 +258,13 @@ def _written(candidates: Candidates, region: Region) -> set[Node]:
             written.add(node)
             if candidates.rules[node].emit is not emit_sum:
                 written.update(candidates.batched[node])
-        name = getattr(node.target, "__name__", "").split(".")[0]
         users = [user for user in node.users if user in region.nodes]
-        if node.target in ELEMENTWISE and name in SLOW and len(users) > 1:
+        if node.target in ELEMENTWISE and name_of(node) in SLOW and len(users) > 1:
             written.add(node)
+    depth: dict[Node, int] = {}  # of the expressions
+    for node in region.nodes:
+        depth[node] = 1 + max((depth.get(x, 0) for x in candidates.batched[node]), default=0)
+        if node in written or depth[node] > DEEPEST:
+            written.add(node)
+            depth[node] = 0
     return written

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,7 +44,22 @@ template <typename T> inline Vec<T> load(const T* from) {
     return x;
 }
 template <typename T> inline void store(T* to, Vec<T> x) { __builtin_memcpy(to, &x, bytes); }
-template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <typename T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }  // keeps −0
+// A number of memory. GCC would load several and shuffle them, which takes registers and time.
+inline Vec<float> broadcast(const float* from) {
+#ifdef FDL_AVX2
+    return (Vec<float>)_mm256_broadcast_ss(from);
+#else
+    return splat(*from);
+#endif
+}
+inline Vec<double> broadcast(const double* from) {
+#ifdef FDL_AVX2
+    return (Vec<double>)_mm256_broadcast_sd(from);
+#else
+    return splat(*from);
+#endif
+}
 
 // a b + c, rounded once where the processor can: the compiler is told not to contract.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -68,18 +85,42 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// The sum over the images of a block, by halves.
-template <typename T> inline T sum(Vec<T> x, int64_t images) {
-    T parts[lanes<T>];
-    __builtin_memcpy(parts, &x, bytes);
-    for (int64_t i = images; i < lanes<T>; ++i) parts[i] = T(0);
-    #pragma GCC unroll 8
-    for (int half = lanes<T> / 2; half; half /= 2) {
-        #pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-    }
-    return parts[0];
+// The even (or odd) ones of the segments of `Size` numbers in which `a` and `b` are divided.
+template <typename T, int Size, int Odd, int... I>
+[[gnu::always_inline]] inline Vec<T> segments(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (I / Size * 2 + Odd) * Size + I % Size...);
+#else
+    return __builtin_shuffle(a, b, Mask<T>{(I / Size * 2 + Odd) * Size + I % Size...});
+#endif
 }
+
+// The sums over the images of a block, of N ≤ `lanes` vectors: result n is that of x[n]. Two vectors
+// of parts become one, with half as many parts of each: this takes three instructions a vector, where
+// adding up the numbers of one vector takes twelve. Images that only fill a block up do not count.
+template <typename T, int N, int Size = lanes<T> / 2>
+[[gnu::always_inline]] inline Vec<T> add_parts(const Vec<T>* x) {
+    if constexpr (Size == 0) {
+        return x[0];
+    } else {
+        constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
+        Vec<T> halves[(N + 1) / 2];
+        #pragma GCC unroll 32
+        for (int n = 0; n < N; n += 2) {
+            const Vec<T> a = x[n], b = x[n + 1 < N ? n + 1 : n];
+            halves[n / 2] = segments<T, Size, 0>(a, b, all) + segments<T, Size, 1>(a, b, all);
+        }
+        return add_parts<T, (N + 1) / 2, Size / 2>(halves);
+    }
+}
+template <typename T, int N>
+[[gnu::always_inline]] inline Vec<T> sums(Vec<T>* x, int64_t images) {
+    if (images < lanes<T>)
+        for (int n = 0; n < N; ++n)
+            for (int64_t i = images; i < lanes<T>; ++i) x[n][i] = T(0);
+    return add_parts<T, N>(x);
+}
+template <typename T> inline T sum(Vec<T> x, int64_t images) { return sums<T, 1>(&x, images)[0]; }
 
 // Elementwise functions; a comparison with NaN is false.
 template <typename T> inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return m ? a : b; }
@@ -103,55 +144,6 @@ inline Vec<float> squareroot(Vec<float> x) {
 }
 inline Vec<double> squareroot(Vec<double> x) {
     for (int i = 0; i < lanes<double>; ++i) x[i] = std::sqrt(x[i]);
-    return x;
-}
-
-// exp(x) = 2ⁿ exp(r), |r| ≤ ln 2 / 2: a polynomial of Cephes. 2ⁿ in two factors, for subnormals.
-inline Vec<float> exponential(Vec<float> x) {
-    typedef Vec<float> V;
-    typedef Mask<float> I;
-    const V most = splat(89.0f), least = splat(-104.0f);
-    V y = x > most ? most : x;
-    y = y < least ? least : y;
-    const V magic = splat(12582912.0f);  // 1.5 · 2²³: the sum is rounded to an integer
-    const V n = (y * 1.44269504f + magic) - magic;
-    V r = fma(n, splat(-0.693359375f), y);
-    r = fma(n, splat(2.12194440e-4f), r);
-    V p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r) + 1.0f;
-    const I power = __builtin_convertvector(n, I), half = power >> 1;
-    return p * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
-}
-inline Vec<double> exponential(Vec<double> x) {
-    for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-template <typename T> inline Vec<T> sigmoid(Vec<T> x) {
-    return T(1) / (T(1) + exponential(-x));
-}
-// tanh(x) by exp(−2|x|); near zero, where that cancels, by a polynomial of Cephes.
-inline Vec<float> hyperbolic_tangent(Vec<float> x) {
-    typedef Vec<float> V;
-    const V size = absolute(x), e = exponential(-2.0f * size);
-    const V far = (1.0f - e) / (1.0f + e), z = x * x;
-    V p = splat(-5.70498872745e-3f);
-    p = fma(p, z, splat(2.06390887954e-2f));
-    p = fma(p, z, splat(-5.37397155531e-2f));
-    p = fma(p, z, splat(1.33314422036e-1f));
-    p = fma(p, z, splat(-3.33332819422e-1f));
-    return size < 0.625f ? fma(p * z, x, x) : (x < 0.0f ? -far : far);
-}
-inline Vec<double> hyperbolic_tangent(Vec<double> x) {
-    for (int i = 0; i < lanes<double>; ++i) x[i] = std::tanh(x[i]);
-    return x;
-}
-template <typename T> inline Vec<T> logarithm(Vec<T> x) {
-    for (int i = 0; i < lanes<T>; ++i) x[i] = std::log(x[i]);
     return x;
 }
 

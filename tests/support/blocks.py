@@ -1,0 +1,89 @@
+"""Regions without Inductor: only their kernels are compiled, and the graph runs eagerly."""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fdl._compiler import _inductor, _passes
+from fdl._compiler._blocks import BLOCKS, headers
+from fdl._compiler._graph import copy_graph, operations
+
+FLAGS = ["-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"]
+TYPES = {torch.float32: "float*", torch.float64: "double*", torch.bool: "bool*"}
+
+
+@cache
+def compile_kernel(text: str, flags: tuple[str, ...]) -> Any:
+    """Compile the kernel of a region; it is kept with the programs of tests."""
+    name = sha256(repr((text, flags)).encode()).hexdigest()
+    folder = Path(os.environ.get("FDL_CACHE") or tempfile.gettempdir()) / "blocks"
+    library = folder / f"{name}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            source, made = Path(place, "kernel.cpp"), Path(place, "kernel.so")
+            source.write_text(text)
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, str(source), "-o", str(made)]
+            subprocess.run(command, check=True)
+            made.replace(library)
+    return ctypes.CDLL(str(library)).kernel
+
+
+class Regions:
+    """The kernels of regions that a test has run."""
+
+    def __init__(self, *flags: str) -> None:
+        self.flags = flags or ("-O1", "-march=native")
+        self.sources: list[str] = []  # of each call in a graph
+        self.graphs: list[GraphModule] = []
+        self.calls = 0
+
+    def run(self, source: str, reads: list[Tensor], *, writes: list[Tensor]) -> None:
+        """Compute what a kernel of a region writes."""
+        self.calls += 1
+        reads = [x.contiguous() for x in reads]
+        assert all(x.is_contiguous() for x in writes)
+        every = [*reads, *writes]
+        types = ", ".join(f"{TYPES[x.dtype]} a{i}" for i, x in enumerate(every))
+        text = source.replace("#include BLOCK_HEADERS", headers())
+        text = text.replace("ARGUMENTS", ", ".join(f"a{i}" for i in range(len(every))))
+        text = text.replace("KERNEL_NAME", "kernel").replace("PARAMETERS", types)
+        addresses = [ctypes.c_void_p(x.data_ptr()) for x in every]
+        compile_kernel(text, self.flags)(*addresses)
+
+    def lower(self, graph: GraphModule, mode: Any, *_: Any) -> Callable[[list[Tensor]], Any]:
+        """Stand in for Inductor."""
+        from torch._inductor.virtualized import V
+
+        copy = copy_graph(graph)
+        with V.set_fake_mode(mode):
+            _passes.rewrite(copy, True)
+        self.graphs.append(copy)
+        self.sources += [str(z.args[0]) for z in operations(copy) if z.target is BLOCKS]
+        return lambda leaves: copy(*leaves)
+
+    @contextmanager
+    def used(self) -> Iterator["Regions"]:
+        """Let `jit` compile only the kernels of regions."""
+        eager = {rule: _passes.RULES[rule] for rule in _passes.RULES if "mm" not in str(rule)}
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.library._scoped_library("fdl", "FRAGMENT") as library,
+        ):
+            library.impl("blocks_", self.run, "CPU")
+            patch.setattr(_inductor, "lower", self.lower)
+            patch.setattr(_passes, "merge_families", lambda module: None)
+            patch.setattr(_passes, "RULES", eager)
+            yield self
