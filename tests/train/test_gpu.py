@@ -1,5 +1,6 @@
 """`make gpu`: its parts end in time, and its report says what ran; on the CPU, by a rehearsal."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 
 import fdl
 from tests.train.test_bench import make_task
-from train.bench import gpu, gpu_parts, gpu_report, kernels
+from train.bench import gpu, gpu_parts, gpu_report, kernels, kernels_for_cuda
 from train.bench.gpu_parts import Part
 
 ROOT = Path(__file__).parents[2]
@@ -258,21 +259,59 @@ def test_kernels_are_profiled_though_no_graph_is_captured(stand_in, monkeypatch)
 
 def test_the_table_has_a_row_for_each_workload():
     plain = {"name": "lenet", "batch": 256, "route": "one program", "generated": 34, "regions": 2}
+    counted = {"for_cuda": {"triton": 41, "library": 13, "calls": []}}
     entries = [
-        plain | {"fallbacks": ["it is slow"]},
+        plain | {"fallbacks": ["it is slow"]} | counted,
         plain
         | {"name": "mlp", "fallbacks": [], "steps": 2, "profiled_graph": True}
         | kernels.launches([("gemm", 8.0), ("add", 1.0)] * 2, 2),
     ]
     lines = kernels.markdown(entries).splitlines()
-    assert lines[2] == "| lenet | 256 | one program | 34 | 2 |  |  |"
-    assert lines[3] == "| mlp | 256 | one program | 34 | 2 | 2.0 | 9.0 |"
+    assert lines[2] == "| lenet | 256 | one program | 34 | 2 | 41, 13 |  |  |"
+    assert lines[3] == "| mlp | 256 | one program | 34 | 2 |  | 2.0 | 9.0 |"
     assert lines[4] == "lenet: it is slow"
     assert lines[6:] == [
         "mlp, a step in the graph: count, µs, name",
         "   1.0     8.00  gemm",
         "   1.0     1.00  add",
     ]
+
+
+needs_triton_and_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="needs Triton, and a machine without a GPU",
+)
+
+
+@needs_triton_and_no_gpu
+@pytest.mark.slow
+def test_kernels_for_cuda_are_counted_without_a_gpu():
+    def f(x, w):
+        y = torch.relu(x @ w) * 2  # one kernel of cuBLAS, one of Triton
+        return y, (x + torch.zeros(3, 1)).sum(1)  # one of Triton: the constant is folded
+
+    args = torch.ones(3, 4), torch.ones(4, 5)
+    found = kernels_for_cuda.count(f, args)
+    assert (found["triton"], found["library"], len(found["calls"])) == (2, 1, 3)
+    assert "mm" in found["calls"]
+    # Nothing pretends any more, and the CPU computes as before.
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.cuda.get_device_properties(0)
+    torch.testing.assert_close(fdl.jit(f)(*args), f(*args))
+
+
+@needs_triton_and_no_gpu
+@pytest.mark.slow
+def test_what_inductor_cannot_lower_is_said(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no such operation")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", refuse)
+    task = make_task("linreg")
+    found = kernels.for_cuda(kernels.Step(task))
+    assert found["for_cuda"] is None and "no such operation" in found["not_counted"]
+    monkeypatch.setitem(sys.modules, "triton.runtime.driver", None)
+    assert "triton.runtime.driver" in kernels.for_cuda(kernels.Step(task))["not_counted"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 On every machine: how many kernels Inductor generated for `fdl.jit(step)`, without the library calls
 for products and convolutions. On a GPU also what a step of a whole epoch, one CUDA graph, launches:
-names, counts and times from `torch.profiler`, library calls and copies included.
+names, counts and times from `torch.profiler`, library calls and copies included. Without one, how
+many kernels and library calls the step would have on an H100 (`kernels_for_cuda`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from fdl._compiler import _cuda_graphs
 from fdl.data import Dataset
 from train import recipes
+from train.bench import kernels_for_cuda
 from train.bench.fdl_runners import Scan, Step
 from train.bench.task import Task
 from train.bench.workloads import Workload, find, make_task
@@ -36,7 +38,7 @@ Record = dict[str, Any]
 
 
 def measure(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Record:
-    """Count the kernels of a step of a workload; on a GPU, profile one as well."""
+    """Count the kernels of a step of a workload; profile them on a GPU, or count them for one."""
     task = make_task(workload, config, images, device)
     step = Step(task)
     step.first()
@@ -49,7 +51,16 @@ def measure(workload: Workload, config: Bench, images: Dataset | None, device: s
         "regions": report.regions,
         "fallbacks": list(report.fallbacks),
     }
-    return entry | profile_epoch(task) if device == "cuda" else entry
+    return entry | (profile_epoch(task) if device == "cuda" else for_cuda(step))
+
+
+def for_cuda(step: Step) -> Record:
+    """Count the kernels that the step would have on a GPU, or say why they cannot be counted."""
+    args = step.state, step.problem.train, step.rows[0]
+    try:
+        return {"for_cuda": kernels_for_cuda.count(step.program.__wrapped__, args)}
+    except (ImportError, RuntimeError) as error:
+        return {"for_cuda": None, "not_counted": str(error).partition("\n")[0]}
 
 
 def profile_epoch(task: Task) -> Record:
@@ -126,8 +137,9 @@ def launches(events: list[tuple[str, float]], steps: int) -> Record:
 def markdown(entries: list[Record]) -> str:
     """Make a table with a row for each workload, and below it the kernels of those profiled."""
     lines = [
-        "| a step | batch | way | kernels generated | regions | launched in the graph | their µs |",
-        "|---|---|---|---|---|---|---|",
+        "| a step | batch | way | kernels generated | regions | for CUDA: Triton, library "
+        "| launched in the graph | their µs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
         cells = [
@@ -137,7 +149,8 @@ def markdown(entries: list[Record]) -> str:
             entry["generated"],
             entry["regions"],
         ]
-        profiled = "launches" in entry
+        counted, profiled = entry.get("for_cuda"), "launches" in entry
+        cells.append(f"{counted['triton']}, {counted['library']}" if counted else "")
         cells += [f"{entry[key]:.1f}" if profiled else "" for key in ("launches", "device_us")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for entry in entries:
@@ -148,6 +161,8 @@ def markdown(entries: list[Record]) -> str:
 def named(entry: Record) -> list[str]:
     """List the longest kernels of a workload, a line each, and why it runs in no faster way."""
     lines = [f"{entry['name']}: {reason}" for reason in entry["fallbacks"]]
+    if "not_counted" in entry:
+        lines.append(f"{entry['name']}: not counted for CUDA: {entry['not_counted']}")
     if entry.get("kernels"):
         how = "in the graph" if entry["profiled_graph"] else "as launched without a graph"
         lines += ["", f"{entry['name']}, a step {how}: count, µs, name"]
