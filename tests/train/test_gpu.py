@@ -346,3 +346,21 @@ def test_the_rehearsal_runs_all_of_it(tmp_path):
     ):
         assert words in text
     assert text in done.stdout
+
+
+def test_images_are_those_that_the_parts_find_wherever_it_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path / "checkout")
+    (tmp_path / "checkout").mkdir()
+    asked = []
+
+    def find(**options):
+        asked.append((Path.cwd(), options))
+        if not Path("data").is_dir():
+            raise FileNotFoundError("data")
+
+    monkeypatch.setattr(gpu_parts.data, "fashion_mnist", find)
+    monkeypatch.chdir(tmp_path)
+    assert gpu_parts.found_data() == "sample"
+    (tmp_path / "checkout" / "data").mkdir()
+    assert gpu_parts.found_data() == "auto" and Path.cwd() == tmp_path
+    assert asked == [(tmp_path / "checkout", {"download": False})] * 2

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,9 +76,10 @@ def parts(folder: Path, rehearse: bool) -> list[Part]:
 
 
 def found_data() -> str:
-    """Choose the whole of Fashion-MNIST if this machine has it, else the sample."""
+    """Choose the whole of Fashion-MNIST if the parts, which run in ROOT, find it, or the sample."""
     try:
-        data.fashion_mnist(download=False)
+        with chdir(ROOT):
+            data.fashion_mnist(download=False)
     except (OSError, ValueError):
         return "sample"
     return "auto"

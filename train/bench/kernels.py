@@ -101,7 +101,7 @@ def on_device(call: Callable[[], None], device: str) -> list[tuple[str, float]]:
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns
         call()
     return [
         (event.name, event.time_range.elapsed_us())
