@@ -25,6 +25,7 @@ from fdl._compiler._digest import digest
 from fdl._compiler._donation import match_buffers
 from fdl._compiler._graph import may_be_view, nodes_of, operations, results_of
 from fdl._compiler._inductor import Compiled, kernels_written
+from fdl._compiler._memory import keep_memory
 from fdl._compiler._pieces import AnotherShape, NothingCompiles, compile_pieces
 from fdl._compiler._program import Program, eagerly, program_of, reordered
 from fdl._compiler._refusals import Refusal, describe, first_line, write_log
@@ -142,6 +143,7 @@ def build(
         on_gpu = any(map(_on_gpu, [*leaves, *traced.constants, *traced.results]))
         stored = Stored(None if unknown or on_gpu else cache_name(traced.graph, donated, settings))
         route.lap("trace")
+        keep_memory()
         stack.enter_context(stored.lock())
         found = stored.find(traced)
         route.lap("load")

@@ -16,6 +16,13 @@ FILES = sorted(
 TESTED_IN = {
     "_compiler/_callbacks.py": "debug/test_callback.py",
     "_compiler/_associative_scan.py": "compiler/test_control_flow.py",
+    "_compiler/_block_axes.py": "compiler/test_blocks.py",
+    "_compiler/_block_code.py": "compiler/test_blocks.py",
+    "_compiler/_block_cost.py": "compiler/test_blocks.py",
+    "_compiler/_block_layers.py": "compiler/test_blocks.py",
+    "_compiler/_block_ops.py": "compiler/test_blocks_rules.py",
+    "_compiler/_block_pass.py": "compiler/test_blocks.py",
+    "_compiler/_regions.py": "compiler/test_blocks.py",
     "_compiler/_branches.py": "compiler/test_control_flow.py",
     "_compiler/_branches_traced.py": "compiler/test_control_flow.py",
     "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
