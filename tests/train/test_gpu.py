@@ -155,6 +155,17 @@ sys.exit(gpu.main(["--rehearse", "--out", {str(tmp_path / "it")!r}]))
     assert second["status"] == "not run"
 
 
+def test_a_report_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(report, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_report, "write", full)
+    monkeypatch.setattr(gpu_parts, "parts", lambda folder, rehearse: [part("a", "pass")])
+    assert gpu.main(["--rehearse", "--out", str(tmp_path / "it")]) == 74
+    err = capsys.readouterr().err
+    assert "it cannot be written: [Errno 28] No space left" in err and err.count("\n") == 1
+
+
 TESTS = """
 import time, pytest
 def test_right(): pass

@@ -6,7 +6,7 @@ ones; one that does not end in time is stopped, and what it has measured until t
 is downloaded. runs/gpu/TIME/ then holds report.json, report.txt and the output of each part.
 
 The exit code is 0 if everything that ran is right, 1 if a test, a runner or a part failed, 2
-without a GPU, 130 after Ctrl-C and 143 after SIGTERM.
+without a GPU, 74 if the report cannot be written, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -163,6 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = measure(gpu_parts.parts(folder, options.rehearse), options.seconds, folder, report)
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:
+        print(f"error: {folder} cannot be written: {error}", file=sys.stderr)
+        return 74
     print(f"\n{(folder / 'report.txt').read_text()}\nwritten to {folder}")
     return code
 
