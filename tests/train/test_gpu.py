@@ -246,7 +246,7 @@ def test_the_report_names_the_gpu(monkeypatch):
 def test_a_profile_is_for_one_step_and_without_a_graph_if_it_sees_none(monkeypatch):
     task = make_task("linreg", steps=4)
     with fdl.disable_jit():
-        found = kernels.profile_epoch(task)
+        found = kernels.profile_epoch(kernels.Scan(task))
     products = [k for k in found["kernels"] if k["name"] == "aten::addmm"]
     assert found["profiled_graph"] and found["steps"] == 4
     assert [k["count"] for k in products] == [1.0]  # one linear layer
@@ -255,8 +255,8 @@ def test_a_profile_is_for_one_step_and_without_a_graph_if_it_sees_none(monkeypat
     times = [k["us"] for k in found["kernels"]]
     assert times == sorted(times, reverse=True)
     calls = iter([[], [("add", 2.0)] * 8])
-    monkeypatch.setattr(kernels, "profile_call", lambda task: next(calls))
-    found = kernels.profile_epoch(task)
+    monkeypatch.setattr(kernels, "profile_call", lambda runner: next(calls))
+    found = kernels.profile_epoch(kernels.Scan(task))
     assert not found["profiled_graph"] and found["launches"] == 2.0
 
 
@@ -264,8 +264,8 @@ def test_kernels_are_profiled_though_no_graph_is_captured(stand_in, monkeypatch)
     """The way without a graph: capture is refused, and the program runs nevertheless."""
     task = make_task("linreg", steps=4)
     monkeypatch.setattr(kernels._cuda_graphs, "_capture", kernels.refuse)
-    runner_events = kernels.profile_call(task)
-    assert sum(name == "aten::addmm" for name, _ in runner_events) == 4
+    events = kernels.profile_call(kernels.Scan(task))
+    assert sum(name == "aten::addmm" for name, _ in events) == 4
 
 
 def test_the_table_has_a_row_for_each_workload():

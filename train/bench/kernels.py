@@ -1,9 +1,9 @@
 """Count the kernels of a training step: `python -m train.bench.kernels`.
 
-On every machine: how many kernels Inductor generated for `fdl.jit(step)`, without the library calls
-for products and convolutions. On a GPU also what a step of a whole epoch, one CUDA graph, launches:
-names, counts and times from `torch.profiler`, library calls and copies included. Without one, how
-many kernels and library calls the step would have on an H100 (`kernels_for_cuda`).
+On a CPU: how many kernels Inductor generated for `fdl.jit(step)`, without library calls for products
+and convolutions, and how many kernels and calls it would have on an H100 (`kernels_for_cuda`). On a
+GPU: what a step of an epoch, one CUDA graph, launches; names, counts and times are those of
+`torch.profiler`, library calls and copies included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fdl.data import Dataset
 from train import recipes
 from train.bench import kernels_for_cuda
 from train.bench.fdl_runners import Scan, Step
-from train.bench.task import Task
 from train.bench.workloads import Workload, find, make_task
 from train.config import Bench, WorkloadName
 from train.records import to_json
@@ -40,9 +39,9 @@ Record = dict[str, Any]
 def measure(workload: Workload, config: Bench, images: Dataset | None, device: str) -> Record:
     """Count the kernels of a step of a workload; profile them on a GPU, or count them for one."""
     task = make_task(workload, config, images, device)
-    step = Step(task)
-    step.first()
-    report = step.program.report()[-1]
+    runner = Scan(task) if device == "cuda" else Step(task)
+    runner.first()
+    report = runner.program.report()[-1]
     entry: Record = {
         "name": workload.name,
         "batch": task.batches.shape[1],
@@ -51,7 +50,7 @@ def measure(workload: Workload, config: Bench, images: Dataset | None, device: s
         "regions": report.regions,
         "fallbacks": list(report.fallbacks),
     }
-    return entry | (profile_epoch(task) if device == "cuda" else for_cuda(step))
+    return entry | (profile_epoch(runner) if isinstance(runner, Scan) else for_cuda(runner))
 
 
 def for_cuda(step: Step) -> Record:
@@ -63,18 +62,18 @@ def for_cuda(step: Step) -> Record:
         return {"for_cuda": None, "not_counted": str(error).partition("\n")[0]}
 
 
-def profile_epoch(task: Task) -> Record:
+def profile_epoch(runner: Scan) -> Record:
     """Profile what a step launches within the CUDA graph of an epoch.
 
     A profiler that does not look into graphs sees no kernel; then one sees the program as it runs
     without a graph, which launches the same kernels.
     """
-    events = profile_call(task)
+    events, steps = profile_call(runner), runner.task.steps
     graphed = bool(events)
     if not graphed:
         with patch.object(_cuda_graphs, "_capture", refuse):
-            events = profile_call(task)
-    return {"steps": task.steps, "profiled_graph": graphed} | launches(events, task.steps)
+            events = profile_call(Scan(runner.task))
+    return {"steps": steps, "profiled_graph": graphed} | launches(events, steps)
 
 
 def refuse(*_: object) -> None:
@@ -82,9 +81,8 @@ def refuse(*_: object) -> None:
     raise RuntimeError("the profiler does not look into graphs")
 
 
-def profile_call(task: Task) -> list[tuple[str, float]]:
+def profile_call(runner: Scan) -> list[tuple[str, float]]:
     """List what one call of a compiled epoch runs on the device: names and microseconds."""
-    runner = Scan(task)
 
     def call() -> None:
         runner.wait(runner.epoch())
