@@ -298,3 +298,19 @@ def test_what_a_rule_does_not_read_is_refused(name: str) -> None:
     got, expected, left = rewritten(fn)
     assert_equal(got, expected)
     assert target in left
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda: torch.full((4, 1, 1), 2.7, dtype=torch.int64),
+        lambda: torch.full((4, 1, 1), 3, dtype=torch.bool),
+        lambda: torch.full((4, 1, 1), 0.1, dtype=torch.float32),
+        lambda: torch.full((), 0.1, dtype=torch.bfloat16),
+        lambda: torch.full((), 1e30, dtype=torch.float16),
+        lambda: aten.scalar_tensor.default(-2.7, dtype=torch.int32),
+    ],
+)
+def test_a_number_is_rounded_to_the_dtype_of_its_tensor(fill: Callable[[], Tensor]) -> None:
+    got, expected, _ = rewritten(lambda x, y: (y * fill(), fill() + y))
+    assert_equal(got, expected)
