@@ -5,11 +5,17 @@ OLDEST := .venv-oldest
 # Two processes; one that has nothing left to do takes tests from the other.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: lenet quick test test-all quick-oldest test-oldest kills lint notebooks docs clean
+.PHONY: lenet gpu quick test test-all quick-oldest test-oldest kills lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
 	$(VENV)/bin/python -m train lenet $(ARGS)
+
+# Measure the GPU of this machine in eight minutes; without one: make gpu ARGS=--rehearse. Nothing is
+# installed; the interpreter is that of .venv if it is ready, else python3, or the one you name.
+gpu:
+	$(or $(filter-out python3,$(PYTHON)),$(and $(wildcard $(VENV)/ready),$(VENV)/bin/python),python3) \
+	    -m train.bench.gpu $(ARGS)
 
 # The tests that start no process, compile nothing and take less than a second each.
 quick: $(VENV)/ready

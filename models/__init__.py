@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from models.cnn import cnn
 from models.lenet import lenet
 from models.lenet_bn import lenet_bn
 from models.linreg import linreg
 from models.mlp import mlp
 from models.softmax_regression import softmax_regression
 
-__all__ = ["lenet", "lenet_bn", "linreg", "mlp", "softmax_regression"]
+__all__ = ["cnn", "lenet", "lenet_bn", "linreg", "mlp", "softmax_regression"]

@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LeNet", "half_mse", "linreg", "loss_of", "make", "mlp", "softmax_regression"]
+__all__ = [
+    "CNN",
+    "LeNet",
+    "LeNetBN",
+    "half_mse",
+    "linreg",
+    "loss_of",
+    "make",
+    "mlp",
+    "softmax_regression",
+]
 
 
 def linreg(features: int = 2) -> nn.Module:
@@ -87,6 +97,53 @@ class LeNet(nn.Module):
         return self.fc(self.conv(x).flatten(1))
 
 
+class LeNetBN(nn.Module):
+    """LeNet with batch normalisation of every hidden layer.
+
+    >>> import torch
+    >>> LeNetBN()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.Sigmoid(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.Sigmoid(), nn.MaxPool2d(2)),
+        )
+        self.fc = nn.Sequential(
+            *(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Sigmoid()),
+            *(nn.Linear(120, 84), nn.BatchNorm1d(84), nn.Sigmoid()),
+            nn.Linear(84, classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `[batch, 1, 28, 28]` to logits."""
+        return self.fc(self.conv(x).flatten(1))
+
+
+class CNN(nn.Module):
+    """Three padded convolutions with ReLU and max-pooling, and a linear layer.
+
+    >>> import torch
+    >>> CNN()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.fc = nn.Linear(288, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `[batch, 1, 28, 28]` to logits."""
+        return self.fc(self.conv(x).flatten(1))
+
+
 def half_mse(prediction: Tensor, y: Tensor) -> Tensor:
     """Average ½ (ŷ − y)².
 
@@ -124,6 +181,10 @@ def make(
             return mlp(hidden=(256, 256), rates=rates, dropout=dropout)
         case "lenet":
             return LeNet()
+        case "lenet-bn":
+            return LeNetBN()
+        case "cnn":
+            return CNN()
     raise ValueError(f"no module for {model!r}")
 
 

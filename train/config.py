@@ -11,6 +11,7 @@ __all__ = [
     "RECIPES",
     "SWEEPS",
     "Bench",
+    "Cnn",
     "Data",
     "Dropout",
     "Eval",
@@ -149,6 +150,11 @@ class LeNetBN(Images):
     lr: float = 0.9
 
 
+@dataclass(frozen=True)
+class Cnn(Images):
+    """Three convolutions with ReLU, which only the benchmark trains."""
+
+
 RECIPES: dict[str, type[Recipe]] = {
     "linreg": Linreg,
     "linreg-decay": LinregDecay,
@@ -262,6 +268,8 @@ WorkloadName = Literal[
     "lenet",
     "lenet-momentum",
     "lenet-adam",
+    "lenet-bn",
+    "cnn",
     "lenet-scaling",
 ]
 RunnerName = Literal[
@@ -294,6 +302,8 @@ class Bench:
     """Number of rounds; each times every runner once."""
     steps: int = 100
     """Steps in one call of a runner, at most an epoch."""
+    warm_starts: bool = True
+    """Start every runner once more, to time its first call with what the first left on disk."""
     seconds: float = 0.3
     """Seconds that a round takes at least; it repeats the call."""
     seed: int = 0

@@ -29,6 +29,7 @@ from fdl.nn import Model, Policy, StatefulModel, with_policy
 from fdl.optim import Optimizer
 from fdl.tree import Tree
 from train.config import (
+    Cnn,
     Dropout,
     Images,
     LeNet,
@@ -246,6 +247,8 @@ def image_model(config: Images) -> Model | StatefulModel:
             model = models.lenet()
         case LeNetBN():
             model = models.lenet_bn()
+        case Cnn():
+            model = models.cnn()
         case _:
             raise TypeError(f"no recipe for {config!r}")
     if config.precision == "bfloat16":

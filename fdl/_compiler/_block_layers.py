@@ -16,7 +16,7 @@ from fdl._compiler._block_axes import (
     result,
     shape_of,
 )
-from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
+from fdl._compiler._block_code import Block, axis_of
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
@@ -111,7 +111,7 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     of each column, and adds the product of each two to a sum.
 
     >>> tiles(32, 28, 32), tiles(32, 28, 16), tiles(32, 16, 32, width=3)
-    ((4, 6), (2, 4), (4, 2))
+    ((4, 6), (6, 2), (4, 2))
     """
 
     def cost(o: int, j: int) -> float:
@@ -120,9 +120,9 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
         return max(o * j * width, 1.5 * loads, 8) + loads / 16 if o * j else 0
 
     def total(tile: tuple[int, int]) -> float:
-        (rows, left), (times, rest) = divmod(outputs, tile[0]), divmod(columns, tile[1])
+        (rows, left), (times, last) = divmod(outputs, tile[0]), divmod(columns, tile[1])
         o, j = tile
-        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left, rest)
+        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, last) + cost(left, last)
 
     spare = 2 if width == 1 else 1  # for what the loop needs besides; with less, GCC spills sums
     choices = [
@@ -149,11 +149,19 @@ def convolve(
     columns = -(-conv.result[1] // conv.gap[1])
     o, j = tiles(conv.outputs // conv.groups, columns, block.registers)
     source, weights = framed(block, x, conv), block.pack(pack, conv.type(), o, weight)
-    place = Place(block.buffer(conv.outputs * prod(conv.result), node), rest(node), ())
-    block.places[node] = place._replace(strides=strides_of(place.shape))
+    relu = relu_after(block, node)
+    place = block.new(relu or node)
+    end = ", true" if relu else ""
     block.step(
-        f"convolve<T, {conv.type()}, {o}, {j}>({source}, {weights}, {bias}, {place.pointer});"
+        f"convolve<T, {conv.type()}, {o}, {j}{end}>({source}, {weights}, {bias}, {place.pointer});"
     )
+
+
+def relu_after(block: Block, node: Node) -> Node | None:
+    """Return the `relu` that alone reads a value, if its result is in memory."""
+    user = next(iter(node.users))
+    alone = len(node.users) == 1 and node not in block.given
+    return user if alone and user.target is aten.relu.default and user in block.written else None
 
 
 def framed(block: Block, x: Node, conv: Convolution) -> str:

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 import fdl
-from fdl import data
+from fdl import data, tree
+from models import torch_modules
 from train import config
 from train.__main__ import main
 from train.bench import measure, record, reference, registry, render, workloads
 from train.bench import task as tasks
 from train.bench.check import Reference, check
 from train.bench.client import Client, RunnerError, end_session
+from train.bench.fdl_runners import problem_of
 from train.bench.runner import Trajectory
 from train.bench.torch_peers import Eager, Samples, floats
 from train.bench.worker import Worker
@@ -71,7 +73,10 @@ def command(monkeypatch, capsys, tmp_path):
 
 # The runners, compiled or not: what they compute is what is tested here, so none is compiled.
 
-NAMES = ["linreg", "softmax", "mlp", "dropout", "lenet", "lenet-momentum", "lenet-adam"]
+NAMES = [
+    *("linreg", "softmax", "mlp", "dropout"),
+    *("lenet", "lenet-momentum", "lenet-adam", "lenet-bn", "cnn"),
+]
 # The learner's loop forks, which JAX forbids; two others differ from compile-step in the compiler.
 ELSEWHERE = ("learner", "compile-step-cpp", "compile-step-graphs")
 IN_PROCESS = [name for name in registry.RUNNERS if name not in ELSEWHERE]
@@ -232,6 +237,43 @@ def test_rounding_is_allowed_only_where_a_parameter_hardly_moves():
         assert found.distance > 1e-3 and found.right == right
 
 
+def test_a_bias_that_a_norm_cancels_may_round_and_no_more(references):
+    task, expected = references("lenet-bn")
+    found = Eager(task).trajectory()
+    cancelled = "conv.0.bias"
+    assert 0 < np.abs(expected.params[cancelled]).max() < 1e-12, "the premise"
+    assert check(expected, found, own_masks=False).right
+    found.params[cancelled] = found.params[cancelled] + np.float32(1e-4)
+    result = check(expected, found, own_masks=False)
+    assert not result.right and result.reason.startswith(f"{cancelled} moved")
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_stand_still_are_wrong(references, statistic):
+    task, expected = references("lenet-bn")
+    found = Eager(task).trajectory()
+    found.params[f"fc.1.{statistic}"] = task.buffers[f"fc.1.{statistic}"]
+    result = check(expected, found, own_masks=False)
+    assert not result.right and result.reason == f"fc.1.{statistic} moved 1.0e+00 off"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_the_module_of_the_peers(name):
+    """In float64 to 1e-12, in evaluation, where batch norms use their statistics."""
+    task = make_task(name)
+    module = torch_modules.make(task.model, task.rates).double().eval()
+    start = {path: torch.from_numpy(p).clone() for path, p in (task.params | task.buffers).items()}
+    module.load_state_dict(start)
+    model = problem_of(task, torch.device("cpu")).model
+    params, buffers = (
+        tree.cast(tree.unflatten_dict({path: start[path] for path in part}), torch.float64)
+        for part in (task.params, task.buffers)
+    )
+    x = floats(task)[:5].double()
+    y = model.apply(params, buffers, x)[0] if buffers else model.apply(params, x)
+    torch.testing.assert_close(y, module(x), rtol=1e-12, atol=1e-12)
+
+
 # Processes.
 
 
@@ -319,7 +361,7 @@ def test_the_command_measures_checks_and_writes(command, monkeypatch, tmp_path):
         assert runner["check"]["loss"] < 1e-3 and runner["check"]["distance"] < 1e-3
         assert runner["cold_s"] >= 0
         on_disk = runner["name"] == "jax-step"  # the others leave nothing there
-        assert ("warm_s" in runner) == on_disk
+        assert ("warm_s" in runner) == ("warm_peak_bytes" in runner) == on_disk
         assert runner["name"] in out
     assert entry["best_fdl"] == "fdl-eager" and entry["best_peer"] in RUNNERS
     # Two products of [10, 2] by [2, 1], forward and for the weight; x needs no gradient.

@@ -26,9 +26,10 @@ def document(**changes):
     times = {"cold_call_s": 3.0, "first_steps": 1}
     entry["runners"] = [
         runner("fdl-scan", rounds_us=[120.0, 100.0, 140.0], cold_call_s=9.0, first_steps=100)
-        | {"peak_bytes": 9e8, "start_bytes": 7e8, "warm_call_s": 4.0},
+        | {"peak_bytes": 9e8, "start_bytes": 7e8, "warm_call_s": 4.0}
+        | {"warm_peak_bytes": 8e8, "warm_start_bytes": 7.5e8},
         runner("eager", rounds_us=[200.0], **times),
-        runner("compile-step", rounds_us=[80.0], **times),
+        runner("compile-step", rounds_us=[80.0], peak_bytes=1e9, start_bytes=9.1e8, **times),
         runner("jax-step", status="not installed"),
         runner("jax-scan", status="failed", reason="out of memory"),
         runner("learner"),
@@ -108,6 +109,7 @@ def test_render_remakes_page_and_chart(tmp_path):
     render.render(tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| most memory beyond the start, MB: fdl, best peer | 50, 90 |" in text
     assert "**80.0**" in text and "(bench/cpu.png)" in text
     first = (folder / "cpu.png").read_bytes()
     assert first.startswith(b"\x89PNG")

@@ -24,6 +24,8 @@ RECIPES: dict[str, type[config.Recipe]] = {
     "mlp": config.Mlp,
     "dropout": config.Dropout,
     "lenet": config.LeNet,
+    "lenet-bn": config.LeNetBN,
+    "cnn": config.Cnn,
 }
 
 
@@ -58,17 +60,23 @@ class FdlRunner(TorchRunner):
 
     def reset(self) -> None:
         """Make the state of step 0 from copies, because it is donated."""
-        flat = {name: torch.from_numpy(p).to(self.device) for name, p in self.task.params.items()}
-        params = tree.map(torch.clone, tree.unflatten_dict(flat))
         state = TrainState.create(
-            self.problem.model, self.problem.opt, key=random.key(0, self.device), params=params
+            self.problem.model,
+            self.problem.opt,
+            key=random.key(0, self.device),
+            params=self.copies(self.task.params),
         )
         key = torch.from_numpy(self.task.key.astype(np.int64)).to(self.device)
-        self.state = state._replace(key=key)
+        self.state = state._replace(key=key, buffers=self.copies(self.task.buffers))
+
+    def copies(self, arrays: dict[str, Array]) -> Any:
+        """Copy arrays to the device, as a tree."""
+        flat = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        return tree.unflatten_dict(flat)
 
     def params(self) -> dict[str, Array]:
-        """Copy the parameters, by path."""
-        flat = tree.flatten_dict(self.state.params)
+        """Copy the parameters and buffers, by path."""
+        flat = tree.flatten_dict(self.state.params) | tree.flatten_dict(self.state.buffers)
         return {name: p.cpu().numpy().copy() for name, p in flat.items()}
 
 

@@ -23,6 +23,7 @@ class Carry(NamedTuple):
     """The values that a step changes; donated."""
 
     params: Params
+    buffers: Params
     opt_state: Any
     steps: jax.Array  # done, int32 []
 
@@ -32,10 +33,10 @@ def dense(params: Params, name: str, x: jax.Array) -> jax.Array:
     return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
 
 
-def conv(params: Params, name: str, x: jax.Array) -> jax.Array:
-    """Convolve `NCHW` with `OIHW`, without padding."""
+def conv(params: Params, name: str, x: jax.Array, padding: str = "VALID") -> jax.Array:
+    """Convolve `NCHW` with `OIHW`."""
     y = lax.conv_general_dilated(
-        x, params[f"{name}.weight"], (1, 1), "VALID", dimension_numbers=("NCHW", "OIHW", "NCHW")
+        x, params[f"{name}.weight"], (1, 1), padding, dimension_numbers=("NCHW", "OIHW", "NCHW")
     )
     return y + params[f"{name}.bias"][:, None, None]
 
@@ -50,9 +51,30 @@ def dropout(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
     return jnp.where(jax.random.uniform(key, x.shape) >= rate, x / (1 - rate), 0.0)
 
 
-def forward(task: Task, params: Params, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Apply the model of a task in training."""
+def batch_norm(params: Params, buffers: Params, name: str, x: jax.Array) -> jax.Array:
+    """Normalise over all axes but the channels, and replace the running statistics in `buffers`.
+
+    The variance is computed as in Flax, by one pass over x.
+    """
+    axes, shape = (0, *range(2, x.ndim)), (-1, *(1,) * (x.ndim - 2))
+    mean = x.mean(axes)
+    var = jnp.maximum(0.0, (x * x).mean(axes) - mean * mean)
+    n = x.size // len(mean)
+    for statistic, now in (("mean", mean), ("var", var * (n / (n - 1)))):
+        running = buffers[f"{name}.running_{statistic}"]
+        buffers[f"{name}.running_{statistic}"] = 0.9 * running + 0.1 * lax.stop_gradient(now)
+    buffers[f"{name}.num_batches_tracked"] += 1
+    scale = params[f"{name}.weight"] * lax.rsqrt(var + 1e-5)
+    return (x - mean.reshape(shape)) * scale.reshape(shape) + params[f"{name}.bias"].reshape(shape)
+
+
+def forward(task: Task, params: Params, buffers: Params, x: jax.Array, key: jax.Array) -> jax.Array:
+    """Apply the model of a task in training; replaces the running statistics in `buffers`."""
     flat = x.reshape(len(x), -1)
+
+    def normed(h: jax.Array, name: str) -> jax.Array:
+        return batch_norm(params, buffers, name, h)
+
     match task.model:
         case "linreg":
             return x @ params["weight"].T + params["bias"]
@@ -73,6 +95,16 @@ def forward(task: Task, params: Params, x: jax.Array, key: jax.Array) -> jax.Arr
             h = jax.nn.sigmoid(dense(params, "fc.0", h))
             h = jax.nn.sigmoid(dense(params, "fc.2", h))
             return dense(params, "fc.4", h)
+        case "lenet-bn":
+            h = max_pool(jax.nn.sigmoid(normed(conv(params, "conv.0", x), "conv.1")))
+            h = max_pool(jax.nn.sigmoid(normed(conv(params, "conv.4", h), "conv.5")))
+            h = jax.nn.sigmoid(normed(dense(params, "fc.0", h.reshape(len(x), -1)), "fc.1"))
+            h = jax.nn.sigmoid(normed(dense(params, "fc.3", h), "fc.4"))
+            return dense(params, "fc.6", h)
+        case "cnn":
+            for name in ("conv.0", "conv.3", "conv.6"):
+                x = max_pool(jax.nn.relu(conv(params, name, x, "SAME")))
+            return dense(params, "fc", x.reshape(len(x), -1))
     raise ValueError(f"no model for {task.model!r}")
 
 
@@ -88,11 +120,14 @@ def make_step(task: Task) -> Callable[..., tuple[Carry, jax.Array]]:
     """Make the step `(carry, images, labels, key, rows) -> (carry, loss)`."""
     opt = optimizer(task)
 
-    def objective(params: Params, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-        prediction = forward(task, params, x, key)
+    def objective(
+        params: Params, buffers: Params, x: jax.Array, y: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        buffers = dict(buffers)
+        prediction = forward(task, params, buffers, x, key)
         if task.model == "linreg":
-            return jnp.mean((prediction - y) ** 2) / 2
-        return optax.softmax_cross_entropy_with_integer_labels(prediction, y).mean()
+            return jnp.mean((prediction - y) ** 2) / 2, buffers
+        return optax.softmax_cross_entropy_with_integer_labels(prediction, y).mean(), buffers
 
     def step(
         carry: Carry, images: jax.Array, labels: jax.Array, key: jax.Array, rows: jax.Array
@@ -101,10 +136,11 @@ def make_step(task: Task) -> Callable[..., tuple[Carry, jax.Array]]:
         if task.images:
             x = x[:, None].astype(jnp.float32) / 255
         key = jax.random.fold_in(key, carry.steps)
-        loss, grads = jax.value_and_grad(objective)(carry.params, x, labels[rows], key)
+        run = jax.value_and_grad(objective, has_aux=True)
+        (loss, buffers), grads = run(carry.params, carry.buffers, x, labels[rows], key)
         updates, opt_state = opt.update(grads, carry.opt_state, carry.params)
         params = optax.apply_updates(carry.params, updates)
-        return Carry(params, opt_state, carry.steps + 1), loss
+        return Carry(params, buffers, opt_state, carry.steps + 1), loss
 
     return step
 
@@ -123,17 +159,23 @@ class JaxRunner(Runner):
         self.reset()
 
     def reset(self) -> None:
-        """Copy the initial weights to the device."""
+        """Copy the initial weights and buffers to the device."""
         params = {name: jnp.array(p) for name, p in self.task.params.items()}
-        self.carry = Carry(params, optimizer(self.task).init(params), jnp.zeros((), jnp.int32))
+        buffers = {
+            name: jnp.array(p, jnp.int32 if p.dtype == np.int64 else p.dtype)
+            for name, p in self.task.buffers.items()
+        }
+        opt_state = optimizer(self.task).init(params)
+        self.carry = Carry(params, buffers, opt_state, jnp.zeros((), jnp.int32))
 
     def wait(self, losses: Any) -> None:
         """Wait for losses and parameters."""
         jax.block_until_ready((losses, self.carry))
 
     def params(self) -> dict[str, Array]:
-        """Copy the parameters to the host."""
-        return {name: np.array(p) for name, p in self.carry.params.items()}
+        """Copy the parameters and buffers to the host."""
+        leaves = self.carry.params | self.carry.buffers
+        return {name: np.array(p) for name, p in leaves.items()}
 
     def _memory(self, name: str) -> int | None:
         return (jax.devices()[0].memory_stats() or {}).get(name)

@@ -159,7 +159,8 @@ def measure(
             attempt(rows[name], lambda client=client, row=rows[name]: add_memory(client, row))
             client.end()
     for row in entry["runners"]:
-        if row["status"] == "measuring" and registry.RUNNERS[row["name"]].compiles:
+        again = setting.config.warm_starts and registry.RUNNERS[row["name"]].compiles
+        if row["status"] == "measuring" and again:
             attempt(row, lambda row=row: add_warm_start(setting, workload, row, path))
 
 
@@ -188,15 +189,16 @@ def find_reference(setting: Setting, task: Task, path: Path) -> tuple[Reference,
     run_module("train.bench.reference", str(path), str(out), env=setting.env("reference"))
     found, rest = read_trajectory(out)
     masks = tuple(rest["other_masks"].tolist()) if "other_masks" in rest else None
-    return Reference(found.losses, task.params, found.params, masks), int(rest["flops"])
+    start = task.params | task.buffers
+    return Reference(found.losses, start, found.params, masks), int(rest["flops"])
 
 
 def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, Any]]:
     """Read the losses and parameters in a file, and everything else in it."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    params, rest = tasks.split_params(arrays)
-    return Trajectory(rest.pop("losses"), params), rest
+    params = tasks.take(arrays, "params/")
+    return Trajectory(arrays.pop("losses"), params), arrays
 
 
 def start(setting: Setting, workload: Workload, name: RunnerName, path: Path) -> Client:
@@ -252,7 +254,12 @@ def add_memory(client: Client, row: dict[str, Any]) -> None:
 
 
 def add_warm_start(setting: Setting, workload: Workload, row: dict[str, Any], path: Path) -> None:
-    """Time the first call in a second process, with the caches that the first left on disk."""
+    """Time the first call in a second process, with the caches that the first left on disk.
+
+    Its memory is that of training, without that of the compiler.
+    """
     with start(setting, workload, row["name"], path) as client:
         client.read()
         row["warm_call_s"] = client.ask("first")["seconds"]
+        answer = client.ask("peak")
+        row["warm_peak_bytes"], row["warm_start_bytes"] = answer["peak"], answer["start"]

@@ -86,13 +86,15 @@ def new_workload(workload: Workload, task: Task) -> Record:
 def floor(task: Task, flops: int, rates: Record) -> Record:
     """Bound the time of a step: by its products at the best rate, or its least memory traffic.
 
-    A step must read its batch, and read and write every parameter and its moments once.
+    A step must read its batch, and read and write every parameter with its moments, and
+    every running statistic, once.
     """
     batch = task.batches.shape[1]
     example = task.x[0].nbytes + task.y[0].nbytes + task.batches.itemsize
     weights = sum(p.nbytes for p in task.params.values()) * (
         3 if task.adam else 2 if task.momentum else 1
     )
+    weights += sum(p.nbytes for p in task.buffers.values())
     moved = batch * example + 2 * weights
     seconds = max(flops / rates["matrix_flops"], moved / rates["copy_bytes"])
     return {"flops": flops, "bytes": moved, "us": seconds * 1e6}

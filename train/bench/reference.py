@@ -52,7 +52,8 @@ def draw_masks(module: nn.Sequential, key: Tensor, x: Tensor) -> None:
 def run(task: Task) -> Reference:
     """Train `CALLS` calls from the initial weights, in float64 on the CPU."""
     module = torch_modules.make(task.model, task.rates, GivenDropout).double()
-    module.load_state_dict({name: torch.from_numpy(p) for name, p in task.params.items()})
+    start = task.params | task.buffers
+    module.load_state_dict({name: torch.from_numpy(p) for name, p in start.items()})
     optimizer = make_optimizer(task, module)
     loss_fn, key = torch_modules.loss_of(task.model), torch.from_numpy(task.key.astype(np.int64))
     losses = []
@@ -67,8 +68,8 @@ def run(task: Task) -> Reference:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    params = {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
-    return Reference(np.array(losses), task.params, params, other_masks(task))
+    params = {name: p.numpy().copy() for name, p in module.state_dict().items()}
+    return Reference(np.array(losses), start, params, other_masks(task))
 
 
 def other_masks(task: Task) -> tuple[float, float] | None:

@@ -133,6 +133,9 @@ def table(title: str, heads: list[str], workloads: list[Record]) -> str:
     rows.append(
         ["fdl's first step beyond eager's, s: cold, again", *(starts(w) for w in workloads)]
     )
+    rows.append(
+        ["most memory beyond the start, MB: fdl, best peer", *(memory(w) for w in workloads)]
+    )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -162,6 +165,18 @@ def starts(workload: Record) -> str:
     runner = runners.get(workload["best_fdl"], {})
     times = [runner.get(f"{start}_over_eager_s") for start in ("cold", "warm")]
     return ", ".join(f"{seconds:.1f}" for seconds in times if seconds is not None)
+
+
+def memory(workload: Record) -> str:
+    """Format the memory that fdl's best runner and the best peer took while they trained."""
+    runners = {runner["name"]: runner for runner in workload["runners"]}
+    best = [runners.get(workload[f"best_{side}"], {}) for side in ("fdl", "peer")]
+    sizes = []
+    for runner in best:
+        start = "warm_" if "warm_peak_bytes" in runner else ""
+        if "peak_bytes" in runner:
+            sizes.append(runner[f"{start}peak_bytes"] - runner[f"{start}start_bytes"])
+    return ", ".join(f"{size / 1e6:,.0f}" for size in sizes)
 
 
 def render(root: Path = ROOT) -> list[Path]:

@@ -15,7 +15,7 @@ CALLS = 2  # calls in a trajectory, so that the state passed between them is che
 
 
 class Trajectory(NamedTuple):
-    """The losses and final parameters of training from the initial weights."""
+    """The losses, final parameters and running statistics of training from the initial weights."""
 
     losses: Array  # float64 [steps], of each batch before its update
     params: dict[str, Array]
@@ -42,7 +42,7 @@ class Runner(ABC):
 
     @abstractmethod
     def params(self) -> dict[str, Array]:
-        """Copy the parameters to NumPy, by path."""
+        """Copy the parameters and the running statistics to NumPy, by path."""
 
     def first(self) -> int:
         """Make the shortest call that trains, wait for it, and return its number of steps."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from train.records import to_json
 
-__all__ = ["Array", "Task", "load", "save", "save_arrays", "split_params"]
+__all__ = ["Array", "Task", "load", "save", "save_arrays", "take"]
 
 Array = np.ndarray[Any, Any]
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 class Task(NamedTuple):
     """One workload on one device."""
 
-    model: str  # "linreg", "softmax", "mlp", "dropout" or "lenet"
+    model: str  # name of the model, as in `models.torch_modules.make`
     lr: float
     momentum: float
     weight_decay: float
@@ -34,6 +34,7 @@ class Task(NamedTuple):
     batches: Array  # int64 [at least `steps`, batch]: the rows of x in each batch of an epoch
     key: Array  # uint32 [2]: step k draws from fold_in(key, k)
     params: dict[str, Array]  # float32, by the paths of `named_parameters()`
+    buffers: dict[str, Array]  # of batch norms, by the paths of `named_buffers()`
 
     @property
     def rows(self) -> Array:
@@ -51,17 +52,18 @@ def save(task: Task, path: Path) -> None:
     options = {k: v for k, v in task._asdict().items() if not isinstance(v, np.ndarray | dict)}
     arrays = {k: v for k, v in task._asdict().items() if isinstance(v, np.ndarray)}
     arrays |= {f"params/{name}": value for name, value in task.params.items()}
+    arrays |= {f"buffers/{name}": value for name, value in task.buffers.items()}
     save_arrays(path, options=np.array(to_json(options)), **arrays)
 
 
 def load(path: Path) -> Task:
     """Read what `save` wrote."""
     with np.load(path) as file:
-        found: dict[str, Any] = {name: file[name] for name in file.files}
-    options = json.loads(str(found.pop("options")))
+        arrays: dict[str, Any] = {name: file[name] for name in file.files}
+    options = json.loads(str(arrays.pop("options")))
     options["rates"] = tuple(options["rates"])
-    params, rest = split_params(found)
-    return Task(**options, **rest, params=params)
+    params, buffers = take(arrays, "params/"), take(arrays, "buffers/")
+    return Task(**options, **arrays, params=params, buffers=buffers)
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -69,8 +71,12 @@ def save_arrays(path: Path, **arrays: Any) -> None:
     np.savez(path, **arrays)
 
 
-def split_params(arrays: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Separate the parameters from the other arrays."""
-    prefix = "params/"
-    params = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    return params, {k: v for k, v in arrays.items() if not k.startswith(prefix)}
+def take(arrays: dict[str, Any], prefix: str) -> dict[str, Array]:
+    """Remove the arrays whose names begin with a prefix, and return them by the rest of the name.
+
+    >>> arrays = {"params/w": 1, "losses": 2}
+    >>> take(arrays, "params/"), arrays
+    ({'w': 1}, {'losses': 2})
+    """
+    names = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays.pop(name) for name in names}

@@ -106,7 +106,8 @@ class Eager(TorchLoop):
     def reset(self) -> None:
         """Restore the initial weights and a new optimizer."""
         torch.manual_seed(0)
-        initial = {name: torch.from_numpy(p) for name, p in self.task.params.items()}
+        start = self.task.params | self.task.buffers
+        initial = {name: torch.from_numpy(p) for name, p in start.items()}
         self.module.load_state_dict(initial)
         self.optimizer = make_optimizer(self.task, self.module, self.fused)
 
@@ -123,8 +124,8 @@ class Eager(TorchLoop):
         return self.train_on(self.images[self.rows[i]], self.labels[self.rows[i]])
 
     def params(self) -> dict[str, Array]:
-        """Copy the parameters of the module."""
-        return {k: p.detach().cpu().numpy().copy() for k, p in self.module.named_parameters()}
+        """Copy the parameters and buffers of the module."""
+        return {name: p.cpu().numpy().copy() for name, p in self.module.state_dict().items()}
 
 
 class CompiledModel(Eager):
@@ -202,7 +203,7 @@ class CompiledStep(TorchLoop):
     """The whole step as one compiled program: gather, loss, gradient and update.
 
     The fastest version we found: functional gradients, in-place updates, images gathered as bytes,
-    rates as constants.
+    rates as constants. Running statistics are computed from copies, which the compiler removes.
     """
 
     def __init__(
@@ -210,53 +211,69 @@ class CompiledStep(TorchLoop):
     ) -> None:
         super().__init__(task)
         self.images = torch.from_numpy(task.x).to(self.device)
-        initial = {name: torch.from_numpy(p) for name, p in task.params.items()}
-        self.initial = list(initial.values())
-        self.current = [p.to(self.device, copy=True) for p in self.initial]
+        self.initial = [torch.from_numpy(p) for p in (task.params | task.buffers).values()]
+        leaves = [p.to(self.device, copy=True) for p in self.initial]
+        self.current, self.buffers = leaves[: len(task.params)], leaves[len(task.params) :]
         self.slots = make_slots(task, self.current)
-        for leaf in [*self.current, *self.slots, self.images, self.labels]:
+        for leaf in [*leaves, *self.slots, self.images, self.labels]:
             torch._dynamo.mark_static_address(leaf)  # else CUDA graphs copy it at each step
         module = torch_modules.make(task.model, task.rates).to("meta")
-        step = make_step(task, module, list(initial))
+        step = make_step(task, module)
         self.program = torch.compile(
             step, fullgraph=True, dynamic=False, mode=mode, options=options
         )
 
     def reset(self) -> None:
-        """Copy the initial weights into the parameters."""
+        """Copy the initial weights into the parameters, and likewise the buffers."""
         torch.manual_seed(0)
-        for p, initial in zip(self.current, self.initial, strict=True):
-            p.copy_(initial)
+        for leaf, initial in zip([*self.current, *self.buffers], self.initial, strict=True):
+            leaf.copy_(initial)
         for slot in self.slots:
             slot.zero_()
 
     def step(self, i: int) -> Tensor:
         """Call the program."""
-        return self.program(self.current, self.slots, self.images, self.labels, self.rows[i])
+        leaves = self.current, self.buffers, self.slots
+        return self.program(*leaves, self.images, self.labels, self.rows[i])
 
     def params(self) -> dict[str, Array]:
-        """Copy the parameters."""
-        pairs = zip(self.task.params, self.current, strict=True)
+        """Copy the parameters and buffers."""
+        names = [*self.task.params, *self.task.buffers]
+        pairs = zip(names, [*self.current, *self.buffers], strict=True)
         return {name: p.cpu().numpy().copy() for name, p in pairs}
 
 
-def make_step(task: Task, module: nn.Module, names: list[str]) -> Callable[..., Tensor]:
-    """Make the step `(params, slots, images, labels, rows) -> loss`, which updates in place."""
+def make_step(task: Task, module: nn.Module) -> Callable[..., Tensor]:
+    """Make the step `(params, buffers, slots, images, labels, rows) -> loss`, all in place."""
     loss_fn, has_images = torch_modules.loss_of(task.model), task.images
+    names, buffer_names = list(task.params), list(task.buffers)
     update = adam_update if task.adam else sgd_update
 
-    def objective(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(functional_call(module, params, (x,)), y)
+    def objective(
+        params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        buffers = {name: leaf.clone() for name, leaf in buffers.items()}
+        prediction = functional_call(module, params | buffers, (x,))
+        return loss_fn(prediction, y), list(buffers.values())
 
     def step(
-        params: list[Tensor], slots: list[Tensor], images: Tensor, labels: Tensor, rows: Tensor
+        params: list[Tensor],
+        buffers: list[Tensor],
+        slots: list[Tensor],
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor,
     ) -> Tensor:
         x = images[rows]
         if has_images:
             x = x[:, None].float() / 255
         named = dict(zip(names, params, strict=True))
-        grads, loss = grad_and_value(objective)(named, x, labels[rows])
+        tracked = dict(zip(buffer_names, buffers, strict=True))
+        run = grad_and_value(objective, has_aux=True)
+        grads, (loss, now) = run(named, tracked, x, labels[rows])
         update(task, params, list(grads.values()), slots)
+        for leaf, new in zip(buffers, now, strict=True):
+            leaf.copy_(new)
         return loss
 
     return step
