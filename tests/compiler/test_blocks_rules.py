@@ -39,7 +39,8 @@ def rewritten(fn: Function) -> tuple[Any, Any, set[Any]]:
 
     module = make_fx(whole, tracing_mode="fake")(x, w)
     expected = module(x, w)
-    compute_in_blocks(module)
+    with Regions().used():
+        compute_in_blocks(module)
     module.recompile()
     left = {node.target for node in module.graph.nodes}
     assert aten.convolution.default not in left
