@@ -16,7 +16,7 @@ from fdl._compiler._block_axes import (
     result,
     shape_of,
 )
-from fdl._compiler._block_code import Block, axis_of, rest
+from fdl._compiler._block_code import Block, axis_of
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
@@ -122,7 +122,7 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     def total(tile: tuple[int, int]) -> float:
         (rows, left), (times, rest) = divmod(outputs, tile[0]), divmod(columns, tile[1])
         o, j = tile
-        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left, rest)
+        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left)
 
     spare = 2 if width == 1 else 1  # for what the loop needs besides; with less, GCC spills sums
     choices = [
