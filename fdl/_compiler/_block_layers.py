@@ -16,7 +16,7 @@ from fdl._compiler._block_axes import (
     result,
     shape_of,
 )
-from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
+from fdl._compiler._block_code import Block, axis_of, rest
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
@@ -111,7 +111,7 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     of each column, and adds the product of each two to a sum.
 
     >>> tiles(32, 28, 32), tiles(32, 28, 16), tiles(32, 16, 32, width=3)
-    ((4, 6), (2, 4), (4, 2))
+    ((4, 6), (6, 2), (4, 2))
     """
 
     def cost(o: int, j: int) -> float:
@@ -149,11 +149,19 @@ def convolve(
     columns = -(-conv.result[1] // conv.gap[1])
     o, j = tiles(conv.outputs // conv.groups, columns, block.registers)
     source, weights = framed(block, x, conv), block.pack(pack, conv.type(), o, weight)
-    place = Place(block.buffer(conv.outputs * prod(conv.result), node), rest(node), ())
-    block.places[node] = place._replace(strides=strides_of(place.shape))
+    relu = relu_after(block, node)
+    place = block.new(relu or node)
+    end = ", true" if relu else ""
     block.step(
-        f"convolve<T, {conv.type()}, {o}, {j}>({source}, {weights}, {bias}, {place.pointer});"
+        f"convolve<T, {conv.type()}, {o}, {j}{end}>({source}, {weights}, {bias}, {place.pointer});"
     )
+
+
+def relu_after(block: Block, node: Node) -> Node | None:
+    """Return the `relu` that alone reads a value, if its result is in memory."""
+    user = next(iter(node.users))
+    alone = len(node.users) == 1 and node not in block.given
+    return user if alone and user.target is aten.relu.default and user in block.written else None
 
 
 def framed(block: Block, x: Node, conv: Convolution) -> str:
@@ -204,9 +212,12 @@ def end(block: Block, node: Node, total: str) -> None:
 # Pooling
 
 
-def pool(x: Node, out: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any) -> str:
-    members, channels, *size = rest(x)
-    channels *= members
+def pool(
+    batch: Node, image: Shape, out: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> str:
+    """Return the type of a pool of `image`, of which `batch` is an input or the gradient."""
+    channels, *size = image[1:]
+    channels *= cast(Axis, axis_of(batch)).members
     pairs = [as_pair(size, 1), as_pair(out[2:], 1), as_pair(kernel, 1)]
     pairs += [as_pair(stride or kernel, 1), as_pair(padding, 0), as_pair(dilation, 1)]
     return f"Pool<{', '.join(str(n) for n in (channels, *[n for pair in pairs for n in pair]))}>"
@@ -226,7 +237,7 @@ def fits_pool(node: Node) -> bool:
 
 def average(block: Block, node: Node, x: Node, out: Shape, name: str, source: Node) -> None:
     kernel, stride, padding, _, count, divisor = read_pool(node)
-    kind = pool(x, out, as_two(kernel), as_two(stride), as_two(padding), [1, 1])
+    kind = pool(source, shape_of(x), out, as_two(kernel), as_two(stride), as_two(padding), [1, 1])
     fixed = divisor
     if not divisor and (not any(as_two(padding)) and not node_overhangs(x, out, kernel, stride)):
         fixed = prod(as_two(kernel))
@@ -260,7 +271,7 @@ def emit_max_pool(block: Block, node: Node) -> None:
     x, kernel, stride, padding, dilation, _ = cast(Any, node.args)
     out = result(node, 0)
     assert out is not None
-    kind = pool(x, shape_of(out), kernel, stride, padding, dilation)
+    kind = pool(x, shape_of(x), shape_of(out), kernel, stride, padding, dilation)
     pointer = block.pointer(x)
     place = block.new(out)
     block.step(f"max_pool<T, {kind}>({pointer}, {place.pointer});")
@@ -270,7 +281,7 @@ def emit_max_pool_backward(block: Block, node: Node) -> None:
     found = max_pool_backward(node)
     assert found is not None
     _, kernel, stride, padding, dilation, _ = cast(Any, found.pool.args)
-    kind = pool(found.x, shape_of(found.grad), kernel, stride, padding, dilation)
+    kind = pool(found.x, shape_of(found.x), shape_of(found.grad), kernel, stride, padding, dilation)
     x, grad = block.pointer(found.x), block.pointer(found.grad)
     place = block.new(node)
     block.step(f"max_pool_backward<T, {kind}>({x}, {grad}, {place.pointer});")

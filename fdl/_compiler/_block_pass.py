@@ -14,9 +14,10 @@ from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS
 from fdl._compiler._block_code import rest
 from fdl._compiler._block_cost import pays, why_not
 from fdl._compiler._blocks import BLOCKS, BlockSource
@@ -92,8 +93,11 @@ def _replace(graph: Graph, regions: list[Region]) -> None:
             graph.erase_node(node)
     alive = set(graph.nodes)
     for node in alive:
-        before[node] = [calls.get(z, z) for z in before[node]]
-    move_into_order(graph, {node: [z for z in before[node] if z in alive] for node in alive})
+        # A value that a region computes may be computed outside as well.
+        inputs = alive.intersection(node.all_input_nodes)
+        order = [x for z in before[node] for x in ([z] if z in inputs else [z, calls.get(z, z)])]
+        before[node] = [x for x in order if x in alive]
+    move_into_order(graph, {node: before[node] for node in alive})
 
 
 def _call(
@@ -114,19 +118,36 @@ def _call(
         writes.append(kept[node])
     for node in region.results:
         writes.append(empty(graph, value_of(node)))
-        values[node] = writes[-1]
-        before[writes[-1]] = []
-        if value_of(writes[-1]).shape != value_of(node).shape:
-            shaped = graph.call_function(aten.view.default, (writes[-1], list(shape_of(node))))
-            shaped.meta["val"] = value_of(node)
-            values[node] = shaped
     reads = [*region.loads, *region.shared, *(kept[node] for node in region.reads)]
     call = graph.call_function(BLOCKS, (source.text(), reads), {"writes": writes})
     call.meta["val"] = None
     for node in writes:
         before[node] = []
     before[call] = [*reads, *writes]
-    for node in region.results:
-        if values[node] not in before:
-            before[values[node]] = [call]
+    for node, memory in zip(region.results, writes[len(region.keeps) :], strict=True):
+        values[node] = memory
+        for target, args, kwargs in _reshaping(value_of(memory), value_of(node)):
+            last, values[node] = (
+                values[node],
+                graph.call_function(target, (values[node], *args), kwargs),
+            )
+            with cast(Any, value_of(node)).fake_mode:
+                values[node].meta["val"] = target(value_of(last), *args, **kwargs)
+            before[values[node]] = [call, last]
     return call
+
+
+def _reshaping(memory: Tensor, value: Tensor) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Return the operations that give contiguous memory the shape and the strides of a value."""
+    if memory.shape != value.shape:
+        return [(aten.view.default, (list(value.shape),), {})]
+    if value.is_contiguous():
+        return []
+    strides = value.stride()
+    order = sorted(range(value.ndim), key=lambda k: -strides[k])
+    back = [order.index(k) for k in range(value.ndim)]
+    return [
+        (aten.permute.default, (order,), {}),
+        (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+        (aten.permute.default, (back,), {}),
+    ]

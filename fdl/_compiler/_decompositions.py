@@ -86,8 +86,12 @@ def clamp_max(x: Tensor, high: float) -> Tensor:
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """Use 1/√x where torch does: it is −∞ at −0 and NaN at −∞."""
-    return torch.rsqrt(x) if exponent == -0.5 and x.is_floating_point() else NotImplemented
+    """Use 1/√x where torch does: it is −∞ at −0 and NaN at −∞; and write out squares."""
+    if not x.is_floating_point():
+        return NotImplemented
+    if exponent == -0.5:
+        return torch.rsqrt(x)
+    return x * x if exponent == 2 else x.clone() if exponent == 1 else NotImplemented
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

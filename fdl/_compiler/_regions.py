@@ -134,7 +134,7 @@ def find_regions(
                 candidates.drop(group)
     regions = [_region(candidates, group, dtype) for group in groups]
     home = {node: region for region in regions for node in region.nodes}
-    outside = _outside(graph, home)
+    outside = _outside(candidates, home)
     for region in regions:
         region.results = [
             node
@@ -177,13 +177,14 @@ def is_provided(node: Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _outside(graph: Graph, home: dict[Node, Region]) -> set[Node]:
+def _outside(candidates: Candidates, home: dict[Node, Region]) -> set[Node]:
     """List the nodes that are still computed outside of regions."""
     outside: set[Node] = set()
-    for node in reversed(graph.nodes):
+    read = {x for node in home for x in candidates.needs(node)} - set(home)
+    for node in reversed(candidates.graph.nodes):
         if node in home and is_provided(node):
             continue
-        used = any(user in outside for user in node.users)
+        used = node in read or any(user in outside for user in node.users)
         if used or node.op in ("output", "placeholder") or node.is_impure():
             outside.add(node)
     return outside

@@ -1,4 +1,4 @@
-"""Each operation that a region has a rule for equals torch's, and what a rule does not read is refused.
+"""Each operation for which a region has a rule equals torch's; others are refused.
 
 Oracle: eager torch in float64. A rule without a row fails.
 """
@@ -62,7 +62,6 @@ def elementwise(target: Any) -> list[Function]:
     """Return calls of an operation that a region computes; its result is numbers."""
     name, overload = str(target).split(".")[1:]
     numbers = lambda y: y.abs() + 0.01 if positive(name) else y  # noqa: E731
-    mask = lambda y: aten.gt.Scalar(y, 0.1)  # noqa: E731
     as_numbers = lambda m, y: aten.where.self(m, y, aten.neg.default(y))  # noqa: E731
     if target is prims.convert_element_type.default:
         return [lambda x, y: target(mask(y), torch.float64)]
@@ -163,9 +162,7 @@ CASES: dict[Any, list[Function]] = {
         lambda x, y: aten.avg_pool2d.default(y, PAIR, [], [0, 0], False, True, 3),
     ],
     aten.avg_pool2d_backward.default: [
-        lambda x, y: aten.avg_pool2d_backward.default(
-            aten.avg_pool2d.default(y, *o), y, *o
-        )
+        lambda x, y, o=o: aten.avg_pool2d_backward.default(aten.avg_pool2d.default(y, *o), y, *o)
         for o in (
             (PAIR, PAIR, [0, 0], False, True, None),
             ([3, 2], [1, 2], [1, 1], True, False, None),
@@ -217,12 +214,18 @@ def test_each_rule(target: Any) -> None:
 # ----------------------------------------------------------------- what a rule does not read
 
 
-mask = lambda y: aten.gt.Scalar(y, 0)  # noqa: E731
+def mask(y: Tensor) -> Tensor:
+    return aten.gt.Scalar(y, 0.1)
+
+
 REFUSED: dict[str, tuple[Any, Function]] = {
     "alpha": (aten.add.Tensor, lambda x, y: aten.add.Tensor(y, y.tanh(), alpha=2)),
     "alpha of a difference": (aten.sub.Tensor, lambda x, y: aten.sub.Tensor(y, 1.0, alpha=3)),
     "alpha by position": (aten.sub.Scalar, lambda x, y: aten.sub.Scalar(y, 1.0, 3)),
-    "rounding": (aten.div.Tensor_mode, lambda x, y: aten.div.Tensor_mode(y, 0.3, rounding_mode="floor")),
+    "rounding": (
+        aten.div.Tensor_mode,
+        lambda x, y: aten.div.Tensor_mode(y, 0.3, rounding_mode="floor"),
+    ),
     "sum in another dtype": (
         aten.sum.dim_IntList,
         lambda x, y: aten.sum.dim_IntList(y, [1], dtype=torch.float32),
@@ -248,12 +251,24 @@ REFUSED: dict[str, tuple[Any, Function]] = {
     "product of a mask": (aten.mul.Tensor, lambda x, y: aten.mul.Tensor(y, mask(y))),
     "sum of two masks": (aten.add.Tensor, lambda x, y: aten.add.Tensor(mask(y), mask(-y))),
     "masks compared": (aten.eq.Tensor, lambda x, y: aten.eq.Tensor(mask(y), mask(y + 1))),
-    "maximum of masks": (aten.maximum.default, lambda x, y: aten.maximum.default(mask(y), mask(y + 1))),
+    "maximum of masks": (
+        aten.maximum.default,
+        lambda x, y: aten.maximum.default(mask(y), mask(y + 1)),
+    ),
     "exp of a mask": (aten.exp.default, lambda x, y: aten.exp.default(mask(y))),
     "not a number": (aten.logical_not.default, lambda x, y: aten.logical_not.default(y)),
-    "numbers combined": (aten.logical_and.default, lambda x, y: aten.logical_and.default(y, mask(y))),
-    "a mask and a number": (aten.bitwise_and.Scalar, lambda x, y: aten.bitwise_and.Scalar(mask(y), True)),
-    "where of masks": (aten.where.self, lambda x, y: aten.where.self(mask(y), mask(y + 1), mask(y - 1))),
+    "numbers combined": (
+        aten.logical_and.default,
+        lambda x, y: aten.logical_and.default(y, mask(y)),
+    ),
+    "a mask and a number": (
+        aten.bitwise_and.Scalar,
+        lambda x, y: aten.bitwise_and.Scalar(mask(y), True),
+    ),
+    "where of masks": (
+        aten.where.self,
+        lambda x, y: aten.where.self(mask(y), mask(y + 1), mask(y - 1)),
+    ),
     "where of a full mask": (
         aten.where.self,
         lambda x, y: aten.where.self(torch.full((), True), y, y * 2),
@@ -274,7 +289,7 @@ REFUSED: dict[str, tuple[Any, Function]] = {
         aten.var_mean.correction,
         lambda x, y: aten.var_mean.correction(y, [1, 2, 3], correction=0),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -45,7 +45,6 @@ TESTED_IN = {
     "_compiler/_loops.py": "compiler/test_scan_transformed.py",
     "_compiler/_order.py": "compiler/test_families.py",
     "_compiler/_package.py": "compiler/test_export.py",
-    "_compiler/_products.py": "compiler/test_passes.py",
     "_compiler/_refusals.py": "compiler/test_pieces.py",
     "_compiler/_lowerings.py": "compiler/test_passes.py",
     "_compiler/_merging.py": "compiler/test_families.py",

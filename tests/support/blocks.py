@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fdl import jit, tree
 from fdl._compiler import _inductor, _passes
 from fdl._compiler._blocks import BLOCKS, headers
 from fdl._compiler._graph import copy_graph, operations
@@ -87,3 +88,25 @@ class Regions:
             patch.setattr(_passes, "merge_families", lambda module: None)
             patch.setattr(_passes, "RULES", eager)
             yield self
+
+
+def assert_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    """Compare trees; the tolerance is relative to the largest number of a leaf."""
+    for a, b in zip(tree.leaves(got), tree.leaves(expected), strict=True):
+        finite = b[b.isfinite()].double()
+        scale = finite.abs().max().item() if finite.numel() else 0
+        rounding = {torch.float32: 1e-5, torch.float64: tolerance}.get(b.dtype, 0)
+        torch.testing.assert_close(
+            a, b, rtol=rounding, atol=rounding * (scale + 1e-3), equal_nan=True
+        )
+
+
+def check(least: int, fn: Callable[..., Any], *args: Any) -> Regions:
+    """Compare a function with itself in regions."""
+    expected = fn(*args)
+    with Regions().used() as regions:
+        got = jit(fn, strict=True)(*args)
+    assert_close(got, expected)
+    assert len(regions.sources) >= least
+    assert regions.calls >= least
+    return regions

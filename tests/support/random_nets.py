@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import grad_and_value
 
-from fdl.random import split, uniform
+from fdl.random import key, split, uniform
 
 Layer = tuple[Any, ...]  # a name and options
 Weight = Callable[..., Tensor]  # (*shape) -> the next parameter
@@ -69,15 +70,58 @@ class Net(NamedTuple):
     layers: list[Layer]
     seed: int
 
+    def used(self) -> list[str]:
+        """List the layers, without those for which the activations are too small or too large."""
+        names: list[str] = []
+        _run(self, names)
+        return names
 
-def apply(net: Net, x: Tensor, weight: Weight, key: Tensor) -> Tensor:
-    """Return the activations after the last layer."""
+
+def problem(net: Net) -> tuple[Any, ...]:
+    """Return parameters and images, a target, and a key."""
+    return _run(net, [])
+
+
+def _run(net: Net, names: list[str]) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(net.seed)
+    params: dict[str, Tensor] = {}
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def weight(*shape: int) -> Tensor:
+        params[str(len(params))] = new(*shape)
+        return params[str(len(params) - 1)]
+
+    x = new(*net.shape)
+    out = apply(net, x, weight, key(net.seed), names)
+    return (params, x), new(*out.shape), key(net.seed)
+
+
+def loss_of(net: Net) -> Callable[..., Any]:
+    """Return ((params, images), target, key) -> the gradients, the loss and the activations."""
+
+    def loss(variables: Any, target: Tensor, key: Tensor) -> Any:
+        params, x = variables
+        weights = iter(params.values())
+        out = apply(net, x, lambda *shape: next(weights), key)
+        return (out - target).square().mean(), out
+
+    return grad_and_value(loss, has_aux=True)
+
+
+def apply(
+    net: Net, x: Tensor, weight: Weight, key: Tensor, names: list[str] | None = None
+) -> Tensor:
+    """Return the activations after the last layer, and note the layers in `names`."""
     past: list[Tensor] = []
     for i, layer in enumerate(net.layers):
         y = _layer(layer, x, weight, split(key, len(net.layers))[i], past)
         if y is not None and 0 not in y.shape and y[0].numel() < 20_000:
             past.append(y)
             x = y
+            if names is not None:
+                names.append(layer[0])
     return x
 
 

@@ -74,7 +74,7 @@ template <class S> struct Rows {
 };
 
 // `Outputs` channels of the result at `Columns` neighbouring pixels of a phase, in registers.
-template <typename T, class S, int Outputs, int Columns, int Phase>
+template <typename T, class S, int Outputs, int Columns, bool Relu, int Phase>
 inline void convolve_tile(const Rows<S>& rows, const T* x, const T* w, const T* bias, T* y) {
     constexpr int L = lanes<T>;
     Vec<T> sums[Outputs][Columns];
@@ -106,25 +106,25 @@ inline void convolve_tile(const Rows<S>& rows, const T* x, const T* w, const T* 
     for (int o = 0; o < Outputs; ++o)
         #pragma GCC unroll 32
         for (int j = 0; j < Columns; ++j)
-            store(y + (o * S::pixels + j * S::gap) * L, sums[o][j]);
+            store(y + (o * S::pixels + j * S::gap) * L, Relu ? relu<T>(sums[o][j]) : sums[o][j]);
 }
 
-template <typename T, class S, int Outputs, int Columns, int Phase = 0>
+template <typename T, class S, int Outputs, int Columns, bool Relu, int Phase = 0>
 inline void convolve_row(const Rows<S>& rows, const T* x, const T* w, const T* bias, T* y) {
     constexpr int L = lanes<T>, columns = (S::ow - Phase + S::gap - 1) / S::gap;
     constexpr int left = columns % Columns;
     int j = 0;
     for (; j + Columns <= columns; j += Columns)
-        convolve_tile<T, S, Outputs, Columns, Phase>(rows, x + j * S::sw * L, w, bias,
-                                                     y + (j * S::gap + Phase) * L);
+        convolve_tile<T, S, Outputs, Columns, Relu, Phase>(rows, x + j * S::sw * L, w, bias,
+                                                           y + (j * S::gap + Phase) * L);
     if constexpr (left)
-        convolve_tile<T, S, Outputs, left, Phase>(rows, x + j * S::sw * L, w, bias,
-                                                  y + (j * S::gap + Phase) * L);
+        convolve_tile<T, S, Outputs, left, Relu, Phase>(rows, x + j * S::sw * L, w, bias,
+                                                        y + (j * S::gap + Phase) * L);
     if constexpr (Phase + 1 < S::gap && Phase + 1 < S::ow)
-        convolve_row<T, S, Outputs, Columns, Phase + 1>(rows, x, w, bias, y);
+        convolve_row<T, S, Outputs, Columns, Relu, Phase + 1>(rows, x, w, bias, y);
 }
 
-template <typename T, class S, int Outputs, int Columns>
+template <typename T, class S, int Outputs, int Columns, bool Relu = false>
 inline void convolve(const T* x, const T* w, const T* bias, T* y) {
     constexpr int L = lanes<T>, left = S::o % Outputs;
     for (int g = 0; g < S::groups; ++g) {
@@ -133,11 +133,11 @@ inline void convolve(const T* x, const T* w, const T* bias, T* y) {
             T* to = y + int64_t(i) * S::ow * L;
             int o = 0;
             for (; o + Outputs <= S::o; o += Outputs)
-                convolve_row<T, S, Outputs, Columns>(rows, x, w + o * S::weights,
-                                                     bias ? bias + o : bias, to + o * S::pixels * L);
+                convolve_row<T, S, Outputs, Columns, Relu>(
+                    rows, x, w + o * S::weights, bias ? bias + o : bias, to + o * S::pixels * L);
             if constexpr (left)
-                convolve_row<T, S, left, Columns>(rows, x, w + o * S::weights,
-                                                  bias ? bias + o : bias, to + o * S::pixels * L);
+                convolve_row<T, S, left, Columns, Relu>(
+                    rows, x, w + o * S::weights, bias ? bias + o : bias, to + o * S::pixels * L);
         }
         x += int64_t(S::c) * S::h * S::w * L;
         w += S::o * S::weights;

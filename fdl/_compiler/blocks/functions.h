@@ -7,7 +7,6 @@ namespace fdl_blocks {
 // exp(x) = 2ⁿ exp(r), |r| ≤ ln 2 / 2: a polynomial of Cephes.
 inline Vec<float> exponential(Vec<float> x) {
     typedef Vec<float> V;
-    typedef Mask<float> I;
     const V most = splat(89.0f), least = splat(-104.0f);
     V y = x > most ? most : x;
     y = y < least ? least : y;
@@ -25,6 +24,7 @@ inline Vec<float> exponential(Vec<float> x) {
 #ifdef FDL_AVX512
     return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
+    typedef Mask<float> I;
     const I power = __builtin_convertvector(n, I), half = power >> 1;  // 2ⁿ in two factors: 2¹²⁸ is ∞
     return p * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
 #endif
@@ -73,7 +73,7 @@ inline Vec<float> logarithm(Vec<float> x) {
     p = fma(n, splat(0.693147182f), fma(p, z, f));
     const V of_zero = x == 0.0f ? splat(-INFINITY) : splat(NAN);
     const V outside = x > 0.0f ? x : (x == x ? of_zero : x);
-    return (x > 0.0f) & (x < INFINITY) ? p : outside;
+    return ((x > 0.0f) & (x < INFINITY)) ? p : outside;
 }
 inline Vec<double> logarithm(Vec<double> x) {
     for (int i = 0; i < lanes<double>; ++i) x[i] = std::log(x[i]);

@@ -4,6 +4,29 @@
 
 namespace fdl_blocks {
 
+// Exchanges rows and columns of `lanes` vectors: each round puts a number of vector n beside that of
+// vector n + lanes / 2, and after log₂ `lanes` rounds those of one column are side by side.
+template <typename T, int Half, int... I>
+[[gnu::always_inline]] inline Vec<T> interleave(Vec<T> a, Vec<T> b,
+                                                std::integer_sequence<int, I...>) {
+    return shuffle<T, (I % 2 * lanes<T> + Half * lanes<T> / 2 + I / 2)...>(a, b);
+}
+template <typename T> inline void transpose(Vec<T>* x) {
+    constexpr int L = lanes<T>;
+    constexpr auto all = std::make_integer_sequence<int, L>{};
+    #pragma GCC unroll 4
+    for (int round = 1; round < L; round *= 2) {
+        Vec<T> next[L];
+        #pragma GCC unroll 8
+        for (int n = 0; n < L / 2; ++n) {
+            next[2 * n] = interleave<T, 0>(x[n], x[n + L / 2], all);
+            next[2 * n + 1] = interleave<T, 1>(x[n], x[n + L / 2], all);
+        }
+        #pragma GCC unroll 16
+        for (int n = 0; n < L; ++n) x[n] = next[n];
+    }
+}
+
 // From `images` rows of `size` numbers to size × lanes, and back. What is left of a block repeats
 // its last image, so that no number comes up that no image has.
 template <typename T>
@@ -11,10 +34,15 @@ inline void load_block(T* to, const T* x, int64_t size, int64_t images) {
     constexpr int L = lanes<T>;
     const T* rows[L];
     for (int n = 0; n < L; ++n) rows[n] = x + (n < images ? n : images - 1) * size;
-    for (int64_t i = 0; i < size; ++i) {
-        #pragma GCC unroll 16
-        for (int n = 0; n < L; ++n) to[i * L + n] = rows[n][i];
+    int64_t i = 0;
+    for (; i + L <= size; i += L) {
+        Vec<T> part[L];
+        for (int n = 0; n < L; ++n) part[n] = load(rows[n] + i);
+        transpose<T>(part);
+        for (int n = 0; n < L; ++n) store(to + (i + n) * L, part[n]);
     }
+    for (; i < size; ++i)
+        for (int n = 0; n < L; ++n) to[i * L + n] = rows[n][i];
 }
 template <typename T>
 inline void load_flags(T* to, const bool* x, int64_t size, int64_t images) {
@@ -25,29 +53,37 @@ inline void load_flags(T* to, const bool* x, int64_t size, int64_t images) {
 template <typename T>
 inline void store_block(const T* x, T* to, int64_t size, int64_t images) {
     constexpr int L = lanes<T>;
-    if (images == L) {
-        for (int64_t i = 0; i < size; ++i) {
-            #pragma GCC unroll 16
-            for (int n = 0; n < L; ++n) to[n * size + i] = x[i * L + n];
-        }
-    } else {
-        for (int64_t n = 0; n < images; ++n)
-            for (int64_t i = 0; i < size; ++i) to[n * size + i] = x[i * L + n];
+    if (size == 1) {  // where the axis of images is the last
+        std::memcpy(to, x, sizeof(T) * images);
+        return;
     }
+    int64_t i = 0;
+    for (; i + L <= size; i += L) {
+        Vec<T> part[L];
+        for (int n = 0; n < L; ++n) part[n] = load(x + (i + n) * L);
+        transpose<T>(part);
+        for (int n = 0; n < images; ++n) store(to + n * size + i, part[n]);
+    }
+    for (; i < size; ++i)
+        for (int64_t n = 0; n < images; ++n) to[n * size + i] = x[i * L + n];
+}
+
+// f(0) + … + f(size − 1), in four sums at a time: each addition waits for the one before.
+template <typename T, class F> inline Vec<T> add_all(int64_t size, F f) {
+    Vec<T> parts[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4)
+        for (int k = 0; k < 4; ++k) parts[k] += f(i + k);
+    for (; i < size; ++i) parts[0] += f(i);
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 // Sums of each of `count` rows of `size` numbers over the images: of a bias, say.
 template <typename T>
 inline void sum_rows(const T* x, int64_t count, int64_t size, T* sums, int64_t images) {
     constexpr int L = lanes<T>;
-    for (int64_t c = 0; c < count; ++c) {
-        Vec<T> parts[4] = {};
-        int64_t i = 0;
-        for (; i + 4 <= size; i += 4, x += 4 * L)
-            for (int k = 0; k < 4; ++k) parts[k] += load(x + k * L);
-        for (; i < size; ++i, x += L) parts[0] += load(x);
-        sums[c] += sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3]), images);
-    }
+    for (int64_t c = 0; c < count; ++c, x += size * L)
+        sums[c] += sum<T>(add_all<T>(size, [&](int64_t i) { return load(x + i * L); }), images);
 }
 
 // The totals of all threads, in their order.
@@ -75,13 +111,11 @@ inline void add_moments(const T* x, int64_t channels, int64_t size, int64_t bloc
     constexpr int L = lanes<T>;
     T old[2 * L];
     for (int64_t c = 0; c < channels; ++c, x += size * L, parts += 2 * L) {
-        Vec<T> total{}, squares{};
-        for (int64_t i = 0; i < size; ++i) total += load(x + i * L);
-        const Vec<T> mean = total / T(size);
-        for (int64_t i = 0; i < size; ++i) {
+        const Vec<T> mean = add_all<T>(size, [&](int64_t i) { return load(x + i * L); }) / T(size);
+        const Vec<T> squares = add_all<T>(size, [&](int64_t i) {
             const Vec<T> off = load(x + i * L) - mean;
-            squares = fma(off, off, squares);
-        }
+            return off * off;
+        });
         std::memcpy(old, parts, sizeof old);
         merge_moments<T>(parts, mean, squares, T(size * blocks), T(size));
         for (int64_t n = images; n < L; ++n) parts[n] = old[n], parts[L + n] = old[L + n];

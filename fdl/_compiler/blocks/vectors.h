@@ -85,14 +85,20 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// The even (or odd) ones of the segments of `Size` numbers in which `a` and `b` are divided.
-template <typename T, int Size, int Odd, int... I>
-[[gnu::always_inline]] inline Vec<T> segments(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+// The numbers of `a` and `b` with these indices, from 0 to 2 lanes − 1.
+template <typename T, int... I>
+[[gnu::always_inline]] inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
 #ifdef __clang__
-    return __builtin_shufflevector(a, b, (I / Size * 2 + Odd) * Size + I % Size...);
+    return __builtin_shufflevector(a, b, I...);
 #else
-    return __builtin_shuffle(a, b, Mask<T>{(I / Size * 2 + Odd) * Size + I % Size...});
+    return __builtin_shuffle(a, b, Mask<T>{I...});
 #endif
+}
+// The even (or odd) ones of the segments of `Size` numbers into which `a` and `b` are divided.
+template <typename T, int Size, int Odd, int... I>
+[[gnu::always_inline]] inline Vec<T> segments(Vec<T> a, Vec<T> b,
+                                              std::integer_sequence<int, I...>) {
+    return shuffle<T, ((I / Size * 2 + Odd) * Size + I % Size)...>(a, b);
 }
 
 // The sums over the images of a block, of N ≤ `lanes` vectors: result n is that of x[n]. Two vectors
@@ -127,10 +133,10 @@ template <typename T> inline Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { retu
 template <typename T> inline Mask<T> is_nan(Vec<T> x) { return x != x; }
 template <typename T> inline Vec<T> relu(Vec<T> x) { return x < T(0) ? Vec<T>{} : x; }
 template <typename T> inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
 }
 template <typename T> inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
 }
 inline Vec<float> absolute(Vec<float> x) { return (Vec<float>)((Mask<float>)x & INT32_MAX); }
 inline Vec<double> absolute(Vec<double> x) { return (Vec<double>)((Mask<double>)x & INT64_MAX); }
