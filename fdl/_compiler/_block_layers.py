@@ -16,7 +16,7 @@ from fdl._compiler._block_axes import (
     result,
     shape_of,
 )
-from fdl._compiler._block_code import Block, axis_of, rest
+from fdl._compiler._block_code import Block, axis_of
 from fdl._compiler._graph import value_of
 
 aten = torch.ops.aten
@@ -120,9 +120,9 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
         return max(o * j * width, 1.5 * loads, 8) + loads / 16 if o * j else 0
 
     def total(tile: tuple[int, int]) -> float:
-        (rows, left), (times, rest) = divmod(outputs, tile[0]), divmod(columns, tile[1])
+        (rows, left), (times, last) = divmod(outputs, tile[0]), divmod(columns, tile[1])
         o, j = tile
-        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, rest) + cost(left, rest)
+        return times * (rows * cost(o, j) + cost(left, j)) + rows * cost(o, last) + cost(left, last)
 
     spare = 2 if width == 1 else 1  # for what the loop needs besides; with less, GCC spills sums
     choices = [

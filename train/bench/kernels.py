@@ -1,7 +1,7 @@
 """Count the kernels of a training step: `python -m train.bench.kernels`.
 
-On a CPU: how many kernels Inductor generated for `fdl.jit(step)`, library calls for products and
-convolutions not counted, and how many kernels and calls it would have on an H100, without one
+On a CPU: how many kernels Inductor generated for `fdl.jit(step)`, without calls of libraries for
+products and convolutions, and how many kernels and calls it would have on an H100
 (`kernels_for_cuda`). On a GPU: what a step of an epoch, one CUDA graph, launches; names, counts and
 times are those of `torch.profiler`, library calls and copies included.
 """
