@@ -130,9 +130,9 @@ CASES: dict[Any, list[Function]] = {
         lambda x, y: aten.expand.default(y[:, :, :1], [BATCH, 4, 5, 7]) * 2,
     ],
     aten.permute.default: [
-        lambda x, y: aten.permute.default(y, [0, 3, 1, 2]) + 1,
-        lambda x, y: aten.permute.default(y, [0, -1, -2, -3]) + 1,
-        lambda x, y: aten.permute.default(y, [1, 0, 3, 2]) + 1,
+        lambda x, y: aten.permute.default(y, [0, 3, 1, 2]).contiguous() + 1,
+        lambda x, y: aten.permute.default(y, [0, -1, -2, -3]).contiguous() + 1,
+        lambda x, y: aten.permute.default(y, [1, 0, 3, 2]).contiguous() + 1,
     ],
     aten.unsqueeze.default: [
         lambda x, y: aten.unsqueeze.default(y, 1) + 1,
