@@ -1,4 +1,4 @@
-"""C++ of a region: its operations on one block of images after the other (`blocks/layers.h`).
+"""C++ of a region: its operations on one block of images after the other (`blocks/*.h`).
 
 The axis of images is the innermost one, and a block has as many images as a vector holds numbers.
 A thread computes everything for one block before it turns to the next.

@@ -1,4 +1,4 @@
-"""Convolutions and pools of one block of images, by the templates of `blocks/layers.h`."""
+"""Convolutions and pools of one block of images: `blocks/convolutions.h`, `blocks/pools.h`."""
 
 from __future__ import annotations
 

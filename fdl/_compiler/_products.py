@@ -31,7 +31,16 @@ PRODUCT = torch.ops.fdl.product.default
 def is_small(a: Tensor, b: Tensor) -> bool:
     """Check for a product of `[m, k]` and `[k, n]`, or of batches of them, worth a loop."""
     terms = a.shape[-1]
-    return a.dtype is torch.float32 and 0 < terms <= LONGEST and a.numel() * b.shape[-1] <= SMALL
+    fits = a.dtype is torch.float32 and 0 < terms <= LONGEST
+    return fits and a.numel() * b.shape[-1] <= SMALL and _has_vectors()
+
+
+@cache
+def _has_vectors() -> bool:
+    """Check that Inductor's code has vectors on this processor."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return bool(pick_vec_isa())
 
 
 TYPES = ["const float*"] * 3 + ["float*"] + ["const int64_t"] * 13

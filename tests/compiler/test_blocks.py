@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, jvp, vmap
 
 from fdl import tree
-from fdl._compiler import _block_pass
 from tests.support.blocks import check
 
 Case = tuple[int, Callable[..., Any], tuple[Tensor, ...]]  # how many regions at least
@@ -351,8 +350,6 @@ def test_programs(name: str) -> None:
 
 
 @pytest.mark.parametrize("pays", [False, True])
-def test_whatever_is_chosen(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_is_chosen(pays: bool) -> None:
     _, fn, args = CASES["a deeper net"]
-    monkeypatch.setattr(_block_pass, "pays", lambda *_: pays)
-    regions = check(pays, fn, *args)
-    assert bool(regions.sources) == pays
+    assert bool(check(pays, fn, *args, pays=pays).sources) == pays

@@ -39,7 +39,8 @@ def rewritten(fn: Function) -> tuple[Any, Any, set[Any]]:
 
     module = make_fx(whole, tracing_mode="fake")(x, w)
     expected = module(x, w)
-    compute_in_blocks(module)
+    with Regions().used():
+        compute_in_blocks(module)
     module.recompile()
     left = {node.target for node in module.graph.nodes}
     assert aten.convolution.default not in left
@@ -130,9 +131,9 @@ CASES: dict[Any, list[Function]] = {
         lambda x, y: aten.expand.default(y[:, :, :1], [BATCH, 4, 5, 7]) * 2,
     ],
     aten.permute.default: [
-        lambda x, y: aten.permute.default(y, [0, 3, 1, 2]) + 1,
-        lambda x, y: aten.permute.default(y, [0, -1, -2, -3]) + 1,
-        lambda x, y: aten.permute.default(y, [1, 0, 3, 2]) + 1,
+        lambda x, y: aten.permute.default(y, [0, 3, 1, 2]).contiguous() + 1,
+        lambda x, y: aten.permute.default(y, [0, -1, -2, -3]).contiguous() + 1,
+        lambda x, y: aten.permute.default(y, [1, 0, 3, 2]).contiguous() + 1,
     ],
     aten.unsqueeze.default: [
         lambda x, y: aten.unsqueeze.default(y, 1) + 1,

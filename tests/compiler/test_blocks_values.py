@@ -123,7 +123,9 @@ import torch.nn.functional as F
 from torch.func import grad
 
 from fdl import jit
+from fdl._compiler import _block_pass
 
+_block_pass.pays = lambda group: any("convolution" in str(node.target) for node in group)
 x, w = torch.randn(70, 3, 9, 9, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
 loss = lambda w, x: F.max_pool2d(F.conv2d(x, w), 2).tanh().square().sum()
 torch.set_num_threads(2)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fdl import jit, tree
-from fdl._compiler import _inductor, _passes
+from fdl._compiler import _block_pass, _inductor, _passes
+from fdl._compiler._block_axes import CONVOLUTIONS
 from fdl._compiler._blocks import BLOCKS, headers
 from fdl._compiler._graph import copy_graph, operations
 
@@ -40,6 +41,11 @@ def compile_kernel(text: str, flags: tuple[str, ...]) -> Any:
             subprocess.run(command, check=True)
             made.replace(library)
     return ctypes.CDLL(str(library)).kernel
+
+
+def has_convolution(group: list[Node]) -> bool:
+    """Choose all that a region can be made of, in place of the estimate of what it saves."""
+    return any(node.target in CONVOLUTIONS for node in group)
 
 
 class Regions:
@@ -76,8 +82,8 @@ class Regions:
         return lambda leaves: copy(*leaves)
 
     @contextmanager
-    def used(self) -> Iterator["Regions"]:
-        """Let `jit` compile only the kernels of regions."""
+    def used(self, pays: bool = True) -> Iterator["Regions"]:
+        """Let `jit` compile only the kernels of regions; `pays`: wherever there can be one."""
         eager = {rule: _passes.RULES[rule] for rule in _passes.RULES if "mm" not in str(rule)}
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -85,6 +91,7 @@ class Regions:
         ):
             library.impl("blocks_", self.run, "CPU")
             patch.setattr(_inductor, "lower", self.lower)
+            patch.setattr(_block_pass, "pays", lambda group: pays and has_convolution(group))
             patch.setattr(_passes, "merge_families", lambda module: None)
             patch.setattr(_passes, "RULES", eager)
             yield self
@@ -101,10 +108,10 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
         )
 
 
-def check(least: int, fn: Callable[..., Any], *args: Any) -> Regions:
+def check(least: int, fn: Callable[..., Any], *args: Any, pays: bool = True) -> Regions:
     """Compare a function with itself in regions."""
     expected = fn(*args)
-    with Regions().used() as regions:
+    with Regions().used(pays) as regions:
         got = jit(fn, strict=True)(*args)
     assert_close(got, expected)
     assert len(regions.sources) >= least

@@ -9,4 +9,6 @@ check       compare losses and movements of parameters with the reference
 rates       matrix products and copies per second on this machine, for the floor
 measure     the coordinator; record computes the figures, render and chart show them
 start       the process of one start, for speed_starts
+gpu         `make gpu`; gpu_parts are its commands, gpu_report what it writes
+kernels     the kernels of a step; kernels_for_cuda counts them without a GPU
 """
