@@ -414,6 +414,8 @@ def test_what_was_used_longest_ago_makes_room(
     assert all(path.exists() for path in mine)
 
 
+# JAX warns of every fork once another test has imported it.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 def test_a_lock_ends_with_its_block_though_a_child_has_it_open(program_cache: Path) -> None:
     """A worker of a DataLoader that was forked meanwhile may live for hours."""
     with _cache.lock(NAME):

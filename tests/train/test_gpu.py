@@ -20,6 +20,8 @@ from train.bench import gpu, gpu_parts, gpu_report, kernels, kernels_for_cuda
 from train.bench.gpu_parts import Part
 
 ROOT = Path(__file__).parents[2]
+# JAX warns of every fork once another test has imported it; a part runs another program at once.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 
 
 def part(name, code, *, share=1, codes=(0,)):
