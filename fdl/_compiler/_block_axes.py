@@ -130,7 +130,7 @@ def links_of(node: Node, elementwise: bool) -> Iterator[Link]:
     elif name == MAX_POOL or "aten.avg_pool2d" in name:
         yield Link(cast(Node, node.args[0]), node, same, same)
     elif target is aten.cat.default:
-        (dim,) = _dims(node, value_of(node).ndim)
+        (dim,) = dims_of(node, value_of(node).ndim)
         unless = lambda axis: None if axis.axis == dim else axis  # noqa: E731
         yield from (Link(x, node, unless, unless) for x in cast(list[Node], node.args[0]))
     elif target in MAPS:
@@ -138,7 +138,7 @@ def links_of(node: Node, elementwise: bool) -> Iterator[Link]:
         yield Link(x, node, *MAPS[target](node, x))
 
 
-def _dims(node: Node, n: int) -> list[int]:
+def dims_of(node: Node, n: int) -> list[int]:
     """Return the second argument, an axis or several of n."""
     dims: Any = node.args[1] if len(node.args) > 1 else 0
     return [dim % n for dim in (dims if isinstance(dims, list | tuple) else [dims])]
@@ -175,12 +175,12 @@ def _permute(node: Node, x: Node) -> tuple[Map, Map]:
 
 
 def _unsqueeze(node: Node, x: Node) -> tuple[Map, Map]:
-    (dim,) = _dims(node, value_of(node).ndim)
+    (dim,) = dims_of(node, value_of(node).ndim)
     return _inverse(_removed([dim])), _removed([dim])
 
 
 def _squeeze(node: Node, x: Node) -> tuple[Map, Map]:
-    gone = [dim for dim in _dims(node, value_of(x).ndim) if shape_of(x)[dim] == 1]
+    gone = [dim for dim in dims_of(node, value_of(x).ndim) if shape_of(x)[dim] == 1]
     return _removed(gone), _inverse(_removed(gone))
 
 
@@ -201,7 +201,7 @@ def _expand(node: Node, x: Node) -> tuple[Map, Map]:
 
 
 def _slice(node: Node, x: Node) -> tuple[Map, Map]:
-    (dim,) = _dims(node, value_of(node).ndim)
+    (dim,) = dims_of(node, value_of(node).ndim)
     keep: Map = lambda axis: None if axis.axis == dim else axis  # noqa: E731
     return keep, keep
 

@@ -42,6 +42,11 @@ def strides_of(shape: Shape) -> Shape:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def whole(pointer: str, shape: Shape, start: int = 0) -> Place:
+    """Return the place of a contiguous array."""
+    return Place(pointer, shape, strides_of(shape), start)
+
+
 def axis_of(node: Any) -> Axis | None:
     """Return where the images of a value are, if it has any."""
     return cast(Axis | None, node.meta.get("images"))
@@ -90,7 +95,7 @@ class Block:
     def new(self, node: Node) -> Place:
         """Return memory for the value of a node."""
         shape = rest(node)
-        self.places[node] = Place(self.buffer(prod(shape), node), shape, strides_of(shape))
+        self.places[node] = whole(self.buffer(prod(shape), node), shape)
         return self.places[node]
 
     def pointer(self, node: Node) -> str:
@@ -103,8 +108,7 @@ class Block:
 
     def copy(self, place: Place, to: Place | None = None) -> Place:
         if to is None:
-            name = self.buffer(prod(place.shape))
-            to = Place(name, place.shape, strides_of(place.shape))
+            to = whole(self.buffer(prod(place.shape)), place.shape)
         i = indices(place.shape)
         self.step(*loops(place.shape, [f"store({element(to, i)}, load({element(place, i)}));"]))
         return to
@@ -172,15 +176,20 @@ def indices(shape: Shape) -> list[str]:
     return [f"i{axis}" for axis in range(len(shape))]
 
 
-def element(place: Place, index: Sequence[str]) -> str:
-    """Write the address of a vector."""
+def offset(place: Place, index: Sequence[str]) -> str:
+    """Write how many vectors lie before one."""
     terms = [
         i if stride == 1 else f"{stride} * {i}"
         for i, stride, size in zip(index, place.strides, place.shape, strict=True)
         if stride and size > 1 and i != "0"
     ]
     terms += [str(place.start)] if place.start else []
-    return f"{place.pointer} + ({' + '.join(terms) or 0}) * L"
+    return f"({' + '.join(terms) or 0})"
+
+
+def element(place: Place, index: Sequence[str]) -> str:
+    """Write the address of a vector."""
+    return f"{place.pointer} + {offset(place, index)} * L"
 
 
 def loops(shape: Shape, body: Sequence[str]) -> list[str]:

@@ -203,10 +203,8 @@ def emit_convolution_backward(block: Block, node: Node) -> None:
 def end(block: Block, node: Node, total: str) -> None:
     """Add up the sums of all threads, in their order, into a result."""
     if node in block.given:
-        start = total.removeprefix("totals + ")
-        numbers = value_of(node).numel()
-        block.ends.append(f"add_up<T>(totals + {start}, stride, threads, {numbers}, "
-                          f"{block.given[node]});")  # fmt: skip
+        numbers, to = value_of(node).numel(), block.given[node]
+        block.ends.append(f"add_up<T>({total}, stride, threads, {numbers}, {to});")
 
 
 # Pooling

@@ -20,6 +20,7 @@ from fdl._compiler._block_axes import (
     SUMS,
     VIEWS,
     Axis,
+    dims_of,
     literal,
     max_pool_backward,
     result,
@@ -36,13 +37,13 @@ from fdl._compiler._block_code import (
     Expressions,
     Place,
     axis_of,
-    element,
     indices,
     is_mask,
     name_of,
+    offset,
     operands,
     rest,
-    strides_of,
+    whole,
 )
 from fdl._compiler._block_layers import (
     emit_average_pool,
@@ -146,8 +147,7 @@ def emit_reshape(block: Block, node: Node) -> None:
     place = block.place(x)
     if not place.is_contiguous():
         place = block.copy(place)
-    shape = rest(node)
-    block.places[node] = Place(place.pointer, shape, strides_of(shape), place.start)
+    block.places[node] = whole(place.pointer, rest(node), place.start)
 
 
 def emit_view(block: Block, node: Node) -> None:
@@ -169,8 +169,7 @@ def emit_view(block: Block, node: Node) -> None:
         start += begin * strides[k % n]
         strides[k % n] *= step
     else:  # squeeze
-        dims = more[0] if isinstance(more[0], list | tuple) else [more[0]]
-        gone = {k % n for k in dims if shape_of(x)[k] == 1}
+        gone = [k for k in dims_of(node, n) if shape_of(x)[k] == 1]
         strides = [stride for k, stride in enumerate(strides) if k not in gone]
     block.places[node] = Place(place.pointer, shape, tuple(strides), start)
 
@@ -186,15 +185,11 @@ def fits_cat(node: Node) -> bool:
     axis = axis_of(node)
     if axis is None or any(axis_of(x) != axis for x in parts(node)):
         return False
-    return _dim_of_cat(node) != axis.axis
-
-
-def _dim_of_cat(node: Node) -> int:
-    return cast(int, node.args[1] if len(node.args) > 1 else 0) % value_of(node).ndim
+    return dims_of(node, value_of(node).ndim) != [axis.axis]
 
 
 def emit_cat(block: Block, node: Node) -> None:
-    dim = _dim_of_cat(node)
+    (dim,) = dims_of(node, value_of(node).ndim)
     sources = [block.place(x) for x in parts(node)]
     to, start = block.new(node), 0
     for source in sources:
@@ -234,15 +229,12 @@ def emit_sum(block: Block, node: Node) -> None:
     value = code.value(x, indices(shape))
     heads = {k: f"for (int64_t i{k} = 0; i{k} < {shape[k]}; ++i{k}) {{" for k in range(len(shape))}
     kept_shape = tuple(shape[k] for k in kept)
-    at = element(
-        Place("", kept_shape, strides_of(kept_shape)), [f"i{k}" for k in kept]
-    ).removeprefix(" + ").removesuffix(" * L")  # fmt: skip
+    at = offset(whole("", kept_shape), [f"i{k}" for k in kept])
     if ends:
         total = block.total(prod(kept_shape))
         finish = f"({total})[{at}] += sum<T>(sum_of_block, images);"
     else:
-        place = Place(block.buffer(prod(kept_shape), node), rest(node), strides_of(rest(node)))
-        block.places[node] = place
+        place = block.new(node)
         count = prod(shape[k] for k in dims)
         divided = f"sum_of_block / T({count})" if node.target is aten.mean.dim else "sum_of_block"
         finish = f"store({place.pointer} + {at} * L, {divided});"

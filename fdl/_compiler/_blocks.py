@@ -13,7 +13,7 @@ from torch.backends.cpu import get_cpu_capability
 from torch.fx import Node
 
 from fdl._compiler._block_axes import Axis, shape_of
-from fdl._compiler._block_code import Block, Place, axis_of, rest, strides_of
+from fdl._compiler._block_code import Block, axis_of, rest, whole
 from fdl._compiler._block_ops import ends_batch, rule_of
 from fdl._compiler._graph import value_of
 from fdl._compiler._kernels import kernel_that_writes
@@ -49,7 +49,7 @@ class BlockSource:
         for node in region.loads:
             self._load(node)
         for node in region.reads:
-            block.places[node] = Place(f"k{names[node]}", rest(node), strides_of(rest(node)))
+            block.places[node] = whole(f"k{names[node]}", rest(node))
         for node in region.keeps:
             block.given[node] = f"k{names[node]}"
         block.given |= {node: results[node] for node in region.results if ends_batch(node)}
@@ -59,8 +59,7 @@ class BlockSource:
                 rule.emit(block, node)
         for node in region.keeps:
             if block.place(node).pointer != block.given[node]:
-                shape = rest(node)
-                block.copy(block.place(node), Place(block.given[node], shape, strides_of(shape)))
+                block.copy(block.place(node), whole(block.given[node], rest(node)))
         for node in region.results:
             if not ends_batch(node):
                 pointer = block.pointer(node)
