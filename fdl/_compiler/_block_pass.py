@@ -55,7 +55,8 @@ def compute_in_blocks(module: GraphModule) -> None:
     if not convolutions:
         return
     regions: list[Region] = []
-    for dtype in DTYPES:
+    dtypes = {value_of(cast(Node, node.args[0])).dtype for node in convolutions}
+    for dtype in [dtype for dtype in DTYPES if dtype in dtypes]:
         more = find_regions(graph, dtype, pays)
         if more:
             _replace(graph, more)
