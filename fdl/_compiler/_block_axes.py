@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from math import prod
 from operator import getitem
 from typing import Any, NamedTuple, cast
@@ -17,16 +17,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fdl._compiler._graph import value_of
+from fdl._compiler._graph import VIEWS, literal, value_of
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 SUMS = (aten.sum.dim_IntList, aten.mean.dim)
-FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1}  # where their number is
 # Inductor's, which exist only once it is imported.
 MAX_POOL = "prims._low_memory_max_pool_with_offsets.default"
 TO_INDICES = "prims._low_memory_max_pool_offsets_to_indices.default"
@@ -281,21 +278,3 @@ def max_pool_backward(node: Node) -> MaxPoolBackward | None:
     while shape_of(grads) != shape_of(out) and grads.target in VIEWS:
         grads = cast(Node, grads.args[0])
     return MaxPoolBackward(grads, x, source) if shape_of(grads) == shape_of(out) else None
-
-
-def literal(x: Any) -> Any:
-    """Return the number that a node is filled with, a number itself, or None."""
-    if isinstance(x, bool | int | float):
-        return x
-    if isinstance(x, Node) and x.op == "call_function":
-        number = x.args[FILLED[x.target]] if x.target in FILLED else None
-        if isinstance(number, bool | int | float):
-            return held(number, value_of(x).dtype) if number else number
-    return None
-
-
-@cache
-def held(number: bool | float, dtype: torch.dtype) -> Any:
-    """Return a number as a tensor of the dtype holds it: 2.7 is 2 in one of integers."""
-    with _disable_current_modes():
-        return torch.tensor(number, dtype=dtype).item()

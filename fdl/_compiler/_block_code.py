@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_axes import Axis, Shape, literal, shape_of
-from fdl._compiler._graph import value_of
+from fdl._compiler._block_axes import Axis, Shape, shape_of
+from fdl._compiler._graph import literal, value_of
 
 MEMORY = re.compile(r"\bm\d+\b")  # names of memory of a thread
 

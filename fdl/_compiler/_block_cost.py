@@ -8,11 +8,11 @@ from typing import cast
 from torch import Tensor
 from torch.fx import Node
 
-from fdl._compiler._block_axes import CONVOLUTIONS, VIEWS, shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
 from fdl._compiler._block_code import ELEMENTWISE, axis_of, rest
 from fdl._compiler._block_layers import Convolution, read_backward, read_forward
 from fdl._compiler._block_ops import rule_of
-from fdl._compiler._graph import value_of
+from fdl._compiler._graph import VIEWS, value_of
 from fdl._compiler._regions import DTYPES
 
 # Of one core, measured on an AMD EPYC with AVX-512; only their proportions matter.

@@ -8,16 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_axes import (
-    Axis,
-    Shape,
-    literal,
-    max_pool_backward,
-    result,
-    shape_of,
-)
+from fdl._compiler._block_axes import Axis, Shape, max_pool_backward, result, shape_of
 from fdl._compiler._block_code import Block, axis_of
-from fdl._compiler._graph import value_of
+from fdl._compiler._graph import literal, value_of
 
 aten = torch.ops.aten
 

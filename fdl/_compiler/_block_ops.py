@@ -18,10 +18,8 @@ from fdl._compiler._block_axes import (
     MAPS,
     MAX_POOL,
     SUMS,
-    VIEWS,
     Axis,
     dims_of,
-    literal,
     max_pool_backward,
     result,
     shape_of,
@@ -56,7 +54,7 @@ from fdl._compiler._block_layers import (
     fits_convolution,
     fits_pool,
 )
-from fdl._compiler._graph import value_of
+from fdl._compiler._graph import VIEWS, literal, value_of
 
 aten = torch.ops.aten
 PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)

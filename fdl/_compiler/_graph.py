@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from functools import cache
 from operator import getitem
 from typing import Any, cast
 
@@ -12,11 +13,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fdl._torch_compat import RELEASE
 
 aten = torch.ops.aten
 MAY_BE_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, *MAY_BE_VIEWS)  # which give another shape
+FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1}  # where their number is
 LOOP = torch.ops.higher_order.scan  # the node of a loop: (body, init, xs, constants)
 COND = torch.ops.higher_order.cond  # the node of a branch: (predicate, true, false, operands)
 WHILE = torch.ops.higher_order.while_loop  # (condition, body, carry, constants)
@@ -223,3 +227,21 @@ def results_of(graph: Graph) -> list[Node]:
     results = output.args[0]
     # The condition of a while_loop returns a single one.
     return [results] if isinstance(results, Node) else cast(list[Node], list(cast(Any, results)))
+
+
+def literal(x: Any) -> Any:
+    """Return the number that a node is filled with, a number itself, or None."""
+    if isinstance(x, bool | int | float):
+        return x
+    if isinstance(x, Node) and x.op == "call_function":
+        number = x.args[FILLED[x.target]] if x.target in FILLED else None
+        if isinstance(number, bool | int | float):
+            return held(number, value_of(x).dtype) if number else number
+    return None
+
+
+@cache
+def held(number: bool | float, dtype: torch.dtype) -> Any:
+    """Return a number as a tensor of the dtype holds it: 2.7 is 2 in one of integers."""
+    with _disable_current_modes():
+        return torch.tensor(number, dtype=dtype).item()

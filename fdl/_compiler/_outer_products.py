@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_axes import literal
-from fdl._compiler._graph import caller, nodes_of, value_of
+from fdl._compiler._graph import VIEWS, caller, literal, nodes_of, value_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 CONVERT = prims.convert_element_type.default
-SAME = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+SAME = (*VIEWS, aten.expand.default)
 
 
 class Outer(NamedTuple):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_axes import find_axes, literal, max_pool_backward
+from fdl._compiler._block_axes import find_axes, max_pool_backward
 from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of, name_of
 from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
+from fdl._compiler._graph import literal
 from fdl._compiler._order import predecessors
 
 aten = torch.ops.aten
