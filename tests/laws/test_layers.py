@@ -13,7 +13,8 @@ ROOT = Path(fdl.__file__).parent
 # own; on one storey nobody imports from a neighbour.
 STOREYS = [
     {"_version", "_torch_compat", "_kinds", "_files", "_checks"},
-    {"_modes", "tree", "random"},
+    {"_modes", "tree"},
+    {"random"},
     {"_dtensor", "_numerics", "data", "io"},
     {"_compiler", "_masks", "_differentiable", "nn"},
     {"metrics", "optim", "interop", "debug"},
