@@ -105,7 +105,7 @@ class PrecisionRecallF1(NamedTuple):
 
     @property
     def micro(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The scores of all classes counted together; each is the accuracy unless a logit is NaN."""
+        """The scores of all classes together; each is the accuracy unless a logit is NaN."""
         correct, predicted, actual = (counts.sum(-1) for counts in self)
         return correct / predicted, correct / actual, 2 * correct / (predicted + actual)
 

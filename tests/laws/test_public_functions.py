@@ -148,7 +148,11 @@ TABLE: dict[str, dict[str, Case]] = {
             predictions,
             grads=(0, 1, 2),
         ),
-        "l1": Case(lambda x, y, w: losses.l1(x, y, w), predictions, grads=(0, 1, 2)),
+        "l1": Case(
+            lambda x, y, w: losses.l1(x, y + torch.tensor([5, -5, 5]), w),  # far from |0|
+            predictions,
+            grads=(0, 1, 2),
+        ),
         "l2_penalty": Case(losses.l2_penalty, lambda key: (weights(key),)),
         "mse": Case(lambda x, y, w: losses.mse(x, y, w), predictions, grads=(0, 1, 2)),
         "nll": Case(

@@ -86,6 +86,17 @@ def test_weights_of_rows_and_of_classes_multiply(size, seed, kind, smoothing):
     close(grad_and_value(ours, (0, 1))(x, c), grad_and_value(direct, (0, 1))(x, c))
 
 
+def test_the_derivative_by_a_weight_of_zero_with_class_weights():
+    x, labels, c = draw(0, 4, 3), torch.tensor([0, 2, 1, 1]), torch.tensor([0.0, 1.0, 2.0])
+    w, h = torch.tensor([1.0, 0.0, 0.5, 0.0]).double(), 1e-6
+
+    def f(w):
+        return losses.cross_entropy(x, labels, w, label_smoothing=0.1, class_weights=c)
+
+    numeric = [(f(w + h * row) - f(w - h * row)) / (2 * h) for row in torch.eye(4).double()]
+    close(grad(f)(w), torch.stack(numeric), rtol=1e-7)
+
+
 @settings(deadline=None, max_examples=60)
 @given(SIZES, SEEDS, SMOOTHING, st.booleans(), WEIGHTS)
 def test_soft_labels_equal_torch(size, seed, smoothing, weighted, weights):

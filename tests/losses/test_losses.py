@@ -193,8 +193,11 @@ OF_LABELS = {"cross_entropy", "nll"} | {
 EMBEDDING = {"cosine_embedding", "triplet_margin"}  # of three arguments: test_embedding.py
 OF_ELEMENTS = set(losses.__all__) - OF_LABELS - EMBEDDING - {"l2_penalty"}
 BROADCAST = {
-    **dict.fromkeys(OF_LABELS, [((7,), (7, 1)), ((7, 4), (7, 1)), ((7, 4), ())]),
-    **dict.fromkeys(OF_ELEMENTS, [((7,), (7, 1)), ((7, 1), (7,)), ((7, 1), ()), ((7, 4), (7, 1))]),
+    **{name: [((7,), (7, 1)), ((7, 4), (7, 1)), ((7, 4), ())] for name in OF_LABELS},
+    **{
+        name: [((7,), (7, 1)), ((7, 1), (7,)), ((7, 1), ()), ((7, 4), (7, 1))]
+        for name in OF_ELEMENTS
+    },
 }
 
 
