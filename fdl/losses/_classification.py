@@ -152,6 +152,10 @@ def binary_cross_entropy_with_logits(
     """
     caller = "binary_cross_entropy_with_logits"
     check_same_shape(caller, logits=logits, target=target)
+    if not isinstance(pos_weight, Tensor | float | int | None):
+        raise TypeError(
+            f"{caller}: pos_weight must be a number or a tensor, got {describe(pos_weight)}"
+        )
     if isinstance(pos_weight, Tensor) and not _fits_example(pos_weight, logits):
         raise ValueError(
             f"{caller}: pos_weight {list(pos_weight.shape)} must broadcast against the logits of "
@@ -226,6 +230,8 @@ def _of_labels(
     if weights is not None:
         check_weights(caller, x, weights)
     if ignore_index is not None:
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"{caller}: ignore_index must be an int, got {describe(ignore_index)}")
         counts = labels != ignore_index
         weights = counts if weights is None else keep(counts, weights)
     if weights is not None:

@@ -26,6 +26,7 @@ def check_weights(caller: str, values: Tensor, weights: Tensor) -> None:
 
     >>> check_weights("loss", torch.zeros(3, 2), torch.ones(3))
     """
+    check_real(caller, weights=weights)
     if weights.shape != values.shape[:1]:
         raise ValueError(
             f"{caller}: weights must have the shape {list(values.shape[:1])}, one number per "

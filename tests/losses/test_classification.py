@@ -290,7 +290,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("f", ROWS.values(), ids=ROWS)
-def test_under_vmap_jvp_jit_and_scan(f):
+def test_under_vmap_jvp_jit_and_scan(f, plain_backend):
     x, v = draw(0, 3, 4, 3), draw(1, 3, 4, 3)
     w = torch.tensor([[True, False, True, True]] * 3)
     each = [grad_and_value(f)(*row) for row in zip(x, w, strict=True)]
@@ -385,6 +385,18 @@ BAD = {
     "a class as target": (
         lambda: BCE(X, (X + 2).to(torch.uint8)),
         *(ValueError, r"logits: target must be in \[0, 1\], got 2"),
+    ),
+    "pos_weight in a list": (
+        lambda: BCE(X, X, pos_weight=[1.0, 2.0, 3.0]),
+        *(TypeError, "logits: pos_weight must be a number or a tensor, got a list"),
+    ),
+    "ignore_index": (
+        lambda: losses.nll(X, LABELS, ignore_index=1.0),
+        *(TypeError, "nll: ignore_index must be an int, got a float"),
+    ),
+    "weights in a list": (
+        lambda: losses.cross_entropy(X, LABELS, [1] * 6),
+        *(TypeError, "cross_entropy: weights must be a tensor of real numbers, got a list"),
     ),
     "weights": (
         lambda: BCE(X, X, torch.ones(3)),

@@ -108,7 +108,7 @@ def test_a_masked_row_may_hold_anything_in_one_of_its_vectors(place, poison):
             assert gradient.isfinite().all()
 
 
-def test_under_vmap_jvp_jit_and_scan():
+def test_under_vmap_jvp_jit_and_scan(plain_backend):
     inputs = tuple(draw(i, 3, 4, 2) for i in range(3))
     target = torch.stack([signs(i, 4) for i in range(3)])
     w = torch.tensor([[True, False, True, True]] * 3)
