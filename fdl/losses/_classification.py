@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +66,14 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    check_real("cross_entropy", logits=logits, labels=labels)
-    if is_integer(labels):
+    if isinstance(labels, Tensor) and is_integer(labels):
         return _of_labels(
             "cross_entropy",
             lambda logits: F.log_softmax(logits, -1, dtype=at_least_32_bits(logits)),
             *(logits, labels, weights, label_smoothing, class_weights, ignore_index),
         )
-    if not labels.is_floating_point() or labels.shape != logits.shape or logits.ndim != 2:
+    check_real("cross_entropy", logits=logits)
+    if not _are_probabilities(labels, logits):
         raise TypeError(
             "cross_entropy: labels must be integers [batch], or probabilities [batch, classes] "
             f"for logits {list(logits.shape)}, got {describe(labels)}"
@@ -120,7 +121,6 @@ def nll(
     >>> nll(torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log(), torch.tensor([0, 1]))
     tensor(0.4581)
     """
-    check_real("nll", log_probs=log_probs, labels=labels)
     return _of_labels("nll", wide, log_probs, labels, weights, 0.0, class_weights, ignore_index)
 
 
@@ -253,6 +253,12 @@ def _of_labels(
         return each
 
     return mean_of(caller, losses, (x,), weights, shares)
+
+
+def _are_probabilities(labels: Any, logits: Tensor) -> bool:
+    """Return whether labels may be probabilities for logits `[batch, classes]`."""
+    floating = isinstance(labels, Tensor) and labels.is_floating_point()
+    return floating and labels.shape == logits.shape and logits.ndim == 2
 
 
 def _check_class_weights(caller: str, logits: Tensor, class_weights: Tensor | None) -> None:

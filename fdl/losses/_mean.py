@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -59,7 +58,7 @@ def mean_of(
     >>> mean_of("loss", torch.log, (torch.tensor([1.0, -1.0]),), torch.tensor([True, False]))
     tensor(0.)
     """
-    dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])
+    dtype = _common(rows[0].dtype, *rows[1:])
     if weights is not None:
         check_weights(caller, rows[0], weights)
         counts = weights != 0
@@ -78,12 +77,13 @@ def check_same_shape(caller: str, **tensors: Tensor) -> None:
     """
     check_real(caller, **tensors)
     first, *others = tensors.values()
-    if any(x.shape != first.shape for x in others):
-        shapes = [f"{name} {list(x.shape)}" for name, x in tensors.items()]
-        raise ValueError(
-            f"{caller}: {', '.join(shapes[:-1])} and {shapes[-1]} must have the same shape; "
-            "nothing is broadcast"
-        )
+    for x in others:
+        if x.shape != first.shape:
+            shapes = [f"{name} {list(each.shape)}" for name, each in tensors.items()]
+            raise ValueError(
+                f"{caller}: {', '.join(shapes[:-1])} and {shapes[-1]} must have the same shape; "
+                "nothing is broadcast"
+            )
 
 
 def wide(x: Tensor, *others: Tensor) -> Tensor:
@@ -92,8 +92,13 @@ def wide(x: Tensor, *others: Tensor) -> Tensor:
     >>> wide(torch.ones(1).bfloat16()).dtype, wide(torch.ones(1), torch.ones(1).double()).dtype
     (torch.float32, torch.float64)
     """
-    dtypes = [other.dtype for other in others]
-    return x.to(functools.reduce(torch.promote_types, dtypes, at_least_32_bits(x)))
+    return x.to(_common(at_least_32_bits(x), *others))
+
+
+def _common(dtype: torch.dtype, *others: Tensor) -> torch.dtype:
+    for x in others:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
 
 
 def product(weight: Tensor, value: Tensor) -> Tensor:

@@ -86,19 +86,16 @@ def check_values(
             raise ValueError(f"{caller}: target must be {expected}, got {bad[0].item()}")
 
 
-def unless_outside(caller: str, classes: int, look_up: Callable[[], Tensor]) -> Tensor:
-    """Return `look_up()`; if a label is not a class, raise an error that says which are.
+def not_a_class(caller: str, classes: int, error: Exception) -> ValueError:
+    """Make the error for a label that is not a class.
 
-    >>> unless_outside("loss", 2, lambda: torch.tensor([5.0, 6.0]).gather(0, torch.tensor([1])))
-    tensor([6.])
+    >>> str(not_a_class("loss", 3, IndexError("index 3")))[:58]
+    'loss: labels must be from 0 to 2, one of 3 classes; give t'
     """
-    try:
-        return look_up()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{caller}: labels must be from 0 to {classes - 1}, one of {classes} classes; "
-            f"give the rows to leave out weight 0 ({error})"
-        ) from None
+    return ValueError(
+        f"{caller}: labels must be from 0 to {classes - 1}, one of {classes} classes; "
+        f"give the rows to leave out weight 0 ({error})"
+    )
 
 
 def pick(caller: str, values: Tensor, labels: Tensor) -> Tensor:
@@ -107,5 +104,7 @@ def pick(caller: str, values: Tensor, labels: Tensor) -> Tensor:
     >>> pick("loss", torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0]))
     tensor([2., 3.])
     """
-    classes = values.shape[1]
-    return unless_outside(caller, classes, lambda: values.gather(1, labels[:, None])[:, 0])
+    try:
+        return values.gather(1, labels[:, None])[:, 0]
+    except RuntimeError as error:
+        raise not_a_class(caller, values.shape[1], error) from None

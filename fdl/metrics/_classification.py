@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fdl._checks import check_positive
 from fdl._numerics import keep
-from fdl.metrics._checks import check_integers, check_labels, check_weights, pick, unless_outside
+from fdl.metrics._checks import check_integers, check_labels, check_weights, not_a_class, pick
 from fdl.metrics._mean import mean
 from fdl.metrics._sums import CalibrationError, ConfusionMatrix, Mean, PrecisionRecallF1
 
@@ -190,4 +190,7 @@ def _add_up(size: int, index: Tensor, values: Tensor) -> Tensor:
 
 
 def _count(caller: str, classes: int, size: int, index: Tensor, counts: Tensor) -> Tensor:
-    return unless_outside(caller, classes, lambda: _add_up(size, index, counts))
+    try:
+        return _add_up(size, index, counts)
+    except RuntimeError as error:
+        raise not_a_class(caller, classes, error) from None
