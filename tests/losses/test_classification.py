@@ -248,6 +248,10 @@ def test_extreme_logits_neither_overflow_nor_vanish(dtype):
     sure = torch.tensor([20.0, -20.0], dtype=torch.float64)
     exact = (-sure[:1].abs()).exp().log1p()[0]
     close(BCE(sure, torch.tensor([1, 0])), exact, atol=0)
+    wrong = torch.tensor(
+        [21.0, -23.0], dtype=torch.float64
+    )  # torch's softplus is linear from 20 on
+    close(grad(BCE)(wrong, torch.tensor([0, 1])), (wrong.sigmoid() - (wrong < 0).double()) / 2)
     curved = torch.tensor([0.0, 1e4, -1e4], dtype=torch.float64)
     second = torch.tensor([0.25, 0, 0], dtype=torch.float64).diag() / 3
     close(hessian(BCE)(curved, torch.tensor([1, 0, 1])), second)
