@@ -86,7 +86,7 @@ def cross_entropy(
     _check_class_weights("cross_entropy", logits, class_weights)
 
     def losses(logits: Tensor, labels: Tensor) -> Tensor:
-        log_p, p = wide(logits, labels).log_softmax(-1), wide(labels)
+        log_p, p = wide(logits, labels).log_softmax(-1), wide(labels, logits)
         if label_smoothing:
             p = (1 - label_smoothing) * p + label_smoothing / logits.shape[1]
         each = -product(p, log_p)
@@ -226,22 +226,18 @@ def _of_labels(
     check_labels(caller, x, labels, "log_probs" if caller == "nll" else "logits")
     check_integers(caller, labels)
     _check_class_weights(caller, x, class_weights)
-    labels, classes = labels.long(), x.shape[1]
     if weights is not None:
         check_weights(caller, x, weights)
-    if ignore_index is not None:
-        if not isinstance(ignore_index, int):
-            raise TypeError(f"{caller}: ignore_index must be an int, got {describe(ignore_index)}")
-        counts = labels != ignore_index
-        weights = counts if weights is None else keep(counts, weights)
+    labels = labels.long()
+    weights = _without_ignored(caller, labels, weights, ignore_index)
     if weights is not None:
         counts = weights != 0
         if weights.is_floating_point():  # see mean_of
-            counts = counts | ((labels >= 0) & (labels < classes))
+            counts = counts | ((labels >= 0) & (labels < x.shape[1]))
         labels = keep(counts, labels)
     shares = None
     if class_weights is not None:
-        shares = pick(caller, class_weights.expand(len(labels), classes), labels)
+        shares = pick(caller, class_weights.expand(x.shape), labels)
 
     def losses(x: Tensor) -> Tensor:
         log_p = log_probs_of(x)
@@ -253,6 +249,18 @@ def _of_labels(
         return each
 
     return mean_of(caller, losses, (x,), weights, shares)
+
+
+def _without_ignored(
+    caller: str, labels: Tensor, weights: Tensor | None, ignore_index: int | None
+) -> Tensor | None:
+    """Return the weights, 0 where the label is `ignore_index`."""
+    if ignore_index is None:
+        return weights
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"{caller}: ignore_index must be an int, got {describe(ignore_index)}")
+    counts = labels != ignore_index
+    return counts if weights is None else keep(counts, weights)
 
 
 def _are_probabilities(labels: Any, logits: Tensor) -> bool:

@@ -112,6 +112,12 @@ def test_soft_labels_equal_torch(size, seed, smoothing, weighted, weights):
     compare(ours, theirs, (x, p), weights)
 
 
+def test_soft_labels_of_float32_are_smoothed_in_float64():
+    x, p = draw(0, 6, 4), F.one_hot(labels_of(1, 6, 4), 4)
+    found = losses.cross_entropy(x, p.float(), label_smoothing=0.1)
+    close(found, losses.cross_entropy(x, p.double(), label_smoothing=0.1))
+
+
 def test_one_hot_labels_are_labels():
     x, labels = draw(0, 6, 4), labels_of(1, 6, 4)
     hard, soft = (
