@@ -118,8 +118,7 @@ def test_files_of_a_package_are_private_behind_its_list():
         for path in FILES
         if not any(part.startswith("_") for part in path.with_suffix("").parts[len(ROOT.parts) :])
     }
-    single = {"losses.py", "metrics.py", "population.py"}
-    assert public == single | {"nn/init.py"}
+    assert public == {"nn/init.py", "population.py"}
 
 
 @functools.cache
