@@ -173,7 +173,9 @@ def test_every_view_that_copies_has_a_rule() -> None:
     names = {
         s.name[6:] for s in schemas if s.name.startswith("aten::") and s.name.endswith("_copy")
     }
-    packets = [getattr(torch.ops.aten, name) for name in sorted(names)]
+    packets = [
+        getattr(torch.ops.aten, name) for name in sorted(names) if hasattr(torch.ops.aten, name)
+    ]
     copies = [getattr(p, o) for p in packets for o in p.overloads() if not o.endswith("out")]
     rules = decompositions().keys() | lowerings.keys()
     assert [op for op in copies if op not in rules and not OTHER_VIEWS.search(str(op))] == []
