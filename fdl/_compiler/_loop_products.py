@@ -174,6 +174,8 @@ class _Loop:
         if not adds or used or len(self.carry) == 1 or not isinstance(terms[0], Node):
             return argument, []
         node = terms[0]
+        if value_of(node).dtype != value_of(argument).dtype:
+            return argument, []  # in the dtype of the terms, the total may overflow
         reshaping: list[Node] = []
         while node.target in RESHAPING and len(node.users) == 1:
             reshaping.insert(0, node)

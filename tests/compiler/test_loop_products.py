@@ -180,6 +180,39 @@ def test_a_large_value_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rewritten(every_gradient, PARAMS, X, H) == (3, 3)
 
 
+TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a product": lambda row: row.T @ row,
+    "a sum": lambda row: row.sum(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "number"),
+    [
+        ("a product", torch.float16, 60),
+        ("a sum", torch.float16, 1000),
+        ("a product", torch.int8, 2),
+        ("a product", torch.float32, 1 / 3),
+    ],
+)
+def test_a_sum_in_a_wider_dtype_stays_in_the_loop(
+    name: str, dtype: torch.dtype, number: float
+) -> None:
+    """The term of a step fits into the narrower dtype, and the total does not."""
+    wider = {torch.float16: torch.float32, torch.int8: torch.int32, torch.float32: torch.float64}
+    x = torch.full((40, 4, 4), number, dtype=dtype)
+    init = torch.zeros_like(TERMS[name](x[0]), dtype=wider[dtype])
+
+    def fn(x: Tensor, init: Tensor) -> Any:
+        def body(carry: Any, row: Tensor) -> Any:
+            total, count = carry
+            return (total + TERMS[name](row), count + 1), None
+
+        return fdl.scan(body, (init, torch.zeros(())), x)
+
+    assert rewritten(fn, x, init) == (0, name == "a product")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled(dtype: torch.dtype) -> None:
     args = fdl.tree.map(lambda x: x.to(dtype), (PARAMS, X, H))
