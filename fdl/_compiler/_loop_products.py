@@ -146,7 +146,8 @@ class _Loop:
             if total.target is aten.sum.dim_IntList and not total.kwargs:
                 x, axes = cast(Any, total.args[:2])
                 if self._is_known(x) and axes:
-                    axes = [0, *(axis % value_of(x).ndim + 1 for axis in axes)]
+                    n = value_of(x).ndim  # torch takes axis 0 of a number, too
+                    axes = [0, *(axis % n + 1 for axis in axes if n)]
                     shape = list(value_of(total).shape)
                     total = self.after(aten.sum.dim_IntList, self._all(x), axes)
                     total = self.after(aten.reshape.default, total, shape)

@@ -128,6 +128,14 @@ def sum_of_constants(w: Tensor, x: Tensor) -> Any:
     return fdl.scan(body, (torch.zeros(UNITS, UNITS, dtype=x.dtype), x[0, 0, 0]), x)
 
 
+def sums_of_numbers(x: Tensor) -> Any:
+    def body(carry: Any, row: Tensor) -> Any:
+        total, same, count = carry
+        return (total + row.sum(0), same + row.sum(-1, keepdim=True), count + 1), None
+
+    return fdl.scan(body, (x[0], x[1], x[2]), x)
+
+
 W = randn(INPUTS, UNITS, seed=7)
 # name: function, arguments, products outside and inside of loops
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, int]]] = {
@@ -137,6 +145,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, int]]] = 
     "a product with other uses": (twice_used, (W, X, H), (1, 0)),
     "transposed rows": (columns, (randn(BATCH, 2, seed=8), X), (2, 0)),
     "a sum that is read": (sums_that_are_read, (W, X), (1, 0)),
+    "sums of numbers": (sums_of_numbers, (X[:, 0, 0],), (0, 0)),
     "a sum of constants": (sum_of_constants, (W, X), (0, 1)),
 }
 
