@@ -74,7 +74,7 @@ def _spread(node: Node, links: dict[Node, list[Link]], axes: dict[Node, Axis]) -
     backward = node.target is aten.convolution_backward.default
     inputs = cast(list[Node], list(node.args[: 1 + backward]))
     images = shape_of(inputs[0])[0]
-    if images == 1:
+    if images <= 1:  # 0 in an empty batch
         return
     output = result(node, 0) if backward else node
     todo: list[Node] = [*inputs, *([output] if output else [])]

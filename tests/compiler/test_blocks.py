@@ -109,6 +109,7 @@ CASES: dict[str, Case] = {
     "a frozen layer": (1, on(0)(lambda v, w, x: conv(conv(x, w).relu(), v)), (V, W, X)),
     "the last is frozen": (1, on(0)(lambda w, v, x: conv(conv(x, w).relu(), v)), (W, V, X)),
     "no image": (0, both(lambda w, x: conv(x, w).relu()), (W, X[:0])),
+    "no image in a pool": (0, both(lambda w, x: F.max_pool2d(conv(x, w), 2)), (W, X[:0])),
     "one image": (0, both(lambda w, x: conv(x, w).relu()), (W, X[:1])),
     "two images": (1, both(lambda w, x: conv(x, w).relu()), (W, X[:2])),
     "one image's mean": (
