@@ -8,10 +8,11 @@ from typing import cast
 from torch import Tensor
 from torch.fx import Node
 
-from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS, PRODUCTS, shape_of
 from fdl._compiler._block_code import ELEMENTWISE, axis_of, rest
 from fdl._compiler._block_layers import Convolution, read_backward, read_forward
 from fdl._compiler._block_ops import rule_of
+from fdl._compiler._block_product_cost import cost_of_product, products_pay
 from fdl._compiler._graph import VIEWS, value_of
 from fdl._compiler._regions import DTYPES
 
@@ -28,7 +29,7 @@ GAIN = 0.85  # estimates are rough
 def pays(group: list[Node]) -> bool:
     """Tell whether to compute connected nodes block by block."""
     if not any(node.target in CONVOLUTIONS for node in group):
-        return False
+        return products_pay(group)
     by_layers = in_blocks = moved = 0.0
     largest = 0
     for node in group:
@@ -41,6 +42,10 @@ def pays(group: list[Node]) -> bool:
                 in_blocks += OWN * work * conv.channels * conv.outputs
                 moved += 2 * size
                 largest = max(largest, size * LANES * value_of(node.args[0]).itemsize)  # type: ignore[arg-type]
+        elif node.target in PRODUCTS:
+            cost = cost_of_product(node)
+            by_layers += cost.by_layers
+            in_blocks += cost.in_blocks
         elif axis_of(node) is not None and isinstance(node.meta.get("val"), Tensor):
             numbers = prod(rest(node))
             fused = node.target in ELEMENTWISE or node.target in VIEWS

@@ -18,7 +18,7 @@ from fdl import jit, tree
 from fdl._compiler import _block_pass
 from fdl._torch_compat import RELEASE
 from tests.support.asserts import equal_bits
-from tests.support.blocks import assert_close, has_convolution
+from tests.support.blocks import assert_close, has_layer
 from tests.support.exported import lenet_epoch, lenet_step
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def members(params: Params) -> Params:
 
 @pytest.fixture(autouse=True)
 def wherever_there_can_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_block_pass, "pays", has_convolution)
+    monkeypatch.setattr(_block_pass, "pays", has_layer)
 
 
 XS, YS = some(4, 19, 2, 10, 10), some(4, 19, 3)
