@@ -90,7 +90,7 @@ def _around_convolution(node: Node) -> list[Node]:
 
 
 def sequences_of(node: Node) -> Node | None:
-    """Return the activations of sequences, `[images, …, features]`, that a product reads as rows."""
+    """Return the activations `[images, …, features]` that a product reads as rows."""
     rows = node.args[-2] if node.target in PRODUCTS[:2] else None
     if not isinstance(rows, Node) or rows.target not in VIEWS:
         return None
@@ -158,13 +158,26 @@ def links_of(node: Node, elementwise: bool) -> Iterator[Link]:
         yield Link(cast(Node, node.args[0]), node, same, same)
     elif target is aten.cat.default:
         (dim,) = dims_of(node, value_of(node).ndim)
-        unless = lambda axis: None if axis.axis == dim else axis  # noqa: E731
-        yield from (Link(x, node, unless, unless) for x in cast(list[Node], node.args[0]))
+        for x in cast(list[Node], node.args[0]):
+            yield Link(
+                x, node, partial(joined, dim, shape_of(node)), partial(joined, dim, shape_of(x))
+            )
     elif target in PRODUCTS:
         yield from _of_product(node)
     elif target in MAPS:
         x = cast(Node, node.args[0])
         yield Link(x, node, *MAPS[target](node, x))
+
+
+def joined(dim: int, shape: Shape, axis: Axis) -> Axis | None:
+    """Return the axis of one part for that of another, or of all, which has the shape.
+
+    Batches that are joined are members.
+    """
+    if axis.axis != dim:
+        return axis
+    members, left = divmod(shape[dim], axis.images * axis.inner)
+    return None if left else axis._replace(members=members)
 
 
 def _of_product(node: Node) -> Iterator[Link]:

@@ -273,7 +273,8 @@ BINARY: dict[str, str] = {
 MASKS = {"logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
 COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
 COPIES = {"clone", "alias", "lift_fresh_copy"}
-SLOW = {"exp", "log", "erf", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+FUNCTIONS = {"exp", "log", "erf", "sigmoid", "tanh"}
+SLOW = {*FUNCTIONS, "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):

@@ -20,6 +20,7 @@ from fdl._compiler._block_axes import (
     SUMS,
     Axis,
     dims_of,
+    joined,
     max_pool_backward,
     shape_of,
 )
@@ -181,10 +182,11 @@ def parts(node: Node) -> list[Node]:
 
 
 def fits_cat(node: Node) -> bool:
+    (dim,) = dims_of(node, value_of(node).ndim)
     axis = axis_of(node)
-    if axis is None or any(axis_of(x) != axis for x in parts(node)):
-        return False
-    return dims_of(node, value_of(node).ndim) != [axis.axis]
+    return axis is not None and all(
+        axis_of(x) == joined(dim, shape_of(x), axis) for x in parts(node)
+    )
 
 
 def emit_cat(block: Block, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""Estimate which regions of matrix products save time; `_block_cost.py` has those of convolutions."""
+"""Estimate which regions of matrix products save time, as `_block_cost.py` for convolutions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 from fdl._compiler._block_axes import PRODUCTS
 from fdl._compiler._block_code import axis_of, expression_of, rest
 from fdl._compiler._block_products import axis_of_images, batched_factors, sizes
-from fdl._compiler._graph import VIEWS, value_of
+from fdl._compiler._graph import VIEWS
 
 # Of one core, in ns for a multiplication or a number; only their proportions matter.
 OWN = 0.0118  # multiplication by the templates of `blocks/products.h`

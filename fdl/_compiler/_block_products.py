@@ -1,13 +1,12 @@
 """Matrix products of one block of images: `blocks/products.h`.
 
-In `[groups, rows, terms] · [groups, terms, columns]`, images are part of one axis. Those of rows and
-columns share the other factor, a weight. If images are among the terms, as they are in the gradient
-of a weight, the product is a sum over them, and ends a region.
+Images are part of one axis of `[groups, rows, terms] · [groups, terms, columns]`. Those of rows and
+columns share the other factor, a weight. If images are among the terms, as in the gradient of a
+weight, the product is a sum over them, and ends a region.
 """
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +19,7 @@ from fdl._compiler._graph import literal, value_of
 
 aten = torch.ops.aten
 AxisName = Literal["groups", "rows", "columns", "terms"]
+NEAREST = 3 << 13  # bytes
 LARGEST = 1 << 16  # numbers of a weight, which are read again for each block
 LARGEST_OF_ONE_ROW = 1 << 12  # if a block uses each of them once
 LARGEST_OF_ONE_TERM = 1 << 9  # of a gradient: adding up the images takes longer than the products
@@ -84,7 +84,7 @@ def fits_product(node: Node) -> bool:
         or shape_of(bias) != shape_of(node)[-1:]
     ):
         return False
-    groups, rows, columns, terms = sizes(node)
+    _, rows, columns, terms = sizes(node)
     if images == "terms":
         return terms > 1 or rows * columns <= LARGEST_OF_ONE_TERM
     if weight is None:
@@ -145,7 +145,9 @@ def emit_values(block: Block, node: Node) -> None:
     if images == "columns":  # the transposed product: that of a weight comes second
         rows, columns = columns, rows
         a, b, to = transposed(b), transposed(a), transposed(("", to))[1]
-    s, r = tiles(columns, rows, block.registers)
+    # The rows of a tile stay in the nearest cache while they are multiplied by all columns.
+    most = max(NEAREST // (terms * block.width * value_of(node).itemsize), 1)
+    s, r = tiles(columns, rows, block.registers, most=most)
     shape = (groups, rows, columns, terms, *a[1], *b[1], *to)
     given = block.shared[bias] if bias is not None else "nullptr"
     block.step(
@@ -167,7 +169,8 @@ def emit_gradient(block: Block, node: Node) -> None:
     shape = (groups, rows, columns, terms, *a[1], *b[1], 0, 0, 0)
     kind = f"T, Product<{', '.join(map(str, shape))}>, {r}, {s}"
     total = block.total(groups * padded(rows, columns, r, s, block.width))
-    block.step(f"add_products<{kind}>({a[0]}, {b[0]}, {total}, images);")
+    packed = block.buffer(terms * s)
+    block.step(f"add_products<{kind}>({a[0]}, {b[0]}, {packed}, {total}, images);")
     if node in block.given:
         to = block.given[node]
         block.ends.append(f"add_up_products<{kind}>({total}, stride, threads, {to});")

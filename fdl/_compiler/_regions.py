@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fdl._compiler._block_axes import PRODUCTS, find_axes, max_pool_backward
-from fdl._compiler._block_code import SLOW, axis_of, expression_of, name_of
+from fdl._compiler._block_code import FUNCTIONS, SLOW, axis_of, expression_of, name_of
 from fdl._compiler._block_ops import Rule, rule_of
 from fdl._compiler._block_products import read_by_product
 from fdl._compiler._block_sums import ends_batch
@@ -262,13 +262,19 @@ def _written(candidates: Candidates, region: Region) -> set[Node]:
             written.add(node)
             if not candidates.rules[node].reads_expressions:
                 written.update(candidates.batched[node])
-        users = [user for user in node.users if user in region.nodes]
-        if expression_of(node) is not None and name_of(node) in SLOW and len(users) > 1:
-            written.add(node)
+    inside = set(region.nodes)
     depth: dict[Node, int] = {}  # of the expressions
+    slow: set[Node] = set()  # expressions with a function that takes long
     for node in region.nodes:
-        depth[node] = 1 + max((depth.get(x, 0) for x in candidates.batched[node]), default=0)
+        inputs = candidates.batched[node]
+        depth[node] = 1 + max((depth.get(x, 0) for x in inputs), default=0)
+        takes_long = name_of(node) in FUNCTIONS or not slow.isdisjoint(inputs)
+        is_slow = expression_of(node) is not None and (takes_long or name_of(node) in SLOW)
+        if is_slow and len(inside.intersection(node.users)) > 1:
+            written.add(node)
         if node in written or depth[node] > DEEPEST:
             written.add(node)
             depth[node] = 0
+        elif takes_long:
+            slow.add(node)
     return written

@@ -113,6 +113,10 @@ def weight(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape).sin()
 
 
+def half(*shape: int) -> Tensor:
+    return torch.full(shape, 0.5, dtype=torch.float64)
+
+
 def rows(y: Tensor) -> Tensor:
     return aten.view.default(y, [BATCH * 4 * 6, 7])
 
@@ -178,6 +182,7 @@ CASES: dict[Any, list[Function]] = {
     aten.cat.default: [
         lambda x, y: aten.cat.default([y, aten.neg.default(y)], 1),
         lambda x, y: aten.cat.default([y, aten.slice.Tensor(y, 3, 0, 2), y], -1),
+        lambda x, y: aten.cat.default([y, aten.neg.default(y), y]),
     ],
     aten.convolution.default: [lambda x, y: y],
     aten.convolution_backward.default: [convolution_backward],
@@ -236,7 +241,7 @@ CASES: dict[Any, list[Function]] = {
     aten.var_mean.correction: [
         lambda x, y: aten.var_mean.correction(y, [1, 2, 3], correction=0),
         lambda x, y: aten.var_mean.correction(y, [-1], keepdim=True),
-        lambda x, y: aten.var_mean.correction(y, [1], correction=4)[1],
+        lambda x, y: aten.var_mean.correction(y, [1], correction=0.5)[1],
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3], correction=0),
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3], correction=3, keepdim=True),
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3]),
@@ -326,7 +331,7 @@ REFUSED: dict[str, tuple[Any, Function]] = {
         lambda x, y: aten.where.self(torch.full((), True), y, y * 2),
     ),
     "a slice of images": (aten.slice.Tensor, lambda x, y: aten.slice.Tensor(y, 0, 2, 7)),
-    "cat of images": (aten.cat.default, lambda x, y: aten.cat.default([y, y], 0)),
+    "cat of some images": (aten.cat.default, lambda x, y: aten.cat.default([y, y[:3]], 0)),
     "an empty slice": (aten.slice.Tensor, lambda x, y: aten.slice.Tensor(y, 3, 2, 2)),
     "integers": (aten.mul.Tensor, lambda x, y: aten.mul.Tensor(y, torch.arange(7))),
     "another dtype": (
@@ -349,11 +354,11 @@ REFUSED: dict[str, tuple[Any, Function]] = {
     ),
     "a number as bias": (
         aten.addmm.default,
-        lambda x, y: aten.addmm.default(torch.full((5,), 0.5, dtype=y.dtype), rows(y), weight(7, 5)),
+        lambda x, y: aten.addmm.default(half(5), rows(y), weight(7, 5)),
     ),
     "a full weight": (
         aten.mm.default,
-        lambda x, y: aten.mm.default(rows(y), torch.full((7, 5), 0.5, dtype=y.dtype)),
+        lambda x, y: aten.mm.default(rows(y), half(7, 5)),
     ),
     "a large weight": (
         aten.mm.default,

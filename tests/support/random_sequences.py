@@ -113,9 +113,7 @@ def _attention(x: Tensor, weight: Weight, heads: int, size: int, causal: bool) -
 
 
 linears = st.tuples(st.just("linear"), st.integers(1, 40), st.booleans())
-attentions = st.tuples(
-    st.just("attention"), st.integers(1, 4), st.integers(1, 9), st.booleans()
-)
+attentions = st.tuples(st.just("attention"), st.integers(1, 4), st.integers(1, 9), st.booleans())
 others = st.sampled_from([*FUNCTIONS, "layer norm", "positions", "residual"]).map(lambda z: (z,))
 batches = st.sampled_from([2, 10, 17, 33])
 

@@ -85,20 +85,47 @@ template <typename T, int N, int Start = 0>
     if constexpr (Start + count < N) add_tile<T, N, Start + count>(products, totals, images);
 }
 
-// Adds a product whose terms are those of all images to totals, tile by tile.
+// Calls f(rows, columns, first row, first column) for each tile, one column of tiles after the other;
+// `start(columns, first column)` comes before those of a column.
+template <int Rows, int R, int S, class F> inline void tiles_of_columns(int column, F f) {
+    int row = 0;
+    for (; row + R <= Rows; row += R) f(Size<R>{}, Size<S>{}, row, column);
+    if constexpr (Rows % R) f(Size<Rows % R>{}, Size<S>{}, row, column);
+}
+template <int Rows, int Columns, int R, int S, class Start, class F>
+inline void each_column(Start start, F f) {
+    int column = 0;
+    for (; column + S <= Columns; column += S) {
+        start(Size<S>{}, column);
+        tiles_of_columns<Rows, R, S>(column, f);
+    }
+    if constexpr (Columns % S) {
+        start(Size<Columns % S>{}, column);
+        tiles_of_columns<Rows, R, Columns % S>(column, f);
+    }
+}
+
+// Adds a product whose terms are those of all images to totals, tile by tile. Columns are copied to
+// where they lie side by side: rows of a power of two would compete for a few places of the cache.
 template <typename T, class P, int R, int S>
-inline void add_products(const T* a, const T* b, T* totals, int64_t images) {
+inline void add_products(const T* a, const T* b, T* packed, T* totals, int64_t images) {
     constexpr int64_t L = lanes<T>;
     for (int64_t g = 0; g < P::groups; ++g) {
-        each_tile<P::rows, P::columns, R, S>([&](auto rows, auto columns, int row, int column) {
+        auto pack = [&](auto columns, int column) {
+            constexpr int s = decltype(columns)::value;
+            for (int64_t k = 0; k < P::terms; ++k)
+                for (int j = 0; j < s; ++j)
+                    store(packed + (k * s + j) * L,
+                          load(b + ((column + j) * P::column_of_b + k * P::term_of_b) * L));
+        };
+        auto add = [&](auto rows, auto columns, int row, int) {
             constexpr int r = decltype(rows)::value, s = decltype(columns)::value;
             Vec<T> products[r * s] = {};
             for (int64_t k = 0; k < P::terms; ++k) {
                 const T* of_a = a + (row * P::row_of_a + k * P::term_of_a) * L;
-                const T* of_b = b + (column * P::column_of_b + k * P::term_of_b) * L;
                 Vec<T> right[s];
                 #pragma GCC unroll 32
-                for (int j = 0; j < s; ++j) right[j] = load(of_b + j * P::column_of_b * L);
+                for (int j = 0; j < s; ++j) right[j] = load(packed + (k * s + j) * L);
                 #pragma GCC unroll 32
                 for (int i = 0; i < r; ++i) {
                     const Vec<T> left = load(of_a + i * P::row_of_a * L);
@@ -109,7 +136,8 @@ inline void add_products(const T* a, const T* b, T* totals, int64_t images) {
             }
             add_tile<T, r * s>(products, totals, images);
             totals += padded<T, r * s>;
-        });
+        };
+        each_column<P::rows, P::columns, R, S>(pack, add);
         a += P::group_of_a * L;
         b += P::group_of_b * L;
     }
@@ -118,8 +146,10 @@ inline void add_products(const T* a, const T* b, T* totals, int64_t images) {
 // The totals of all threads, in their order, as a contiguous matrix.
 template <typename T, class P, int R, int S>
 inline void add_up_products(const T* totals, int64_t stride, int threads, T* to) {
+    auto nothing = [](auto, int) {};
     for (int64_t g = 0; g < P::groups; ++g, to += P::rows * P::columns)
-        each_tile<P::rows, P::columns, R, S>([&](auto rows, auto columns, int row, int column) {
+        each_column<P::rows, P::columns, R, S>(nothing, [&](auto rows, auto columns, int row,
+                                                            int column) {
             constexpr int r = decltype(rows)::value, s = decltype(columns)::value;
             for (int i = 0; i < r; ++i)
                 for (int j = 0; j < s; ++j) {
