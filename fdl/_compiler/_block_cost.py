@@ -44,8 +44,8 @@ def pays(group: list[Node]) -> bool:
                 largest = max(largest, size * LANES * value_of(node.args[0]).itemsize)  # type: ignore[arg-type]
         elif node.target in PRODUCTS:
             cost = cost_of_product(node)
-            by_layers += cost.by_layers
-            in_blocks += cost.in_blocks
+            by_layers += cost.by_layers(MEMORY)
+            in_blocks += cost.in_blocks()
         elif axis_of(node) is not None and isinstance(node.meta.get("val"), Tensor):
             numbers = prod(rest(node))
             fused = node.target in ELEMENTWISE or node.target in VIEWS

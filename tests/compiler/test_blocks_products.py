@@ -174,10 +174,23 @@ def mlp(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return F.linear(F.linear(x, w).relu(), v).square().sum()
 
 
-def test_small_products_of_sequences_pay() -> None:
-    p = tree.map(Tensor.float, parameters(32))
-    assert chosen(grad(lambda p, x, y: transformer(p, x, y, 4)), p, some(64, 24, 32).float(),
-                  classes(64))  # fmt: skip
+def attention(images: int) -> int:
+    """Return how many regions the estimate chooses for a transformer of 32 features."""
+    params = tree.map(Tensor.float, parameters(32))
+    fn = grad(lambda p, x, y: transformer(p, x, y, 4))
+    return chosen(fn, params, some(images, 24, 32).float(), classes(images))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_small_products_of_sequences_pay(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert attention(128) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_few_images_do_not_pay(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert attention(6) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 784), (64, 24, 512)])
