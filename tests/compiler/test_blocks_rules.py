@@ -125,8 +125,17 @@ def matrices(y: Tensor) -> Tensor:
     return aten.view.default(y, [BATCH * 4, 6, 7])
 
 
+def images_inside(y: Tensor) -> Tensor:
+    """Return rows as those of `rows`, in another order."""
+    return aten.view.default(aten.permute.default(y, [1, 2, 0, 3]).contiguous(), [264, 7])
+
+
+def images_second(y: Tensor) -> Tensor:
+    return aten.permute.default(y, [1, 0, 2, 3]).contiguous()
+
+
 def channels_first(y: Tensor) -> Tensor:
-    return aten.view.default(aten.permute.default(y, [1, 0, 2, 3]).contiguous(), [4, BATCH * 6, 7])
+    return aten.view.default(images_second(y), [4, BATCH * 6, 7])
 
 
 def transposed(y: Tensor) -> Tensor:
@@ -351,6 +360,21 @@ REFUSED: dict[str, tuple[Any, Function]] = {
     "a bias of each row": (
         aten.addmm.default,
         lambda x, y: aten.addmm.default(weight(264, 5), rows(y), weight(7, 5)),
+    ),
+    "a bias of each image": (
+        aten.addmm.default,
+        lambda x, y: aten.addmm.default(weight(264), weight(10, 7), transposed(rows(y))),
+    ),
+    "images in another order": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(transposed(rows(y)), images_inside(y)),
+    ),
+    "matrices in another order": (
+        aten.bmm.default,
+        lambda x, y: aten.bmm.default(
+            aten.view.default(y, [44, 6, 7]),
+            transposed(aten.view.default(images_second(y), [44, 6, 7])),
+        ),
     ),
     "a number as bias": (
         aten.addmm.default,
