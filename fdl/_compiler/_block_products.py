@@ -194,7 +194,7 @@ def sum_tiles(rows: int, columns: int, terms: int, registers: int, width: int) -
     """Choose how many rows and columns of sums over images are in registers at a time.
 
     >>> sum_tiles(96, 32, 24, 32, 16), sum_tiles(96, 32, 24, 16, 8)
-    ((4, 4), (2, 4))
+    ((2, 8), (6, 2))
     """
 
     def cost(m: int, n: int) -> float:
