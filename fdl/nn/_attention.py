@@ -145,7 +145,7 @@ def _softmax(name: str, scores: Tensor, mask: Tensor | None, causal: bool) -> Te
         _check_mask(name, mask, scores.shape)
         allowed = mask if mask.dtype is torch.bool else mask > -math.inf
         if mask.is_floating_point():
-            wide = wide + torch.where(allowed, mask, 0)
+            wide = wide + mask
     if causal:
         before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         allowed = before if allowed is None else before & allowed
