@@ -110,7 +110,11 @@ def rnn_kind(caller: str, nonlinearity: str) -> Kind:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"{caller}: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     f = getattr(torch, nonlinearity)
-    return Kind("rnn", 1, ("h",), lambda from_x, from_h, state: (f(from_x + from_h),))
+
+    def step(from_x: Tensor, from_h: Tensor, state: State) -> State:
+        return (f(from_x + from_h).to(state[0].dtype),)  # autocast computes products in 16 bits
+
+    return Kind("rnn", 1, ("h",), step)
 
 
 def _gru_step(from_x: Tensor, from_h: Tensor, state: State) -> State:

@@ -122,6 +122,16 @@ def test_in_16_bits_under_a_policy(make):
     close(y, layer.apply(params, x)[0], rtol=0.05, atol=0.05)
 
 
+@each_layer
+def test_autocast_keeps_the_dtype_of_the_state(make):
+    layer, x = make(3, 4), draw(0, 2, 5, 3).float()
+    params = layer.init(KEY)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = layer.apply(params, x)
+    assert y.dtype == torch.float32
+    close(y, layer.apply(params, x)[0], rtol=0.05, atol=0.05)
+
+
 def test_in_sequential_the_outputs_go_on():
     net = nn.sequential(
         nn.embedding(9, 3), nn.gru(3, 4), lambda pair: pair[0][:, -1], nn.linear(4, 2)

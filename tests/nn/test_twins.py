@@ -331,11 +331,12 @@ def test_vmap_over_parameters_alone_and_together(twin):
         close(vmap(apply, dims)(params, inputs), expected)
 
 
-PROGRAMS = [[*TWINS][i::4] for i in range(4)]  # a price for a quarter of the layers
+PLAIN = [name for name in TWINS if " " not in name]
+PROGRAMS = [PLAIN[i::3] for i in range(3)]  # one price for a third of the layers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", PROGRAMS, ids=range(4))
+@pytest.mark.parametrize("names", PROGRAMS, ids=range(3))
 def test_gradients_compiled_by_inductor_in_32_bits(names):
     states = {
         name: tree.cast(
