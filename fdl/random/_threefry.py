@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdl import _modes
+
 # torch's unsigned types lack most operations, so a 32-bit word lives in the low half of an int64,
 # and a 64-bit word is an int64 read as unsigned.
 MASK = 0xFFFFFFFF
+MANY = 1024  # words from which on a kernel of their own pays
 INT64 = torch.iinfo(torch.int64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -39,15 +44,43 @@ def threefry2x32(
 
 
 def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Encrypt each position's index in row-major order, as a 64-bit counter."""
+    """Encrypt each position's index in row-major order, as a 64-bit counter, with one key or more.
+
+    The results of keys `[..., 2]` are `[..., *shape]`.
+    """
     index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    return threefry2x32(key[0], key[1], index >> 32, index & MASK)
+    k0, k1 = (key[(..., i, *(None,) * len(shape))] for i in (0, 1))
+    return threefry2x32(k0, k1, index >> 32, index & MASK)
 
 
 def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
     """Draw 32-bit words, or 64-bit ones whose highest bit is the sign."""
-    high, low = encrypted_counters(key, shape)
+    if _modes.is_tracing() and math.prod(shape) >= MANY:
+        return torch.ops.fdl.random_words(key, shape, width)  # type: ignore[no-any-return]
+    return encrypted_words(key, shape, width)
+
+
+def encrypted_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
+    """Draw words by operations of torch."""
+    high, low = encrypted_counters(key, tuple(shape))
     return (high << 32) | low if width == 64 else high ^ low
+
+
+def _fake_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
+    return key.new_empty(*key.shape[:-1], *shape)
+
+
+def _words_of_keys(
+    info: Any, in_dims: Any, key: Tensor, shape: Sequence[int], width: int
+) -> tuple[Tensor, int]:
+    return torch.ops.fdl.random_words(key.movedim(in_dims[0], 0), shape, width), 0
+
+
+# One operation for the compiler, which on the CPU has a kernel for it (`_compiler/_draws.py`).
+torch.library.define("fdl::random_words", "(Tensor key, int[] shape, int width) -> Tensor")
+torch.library.impl("fdl::random_words", "CompositeExplicitAutograd", encrypted_words)
+torch.library.register_fake("fdl::random_words", _fake_words)
+torch.library.register_vmap("fdl::random_words", _words_of_keys)
 
 
 def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
