@@ -2,7 +2,7 @@
 
 In some of Inductor's a NaN takes the branch of ordinary numbers, so that the derivative of a loss
 that is NaN may be 0 or 1; and its `x % y` and `clamp` change the sign of a zero. The decompositions
-in this file equal torch's own kernels.
+in this file equal torch's own kernels. Some are of views that copy, which Inductor lacks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,20 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
+def _copy_of(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the decomposition of a view that copies; torch makes such of views in loop bodies."""
+
+    def copy(*args: Any, **options: Any) -> Any:
+        parts = view(*args, **options)
+        return parts.clone() if isinstance(parts, Tensor) else [part.clone() for part in parts]
+
+    return copy
+
+
 OWN: dict[Any, Callable[..., Any]] = {
+    aten.select_copy.int: _copy_of(aten.select.int),
+    aten.slice_copy.Tensor: _copy_of(aten.slice.Tensor),
+    aten.split_copy.Tensor: _copy_of(aten.split.Tensor),
     aten.elu_backward.default: elu_backward,
     aten.hardswish_backward.default: hardswish_backward,
     aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,
