@@ -100,20 +100,7 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _copy_of(view: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the decomposition of a view that copies; torch makes such of views in loop bodies."""
-
-    def copy(*args: Any, **options: Any) -> Any:
-        parts = view(*args, **options)
-        return parts.clone() if isinstance(parts, Tensor) else [part.clone() for part in parts]
-
-    return copy
-
-
 OWN: dict[Any, Callable[..., Any]] = {
-    aten.select_copy.int: _copy_of(aten.select.int),
-    aten.slice_copy.Tensor: _copy_of(aten.slice.Tensor),
-    aten.split_copy.Tensor: _copy_of(aten.split.Tensor),
     aten.elu_backward.default: elu_backward,
     aten.hardswish_backward.default: hardswish_backward,
     aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,

@@ -345,9 +345,6 @@ ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
     ],
     aten.elu_backward.default: [F.elu, F.celu, F.selu, lambda x: F.elu(x, 0.3)],
     aten.hardswish_backward.default: [F.hardswish],
-    aten.select_copy.int: [lambda x: torch.select_copy(x.view(-1, 4), 1, 2)],
-    aten.slice_copy.Tensor: [lambda x: torch.slice_copy(x, 0, 3, None, 2)],
-    aten.split_copy.Tensor: [lambda x: torch.cat(torch.split_copy(x, 7)[::2])],
     aten.smooth_l1_loss_backward.default: [
         lambda x: F.smooth_l1_loss(x, torch.ones_like(x)),
         lambda x: F.smooth_l1_loss(x, torch.ones_like(x), reduction="none", beta=0.3),
