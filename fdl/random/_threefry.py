@@ -12,13 +12,15 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 INT64 = torch.iinfo(torch.int64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SIGNED = (*INTEGERS[:-1], torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WORDS = {torch.uint8: 8, torch.uint16: 16, torch.uint32: 32, torch.uint64: 64}
 
 # For each float type: random bits used for one draw, and how many the mantissa keeps (as in JAX).
 FLOATS = {
-    torch.bfloat16: (8, 7),
-    torch.float16: (16, 10),
     torch.float32: (32, 23),
     torch.float64: (64, 52),
+    torch.float16: (16, 10),
+    torch.bfloat16: (8, 7),
 }
 
 
@@ -44,16 +46,22 @@ def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     return threefry2x32(key[0], key[1], index >> 32, index & MASK)
 
 
+def join(high: Tensor, low: Tensor, width: int) -> Tensor:
+    """Make words of 64 bits, whose highest bit is the sign, or of at most 32, of two of 32 bits."""
+    if width == 64:
+        return (high << 32) | low
+    return (high ^ low) & (2**width - 1)
+
+
 def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draw 32-bit words, or 64-bit ones whose highest bit is the sign."""
-    high, low = encrypted_counters(key, shape)
-    return (high << 32) | low if width == 64 else high ^ low
+    """Draw words of up to 32 bits, or 64-bit ones whose highest bit is the sign."""
+    return join(*encrypted_counters(key, shape), width)
 
 
-def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw integers as wide as the mantissa of `dtype`, int64."""
+def mantissas(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make integers as wide as the mantissa of `dtype`, int64, of two words of 32 bits."""
     width, mantissa = FLOATS[dtype]
-    return (words(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
+    return (join(high, low, width) >> (width - mantissa)) & (2**mantissa - 1)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,10 +69,40 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def as_unit(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to [0, 1), exact in `dtype`, given in its working dtype."""
+    draws = mantissas(high, low, dtype)
+    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+
+
+def as_symmetric(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    mantissa = FLOATS[dtype][1]
+    # An odd numerator over 2**(mantissa + 1) is exact, and strictly inside.
+    numerator = 4 * mantissas(high, low, dtype) + 1 - 2 ** (mantissa + 1)
+    return numerator.to(working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
+
+
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
-    draws = mantissas(key, shape, dtype)
-    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+    return as_unit(*encrypted_counters(key, shape), dtype)
+
+
+def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw from (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    return as_symmetric(*encrypted_counters(key, shape), dtype)
+
+
+def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw from (0, 1) in the working dtype, where the smallest normal number stands for 0."""
+    u = unit(key, shape, dtype)
+    # A sum that only float16 can tell from u, if u is not 0.
+    return (u + torch.finfo(dtype).tiny).to(dtype).to(u.dtype)
+
+
+def normal(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to the standard normal distribution, in the working dtype of `dtype`."""
+    return math.sqrt(2) * erfinv(as_symmetric(high, low, dtype))
 
 
 def uniform(

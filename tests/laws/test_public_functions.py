@@ -159,9 +159,20 @@ TABLE: dict[str, dict[str, Case]] = {
     "optim": OPTIM,
     "optim.schedules": SCHEDULES,
     "random": {
+        "ball": with_keys(
+            lambda key, p: random.ball(key, 2, p.exp(), (2,), torch.float64), ()
+        ),
         "bernoulli": Case(
             lambda key, x: random.bernoulli(key, torch.sigmoid(x)),
             lambda key: (key, draw(key, 5)),
+            grads=(),
+        ),
+        "beta": with_keys(
+            lambda key, x: random.beta(key, x.exp(), 1.5, dtype=torch.float64), (2,)
+        ),
+        "binomial": Case(
+            lambda key, x: random.binomial(key, 9, torch.sigmoid(x)),
+            lambda key: (key, draw(key, 3)),
             grads=(),
         ),
         "bits": with_keys(lambda key: random.bits(key, (5,))),
@@ -170,19 +181,52 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key: (key, draw(key, 2, 3)),
             grads=(),
         ),
+        "cauchy": with_keys(lambda key: random.cauchy(key, (3,), torch.float64)),
+        "choice": with_keys(
+            lambda key, x: (
+                random.choice(key, x, (3,)),
+                random.choice(key, x, (2,), False, x[:, 0].exp()),
+            ),
+            (4, 2),
+        ),
+        "dirichlet": with_keys(
+            lambda key, x: random.dirichlet(key, x.exp(), dtype=torch.float64), (2, 2)
+        ),
+        "exponential": with_keys(lambda key: random.exponential(key, (3,), torch.float64)),
         "fold_in": Case(
             random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
         ),
+        "gamma": with_keys(
+            lambda key, x: random.gamma(key, x.exp(), dtype=torch.float64), (3,)
+        ),
+        "gumbel": with_keys(lambda key: random.gumbel(key, (3,), torch.float64, "high")),
+        "laplace": with_keys(lambda key: random.laplace(key, (3,), torch.float64)),
+        "logistic": with_keys(lambda key: random.logistic(key, (3,), torch.float64)),
+        "multivariate_normal": with_keys(
+            lambda key, mean, root: random.multivariate_normal(
+                key, mean, root @ root.mT + torch.eye(2)
+            ),
+            (2,),
+            (2, 2),
+        ),
         "normal": with_keys(lambda key, x: random.normal(key, (2, 3), torch.float64) * x, (3,)),
+        "orthogonal": with_keys(lambda key: random.orthogonal(key, 2, (), torch.float64)),
         "permutation": with_keys(
             lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
         ),
+        "poisson": Case(
+            lambda key, x: random.poisson(key, x.exp()),
+            lambda key: (key, draw(key, 3)),
+            grads=(),
+        ),
+        "rademacher": with_keys(lambda key: random.rademacher(key, (5,))),
         "randint": Case(
             lambda key, high: random.randint(key, (5,), 0, high),
             lambda key: (key, random.randint(key, (), 1, 100)),
             grads=(),
         ),
         "split": with_keys(lambda key: random.split(key, 3)),
+        "t": with_keys(lambda key, x: random.t(key, x.exp(), dtype=torch.float64), (2,)),
         "truncated_normal": with_keys(
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
         ),

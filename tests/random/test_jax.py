@@ -101,20 +101,23 @@ def assert_same(ours, theirs):
     np.testing.assert_array_equal(ours.numpy(), theirs)
 
 
-# Left out here: JAX's implementations, shardings and modes, the dtypes of keys and bits (words are
-# int64), shuffles of each row on its own, draws without replacement. `device`, which a JAX key gets
-# from a context, is an argument.
-ONLY_JAX = {"impl", "out_sharding", "mode", "independent", "replace"}
+# Left out here: JAX's implementations and shardings, the dtype of keys, more random bits per draw
+# (but for `gumbel`), shuffles of each row on its own, classes without replacement. `device`, which a
+# JAX key gets from a context, is an argument.
+ONLY_JAX = {("permutation", "independent"), ("categorical", "replace"), ("key", "dtype")}
+ONLY_JAX |= {(name, "mode") for name in ("bernoulli", "categorical", "choice")}
+ONLY_JAX |= {(name, p) for name in random.__all__ for p in ("impl", "out_sharding")}
 ONLY_OURS = {("key", "device")}
-OTHER = {("key", "dtype"), ("bits", "dtype")}
-DTYPES = {"randint": torch.int64}  # JAX: None, which is int64 with x64 and int32 without
+# JAX: None, which is int64 and float64 with x64, int32 and float32 without.
+DTYPES = {name: torch.int64 for name in ("randint", "poisson", "rademacher")}
+DTYPES |= {"bits": None, "multivariate_normal": None}
 
 
 @pytest.mark.parametrize("name", sorted({*random.__all__} - {"Key", "Shape"}))
 def test_signatures_are_those_of_jax(name):
     ours = inspect.signature(getattr(random, name)).parameters
     theirs = inspect.signature(getattr(jax.random, name)).parameters
-    expected = [p for p in theirs if p not in ONLY_JAX and (name, p) not in OTHER]
+    expected = [p for p in theirs if (name, p) not in ONLY_JAX]
     assert [p for p in ours if (name, p) not in ONLY_OURS] == expected
     for p in expected:
         default = theirs[p].default
@@ -123,7 +126,7 @@ def test_signatures_are_those_of_jax(name):
         else:
             assert ours[p].default == default
     # By position, what both take is at the same place.
-    both = [p for p in theirs if p in ours and (name, p) not in OTHER]
+    both = [p for p in theirs if p in ours]
     assert all(list(ours).index(p) == list(theirs).index(p) for p in both)
 
 

@@ -1,0 +1,63 @@
+"""Loops that draw until everything is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fdl import tree
+from fdl._compiler._while import fori_loop, while_loop
+from fdl._modes import is_eager
+
+Carry = TypeVar("Carry")
+
+
+def until_done(
+    step: Callable[[Carry], Carry], is_done: Callable[[Carry], Tensor], init: Carry, bound: int
+) -> Carry:
+    """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements.
+
+    Args:
+        step: a function of the carry, which must leave results alone that are done.
+        is_done: a function from the carry to bools, of any shape.
+        init: the first carry.
+        bound: a number of steps after which anything is left with a probability below 1e-20.
+            `torch.compile` always makes them all, since it has no rule for `vmap` of a loop that
+            ends by a condition.
+    """
+    if torch.compiler.is_compiling():
+        return fori_loop(0, bound, lambda _, carry: step(carry), init)
+    return while_loop(lambda carry: ~is_done(carry).all(), step, init)
+
+
+def until_each_is_done(
+    step: Callable[..., Carry],
+    is_done: Callable[[Carry], Tensor],
+    init: Carry,
+    constants: tuple[Tensor, ...],
+    bound: int,
+) -> Carry:
+    """As `until_done`, for a step that treats each element by itself: eagerly, only what is left.
+
+    Args:
+        step: a function of the carry and of `constants`, elementwise.
+        is_done: as there, elementwise.
+        init: the first carry; all its tensors, and `constants`, have one shape.
+        constants: other arguments of the step.
+        bound: as there.
+    """
+    if not is_eager():
+        return until_done(lambda carry: step(carry, *constants), is_done, init, bound)
+    shape = constants[0].shape
+    carry, constants = tree.map(torch.flatten, (init, constants))
+    results = tree.map(torch.clone, carry)
+    left = torch.arange(constants[0].numel(), device=constants[0].device)
+    while left.numel():
+        carry = step(carry, *constants)
+        tree.map(lambda result, x, rows=left: result.index_copy_(0, rows, x), results, carry)
+        rest = (~is_done(carry)).nonzero()[:, 0]
+        left, carry, constants = tree.map(lambda x, rows=rest: x[rows], (left, carry, constants))
+    return tree.map(lambda x: x.reshape(shape), results)
