@@ -41,6 +41,13 @@ def under_vmap() -> bool:
 
 
 @assume_constant_result
+def in_forward_mode() -> bool:
+    """Check whether forward-mode derivatives may be taken here."""
+    level: int = forward_ad._current_level  # type: ignore[attr-defined]
+    return level >= 0 or "Jvp" in active()
+
+
+@assume_constant_result
 def beyond_first() -> bool:
     """Check whether higher or forward-mode derivatives may be taken here."""
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ def poisson(key: Tensor, lam: Tensor) -> Tensor:
     """Draw from Poisson distributions with means `lam`, float32; NaN counts as small."""
     small = ~(lam >= 10)
     few = _by_products(key, torch.where(small, lam, 0.0))
-    many = _by_rejection_of_poisson(key, torch.where(small, 1e5, lam), small)
+    many = _by_rejection_of_poisson(key, torch.where(small, 1e5, lam))
     return torch.where(lam == 0, 0.0, torch.where(small, few, many))
 
 
@@ -37,7 +37,7 @@ def _by_products(key: Tensor, lam: Tensor) -> Tensor:
     return until_done(step, lambda carry: ~(carry[2] > -lam), init, STEPS)[1] - 1
 
 
-def _by_rejection_of_poisson(key: Tensor, lam: Tensor, ignored: Tensor) -> Tensor:
+def _by_rejection_of_poisson(key: Tensor, lam: Tensor) -> Tensor:
     """Draw by transformed rejection, for means from 10 on."""
     b = 0.931 + 2.53 * torch.sqrt(lam)
     a = -0.059 + 0.02483 * b
@@ -55,11 +55,15 @@ def _by_rejection_of_poisson(key: Tensor, lam: Tensor, ignored: Tensor) -> Tenso
         at_once = (inside >= 0.07) & (v <= squeeze)
         return k, at_once | (~outside & (log_v <= log_probability))
 
-    return _until_accepted(key, propose, ignored, lam)
+    return _until_accepted(key, propose, lam)
 
 
-def _until_accepted(key: Tensor, propose: Propose, accepted: Tensor, like: Tensor) -> Tensor:
-    """Repeat proposals of two uniform numbers, the first of them in [-0.5, 0.5)."""
+def _until_accepted(key: Tensor, propose: Propose, like: Tensor) -> Tensor:
+    """Repeat proposals of two uniform numbers, the first of them in [-0.5, 0.5).
+
+    They are made for all elements until each has accepted one, of which, as in JAX, the last
+    counts: when one is accepted tells nothing about its value.
+    """
     shape, dtype = tuple(like.shape), like.dtype
 
     def step(carry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -67,9 +71,9 @@ def _until_accepted(key: Tensor, propose: Propose, accepted: Tensor, like: Tenso
         key, *keys = split(key, 3).unbind()
         u, v = (unit(each, shape, dtype) for each in keys)
         k, is_accepted = propose(u - 0.5, v)
-        return key, accepted | is_accepted, torch.where(is_accepted & ~accepted, k, count)
+        return key, accepted | is_accepted, torch.where(is_accepted, k, count)
 
-    init = (key, accepted, torch.full_like(like, -1.0))
+    init = (key, torch.zeros_like(like, dtype=torch.bool), torch.full_like(like, -1.0))
     return until_done(step, lambda carry: carry[1], init, STEPS)[2]
 
 
@@ -84,7 +88,7 @@ def binomial(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
     n = torch.floor(n)
     few = _by_gaps(key, torch.where(small, n, -1.0), q)
     large, half = torch.where(small | unbounded, 1e4, n), torch.where(small | unbounded, 0.5, q)
-    many = _by_rejection_of_binomial(key, large, half, small | unbounded)
+    many = _by_rejection_of_binomial(key, large, half)
     count = torch.where(small, few, many)
     count = torch.where(below_half, count, n - count)
     count = torch.where(unbounded, torch.inf, count)
@@ -106,7 +110,7 @@ def _by_gaps(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
     return until_done(step, lambda carry: ~(carry[2] <= n), init, STEPS)[1] - 1
 
 
-def _by_rejection_of_binomial(key: Tensor, n: Tensor, p: Tensor, ignored: Tensor) -> Tensor:
+def _by_rejection_of_binomial(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
     """Draw by transformed rejection, for means from 10 on and p up to a half."""
     deviation = torch.sqrt(n * p * (1 - p))
     b = 1.15 + 2.53 * deviation
@@ -128,4 +132,4 @@ def _by_rejection_of_binomial(key: Tensor, n: Tensor, p: Tensor, ignored: Tensor
         at_once = (inside >= 0.07) & (v <= squeeze)
         return k, at_once | (~outside & (log_v <= log_ratio))
 
-    return _until_accepted(key, propose, ignored, n)
+    return _until_accepted(key, propose, n)

@@ -21,16 +21,24 @@ def until_done(
     """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements.
 
     Args:
-        step: a function of the carry, which must leave results alone that are done.
+        step: a function of the carry.
         is_done: a function from the carry to bools, of any shape.
         init: the first carry.
         bound: a number of steps after which anything is left with a probability below 1e-20.
             `torch.compile` always makes them all, since it has no rule for `vmap` of a loop that
             ends by a condition.
     """
+
+    def goes_on(carry: Carry) -> Tensor:
+        return ~is_done(carry).all()
+
+    def step_if_needed(_: Tensor, carry: Carry) -> Carry:
+        needed = goes_on(carry)
+        return tree.map(lambda new, old: torch.where(needed, new, old), step(carry), carry)
+
     if torch.compiler.is_compiling():
-        return fori_loop(0, bound, lambda _, carry: step(carry), init)
-    return while_loop(lambda carry: ~is_done(carry).all(), step, init)
+        return fori_loop(0, bound, step_if_needed, init)
+    return while_loop(goes_on, step, init)
 
 
 def until_each_is_done(
@@ -43,7 +51,8 @@ def until_each_is_done(
     """As `until_done`, for a step that treats each element by itself: eagerly, only what is left.
 
     Args:
-        step: a function of the carry and of `constants`, elementwise.
+        step: a function of the carry and of `constants`, elementwise, which must leave the results
+            of what is done alone.
         is_done: as there, elementwise.
         init: the first carry; all its tensors, and `constants`, have one shape.
         constants: other arguments of the step.

@@ -95,9 +95,7 @@ def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from (0, 1) in the working dtype, where the smallest normal number stands for 0."""
-    u = unit(key, shape, dtype)
-    # A sum that only float16 can tell from u, if u is not 0.
-    return (u + torch.finfo(dtype).tiny).to(dtype).to(u.dtype)
+    return unit(key, shape, dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def normal(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,14 +111,17 @@ CONCENTRATIONS = [0.01, 0.3, 1.0, 1.5, 7.0, 1e4]
 
 def assert_mostly_close(a, b, dtype, rtol, atol=0.0, differing=2e-4):
     rtol, atol = (x if dtype == "float32" else x * 1e-8 for x in (rtol, atol))
+    atol += 4 * np.finfo(dtype).tiny  # XLA rounds subnormal numbers to 0
     assert a.dtype == b.dtype and a.shape == b.shape
-    assert (~np.isclose(a, b, rtol, atol)).mean() <= differing
+    assert (~np.isclose(a, b, rtol, atol)).sum() <= differing * a.size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("a", CONCENTRATIONS)
 def test_gamma(a, dtype):
-    assert_mostly_close(*(d("gamma", 10, a, N, dtype=dtype) for d in (ours, theirs)), dtype, 2e-5)
+    drawn = [d("gamma", 10, a, N, dtype=dtype) for d in (ours, theirs)]
+    # Below 1 a draw has a factor u ** (1 / a).
+    assert_mostly_close(*drawn, dtype, 2e-5 / min(a, 1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -126,7 +129,7 @@ def test_gamma_of_many_concentrations(dtype):
     a = torch.tensor(CONCENTRATIONS, dtype=getattr(torch, dtype))
     for shape in (None, (500, 6), (2, 250, 6), (0, 6)):
         drawn = [d("gamma", 11, a, shape, dtype=dtype) for d in (ours, theirs)]
-        assert_mostly_close(*drawn, dtype, 2e-5, differing=2e-3)
+        assert_mostly_close(*drawn, dtype, 2e-3, differing=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
