@@ -40,7 +40,9 @@ JAX's default (threefry, partitionable since 0.5.0): the n-th draw is the counte
 the key.
 
 Draws compile like any other code. `fdl.jit` compiles them fastest, since it configures Inductor to
-compile Threefry ten times faster than plain `torch.compile` does.
+compile Threefry ten times faster than plain `torch.compile` does. Draws of the last group but for
+`categorical` and `choice` are loops, which `torch.compile` takes only outside of `vmap` and other
+functions of `torch.func`; `fdl.jit` takes them everywhere.
 
 Every function checks its arguments before it draws. It raises TypeError for an argument of the
 wrong kind (a seed in place of a key, an unknown dtype), and ValueError for a wrong value or shape

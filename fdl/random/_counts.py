@@ -12,7 +12,6 @@ from fdl.random._samplers import split
 from fdl.random._threefry import unit
 
 Propose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (u, v) -> count, is it accepted
-STEPS = 96  # enough for every method here: see `until_done`
 
 
 def poisson(key: Tensor, lam: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def _by_products(key: Tensor, lam: Tensor) -> Tensor:
         return key, count, log_product + torch.log(unit(uniform_key, shape, lam.dtype))
 
     init = (key, torch.zeros_like(lam), torch.zeros_like(lam))
-    return until_done(step, lambda carry: ~(carry[2] > -lam), init, STEPS)[1] - 1
+    return until_done(step, lambda carry: ~(carry[2] > -lam), init)[1] - 1
 
 
 def _by_rejection_of_poisson(key: Tensor, lam: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ def _until_accepted(key: Tensor, propose: Propose, like: Tensor) -> Tensor:
         return key, accepted | is_accepted, torch.where(is_accepted, k, count)
 
     init = (key, torch.zeros_like(like, dtype=torch.bool), torch.full_like(like, -1.0))
-    return until_done(step, lambda carry: carry[1], init, STEPS)[2]
+    return until_done(step, lambda carry: carry[1], init)[2]
 
 
 def binomial(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ def _by_gaps(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
         return key, count, total + torch.ceil(torch.log(u) / log_failure)
 
     init = (key, torch.zeros_like(p), torch.zeros_like(p))
-    return until_done(step, lambda carry: ~(carry[2] <= n), init, STEPS)[1] - 1
+    return until_done(step, lambda carry: ~(carry[2] <= n), init)[1] - 1
 
 
 def _by_rejection_of_binomial(key: Tensor, n: Tensor, p: Tensor) -> Tensor:

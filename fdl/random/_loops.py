@@ -9,36 +9,17 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._compiler._while import fori_loop, while_loop
+from fdl._compiler._while import while_loop
 from fdl._modes import is_eager
 
 Carry = TypeVar("Carry")
 
 
 def until_done(
-    step: Callable[[Carry], Carry], is_done: Callable[[Carry], Tensor], init: Carry, bound: int
+    step: Callable[[Carry], Carry], is_done: Callable[[Carry], Tensor], init: Carry
 ) -> Carry:
-    """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements.
-
-    Args:
-        step: a function of the carry.
-        is_done: a function from the carry to bools, of any shape.
-        init: the first carry.
-        bound: a number of steps after which anything is left with a probability below 1e-20.
-            `torch.compile` always makes them all, since it has no rule for `vmap` of a loop that
-            ends by a condition.
-    """
-
-    def goes_on(carry: Carry) -> Tensor:
-        return ~is_done(carry).all()
-
-    def step_if_needed(_: Tensor, carry: Carry) -> Carry:
-        needed = goes_on(carry)
-        return tree.map(lambda new, old: torch.where(needed, new, old), step(carry), carry)
-
-    if torch.compiler.is_compiling():
-        return fori_loop(0, bound, step_if_needed, init)
-    return while_loop(goes_on, step, init)
+    """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements."""
+    return while_loop(lambda carry: ~is_done(carry).all(), step, init)
 
 
 def until_each_is_done(
@@ -46,20 +27,18 @@ def until_each_is_done(
     is_done: Callable[[Carry], Tensor],
     init: Carry,
     constants: tuple[Tensor, ...],
-    bound: int,
 ) -> Carry:
     """As `until_done`, for a step that treats each element by itself: eagerly, only what is left.
 
     Args:
         step: a function of the carry and of `constants`, elementwise, which must leave the results
             of what is done alone.
-        is_done: as there, elementwise.
+        is_done: a function from the carry to bools, elementwise.
         init: the first carry; all its tensors, and `constants`, have one shape.
         constants: other arguments of the step.
-        bound: as there.
     """
     if not is_eager():
-        return until_done(lambda carry: step(carry, *constants), is_done, init, bound)
+        return until_done(lambda carry: step(carry, *constants), is_done, init)
     shape = constants[0].shape
     carry, constants = tree.map(torch.flatten, (init, constants))
     results = tree.map(torch.clone, carry)

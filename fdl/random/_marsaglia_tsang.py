@@ -41,9 +41,7 @@ class Proposal(NamedTuple):
     uniform_key: Words
 
 
-def propose(
-    state: Proposal, d: Tensor, c: Tensor, *, dtype: torch.dtype
-) -> Proposal:
+def propose(state: Proposal, d: Tensor, c: Tensor, *, dtype: torch.dtype) -> Proposal:
     """Draw a normal number, and accept it, or let another follow.
 
     A number outside of the domain is drawn again from a child of its key; one that is rejected is
@@ -89,7 +87,7 @@ def gamma_and_log(key: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     c = (1 / 3) / torch.sqrt(d)
     init = Proposal(torch.zeros_like(a, dtype=torch.bool), a, own, normal_key, uniform_key)
     step = partial(propose, dtype=dtype)
-    volume = until_each_is_done(step, lambda state: state.accepted, init, (d, c), 24).volume
+    volume = until_each_is_done(step, lambda state: state.accepted, init, (d, c)).volume
 
     u = as_unit(*single(boost_key), dtype)
     power = torch.where(a >= 1, 1.0, (1 - u) ** (1 / a))

@@ -135,9 +135,7 @@ def multivariate_normal(
             f"{tuple(mean.shape)}, got {_checks.describe(cov)}"
         )
     if method not in FACTORS:
-        raise ValueError(
-            f"{caller}: `method` expected 'cholesky', 'eigh' or 'svd', got {method!r}"
-        )
+        raise ValueError(f"{caller}: `method` expected 'cholesky', 'eigh' or 'svd', got {method!r}")
     dtype = torch.promote_types(mean.dtype, cov.dtype) if dtype is None else dtype
     _checks.check_dtype(caller, dtype, _threefry.FLOATS)
     batches = {"mean[..., 0]": mean.shape[:-1], "cov[..., 0, 0]": cov.shape[:-2]}

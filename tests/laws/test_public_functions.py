@@ -159,20 +159,9 @@ TABLE: dict[str, dict[str, Case]] = {
     "optim": OPTIM,
     "optim.schedules": SCHEDULES,
     "random": {
-        "ball": with_keys(
-            lambda key, p: random.ball(key, 2, p.exp(), (2,), torch.float64), ()
-        ),
         "bernoulli": Case(
             lambda key, x: random.bernoulli(key, torch.sigmoid(x)),
             lambda key: (key, draw(key, 5)),
-            grads=(),
-        ),
-        "beta": with_keys(
-            lambda key, x: random.beta(key, x.exp(), 1.5, dtype=torch.float64), (2,)
-        ),
-        "binomial": Case(
-            lambda key, x: random.binomial(key, 9, torch.sigmoid(x)),
-            lambda key: (key, draw(key, 3)),
             grads=(),
         ),
         "bits": with_keys(lambda key: random.bits(key, (5,))),
@@ -189,15 +178,9 @@ TABLE: dict[str, dict[str, Case]] = {
             ),
             (4, 2),
         ),
-        "dirichlet": with_keys(
-            lambda key, x: random.dirichlet(key, x.exp(), dtype=torch.float64), (2, 2)
-        ),
         "exponential": with_keys(lambda key: random.exponential(key, (3,), torch.float64)),
         "fold_in": Case(
             random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
-        ),
-        "gamma": with_keys(
-            lambda key, x: random.gamma(key, x.exp(), dtype=torch.float64), (3,)
         ),
         "gumbel": with_keys(lambda key: random.gumbel(key, (3,), torch.float64, "high")),
         "laplace": with_keys(lambda key: random.laplace(key, (3,), torch.float64)),
@@ -214,11 +197,6 @@ TABLE: dict[str, dict[str, Case]] = {
         "permutation": with_keys(
             lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
         ),
-        "poisson": Case(
-            lambda key, x: random.poisson(key, x.exp()),
-            lambda key: (key, draw(key, 3)),
-            grads=(),
-        ),
         "rademacher": with_keys(lambda key: random.rademacher(key, (5,))),
         "randint": Case(
             lambda key, high: random.randint(key, (5,), 0, high),
@@ -226,7 +204,6 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(),
         ),
         "split": with_keys(lambda key: random.split(key, 3)),
-        "t": with_keys(lambda key, x: random.t(key, x.exp(), dtype=torch.float64), (2,)),
         "truncated_normal": with_keys(
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
         ),
@@ -338,6 +315,10 @@ NO_ROW = {
     "random.Key": "a type",
     "random.Shape": "a type",
     "random.key": "takes an int, no tensor",
+    **{
+        f"random.{name}": "torch.compile has no rule for vmap of a loop: tests/random"
+        for name in ("ball", "beta", "binomial", "dirichlet", "gamma", "poisson", "t")
+    },
     "data.LABELS": "a constant",
     "data.Batch": "a type",
     "data.Dataset": "a type",

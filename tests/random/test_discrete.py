@@ -56,7 +56,16 @@ def test_poisson_of_large_means_follows_its_distribution():
 
 @pytest.mark.parametrize(
     ("n", "p"),
-    [(1, 0.3), (10, 0.5), (20, 0.9), (100, 0.05), (100, 0.11), (100, 0.5), (1000, 0.98), (4000, 0.3)],
+    [
+        (1, 0.3),
+        (10, 0.5),
+        (20, 0.9),
+        (100, 0.05),
+        (100, 0.11),
+        (100, 0.5),
+        (1000, 0.98),
+        (4000, 0.3),
+    ],
 )
 def test_binomial_follows_its_distribution(n, p):
     draws = random.binomial(random.key(63), n, p, (100_000,))

@@ -24,9 +24,7 @@ def theirs(name, seed, *args, dtype="float32", **kwargs):
 
 
 def ours(name, seed, *args, dtype="float32", **kwargs):
-    drawn = getattr(random, name)(
-        random.key(seed), *args, dtype=getattr(torch, dtype), **kwargs
-    )
+    drawn = getattr(random, name)(random.key(seed), *args, dtype=getattr(torch, dtype), **kwargs)
     return (drawn.float() if dtype in ("float16", "bfloat16") else drawn).numpy()
 
 
@@ -203,7 +201,9 @@ def test_multivariate_normal(dtype):
     cov, mean = torch.from_numpy(root @ root.mT + np.eye(3, dtype=dtype)), torch.arange(3.0)
     mean = mean.to(cov.dtype)
     for shape in (None, (400, 5)):
-        drawn = [d("multivariate_normal", 21, mean, cov, shape, dtype=dtype) for d in (ours, theirs)]
+        drawn = [
+            d("multivariate_normal", 21, mean, cov, shape, dtype=dtype) for d in (ours, theirs)
+        ]
         tolerance = 2e-5 if dtype == "float32" else 1e-12
         np.testing.assert_allclose(*drawn, rtol=tolerance, atol=tolerance)
 
