@@ -32,7 +32,7 @@ def _by_products(key: Tensor, lam: Tensor) -> Tensor:
         count = torch.where(log_product > -lam, count + 1, count)
         return key, count, log_product + torch.log(unit(uniform_key, shape, lam.dtype))
 
-    init = (key, torch.zeros_like(lam), torch.zeros_like(lam))
+    init: tuple[Tensor, ...] = (key, torch.zeros_like(lam), torch.zeros_like(lam))
     return until_done(step, lambda carry: ~(carry[2] > -lam), init)[1] - 1
 
 
@@ -72,7 +72,11 @@ def _until_accepted(key: Tensor, propose: Propose, like: Tensor) -> Tensor:
         k, is_accepted = propose(u - 0.5, v)
         return key, accepted | is_accepted, torch.where(is_accepted, k, count)
 
-    init = (key, torch.zeros_like(like, dtype=torch.bool), torch.full_like(like, -1.0))
+    init: tuple[Tensor, ...] = (
+        key,
+        torch.zeros_like(like, dtype=torch.bool),
+        torch.full_like(like, -1.0),
+    )
     return until_done(step, lambda carry: carry[1], init)[2]
 
 
@@ -105,7 +109,7 @@ def _by_gaps(key: Tensor, n: Tensor, p: Tensor) -> Tensor:
         u = unit(uniform_key, shape, p.dtype)
         return key, count, total + torch.ceil(torch.log(u) / log_failure)
 
-    init = (key, torch.zeros_like(p), torch.zeros_like(p))
+    init: tuple[Tensor, ...] = (key, torch.zeros_like(p), torch.zeros_like(p))
     return until_done(step, lambda carry: ~(carry[2] <= n), init)[1] - 1
 
 

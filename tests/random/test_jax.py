@@ -119,14 +119,14 @@ def assert_same(ours, theirs):
 
 
 # Left out here: JAX's implementations and shardings, the dtype of keys, more random bits per draw
-# (but for `gumbel`), shuffles of each row on its own, classes without replacement. `device`, which a
-# JAX key gets from a context, is an argument.
+# (but for `gumbel`), shuffles of each row on its own, classes without replacement. `device`, which
+# a JAX key gets from a context, is an argument.
 ONLY_JAX = {("permutation", "independent"), ("categorical", "replace"), ("key", "dtype")}
 ONLY_JAX |= {(name, "mode") for name in ("bernoulli", "categorical", "choice")}
 ONLY_JAX |= {(name, p) for name in random.__all__ for p in ("impl", "out_sharding")}
 ONLY_OURS = {("key", "device")}
 # JAX: None, which is int64 and float64 with x64, int32 and float32 without.
-DTYPES = {name: torch.int64 for name in ("randint", "poisson", "rademacher")}
+DTYPES = dict.fromkeys(("randint", "poisson", "rademacher"), torch.int64)
 DTYPES |= {"bits": None, "multivariate_normal": None}
 
 

@@ -18,7 +18,8 @@ INVERTED = {
     "cauchy": lambda k: random.cauchy(k, (40,)),
     "rademacher": lambda k: random.rademacher(k, (40,), torch.int8),
     "bits": lambda k: [
-        random.bits(k, (9,), d).to(torch.int64) for d in (torch.uint8, torch.uint16)
+        random.bits(k, (9,), d).to(torch.int64)
+        for d in (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
     ],
     "choice": lambda k: [
         random.choice(k, A, (9,)),
