@@ -106,10 +106,11 @@ def poisson(
 
     Knuth's method below a mean of 10, above it the transformed rejection of W. Hörmann ("The
     transformed rejection method for generating Poisson random variables", Insurance: Mathematics
-    and Economics 12, 1993), with the keys of JAX 0.5.0 and later, from whose draws less than one in
-    10,000 differ up to a mean of 1,000. JAX rounds the test for acceptance to float32, which
-    distorts the distribution for large means; here it is float64. As in JAX, a draw depends on the
-    shape and on the other means, since proposals are made until each element has accepted one.
+    and Economics 12, 1993), with the keys of JAX 0.5.0 and later. Of its draws with mean 1,000 one
+    in 5,000 differs: JAX tests for acceptance in float32, which distorts the distribution for large
+    means (a variance 6 % too large for 4 million); here the test is float64. As in JAX, a draw
+    depends on the shape and on the other means, since proposals are made until each element has
+    accepted one.
 
     Args:
         key: a key, int64 [2].
@@ -144,10 +145,10 @@ def binomial(
 
     Sums of geometric numbers for a mean of at most 10, above it the transformed rejection of
     W. Hörmann ("The generation of binomial random variates", Journal of Statistical Computation and
-    Simulation 46, 1993), with the keys of JAX 0.5.0 and later, from whose draws less than one in
-    10,000 differ up to a mean of 1,000. JAX rounds the test for acceptance to float32, which
-    distorts the distribution for large `n`; here it is float64. As in JAX, a draw depends on the
-    shape and on the other parameters, since proposals are made until each element has accepted one.
+    Simulation 46, 1993), with the keys of JAX 0.5.0 and later. Of its draws with `n` 100,000 one in
+    400 differs: JAX tests for acceptance in float32, here it is float64. As in JAX, a draw depends
+    on the shape and on the other parameters, since proposals are made until each element has
+    accepted one.
 
     Args:
         key: a key, int64 [2].

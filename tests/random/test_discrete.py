@@ -46,8 +46,8 @@ def test_poisson_follows_its_distribution(lam):
 
 
 def test_poisson_of_large_means_follows_its_distribution():
-    """Where JAX's float32 decides wrongly (of 30,000 draws, its law is off by 3 %)."""
-    lam = 1e6
+    """JAX 0.10.2 decides in float32, and has a variance of 1.06 and a fourth moment of 4.2."""
+    lam = 4e6
     draws = random.poisson(random.key(62), lam, (200_000,)).double()
     z = (draws - lam) / math.sqrt(lam)
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
