@@ -48,6 +48,17 @@ GROUPS = {
         "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
         " interop io checkpointing",
     },
+    "fdl.losses": {
+        "Of classes and probabilities": "cross_entropy nll binary_cross_entropy_with_logits kl_div",
+        "Of numbers": "mse l1 huber smooth_l1 squared_loss",
+        "Of vectors": "cosine_embedding triplet_margin",
+        "Of parameters": "l2_penalty",
+    },
+    "fdl.metrics": {
+        "Metrics": "mean accuracy top_k_accuracy confusion_matrix precision_recall_f1"
+        " calibration_error",
+        "What they return": "Mean ConfusionMatrix PrecisionRecallF1 CalibrationError",
+    },
     "fdl.optim": {
         "Optimizers of torch.optim": "sgd adam adamw adamax nadam radam adagrad adadelta rmsprop"
         " rprop asgd adafactor muon lbfgs",

@@ -16,7 +16,7 @@ from train.recipes import Problem
 __all__ = ["Plan", "choose_plan", "describe", "make_plan", "steps_per_epoch", "timed"]
 
 CHUNK_SECONDS = 0.5  # the longest that an interruption should have to wait
-COMPILE_SECONDS = 20.0  # compiling takes 10 to 20 s the first time; shorter runs stay eager
+COMPILE_SECONDS = 8.0  # compiling takes 5 to 10 s the first time; shorter runs stay eager
 
 
 class Plan(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import cast
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,11 +18,12 @@ from fdl._compiler._regions import DTYPES
 
 # Of one core, measured on an AMD EPYC with AVX-512; only their proportions matter.
 LIBRARY = 0.0087  # ns for a multiplication by oneDNN, whose vectors are of 16 channels
-OWN = 0.0118  # by the templates of `blocks/convolutions.h`
+OWN = 0.0070  # by the templates of `blocks/convolutions.h`
 MEMORY = 0.33  # ns to read or write a number of an activation of all images
 NEAR, FAR, FARTHEST = 0.04, 0.12, 0.4  # of one block, by the cache that it fits into
 NEAR_BYTES, FAR_BYTES = 1 << 20, 1 << 23
 LANES = 16  # images of a block
+START = 5000  # ns until the threads of a kernel have started and ended
 GAIN = 0.85  # estimates are rough
 
 
@@ -29,10 +31,11 @@ def pays(group: list[Node]) -> bool:
     """Tell whether to compute connected nodes block by block."""
     if not any(node.target in CONVOLUTIONS for node in group):
         return False
-    by_layers = in_blocks = moved = 0.0
-    largest = 0
+    by_layers = in_blocks = moved = 0.0  # of one image
+    largest = kernels = 0
     for node in group:
         if node.target in CONVOLUTIONS:
+            kernels += 1
             for conv in _convolutions(node):
                 size = conv.channels * prod(conv.size) + conv.outputs * prod(conv.result)
                 work = prod(conv.kernel) * prod(conv.result) / conv.groups
@@ -47,7 +50,12 @@ def pays(group: list[Node]) -> bool:
             by_layers += MEMORY * numbers * (0.25 if fused else 1)
             moved += numbers
     near = NEAR if largest <= NEAR_BYTES else FAR if largest <= FAR_BYTES else FARTHEST
-    return in_blocks + near * moved <= GAIN * by_layers
+    # Threads share the images of a layer, and its channels; of blocks each takes whole ones.
+    threads = torch.get_num_threads()
+    images = next(axis.images for axis in map(axis_of, group) if axis is not None)
+    rounds = -(-images // (LANES * threads))
+    layers = by_layers * images / threads + START * kernels
+    return rounds * LANES * (in_blocks + near * moved) + START <= GAIN * layers
 
 
 def _up(channels: int, groups: int) -> int:

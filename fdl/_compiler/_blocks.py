@@ -29,12 +29,17 @@ torch.library.register_fake("fdl::blocks_", lambda *args, writes: None)
 BLOCKS = torch.ops.fdl.blocks_.default
 
 
+def vector_registers() -> tuple[int, int]:
+    """Return the bytes of a vector of this processor, and how many it holds."""
+    return REGISTERS.get(get_cpu_capability(), BASELINE)
+
+
 class BlockSource:
     """The kernel of a region."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
-        size, registers = REGISTERS.get(get_cpu_capability(), BASELINE)
+        size, registers = vector_registers()
         self.bytes = size
         width = size // region.dtype.itemsize
         number = "float" if region.dtype is torch.float32 else "double"

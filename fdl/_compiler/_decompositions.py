@@ -12,11 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._decomp import get_decompositions
 
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._narrow_integers import NARROW_INTEGERS
+from fdl.random._threefry import encrypted_words
 
 aten = torch.ops.aten
 MEAN = 1  # the reduction; 0 is none, 2 the sum
@@ -29,7 +31,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
-    return {**select_decomp_table(), **OWN, **FIXED_SHAPES, **NARROW_INTEGERS}
+    return {**select_decomp_table(), **OWN, **UNKNOWN, **FIXED_SHAPES, **NARROW_INTEGERS}
 
 
 @cache
@@ -107,4 +109,32 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.clamp_min.default: clamp_min,
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,
+}
+
+
+def random_words(key: Tensor, shape: list[int], width: int) -> Tensor:
+    """Leave words on the CPU to the kernel of `_draws.py`."""
+    return NotImplemented if key.device.type == "cpu" else encrypted_words(key, shape, width)
+
+
+def copying(view: Any) -> Callable[..., Any]:
+    """Return the variant of a view that copies, such as `split_copy`, which `vmap` may leave."""
+
+    def copy(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(torch.clone, view(*args, **kwargs))
+
+    return copy
+
+
+# Operations that Inductor has no rule for.
+UNKNOWN: dict[Any, Callable[..., Any]] = {
+    torch.ops.fdl.random_words.default: random_words,
+    aten.split_copy.Tensor: copying(aten.split.Tensor),
+    aten.select_copy.int: copying(aten.select.int),
+    aten.slice_copy.Tensor: copying(aten.slice.Tensor),
+    aten.detach_copy.default: copying(aten.detach.default),
+    aten.view_as_real_copy.default: copying(aten.view_as_real.default),
+    aten.view_as_complex_copy.default: copying(aten.view_as_complex.default),
+    aten._conj_copy.default: copying(aten._conj.default),
+    aten._neg_view_copy.default: copying(aten._neg_view.default),
 }

@@ -119,12 +119,21 @@ def copy_graph(module: GraphModule) -> GraphModule:
 
 
 DEEPEST = 8  # elementwise operations in a row that are rather run twice than kept
+# Elementwise operations that take longer than to write a result and to read it.
+# fmt: off
+COSTLY = {
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "celu", "cos", "cosh", "digamma",
+    "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "gelu", "lgamma", "log", "log10",
+    "log1p", "log2", "log_sigmoid_forward", "logit", "mish", "pow", "selu", "sigmoid", "silu",
+    "sin", "sinh", "softplus", "special_erfcx", "special_ndtri", "tan", "tanh", "xlogy",
+}
+# fmt: on
 
 
 def worth_keeping(graph: Graph) -> list[Node]:
     """List the intermediate values that a derivative should read instead of computing them again.
 
-    All but views and elementwise operations, which fuse with those that use them.
+    All but views and most elementwise operations, which fuse with those that use them.
     """
     depths: dict[Node, int] = {}
     kept = []
@@ -142,6 +151,8 @@ def worth_keeping(graph: Graph) -> list[Node]:
 def _is_cheap(node: Node) -> bool:
     if node.target is getitem:
         return _is_cheap(node.all_input_nodes[0])
+    if getattr(node.target, "_opname", "") in COSTLY:
+        return False
     return is_view(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 

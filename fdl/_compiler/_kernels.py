@@ -64,6 +64,27 @@ def call_kernel(
 
 
 @cache
+def kernel_that_returns() -> Any:
+    """Return the class of the calls of kernels that compute a new, contiguous tensor."""
+    from torch._inductor.ir import ExternKernel, FixedLayout
+    from torch._inductor.virtualized import V
+
+    class Returning(ExternKernel):
+        """A call; a subclass writes it by `codegen`."""
+
+        def __init__(self, size: Sequence[Any], dtype: torch.dtype, inputs: Sequence[Any]) -> None:
+            layout = FixedLayout(device=torch.device("cpu"), dtype=dtype, size=list(size))
+            super().__init__(None, layout, self.unwrap_storage([realized(x) for x in inputs]))
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return True
+
+    return Returning
+
+
+@cache
 def kernel_that_writes() -> Any:
     """Return the class of the calls of kernels that read some tensors and write to others."""
     from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP

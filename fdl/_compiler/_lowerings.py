@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl._compiler._blocks import register_blocks
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._compile_time import compile_faster
+from fdl._compiler._draws import register_draws
 from fdl._compiler._graph import WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
@@ -75,6 +76,7 @@ def register() -> None:
     register_leafwise()
     register_blocks()
     register_product()
+    register_draws()
     _declare_loop_outputs_once()
     allocate_only_what_is_stored()
     keep_small_buffers_on_the_stack()

@@ -23,6 +23,7 @@ from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
+from fdl._compiler._loop_products import move_products_out
 from fdl._compiler._lowerings import has_onednn
 from fdl._compiler._merging import merge_families
 from fdl._compiler._outer_products import reduce_outer_products
@@ -44,6 +45,7 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
     merge_equal(module.graph)
     reduce_outer_products(module.graph)
     drop_checks(module.graph)
+    move_products_out(module)
     for node in nodes_of(module.graph, "call_function"):
         if node.target is LOOP:
             body = module.get_submodule(cast(Any, node.args[0]).target)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from functools import cache
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdl._compiler._kernels import call_kernel, place, realized
+from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
 LONGEST = 1024  # terms of a sum
@@ -169,23 +169,15 @@ extern "C" void KERNEL_NAME(PARAMETERS)
 @cache
 def register_product() -> None:
     """Register the lowering of `fdl::product` with Inductor."""
-    from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
+    from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import register_lowering
-    from torch._inductor.virtualized import V
 
-    class Product(ExternKernel):
+    class Product(kernel_that_returns()):  # type: ignore[misc]
         """The call of the loop."""
 
         def __init__(self, a: Any, b: Any, bias: Any) -> None:
             size = [*a.get_size()[:-1], b.get_size()[-1]]
-            inputs = [realized(z) for z in (a, b, bias) if z is not None]
-            layout = FixedLayout(device=a.get_device_or_error(), dtype=a.get_dtype(), size=size)
-            super().__init__(None, layout, self.unwrap_storage(inputs))
-            self.name = V.graph.register_buffer(self)
-            V.graph.register_operation(self)
-
-        def should_allocate(self) -> bool:
-            return True
+            super().__init__(size, a.get_dtype(), [z for z in (a, b, bias) if z is not None])
 
         def codegen(self, wrapper: Any) -> None:
             places = [place(z) for z in self.inputs]
@@ -193,12 +185,12 @@ def register_product() -> None:
             starts = [start for _, start, _ in places]
             if len(places) == 2:  # without a bias
                 names, starts = [*names, names[0]], [*starts, -1]
-            (m, n), k = self.get_size()[-2:], cast(Any, self.inputs[0]).get_size()[-1]
+            (m, n), k = self.get_size()[-2:], self.inputs[0].get_size()[-1]
             batch = prod(self.get_size()[:-2])
             strides = [number for _, _, s in places[:2] for number in [0, *s][-3:]]
             numbers = map(wrapper.codegen_sizevar, [*starts, batch, m, k, n, *strides])
             call_kernel(wrapper, "product", SOURCE, TYPES, [*names, self.get_name(), *numbers])
 
     @register_lowering(PRODUCT, type_promotion_kind=None)
-    def lower_product(a: TensorBox, b: TensorBox, bias: TensorBox | None) -> TensorBox:
+    def lower_product(a: TensorBox, b: TensorBox, bias: TensorBox | None) -> Any:
         return TensorBox.create(Product(a, b, bias))

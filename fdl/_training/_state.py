@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ from torch import Tensor
 from fdl import random, tree
 from fdl._checks import describe
 from fdl._kinds import register
-from fdl.metrics import Mean
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
 from fdl.optim import Optimizer
 from fdl.tree import Tree
 from fdl.tree._map import match
 
-Metrics = dict[str, Mean]
+Metrics = dict[str, Any]  # each a Mean or other sums that merge
 
 
 @register

@@ -15,13 +15,14 @@ from fdl._training._checks import as_batch, length
 from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics
 from fdl.data import Batch
-from fdl.losses import weighted_mean
+from fdl.losses._mean import weighted_mean
 from fdl.metrics import Mean
+from fdl.metrics._sums import Sums
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model, check_takes_mask, is_model
 from fdl.tree import Tree
 
-Metric = Callable[..., Mean]
+Metric = Callable[..., Sums]
 
 
 @overload
@@ -55,7 +56,8 @@ def supervised(
             example `[batch, ...]`, which are averaged, or a scalar; or a function with exactly one
             more, `(prediction, y, weights)`, that returns a scalar. `weights` is the batch's mask,
             or None. (A third parameter with a default other than None is not used.)
-        metrics: further metrics by name, each `(prediction, y, weights) -> Mean`.
+        metrics: further metrics by name, each `(prediction, y, weights) -> Mean`, or another of the
+            sums of `fdl.metrics`.
 
     Returns:
         The loss function; its metrics hold `"loss"` and those of `metrics`.
@@ -109,14 +111,15 @@ def supervised(
         else:
             value = value if n else torch.where(torch.zeros_like(value) != 0, value, 0)
             count = torch.full_like(value.detach().double(), n)
-        results = {"loss": Mean(value.detach().double() * count, count)}
+        results: Metrics = {"loss": Mean(value.detach().double() * count, count)}
         prediction = tree.map(Tensor.detach, prediction)
         for name, metric in (metrics or {}).items():
             results[name] = metric(prediction, batch.y, mask)
-            if not isinstance(results[name], Mean):
+            if not isinstance(results[name], Sums):
                 raise TypeError(
                     f"supervised: metric {name!r} must return a Mean, as fdl.metrics.mean(values, "
-                    f"weights) does, got {describe(results[name])}"
+                    "weights) does, or other sums that fdl.metrics has, got "
+                    f"{describe(results[name])}"
                 )
         return value, results
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fdl import tree
-from fdl._compiler._while import while_loop
-from fdl._modes import is_eager
+from fdl import _modes, tree
 
 Carry = TypeVar("Carry")
 
@@ -19,7 +17,7 @@ def until_done(
     step: Callable[[Carry], Carry], is_done: Callable[[Carry], Tensor], init: Carry
 ) -> Carry:
     """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements."""
-    return while_loop(lambda carry: ~is_done(carry).all(), step, init)
+    return cast(Carry, _modes.LOOPS["while_loop"](lambda carry: ~is_done(carry).all(), step, init))
 
 
 def until_each_is_done(
@@ -37,7 +35,7 @@ def until_each_is_done(
         init: the first carry; all its tensors, and `constants`, have one shape.
         constants: other arguments of the step.
     """
-    if not is_eager():
+    if not _modes.is_eager():
         return until_done(lambda carry: step(carry, *constants), is_done, init)
     shape = constants[0].shape
     carry, constants = tree.map(torch.flatten, (init, constants))

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fdl._modes import in_forward_mode
 from fdl.random._loops import until_each_is_done
-from fdl.random._threefry import as_unit, encrypted_counters, normal, threefry2x32
+from fdl.random._threefry import (
+    FLOATS,
+    as_unit,
+    encrypted_counters,
+    join,
+    normal,
+    threefry2x32,
+)
 
 Words = tuple[Tensor, Tensor]  # a key for each element
 
@@ -26,9 +33,9 @@ def children(key: Words, n: int) -> list[Words]:
     return list(zip(high.unbind(-1), low.unbind(-1), strict=True))
 
 
-def single(key: Words) -> Words:
-    """Draw the words of one number with each of many keys."""
-    return threefry2x32(*key, 0, 0)
+def single(key: Words, dtype: torch.dtype) -> Tensor:
+    """Draw the word of one number of `dtype` with each of many keys."""
+    return join(*threefry2x32(*key, 0, 0), FLOATS[dtype][0])
 
 
 class Proposal(NamedTuple):
@@ -48,8 +55,8 @@ def propose(state: Proposal, d: Tensor, c: Tensor, *, dtype: torch.dtype) -> Pro
     proposed anew, with new keys for it and for the uniform number that decides.
     """
     next_normal_key, normal_key = children(state.normal_key, 2)
-    x = normal(*single(normal_key), dtype)
-    u = as_unit(*single(state.uniform_key), dtype)
+    x = normal(single(normal_key, dtype), dtype)
+    u = as_unit(single(state.uniform_key, dtype), dtype)
     v = 1 + x * c
     square, volume = x * x, (v * v) * v
     outside = v <= 0
@@ -89,7 +96,7 @@ def gamma_and_log(key: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     step = partial(propose, dtype=dtype)
     volume = until_each_is_done(step, lambda state: state.accepted, init, (d, c)).volume
 
-    u = as_unit(*single(boost_key), dtype)
+    u = as_unit(single(boost_key, dtype), dtype)
     power = torch.where(a >= 1, 1.0, (1 - u) ** (1 / a))
     log_u = torch.log1p(-u)
     log_power = torch.where((a >= 1) | (log_u == 0), 0.0, log_u * (1 / a))

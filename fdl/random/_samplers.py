@@ -110,7 +110,9 @@ def bits(key: Key, shape: Shape = (), dtype: torch.dtype | None = None) -> Tenso
     if dtype is None:
         return _threefry.words(key, shape, 32)
     _checks.check_dtype("bits", dtype, _threefry.WORDS)
-    return _threefry.words(key, shape, _threefry.WORDS[dtype]).to(dtype)
+    width = _threefry.WORDS[dtype]
+    drawn = _threefry.words(key, shape, width)
+    return (drawn if width == 64 else drawn & (2**width - 1)).to(dtype)
 
 
 def uniform(
@@ -162,7 +164,9 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     tensor([ 1.6226,  2.0253, -0.4336])
     """
     shape = _checks.check_draw("normal", key, shape, dtype)
-    return _threefry.normal(*_threefry.encrypted_counters(key, shape), dtype).to(dtype)
+    return _threefry.normal(_threefry.words(key, shape, _threefry.FLOATS[dtype][0]), dtype).to(
+        dtype
+    )
 
 
 def truncated_normal(

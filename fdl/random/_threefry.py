@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdl import _modes
+
 # torch's unsigned types lack most operations, so a 32-bit word lives in the low half of an int64,
 # and a 64-bit word is an int64 read as unsigned.
 MASK = 0xFFFFFFFF
+MANY = 1024  # words from which on a kernel of their own pays
 INT64 = torch.iinfo(torch.int64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SIGNED = (*INTEGERS[:-1], torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,27 +46,53 @@ def threefry2x32(
 
 
 def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Encrypt each position's index in row-major order, as a 64-bit counter."""
+    """Encrypt each position's index in row-major order, as a 64-bit counter, with one key or more.
+
+    The results of keys `[..., 2]` are `[..., *shape]`.
+    """
     index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    return threefry2x32(key[0], key[1], index >> 32, index & MASK)
-
-
-def join(high: Tensor, low: Tensor, width: int) -> Tensor:
-    """Make words of 64 bits, whose highest bit is the sign, or of at most 32, of two of 32 bits."""
-    if width == 64:
-        return (high << 32) | low
-    return (high ^ low) & (2**width - 1)
+    k0, k1 = (key[(..., i, *(None,) * len(shape))] for i in (0, 1))
+    return threefry2x32(k0, k1, index >> 32, index & MASK)
 
 
 def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draw words of up to 32 bits, or 64-bit ones whose highest bit is the sign."""
-    return join(*encrypted_counters(key, shape), width)
+    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed."""
+    if _modes.is_tracing() and math.prod(shape) >= MANY:
+        return torch.ops.fdl.random_words(key, shape, width)  # type: ignore[no-any-return]
+    return encrypted_words(key, shape, width)
 
 
-def mantissas(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make integers as wide as the mantissa of `dtype`, int64, of two words of 32 bits."""
+def encrypted_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
+    """Draw words by operations of torch."""
+    return join(*encrypted_counters(key, tuple(shape)), width)
+
+
+def join(high: Tensor, low: Tensor, width: int) -> Tensor:
+    """Make words of 64 bits, whose highest bit is the sign, or of 32, of two of 32 bits."""
+    return (high << 32) | low if width == 64 else high ^ low
+
+
+def _fake_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
+    return key.new_empty(*key.shape[:-1], *shape)
+
+
+def _words_of_keys(
+    info: Any, in_dims: Any, key: Tensor, shape: Sequence[int], width: int
+) -> tuple[Tensor, int]:
+    return torch.ops.fdl.random_words(key.movedim(in_dims[0], 0), shape, width), 0
+
+
+# One operation for the compiler, which on the CPU has a kernel for it (`_compiler/_draws.py`).
+torch.library.define("fdl::random_words", "(Tensor key, int[] shape, int width) -> Tensor")
+torch.library.impl("fdl::random_words", "CompositeExplicitAutograd", encrypted_words)
+torch.library.register_fake("fdl::random_words", _fake_words)
+torch.library.register_vmap("fdl::random_words", _words_of_keys)
+
+
+def mantissas(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make integers as wide as the mantissa of `dtype` from words, int64."""
     width, mantissa = FLOATS[dtype]
-    return (join(high, low, width) >> (width - mantissa)) & (2**mantissa - 1)
+    return (word >> (width - mantissa)) & (2**mantissa - 1)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,28 +100,28 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def as_unit(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+def as_unit(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Map words to [0, 1), exact in `dtype`, given in its working dtype."""
-    draws = mantissas(high, low, dtype)
+    draws = mantissas(word, dtype)
     return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
 
 
-def as_symmetric(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+def as_symmetric(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Map words to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
     mantissa = FLOATS[dtype][1]
     # An odd numerator over 2**(mantissa + 1) is exact, and strictly inside.
-    numerator = 4 * mantissas(high, low, dtype) + 1 - 2 ** (mantissa + 1)
+    numerator = 4 * mantissas(word, dtype) + 1 - 2 ** (mantissa + 1)
     return numerator.to(working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
 
 
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
-    return as_unit(*encrypted_counters(key, shape), dtype)
+    return as_unit(words(key, shape, FLOATS[dtype][0]), dtype)
 
 
 def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
-    return as_symmetric(*encrypted_counters(key, shape), dtype)
+    return as_symmetric(words(key, shape, FLOATS[dtype][0]), dtype)
 
 
 def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -98,9 +129,9 @@ def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return unit(key, shape, dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
-def normal(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+def normal(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Map words to the standard normal distribution, in the working dtype of `dtype`."""
-    return math.sqrt(2) * erfinv(as_symmetric(high, low, dtype))
+    return math.sqrt(2) * erfinv(as_symmetric(word, dtype))
 
 
 def uniform(

@@ -1,5 +1,6 @@
 """Traced graphs in primitives: the same values, and one decomposition for equal operations."""
 
+import re
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -13,9 +14,12 @@ from torch.func import grad
 
 from fdl._compiler import _decompose
 from fdl._compiler._decompose import decompose
+from fdl._compiler._decompositions import UNKNOWN, decompositions
 from fdl._compiler._signature import flatten
 from fdl._compiler._trace import trace
 from tests.support.programs import turn
+
+aten = torch.ops.aten
 
 X = torch.linspace(-2, 2, 24, dtype=torch.float64).view(4, 6)
 Y = X.cos()
@@ -155,3 +159,48 @@ def test_operations_of_torch_and_their_gradients() -> None:
                     torch.testing.assert_close(got, expected, **close, msg=f"{op.name}: {sample}")
                 compared += 1
     assert compared > 50
+
+
+# Views of sparse and nested tensors, and those that torch's derivatives use inside.
+OTHER_VIEWS = re.compile("indices|values|nested|sparse|primal|dual|test|reshape")
+
+
+def test_every_view_that_copies_has_a_rule() -> None:
+    """Inductor's C++ wrapper cannot call them in a loop: its code would not compile."""
+    from torch._inductor.lowering import lowerings
+
+    schemas = torch._C._jit_get_all_schemas()
+    names = {
+        s.name[6:] for s in schemas if s.name.startswith("aten::") and s.name.endswith("_copy")
+    }
+    packets = [
+        getattr(torch.ops.aten, name) for name in sorted(names) if hasattr(torch.ops.aten, name)
+    ]
+    copies = [getattr(p, o) for p in packets for o in p.overloads() if not o.endswith("out")]
+    rules = decompositions().keys() | lowerings.keys()
+    assert [op for op in copies if op not in rules and not OTHER_VIEWS.search(str(op))] == []
+
+
+VIEWS_THAT_COPY = {
+    aten.split_copy.Tensor: (4, 0),
+    aten.select_copy.int: (0, 1),
+    aten.slice_copy.Tensor: (1, 1, 5, 2),
+    aten.detach_copy.default: (),
+    aten.view_as_real_copy.default: (),
+    aten.view_as_complex_copy.default: (),
+    aten._conj_copy.default: (),
+    aten._neg_view_copy.default: (),
+}
+
+
+def test_views_that_copy() -> None:
+    assert VIEWS_THAT_COPY.keys() == UNKNOWN.keys() - {torch.ops.fdl.random_words.default}
+    x = torch.arange(12.0).reshape(6, 2)
+    for op, args in VIEWS_THAT_COPY.items():
+        z = torch.view_as_complex(x) if "real" in str(op) or "conj" in str(op) else x
+        leaves, spec = flatten(((z,), {}))
+        traced = decompose(trace(lambda z, op=op, args=args: op(z, *args), leaves, spec))
+        assert op not in {node.target for node in traced.graph.graph.nodes}
+        results = pytree.tree_leaves(op(z, *args))
+        for result, expected in zip(traced.graph(z), results, strict=True):
+            assert torch.equal(result, expected)

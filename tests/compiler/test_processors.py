@@ -27,6 +27,9 @@ step = fdl.jit(torch.func.grad(loss), strict=True)
 got, expected = step(params), torch.func.grad(loss)(params)
 for name in params:
     torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+key = fdl.random.key(1)
+draws = fdl.jit(lambda key: fdl.random.bits(key, (3001,)), strict=True)
+torch.testing.assert_close(draws(key), fdl.random.bits(key, (3001,)), rtol=0, atol=0)
 (report,) = step.report()
 print(report.regions, report.cached)
 """

@@ -20,6 +20,7 @@ import fdl
 from fdl import _training, losses, metrics, nn, optim, random, tree
 from fdl._masks import fill_masked
 from fdl.data import Batch
+from fdl.losses._mean import weighted_mean
 from tests.support.asserts import close, draw
 
 KEY = random.key(3)
@@ -78,15 +79,66 @@ LOGITS, INDEX = draw(0, 6, 4), torch.tensor([3, 0, 1, 2, 3, 1])
 CLASSES = torch.tensor([2, 0, 1, 2, 0, 1])
 STATE = fdl.TrainState.create(NET, optim.sgd(0.1, 0.9), key=KEY, params=PARAMS)
 
+SIGNS = torch.tensor([1, -1, -1, 1, 1, 1])
+
+
+def signed(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+    """A loss of pairs whose targets are 1 and −1 where they count."""
+    return losses.cosine_embedding(x, x.flip(1), y, w, margin=0.1)
+
+
+def probable(f: Callable[..., Tensor]) -> Row:
+    """The row of a loss of log-probabilities or logits and of probabilities."""
+    return Row(f, LOGITS.log_softmax(1), draw(1, 6, 4).softmax(1))
+
+
 ROWS = {
+    "losses.binary_cross_entropy_with_logits": probable(losses.binary_cross_entropy_with_logits),
+    "losses.binary_cross_entropy_with_logits(pos_weight)": probable(
+        lambda x, y, w: losses.binary_cross_entropy_with_logits(x, y, w, pos_weight=3.0)
+    ),
+    "losses.cosine_embedding": Row(signed, LOGITS, SIGNS),
+    "losses.cross_entropy(class_weights)": Row(
+        lambda x, y, w: losses.cross_entropy(
+            *(x, y, w), label_smoothing=0.1, class_weights=torch.arange(4.0), ignore_index=2
+        ),
+        LOGITS,
+        INDEX,
+    ),
+    "losses.cross_entropy(soft)": probable(
+        lambda x, y, w: losses.cross_entropy(x, y, w, class_weights=torch.arange(4.0))
+    ),
+    "losses.huber": Row(losses.huber, LOGITS, draw(1, 6, 4)),
+    "losses.kl_div": probable(losses.kl_div),
+    "losses.kl_div(log_target)": Row(
+        lambda x, y, w: losses.kl_div(x, y, w, log_target=True), LOGITS, draw(1, 6, 4)
+    ),
+    "losses.l1": Row(losses.l1, LOGITS, draw(1, 6, 4)),
+    "losses.nll": Row(losses.nll, LOGITS, INDEX),
+    "losses.smooth_l1": Row(losses.smooth_l1, LOGITS, draw(1, 6, 4)),
+    **{
+        f"losses.triplet_margin(p={p})": Row(
+            lambda x, y, w, p=p: losses.triplet_margin(x, y, y.flip(1), w, p=p, swap=True),
+            LOGITS,
+            draw(1, 6, 4),
+        )
+        for p in (1, 2, 3, float("inf"))
+    },
     "losses.cross_entropy": Row(losses.cross_entropy, LOGITS, INDEX),
     "losses.cross_entropy(label_smoothing)": Row(
         lambda x, y, w: losses.cross_entropy(x, y, w, label_smoothing=0.1), LOGITS, INDEX
     ),
     "losses.mse": Row(losses.mse, LOGITS, draw(1, 6, 4)),
-    "losses.weighted_mean": Row(lambda x, y, w: losses.weighted_mean(x, w), LOGITS, INDEX),
+    "losses.weighted_mean": Row(lambda x, y, w: weighted_mean(x, w), LOGITS, INDEX),
     "metrics.mean": Row(lambda x, y, w: metrics.mean(x, w), LOGITS, INDEX),
-    "metrics.accuracy": Row(metrics.accuracy, LOGITS, INDEX, differentiable=False),
+    **{
+        f"metrics.{f.__name__}": Row(f, LOGITS, INDEX, differentiable=False)
+        for f in (metrics.accuracy, metrics.confusion_matrix, metrics.precision_recall_f1)
+    },
+    "metrics.calibration_error": Row(metrics.calibration_error, LOGITS, INDEX),
+    "metrics.top_k_accuracy": Row(
+        lambda x, y, w: metrics.top_k_accuracy(x, y, w, k=2), LOGITS, INDEX, differentiable=False
+    ),
     "nn.batch_norm": Row(normalised, LOGITS, INDEX),
     "training.supervised": Row(of_batch(SUPERVISED, PARAMS), LOGITS, CLASSES),
     "training.train_step": Row(
@@ -100,7 +152,10 @@ NO_ROW = {
     "training.update_bn": "tests/training/test_update_bn.py",
     "losses.squared_loss": "has no weights",
     "losses.l2_penalty": "has no weights",
+    "metrics.CalibrationError": "a type",
+    "metrics.ConfusionMatrix": "a type",
     "metrics.Mean": "a type",
+    "metrics.PrecisionRecallF1": "a type",
 }
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
@@ -323,11 +378,20 @@ def test_rows_left_out_are_filled_with_the_first_if_it_counts_or_with_harmless_n
     "f",
     [
         lambda w: losses.cross_entropy(LOGITS, INDEX, w),
+        lambda w: losses.cross_entropy(LOGITS, LOGITS.flip(0).softmax(1), w),
+        lambda w: losses.binary_cross_entropy_with_logits(LOGITS, LOGITS.flip(0).sigmoid(), w),
+        lambda w: losses.kl_div(LOGITS, LOGITS.flip(0).softmax(1), w),
+        lambda w: losses.cosine_embedding(LOGITS, LOGITS.flip(1), SIGNS, w),
+        lambda w: losses.triplet_margin(LOGITS, LOGITS.flip(0), LOGITS.flip(1), w),
+        lambda w: losses.huber(LOGITS, LOGITS.roll(1, 0), w),
         lambda w: losses.mse(LOGITS, LOGITS.roll(1, 0), w),
-        lambda w: losses.weighted_mean(LOGITS, w),
+        lambda w: weighted_mean(LOGITS, w),
         lambda w: metrics.mean(LOGITS, w).total,
     ],
-    ids=["cross_entropy", "mse", "weighted_mean", "mean"],
+    ids=[
+        *("cross_entropy", "soft", "binary", "kl_div", "cosine", "triplet"),
+        *("huber", "mse", "weighted_mean", "mean"),
+    ],
 )
 def test_the_derivative_by_a_weight_of_zero_is_that_of_its_row(f):
     """As learning to weight examples wants it (Ren et al., 2018), whose weights start at 0."""

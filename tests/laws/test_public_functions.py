@@ -114,23 +114,94 @@ TABLE: dict[str, dict[str, Case]] = {
         "zeros": initializer(nn.init.zeros),
     },
     "losses": {
+        "binary_cross_entropy_with_logits": Case(
+            lambda x, y, w: losses.binary_cross_entropy_with_logits(
+                x, y.sigmoid(), w, pos_weight=w[:3]
+            ),
+            predictions,
+            grads=(0, 1, 2),
+        ),
+        "cosine_embedding": Case(
+            lambda x, y, w: losses.cosine_embedding(x, y, torch.tensor([1, -1, 1, -1]), w),
+            predictions,
+            grads=(0, 1, 2),
+        ),
         "cross_entropy": Case(
             lambda x, y, w: [
                 losses.cross_entropy(x, y),
                 losses.cross_entropy(x, y, w, label_smoothing=0.1),
+                losses.cross_entropy(
+                    x, y, label_smoothing=0.1, class_weights=x[0].exp(), ignore_index=2
+                ),
+                losses.cross_entropy(x, x.flip(1).softmax(1), w, class_weights=x[0].exp()),
             ],
             labelled,
         ),
+        "huber": Case(
+            lambda x, y, w: losses.huber(x, y, w, delta=0.7), predictions, grads=(0, 1, 2)
+        ),
+        "kl_div": Case(
+            lambda x, y, w: [
+                losses.kl_div(x.log_softmax(1), y.softmax(1), w),
+                losses.kl_div(x.log_softmax(1), y.log_softmax(1), log_target=True),
+            ],
+            predictions,
+            grads=(0, 1, 2),
+        ),
+        "l1": Case(
+            lambda x, y, w: losses.l1(x, y + torch.tensor([5, -5, 5]), w),  # far from |0|
+            predictions,
+            grads=(0, 1, 2),
+        ),
         "l2_penalty": Case(losses.l2_penalty, lambda key: (weights(key),)),
         "mse": Case(lambda x, y, w: losses.mse(x, y, w), predictions, grads=(0, 1, 2)),
+        "nll": Case(
+            lambda x, y, w: losses.nll(x, y, w, class_weights=x[0].exp(), ignore_index=2), labelled
+        ),
+        "smooth_l1": Case(
+            lambda x, y, w: losses.smooth_l1(x, y, w, beta=0.7), predictions, grads=(0, 1, 2)
+        ),
         "squared_loss": Case(lambda x, y, w: losses.squared_loss(x, y), predictions, grads=(0, 1)),
+        "triplet_margin": Case(
+            lambda x, y, w: [
+                losses.triplet_margin(x, y, y.flip(0), w, margin=9.0, swap=True),
+                losses.triplet_margin(x, y, y.flip(0), w, margin=9.0, p=3),
+            ],
+            predictions,
+            grads=(0, 1, 2),
+        ),
     },
     "metrics": {
         "Mean": Case(
             lambda x, y, w: (metrics.mean(x) + metrics.mean(y, w)).value, predictions, grads=(0, 1)
         ),
         "accuracy": Case(metrics.accuracy, labelled, grads=()),
+        "calibration_error": Case(
+            lambda x, y, w: (
+                (metrics.calibration_error(x, y) + metrics.calibration_error(x, y, w)).value
+            ),
+            labelled,
+        ),
+        "confusion_matrix": Case(
+            lambda x, y, w: (
+                (metrics.confusion_matrix(x, y) + metrics.confusion_matrix(x, y, w)).value
+            ),
+            labelled,
+            grads=(),
+        ),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
+        "precision_recall_f1": Case(
+            lambda x, y, w: [
+                metrics.precision_recall_f1(x, y, w).value,
+                metrics.precision_recall_f1(x, y).macro,
+                (metrics.precision_recall_f1(x, y) + metrics.precision_recall_f1(x, y, w)).micro,
+            ],
+            labelled,
+            grads=(),
+        ),
+        "top_k_accuracy": Case(
+            lambda x, y, w: metrics.top_k_accuracy(x, y, w, k=2), labelled, grads=()
+        ),
     },
     "debug": {
         "callback": Case(
@@ -293,6 +364,9 @@ NO_ROW = {
     "fdl.train_step": "makes a step: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
     "debug.nans": "a context",
+    "metrics.CalibrationError": "a type",
+    "metrics.ConfusionMatrix": "a type",
+    "metrics.PrecisionRecallF1": "a type",
     "nn.Layer": "a type",
     "nn.Model": "a type",
     "nn.StatefulModel": "a type",

@@ -80,6 +80,8 @@ TESTED_IN = {
     "io/_inspect.py": "io/test_tree_file.py",
     "io/_reader.py": "io/test_damage.py",
     "io/_safetensors.py": "io/test_damage.py",
+    "losses": "losses/test_losses.py",
+    "metrics": "metrics/test_metrics.py",
     "nn": "nn/test_layers.py",
     "nn/_model.py": "nn/test_compose.py",
     "optim": "optim/test_laws.py",
