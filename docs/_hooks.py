@@ -86,6 +86,14 @@ GROUPS = {
         "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
         " Schedule schedules from_torch to_torch",
     },
+    "fdl.random": {
+        "Keys": "Key Shape key split fold_in",
+        "Floating numbers": "uniform normal truncated_normal exponential laplace logistic gumbel"
+        " cauchy gamma beta dirichlet t",
+        "Integers and elements": "bits randint bernoulli rademacher categorical poisson binomial"
+        " choice permutation",
+        "Vectors and matrices": "multivariate_normal ball orthogonal",
+    },
 }
 
 

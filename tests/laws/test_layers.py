@@ -14,9 +14,8 @@ ROOT = Path(fdl.__file__).parent
 STOREYS = [
     {"_version", "_torch_compat", "_kinds", "_files", "_checks"},
     {"_modes", "tree"},
-    {"random"},
-    {"_dtensor", "_numerics", "data", "io"},
-    {"_compiler", "_masks", "_differentiable"},
+    {"random", "_dtensor", "_numerics", "io"},
+    {"data", "_compiler", "_masks", "_differentiable"},
     {"metrics", "optim", "nn", "debug"},
     {"losses", "interop"},
     {"_training"},

@@ -298,13 +298,34 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key: (key, draw(key, 2, 3)),
             grads=(),
         ),
+        "cauchy": with_keys(lambda key: random.cauchy(key, (3,), torch.float64)),
+        "choice": with_keys(
+            lambda key, x: (
+                random.choice(key, x, (3,)),
+                random.choice(key, x, (2,), False, x[:, 0].exp()),
+            ),
+            (4, 2),
+        ),
+        "exponential": with_keys(lambda key: random.exponential(key, (3,), torch.float64)),
         "fold_in": Case(
             random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
         ),
+        "gumbel": with_keys(lambda key: random.gumbel(key, (3,), torch.float64, "high")),
+        "laplace": with_keys(lambda key: random.laplace(key, (3,), torch.float64)),
+        "logistic": with_keys(lambda key: random.logistic(key, (3,), torch.float64)),
+        "multivariate_normal": with_keys(
+            lambda key, mean, root: random.multivariate_normal(
+                key, mean, root @ root.mT + torch.eye(2)
+            ),
+            (2,),
+            (2, 2),
+        ),
         "normal": with_keys(lambda key, x: random.normal(key, (2, 3), torch.float64) * x, (3,)),
+        "orthogonal": with_keys(lambda key: random.orthogonal(key, 2, (), torch.float64)),
         "permutation": with_keys(
             lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
         ),
+        "rademacher": with_keys(lambda key: random.rademacher(key, (5,))),
         "randint": Case(
             lambda key, high: random.randint(key, (5,), 0, high),
             lambda key: (key, random.randint(key, (), 1, 100)),
@@ -425,6 +446,10 @@ NO_ROW = {
     "random.Key": "a type",
     "random.Shape": "a type",
     "random.key": "takes an int, no tensor",
+    **{
+        f"random.{name}": "torch.compile has no rule for vmap of a loop: tests/random"
+        for name in ("ball", "beta", "binomial", "dirichlet", "gamma", "poisson", "t")
+    },
     "data.LABELS": "a constant",
     "data.Batch": "a type",
     "data.Dataset": "a type",
