@@ -60,8 +60,8 @@ def pays(group: list[Node]) -> bool:
     threads = torch.get_num_threads()
     images = next(axis.images for axis in map(axis_of, group) if axis is not None)
     rounds = -(-images // (LANES * threads))
-    layers = by_layers * images / threads + START * kernels
-    return rounds * LANES * (in_blocks + near * moved) + START <= GAIN * layers
+    layers = GAIN * by_layers * images / threads + START * kernels
+    return rounds * LANES * (in_blocks + near * moved) + START <= layers
 
 
 def _up(channels: int, groups: int) -> int:
