@@ -48,6 +48,19 @@ GROUPS = {
         "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
         " interop io checkpointing",
     },
+    "fdl.nn": {
+        "Models": "Model StatefulModel Layer",
+        "Composing": "sequential parallel concat residual tied",
+        "Affine layers": "linear embedding conv1d conv2d conv3d conv_transpose1d conv_transpose2d",
+        "Pools and shapes": "max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d"
+        " adaptive_avg_pool2d adaptive_max_pool2d flatten rearrange reduce",
+        "Norms and dropout": "layer_norm rms_norm group_norm instance_norm batch_norm dropout"
+        " dropout2d",
+        "Sequences": "rnn gru lstm rnn_cell gru_cell lstm_cell multihead_attention"
+        " transformer_encoder_layer",
+        "Activations": "relu leaky_relu gelu silu sigmoid tanh softplus softmax log_softmax",
+        "Dtypes and initial values": "Policy with_policy init",
+    },
     "fdl.losses": {
         "Of classes and probabilities": "cross_entropy nll binary_cross_entropy_with_logits kl_div",
         "Of numbers": "mse l1 huber smooth_l1 squared_loss",
@@ -72,6 +85,14 @@ GROUPS = {
         " reduce_on_plateau params_ema schedule_free schedule_free_params",
         "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
         " Schedule schedules from_torch to_torch",
+    },
+    "fdl.random": {
+        "Keys": "Key Shape key split fold_in",
+        "Floating numbers": "uniform normal truncated_normal exponential laplace logistic gumbel"
+        " cauchy gamma beta dirichlet t",
+        "Integers and elements": "bits randint bernoulli rademacher categorical poisson binomial"
+        " choice permutation",
+        "Vectors and matrices": "multivariate_normal ball orthogonal",
     },
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +17,8 @@ disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)  # by `di
 
 # Transformations around a loop body that `jit` traces by itself, outermost first.
 around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())
+
+LOOPS: dict[str, Callable[..., Any]] = {}  # for packages below the compiler, which enters them
 
 
 def is_tracing() -> bool:
@@ -38,6 +41,13 @@ def in_transform() -> bool:
 def under_vmap() -> bool:
     """Check whether a `vmap` is active."""
     return "Vmap" in active()
+
+
+@assume_constant_result
+def in_forward_mode() -> bool:
+    """Check whether forward-mode derivatives may be taken here."""
+    level: int = forward_ad._current_level  # type: ignore[attr-defined]
+    return level >= 0 or "Jvp" in active()
 
 
 @assume_constant_result

@@ -2,7 +2,9 @@
 
 In a population, by `vmap`, it is not always the first: activations are `[members, images, …]`, or
 `[members · images, …]` for a pooling, or `[images, members · channels, …]` for a convolution in
-groups. In a block, each of them is an array whose axis of images has no more than the members.
+groups. Products have activations of sequences as `[images · tokens, features]`, and those of heads
+as `[images · heads, tokens, features]`. In a block, each of them is an array whose axis of images
+has no more than what it had besides the images.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from fdl._compiler._graph import VIEWS, literal, value_of
 aten = torch.ops.aten
 Shape = tuple[int, ...]
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 SUMS = (aten.sum.dim_IntList, aten.mean.dim)
+MOMENTS = aten.var_mean.correction
 # Inductor's, which exist only once it is imported.
 MAX_POOL = "prims._low_memory_max_pool_with_offsets.default"
 TO_INDICES = "prims._low_memory_max_pool_offsets_to_indices.default"
@@ -35,6 +39,11 @@ class Axis(NamedTuple):
     images: int
     axis: int = 0
     members: int = 1  # that the axis has too, outside of the images
+    inner: int = 1  # tokens, say, that the axis has too, inside of the images
+
+    def others(self) -> int:
+        """Return the size of the axis without the images."""
+        return self.members * self.inner
 
 
 Map = Callable[[Axis], Axis | None]
@@ -55,7 +64,7 @@ def shape_of(x: Any) -> Shape:
 
 
 def find_axes(graph: Graph, is_elementwise: Callable[[Node], bool]) -> dict[Node, Axis]:
-    """Return the axis of images of the values that are linked with a convolution."""
+    """Return the axis of images of the values that are linked with a convolution or a product."""
     links: dict[Node, list[Link]] = defaultdict(list)
     axes: dict[Node, Axis] = {}
     for node in graph.nodes:
@@ -65,21 +74,38 @@ def find_axes(graph: Graph, is_elementwise: Callable[[Node], bool]) -> dict[Node
                 links[link.target].append(link)
     for node in graph.nodes:
         if node.target in CONVOLUTIONS:
-            _spread(node, links, axes)
+            _spread(_around_convolution(node), links, axes)
+    for node in graph.nodes:
+        sequences = sequences_of(node)
+        if sequences is not None and sequences not in axes:
+            _spread([sequences], links, axes)
     return axes
 
 
-def _spread(node: Node, links: dict[Node, list[Link]], axes: dict[Node, Axis]) -> None:
-    """Start from the images of a convolution, and follow the links."""
+def _around_convolution(node: Node) -> list[Node]:
+    """List the activations that a convolution reads and writes."""
     backward = node.target is aten.convolution_backward.default
-    inputs = cast(list[Node], list(node.args[: 1 + backward]))
-    images = shape_of(inputs[0])[0]
+    output = result(node, 0) if backward else node
+    return [*cast(list[Node], list(node.args[: 1 + backward])), *([output] if output else [])]
+
+
+def sequences_of(node: Node) -> Node | None:
+    """Return the activations `[images, …, features]` that a product reads as rows."""
+    rows = node.args[-2] if node.target in PRODUCTS[:2] else None
+    if not isinstance(rows, Node) or rows.target not in VIEWS:
+        return None
+    x = cast(Node, rows.args[0])
+    return x if value_of(x).ndim > 2 and shape_of(x)[-1:] == shape_of(rows)[-1:] else None
+
+
+def _spread(values: list[Node], links: dict[Node, list[Link]], axes: dict[Node, Axis]) -> None:
+    """Start from activations whose first axis has the images, and follow the links."""
+    images = shape_of(values[0])[0]
     if images <= 1:  # 0 in an empty batch
         return
-    output = result(node, 0) if backward else node
-    todo: list[Node] = [*inputs, *([output] if output else [])]
-    for value in todo:
+    for value in values:
         axes.setdefault(value, Axis(images))
+    todo = list(values)
     while todo:
         value = todo.pop()
         for link in links.get(value, ()):
@@ -97,7 +123,7 @@ def _has(node: Node, axis: Axis) -> bool:
     if not isinstance(value, Tensor):
         return str(node.target) == MAX_POOL
     size = value.shape[axis.axis] if axis.axis < value.ndim else 0
-    return bool(size == axis.images * axis.members)
+    return bool(size == axis.images * axis.others())
 
 
 def result(node: Node, i: int) -> Node | None:
@@ -117,8 +143,12 @@ def links_of(node: Node, elementwise: bool) -> Iterator[Link]:
     if found is not None:
         yield from (Link(x, node, same, same) for x in (found.grad, found.x))
     elif target is getitem:
-        if str(cast(Node, node.args[0]).target) == MAX_POOL:
-            yield Link(cast(Node, node.args[0]), node, same, same)
+        parent = cast(Node, node.args[0])
+        if str(parent.target) == MAX_POOL:
+            yield Link(parent, node, same, same)
+        elif parent.target is MOMENTS:
+            x = cast(Node, parent.args[0])
+            yield Link(x, node, *reduced(summed(parent), node, x))
     elif elementwise:
         n = value_of(node).ndim
         for x in node.all_input_nodes:
@@ -128,11 +158,35 @@ def links_of(node: Node, elementwise: bool) -> Iterator[Link]:
         yield Link(cast(Node, node.args[0]), node, same, same)
     elif target is aten.cat.default:
         (dim,) = dims_of(node, value_of(node).ndim)
-        unless = lambda axis: None if axis.axis == dim else axis  # noqa: E731
-        yield from (Link(x, node, unless, unless) for x in cast(list[Node], node.args[0]))
+        for x in cast(list[Node], node.args[0]):
+            yield Link(
+                x, node, partial(joined, dim, shape_of(node)), partial(joined, dim, shape_of(x))
+            )
+    elif target in PRODUCTS:
+        yield from _of_product(node)
     elif target in MAPS:
         x = cast(Node, node.args[0])
         yield Link(x, node, *MAPS[target](node, x))
+
+
+def joined(dim: int, shape: Shape, axis: Axis) -> Axis | None:
+    """Return the axis of one part for that of another, or of all, which has the shape.
+
+    Batches that are joined are members.
+    """
+    if axis.axis != dim:
+        return axis
+    members, left = divmod(shape[dim], axis.images * axis.inner)
+    return None if left else axis._replace(members=members)
+
+
+def _of_product(node: Node) -> Iterator[Link]:
+    """Yield the links of `[…, rows, terms] · […, terms, columns]`: the axes but the terms."""
+    a, b = cast(list[Node], list(node.args[-2:]))
+    rows = value_of(node).ndim - 2
+    of_a: Map = lambda axis: axis if axis.axis <= rows else None  # noqa: E731
+    of_b: Map = lambda axis: axis if axis.axis != rows else None  # noqa: E731
+    yield from (Link(x, node, of, of) for x, of in ((a, of_a), (b, of_b)))
 
 
 def dims_of(node: Node, n: int) -> list[int]:
@@ -147,19 +201,20 @@ def _reshape(node: Node, x: Node) -> tuple[Map, Map]:
 
 
 def reshaped(before: Shape, after: Shape, axis: Axis) -> Axis | None:
-    """Return where the images are after a reshape, if they are an axis then.
+    """Return where the images are after a reshape, if they are part of one axis then.
 
     >>> reshaped((4, 256, 6, 28, 28), (1024, 6, 28, 28), Axis(256, 1))
-    Axis(images=256, axis=0, members=4)
+    Axis(images=256, axis=0, members=4, inner=1)
+    >>> reshaped((128, 24, 32), (3072, 32), Axis(128))
+    Axis(images=128, axis=0, members=1, inner=24)
     """
     outside = prod(before[: axis.axis]) * axis.members
-    inside = prod(before[axis.axis + 1 :])
-    for k, size in enumerate(after):
-        members, left = divmod(size, axis.images)
-        if left or not members or prod(after[k + 1 :]) != inside:
-            continue
-        if prod(after[:k]) * members == outside:
-            return axis._replace(axis=k, members=members)
+    inside = axis.inner * prod(before[axis.axis + 1 :])
+    for k in range(len(after) if prod(after) else 0):
+        members, left = divmod(outside, prod(after[:k]))
+        inner, left_inside = divmod(inside, prod(after[k + 1 :]))
+        if not left and not left_inside:
+            return Axis(axis.images, k, members, inner)
     return None
 
 
@@ -182,8 +237,12 @@ def _squeeze(node: Node, x: Node) -> tuple[Map, Map]:
 
 
 def _sum(node: Node, x: Node) -> tuple[Map, Map]:
-    dims = summed(node)
-    if value_of(node).ndim == value_of(x).ndim:
+    return reduced(summed(node), node, x)
+
+
+def reduced(dims: list[int], result: Node, x: Node) -> tuple[Map, Map]:
+    """Return the maps between a value and what remains of it after a reduction of some axes."""
+    if value_of(result).ndim == value_of(x).ndim:
         keep: Map = lambda axis: None if axis.axis in dims else axis  # noqa: E731
         return keep, keep
     return _removed(dims), _inverse(_removed(dims))
@@ -201,6 +260,11 @@ def _slice(node: Node, x: Node) -> tuple[Map, Map]:
     (dim,) = dims_of(node, value_of(node).ndim)
     keep: Map = lambda axis: None if axis.axis == dim else axis  # noqa: E731
     return keep, keep
+
+
+def _select(node: Node, x: Node) -> tuple[Map, Map]:
+    dims = dims_of(node, value_of(x).ndim)
+    return _removed(dims), _inverse(_removed(dims))
 
 
 def _removed(dims: list[int]) -> Map:
@@ -225,7 +289,7 @@ def _inverse(there: Map) -> Map:
 
 
 def summed(node: Node) -> list[int]:
-    """Return the axes of a sum."""
+    """Return the axes of a sum, or of another reduction."""
     n = value_of(node.args[0]).ndim  # type: ignore[arg-type]
     axes = cast(Any, node.args[1]) if len(node.args) > 1 else None
     return sorted(axis % n for axis in axes) if axes else list(range(n))
@@ -233,13 +297,14 @@ def summed(node: Node) -> list[int]:
 
 MAPS: dict[Any, Callable[[Node, Node], tuple[Map, Map]]] = {
     **dict.fromkeys(VIEWS, _reshape),
-    **dict.fromkeys(SUMS, _sum),
+    **dict.fromkeys((*SUMS, aten.amax.default), _sum),
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.expand.default: _expand,
     aten.slice.Tensor: _slice,
+    aten.select.int: _select,
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from fdl._compiler._block_axes import Axis, Shape, shape_of
+from fdl._compiler._block_axes import MAPS, Axis, Shape, shape_of
 from fdl._compiler._graph import literal, value_of
 
 MEMORY = re.compile(r"\bm\d+\b")  # names of memory of a thread
@@ -30,7 +30,8 @@ class Place(NamedTuple):
     start: int = 0
 
     def is_contiguous(self) -> bool:
-        return self.strides == strides_of(self.shape)
+        strides = zip(self.shape, self.strides, strides_of(self.shape), strict=True)
+        return all(a == b for n, a, b in strides if n > 1)
 
 
 def strides_of(shape: Shape) -> Shape:
@@ -40,6 +41,31 @@ def strides_of(shape: Shape) -> Shape:
     (784, 28, 1)
     """
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def strides_after(shape: Shape, strides: Shape, after: Shape) -> Shape | None:
+    """Return the strides of an array in another shape; None if its numbers have to be moved.
+
+    >>> strides_after((24, 3, 32), (96, 32, 1), (24, 3, 4, 8))
+    (96, 32, 8, 1)
+    >>> strides_after((4, 24), (1, 4), (96,))
+    """
+    parts: list[tuple[int, int]] = []  # of the shape, with axes that follow each other as one
+    for n, stride in zip(shape, strides, strict=True):
+        if n > 1 and parts and parts[-1][1] == n * stride:
+            parts[-1] = parts[-1][0] * n, stride
+        elif n > 1:
+            parts.append((n, stride))
+    new: list[int] = []
+    left, stride = 1, 0
+    for n in reversed(after):
+        if n > 1 and left == 1:
+            left, stride = parts.pop()
+        if left % n:
+            return None
+        new.append(stride)
+        left, stride = left // n, stride * n
+    return tuple(reversed(new))
 
 
 def whole(pointer: str, shape: Shape, start: int = 0) -> Place:
@@ -52,13 +78,21 @@ def axis_of(node: Any) -> Axis | None:
     return cast(Axis | None, node.meta.get("images"))
 
 
+def keeps_axis(node: Node) -> bool:
+    """Check that the axis of images of the first argument is also one of the result."""
+    x = cast(Node, node.args[0])
+    axis = axis_of(x)
+    there, _ = MAPS[node.target](node, x)
+    return axis is not None and axis_of(node) is not None and there(axis) == axis_of(node)
+
+
 def rest(node: Node) -> Shape:
     """Return the shape of a value in a block, without its images.
 
-    The axis of images has the members of a population, or one.
+    The axis of images has what it has besides: the members of a population, or tokens, or one.
     """
-    shape, (_, axis, members) = shape_of(node), cast(Axis, axis_of(node))
-    return (*shape[:axis], members, *shape[axis + 1 :])
+    shape, axis = shape_of(node), cast(Axis, axis_of(node))
+    return (*shape[: axis.axis], axis.others(), *shape[axis.axis + 1 :])
 
 
 @dataclass
@@ -115,6 +149,8 @@ class Block:
 
     def place(self, node: Node) -> Place:
         """Return where a value is, which is computed now if it was not."""
+        if node not in self.places and name_of(node) in COPIES:
+            self.places[node] = self.place(operands(node)[0])
         if node not in self.places:
             code, i = Expressions(self), indices(rest(node))
             value = code.value(node, i, top=True)
@@ -237,7 +273,8 @@ BINARY: dict[str, str] = {
 MASKS = {"logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
 COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
 COPIES = {"clone", "alias", "lift_fresh_copy"}
-SLOW = {"exp", "log", "erf", "sigmoid", "tanh", "div", "sqrt", "rsqrt"}
+FUNCTIONS = {"exp", "log", "erf", "sigmoid", "tanh"}
+SLOW = {*FUNCTIONS, "div", "sqrt", "rsqrt"}
 ELEMENTWISE: dict[Any, str] = {}
 for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.items():
     for _overload in ("default", "Tensor", "Scalar", "self"):
@@ -246,8 +283,14 @@ for _name, _text in {**UNARY, **BINARY, "where": "select<T>({0}, {1}, {2})"}.ite
             ELEMENTWISE[_target] = _text
 
 
+FMA = "prims.fma.default"  # Inductor's, which exists only once it is imported
 CONVERT = torch.ops.prims.convert_element_type.default  # of a mask to numbers
 ELEMENTWISE[CONVERT] = "select<T>({0}, splat(T(1)), V{{}})"
+
+
+def expression_of(node: Node) -> str | None:
+    """Return C++ of an elementwise operation on vectors {0}, {1} and {2}, if it is one."""
+    return "fma({0}, {1}, {2})" if str(node.target) == FMA else ELEMENTWISE.get(node.target)
 
 
 def operands(node: Node) -> list[Any]:
@@ -304,7 +347,7 @@ class Expressions:
             loaded = f"load({element(place, index)})"
             return f"({loaded} != T(0))" if is_mask(node) else loaded
         values = [self.value(x, index) for x in operands(node)]
-        return ELEMENTWISE[node.target].format(*values)
+        return cast(str, expression_of(node)).format(*values)
 
     def _shared(self, node: Node, index: Sequence[str]) -> str:
         shape = tuple(value_of(node).shape)

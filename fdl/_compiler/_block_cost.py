@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fdl._compiler._block_axes import CONVOLUTIONS, shape_of
+from fdl._compiler._block_axes import CONVOLUTIONS, PRODUCTS, shape_of
 from fdl._compiler._block_code import ELEMENTWISE, axis_of, rest
 from fdl._compiler._block_layers import Convolution, read_backward, read_forward
 from fdl._compiler._block_ops import rule_of
+from fdl._compiler._block_product_cost import cost_of_product, products_pay
 from fdl._compiler._graph import VIEWS, value_of
 from fdl._compiler._regions import DTYPES
 
@@ -30,7 +31,7 @@ GAIN = 0.85  # estimates are rough
 def pays(group: list[Node]) -> bool:
     """Tell whether to compute connected nodes block by block."""
     if not any(node.target in CONVOLUTIONS for node in group):
-        return False
+        return products_pay(group)
     by_layers = in_blocks = moved = 0.0  # of one image
     largest = kernels = 0
     for node in group:
@@ -44,6 +45,11 @@ def pays(group: list[Node]) -> bool:
                 in_blocks += OWN * work * conv.channels * conv.outputs
                 moved += 2 * size
                 largest = max(largest, size * LANES * value_of(node.args[0]).itemsize)  # type: ignore[arg-type]
+        elif node.target in PRODUCTS:
+            kernels += 1
+            cost = cost_of_product(node)
+            by_layers += cost.by_layers(MEMORY)
+            in_blocks += cost.in_blocks()
         elif axis_of(node) is not None and isinstance(node.meta.get("val"), Tensor):
             numbers = prod(rest(node))
             fused = node.target in ELEMENTWISE or node.target in VIEWS
@@ -54,8 +60,8 @@ def pays(group: list[Node]) -> bool:
     threads = torch.get_num_threads()
     images = next(axis.images for axis in map(axis_of, group) if axis is not None)
     rounds = -(-images // (LANES * threads))
-    layers = by_layers * images / threads + START * kernels
-    return rounds * LANES * (in_blocks + near * moved) + START <= GAIN * layers
+    layers = GAIN * by_layers * images / threads + START * kernels
+    return rounds * LANES * (in_blocks + near * moved) + START <= layers
 
 
 def _up(channels: int, groups: int) -> int:

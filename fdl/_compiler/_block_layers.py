@@ -97,8 +97,10 @@ def fits_convolution(node: Node) -> bool:
     )
 
 
-def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[int, int]:
-    """Choose how many outputs and columns are computed in registers at a time.
+def tiles(
+    outputs: int, columns: int, registers: int, width: int = 1, most: int = 64
+) -> tuple[int, int]:
+    """Choose how many outputs and columns, of these `most`, are computed in registers at a time.
 
     A column has `width` vectors. A step of the loop loads one vector for each output and for those
     of each column, and adds the product of each two to a sum.
@@ -121,7 +123,7 @@ def tiles(outputs: int, columns: int, registers: int, width: int = 1) -> tuple[i
     choices = [
         (o, j)
         for o in range(1, min(outputs, registers) + 1)
-        for j in range(1, min(columns, registers) + 1)
+        for j in range(1, min(columns, registers, most) + 1)
         if (o * j + j) * width + spare <= registers
     ]
     return min(choices, key=total, default=(1, 1))

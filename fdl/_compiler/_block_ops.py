@@ -7,7 +7,6 @@ write; `emit` adds the steps to a block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from operator import getitem
 from typing import Any, NamedTuple, cast
 
@@ -15,32 +14,33 @@ import torch
 from torch.fx import Node
 
 from fdl._compiler._block_axes import (
-    MAPS,
     MAX_POOL,
+    MOMENTS,
+    PRODUCTS,
     SUMS,
     Axis,
     dims_of,
+    joined,
     max_pool_backward,
-    result,
     shape_of,
-    summed,
 )
 from fdl._compiler._block_code import (
     COMPARISONS,
     CONVERT,
     COPIES,
     ELEMENTWISE,
+    FMA,
     MASKS,
     Block,
-    Expressions,
     Place,
     axis_of,
-    indices,
+    expression_of,
     is_mask,
+    keeps_axis,
     name_of,
-    offset,
     operands,
     rest,
+    strides_after,
     whole,
 )
 from fdl._compiler._block_layers import (
@@ -50,9 +50,16 @@ from fdl._compiler._block_layers import (
     emit_convolution_backward,
     emit_max_pool,
     emit_max_pool_backward,
-    end,
     fits_convolution,
     fits_pool,
+)
+from fdl._compiler._block_products import batched_factors, emit_product, fits_product
+from fdl._compiler._block_sums import (
+    emit_moments,
+    emit_reduction,
+    first,
+    fits_moments,
+    fits_reduction,
 )
 from fdl._compiler._graph import VIEWS, literal, value_of
 
@@ -68,10 +75,7 @@ class Rule(NamedTuple):
     emit: Callable[[Block, Node], None]
     is_cheap: bool = False  # rather computed again than kept
     is_written: bool = True  # by a step of its own, not as part of an expression
-
-
-def first(node: Node) -> list[Node]:
-    return [cast(Node, node.args[0])]
+    reads_expressions: bool = False  # inputs that are elementwise need not be in memory
 
 
 # Elementwise functions
@@ -100,7 +104,7 @@ def fits_elementwise(node: Node) -> bool:
 def reads_all(node: Node) -> bool:
     """Check that the expression for an operation depends on all of its arguments."""
     harmless = {"alpha": (1,), "memory_format": PLAIN_FORMATS}
-    arity = sum(f"{{{i}}}" in ELEMENTWISE[node.target] for i in range(3))
+    arity = sum(f"{{{i}}}" in cast(str, expression_of(node)) for i in range(3))
     arguments = len(node.args) - (node.target is CONVERT)
     return arguments == arity == len(operands(node)) and all(
         value in harmless.get(name, ()) for name, value in node.kwargs.items()
@@ -132,20 +136,14 @@ def emit_elementwise(block: Block, node: Node) -> None:
 # Views
 
 
-def keeps_axis(node: Node) -> bool:
-    """Check for a view in which the axis of images is one too."""
-    x = cast(Node, node.args[0])
-    axis = axis_of(x)
-    there, _ = MAPS[node.target](node, x)
-    return axis is not None and axis_of(node) is not None and there(axis) == axis_of(node)
-
-
 def emit_reshape(block: Block, node: Node) -> None:
     (x,) = first(node)
-    place = block.place(x)
-    if not place.is_contiguous():
-        place = block.copy(place)
-    block.places[node] = whole(place.pointer, rest(node), place.start)
+    place, shape = block.place(x), rest(node)
+    strides = strides_after(place.shape, place.strides, shape)
+    if strides is None:
+        block.places[node] = whole(block.copy(place).pointer, shape)
+    else:
+        block.places[node] = Place(place.pointer, shape, strides, place.start)
 
 
 def emit_view(block: Block, node: Node) -> None:
@@ -160,6 +158,10 @@ def emit_view(block: Block, node: Node) -> None:
         strides = [strides[k % n] for k in more[0]]
     elif node.target is aten.unsqueeze.default:
         strides.insert(more[0] % (n + 1), 0)
+    elif node.target is aten.select.int:
+        k, i = more[0] % n, more[1]
+        start += (i + place.shape[k] if i < 0 else i) * strides[k]
+        del strides[k]
     elif node.target is aten.slice.Tensor:
         k, begin, _, step = cast(Any, [*more, *[0, None, None, 1][len(more) :]])
         size = place.shape[k % n]
@@ -180,10 +182,11 @@ def parts(node: Node) -> list[Node]:
 
 
 def fits_cat(node: Node) -> bool:
+    (dim,) = dims_of(node, value_of(node).ndim)
     axis = axis_of(node)
-    if axis is None or any(axis_of(x) != axis for x in parts(node)):
-        return False
-    return dims_of(node, value_of(node).ndim) != [axis.axis]
+    return axis is not None and all(
+        axis_of(x) == joined(dim, shape_of(x), axis) for x in parts(node)
+    )
 
 
 def emit_cat(block: Block, node: Node) -> None:
@@ -195,89 +198,6 @@ def emit_cat(block: Block, node: Node) -> None:
         start += source.shape[dim] * to.strides[dim]
 
 
-# Sums
-
-
-def fits_sum(node: Node) -> bool:
-    x = cast(Node, node.args[0])
-    axis = axis_of(x)
-    if axis is None or node.kwargs or value_of(x).dtype != value_of(node).dtype:
-        return False
-    if axis.axis in summed(node):
-        return node.target is aten.sum.dim_IntList
-    return axis_of(node) is not None
-
-
-def ends_batch(node: Node) -> bool:
-    """Check for a sum over images, which is known only after all blocks."""
-    if node.target is getitem:
-        parent = cast(Node, node.args[0])
-        if parent.target is aten.convolution_backward.default:
-            return bool(node.args[1] != 0)
-        return parent.target is aten.var_mean.correction
-    axis = axis_of(node.args[0]) if node.target in SUMS else None
-    return axis is not None and axis.axis in summed(node)
-
-
-def emit_sum(block: Block, node: Node) -> None:
-    (x,) = first(node)
-    shape, dims, ends = rest(x), summed(node), ends_batch(node)
-    kept = [k for k in range(len(shape)) if k not in dims]
-    code = Expressions(block)
-    value = code.value(x, indices(shape))
-    heads = {k: f"for (int64_t i{k} = 0; i{k} < {shape[k]}; ++i{k}) {{" for k in range(len(shape))}
-    kept_shape = tuple(shape[k] for k in kept)
-    at = offset(whole("", kept_shape), [f"i{k}" for k in kept])
-    if ends:
-        total = block.total(prod(kept_shape))
-        finish = f"({total})[{at}] += sum<T>(sum_of_block, images);"
-    else:
-        place = block.new(node)
-        count = prod(shape[k] for k in dims)
-        divided = f"sum_of_block / T({count})" if node.target is aten.mean.dim else "sum_of_block"
-        finish = f"store({place.pointer} + {at} * L, {divided});"
-    block.step(
-        *[heads[k] for k in kept],
-        "V sum_of_block{};",
-        *[heads[k] for k in dims],
-        *code.lines,
-        f"sum_of_block += {value};",
-        "}" * len(dims),
-        finish,
-        "}" * len(kept),
-    )
-    if ends:
-        end(block, node, total)
-
-
-def fits_moments(node: Node) -> bool:
-    (x,) = first(node)
-    axis, dims, n = axis_of(x), summed(node), value_of(x).ndim
-    if axis is None or axis.members > 1 or axis.axis not in dims:
-        return False
-    pixels = [k for k in dims if k != axis.axis]
-    return pixels == list(range(n - len(pixels), n))  # channels lie before them in memory
-
-
-def emit_moments(block: Block, node: Node) -> None:
-    (x,) = first(node)
-    shape, dims = rest(x), summed(node)
-    channels = prod(n for k, n in enumerate(shape) if k not in dims)
-    size = [shape[k] for k in dims]
-    total = block.total(channels * 2 * block.width)
-    pointer = block.pointer(x)
-    count = prod(size)
-    block.step(f"add_moments<T>({pointer}, {channels}, {count}, number - from, {total}, images);")
-    results = [result(node, i) for i in range(2)]
-    names = [block.given.get(r, "unused.get()") if r else "unused.get()" for r in results]
-    correction = node.kwargs.get("correction", 1)
-    block.ends.append(
-        f"{{ std::unique_ptr<T[]> unused(new T[{channels}]); finish_moments<T>({total}, stride, "
-        f"threads, {channels}, [&](int t, int n) {{ return T({count}) * images_at(t, n); }}, "
-        f"T({correction}), {names[0]}, {names[1]}); }}"
-    )
-
-
 def emit_nothing(block: Block, node: Node) -> None:
     """Leave it to the operation of which this is a result."""
 
@@ -285,8 +205,9 @@ def emit_nothing(block: Block, node: Node) -> None:
 elementwise = Rule(batch_operands, fits_elementwise, emit_elementwise, True, False)
 reshape = Rule(first, keeps_axis, emit_reshape, True)
 view = Rule(first, keeps_axis, emit_view, True)
+reduction = Rule(first, fits_reduction, emit_reduction, reads_expressions=True)
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys((*ELEMENTWISE, FMA), elementwise),
     **dict.fromkeys(VIEWS, reshape),
     aten.expand.default: view,
     aten.permute.default: view,
@@ -294,6 +215,7 @@ RULES: dict[Any, Rule] = {
     aten.squeeze.dim: view,
     aten.squeeze.dims: view,
     aten.slice.Tensor: view,
+    aten.select.int: view,
     aten.cat.default: Rule(parts, fits_cat, emit_cat, True),
     aten.convolution.default: Rule(first, fits_convolution, emit_convolution),
     aten.convolution_backward.default: Rule(
@@ -304,9 +226,9 @@ RULES: dict[Any, Rule] = {
     aten.avg_pool2d.default: Rule(first, fits_pool, emit_average_pool, True),
     aten.avg_pool2d_backward.default: Rule(first, fits_pool, emit_average_pool_backward, True),
     MAX_POOL: Rule(first, fits_pool, emit_max_pool, True),
-    aten.sum.dim_IntList: Rule(first, fits_sum, emit_sum),
-    aten.mean.dim: Rule(first, fits_sum, emit_sum),
-    aten.var_mean.correction: Rule(first, fits_moments, emit_moments),
+    **dict.fromkeys(PRODUCTS, Rule(batched_factors, fits_product, emit_product)),
+    **dict.fromkeys((*SUMS, aten.amax.default), reduction),
+    MOMENTS: Rule(first, fits_moments, emit_moments),
     getitem: Rule(first, lambda _: True, emit_nothing, True),
 }
 MAX_POOL_BACKWARD = Rule(

@@ -1,4 +1,4 @@
-"""Compute small convolutional nets for one block of images after the other.
+"""Compute small nets of convolutions and products for one block of images after the other.
 
 Layer by layer, a net walks through memory: each layer reads and writes the activations of all
 images. The regions that `_regions.py` finds become kernels that take a few images through all of
@@ -11,21 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
+from operator import getitem
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fdl._compiler._block_axes import CONVOLUTIONS
+from fdl._compiler._block_axes import CONVOLUTIONS, sequences_of
 from fdl._compiler._block_code import rest
 from fdl._compiler._block_cost import pays, why_not
 from fdl._compiler._blocks import BLOCKS, BlockSource
-from fdl._compiler._graph import empty, value_of
+from fdl._compiler._graph import caller, empty, value_of
 from fdl._compiler._order import move_into_order, predecessors
 from fdl._compiler._regions import DTYPES, Region, find_regions
 
 aten = torch.ops.aten
+PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 
 
 class Regions(NamedTuple):
@@ -52,10 +54,13 @@ def compute_in_blocks(module: GraphModule) -> None:
     """Replace the regions of a graph in which this saves time."""
     graph = module.graph
     convolutions = [node for node in graph.nodes if node.target in CONVOLUTIONS]
-    if not convolutions:
+    read = [cast(Node, node.args[0]) for node in convolutions]
+    read += [x for x in map(sequences_of, graph.nodes) if x is not None]
+    if not read:
         return
+    _write_parts_as_views(graph)
     regions: list[Region] = []
-    dtypes = {value_of(cast(Node, node.args[0])).dtype for node in convolutions}
+    dtypes = {value_of(x).dtype for x in read}
     for dtype in [dtype for dtype in DTYPES if dtype in dtypes]:
         more = find_regions(graph, dtype, pays)
         if more:
@@ -68,6 +73,24 @@ def compute_in_blocks(module: GraphModule) -> None:
         known = route.regions
         left_out = tuple(dict.fromkeys([*known.left_out, *reasons]))
         route.regions = Regions(known.regions + len(regions), left_out)
+
+
+def _write_parts_as_views(graph: Graph) -> None:
+    """Replace the parts of `unbind` and `split` by views, as Inductor does."""
+    for node in graph.find_nodes(op="call_function", target=getitem):
+        whole, i = cast(tuple[Node, int], node.args)
+        if whole.target not in PARTS:
+            continue
+        x, *options = cast(Any, whole.args)
+        if whole.target is aten.unbind.int:
+            view, where = aten.select.int, [*(options or [0]), i]
+        else:
+            size, dim = options if len(options) > 1 else (*options, 0)
+            start = sum(size[:i]) if isinstance(size, list) else size * i
+            length = size[i] if isinstance(size, list) else size
+            view, where = aten.slice.Tensor, [dim, start, start + length]
+        node.replace_all_uses_with(caller(graph, node)(view, x, *where))
+    graph.eliminate_dead_code()
 
 
 def _replace(graph: Graph, regions: list[Region]) -> None:

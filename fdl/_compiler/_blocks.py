@@ -14,13 +14,14 @@ from torch.fx import Node
 
 from fdl._compiler._block_axes import Axis, shape_of
 from fdl._compiler._block_code import Block, axis_of, rest, whole
-from fdl._compiler._block_ops import ends_batch, rule_of
+from fdl._compiler._block_ops import rule_of
+from fdl._compiler._block_sums import ends_batch
 from fdl._compiler._graph import value_of
 from fdl._compiler._kernels import kernel_that_writes
 from fdl._compiler._regions import Region
 
 FOLDER = Path(__file__).parent / "blocks"
-HEADERS = ("vectors.h", "functions.h", "layers.h", "convolutions.h", "pools.h")
+HEADERS = ("vectors.h", "functions.h", "layers.h", "convolutions.h", "pools.h", "products.h")
 REGISTERS = {"AVX512": (64, 32), "AVX2": (32, 16)}  # bytes of a register, and their number
 BASELINE = 16, 16
 
@@ -78,9 +79,9 @@ class BlockSource:
 
     def _each_member(self, function: str, node: Node, block: str, tensor: str) -> None:
         """Move the images of a block from or to a tensor, all that lies inside of their axis."""
-        images, axis, members = cast(Axis, axis_of(node))
+        images, axis, members, inner = cast(Axis, axis_of(node))
         shape = shape_of(node)
-        outside, size = prod(shape[:axis]) * members, prod(shape[axis + 1 :])
+        outside, size = prod(shape[:axis]) * members, inner * prod(shape[axis + 1 :])
         self.block.step(
             f"for (int64_t p = 0; p < {outside}; ++p)",
             f"    {function}<T>({block} + p * {size} * L, "

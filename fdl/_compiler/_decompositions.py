@@ -2,7 +2,7 @@
 
 In some of Inductor's a NaN takes the branch of ordinary numbers, so that the derivative of a loss
 that is NaN may be 0 or 1; and its `x % y` and `clamp` change the sign of a zero. The decompositions
-in this file equal torch's own kernels.
+in this file equal torch's own kernels. Some are of views that copy, which Inductor lacks.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from math import copysign, prod
 from typing import Any, cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
@@ -35,6 +35,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 TINY = 4096  # multiplications; a product with at most so many is written as a sum
 
 Call = Callable[..., Node]  # adds a call to the graph: `caller`
+Rule = Callable[[Call, Node], Node | None]
 
 
 def rewrite(module: GraphModule, on_cpu: bool) -> None:
@@ -50,17 +51,21 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
         if node.target is LOOP:
             body = module.get_submodule(cast(Any, node.args[0]).target)
             hoist_checks(node, cast(GraphModule, body).graph)
-    for node in nodes_of(module.graph, "call_function"):
-        rule = RULES.get(node.target)
-        if rule is not None and (on_cpu or rule in EVERYWHERE):
-            new = rule(caller(module.graph, node), node)
-            if new is not None:
-                node.replace_all_uses_with(new)
-    module.graph.eliminate_dead_code()
+    _apply(RULES if on_cpu else EVERYWHERE, module.graph)
     if on_cpu:
         compute_in_blocks(module)
+        _apply(RULES_OF_PRODUCTS, module.graph)
         merge_families(module)
     module.recompile()
+
+
+def _apply(rules: dict[Any, Rule], graph: Graph) -> None:
+    for node in nodes_of(graph, "call_function"):
+        rule = rules.get(node.target)
+        new = rule(caller(graph, node), node) if rule is not None else None
+        if new is not None:
+            node.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
 
 
 def _add(call: Call, node: Node) -> Node | None:
@@ -199,14 +204,15 @@ def _is_zero(x: Any) -> bool:
 
 
 # A rule returns the replacement of a node, or None to keep it.
-RULES: dict[Any, Callable[[Call, Node], Node | None]] = {
+EVERYWHERE: dict[Any, Rule] = {  # for correctness, also on CUDA
     aten.add.Tensor: _add,
     aten.permute.default: _permute,
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten.bmm.default: _bmm,
-    aten.scatter_add.default: _scatter_add,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
 }
-EVERYWHERE = (_add, _permute, _avg_pool_backward)  # rules for correctness, also on CUDA
+RULES: dict[Any, Rule] = {**EVERYWHERE, aten.scatter_add.default: _scatter_add}
+RULES_OF_PRODUCTS: dict[Any, Rule] = {  # of those that are not computed in blocks
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+}

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fdl._compiler._block_axes import find_axes, max_pool_backward
-from fdl._compiler._block_code import ELEMENTWISE, SLOW, axis_of, name_of
-from fdl._compiler._block_ops import Rule, emit_sum, ends_batch, rule_of
+from fdl._compiler._block_axes import PRODUCTS, find_axes, max_pool_backward
+from fdl._compiler._block_code import FUNCTIONS, SLOW, axis_of, expression_of, name_of
+from fdl._compiler._block_ops import Rule, rule_of
+from fdl._compiler._block_products import read_by_product
+from fdl._compiler._block_sums import ends_batch
 from fdl._compiler._graph import literal
 from fdl._compiler._order import predecessors
 
@@ -51,7 +53,7 @@ class Candidates:
         self.before = predecessors(graph)
         self.rules: dict[Node, Rule] = {}
         self.batched: dict[Node, list[Node]] = {}  # inputs with an axis of images
-        axes = find_axes(graph, lambda node: node.target in ELEMENTWISE)
+        axes = find_axes(graph, lambda node: expression_of(node) is not None)
         for node in graph.nodes:
             node.meta["images"] = axes.get(node)
         for node in graph.nodes:
@@ -72,7 +74,7 @@ class Candidates:
             return [found.grad, found.x]
         if node.target is aten.avg_pool2d_backward.default:
             return [cast(Node, node.args[0])]
-        return node.all_input_nodes
+        return read_by_product(node) if node.target in PRODUCTS else node.all_input_nodes
 
     def levels(self) -> dict[Node, int]:
         """Number the nodes: what leaves a region, and what a sum over images gives, comes later."""
@@ -149,7 +151,7 @@ def find_regions(
 def _chosen(
     candidates: Candidates, groups: list[list[Node]], pays: Callable[[list[Node]], bool]
 ) -> list[list[Node]]:
-    """Return the groups with convolutions, and those between them."""
+    """Return the groups that save time, and those between them."""
     home = {node: i for i, group in enumerate(groups) for node in group}
     chosen = {i for i, group in enumerate(groups) if pays(group)}
     edges = {
@@ -258,15 +260,21 @@ def _written(candidates: Candidates, region: Region) -> set[Node]:
     for node in region.nodes:
         if candidates.rules[node].is_written:
             written.add(node)
-            if candidates.rules[node].emit is not emit_sum:
+            if not candidates.rules[node].reads_expressions:
                 written.update(candidates.batched[node])
-        users = [user for user in node.users if user in region.nodes]
-        if node.target in ELEMENTWISE and name_of(node) in SLOW and len(users) > 1:
-            written.add(node)
+    inside = set(region.nodes)
     depth: dict[Node, int] = {}  # of the expressions
+    slow: set[Node] = set()  # expressions with a function that takes long
     for node in region.nodes:
-        depth[node] = 1 + max((depth.get(x, 0) for x in candidates.batched[node]), default=0)
+        inputs = candidates.batched[node]
+        depth[node] = 1 + max((depth.get(x, 0) for x in inputs), default=0)
+        takes_long = name_of(node) in FUNCTIONS or not slow.isdisjoint(inputs)
+        is_slow = expression_of(node) is not None and (takes_long or name_of(node) in SLOW)
+        if is_slow and len(inside.intersection(node.users)) > 1:
+            written.add(node)
         if node in written or depth[node] > DEEPEST:
             written.add(node)
             depth[node] = 0
+        elif takes_long:
+            slow.add(node)
     return written

@@ -1,8 +1,9 @@
-"""Build models from layers: `sequential` and `tied`."""
+"""Build models from layers: `sequential`, `parallel`, `concat` and `residual`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
@@ -14,7 +15,6 @@ from fdl.nn._model import (
     Layer,
     Model,
     StatefulModel,
-    check_model,
     check_not_factory,
     check_takes_mask,
     check_takes_one,
@@ -23,6 +23,8 @@ from fdl.nn._model import (
 )
 from fdl.random._checks import check_key
 from fdl.tree import Tree
+
+Calls = list[Callable[[Any], Any]]  # of the layers, in order
 
 
 @overload
@@ -60,15 +62,114 @@ def sequential(*layers: Any, **named: Any) -> Any:
     >>> list(buffers["1"])
     ['running_mean', 'running_var', 'num_batches_tracked']
     """
+    return _composed("sequential", layers, named, _in_turn)
+
+
+def _in_turn(calls: Calls, x: Any) -> Any:
+    for call in calls:
+        x = call(x)
+    return x
+
+
+@overload
+def parallel(*layers: Layer, **named: Layer) -> Model: ...  # type: ignore[overload-overlap]
+@overload
+def parallel(*layers: Layer | StatefulModel, **named: Layer | StatefulModel) -> StatefulModel: ...
+def parallel(*layers: Any, **named: Any) -> Any:
+    """Apply each layer to the same x, and return the tuple of their outputs.
+
+    Layers, the paths of their parameters and buffers, and their keys are those of `sequential`. A
+    function of the tuple may follow: `sequential(parallel(f, g), sum)` is f(x) + g(x).
+
+    Raises:
+        TypeError: as `sequential`.
+        ValueError: as `sequential`, or there are no layers.
+
+    >>> from fdl import nn
+    >>> double = lambda x: 2 * x
+    >>> parallel(double, torch.square).apply({}, torch.tensor(3.0))
+    (tensor(6.), tensor(9.))
+    >>> from fdl import tree
+    >>> block = nn.sequential(parallel(body=nn.linear(4, 3), shortcut=nn.linear(4, 3)), sum)
+    >>> list(tree.flatten_dict(block.init(random.key(0))))
+    ['0.body.weight', '0.body.bias', '0.shortcut.weight', '0.shortcut.bias']
+    """
+    return _branches("parallel", layers, named, lambda names, ys: ys)
+
+
+@overload
+def concat(*layers: Layer, dim: int = 1, **named: Layer) -> Model: ...  # type: ignore[overload-overlap]
+@overload
+def concat(
+    *layers: Layer | StatefulModel, dim: int = 1, **named: Layer | StatefulModel
+) -> StatefulModel: ...
+def concat(*layers: Any, dim: int = 1, **named: Any) -> Any:
+    """Apply each layer to the same x, and concatenate their outputs along an axis.
+
+    Args:
+        *layers: layers as in `sequential`, which also says how paths and keys follow from them.
+        dim: the axis, by default that of the channels; negative numbers count from the last.
+        **named: layers by name, as in `sequential`.
+
+    Raises:
+        TypeError: as `sequential`, or `dim` is not an int.
+        ValueError: as `sequential`, or there are no layers; at apply, outputs differ in the sizes
+            of other axes.
+
+    >>> from fdl import nn
+    >>> inception = concat(nn.conv2d(3, 4, 1), nn.conv2d(3, 8, 3, padding="same"))
+    >>> inception.apply(inception.init(random.key(0)), torch.ones(2, 3, 6, 6)).shape
+    torch.Size([2, 12, 6, 6])
+    """
+    if not isinstance(dim, int):
+        raise TypeError(f"concat: dim must be an int, got {describe(dim)}")
+
+    return _branches("concat", layers, named, functools.partial(_joined, dim))
+
+
+def _joined(dim: int, names: list[str], ys: tuple[Any, ...]) -> Tensor:
+    shapes = {name: list(y.shape) for name, y in zip(names, ys, strict=True)}
+    if any(not -len(shape) <= dim < len(shape) for shape in shapes.values()):
+        raise ValueError(f"concat: every output needs an axis {dim}, got shapes {shapes}")
+    others = [[*shape] for shape in shapes.values()]
+    for shape in others:
+        del shape[dim]
+    if any(shape != others[0] for shape in others):
+        raise ValueError(f"concat: outputs may differ in axis {dim} alone, got shapes {shapes}")
+    return torch.cat(ys, dim)
+
+
+def _branches(
+    caller: str,
+    layers: tuple[Any, ...],
+    named: dict[str, Any],
+    join: Callable[[list[str], tuple[Any, ...]], Any],
+) -> Any:
+    """Compose layers that have the same input; `join` gets their names and outputs."""
+    if not (layers or named):
+        raise ValueError(f"{caller}: needs at least one layer")
+    names = list(named) or [str(i) for i in range(len(layers))]
+    return _composed(
+        caller, layers, named, lambda calls, x: join(names, tuple(call(x) for call in calls))
+    )
+
+
+def _composed(
+    caller: str,
+    layers: tuple[Any, ...],
+    named: dict[str, Any],
+    forward: Callable[[Calls, Any], Any],
+) -> Any:
+    """Return the model that is `forward(calls of the layers, x)`."""
     if layers and named:
-        raise TypeError("sequential: give layers by position or by name, not both")
+        raise TypeError(f"{caller}: give layers by position or by name, not both")
     children = named or {str(i): layer for i, layer in enumerate(layers)}
     for name, layer in children.items():
         if "." in name:
             raise ValueError(
-                f"sequential: a name must not contain a dot, got {name!r}; nest sequentials instead"
+                f"{caller}: a name must not contain a dot, got {name!r}; nest sequentials instead"
             )
-        _check_layer(name, layer)
+        _check_layer(f"{caller}: layer {name!r}", layer)
 
     with_buffers = [layer for layer in children.values() if isinstance(layer, StatefulModel)]
     uses_key = bool(with_buffers) or any(
@@ -81,7 +182,7 @@ def sequential(*layers: Any, **named: Any) -> Any:
         return torch.vmap(random.fold_in, (None, 0))(key, numbers)
 
     def init(key: Tensor) -> Any:
-        check_key("sequential: init", key)
+        check_key(f"{caller}: init", key)
         child_keys = keys(key)
         params: dict[str, Tree] = {}
         buffers: dict[str, Tree] = {}
@@ -97,59 +198,41 @@ def sequential(*layers: Any, **named: Any) -> Any:
         return (params, buffers) if with_buffers else params
 
     def run(
-        params: Tree, buffers: Tree, x: Tensor, train: bool, key: Tensor | None, mask: Any
-    ) -> tuple[Tensor, Tree]:
-        for argument, entries in (("params", params), ("buffers", buffers)):
-            if not isinstance(entries, Mapping):
-                raise TypeError(
-                    f"sequential: {argument} must be a dict with an entry for each layer, got "
-                    f"{describe(entries)}"
-                )
-            unknown = [name for name in entries if name not in children]
-            if unknown:
-                raise ValueError(
-                    f"sequential: {argument} has entries {unknown}, but the layers are "
-                    f"{list(children)}"
-                )
+        params: Tree, buffers: Tree, x: Any, train: bool, key: Tensor | None, mask: Any
+    ) -> tuple[Any, Tree]:
+        _check_entries(caller, {"params": params, "buffers": buffers}, children)
         child_keys = None if key is None or not uses_key else keys(key)
         new_buffers = dict(buffers)
-        for i, (name, layer) in enumerate(children.items()):
-            try:
-                if not is_model(layer):
-                    x = layer(x)
-                    if callable(x) and not isinstance(x, Tensor):
-                        raise TypeError(
-                            f"the function returned {describe(x)} instead of a tensor; if it makes "
-                            "a layer, call it when you pass it to sequential"
-                        )
-                    continue
-                options = {"train": train, "key": None if child_keys is None else child_keys[i]}
-                child_params = params.get(name, {})
-                if isinstance(layer, Model):
-                    x = layer.apply(child_params, x, **options)
-                    continue
-                if mask is not None:
-                    check_takes_mask("sequential", layer)
-                    options["mask"] = mask
-                x, child_buffers = layer.apply(child_params, buffers.get(name, {}), x, **options)
-                new_buffers |= {name: child_buffers} if child_buffers != {} else {}
-            except Exception as error:
-                error.add_note(f"in layer {name!r} of sequential")
-                raise
-        return x, new_buffers
 
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        def call(i: int, name: str, layer: Any, x: Any) -> Any:
+            if not is_model(layer):
+                return _call_function(caller, layer, x)
+            options = {"train": train, "key": None if child_keys is None else child_keys[i]}
+            child_params = params.get(name, {})
+            if isinstance(layer, Model):
+                return layer.apply(child_params, x, **options)
+            if mask is not None:
+                check_takes_mask(caller, layer)
+                options["mask"] = mask
+            y, child_buffers = layer.apply(child_params, buffers.get(name, {}), x, **options)
+            new_buffers.update({name: child_buffers} if child_buffers != {} else {})
+            return y
+
+        calls = [_noted(caller, call, i, *child) for i, child in enumerate(children.items())]
+        return forward(calls, x), new_buffers
+
+    def apply(params: Tree, x: Any, *, train: bool = False, key: Tensor | None = None) -> Any:
         return run(params, {}, x, train, key, None)[0]
 
     def apply_stateful(
         params: Tree,
         buffers: Tree,
-        x: Tensor,
+        x: Any,
         *,
         train: bool = False,
         key: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tree]:
+    ) -> tuple[Any, Tree]:
         return run(params, buffers, x, train, key, mask)
 
     if with_buffers:
@@ -158,9 +241,102 @@ def sequential(*layers: Any, **named: Any) -> Any:
     return Model(init, apply, uses_key)
 
 
-def _check_layer(name: str, layer: Any) -> None:
+def _check_entries(caller: str, parts: dict[str, Any], children: dict[str, Any]) -> None:
+    """Raise unless parameters and buffers are dicts with entries for the layers alone."""
+    for argument, entries in parts.items():
+        if not isinstance(entries, Mapping):
+            raise TypeError(
+                f"{caller}: {argument} must be a dict with an entry for each layer, got "
+                f"{describe(entries)}"
+            )
+        unknown = [name for name in entries if name not in children]
+        if unknown:
+            raise ValueError(
+                f"{caller}: {argument} has entries {unknown}, but the layers are {list(children)}"
+            )
+
+
+def _call_function(caller: str, layer: Callable[[Any], Any], x: Any) -> Any:
+    y = layer(x)
+    if callable(y) and not isinstance(y, Tensor):
+        raise TypeError(
+            f"the function returned {describe(y)} instead of a tensor; if it makes a layer, call "
+            f"it when you pass it to {caller}"
+        )
+    return y
+
+
+def _noted(
+    caller: str, call: Callable[..., Any], i: int, name: str, layer: Any
+) -> Callable[[Any], Any]:
+    """Return the call of a layer, whose errors say which layer it was."""
+
+    def named_call(x: Any) -> Any:
+        try:
+            return call(i, name, layer, x)
+        except Exception as error:
+            error.add_note(f"in layer {name!r} of {caller}")
+            raise
+
+    return named_call
+
+
+@overload
+def residual(layer: Layer) -> Model: ...  # type: ignore[overload-overlap]
+@overload
+def residual(layer: StatefulModel) -> StatefulModel: ...
+def residual(layer: Any) -> Any:
+    """Compute x + layer(x), for a layer that keeps the shape.
+
+    Parameters, buffers, their paths, keys and masks are those of the layer itself. For a shortcut
+    that is a layer of its own, see `parallel`.
+
+    Args:
+        layer: a `Model`, a `StatefulModel`, or a function `x -> y`.
+
+    Raises:
+        TypeError: the layer cannot be called, is a torch module or makes layers.
+        ValueError: at apply, the layer changes the shape.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2016,
+    https://arxiv.org/abs/1512.03385
+
+    >>> from fdl import nn
+    >>> block = residual(nn.sequential(nn.layer_norm(4), nn.linear(4, 4), nn.relu))
+    >>> params = block.init(random.key(0))
+    >>> list(params), block.apply(params, torch.ones(2, 4)).shape
+    (['0', '1'], torch.Size([2, 4]))
+    """
+    _check_layer("residual: layer", layer)
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
+            raise ValueError(
+                f"residual: the layer must keep the shape of its input, got {describe(x)}, and "
+                f"returned {describe(y)}"
+            )
+        return x + y
+
+    if isinstance(layer, StatefulModel):
+
+        def apply_stateful(params: Tree, buffers: Tree, x: Tensor, **options: Any) -> Any:
+            y, new_buffers = layer.apply(params, buffers, x, **options)
+            return add(x, y), new_buffers
+
+        return layer._replace(apply=apply_stateful)
+
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        if isinstance(layer, Model):
+            return add(x, layer.apply(params, x, train=train, key=key))
+        return add(x, _call_function("residual", layer, x))
+
+    if isinstance(layer, Model):
+        return layer._replace(apply=apply)
+    return Model(lambda key: {}, apply, uses_key=False)
+
+
+def _check_layer(caller: str, layer: Any) -> None:
     """Raise a TypeError unless `layer` is a model or can be a function `x -> y`."""
-    caller = f"sequential: layer {name!r}"
     if is_model(layer):
         return
     if isinstance(layer, torch.nn.Module):
@@ -175,66 +351,3 @@ def _check_layer(name: str, layer: Any) -> None:
         )
     check_not_factory(caller, layer)
     check_takes_one(caller, layer)
-
-
-def tied(model: Model, same: Mapping[str, str]) -> Model:
-    """Share parameters between paths: `same={"2": "0"}` makes layer 2 use those of layer 0.
-
-    A shared parameter is stored once, as in `named_parameters()`. Its gradient is the sum over all
-    its uses.
-
-    Args:
-        model: a model without buffers, whose parameters are nested dicts.
-        same: maps the path to remove (a leaf or a whole branch) to the path used in its place,
-            which may itself be one removed by an earlier entry.
-
-    Raises:
-        TypeError: `model` is not a `Model`.
-        KeyError: a path is not in the parameters (at init and apply).
-
-    >>> from fdl import nn, tree
-    >>> shared = nn.linear(4, 4)
-    >>> net = tied(nn.sequential(shared, nn.relu, shared), {"2": "0"})
-    >>> list(tree.flatten_dict(net.init(random.key(0))))
-    ['0.weight', '0.bias']
-    """
-    check_model("tied", model)
-    if isinstance(model, StatefulModel):
-        raise TypeError("tied: model must be a Model, without buffers, got a StatefulModel")
-
-    def init(key: Tensor) -> Tree:
-        params = model.init(key)
-        for source in same.values():
-            _get(params, source)
-        for path in same:
-            params = _without(params, path)
-        return params
-
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        for path, source in same.items():
-            params = _with(params, path, _get(params, source))
-        return model.apply(params, x, train=train, key=key)
-
-    return Model(init, apply, model.uses_key)
-
-
-def _get(params: Tree, path: str) -> Tree:
-    node = params
-    for part in path.split("."):
-        if not isinstance(node, dict) or part not in node:
-            raise KeyError(f"tied: {path!r} is not a path of the parameters {list(params)}")
-        node = node[part]
-    return node
-
-
-def _without(params: Tree, path: str) -> Tree:
-    _get(params, path)
-    first, _, rest = path.partition(".")
-    child = _without(params[first], rest) if rest else {}
-    others = {name: value for name, value in params.items() if name != first}
-    return {**others, first: child} if child != {} else others
-
-
-def _with(params: dict[str, Any], path: str, value: Tree) -> Tree:
-    first, _, rest = path.partition(".")
-    return {**params, first: _with(params.get(first, {}), rest, value) if rest else value}

@@ -1,12 +1,14 @@
-"""The dropout layer."""
+"""Dropout of elements and of channels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fdl import random
-from fdl.nn._helpers import check_input
+from fdl.nn._helpers import check_input, check_key_given
 from fdl.nn._model import Model
 from fdl.tree import Tree
 
@@ -33,18 +35,65 @@ def dropout(rate: float) -> Model:
     >>> layer.apply({}, torch.ones(6))
     tensor([1., 1., 1., 1., 1., 1.])
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate, the fraction dropped, must be in [0, 1), got {rate}")
+    return _dropout("dropout", rate, lambda x: x.shape)
+
+
+def dropout2d(rate: float) -> Model:
+    """Zero each channel of each image with probability `rate`, in training; scale the rest.
+
+    With `train=False` the layer is the identity. Equals `torch.nn.Dropout2d` in distribution for x
+    `[batch, channels, h, w]`; a channel is kept where `random.uniform(key, [batch, channels, 1, 1])
+    >= rate`, and scaled by 1 / (1 − rate).
+
+    Args:
+        rate: the fraction dropped, in [0, 1).
+
+    Raises:
+        TypeError: x holds integers (at apply, in training).
+        ValueError: `rate` is outside [0, 1); at apply, x does not have 4 axes, or `train=True`
+            without a key.
+
+    Source: Tompson et al., Efficient Object Localization Using Convolutional Networks, 2015,
+    https://arxiv.org/abs/1411.4280
+
+    >>> layer = dropout2d(0.5)
+    >>> y = layer.apply({}, torch.ones(1, 4, 2, 2), train=True, key=random.key(0))
+    >>> y.mean((2, 3))
+    tensor([[2., 2., 0., 0.]])
+    """
+    name = f"dropout2d({rate})"
+
+    def channels(x: Tensor) -> Sequence[int]:
+        if x.ndim != 4:  # torch reads [a, b, c] as a batch of one axis, others as one image
+            raise ValueError(
+                f"{name}: expected x [batch, channels, height, width], got {list(x.shape)}"
+            )
+        return (*x.shape[:2], 1, 1)
+
+    return _dropout("dropout2d", rate, channels)
+
+
+def _dropout(function: str, rate: float, shape: Callable[[Tensor], Sequence[int]]) -> Model:
+    """Return a dropout layer whose mask for x has the shape `shape(x)`."""
+    check_rate(function, "rate", rate)
+    name = f"{function}({rate})"
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         if not train or rate == 0:
             return x
-        if key is None:
-            raise ValueError(
-                f"dropout({rate}) with train=True needs a key: pass key=fdl.random.key(seed) to "
-                "apply, or train=False to evaluate"
-            )
-        check_input(f"dropout({rate})", x)
-        return torch.where(random.uniform(key, x.shape) >= rate, x / (1 - rate), 0)
+        keep_key = check_key_given(name, key)
+        check_input(name, x)
+        return torch.where(random.uniform(keep_key, shape(x)) >= rate, x / (1 - rate), 0)
 
     return Model(lambda key: {}, apply, uses_key=rate > 0)
+
+
+def check_rate(layer: str, argument: str, rate: float) -> None:
+    """Raise a ValueError unless `rate` is a fraction that may be dropped.
+
+    >>> check_rate("dropout", "rate", 0.5)
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"{layer}: {argument}, the fraction dropped, must be in [0, 1), got {rate}"
+        )

@@ -29,7 +29,8 @@ class Model(NamedTuple):
     """
 
     init: Callable[[Tensor], Tree]  # key -> params
-    apply: Callable[..., Tensor]  # (params, x, *, train=False, key=None) -> y
+    # (params, x, *, train=False, key=None) -> y; x and y are tensors or trees of them
+    apply: Callable[..., Any]
     uses_key: bool = True  # False if `apply` ignores its key; `sequential` then derives none
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Normalization over features (`layer_norm`) and over the batch (`batch_norm`)."""
+"""Normalization over features, over groups of channels and over the batch."""
 
 from __future__ import annotations
 
@@ -39,24 +39,152 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     name = f"layer_norm({shape})"
     check_sizes(name, *sizes)
 
-    def init(key: Tensor) -> Tree:
-        return {
-            "weight": ones(key, sizes, torch.float32),
-            "bias": zeros(key, sizes, torch.float32),
-        }
-
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
         weight, bias = (get_param(params, p, sizes, name) for p in ("weight", "bias"))
-        check_input(name, x)
-        if x.shape[-len(sizes) :] != sizes:
-            raise ValueError(f"{name}: expected x [..., {str(sizes)[1:-1]}], got {list(x.shape)}")
-        # Written out, because torch differentiates F.layer_norm wrongly at third order and forward
-        # over reverse. Compiled, the program is the same.
+        _check_last_axes(name, x, sizes)
+        return (_standardised(x, len(sizes), eps) * weight + bias).to(x.dtype)
+
+    return Model(lambda key: _scale_and_shift(key, sizes), apply, uses_key=False)
+
+
+def rms_norm(shape: int | Sequence[int], *, eps: float | None = None) -> Model:
+    """Divide by the root mean square over the last axes, then scale; equals `torch.nn.RMSNorm`.
+
+    y = x / √(mean(x²) + eps) · weight.
+
+    Args:
+        shape: sizes of the axes to normalise over, or one int for the last axis alone.
+        eps: added to the mean square; if None, `torch.finfo(dtype).eps` of the dtype in which it is
+            computed, that of x but at least float32.
+
+    Raises:
+        ValueError: a size below 1; at apply, an x whose last axes have other sizes.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019,
+    https://arxiv.org/abs/1910.07467
+
+    >>> from fdl import random
+    >>> layer = rms_norm(2)
+    >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 7.0]]))
+    tensor([[0.2000, 1.4000]])
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    name = f"rms_norm({shape})"
+    check_sizes(name, *sizes)
+
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        weight = get_param(params, "weight", sizes, name)
+        _check_last_axes(name, x, sizes)
         wide = x.to(at_least_32_bits(x))
-        var, mean = torch.var_mean(wide, list(range(-len(sizes), 0)), correction=0, keepdim=True)
-        return ((wide - mean) * (var + eps).rsqrt() * weight + bias).to(x.dtype)
+        least = torch.finfo(wide.dtype).eps if eps is None else eps
+        square = (wide * wide).mean(list(range(-len(sizes), 0)), keepdim=True)
+        return (wide * (square + least).rsqrt() * weight).to(x.dtype)
+
+    return Model(lambda key: {"weight": ones(key, sizes)}, apply, uses_key=False)
+
+
+def group_norm(num_groups: int, num_channels: int, *, eps: float = 1e-5) -> Model:
+    """Normalise each group of channels of each example, then scale and shift each channel.
+
+    Equals `torch.nn.GroupNorm` for x `[batch, num_channels, ...]`. Examples do not affect each
+    other, so training and evaluation are the same.
+
+    Args:
+        num_groups: number of groups; divides `num_channels`.
+        num_channels: size of the second axis.
+        eps: added to the variance.
+
+    Raises:
+        ValueError: a size below 1, or `num_groups` does not divide `num_channels`; at apply, x has
+            another number of channels, or one value per group.
+
+    Source: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+
+    >>> from fdl import random
+    >>> layer = group_norm(2, 4, eps=0.0)
+    >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 2.0, 10.0, 30.0]]))
+    tensor([[-1.,  1., -1.,  1.]])
+    """
+    name = f"group_norm({num_groups}, {num_channels})"
+    check_sizes(name, num_groups, num_channels)
+    if num_channels % num_groups:
+        raise ValueError(f"{name}: num_groups must divide num_channels")
+    return _by_groups(name, num_groups, num_channels, eps, affine=True)
+
+
+def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False) -> Model:
+    """Normalise each channel of each example over its positions.
+
+    Equals `torch.nn.InstanceNorm1d`, `2d` and `3d` for x `[batch, num_features, ...]`, without
+    running statistics: training and evaluation are the same.
+
+    Args:
+        num_features: size of the second axis.
+        eps: added to the variance.
+        affine: if True, scale and shift each channel afterwards; as in torch, the default is to
+            have no parameters.
+
+    Raises:
+        ValueError: a size below 1; at apply, x has another number of channels, or one value per
+            channel.
+
+    Source: Ulyanov et al., Instance Normalization: The Missing Ingredient for Fast Stylization,
+    2016, https://arxiv.org/abs/1607.08022
+
+    >>> layer = instance_norm(1, eps=0.0)
+    >>> layer.apply({}, torch.tensor([[[1.0, 3.0]], [[10.0, 30.0]]])).flatten()
+    tensor([-1.,  1., -1.,  1.])
+    """
+    name = f"instance_norm({num_features})"
+    check_sizes(name, num_features)
+    return _by_groups(name, num_features, num_features, eps, affine)
+
+
+def _by_groups(name: str, groups: int, channels: int, eps: float, affine: bool) -> Model:
+    """Return the layer that normalises each group of channels of each example."""
+    shape = (channels,)
+
+    def init(key: Tensor) -> Tree:
+        return _scale_and_shift(key, shape) if affine else {}
+
+    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        scales = [get_param(params, p, shape, name) for p in ("weight", "bias") if affine]
+        check_input(name, x)
+        if x.ndim < 2 or x.shape[1] != channels:
+            raise ValueError(f"{name}: expected x [batch, {channels}, ...], got {list(x.shape)}")
+        grouped = x.reshape(x.shape[0], groups, channels // groups, *x.shape[2:])
+        if math.prod(grouped.shape[2:]) == 1:
+            raise ValueError(f"{name}: needs several values per group, got x {list(x.shape)}")
+        y = _standardised(grouped, x.ndim - 1, eps).reshape(x.shape)
+        if affine:
+            weight, bias = (p.view(1, -1, *[1] * (x.ndim - 2)) for p in scales)
+            y = y * weight + bias
+        return y.to(x.dtype)
 
     return Model(init, apply, uses_key=False)
+
+
+def _scale_and_shift(key: Tensor, shape: tuple[int, ...]) -> Tree:
+    return {"weight": ones(key, shape), "bias": zeros(key, shape)}
+
+
+def _check_last_axes(name: str, x: Tensor, sizes: tuple[int, ...]) -> None:
+    check_input(name, x)
+    if x.shape[-len(sizes) :] != sizes:
+        raise ValueError(f"{name}: expected x [..., {str(sizes)[1:-1]}], got {list(x.shape)}")
+
+
+def _standardised(x: Tensor, axes: int, eps: float) -> Tensor:
+    """Return (x − mean) / √(variance + eps) over the last `axes` axes, in at least 32 bits.
+
+    Written out, because torch differentiates F.layer_norm and F.group_norm wrongly at third order
+    and forward over reverse. Compiled, the program is the same.
+    """
+    wide = x.to(at_least_32_bits(x))
+    if not x.numel():  # of which torch computes the variance with a warning
+        return wide
+    var, mean = torch.var_mean(wide, list(range(-axes, 0)), correction=0, keepdim=True)
+    return (wide - mean) * (var + eps).rsqrt()
 
 
 def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> StatefulModel:
@@ -98,7 +226,7 @@ def batch_norm(features: int, *, eps: float = 1e-5, momentum: float | None = 0.1
     shape = (features,)
 
     def init(key: Tensor) -> tuple[Tree, Tree]:
-        params = {"weight": ones(key, shape), "bias": zeros(key, shape)}
+        params = _scale_and_shift(key, shape)
         buffers = {
             "running_mean": zeros(key, shape),
             "running_var": ones(key, shape),

@@ -24,15 +24,25 @@ Each function takes a single key. To draw with many keys, use `torch.vmap`:
 >>> torch.vmap(lambda k: random.uniform(k, (4,)))(keys).shape
 torch.Size([8, 4])
 
-Functions have the names, parameters and defaults of `jax.random`, and return the same numbers:
-bit by bit for `key`, `split`, `fold_in`, `bits`, `uniform` on [0, 1), `bernoulli`, `randint` and
-`permutation`, to a few units in the last place for `normal`, `truncated_normal` and `categorical`.
+Functions have the names, parameters and defaults of `jax.random`, and return the same numbers,
+those of JAX 0.5.0 and later unless a docstring names another release:
+
+- bit by bit: `key`, `split`, `fold_in`, `bits`, `uniform` on [0, 1), `bernoulli`, `randint`,
+  `permutation`, `rademacher`, and `choice` without `p`;
+- to a few units in the last place: `normal`, `truncated_normal`, `exponential`, `gumbel`,
+  `laplace`, `logistic`, `cauchy`, `orthogonal`, `multivariate_normal`;
+- the same, where rounding does not decide otherwise, one draw in many thousands: `categorical`,
+  `choice` with `p`, `gamma`, `beta`, `dirichlet`, `t`, `ball`, `poisson`, `binomial`.
+
 The bits come from the counter-based generator Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror
 and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, their library Random123), which is
-JAX's default (threefry, partitionable): the n-th draw is the counter n, encrypted with the key.
+JAX's default (threefry, partitionable since 0.5.0): the n-th draw is the counter n, encrypted with
+the key.
 
 Draws compile like any other code. `fdl.jit` compiles them fastest, since it configures Inductor to
-compile Threefry ten times faster than plain `torch.compile` does.
+compile Threefry ten times faster than plain `torch.compile` does. Draws of the last group but for
+`categorical` and `choice` are loops, which `torch.compile` takes only outside of `vmap` and other
+functions of `torch.func`; `fdl.jit` takes them everywhere.
 
 Every function checks its arguments before it draws. It raises TypeError for an argument of the
 wrong kind (a seed in place of a key, an unknown dtype), and ValueError for a wrong value or shape
@@ -42,6 +52,9 @@ instead.
 
 from __future__ import annotations
 
+from fdl.random._continuous import cauchy, exponential, gumbel, laplace, logistic
+from fdl.random._discrete import binomial, choice, poisson, rademacher
+from fdl.random._gamma import beta, dirichlet, gamma, t
 from fdl.random._samplers import (
     Key,
     Shape,
@@ -57,19 +70,36 @@ from fdl.random._samplers import (
     truncated_normal,
     uniform,
 )
+from fdl.random._vectors import ball, multivariate_normal, orthogonal
 
 __all__ = [
     "Key",
     "Shape",
+    "ball",
     "bernoulli",
+    "beta",
+    "binomial",
     "bits",
     "categorical",
+    "cauchy",
+    "choice",
+    "dirichlet",
+    "exponential",
     "fold_in",
+    "gamma",
+    "gumbel",
     "key",
+    "laplace",
+    "logistic",
+    "multivariate_normal",
     "normal",
+    "orthogonal",
     "permutation",
+    "poisson",
+    "rademacher",
     "randint",
     "split",
+    "t",
     "truncated_normal",
     "uniform",
 ]

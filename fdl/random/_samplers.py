@@ -85,21 +85,34 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     return torch.stack(_threefry.threefry2x32(key[0], key[1], 0, _checks.folded_word(data)))
 
 
-def bits(key: Key, shape: Shape = ()) -> Tensor:
-    """Draw uniform 32-bit words.
+def bits(key: Key, shape: Shape = (), dtype: torch.dtype | None = None) -> Tensor:
+    """Draw uniform words of 8, 16, 32 or 64 bits.
+
+    Equals `jax.random.bits` of the same width, from JAX 0.5.0 on. Without a dtype, JAX with x64
+    draws 64 bits.
 
     Args:
         key: a key, int64 [2].
         shape: shape of the result.
+        dtype: uint8, uint16, uint32 or uint64, an unsigned integer as wide as the words. None:
+            words of 32 bits in int64, since torch lacks most operations for the wider three.
 
     Returns:
-        int64 of `shape`, values in [0, 2**32).
+        `dtype` of `shape`; for None int64, values in [0, 2**32).
 
     >>> bits(key(0), (3,))
     tensor([4070199207, 4202968722, 1427181096])
+    >>> bits(key(0), (3,), torch.uint8)
+    tensor([167, 146,  40], dtype=torch.uint8)
     """
     _checks.check_key("bits", key)
-    return _threefry.words(key, _checks.check_shape("bits", shape), 32)
+    shape = _checks.check_shape("bits", shape)
+    if dtype is None:
+        return _threefry.words(key, shape, 32)
+    _checks.check_dtype("bits", dtype, _threefry.WORDS)
+    width = _threefry.WORDS[dtype]
+    drawn = _threefry.words(key, shape, width)
+    return (drawn if width == 64 else drawn & (2**width - 1)).to(dtype)
 
 
 def uniform(
@@ -129,9 +142,7 @@ def uniform(
     tensor([[ 0.8953,  0.9572, -0.3354],
             [-0.0627,  0.1398, -0.6690]])
     """
-    _checks.check_key("uniform", key)
-    shape = _checks.check_shape("uniform", shape)
-    _checks.check_dtype("uniform", dtype, _threefry.FLOATS)
+    shape = _checks.check_draw("uniform", key, shape, dtype)
     _checks.check_bounds("uniform", shape, minval=minval, maxval=maxval)
     return _threefry.uniform(key, shape, minval, maxval, dtype).to(dtype)
 
@@ -152,14 +163,10 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     >>> normal(key(0), (3,))
     tensor([ 1.6226,  2.0253, -0.4336])
     """
-    _checks.check_key("normal", key)
-    shape = _checks.check_shape("normal", shape)
-    _checks.check_dtype("normal", dtype, _threefry.FLOATS)
-    mantissa = _threefry.FLOATS[dtype][1]
-    # An odd numerator over 2**(mantissa + 1): exact in `dtype`, strictly inside (-1, 1), never 0.
-    numerator = 4 * _threefry.mantissas(key, shape, dtype) + 1 - 2 ** (mantissa + 1)
-    u = numerator.to(_threefry.working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
-    return (math.sqrt(2) * _threefry.erfinv(u)).to(dtype)
+    shape = _checks.check_draw("normal", key, shape, dtype)
+    return _threefry.normal(_threefry.words(key, shape, _threefry.FLOATS[dtype][0]), dtype).to(
+        dtype
+    )
 
 
 def truncated_normal(
@@ -190,10 +197,7 @@ def truncated_normal(
     """
     _checks.check_key("truncated_normal", key)
     _checks.check_dtype("truncated_normal", dtype, _threefry.FLOATS)
-    if shape is None:
-        shape = torch.broadcast_shapes(*(b.shape for b in (lower, upper) if isinstance(b, Tensor)))
-    shape = _checks.check_shape("truncated_normal", shape)
-    _checks.check_bounds("truncated_normal", shape, lower=lower, upper=upper)
+    shape = _checks.check_bounds("truncated_normal", shape, lower=lower, upper=upper)
     working = _threefry.working_dtype(dtype)
     x = _threefry.truncated(key, shape, lower, upper, dtype)
     lower, upper = _threefry.cast(lower, working, key), _threefry.cast(upper, working, key)
@@ -220,10 +224,10 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> 
     tensor([False, False,  True,  True,  True])
     """
     _checks.check_key("bernoulli", key)
-    _checks.check_probability(p)
+    _checks.check_probability("bernoulli", p)
     dtype, default = (p.dtype, p.shape) if isinstance(p, Tensor) else (torch.float32, ())
     shape = _checks.check_shape("bernoulli", default if shape is None else shape)
-    _checks.check_broadcast("bernoulli", "p", p, shape)
+    _checks.check_parameters("bernoulli", shape, p=p)
     # Both sides are exact in the working dtype, so the comparison is the one in p's own dtype.
     working = _threefry.working_dtype(dtype)
     return _threefry.unit(key, shape, dtype) < _threefry.cast(p, dtype, key).to(working)
@@ -339,10 +343,9 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: Shape | None = 
     axis = _checks.check_logits(logits, axis)
     one_class = logits.select(axis, 0)
     shape = _checks.check_shape("categorical", one_class.shape if shape is None else shape)
-    _checks.check_broadcast("categorical", f"logits.select({axis}, 0)", one_class, shape)
+    _checks.check_broadcast("categorical", shape, {f"logits.select({axis}, 0)": one_class.shape})
     logits = logits.to(_threefry.working_dtype(logits.dtype))
     before = len(shape) + 1 + axis
     sizes = (*shape[:before], logits.shape[axis], *shape[before:])
-    u = _threefry.unit(key, sizes, logits.dtype)
-    gumbel = -torch.log(-torch.log(u.clamp(min=torch.finfo(u.dtype).tiny)))
-    return (logits + gumbel).argmax(axis)
+    u = _threefry.positive(key, sizes, logits.dtype)
+    return (logits - torch.log(-torch.log(u))).argmax(axis)

@@ -17,13 +17,15 @@ MASK = 0xFFFFFFFF
 MANY = 1024  # words from which on a kernel of their own pays
 INT64 = torch.iinfo(torch.int64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SIGNED = (*INTEGERS[:-1], torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WORDS = {torch.uint8: 8, torch.uint16: 16, torch.uint32: 32, torch.uint64: 64}
 
 # For each float type: random bits used for one draw, and how many the mantissa keeps (as in JAX).
 FLOATS = {
-    torch.bfloat16: (8, 7),
-    torch.float16: (16, 10),
     torch.float32: (32, 23),
     torch.float64: (64, 52),
+    torch.float16: (16, 10),
+    torch.bfloat16: (8, 7),
 }
 
 
@@ -54,7 +56,7 @@ def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Ten
 
 
 def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draw 32-bit words, or 64-bit ones whose highest bit is the sign."""
+    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed."""
     if _modes.is_tracing() and math.prod(shape) >= MANY:
         return torch.ops.fdl.random_words(key, shape, width)  # type: ignore[no-any-return]
     return encrypted_words(key, shape, width)
@@ -62,7 +64,11 @@ def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
 
 def encrypted_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
     """Draw words by operations of torch."""
-    high, low = encrypted_counters(key, tuple(shape))
+    return join(*encrypted_counters(key, tuple(shape)), width)
+
+
+def join(high: Tensor, low: Tensor, width: int) -> Tensor:
+    """Make words of 64 bits, whose highest bit is the sign, or of 32, of two of 32 bits."""
     return (high << 32) | low if width == 64 else high ^ low
 
 
@@ -83,10 +89,10 @@ torch.library.register_fake("fdl::random_words", _fake_words)
 torch.library.register_vmap("fdl::random_words", _words_of_keys)
 
 
-def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw integers as wide as the mantissa of `dtype`, int64."""
+def mantissas(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make integers as wide as the mantissa of `dtype` from words, int64."""
     width, mantissa = FLOATS[dtype]
-    return (words(key, shape, width) >> (width - mantissa)) & (2**mantissa - 1)
+    return (word >> (width - mantissa)) & (2**mantissa - 1)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,10 +100,38 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def as_unit(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to [0, 1), exact in `dtype`, given in its working dtype."""
+    draws = mantissas(word, dtype)
+    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+
+
+def as_symmetric(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    mantissa = FLOATS[dtype][1]
+    # An odd numerator over 2**(mantissa + 1) is exact, and strictly inside.
+    numerator = 4 * mantissas(word, dtype) + 1 - 2 ** (mantissa + 1)
+    return numerator.to(working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
+
+
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
-    draws = mantissas(key, shape, dtype)
-    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+    return as_unit(words(key, shape, FLOATS[dtype][0]), dtype)
+
+
+def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw from (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    return as_symmetric(words(key, shape, FLOATS[dtype][0]), dtype)
+
+
+def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw from (0, 1) in the working dtype, where the smallest normal number stands for 0."""
+    return unit(key, shape, dtype).clamp(min=torch.finfo(dtype).tiny)
+
+
+def normal(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map words to the standard normal distribution, in the working dtype of `dtype`."""
+    return math.sqrt(2) * erfinv(as_symmetric(word, dtype))
 
 
 def uniform(

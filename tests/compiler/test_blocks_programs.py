@@ -18,7 +18,7 @@ from fdl import jit, tree
 from fdl._compiler import _block_pass
 from fdl._torch_compat import RELEASE
 from tests.support.asserts import equal_bits
-from tests.support.blocks import assert_close, has_convolution
+from tests.support.blocks import assert_close, has_layer
 from tests.support.exported import lenet_epoch, lenet_step
 
 pytestmark = pytest.mark.slow
@@ -45,6 +45,22 @@ def init(dtype: torch.dtype = torch.float64) -> Params:
 
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return (net(params, x) - y).square().mean()
+
+
+def attention_loss(params: Params, x: Tensor) -> Tensor:
+    """Return a loss of sequences `[images, 6, 8]` after attention."""
+    q, k, v = F.linear(F.layer_norm(x, (8,)), params["qkv"]).chunk(3, -1)
+    out = x + torch.softmax(q @ k.mT, -1) @ v
+    return F.gelu(F.linear(out, params["up"], params["bias"])).mean(1).square().sum()
+
+
+def attention_step(params: Params, x: Tensor) -> tuple[Params, None]:
+    return tree.map(lambda p, g: p - 0.1 * g, params, grad(attention_loss)(params, x)), None
+
+
+def attention_init(dtype: torch.dtype = torch.float64) -> Params:
+    shapes = {"qkv": (24, 8), "up": (32, 8), "bias": (32,)}
+    return {name: some(*shape, dtype=dtype) * 0.3 for name, shape in shapes.items()}
 
 
 def step(params: Params, batch: tuple[Tensor, Tensor]) -> tuple[Params, Tensor]:
@@ -81,7 +97,7 @@ def members(params: Params) -> Params:
 
 @pytest.fixture(autouse=True)
 def wherever_there_can_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_block_pass, "pays", has_convolution)
+    monkeypatch.setattr(_block_pass, "pays", has_layer)
 
 
 XS, YS = some(4, 19, 2, 10, 10), some(4, 19, 3)
@@ -104,6 +120,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         ),
         (init(), X[:9], Y[:9]),
     ),
+    "an epoch of sequences": (
+        lambda p, xs: fdl.scan(attention_step, p, xs)[0],
+        (attention_init(), some(3, 19, 6, 8)),
+    ),
+    "epochs of a population of sequences": (
+        lambda p, xs: vmap(lambda p: fdl.scan(attention_step, p, xs)[0])(p),
+        (members(attention_init()), some(3, 19, 6, 8)),
+    ),
     "training and evaluation": (
         lambda p, a, b: (step(p, a), net(p, b).argmax(1)),
         (init(), (XS[0], YS[0]), X),
@@ -111,12 +135,15 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
+NONE = ("per-sample gradients", "epochs of a population of sequences")
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_equal_eager_torch(name: str) -> None:
     fn, args = PROGRAMS[name]
     compiled = jit(fn, strict=True)
     assert_close(compiled(*args), fn(*args))
-    assert compiled.report()[0].regions or name == "per-sample gradients"
+    assert compiled.report()[0].regions or name in NONE
 
 
 def test_a_donated_state() -> None:
@@ -139,10 +166,17 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_bits_for_a_number_of_threads(dtype: torch.dtype, threads: Any) -> None:
     args = (init(dtype), some(250, 2, 10, 10, dtype=dtype), some(250, 3, dtype=dtype))
-    expected = grad(loss)(*args)
+    _check_bits(grad(loss), args, dtype, threads)
+    _check_bits(
+        grad(attention_loss), (attention_init(dtype), some(250, 6, 8, dtype=dtype)), dtype, threads
+    )
+
+
+def _check_bits(fn: Any, args: tuple[Any, ...], dtype: torch.dtype, threads: Any) -> None:
+    expected = fn(*args)
     for number in (1, 2, 3):
         threads(number)
-        compiled = jit(grad(loss), strict=True)
+        compiled = jit(fn, strict=True)
         first = compiled(*args)
         for _ in range(20):
             again = compiled(*args)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fdl._compiler._block_axes import MAX_POOL
-from fdl._compiler._block_code import COMPARISONS, COPIES, ELEMENTWISE, MASKS
+from fdl._compiler._block_code import COMPARISONS, COPIES, ELEMENTWISE, FMA, MASKS
 from fdl._compiler._block_ops import RULES
 from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._inductor import import_inductor
@@ -108,6 +108,40 @@ def max_pool(y: Tensor, *options: Any) -> Any:
     return prims._low_memory_max_pool_with_offsets.default(y, *options)
 
 
+def weight(*shape: int) -> Tensor:
+    """Return numbers that are the same for all images."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape).sin()
+
+
+def half(*shape: int) -> Tensor:
+    return torch.full(shape, 0.5, dtype=torch.float64)
+
+
+def rows(y: Tensor) -> Tensor:
+    return aten.view.default(y, [BATCH * 4 * 6, 7])
+
+
+def matrices(y: Tensor) -> Tensor:
+    return aten.view.default(y, [BATCH * 4, 6, 7])
+
+
+def images_inside(y: Tensor) -> Tensor:
+    """Return rows as those of `rows`, in another order."""
+    return aten.view.default(aten.permute.default(y, [1, 2, 0, 3]).contiguous(), [264, 7])
+
+
+def images_second(y: Tensor) -> Tensor:
+    return aten.permute.default(y, [1, 0, 2, 3]).contiguous()
+
+
+def channels_first(y: Tensor) -> Tensor:
+    return aten.view.default(images_second(y), [4, BATCH * 6, 7])
+
+
+def transposed(y: Tensor) -> Tensor:
+    return aten.permute.default(y, [*range(y.ndim - 2), -1, -2])
+
+
 def convolution_backward(x: Tensor, y: Tensor) -> Any:
     w = torch.arange(120, dtype=y.dtype).view(5, 4, 2, 3).sin()
     out = aten.convolution.default(y, w, None, [2, 1], [1, 0], [1, 2], False, [0, 0], 1)
@@ -150,9 +184,14 @@ CASES: dict[Any, list[Function]] = {
         lambda x, y: aten.slice.Tensor(y, 2, -100, 9223372036854775807, 2) + 1,
         lambda x, y: aten.slice.Tensor(y, 3, None, -2, 3) + 1,
     ],
+    aten.select.int: [
+        lambda x, y: aten.select.int(y, 1, 2) + 1,
+        lambda x, y: aten.select.int(y, -1, -2) + 1,
+    ],
     aten.cat.default: [
         lambda x, y: aten.cat.default([y, aten.neg.default(y)], 1),
         lambda x, y: aten.cat.default([y, aten.slice.Tensor(y, 3, 0, 2), y], -1),
+        lambda x, y: aten.cat.default([y, aten.neg.default(y), y]),
     ],
     aten.convolution.default: [lambda x, y: y],
     aten.convolution_backward.default: [convolution_backward],
@@ -186,7 +225,32 @@ CASES: dict[Any, list[Function]] = {
         lambda x, y: aten.mean.dim(y, [2, 3]),
         lambda x, y: aten.mean.dim(y, [-1], True) * y,
     ],
+    aten.amax.default: [
+        lambda x, y: aten.amax.default(y, [-1], True) * y,
+        lambda x, y: aten.amax.default(y, [3, 1]),
+        lambda x, y: aten.amax.default(aten.where.self(mask(y), y, torch.full((), torch.nan)), [1]),
+        lambda x, y: aten.amax.default(aten.mul.Tensor(y, -torch.inf), [2]),
+    ],
+    aten.mm.default: [
+        lambda x, y: aten.mm.default(rows(y), weight(7, 5)),
+        lambda x, y: aten.mm.default(rows(y), transposed(weight(9, 7))),
+        lambda x, y: aten.mm.default(weight(10, 7), transposed(rows(y))),
+        lambda x, y: aten.mm.default(transposed(rows(y)), rows(aten.tanh.default(y))),
+        lambda x, y: aten.mm.default(aten.view.default(y, [BATCH, 168]), weight(168, 3)),
+        lambda x, y: aten.mm.default(transposed(y[:, 1, 2]), y[:, 0, 0]),
+    ],
+    aten.addmm.default: [lambda x, y: aten.addmm.default(weight(5), rows(y), weight(7, 5))],
+    aten.bmm.default: [
+        lambda x, y: aten.bmm.default(matrices(y), transposed(matrices(aten.tanh.default(y)))),
+        lambda x, y: aten.bmm.default(transposed(matrices(y)), matrices(aten.tanh.default(y))),
+        lambda x, y: aten.bmm.default(channels_first(y), weight(4, 7, 5)),
+        lambda x, y: aten.bmm.default(weight(4, 5, 7), transposed(channels_first(y))),
+        lambda x, y: aten.bmm.default(transposed(channels_first(y)), channels_first(y * y)),
+    ],
     aten.var_mean.correction: [
+        lambda x, y: aten.var_mean.correction(y, [1, 2, 3], correction=0),
+        lambda x, y: aten.var_mean.correction(y, [-1], keepdim=True),
+        lambda x, y: aten.var_mean.correction(y, [1], correction=0.5)[1],
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3], correction=0),
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3], correction=3, keepdim=True),
         lambda x, y: aten.var_mean.correction(y, [0, 2, 3]),
@@ -197,6 +261,7 @@ CASES: dict[Any, list[Function]] = {
     getitem: [convolution_backward],
 }  # fmt: skip
 CASES |= {target: elementwise(target) for target in ELEMENTWISE}
+CASES[FMA] = [lambda x, y: prims.fma.default(y, aten.tanh.default(y), aten.neg.default(y))]
 # They return indices or float32, or combine a mask with a number.
 NEVER = {aten.where.default, aten.where.Scalar, aten.bitwise_and.Scalar, aten.bitwise_or.Scalar}
 
@@ -275,7 +340,7 @@ REFUSED: dict[str, tuple[Any, Function]] = {
         lambda x, y: aten.where.self(torch.full((), True), y, y * 2),
     ),
     "a slice of images": (aten.slice.Tensor, lambda x, y: aten.slice.Tensor(y, 0, 2, 7)),
-    "cat of images": (aten.cat.default, lambda x, y: aten.cat.default([y, y], 0)),
+    "cat of some images": (aten.cat.default, lambda x, y: aten.cat.default([y, y[:3]], 0)),
     "an empty slice": (aten.slice.Tensor, lambda x, y: aten.slice.Tensor(y, 3, 2, 2)),
     "integers": (aten.mul.Tensor, lambda x, y: aten.mul.Tensor(y, torch.arange(7))),
     "another dtype": (
@@ -286,9 +351,52 @@ REFUSED: dict[str, tuple[Any, Function]] = {
         aten.avg_pool2d.default,
         lambda x, y: aten.avg_pool2d.default(aten.select.int(y, 0, 1), PAIR),
     ),
-    "moments of images": (
-        aten.var_mean.correction,
-        lambda x, y: aten.var_mean.correction(y, [1, 2, 3], correction=0),
+    "a maximum of all images": (aten.amax.default, lambda x, y: aten.amax.default(y, [0])),
+    "one image": (aten.select.int, lambda x, y: aten.select.int(y, 0, 3)),
+    "beta": (
+        aten.addmm.default,
+        lambda x, y: aten.addmm.default(weight(5), rows(y), weight(7, 5), beta=2),
+    ),
+    "a bias of each row": (
+        aten.addmm.default,
+        lambda x, y: aten.addmm.default(weight(264, 5), rows(y), weight(7, 5)),
+    ),
+    "a bias of each image": (
+        aten.addmm.default,
+        lambda x, y: aten.addmm.default(weight(264), weight(10, 7), transposed(rows(y))),
+    ),
+    "images in another order": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(transposed(rows(y)), images_inside(y)),
+    ),
+    "matrices in another order": (
+        aten.bmm.default,
+        lambda x, y: aten.bmm.default(
+            aten.view.default(y, [44, 6, 7]),
+            transposed(aten.view.default(images_second(y), [44, 6, 7])),
+        ),
+    ),
+    "a number as bias": (
+        aten.addmm.default,
+        lambda x, y: aten.addmm.default(half(5), rows(y), weight(7, 5)),
+    ),
+    "a full weight": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(rows(y), half(7, 5)),
+    ),
+    "a large weight": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(aten.view.default(y, [BATCH, 168]), weight(168, 25)),
+    ),
+    "a large sum of one product": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(transposed(aten.view.default(y, [BATCH, 168])), y[:, 0, 0]),
+    ),
+    "images with images": (
+        aten.mm.default,
+        lambda x, y: aten.mm.default(
+            aten.view.default(y, [BATCH, 168]), transposed(aten.view.default(y, [BATCH, 168]))
+        ),
     ),
 }
 

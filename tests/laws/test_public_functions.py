@@ -77,20 +77,71 @@ TABLE: dict[str, dict[str, Case]] = {
     },
     "nn": {
         "with_policy": layer(nn.with_policy(elementwise_model, MIXED), 3),
+        "adaptive_avg_pool1d": Case(nn.adaptive_avg_pool1d(3), lambda key: (draw(key, 2, 1, 5),)),
+        "adaptive_avg_pool2d": Case(
+            nn.adaptive_avg_pool2d((3, 2)), lambda key: (draw(key, 2, 1, 5, 4),)
+        ),
+        "adaptive_max_pool2d": Case(
+            nn.adaptive_max_pool2d((3, 2)), lambda key: (draw(key, 2, 1, 5, 4),)
+        ),
+        "avg_pool1d": Case(nn.avg_pool1d(3, 2, 1), lambda key: (draw(key, 2, 1, 5),)),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
         "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
+        "concat": layer(nn.concat(linear, nn.tanh), 4, 3),
+        "conv1d": layer(nn.conv1d(2, 4, 3, padding="same", dilation=2, groups=2), 2, 2, 5),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
+        "conv3d": layer(nn.conv3d(1, 2, 2, stride=(1, 2, 1), padding=(1, 0, 0)), 1, 1, 2, 4, 3),
+        "conv_transpose1d": layer(
+            nn.conv_transpose1d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2), 2, 2, 3
+        ),
+        "conv_transpose2d": layer(
+            nn.conv_transpose2d(2, 1, (2, 3), stride=(2, 1), dilation=(1, 2)), 1, 2, 2, 2
+        ),
         "dropout": with_keys(
             lambda key, x: nn.dropout(0.4).apply({}, x, train=True, key=key), (4, 5)
         ),
+        "dropout2d": with_keys(
+            lambda key, x: nn.dropout2d(0.4).apply({}, x, train=True, key=key), (2, 5, 2, 2)
+        ),
+        "embedding": Case(
+            lambda params, x: nn.embedding(5, 3, padding_idx=1).apply(params, x),
+            lambda key: ({"weight": draw(key, 5, 3)}, random.randint(key, (2, 4), 0, 5)),
+        ),
         "flatten": Case(nn.flatten(), lambda key: (draw(key, 2, 3, 4),)),
         "gelu": elementwise(nn.gelu),
+        "group_norm": layer(nn.group_norm(2, 4), 2, 4, 3),
+        "gru": layer(nn.gru(2, 2, num_layers=2, bidirectional=True), 2, 3, 2),
+        "gru_cell": layer(nn.gru_cell(3, 2), 2, 3),
+        "instance_norm": layer(nn.instance_norm(2, affine=True), 2, 2, 4),
         "layer_norm": layer(nn.layer_norm(3), 2, 3),
         "leaky_relu": elementwise(nn.leaky_relu),
         "linear": layer(linear, 4, 3),
         "log_softmax": elementwise(lambda x: nn.log_softmax(x, -1)),
+        "lstm": layer(nn.lstm(2, 2), 2, 3, 2),
+        "lstm_cell": layer(nn.lstm_cell(3, 2), 2, 3),
+        "max_pool1d": Case(nn.max_pool1d(3, 2, 1), lambda key: (draw(key, 2, 1, 5),)),
         "max_pool2d": Case(nn.max_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
+        "multihead_attention": Case(
+            lambda params, query, memory, mask: nn.multihead_attention(4, 2).apply(
+                params, (query, memory, memory, mask > -1)
+            ),
+            lambda key: (
+                tree.cast(nn.multihead_attention(4, 2).init(key), torch.float64),
+                *(draw(random.fold_in(key, i), 2, n, 4) for i, n in enumerate((2, 3))),
+                draw(key, 2, 3),
+            ),
+            grads=(0, 1, 2),
+        ),
+        "parallel": layer(nn.sequential(nn.parallel(linear, nn.linear(3, 2)), sum), 4, 3),
+        "rearrange": Case(
+            nn.rearrange("b (h p) c -> b h (c p)", p=2), lambda key: (draw(key, 2, 4, 3),)
+        ),
+        "reduce": Case(nn.reduce("b (h 2) -> b h", "max"), lambda key: (draw(key, 2, 4),)),
         "relu": elementwise(nn.relu),
+        "residual": layer(nn.residual(nn.sequential(nn.linear(3, 3), nn.tanh)), 4, 3),
+        "rms_norm": layer(nn.rms_norm(3), 2, 3),
+        "rnn": layer(nn.rnn(2, 2, num_layers=2), 2, 3, 2),
+        "rnn_cell": layer(nn.rnn_cell(3, 2), 2, 3),
         "sequential": layer(nn.sequential(linear, nn.tanh, nn.linear(2, 2)), 4, 3),
         "sigmoid": elementwise(nn.sigmoid),
         "silu": elementwise(nn.silu),
@@ -99,6 +150,12 @@ TABLE: dict[str, dict[str, Case]] = {
         "tanh": elementwise(nn.tanh),
         "tied": layer(
             nn.tied(nn.sequential(nn.linear(3, 3), nn.relu, nn.linear(3, 3)), {"2": "0"}), 4, 3
+        ),
+        "transformer_encoder_layer": layer(
+            nn.transformer_encoder_layer(
+                4, 2, dim_feedforward=3, activation=nn.gelu, dropout=0.0, causal=True
+            ),
+            *(2, 3, 4),
         ),
     },
     "nn.init": {
@@ -241,13 +298,34 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key: (key, draw(key, 2, 3)),
             grads=(),
         ),
+        "cauchy": with_keys(lambda key: random.cauchy(key, (3,), torch.float64)),
+        "choice": with_keys(
+            lambda key, x: (
+                random.choice(key, x, (3,)),
+                random.choice(key, x, (2,), False, x[:, 0].exp()),
+            ),
+            (4, 2),
+        ),
+        "exponential": with_keys(lambda key: random.exponential(key, (3,), torch.float64)),
         "fold_in": Case(
             random.fold_in, lambda key: (key, random.randint(key, (), 0, 100)), grads=()
         ),
+        "gumbel": with_keys(lambda key: random.gumbel(key, (3,), torch.float64, "high")),
+        "laplace": with_keys(lambda key: random.laplace(key, (3,), torch.float64)),
+        "logistic": with_keys(lambda key: random.logistic(key, (3,), torch.float64)),
+        "multivariate_normal": with_keys(
+            lambda key, mean, root: random.multivariate_normal(
+                key, mean, root @ root.mT + torch.eye(2)
+            ),
+            (2,),
+            (2, 2),
+        ),
         "normal": with_keys(lambda key, x: random.normal(key, (2, 3), torch.float64) * x, (3,)),
+        "orthogonal": with_keys(lambda key: random.orthogonal(key, 2, (), torch.float64)),
         "permutation": with_keys(
             lambda key, x: (random.permutation(key, 7), random.permutation(key, x)), (4, 2)
         ),
+        "rademacher": with_keys(lambda key: random.rademacher(key, (5,))),
         "randint": Case(
             lambda key, high: random.randint(key, (5,), 0, high),
             lambda key: (key, random.randint(key, (), 1, 100)),
@@ -368,6 +446,10 @@ NO_ROW = {
     "random.Key": "a type",
     "random.Shape": "a type",
     "random.key": "takes an int, no tensor",
+    **{
+        f"random.{name}": "torch.compile has no rule for vmap of a loop: tests/random"
+        for name in ("ball", "beta", "binomial", "dirichlet", "gamma", "poisson", "t")
+    },
     "data.LABELS": "a constant",
     "data.Batch": "a type",
     "data.Dataset": "a type",

@@ -53,6 +53,23 @@ CASES = [
       for seed, n in ((22, 10), (23, 1), (24, 0), (25, 100))],
     ("categorical", 26, {"logits": [0.0, 1.0, -1.0, 2.0], "shape": (13,)}, False),
     ("categorical", 27, {"logits": [[0.0, 1.0, -INF], [3.0, 3.0, 3.0]]}, False),
+    ("bits", 29, {"shape": (9,), "dtype": "uint8"}, False),
+    ("rademacher", 29, {"shape": (9,)}, False),
+    ("choice", 30, {"a": 10, "shape": (7,)}, True),
+    ("choice", 30, {"a": 10, "shape": (2, 3), "replace": False}, False),
+    *[(name, 31, {"shape": (7,)}, False)
+      for name in ("exponential", "gumbel", "laplace", "logistic", "cauchy")],
+    ("gumbel", 32, {"shape": (7,), "mode": "high"}, False),
+    *[("gamma", 33, {"a": a, "shape": (7,)}, False) for a in (0.1, 1.0, 30.0)],
+    ("gamma", 34, {"a": 0.5, "shape": (5,), "dtype": "float64"}, True),
+    ("beta", 35, {"a": 0.5, "b": 3.0, "shape": (7,)}, False),
+    ("dirichlet", 36, {"alpha": [1.0, 2.0, 0.2], "shape": (3,)}, False),
+    ("t", 37, {"df": 3.0, "shape": (7,)}, False),
+    ("ball", 38, {"d": 3, "shape": (2,)}, False),
+    ("orthogonal", 39, {"n": 3}, False),
+    ("multivariate_normal", 40, {"mean": [1.0, 2.0], "cov": [[2.0, 1.0], [1.0, 1.0]]}, False),
+    *[("poisson", 41, {"lam": lam, "shape": (7,)}, False) for lam in (3.0, 50.0)],
+    *[("binomial", 42, {"n": n, "p": 0.3, "shape": (7,)}, False) for n in (10, 100)],
 ]  # fmt: skip
 CHECKSUM = (28, 60_000)  # seed and size of a permutation recorded by its checksum
 
@@ -72,8 +89,8 @@ def call_jax(sampler, seed, kwargs, wide):
         if sampler == "key":
             return np.asarray(jax.random.PRNGKey(seed))
         kwargs = dict(kwargs)
-        if "logits" in kwargs:
-            kwargs["logits"] = jnp.asarray(kwargs["logits"], dtype=jnp.float32)
+        for name in {"logits", "alpha", "mean", "cov"} & kwargs.keys():
+            kwargs[name] = jnp.asarray(kwargs[name], dtype=jnp.float32)
         if kwargs.get("maxval") in (2**31, 2**63):
             kwargs["maxval"] = np.uint64(kwargs["maxval"])
         return np.asarray(getattr(jax.random, sampler)(jax_key(seed), **kwargs))
@@ -101,20 +118,23 @@ def assert_same(ours, theirs):
     np.testing.assert_array_equal(ours.numpy(), theirs)
 
 
-# Left out here: JAX's implementations, shardings and modes, the dtypes of keys and bits (words are
-# int64), shuffles of each row on its own, draws without replacement. `device`, which a JAX key gets
-# from a context, is an argument.
-ONLY_JAX = {"impl", "out_sharding", "mode", "independent", "replace"}
+# Left out here: JAX's implementations and shardings, the dtype of keys, more random bits per draw
+# (but for `gumbel`), shuffles of each row on its own, classes without replacement. `device`, which
+# a JAX key gets from a context, is an argument.
+ONLY_JAX = {("permutation", "independent"), ("categorical", "replace"), ("key", "dtype")}
+ONLY_JAX |= {(name, "mode") for name in ("bernoulli", "categorical", "choice")}
+ONLY_JAX |= {(name, p) for name in random.__all__ for p in ("impl", "out_sharding")}
 ONLY_OURS = {("key", "device")}
-OTHER = {("key", "dtype"), ("bits", "dtype")}
-DTYPES = {"randint": torch.int64}  # JAX: None, which is int64 with x64 and int32 without
+# JAX: None, which is int64 and float64 with x64, int32 and float32 without.
+DTYPES = dict.fromkeys(("randint", "poisson", "rademacher"), torch.int64)
+DTYPES |= {"bits": None, "multivariate_normal": None}
 
 
 @pytest.mark.parametrize("name", sorted({*random.__all__} - {"Key", "Shape"}))
 def test_signatures_are_those_of_jax(name):
     ours = inspect.signature(getattr(random, name)).parameters
     theirs = inspect.signature(getattr(jax.random, name)).parameters
-    expected = [p for p in theirs if p not in ONLY_JAX and (name, p) not in OTHER]
+    expected = [p for p in theirs if (name, p) not in ONLY_JAX]
     assert [p for p in ours if (name, p) not in ONLY_OURS] == expected
     for p in expected:
         default = theirs[p].default
@@ -123,7 +143,7 @@ def test_signatures_are_those_of_jax(name):
         else:
             assert ours[p].default == default
     # By position, what both take is at the same place.
-    both = [p for p in theirs if p in ours and (name, p) not in OTHER]
+    both = [p for p in theirs if p in ours]
     assert all(list(ours).index(p) == list(theirs).index(p) for p in both)
 
 

@@ -1,6 +1,6 @@
 """Random trees, and assertions: unchanged inputs, equal bits, close numbers and trees."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,6 +55,14 @@ def equal_bits(x: Tensor, y: Tensor) -> bool:
 
 def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def result_or_none(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    """What a module of torch returns, or None if it refuses the shape of x."""
+    try:
+        return module(x)
+    except RuntimeError:
+        return None
 
 
 def draw(seed: int, *shape: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from fdl import jit, tree
 from fdl._compiler import _block_pass, _inductor, _passes
 from fdl._compiler._block_axes import CONVOLUTIONS
+from fdl._compiler._block_product_cost import has_matrices
 from fdl._compiler._blocks import BLOCKS, headers
 from fdl._compiler._graph import copy_graph, operations
 
@@ -43,9 +44,9 @@ def compile_kernel(text: str, flags: tuple[str, ...]) -> Any:
     return ctypes.CDLL(str(library)).kernel
 
 
-def has_convolution(group: list[Node]) -> bool:
+def has_layer(group: list[Node]) -> bool:
     """Choose all that a region can be made of, in place of the estimate of what it saves."""
-    return any(node.target in CONVOLUTIONS for node in group)
+    return any(node.target in CONVOLUTIONS or has_matrices(node) for node in group)
 
 
 class Regions:
@@ -84,16 +85,15 @@ class Regions:
     @contextmanager
     def used(self, pays: bool = True) -> Iterator["Regions"]:
         """Let `jit` compile only the kernels of regions; `pays`: wherever there can be one."""
-        eager = {rule: _passes.RULES[rule] for rule in _passes.RULES if "mm" not in str(rule)}
         with (
             pytest.MonkeyPatch.context() as patch,
             torch.library._scoped_library("fdl", "FRAGMENT") as library,
         ):
             library.impl("blocks_", self.run, "CPU")
             patch.setattr(_inductor, "lower", self.lower)
-            patch.setattr(_block_pass, "pays", lambda group: pays and has_convolution(group))
+            patch.setattr(_block_pass, "pays", lambda group: pays and has_layer(group))
             patch.setattr(_passes, "merge_families", lambda module: None)
-            patch.setattr(_passes, "RULES", eager)
+            patch.setattr(_passes, "RULES_OF_PRODUCTS", {})
             yield self
 
 
