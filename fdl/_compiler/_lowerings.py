@@ -90,12 +90,16 @@ def register() -> None:
             for x in constants
         )
         results = loop(condition, body, carry, type(constants)(copies), *rest)
+        lowered = next(op for op in reversed(V.graph.operations) if isinstance(op, WhileLoop))
+        carried = [x.get_name() for x in cast(Any, lowered).carried_inputs]
+        names = [x.get_name() for x in results]
         if makes_a_turn(condition.graph_module.graph, V.graph.current_node):
+            # The loop writes them in place. Inductor would reuse their memory for other values
+            # while they are still read.
+            V.graph.never_reuse_buffers.update({*carried} & {*names})
             return results
         # Otherwise a result may be in the memory of what the loop starts from.
-        lowered = next(op for op in reversed(V.graph.operations) if isinstance(op, WhileLoop))
-        in_memory = *cast(Any, lowered).carried_inputs, *results
-        V.graph.never_reuse_buffers.update(x.get_name() for x in in_memory)
+        V.graph.never_reuse_buffers.update((*carried, *names))
         return type(results)(map(ExternKernel.copy_input, results))
 
     class Statement(ExternKernel):

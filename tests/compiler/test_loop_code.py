@@ -1,4 +1,4 @@
-"""The C++ code of loops allocates only what its kernels store."""
+"""The C++ code of loops: what it allocates, and which memory it uses again."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from fdl import jit, random, scan
 from fdl._compiler._inductor import HAS_CPP_WRAPPER
+from tests.support.programs import FORMS, check_equal, load
 
 
 @pytest.mark.slow
@@ -27,3 +28,14 @@ def test_values_within_a_kernel_are_not_allocated() -> None:
     inner = outer[outer.index("while (1)", 1) :]
     # A draw alone has twenty rounds. Stored are: the keys and the counters, flags, and the carry.
     assert inner.count("empty_strided") < 10 and outer.count("empty_strided") < 20
+
+
+@pytest.mark.slow
+def test_memory_that_a_loop_writes_is_not_used_for_other_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor freed it too early: all gradients of this program were wrong."""
+    monkeypatch.setenv("FDL_CACHE", "0")
+    program = load("char_gru")
+    with fresh_cache():
+        check_equal(program, *FORMS["grad of scan"](program, jit))
