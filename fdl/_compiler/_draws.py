@@ -1,7 +1,7 @@
 """Random words on the CPU, as loops of the compiled program: `fdl::random_words`.
 
-torch has no rotation of 32-bit words. Written with 64-bit numbers, Threefry takes eight times as
-long as in these loops, and several seconds to compile.
+torch has no rotation of 32-bit words. Written with 64-bit numbers, Threefry takes longer to compute
+than in these loops, and to compile.
 """
 
 from __future__ import annotations
