@@ -13,7 +13,13 @@ from fdl._compiler._block_axes import CONVOLUTIONS, PRODUCTS, shape_of
 from fdl._compiler._block_code import ELEMENTWISE, axis_of, rest
 from fdl._compiler._block_layers import Convolution, read_backward, read_forward
 from fdl._compiler._block_ops import rule_of
-from fdl._compiler._block_product_cost import cost_of_product, products_pay
+from fdl._compiler._block_product_cost import (
+    GAIN,
+    LANES,
+    cost_of_product,
+    images_of_a_thread,
+    products_pay,
+)
 from fdl._compiler._graph import VIEWS, value_of
 from fdl._compiler._regions import DTYPES
 
@@ -23,9 +29,7 @@ OWN = 0.0070  # by the templates of `blocks/convolutions.h`
 MEMORY = 0.33  # ns to read or write a number of an activation of all images
 NEAR, FAR, FARTHEST = 0.04, 0.12, 0.4  # of one block, by the cache that it fits into
 NEAR_BYTES, FAR_BYTES = 1 << 20, 1 << 23
-LANES = 16  # images of a block
 START = 5000  # ns until the threads of a kernel have started and ended
-GAIN = 0.85  # estimates are rough
 
 
 def pays(group: list[Node]) -> bool:
@@ -56,12 +60,10 @@ def pays(group: list[Node]) -> bool:
             by_layers += MEMORY * numbers * (0.25 if fused else 1)
             moved += numbers
     near = NEAR if largest <= NEAR_BYTES else FAR if largest <= FAR_BYTES else FARTHEST
-    # Threads share the images of a layer, and its channels; of blocks each takes whole ones.
-    threads = torch.get_num_threads()
     images = next(axis.images for axis in map(axis_of, group) if axis is not None)
-    rounds = -(-images // (LANES * threads))
-    layers = GAIN * by_layers * images / threads + START * kernels
-    return rounds * LANES * (in_blocks + near * moved) + START <= layers
+    # Threads share the images of a layer, and its channels.
+    layers = GAIN * by_layers * images / torch.get_num_threads() + START * kernels
+    return images_of_a_thread(images) * (in_blocks + near * moved) + START <= layers
 
 
 def _up(channels: int, groups: int) -> int:

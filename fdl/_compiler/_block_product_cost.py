@@ -29,6 +29,11 @@ LANES = 16  # images of a block
 GAIN = 0.85  # estimates are rough
 
 
+def images_of_a_thread(images: int) -> int:
+    """Return the images of the blocks of the busiest thread, of which each takes whole blocks."""
+    return -(-images // (LANES * torch.get_num_threads())) * LANES
+
+
 class Cost(NamedTuple):
     """What is done for each image."""
 
@@ -76,11 +81,10 @@ def products_pay(group: list[Node]) -> bool:
     images = cast(Axis, axis_of(x)).images
     near = images * _numbers(x) * value_of(x).itemsize <= NEAR_BYTES
     threads = torch.get_num_threads()
-    turns = -(-images // (LANES * threads))
-    in_blocks = turns * LANES * (cost.in_blocks() + AT_BORDER * sum(map(_numbers, border)))
+    in_blocks = cost.in_blocks() + AT_BORDER * sum(map(_numbers, border))
     by_layers = images / threads * cost.by_layers(NEAR_MEMORY if near else MEMORY)
     by_layers += len(products) * START * (threads > 1)
-    return in_blocks <= GAIN * by_layers
+    return images_of_a_thread(images) * in_blocks <= GAIN * by_layers
 
 
 def has_matrices(node: Node) -> bool:

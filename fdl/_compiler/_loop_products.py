@@ -118,15 +118,14 @@ class _Loop:
         *bias, a, b = map(_factor, product.args)
         right = self.constants[b.base]
         if b.transposed:
-            right = call(aten.permute.default, right, [1, 0])
+            right = _transpose(call, right)
         added = [self.constants[z.base] for z in bias]
         values = call(product.target, *added, _in_one(call, left, a.transposed), right)
         return call(aten.reshape.default, values, [self.length, *value_of(product).shape])
 
     def _drop(self, product: Node, row: Node, values: Node) -> None:
         """Return no product that is known before the loop."""
-        for reader in [z for y, readers in self.ys if _source(y) is product for z in readers]:
-            reader.replace_all_uses_with(values)
+        _replace([z for y, readers in self.ys if _source(y) is product for z in readers], values)
         self.ys = [pair for pair in self.ys if _source(pair[0]) is not product]
         if NEEDS_Y and not self.ys:
             self.ys = [(self._copy(row), [])]
@@ -157,11 +156,8 @@ class _Loop:
         """Compute leftᵀ right, so that oneDNN transposes the smaller of them in memory."""
         swapped = value_of(left).shape[1] > value_of(right).shape[1]
         first, second = (right, left) if swapped else (left, right)
-        product = self.after(aten.mm.default, self._transpose(first), second)
-        return self._transpose(product) if swapped else product
-
-    def _transpose(self, matrix: Node) -> Node:
-        return self.after(aten.permute.default, matrix, [1, 0])
+        product = self.after(aten.mm.default, _transpose(self.after, first), second)
+        return _transpose(self.after, product) if swapped else product
 
     def _term(self, argument: Node) -> tuple[Node, list[Node]]:
         """Return what each step adds to a leaf of the carry, and how it is reshaped before.
@@ -191,8 +187,7 @@ class _Loop:
         for node in reshaping:
             total = self.after(node.target, total, *node.args[1:])
         total = self.after(aten.add.Tensor, self.init[argument], total)
-        for reader in self.carry.pop(argument)[1]:
-            reader.replace_all_uses_with(total)
+        _replace(self.carry.pop(argument)[1], total)
 
     def sink_results(self) -> None:
         """Compute the products that are ys after the loop."""
@@ -206,8 +201,7 @@ class _Loop:
                 continue
             if self._return(a.base) and not (NEEDS_Y and len(self.ys) == 1):
                 values = self._product_of_all(self.after, product, self._all(a.base))
-                for reader in readers:
-                    reader.replace_all_uses_with(values)
+                _replace(readers, values)
                 self.ys = [pair for pair in self.ys if pair[0] is not y]
 
     def _is_known(self, node: Node) -> bool:
@@ -268,6 +262,15 @@ class _Loop:
         for user in list(self.node.users):
             if user not in live:
                 self.node.graph.erase_node(user)
+
+
+def _replace(readers: list[Node], value: Node) -> None:
+    for reader in readers:
+        reader.replace_all_uses_with(value)
+
+
+def _transpose(call: Call, matrix: Node) -> Node:
+    return call(aten.permute.default, matrix, [1, 0])
 
 
 def _in_one(call: Call, matrices: Node, transposed: bool) -> Node:

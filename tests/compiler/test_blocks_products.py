@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from torch import Tensor
 from torch.func import grad, grad_and_value, hessian, jvp, vmap
 
 from fdl import jit, tree
 from fdl._compiler import _block_pass
 from fdl._compiler._block_product_cost import products_pay
-from tests.support.blocks import Regions, check
+from tests.support.blocks import EVERY, Regions, check
 from tests.support.random_sequences import Net, loss_of, nets, problem
 from tests.support.soak import repeats
 
-EVERY = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 Case = tuple[int, Callable[..., Any], tuple[Any, ...]]  # how many regions at least
 
 

@@ -1,13 +1,11 @@
 """Random convolutional nets equal eager torch in float64, values and derivatives."""
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 
-from tests.support.blocks import check
+from tests.support.blocks import EVERY, check
 from tests.support.random_nets import Net, loss_of, nets, problem
 from tests.support.soak import repeats
-
-EVERY = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
 def check_net(net: Net) -> None:

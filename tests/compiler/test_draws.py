@@ -4,22 +4,20 @@ Oracle: the same draws eagerly, by operations of torch, which `tests/random` com
 """
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 import fdl
 from fdl import jit, random
 from fdl._compiler import _draws
 from fdl._compiler._blocks import REGISTERS, vector_registers
 from fdl.random._threefry import MANY, encrypted_words, threefry2x32
+from tests.support.blocks import compile_kernel
 
 KEY = random.key(3)
 # Below the kernel's least size, at it, parts of a vector, and more than one thread draws.
@@ -113,25 +111,20 @@ def test_derivatives_of_what_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("size", sorted({BYTES for BYTES, _ in REGISTERS.values()} | {16}))
-def test_counters_beyond_32_bits(size: int, tmp_path: Path) -> None:
+def test_counters_beyond_32_bits(size: int) -> None:
     if size > vector_registers()[0]:
         pytest.skip("this processor has no such vectors")
     start, count, (k0, k1) = 2**32 - 9, 16, (2**32 - 1, 7)
     source = _draws.SOURCE.replace("BYTES", str(size)).replace("SMALL", str(_draws.SMALL))
     parameters = ", ".join(f"{kind} a{i}" for i, kind in enumerate(_draws.TYPES))
-    source = source.replace("KERNEL_NAME", "kernel").replace("PARAMETERS", parameters)
+    source = source.replace("KERNEL_NAME", "draws").replace("PARAMETERS", parameters)
     source += """
-    extern "C" void part(const int64_t* key, int64_t* to, int64_t start, int64_t count) {
-        kernel_parts::draw(key, to, start, count, true);
+    extern "C" void kernel(const int64_t* key, int64_t* to, int64_t start, int64_t count) {
+        draws_parts::draw(key, to, start, count, true);
     }"""
-    (tmp_path / "draws.cpp").write_text(source)
-    flags = ["-O2", "-shared", "-fPIC", "-fopenmp", "-march=native"]
-    command = [get_cpp_compiler(), *flags, "draws.cpp", "-o", "draws.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
     key, result = torch.tensor([k0, k1]), torch.empty(count, dtype=torch.int64)
-    part = ctypes.CDLL(str(tmp_path / "draws.so")).part
     count = min(count, size)  # what one call computes
-    part(
+    compile_kernel(source, ("-O2", "-march=native"))(
         ctypes.c_void_p(key.data_ptr()),
         ctypes.c_void_p(result.data_ptr()),
         ctypes.c_int64(start),

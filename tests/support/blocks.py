@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -23,6 +24,8 @@ from fdl._compiler._block_product_cost import has_matrices
 from fdl._compiler._blocks import BLOCKS, headers
 from fdl._compiler._graph import copy_graph, operations
 
+# Settings of hypothesis for random nets: the same at each run, however long one takes.
+EVERY: Any = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 FLAGS = ["-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 TYPES = {torch.float32: "float*", torch.float64: "double*", torch.bool: "bool*"}
 
