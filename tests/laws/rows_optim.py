@@ -184,6 +184,7 @@ OPTIM: dict[str, Case] = {
 }
 
 SCHEDULES: dict[str, Case] = {
+    "by_epoch": schedule(lambda v: schedules.by_epoch(schedules.step(v, 2), 3)),
     "chained": schedule(
         lambda v: schedules.chained(v, schedules.step(1.0, 2), schedules.linear(1.0))
     ),
