@@ -83,8 +83,8 @@ GROUPS = {
         " scale_by_trust_ratio clip clip_by_global_norm adaptive_grad_clip centralize add_noise",
         "Around an optimizer": "accumulate apply_if_finite lookahead loss_scale loss_scale_of"
         " reduce_on_plateau params_ema schedule_free schedule_free_params",
-        "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
-        " Schedule schedules from_torch to_torch",
+        "States and rates": "Optimizer State apply_updates global_norm slots hyperparams"
+        " with_hyperparams Schedule schedules from_torch to_torch",
     },
     "fdl.random": {
         "Keys": "Key Shape key split fold_in",
