@@ -23,6 +23,7 @@ from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
 from fdl.metrics._sums import Sums
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
+from fdl.optim._averaging import average_buffers
 from fdl.optim._base import map_grads, upcast, update_of
 from fdl.tree import Tree
 
@@ -163,6 +164,7 @@ def apply_gradients(
     updates, opt_state = opt.update(
         grads, state.opt_state, state.params, value=value, value_fn=value_fn, **extra
     )
+    opt_state = average_buffers(state.opt_state, opt_state, buffers)
     params = apply_updates(state.params, updates)
     return TrainState(params, buffers, opt_state, state.key, state.step + 1)
 

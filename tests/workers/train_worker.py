@@ -147,21 +147,15 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
     whole = on(mesh, data.Batch(x, y, mask))
     mine = parallel.own_rows(whole, mesh)
     start = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone, expected = scan(
-        parallel.train_step(loss, opt, None, microbatches=8, metrics=report), start, whole
-    )
+    single = parallel.train_step(loss, opt, None, microbatches=8, metrics=report)
+    alone, expected = scan(single, start, whole)
     step = parallel.train_step(loss, opt, mesh, microbatches=8, metrics=report)
     assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
     by_rank, _ = scan(parallel.train_step(loss, opt, mesh), start, mine)
     assert tree.diff(alone.params, by_rank.params, rtol=1e-3, atol=1e-3) != []
     if mesh.size() == 2:
         compiled = jit(lambda state, batches: scan(step, state, batches), strict=True)
-        once = jit(
-            lambda state, batches: scan(
-                parallel.train_step(loss, opt, None, microbatches=8), state, batches
-            ),
-            strict=True,
-        )
+        once = jit(lambda state, batches: scan(single, state, batches), strict=True)
         assert tree.diff(once(start, whole), compiled(start, mine), rtol=0, atol=0) == []
 
 
