@@ -16,11 +16,8 @@ X, Y = draw(0, 20, 8, 3), draw(1, 20, 8, 2)
 
 
 def start(opt, seed=0, dtype=torch.float64):
-    """The averages of buffers are float64 as well."""
-    state = fdl.TrainState.create(NET, opt, key=random.key(seed))
-    params = tree.cast(state.params, dtype)
     model = nn.StatefulModel(lambda key: tree.cast(NET.init(key), dtype), NET.apply)
-    return fdl.TrainState.create(model, opt, key=random.key(seed), params=params)
+    return fdl.TrainState.create(model, opt, key=random.key(seed))
 
 
 def ema(decay=0.9, inner=None, buffers=True):
@@ -32,13 +29,13 @@ def train(opt, steps=20, state=None):
     return scan(fdl.train_step(LOSS, opt), state, (X[:steps], Y[:steps]))[0]
 
 
-def train_torch(decay, use_buffers, state, every=1):
+def train_torch(decay, use_buffers, state):
     net = oo.Sequential(oo.Linear(3, 4), oo.BatchNorm1d(4), oo.Tanh(), oo.Linear(4, 2)).double()
     flat = {**tree.flatten_dict(state.params), **tree.flatten_dict(state.buffers)}
     net.load_state_dict({path: leaf.clone() for path, leaf in flat.items()})
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     averages = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
-    for i, (x, y) in enumerate(zip(X, Y, strict=True)):
+    for x, y in zip(X, Y, strict=True):
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
@@ -48,10 +45,8 @@ def train_torch(decay, use_buffers, state, every=1):
 
 def agree(state, module):
     theirs = {path: leaf.detach() for path, leaf in module.state_dict().items()}
-    for path, leaf in {
-        **tree.flatten_dict(state.params),
-        **tree.flatten_dict(state.buffers),
-    }.items():
+    ours = {**tree.flatten_dict(state.params), **tree.flatten_dict(state.buffers)}
+    for path, leaf in ours.items():
         if leaf.is_floating_point():  # torch truncates the averages of integers
             close(leaf, theirs[path])
 
@@ -114,10 +109,6 @@ def test_an_update_that_is_skipped_does_not_move_the_averages(name):
             skipped or (name == "accumulate" and i == 0)
         ), i
         state = new
-
-
-def finite(name, state):
-    return all(leaf.isfinite().all() for leaf in tree.leaves(fdl.averaged(state).buffers))
 
 
 def test_a_population_has_the_averages_of_its_members():
@@ -204,14 +195,10 @@ def test_errors():
         fdl.averaged({"w": X})
     with pytest.raises(ValueError, match=r"averaged: the optimizer keeps no average .*params_ema"):
         fdl.averaged(start(optim.adam()))
-    momentum_like = optim.leafwise(
-        "own",
-        lambda g, p, t, ema, beta1: (g, {"ema": g}),
-        {"beta1": 0.9},
-        {"ema": torch.zeros_like},
-    )
+    rule = lambda g, p, t, ema, beta1: (g, {"ema": g})  # noqa: E731
+    of_gradients = optim.leafwise("own", rule, {"beta1": 0.9}, {"ema": torch.zeros_like})
     with pytest.raises(ValueError, match="averaged: the optimizer keeps no average"):
-        fdl.averaged(start(momentum_like))
+        fdl.averaged(start(of_gradients))
     state = start(opt)
     other = {**state.params, "3": {"weight": torch.zeros(1, 1)}}
     with pytest.raises(ValueError, match=r"other leaves:\n  3.weight: .*\n  3.bias: .*nothing"):
