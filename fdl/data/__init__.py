@@ -18,6 +18,7 @@ from __future__ import annotations
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
+from fdl.data._poisson import poisson_indices
 from fdl.data._synthetic import synthetic_linear
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 
@@ -32,6 +33,7 @@ __all__ = [
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "poisson_indices",
     "sequential_indices",
     "split",
     "synthetic_linear",

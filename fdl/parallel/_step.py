@@ -62,7 +62,8 @@ def train_step(
         microbatches: number of microbatches in a batch, over all processes: the number of processes
             times a power of two (any number on one process).
         metrics: of the step itself, as for `fdl.train_step`: a function of the state before the
-            update, sharded as it is, and the gradients of the whole batch.
+            update, sharded as it is, and the gradients of the whole batch. The norm of sharded
+            leaves is a sum over the parts, whose last bits depend on their number.
 
     Returns:
         The step `(state, batch) -> (state, metrics)`; every process must call it the same number

@@ -331,6 +331,7 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key: (key, random.randint(key, (), 1, 100)),
             grads=(),
         ),
+        "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2, 4)),
         "split": with_keys(lambda key: random.split(key, 3)),
         "truncated_normal": with_keys(
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)

@@ -131,10 +131,8 @@ def in_parts_it_is_the_same_run_to_the_bit(mesh):
     y = random.randint(random.key(2), (10, 32), 0, 3)
     x, y = on(mesh, (x, y))
     begin = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone = scan(
-        parallel.train_step(loss, opt, None, microbatches=8, metrics=report), begin, (x, y)
-    )
-    step = parallel.train_step(loss, opt, mesh, microbatches=8, metrics=report)
+    alone = scan(parallel.train_step(loss, opt, None, microbatches=8), begin, (x, y))
+    step = parallel.train_step(loss, opt, mesh, microbatches=8)
     found = scan(step, shared_out(begin, opt, mesh, ROWS), parallel.own_rows((x, y), mesh))
     equal(alone, found, rtol=0, atol=0)
 
