@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from torch.func import vmap
 
 import fdl
 from fdl import data, losses, nn, random, transforms, tree
 from fdl.data._poisson import OVERFLOW, _enough
 
+stats = pytest.importorskip("scipy.stats")
 KEY = random.key(3)
 
 
@@ -82,7 +82,9 @@ def test_the_default_capacity_is_exceeded_with_the_probability_it_says(n, rate):
 
 
 def test_a_batch_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"batch \d has more than capacity=5 of the n=100 .* of 61, the d"):
+    with pytest.raises(
+        ValueError, match=r"batch \d has more than capacity=5 of the n=100 .* of 61, the d"
+    ):
         data.poisson_indices(KEY, 100, 0.2, 3, capacity=5)
     draw = lambda key: data.poisson_indices(key, 100, 0.2, 3, capacity=5)  # noqa: E731
     for index, mask in (vmap(draw)(KEY[None]), torch.compile(draw, backend="eager")(KEY)):

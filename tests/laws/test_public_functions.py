@@ -331,7 +331,6 @@ TABLE: dict[str, dict[str, Case]] = {
             lambda key: (key, random.randint(key, (), 1, 100)),
             grads=(),
         ),
-        "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2, 4)),
         "split": with_keys(lambda key: random.split(key, 3)),
         "truncated_normal": with_keys(
             lambda key, x: random.truncated_normal(key, x - 1, x + 1, dtype=torch.float64), (4,)
@@ -352,6 +351,7 @@ TABLE: dict[str, dict[str, Case]] = {
         ),
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
+        "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2)),
         "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
