@@ -98,7 +98,7 @@ def train_step(
         value_fn = lambda params: objective(params)[0]  # noqa: E731
         count = example_count(found)
         new = apply_gradients(opt, state, grads, buffers, value, value_fn, count)
-        return new, {**found, **measure("train_step", metrics, state, grads, found)}
+        return new, measure("train_step", metrics, state, grads, found)
 
     return step
 
@@ -106,24 +106,25 @@ def train_step(
 def measure(
     caller: str, metrics: StepMetrics | None, state: TrainState, grads: Tree, found: Metrics
 ) -> Metrics:
-    """Compute the metrics of the step itself.
+    """Add the metrics of the step itself to those of the loss.
 
     Args:
         caller: first words of an error message.
         metrics: as for `train_step`.
         state: the state before the update.
         grads: the gradients that the optimizer receives, times the loss scale.
-        found: the metrics of the loss, whose names are taken.
+        found: the metrics of the loss.
     """
     if metrics is None:
-        return {}
+        return found
     scale = loss_scale_of(state.opt_state)
     own = metrics(state, grads if scale is None else map_grads(lambda g: upcast(g) / scale, grads))
     check_step_metrics_result(caller, own, found)
-    return {
+    means = {
         name: x if isinstance(x, Sums) else Mean(x.detach().double(), torch.ones_like(x).double())
         for name, x in own.items()
     }
+    return {**found, **means}
 
 
 def make_objective(

@@ -137,8 +137,8 @@ def train_step(
             ordered, grads, buffers = in_order((state, grads, buffers))
             new = _step.apply_gradients(opt, ordered, grads, buffers, value, _refuse, count)
             new = _dtensor.redistribute_like(new, ordered)
-            measured = _step.measure("parallel.train_step", metrics, ordered, grads, found)
-            return tree.map(lambda _, leaf: leaf, state, new), {**found, **gather(measured)}
+            found = _step.measure("parallel.train_step", metrics, ordered, grads, found)
+            return tree.map(lambda _, leaf: leaf, state, new), gather(found)
 
     return step
 
