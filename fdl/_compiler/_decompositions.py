@@ -18,7 +18,7 @@ from torch._decomp import get_decompositions
 
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._narrow_integers import NARROW_INTEGERS
-from fdl.random._threefry import encrypted_words
+from fdl._threefry import encrypted_words
 
 aten = torch.ops.aten
 MEAN = 1  # the reduction; 0 is none, 2 the sum

@@ -15,7 +15,7 @@ import torch
 
 from fdl._compiler._blocks import vector_registers
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
-from fdl.random._threefry import dtype_of_words
+from fdl._threefry import dtype_of_words
 
 WORDS = torch.ops.fdl.random_words.default
 

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from fdl._modes import in_forward_mode
-from fdl.random._loops import until_each_is_done
-from fdl.random._threefry import (
+from fdl._threefry import encrypted_counters, join, threefry2x32
+from fdl.random._arithmetic import (
     FLOATS,
     as_unit,
-    encrypted_counters,
-    join,
     mantissas_of,
     normal,
-    threefry2x32,
 )
+from fdl.random._loops import until_each_is_done
 
 Words = tuple[Tensor, Tensor]  # a key for each element
 

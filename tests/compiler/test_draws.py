@@ -16,7 +16,8 @@ import fdl
 from fdl import jit, random
 from fdl._compiler import _draws
 from fdl._compiler._blocks import REGISTERS, vector_registers
-from fdl.random._threefry import MANY, dtype_of_words, encrypted_words, threefry2x32
+from fdl._threefry import dtype_of_words, encrypted_words, threefry2x32
+from fdl.random._arithmetic import MANY
 from tests.support.blocks import compile_kernel
 
 KEY = random.key(3)
