@@ -284,7 +284,7 @@ def test_batch_stays_on_the_device(sample: data.Dataset) -> None:
     [
         ({"index": torch.tensor([0.0])}, TypeError, "index must be int64, got torch.float32"),
         ({"index": torch.tensor([True])}, TypeError, "index must be int64, got torch.bool"),
-        ({"y": torch.zeros(3)}, ValueError, "got 2 in x and 3 in y"),
+        ({"y": torch.zeros(3)}, ValueError, "same number of rows, got {'x': 2, 'y': 3}"),
         (
             {"index": torch.tensor([0], device="meta")},
             ValueError,
