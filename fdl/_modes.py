@@ -21,6 +21,7 @@ around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())
 LOOPS: dict[str, Callable[..., Any]] = {}  # for packages below the compiler, which enters them
 
 
+@assume_constant_result  # Dynamo of torch 2.11 cannot read a ContextVar
 def is_tracing() -> bool:
     """Check whether `jit` is tracing."""
     return tracing.get() is not None

@@ -95,9 +95,7 @@ def batch(dataset: tuple[Tree, Tree], row: Tensor | tuple[Tensor, Any]) -> Batch
     return Batch(x, y, mask)
 
 
-def batches(
-    dataset: tuple[Tree, Tree], indices: Tensor | tuple[Tensor, Any]
-) -> Iterator[Batch]:
+def batches(dataset: tuple[Tree, Tree], indices: Tensor | tuple[Tensor, Any]) -> Iterator[Batch]:
     """Iterate over the batches of an epoch in a Python loop: `batch` for each step.
 
     Args:

@@ -17,6 +17,7 @@ from fdl import data, interop, losses, metrics, nn, optim, population, random, t
 from fdl.optim import schedules
 from tests.laws.rows import (
     Case,
+    as_module,
     draw,
     elementwise,
     initializer,
@@ -267,6 +268,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "print": Case(lambda x: (fdl.debug.print("{}", x), x * 2)[1], lambda key: (draw(key, 3),)),
     },
     "interop": {
+        "as_module": as_module(nn.sequential(linear, nn.tanh), 4, 3),
         "from_flax": Case(
             lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
             lambda key: (draw(key, 12, 5),),
