@@ -88,6 +88,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "avg_pool1d": Case(nn.avg_pool1d(3, 2, 1), lambda key: (draw(key, 2, 1, 5),)),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
         "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
+        "capture": layer(nn.capture(nn.sequential(linear, nn.tanh)), 4, 3),
         "concat": layer(nn.concat(linear, nn.tanh), 4, 3),
         "conv1d": layer(nn.conv1d(2, 4, 3, padding="same", dilation=2, groups=2), 2, 2, 5),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
