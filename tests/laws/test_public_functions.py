@@ -377,7 +377,7 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(1,),
         ),
         "ensemble": Case(
-            lambda params, x: population.ensemble(linear.apply, params, x),
+            lambda params, x: population.ensemble(linear, params, x),
             lambda key: (
                 {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
                 draw(random.fold_in(key, 2), 5, 3),
