@@ -112,9 +112,9 @@ OWN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def random_words(key: Tensor, shape: list[int], width: int) -> Tensor:
+def random_words(key: Tensor, shape: list[int], width: int, shift: int) -> Tensor:
     """Leave words on the CPU to the kernel of `_draws.py`."""
-    return NotImplemented if key.device.type == "cpu" else encrypted_words(key, shape, width)
+    return NotImplemented if key.device.type == "cpu" else encrypted_words(key, shape, width, shift)
 
 
 def copying(view: Any) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from fdl.random._threefry import (
     as_unit,
     encrypted_counters,
     join,
+    mantissas_of,
     normal,
     threefry2x32,
 )
@@ -34,8 +35,8 @@ def children(key: Words, n: int) -> list[Words]:
 
 
 def single(key: Words, dtype: torch.dtype) -> Tensor:
-    """Draw the word of one number of `dtype` with each of many keys."""
-    return join(*threefry2x32(*key, 0, 0), FLOATS[dtype][0])
+    """Draw the mantissa of one number of `dtype` with each of many keys."""
+    return mantissas_of(join(*threefry2x32(*key, 0, 0), FLOATS[dtype][0]), dtype)
 
 
 class Proposal(NamedTuple):

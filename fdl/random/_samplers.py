@@ -164,9 +164,7 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     tensor([ 1.6226,  2.0253, -0.4336])
     """
     shape = _checks.check_draw("normal", key, shape, dtype)
-    return _threefry.normal(_threefry.words(key, shape, _threefry.FLOATS[dtype][0]), dtype).to(
-        dtype
-    )
+    return _threefry.normal(_threefry.mantissas(key, shape, dtype), dtype).to(dtype)
 
 
 def truncated_normal(

@@ -55,16 +55,21 @@ def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     return threefry2x32(k0, k1, index >> 32, index & MASK)
 
 
-def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed."""
+def words(key: Tensor, shape: tuple[int, ...], width: int, shift: int = 0) -> Tensor:
+    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed.
+
+    What is left of 32-bit words that move right by `shift` is in int32, which compilers turn into
+    floats more quickly.
+    """
     if _modes.is_tracing() and math.prod(shape) >= MANY:
-        return torch.ops.fdl.random_words(key, shape, width)  # type: ignore[no-any-return]
-    return encrypted_words(key, shape, width)
+        return torch.ops.fdl.random_words(key, shape, width, shift)  # type: ignore[no-any-return]
+    return encrypted_words(key, shape, width, shift)
 
 
-def encrypted_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
+def encrypted_words(key: Tensor, shape: Sequence[int], width: int, shift: int = 0) -> Tensor:
     """Draw words by operations of torch."""
-    return join(*encrypted_counters(key, tuple(shape)), width)
+    word = join(*encrypted_counters(key, tuple(shape)), width)
+    return (word >> shift).to(torch.int32) if shift else word
 
 
 def join(high: Tensor, low: Tensor, width: int) -> Tensor:
@@ -72,24 +77,39 @@ def join(high: Tensor, low: Tensor, width: int) -> Tensor:
     return (high << 32) | low if width == 64 else high ^ low
 
 
-def _fake_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
-    return key.new_empty(*key.shape[:-1], *shape)
+def dtype_of_words(shift: int) -> torch.dtype:
+    """Return the dtype of words that moved right by `shift`."""
+    return torch.int32 if shift else torch.int64
+
+
+def _fake_words(key: Tensor, shape: Sequence[int], width: int, shift: int) -> Tensor:
+    return key.new_empty(*key.shape[:-1], *shape, dtype=dtype_of_words(shift))
 
 
 def _words_of_keys(
-    info: Any, in_dims: Any, key: Tensor, shape: Sequence[int], width: int
+    info: Any, in_dims: Any, key: Tensor, shape: Sequence[int], width: int, shift: int
 ) -> tuple[Tensor, int]:
-    return torch.ops.fdl.random_words(key.movedim(in_dims[0], 0), shape, width), 0
+    return torch.ops.fdl.random_words(key.movedim(in_dims[0], 0), shape, width, shift), 0
 
 
 # One operation for the compiler, which on the CPU has a kernel for it (`_compiler/_draws.py`).
-torch.library.define("fdl::random_words", "(Tensor key, int[] shape, int width) -> Tensor")
+torch.library.define(
+    "fdl::random_words", "(Tensor key, int[] shape, int width, int shift) -> Tensor"
+)
 torch.library.impl("fdl::random_words", "CompositeExplicitAutograd", encrypted_words)
 torch.library.register_fake("fdl::random_words", _fake_words)
 torch.library.register_vmap("fdl::random_words", _words_of_keys)
 
 
-def mantissas(word: Tensor, dtype: torch.dtype) -> Tensor:
+def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw integers as wide as the mantissa of `dtype`, int32 or int64."""
+    width, mantissa = FLOATS[dtype]
+    if width == 64:
+        return mantissas_of(words(key, shape, width), dtype)
+    return words(key, shape, width, width - mantissa) & (2**mantissa - 1)
+
+
+def mantissas_of(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Make integers as wide as the mantissa of `dtype` from words, int64."""
     width, mantissa = FLOATS[dtype]
     return (word >> (width - mantissa)) & (2**mantissa - 1)
@@ -100,28 +120,27 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def as_unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to [0, 1), exact in `dtype`, given in its working dtype."""
-    draws = mantissas(word, dtype)
-    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+def as_unit(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to [0, 1), exact in `dtype`, given in its working dtype."""
+    return mantissa.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
 
 
-def as_symmetric(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
-    mantissa = FLOATS[dtype][1]
-    # An odd numerator over 2**(mantissa + 1) is exact, and strictly inside.
-    numerator = 4 * mantissas(word, dtype) + 1 - 2 ** (mantissa + 1)
-    return numerator.to(working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
+def as_symmetric(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    width = FLOATS[dtype][1]
+    # An odd numerator over 2**(width + 1) is exact, and strictly inside.
+    numerator = 4 * mantissa + 1 - 2 ** (width + 1)
+    return numerator.to(working_dtype(dtype)) * 2.0 ** -(width + 1)
 
 
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
-    return as_unit(words(key, shape, FLOATS[dtype][0]), dtype)
+    return as_unit(mantissas(key, shape, dtype), dtype)
 
 
 def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
-    return as_symmetric(words(key, shape, FLOATS[dtype][0]), dtype)
+    return as_symmetric(mantissas(key, shape, dtype), dtype)
 
 
 def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -129,9 +148,9 @@ def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return unit(key, shape, dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
-def normal(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to the standard normal distribution, in the working dtype of `dtype`."""
-    return math.sqrt(2) * erfinv(as_symmetric(word, dtype))
+def normal(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to the standard normal distribution, in the working dtype of `dtype`."""
+    return math.sqrt(2) * erfinv(as_symmetric(mantissa, dtype))
 
 
 def uniform(
