@@ -127,6 +127,19 @@ def test_training_by_torch_equals_training_by_fdl() -> None:
     close(dict(module.state_dict()), expected)
 
 
+def test_a_derivative_has_the_old_value_of_a_buffer() -> None:
+    model = nn.StatefulModel(
+        lambda key: ({"w": torch.ones(2)}, {"scale": torch.full((2,), 3.0)}),
+        lambda params, buffers, x, *, train=False, key=None: (
+            params["w"] * buffers["scale"] * x,
+            {"scale": buffers["scale"] + 1},
+        ),
+    )
+    module = interop.as_module(model, *model.init(random.key(0)))
+    module(torch.ones(2)).sum().backward()
+    assert module.w.grad.tolist() == [3, 3] and module.scale.tolist() == [4, 4]
+
+
 def written_and_read(module: torch.nn.Module) -> torch.nn.Module:
     file = io.BytesIO()
     torch.save(module, file)
@@ -165,6 +178,16 @@ def test_models_are_pickled(make) -> None:
     module = pickle.loads(pickle.dumps(interop.as_module(model, model.init(random.key(0)))))
     expected = tree.flatten_dict(model.init(random.key(0)))
     close(dict(module.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_functions_of_one_name_are_told_apart() -> None:
+    functions = [lambda x: x + 1, lambda x: x * 3, lambda x, y=X: x - y]
+    for fn in functions:
+        module = interop.as_module(nn.sequential(nn.linear(3, 3), fn), {"0": {}})
+        held = pickle.loads(pickle.dumps(module))._held.model
+        params = nn.linear(3, 3).init(random.key(0))
+        found = held.apply({"0": params}, X.float())
+        close(found, fn(nn.linear(3, 3).apply(params, X.float())))
 
 
 def test_a_module_that_came_in_is_pickled() -> None:
