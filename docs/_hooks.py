@@ -50,7 +50,7 @@ GROUPS = {
     },
     "fdl.nn": {
         "Models": "Model StatefulModel Layer",
-        "Composing": "sequential parallel concat residual tied",
+        "Composing": "sequential parallel concat residual tied capture",
         "Affine layers": "linear embedding conv1d conv2d conv3d conv_transpose1d conv_transpose2d",
         "Pools and shapes": "max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d"
         " adaptive_avg_pool2d adaptive_max_pool2d flatten rearrange reduce",

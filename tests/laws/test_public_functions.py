@@ -17,6 +17,7 @@ from fdl import data, interop, losses, metrics, nn, optim, population, random, t
 from fdl.optim import schedules
 from tests.laws.rows import (
     Case,
+    as_module,
     draw,
     elementwise,
     initializer,
@@ -87,6 +88,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "avg_pool1d": Case(nn.avg_pool1d(3, 2, 1), lambda key: (draw(key, 2, 1, 5),)),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
         "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
+        "capture": layer(nn.capture(nn.sequential(linear, nn.tanh)), 4, 3),
         "concat": layer(nn.concat(linear, nn.tanh), 4, 3),
         "conv1d": layer(nn.conv1d(2, 4, 3, padding="same", dilation=2, groups=2), 2, 2, 5),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
@@ -267,6 +269,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "print": Case(lambda x: (fdl.debug.print("{}", x), x * 2)[1], lambda key: (draw(key, 3),)),
     },
     "interop": {
+        "as_module": as_module(nn.sequential(linear, nn.tanh), 4, 3),
         "from_flax": Case(
             lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
             lambda key: (draw(key, 12, 5),),
@@ -375,7 +378,7 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(1,),
         ),
         "ensemble": Case(
-            lambda params, x: population.ensemble(linear.apply, params, x),
+            lambda params, x: population.ensemble(linear, params, x),
             lambda key: (
                 {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
                 draw(random.fold_in(key, 2), 5, 3),
