@@ -58,6 +58,7 @@ def test_paths_shapes_and_order_are_those_of_the_module(pair):
     }
 
 
+@pytest.mark.curriculum("C3", "R2")
 @each_pair
 def test_steps_and_evaluation_equal_those_of_the_module(pair):
     opt = optim.sgd(0.05, momentum=0.9)
