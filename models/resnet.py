@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fdl import nn
-from fdl.nn import Model, StatefulModel
+from fdl.nn import Layer, Model, StatefulModel
 
 __all__ = ["resnet"]
 
@@ -53,7 +53,7 @@ def resnet(width: int = 16, classes: int = 10) -> StatefulModel:
         kaiming = nn.init.kaiming_normal()
         return nn.conv2d(inputs, outputs, 3, padding=1, bias=False, weight_init=kaiming)
 
-    def normed_conv(inputs: int, outputs: int) -> tuple[Model | StatefulModel, ...]:
+    def normed_conv(inputs: int, outputs: int) -> tuple[Layer | StatefulModel, ...]:
         return nn.batch_norm(inputs), nn.relu, conv(inputs, outputs)
 
     def block(width: int) -> StatefulModel:

@@ -252,7 +252,7 @@ def _augmented(loss: StatefulLoss) -> StatefulLoss:
     def augmented(
         params: Tree, buffers: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None
     ) -> Any:
-        if train:
+        if train and key is not None:
             key, crop_key, flip_key = random.split(key, 3)
             x = data.random_crop(crop_key, batch.x, padding=2)
             batch = batch._replace(x=data.random_flip(flip_key, x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fdl import TrainState, data, jit, optim, random, scan, train_step, tree
+from fdl import TrainState, data, disable_jit, jit, optim, random, scan, train_step, tree
 from fdl._compiler import _interpreter, _trace
 from fdl._compiler._signature import flatten, unflatten
 from models import torch_modules
@@ -30,6 +30,7 @@ RECIPES = {
     "lenet": config.LeNet(data="sample", batch_size=8),
     "lenet-bn": config.LeNetBN(data="sample", batch_size=16),
 }
+RESNET = config.ResnetSmall(data="sample", batch_size=8)  # compiled alone, as it takes longest
 # Batch normalisation subtracts what these add: their gradients are zero.
 CANCELLED = {"conv.0.bias", "conv.4.bias", "fc.0.bias", "fc.3.bias"}
 STEPS = 100
@@ -151,7 +152,7 @@ def test_steps_bodies_parts_and_graphs_equal_eager(name: str, stand_in: StandIn)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "resnet-small"])
 def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +163,7 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     monkeypatch.setattr(_trace, "fake_like", elsewhere)
-    problem = recipes.build(RECIPES[name], random.key(1))
+    problem = recipes.build(RECIPES.get(name, RESNET), random.key(1))
     state = TrainState.create(problem.model, problem.opt, key=random.key(0))
     rows = data.epoch_indices(random.key(2), 100, 10)
     for fn, first in (
@@ -177,6 +178,25 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
         values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
         found = [x.device.type for x in values if isinstance(x, Tensor)]
         assert len(found) > 20 and set(found) == {"meta"}
+
+
+@pytest.mark.slow
+def test_a_chunk_of_the_residual_net_compiled_equals_eager() -> None:
+    """With its own optimizer and augmentation, in float64, the last batch padded."""
+    problem = recipes.build(RESNET, random.key(1))
+    state = TrainState.create(problem.model, problem.opt, key=random.key(0))
+    state = tree.cast(state, torch.float64)
+    dataset = data.Dataset(problem.train.x[:28, None].double() / 255, problem.train.y[:28])
+    rows = data.epoch_indices(random.key(2), 28, RESNET.batch_size)
+    run = loop.run_chunk(problem)
+    with disable_jit():
+        (expected, _), metrics = run((state, torch.tensor(True)), dataset, rows)
+    moved = tree.map(lambda a, b: (a - b).abs().max(), expected.params, state.params)
+    assert min(tree.leaves(moved)) > 1e-6
+    (got, ok), found = run((tree.map(torch.clone, state), torch.tensor(True)), dataset, rows)
+    assert ok and run.report()[0].route == "one program"
+    agree(found, metrics)
+    agree(got, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_the_residual_net_is_trained_as_by_an_imperative_loop() -> None:
