@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,8 +16,6 @@ disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)  # by `di
 
 # Transformations around a loop body that `jit` traces by itself, outermost first.
 around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())
-
-LOOPS: dict[str, Callable[..., Any]] = {}  # for packages below the compiler, which enters them
 
 
 def is_tracing() -> bool:

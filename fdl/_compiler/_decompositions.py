@@ -18,7 +18,7 @@ from torch._decomp import get_decompositions
 
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._narrow_integers import NARROW_INTEGERS
-from fdl.random._threefry import encrypted_words
+from fdl._threefry import encrypted_words
 
 aten = torch.ops.aten
 MEAN = 1  # the reduction; 0 is none, 2 the sum
@@ -112,9 +112,9 @@ OWN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def random_words(key: Tensor, shape: list[int], width: int) -> Tensor:
+def random_words(key: Tensor, shape: list[int], width: int, shift: int) -> Tensor:
     """Leave words on the CPU to the kernel of `_draws.py`."""
-    return NotImplemented if key.device.type == "cpu" else encrypted_words(key, shape, width)
+    return NotImplemented if key.device.type == "cpu" else encrypted_words(key, shape, width, shift)
 
 
 def copying(view: Any) -> Callable[..., Any]:

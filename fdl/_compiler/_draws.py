@@ -15,17 +15,18 @@ import torch
 
 from fdl._compiler._blocks import vector_registers
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
+from fdl._threefry import dtype_of_words
 
 WORDS = torch.ops.fdl.random_words.default
 
-TYPES = ["const int64_t*", "int64_t*", *["const int64_t"] * 4]
+TYPES = ["const int64_t*", "RESULT*", *["const int64_t"] * 5]
 SOURCE = """
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
 namespace KERNEL_NAME_parts {
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
-typedef uint64_t Results __attribute__((vector_size(2 * BYTES)));
+typedef uRESULT Results __attribute__((vector_size(BYTES / 4 * sizeof(RESULT))));
 constexpr int64_t lanes = BYTES / 4, vectors = 4, together = vectors * lanes;
 
 // Five times four rounds, then a key; several vectors at once, since each waits for itself.
@@ -52,8 +53,9 @@ static inline void encrypt(Words* a, Words* b, uint32_t k0, uint32_t k1) {
     }
 }
 
-// The words of counters from `start` on, `count` of them.
-static void draw(const int64_t* key, int64_t* to, int64_t start, int64_t count, bool wide) {
+// The words of counters from `start` on, `count` of them; narrow ones move right by `shift`.
+static void draw(
+    const int64_t* key, RESULT* to, int64_t start, int64_t count, bool wide, int shift) {
     const uint32_t low = uint32_t(start), high = uint32_t(start >> 32);
     Words a[vectors], b[vectors];
     for (int v = 0; v < vectors; ++v) {
@@ -65,9 +67,9 @@ static void draw(const int64_t* key, int64_t* to, int64_t start, int64_t count, 
     for (int v = 0; v < vectors; ++v)
         results[v] = wide ? __builtin_convertvector(a[v], Results) << 32
                                 | __builtin_convertvector(b[v], Results)
-                          : __builtin_convertvector(a[v] ^ b[v], Results);
+                          : __builtin_convertvector((a[v] ^ b[v]) >> shift, Results);
     if (count == together) memcpy(to, results, sizeof(results));
-    else memcpy(to, results, count * sizeof(int64_t));
+    else memcpy(to, results, count * sizeof(RESULT));
 }
 }
 
@@ -80,7 +82,7 @@ extern "C" void KERNEL_NAME(PARAMETERS)
     auto work = [&](int64_t i) {
         const int64_t key = i / parts, from = i % parts * together, left = size - from;
         draw(a0 + a2 + 2 * key, a1 + key * size + from, from, left < together ? left : together,
-             wide);
+             wide, int(a6));
     };
     if (keys * size > SMALL && !omp_in_parallel()) {
         #pragma omp parallel for schedule(static)
@@ -93,6 +95,13 @@ extern "C" void KERNEL_NAME(PARAMETERS)
 SMALL = 1 << 14  # words, up to which one thread draws them
 
 
+def source_of(dtype: torch.dtype, size: int) -> tuple[str, list[str]]:
+    """Return the kernel that draws `dtype`, by vectors of `size` bytes, and its types."""
+    result = "int32_t" if dtype is torch.int32 else "int64_t"
+    source = SOURCE.replace("BYTES", str(size)).replace("SMALL", str(SMALL))
+    return source.replace("RESULT", result), [kind.replace("RESULT", result) for kind in TYPES]
+
+
 @cache
 def register_draws() -> None:
     """Register the lowering of `fdl::random_words` with Inductor."""
@@ -102,20 +111,20 @@ def register_draws() -> None:
     class Draws(kernel_that_returns()):  # type: ignore[misc]
         """The call of the loop."""
 
-        def __init__(self, key: Any, shape: Sequence[int], width: int) -> None:
-            self.count, self.width = prod(shape), width
-            size = [*key.get_size()[:-1], *shape]
-            super().__init__(size, torch.int64, [ExternKernel.require_contiguous(key)])
+        def __init__(self, key: Any, shape: Sequence[int], width: int, shift: int) -> None:
+            self.count, self.width, self.shift = prod(shape), width, shift
+            size, dtype = [*key.get_size()[:-1], *shape], dtype_of_words(shift)
+            super().__init__(size, dtype, [ExternKernel.require_contiguous(key)])
 
         def codegen(self, wrapper: Any) -> None:
             buffer, start, _ = place(self.inputs[0])
             keys = prod(self.get_size()) // self.count
-            numbers = map(wrapper.codegen_sizevar, [start, keys, self.count, self.width])
+            numbers = [start, keys, self.count, self.width, self.shift]
             names = [buffer.codegen_reference(), self.get_name()]
-            size, _ = vector_registers()
-            source = SOURCE.replace("BYTES", str(size)).replace("SMALL", str(SMALL))
-            call_kernel(wrapper, "draws", source, TYPES, [*names, *numbers])
+            source, types = source_of(self.get_dtype(), vector_registers()[0])
+            arguments = [*names, *map(wrapper.codegen_sizevar, numbers)]
+            call_kernel(wrapper, "draws", source, types, arguments)
 
     @register_lowering(WORDS, type_promotion_kind=None)
-    def lower_words(key: TensorBox, shape: Sequence[int], width: int) -> Any:
-        return TensorBox.create(Draws(key, shape, width))
+    def lower_words(key: TensorBox, shape: Sequence[int], width: int, shift: int) -> Any:
+        return TensorBox.create(Draws(key, shape, width, shift))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._higher_order_ops.while_loop import while_loop as while_loop_for_dynamo
 
-from fdl import _modes, tree
+from fdl import tree
 from fdl._compiler._branches import check_integer, is_batched
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan import _hide, _show, scan
@@ -161,6 +161,3 @@ def _as_operator(
 
     new = while_loop_for_dynamo(flat_condition, flat_body, tuple(map(contiguous_copy, leaves)))
     return pytree.tree_unflatten(list(new), spec)
-
-
-_modes.LOOPS["while_loop"] = while_loop

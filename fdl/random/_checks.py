@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fdl.random._threefry import FLOATS, INT64, INTEGERS, MASK
+from fdl._threefry import MASK
+from fdl.random._arithmetic import FLOATS, INT64, INTEGERS
 
 
 def describe(x: object) -> str:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdl.random import _checks, _threefry
+from fdl.random import _arithmetic, _checks
 from fdl.random._samplers import Key, Shape
 
 
@@ -30,7 +30,7 @@ def exponential(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32)
     tensor([2.9501, 3.8434, 0.4039])
     """
     shape = _checks.check_draw("exponential", key, shape, dtype)
-    return -torch.log1p(-_threefry.unit(key, shape, dtype)).to(dtype)
+    return -torch.log1p(-_arithmetic.unit(key, shape, dtype)).to(dtype)
 
 
 def gumbel(
@@ -58,10 +58,10 @@ def gumbel(
     if mode not in (None, "low", "high"):
         raise ValueError(f"gumbel: `mode` expected 'low', 'high' or None, got {mode!r}")
     if mode != "high":
-        return -torch.log(-torch.log(_threefry.positive(key, shape, dtype))).to(dtype)
-    first, second = _threefry.unit(key, (2, *shape), dtype).unbind()
+        return -torch.log(-torch.log(_arithmetic.positive(key, shape, dtype))).to(dtype)
+    first, second = _arithmetic.unit(key, (2, *shape), dtype).unbind()
     # Digits beyond those of the first number, where it is small enough to have room for them.
-    fine = first + (2.0 ** -_threefry.FLOATS[dtype][1] * second + torch.finfo(dtype).tiny)
+    fine = first + (2.0 ** -_arithmetic.FLOATS[dtype][1] * second + torch.finfo(dtype).tiny)
     u = torch.where(first < 0.5, fine, first)
     return -torch.log(-torch.log1p(-u)).to(dtype)
 
@@ -84,7 +84,7 @@ def laplace(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> 
     tensor([-2.2570, -3.1503,  0.4086])
     """
     shape = _checks.check_draw("laplace", key, shape, dtype)
-    u = _threefry.symmetric(key, shape, dtype)
+    u = _arithmetic.symmetric(key, shape, dtype)
     return (u.sign() * torch.log1p(-u.abs())).to(dtype)
 
 
@@ -107,7 +107,7 @@ def logistic(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) ->
     tensor([ 2.8964,  3.8218, -0.6978])
     """
     shape = _checks.check_draw("logistic", key, shape, dtype)
-    u = _threefry.positive(key, shape, dtype)
+    u = _arithmetic.positive(key, shape, dtype)
     return (torch.log(u) - torch.log1p(-u)).to(dtype)
 
 
@@ -129,5 +129,5 @@ def cauchy(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     tensor([ 6.0275, 14.8379, -0.5817])
     """
     shape = _checks.check_draw("cauchy", key, shape, dtype)
-    u = _threefry.uniform(key, shape, torch.finfo(dtype).eps, 1.0, dtype)
+    u = _arithmetic.uniform(key, shape, torch.finfo(dtype).eps, 1.0, dtype)
     return torch.tan(math.pi * (u - 0.5)).to(dtype)

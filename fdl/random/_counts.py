@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fdl.random._arithmetic import unit
 from fdl.random._loops import until_done
 from fdl.random._samplers import split
-from fdl.random._threefry import unit
 
 Propose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (u, v) -> count, is it accepted
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdl.random import _checks, _counts, _samplers, _threefry
+from fdl.random import _arithmetic, _checks, _counts, _samplers
 from fdl.random._samplers import Key, Shape
 
 
@@ -29,7 +29,7 @@ def rademacher(key: Key, shape: Shape = (), dtype: torch.dtype = torch.int64) ->
     tensor([-1, -1,  1,  1, -1])
     """
     _checks.check_key("rademacher", key)
-    _checks.check_dtype("rademacher", dtype, _threefry.SIGNED)
+    _checks.check_dtype("rademacher", dtype, _arithmetic.SIGNED)
     return 2 * _samplers.bernoulli(key, 0.5, shape).to(dtype) - 1
 
 
@@ -88,13 +88,13 @@ def _draw_index(
         if replace:
             return _samplers.randint(key, shape, 0, n)
         return _samplers.permutation(key, n)[:draws].reshape(shape)
-    p = p.to(_threefry.working_dtype(p.dtype))
+    p = p.to(_arithmetic.working_dtype(p.dtype))
     if replace:
         total = p.cumsum(0)
-        u = _threefry.unit(key, shape, p.dtype)
+        u = _arithmetic.unit(key, shape, p.dtype)
         return torch.searchsorted(total, total[-1] * (1 - u))
     # The largest of log p plus Gumbel noise are draws without replacement; equal ones in order.
-    noise = -torch.log(-torch.log(_threefry.positive(key, (n,), p.dtype)))
+    noise = -torch.log(-torch.log(_arithmetic.positive(key, (n,), p.dtype)))
     order = torch.sort(noise + torch.log(p), descending=True, stable=True).indices
     return order[:draws].reshape(shape)
 
@@ -127,10 +127,10 @@ def poisson(
     tensor([0, 0, 4, 4, 1])
     """
     _checks.check_key("poisson", key)
-    _checks.check_dtype("poisson", dtype, _threefry.INTEGERS)
+    _checks.check_dtype("poisson", dtype, _arithmetic.INTEGERS)
     shape = _checks.check_parameters("poisson", shape, lam=lam)
     _checks.check_not_negative("poisson", "lam", lam)
-    lam = _threefry.cast(lam, torch.float32, key).detach().expand(shape)
+    lam = _arithmetic.cast(lam, torch.float32, key).detach().expand(shape)
     return _counts.poisson(key, lam).to(dtype)
 
 
@@ -168,10 +168,10 @@ def binomial(
     tensor([6., 7., 5., 6., 7.])
     """
     _checks.check_key("binomial", key)
-    _checks.check_dtype("binomial", dtype, _threefry.FLOATS)
+    _checks.check_dtype("binomial", dtype, _arithmetic.FLOATS)
     shape = _checks.check_parameters("binomial", shape, n=n, p=p)
     _checks.check_not_negative("binomial", "n", n)
     _checks.check_probability("binomial", p)
-    working = _threefry.working_dtype(dtype)
-    n, p = (_threefry.cast(x, working, key).detach().expand(shape) for x in (n, p))
+    working = _arithmetic.working_dtype(dtype)
+    n, p = (_arithmetic.cast(x, working, key).detach().expand(shape) for x in (n, p))
     return _counts.binomial(key, n, p).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdl.random import _checks, _samplers, _threefry
+from fdl.random import _arithmetic, _checks, _samplers
 from fdl.random._marsaglia_tsang import gamma_and_log, with_derivative
 from fdl.random._samplers import Key, Shape
 
@@ -107,7 +107,7 @@ def dirichlet(
             [0.4944, 0.3258, 0.1799]])
     """
     _checks.check_key("dirichlet", key)
-    _checks.check_dtype("dirichlet", dtype, _threefry.FLOATS)
+    _checks.check_dtype("dirichlet", dtype, _arithmetic.FLOATS)
     _checks.check_axes("dirichlet", "alpha", alpha, 1)
     *batch, n = alpha.shape
     shape = _checks.check_shape("dirichlet", batch if shape is None else shape)
@@ -138,7 +138,7 @@ def t(
     tensor([ 0.7160, -2.4174, -1.4144])
     """
     shape = _check("t", key, shape, dtype, df=df)
-    working = _threefry.working_dtype(dtype)
+    working = _arithmetic.working_dtype(dtype)
     normal_key, gamma_key = _samplers.split(key).unbind()
     half = _broadcast(df, shape, dtype, key) / 2
     x = _samplers.normal(normal_key, shape, working)
@@ -150,7 +150,7 @@ def _check(
 ) -> tuple[int, ...]:
     """Check the arguments of a draw with positive parameters; return its shape."""
     _checks.check_key(caller, key)
-    _checks.check_dtype(caller, dtype, _threefry.FLOATS)
+    _checks.check_dtype(caller, dtype, _arithmetic.FLOATS)
     shape = _checks.check_parameters(caller, shape, **parameters)
     _checks.check_positive(caller, **parameters)
     return shape
@@ -160,7 +160,7 @@ def _broadcast(
     value: float | Tensor, shape: tuple[int, ...], dtype: torch.dtype, key: Key
 ) -> Tensor:
     """Turn a parameter into a tensor of `shape` in the working dtype."""
-    return _threefry.cast(value, _threefry.working_dtype(dtype), key).expand(shape)
+    return _arithmetic.cast(value, _arithmetic.working_dtype(dtype), key).expand(shape)
 
 
 def _log_gamma(key: Key, a: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fdl import _modes, tree
+from fdl._compiler import while_loop
 
 Carry = TypeVar("Carry")
 
@@ -17,7 +18,7 @@ def until_done(
     step: Callable[[Carry], Carry], is_done: Callable[[Carry], Tensor], init: Carry
 ) -> Carry:
     """Repeat `carry = step(carry)` until `is_done(carry)` is true of all elements."""
-    return cast(Carry, _modes.LOOPS["while_loop"](lambda carry: ~is_done(carry).all(), step, init))
+    return while_loop(lambda carry: ~is_done(carry).all(), step, init)
 
 
 def until_each_is_done(

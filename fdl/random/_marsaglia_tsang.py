@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from fdl._modes import in_forward_mode
-from fdl.random._loops import until_each_is_done
-from fdl.random._threefry import (
+from fdl._threefry import encrypted_counters, join, threefry2x32
+from fdl.random._arithmetic import (
     FLOATS,
     as_unit,
-    encrypted_counters,
-    join,
+    mantissas_of,
     normal,
-    threefry2x32,
 )
+from fdl.random._loops import until_each_is_done
 
 Words = tuple[Tensor, Tensor]  # a key for each element
 
@@ -34,8 +33,8 @@ def children(key: Words, n: int) -> list[Words]:
 
 
 def single(key: Words, dtype: torch.dtype) -> Tensor:
-    """Draw the word of one number of `dtype` with each of many keys."""
-    return join(*threefry2x32(*key, 0, 0), FLOATS[dtype][0])
+    """Draw the mantissa of one number of `dtype` with each of many keys."""
+    return mantissas_of(join(*threefry2x32(*key, 0, 0), FLOATS[dtype][0]), dtype)
 
 
 class Proposal(NamedTuple):

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fdl.random import _checks, _threefry
+from fdl._threefry import MASK, encrypted_counters, threefry2x32
+from fdl.random import _arithmetic, _checks
 
 Key: TypeAlias = Tensor  # int64 [2], values in [0, 2**32)
 Shape: TypeAlias = Sequence[int]
@@ -39,9 +40,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Key:
         )
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"key: `seed` must be in [-2**63, 2**64), got {seed}")
-    return torch.tensor(
-        [(seed >> 32) & _threefry.MASK, seed & _threefry.MASK], dtype=torch.int64, device=device
-    )
+    return torch.tensor([(seed >> 32) & MASK, seed & MASK], dtype=torch.int64, device=device)
 
 
 def split(key: Key, num: int = 2) -> Tensor:
@@ -60,7 +59,7 @@ def split(key: Key, num: int = 2) -> Tensor:
     """
     _checks.check_key("split", key)
     _checks.check_count("split", "num", num)
-    return torch.stack(_threefry.encrypted_counters(key, (num,)), -1)
+    return torch.stack(encrypted_counters(key, (num,)), -1)
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
@@ -82,7 +81,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     tensor([ 928981903, 3453687069])
     """
     _checks.check_key("fold_in", key)
-    return torch.stack(_threefry.threefry2x32(key[0], key[1], 0, _checks.folded_word(data)))
+    return torch.stack(threefry2x32(key[0], key[1], 0, _checks.folded_word(data)))
 
 
 def bits(key: Key, shape: Shape = (), dtype: torch.dtype | None = None) -> Tensor:
@@ -108,10 +107,10 @@ def bits(key: Key, shape: Shape = (), dtype: torch.dtype | None = None) -> Tenso
     _checks.check_key("bits", key)
     shape = _checks.check_shape("bits", shape)
     if dtype is None:
-        return _threefry.words(key, shape, 32)
-    _checks.check_dtype("bits", dtype, _threefry.WORDS)
-    width = _threefry.WORDS[dtype]
-    drawn = _threefry.words(key, shape, width)
+        return _arithmetic.words(key, shape, 32)
+    _checks.check_dtype("bits", dtype, _arithmetic.WORDS)
+    width = _arithmetic.WORDS[dtype]
+    drawn = _arithmetic.words(key, shape, width)
     return (drawn if width == 64 else drawn & (2**width - 1)).to(dtype)
 
 
@@ -144,7 +143,7 @@ def uniform(
     """
     shape = _checks.check_draw("uniform", key, shape, dtype)
     _checks.check_bounds("uniform", shape, minval=minval, maxval=maxval)
-    return _threefry.uniform(key, shape, minval, maxval, dtype).to(dtype)
+    return _arithmetic.uniform(key, shape, minval, maxval, dtype).to(dtype)
 
 
 def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -164,9 +163,7 @@ def normal(key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32) -> T
     tensor([ 1.6226,  2.0253, -0.4336])
     """
     shape = _checks.check_draw("normal", key, shape, dtype)
-    return _threefry.normal(_threefry.words(key, shape, _threefry.FLOATS[dtype][0]), dtype).to(
-        dtype
-    )
+    return _arithmetic.normal(_arithmetic.mantissas(key, shape, dtype), dtype).to(dtype)
 
 
 def truncated_normal(
@@ -196,11 +193,11 @@ def truncated_normal(
     tensor([ 1.4560,  1.7147, -0.4127])
     """
     _checks.check_key("truncated_normal", key)
-    _checks.check_dtype("truncated_normal", dtype, _threefry.FLOATS)
+    _checks.check_dtype("truncated_normal", dtype, _arithmetic.FLOATS)
     shape = _checks.check_bounds("truncated_normal", shape, lower=lower, upper=upper)
-    working = _threefry.working_dtype(dtype)
-    x = _threefry.truncated(key, shape, lower, upper, dtype)
-    lower, upper = _threefry.cast(lower, working, key), _threefry.cast(upper, working, key)
+    working = _arithmetic.working_dtype(dtype)
+    x = _arithmetic.truncated(key, shape, lower, upper, dtype)
+    lower, upper = _arithmetic.cast(lower, working, key), _arithmetic.cast(upper, working, key)
     # A draw must not round to or past a bound. nextafter itself has no derivative.
     inf = torch.full_like(lower, math.inf)
     first = torch.nextafter(lower.detach(), inf)
@@ -229,8 +226,8 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> 
     shape = _checks.check_shape("bernoulli", default if shape is None else shape)
     _checks.check_parameters("bernoulli", shape, p=p)
     # Both sides are exact in the working dtype, so the comparison is the one in p's own dtype.
-    working = _threefry.working_dtype(dtype)
-    return _threefry.unit(key, shape, dtype) < _threefry.cast(p, dtype, key).to(working)
+    working = _arithmetic.working_dtype(dtype)
+    return _arithmetic.unit(key, shape, dtype) < _arithmetic.cast(p, dtype, key).to(working)
 
 
 def randint(
@@ -267,22 +264,24 @@ def randint(
     """
     _checks.check_key("randint", key)
     shape = _checks.check_shape("randint", shape)
-    _checks.check_dtype("randint", dtype, _threefry.INTEGERS)
+    _checks.check_dtype("randint", dtype, _arithmetic.INTEGERS)
     _checks.check_bounds("randint", shape, minval=minval, maxval=maxval)
     # With the last value included, the full range of int64 needs no 65th bit.
-    first = _threefry.cast(_checks.inclusive_bound("minval", minval, 0, dtype), torch.int64, key)
-    last = _threefry.cast(_checks.inclusive_bound("maxval", maxval, 1, dtype), torch.int64, key)
+    first = _arithmetic.cast(_checks.inclusive_bound("minval", minval, 0, dtype), torch.int64, key)
+    last = _arithmetic.cast(_checks.inclusive_bound("maxval", maxval, 1, dtype), torch.int64, key)
 
     width = 64 if dtype is torch.int64 else 32
-    wrap = -1 if width == 64 else _threefry.MASK
+    wrap = -1 if width == 64 else MASK
     span = torch.where(last < first, 1, last - first + 1) & wrap  # 0 stands for 2**width
-    above, below = (_threefry.words(child, shape, width) for child in split(key).unbind())
+    above, below = (_arithmetic.words(child, shape, width) for child in split(key).unbind())
     # (above * 2**width + below) mod span, in `width` bits: 2**width mod span is the square of its
     # root's remainder. The square may wrap; so it does in JAX.
-    root = _threefry.remainder(torch.full_like(span, 2 ** (width // 2)), span)
-    factor = _threefry.remainder((root * root) & wrap, span)
-    offset = (_threefry.remainder(above, span) * factor + _threefry.remainder(below, span)) & wrap
-    return (first + _threefry.remainder(offset, span)).to(dtype)
+    root = _arithmetic.remainder(torch.full_like(span, 2 ** (width // 2)), span)
+    factor = _arithmetic.remainder((root * root) & wrap, span)
+    offset = (
+        _arithmetic.remainder(above, span) * factor + _arithmetic.remainder(below, span)
+    ) & wrap
+    return (first + _arithmetic.remainder(offset, span)).to(dtype)
 
 
 def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
@@ -317,7 +316,7 @@ def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
     order = torch.arange(x, device=key.device)
     for _ in range(rounds):
         key, subkey = split(key).unbind()
-        order = order[torch.sort(_threefry.words(subkey, (x,), 32), stable=True).indices]
+        order = order[torch.sort(_arithmetic.words(subkey, (x,), 32), stable=True).indices]
     return order
 
 
@@ -344,8 +343,8 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: Shape | None = 
     one_class = logits.select(axis, 0)
     shape = _checks.check_shape("categorical", one_class.shape if shape is None else shape)
     _checks.check_broadcast("categorical", shape, {f"logits.select({axis}, 0)": one_class.shape})
-    logits = logits.to(_threefry.working_dtype(logits.dtype))
+    logits = logits.to(_arithmetic.working_dtype(logits.dtype))
     before = len(shape) + 1 + axis
     sizes = (*shape[:before], logits.shape[axis], *shape[before:])
-    u = _threefry.positive(key, sizes, logits.dtype)
+    u = _arithmetic.positive(key, sizes, logits.dtype)
     return (logits - torch.log(-torch.log(u))).argmax(axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdl.random import _checks, _samplers, _threefry
+from fdl.random import _arithmetic, _checks, _samplers
 from fdl.random._continuous import exponential
 from fdl.random._gamma import gamma
 from fdl.random._samplers import Key, Shape
@@ -38,13 +38,13 @@ def ball(
     _checks.check_count("ball", "d", d)
     _checks.check_parameters("ball", (), p=p)
     _checks.check_positive("ball", p=p)
-    working = _threefry.working_dtype(dtype)
-    p = _threefry.cast(p, working, key)
+    working = _arithmetic.working_dtype(dtype)
+    p = _arithmetic.cast(p, working, key)
     direction_key, exponential_key = _samplers.split(key).unbind()
     gamma_key, sign_key = _samplers.split(direction_key).unbind()
     # Numbers with density proportional to exp(-|x| ** p).
     size = gamma(gamma_key, 1 / p, (*shape, d), working) ** (1 / p)
-    is_positive = _threefry.unit(sign_key, (*shape, d), working) < 0.5
+    is_positive = _arithmetic.unit(sign_key, (*shape, d), working) < 0.5
     x = torch.where(is_positive, size, -size)
     total = (size**p).sum(-1) + exponential(exponential_key, shape, working)
     return (x / (total ** (1 / p)).unsqueeze(-1)).to(dtype)
@@ -82,7 +82,7 @@ def orthogonal(
     m = n if m is None else m
     _checks.check_count("orthogonal", "n", n)
     _checks.check_count("orthogonal", "m", m)
-    working = _threefry.working_dtype(dtype)
+    working = _arithmetic.working_dtype(dtype)
     q, r = torch.linalg.qr(_samplers.normal(key, (*shape, max(n, m), min(n, m)), working))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return (q.mT if n < m else q).to(dtype)
@@ -137,10 +137,10 @@ def multivariate_normal(
     if method not in FACTORS:
         raise ValueError(f"{caller}: `method` expected 'cholesky', 'eigh' or 'svd', got {method!r}")
     dtype = torch.promote_types(mean.dtype, cov.dtype) if dtype is None else dtype
-    _checks.check_dtype(caller, dtype, _threefry.FLOATS)
+    _checks.check_dtype(caller, dtype, _arithmetic.FLOATS)
     batches = {"mean[..., 0]": mean.shape[:-1], "cov[..., 0, 0]": cov.shape[:-2]}
     shape = _checks.common_shape(caller, shape, batches)
-    working = _threefry.working_dtype(dtype)
+    working = _arithmetic.working_dtype(dtype)
     x = _samplers.normal(key, (*shape, n), working)
     y = (_factor(cov.to(working), method) @ x.unsqueeze(-1)).squeeze(-1)
     return (mean.to(working) + y).to(dtype)

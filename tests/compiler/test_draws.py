@@ -16,7 +16,8 @@ import fdl
 from fdl import jit, random
 from fdl._compiler import _draws
 from fdl._compiler._blocks import REGISTERS, vector_registers
-from fdl.random._threefry import MANY, encrypted_words, threefry2x32
+from fdl._threefry import dtype_of_words, encrypted_words, threefry2x32
+from fdl.random._arithmetic import MANY
 from tests.support.blocks import compile_kernel
 
 KEY = random.key(3)
@@ -56,6 +57,8 @@ def test_each_size(dtype: torch.dtype) -> None:
 DRAWS: dict[str, Callable[[Tensor], Any]] = {
     "bits": lambda key: random.bits(key, (40, 50)),
     "normal": lambda key: random.normal(key, (40, 50), dtype=torch.float64),
+    "bfloat16": lambda key: random.uniform(key, (40, 50), dtype=torch.bfloat16),
+    "float16": lambda key: random.normal(key, (40, 50), dtype=torch.float16),
     "bernoulli": lambda key: random.bernoulli(key, 0.3, (40, 50)),
     "randint": lambda key: random.randint(key, (2000,), -5, 10**12, dtype=torch.int64),
     "permutation": lambda key: random.permutation(key, 3000),
@@ -110,19 +113,21 @@ def test_derivatives_of_what_is_dropped() -> None:
     assert kernels.count("draws") == 3  # `grad` and `jvp` draw from the same key
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("size", sorted({BYTES for BYTES, _ in REGISTERS.values()} | {16}))
-def test_counters_beyond_32_bits(size: int) -> None:
+def test_counters_beyond_32_bits(size: int, dtype: torch.dtype) -> None:
     if size > vector_registers()[0]:
         pytest.skip("this processor has no such vectors")
     start, count, (k0, k1) = 2**32 - 9, 16, (2**32 - 1, 7)
-    source = _draws.SOURCE.replace("BYTES", str(size)).replace("SMALL", str(_draws.SMALL))
-    parameters = ", ".join(f"{kind} a{i}" for i, kind in enumerate(_draws.TYPES))
+    source, types = _draws.source_of(dtype, size)
+    parameters = ", ".join(f"{kind} a{i}" for i, kind in enumerate(types))
     source = source.replace("KERNEL_NAME", "draws").replace("PARAMETERS", parameters)
-    source += """
-    extern "C" void kernel(const int64_t* key, int64_t* to, int64_t start, int64_t count) {
-        draws_parts::draw(key, to, start, count, true);
-    }"""
-    key, result = torch.tensor([k0, k1]), torch.empty(count, dtype=torch.int64)
+    wide, shift = ("true", 0) if dtype is torch.int64 else ("false", 9)
+    source += f"""
+    extern "C" void kernel(const int64_t* key, {types[1]} to, int64_t start, int64_t count) {{
+        draws_parts::draw(key, to, start, count, {wide}, {shift});
+    }}"""
+    key, result = torch.tensor([k0, k1]), torch.empty(count, dtype=dtype)
     count = min(count, size)  # what one call computes
     compile_kernel(source, ("-O2", "-march=native"))(
         ctypes.c_void_p(key.data_ptr()),
@@ -132,12 +137,15 @@ def test_counters_beyond_32_bits(size: int) -> None:
     )
     index = torch.arange(start, start + count)
     high, low = threefry2x32(key[0], key[1], index >> 32, index & 0xFFFFFFFF)
-    assert torch.equal(result[:count], high << 32 | low)
+    expected = high << 32 | low if dtype is torch.int64 else (high ^ low) >> 9
+    assert torch.equal(result[:count].to(torch.int64), expected)
 
 
-def test_the_operation_itself_draws_the_same() -> None:
-    """As in a program that runs without a compiler."""
+@pytest.mark.parametrize(("width", "shift"), [(64, 0), (32, 0), (32, 9), (8, 1)])
+def test_the_operation_itself_draws_the_same(width: int, shift: int) -> None:
+    """As in a program that runs without a compiler; and as a kernel."""
     keys = random.split(KEY, 3)
-    words = torch.ops.fdl.random_words(keys, [1200], 64)
-    expected = torch.stack([encrypted_words(key, (1200,), 64) for key in keys])
-    assert torch.equal(words, expected)
+    words = torch.ops.fdl.random_words(keys, [1200], width, shift)
+    expected = torch.stack([encrypted_words(key, (1200,), width, shift) for key in keys])
+    assert torch.equal(words, expected) and words.dtype is dtype_of_words(shift)
+    check(lambda keys: torch.ops.fdl.random_words(keys, [1200], width, shift), keys)

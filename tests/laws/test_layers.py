@@ -13,12 +13,12 @@ ROOT = Path(fdl.__file__).parent
 # own; on one storey nobody imports from a neighbour.
 STOREYS = [
     {"_version", "_torch_compat", "_kinds", "_files", "_checks"},
-    {"_modes", "tree"},
-    {"random", "_dtensor", "_numerics", "io"},
-    {"data", "_compiler", "_masks", "_differentiable"},
-    {"metrics", "optim", "nn", "debug"},
-    {"losses", "interop"},
-    {"_training"},
+    {"_modes", "tree", "_threefry"},
+    {"_dtensor", "_numerics", "io"},
+    {"_compiler", "_masks", "_differentiable"},
+    {"random", "metrics", "debug"},
+    {"data", "optim", "nn", "losses"},
+    {"interop", "_training"},
     {"population", "transforms", "parallel"},
     {"checkpointing"},
     {"__init__"},

@@ -14,6 +14,7 @@ FILES = sorted(
 
 # Where a file, or all other files of a package, is tested, if no test file has its name.
 TESTED_IN = {
+    "_threefry.py": "random/test_samplers.py",
     "_compiler/_callbacks.py": "debug/test_callback.py",
     "_compiler/_associative_scan.py": "compiler/test_control_flow.py",
     "_compiler/_block_axes.py": "compiler/test_blocks.py",
@@ -96,10 +97,10 @@ TESTED_IN = {
     "optim/_loss_scale.py": "optim/test_16_bits.py",
     "optim/schedules": "optim/test_schedules.py",
     "parallel": "parallel/test_step.py",
+    "random/_arithmetic.py": "random/test_samplers.py",
     "random/_counts.py": "random/test_discrete.py",
     "random/_loops.py": "random/test_ways_to_run.py",
     "random/_marsaglia_tsang.py": "random/test_gamma.py",
-    "random/_threefry.py": "random/test_samplers.py",
     "transforms": "transforms/test_per_sample.py",
     "tree": "tree/test_tree.py",
 }

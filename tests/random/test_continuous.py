@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fdl import random
-from fdl.random import _threefry
+from fdl.random import _arithmetic
 from tests.random.test_samplers import FLOATS, kolmogorov_smirnov
 
 LIMIT = 2.23  # of the statistic of Kolmogorov and Smirnov, which exceeds it in 1 of 10,000
@@ -57,7 +57,7 @@ def test_moments(name, mean, variance, fourth):
 def test_the_extremes_of_the_random_numbers_give_finite_draws(name, dtype, monkeypatch):
     high = torch.tensor([0, 0xFFFFFFFF, 0, 0xFFFFFFFF])
     low = torch.tensor([0, 0, 0xFFFFFFFF, 0xFFFFFFFF])
-    monkeypatch.setattr(_threefry, "encrypted_counters", lambda key, shape: (high, low))
+    monkeypatch.setattr("fdl._threefry.encrypted_counters", lambda key, shape: (high, low))
     x = getattr(random, name)(random.key(0), (4,), dtype)
     if (name, dtype) != ("cauchy", torch.float16):
         assert x.isfinite().all()
@@ -68,7 +68,7 @@ def test_the_extremes_of_the_random_numbers_give_finite_draws(name, dtype, monke
 def test_narrow_draws_are_close_to_the_distribution(name):
     for dtype in (torch.float16, torch.bfloat16):
         x = getattr(random, name)(random.key(44), (4000,), dtype).double()
-        grid = 2.0 ** -_threefry.FLOATS[dtype][1]  # of the uniform numbers
+        grid = 2.0 ** -_arithmetic.FLOATS[dtype][1]  # of the uniform numbers
         assert kolmogorov_smirnov(x, CDFS[name]) < LIMIT + 4 * grid * math.sqrt(4000)
 
 

@@ -16,7 +16,7 @@ from fdl.checkpointing import _folder
 from fdl.data import Dataset
 from train import loop, planning, recipes, usual
 from train.compiling import announced
-from train.config import RECIPES, Images, Linreg, Softmax, WeightDecay
+from train.config import RECIPES, Images, Linreg, Mlp, Softmax, WeightDecay
 from train.planning import Plan, steps_per_epoch
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +152,17 @@ def never(constant):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("config", [Softmax(data="sample"), Mlp(data="sample"), WeightDecay()])
+def test_whether_to_compile_does_not_depend_on_how_busy_the_machine_is(config, monkeypatch):
+    """Compiled and eager steps round differently: one command would give several results."""
+    problem, state, _ = recipes.set_up(config, torch.device("cpu"))
+    plans = []
+    for seconds in (1e-6, 10.0):
+        monkeypatch.setattr(planning, "timed", lambda call, device, s=seconds: s)
+        plans.append(planning.make_plan(problem, config, state))
+    assert plans[0]._replace(chunk=1) == plans[1]._replace(chunk=1)
+
+
 def test_files_are_strict_json(run, monkeypatch, tmp_path):
     """Also where a metric is not finite, as here that of the test set."""
     score = loop.evaluate

@@ -208,20 +208,18 @@ def free(device: torch.device) -> int:
 
 
 def plan_of(setting: Setting, config: Recipe, points: Sequence[Point], groups: int) -> Plan:
-    """Time a few eager steps of a group, and choose a plan as for an ordinary run."""
+    """Try an eager step of a group, and choose a plan as for an ordinary run."""
     members = gather(setting, points)
     first = order(setting, members.data_keys, 1)[0]  # chunks of one step so far
     carry = first_carry(members.states)
     with fdl.disable_jit():
-        seconds = min(
-            planning.timed(
-                lambda: setting.programs.train(carry, members.dataset, first), first.index.device
-            )
-            for _ in range(2)
+        cost = planning.cost_of(
+            lambda: setting.programs.train(carry, members.dataset, first), first.index.device
         )
     steps = planning.steps_per_epoch(setting.problem, config)
-    return planning.choose_plan(config, seconds * groups, steps)._replace(
-        chunk=planning.choose_plan(config, seconds, steps).chunk
+    of_all = planning.Cost(cost.seconds * groups, cost.usual * groups)
+    return planning.choose_plan(config, of_all, steps)._replace(
+        chunk=planning.choose_plan(config, cost, steps).chunk
     )
 
 

@@ -1,19 +1,15 @@
-"""The arithmetic of random numbers: Threefry, words to floats, the inverse of erf."""
+"""The arithmetic of random numbers: words to floats, the inverse of erf."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdl import _modes
+from fdl._threefry import encrypted_words
 
-# torch's unsigned types lack most operations, so a 32-bit word lives in the low half of an int64,
-# and a 64-bit word is an int64 read as unsigned.
-MASK = 0xFFFFFFFF
 MANY = 1024  # words from which on a kernel of their own pays
 INT64 = torch.iinfo(torch.int64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -29,67 +25,26 @@ FLOATS = {
 }
 
 
-def threefry2x32(
-    k0: Tensor, k1: Tensor, x0: int | Tensor, x1: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Encrypt the counter (x0, x1) under the key (k0, k1): five times four rounds, then a key."""
-    schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    # Sums are masked where they get shifted, and otherwise left to grow: their low half is right.
-    a, b = k0 + x0, (k1 + x1) & MASK
-    for i in range(5):
-        for r in (17, 29, 16, 24) if i % 2 else (13, 15, 26, 6):
-            a = a + b
-            b = (a ^ (b << r | b >> (32 - r))) & MASK
-        a = a + schedule[(i + 1) % 3]
-        b = (b + schedule[(i + 2) % 3] + (i + 1)) & MASK
-    return a & MASK, b
+def words(key: Tensor, shape: tuple[int, ...], width: int, shift: int = 0) -> Tensor:
+    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed.
 
-
-def encrypted_counters(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Encrypt each position's index in row-major order, as a 64-bit counter, with one key or more.
-
-    The results of keys `[..., 2]` are `[..., *shape]`.
+    What is left of 32-bit words that move right by `shift` is in int32, which compilers turn into
+    floats more quickly.
     """
-    index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    k0, k1 = (key[(..., i, *(None,) * len(shape))] for i in (0, 1))
-    return threefry2x32(k0, k1, index >> 32, index & MASK)
-
-
-def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draw 32-bit words, of which narrower ones are a part, or 64-bit ones, signed."""
     if _modes.is_tracing() and math.prod(shape) >= MANY:
-        return torch.ops.fdl.random_words(key, shape, width)  # type: ignore[no-any-return]
-    return encrypted_words(key, shape, width)
+        return torch.ops.fdl.random_words(key, shape, width, shift)  # type: ignore[no-any-return]
+    return encrypted_words(key, shape, width, shift)
 
 
-def encrypted_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
-    """Draw words by operations of torch."""
-    return join(*encrypted_counters(key, tuple(shape)), width)
+def mantissas(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw integers as wide as the mantissa of `dtype`, int32 or int64."""
+    width, mantissa = FLOATS[dtype]
+    if width == 64:
+        return mantissas_of(words(key, shape, width), dtype)
+    return words(key, shape, width, width - mantissa) & (2**mantissa - 1)
 
 
-def join(high: Tensor, low: Tensor, width: int) -> Tensor:
-    """Make words of 64 bits, whose highest bit is the sign, or of 32, of two of 32 bits."""
-    return (high << 32) | low if width == 64 else high ^ low
-
-
-def _fake_words(key: Tensor, shape: Sequence[int], width: int) -> Tensor:
-    return key.new_empty(*key.shape[:-1], *shape)
-
-
-def _words_of_keys(
-    info: Any, in_dims: Any, key: Tensor, shape: Sequence[int], width: int
-) -> tuple[Tensor, int]:
-    return torch.ops.fdl.random_words(key.movedim(in_dims[0], 0), shape, width), 0
-
-
-# One operation for the compiler, which on the CPU has a kernel for it (`_compiler/_draws.py`).
-torch.library.define("fdl::random_words", "(Tensor key, int[] shape, int width) -> Tensor")
-torch.library.impl("fdl::random_words", "CompositeExplicitAutograd", encrypted_words)
-torch.library.register_fake("fdl::random_words", _fake_words)
-torch.library.register_vmap("fdl::random_words", _words_of_keys)
-
-
-def mantissas(word: Tensor, dtype: torch.dtype) -> Tensor:
+def mantissas_of(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Make integers as wide as the mantissa of `dtype` from words, int64."""
     width, mantissa = FLOATS[dtype]
     return (word >> (width - mantissa)) & (2**mantissa - 1)
@@ -100,28 +55,27 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def as_unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to [0, 1), exact in `dtype`, given in its working dtype."""
-    draws = mantissas(word, dtype)
-    return draws.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
+def as_unit(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to [0, 1), exact in `dtype`, given in its working dtype."""
+    return mantissa.to(working_dtype(dtype)) * 2.0 ** -FLOATS[dtype][1]
 
 
-def as_symmetric(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
-    mantissa = FLOATS[dtype][1]
-    # An odd numerator over 2**(mantissa + 1) is exact, and strictly inside.
-    numerator = 4 * mantissas(word, dtype) + 1 - 2 ** (mantissa + 1)
-    return numerator.to(working_dtype(dtype)) * 2.0 ** -(mantissa + 1)
+def as_symmetric(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
+    width = FLOATS[dtype][1]
+    # An odd numerator over 2**(width + 1) is exact, and strictly inside.
+    numerator = 4 * mantissa + 1 - 2 ** (width + 1)
+    return numerator.to(working_dtype(dtype)) * 2.0 ** -(width + 1)
 
 
 def unit(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from [0, 1), exact in `dtype`, given in its working dtype."""
-    return as_unit(words(key, shape, FLOATS[dtype][0]), dtype)
+    return as_unit(mantissas(key, shape, dtype), dtype)
 
 
 def symmetric(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Draw from (-1, 1), never 0, exact in `dtype`, given in its working dtype."""
-    return as_symmetric(words(key, shape, FLOATS[dtype][0]), dtype)
+    return as_symmetric(mantissas(key, shape, dtype), dtype)
 
 
 def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -129,9 +83,9 @@ def positive(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return unit(key, shape, dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
-def normal(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map words to the standard normal distribution, in the working dtype of `dtype`."""
-    return math.sqrt(2) * erfinv(as_symmetric(word, dtype))
+def normal(mantissa: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map mantissas to the standard normal distribution, in the working dtype of `dtype`."""
+    return math.sqrt(2) * erfinv(as_symmetric(mantissa, dtype))
 
 
 def uniform(
