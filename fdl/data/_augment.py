@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fdl import random
+from fdl._checks import describe
 from fdl.random import Key
-from fdl.random._checks import check_key, describe
+from fdl.random._checks import check_key
 
 
 def random_crop(key: Key, x: Tensor, padding: int) -> Tensor:

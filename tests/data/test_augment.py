@@ -118,12 +118,12 @@ def test_empty_batches_empty_images_and_no_padding():
     ("call", "error", "message"),
     [
         (lambda x: data.random_crop(0, x, 2), TypeError, "random_crop: `key`"),
-        (lambda x: data.random_crop(KEY, x, 2.0), TypeError, "padding must be an int, got 2.0"),
-        (lambda x: data.random_crop(KEY, x, True), TypeError, "padding must be an int, got True"),
+        (lambda x: data.random_crop(KEY, x, 2.0), TypeError, "padding must be an int, got a float"),
+        (lambda x: data.random_crop(KEY, x, True), TypeError, "padding must be an int, got a bool"),
         (lambda x: data.random_crop(KEY, x, -1), ValueError, "at least 0, got -1"),
         (lambda x: data.random_crop(KEY, x[0, 0], 1), ValueError, r"height, width\], got \[4, 4\]"),
         (lambda x: data.random_flip(KEY, x[0, 0]), ValueError, "random_flip: x must be images"),
-        (lambda x: data.random_flip(KEY, [x]), TypeError, "x must be a tensor, got .*list"),
+        (lambda x: data.random_flip(KEY, [x]), TypeError, "x must be a tensor, got a list"),
         (lambda x: data.random_flip(x, KEY), TypeError, "random_flip: `key`"),
     ],
 )
