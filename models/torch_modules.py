@@ -12,6 +12,9 @@ __all__ = [
     "CNN",
     "LeNet",
     "LeNetBN",
+    "ResNet",
+    "Residual",
+    "Transformer",
     "half_mse",
     "linreg",
     "loss_of",
@@ -144,6 +147,96 @@ class CNN(nn.Module):
         return self.fc(self.conv(x).flatten(1))
 
 
+class Residual(nn.Sequential):
+    """Add what the layers compute to their input.
+
+    >>> import torch
+    >>> Residual(nn.ReLU())(torch.ones(2))
+    tensor([2., 2.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + layers(x)."""
+        return x + super().forward(x)
+
+
+class ResNet(nn.Module):
+    """A small residual network, normalised before each convolution.
+
+    >>> import torch
+    >>> ResNet()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, width: int = 16, classes: int = 10) -> None:
+        super().__init__()
+
+        def conv(inputs: int, outputs: int) -> nn.Module:
+            layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(layer.weight)
+            return layer
+
+        def normed_conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+            return nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, outputs)
+
+        def block(width: int) -> nn.Module:
+            return Residual(*normed_conv(width, width), *normed_conv(width, width))
+
+        self.stem = nn.Sequential(conv(1, width), nn.MaxPool2d(2))
+        self.block1 = block(width)
+        self.wider1 = nn.Sequential(*normed_conv(width, 2 * width), nn.MaxPool2d(2))
+        self.block2 = block(2 * width)
+        self.wider2 = nn.Sequential(*normed_conv(2 * width, 4 * width))
+        self.block3 = block(4 * width)
+        self.head = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `[batch, 1, 28, 28]` to logits."""
+        x = self.wider1(self.block1(self.stem(x)))
+        x = self.block3(self.wider2(self.block2(x)))
+        return self.fc(self.head(x).flatten(1))
+
+
+class Transformer(nn.Module):
+    """A small transformer on patches of 4 × 4 pixels.
+
+    >>> import torch
+    >>> Transformer()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        heads: int = 4,
+        depth: int = 2,
+        classes: int = 10,
+        *,
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, width)
+        self.position = nn.Embedding(49, width)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.encoder = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, heads, 2 * width, rate, "gelu", norm_first=True, batch_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `[batch, 1, 28, 28]` to logits."""
+        patches = F.unfold(x, 4, stride=4).transpose(1, 2)  # [batch, 49, 16]
+        x = self.encoder(self.embed(patches) + self.position.weight)
+        return self.fc(self.norm(x).mean(1))
+
+
 def half_mse(prediction: Tensor, y: Tensor) -> Tensor:
     """Average ½ (ŷ − y)².
 
@@ -185,6 +278,8 @@ def make(
             return LeNetBN()
         case "cnn":
             return CNN()
+        case "resnet-small":
+            return ResNet()
     raise ValueError(f"no module for {model!r}")
 
 

@@ -377,4 +377,4 @@ if have_jax and importlib.util.find_spec("flax"):
 #
 # </details>
 #
-# Back to the beginning: [01 Tensors and keys](01_tensors_and_keys.ipynb)
+# Next: [15 A small residual net](15_residual_net.ipynb)

@@ -24,6 +24,7 @@ __all__ = [
     "Mlp",
     "Predict",
     "Recipe",
+    "ResnetSmall",
     "RunnerName",
     "Softmax",
     "Sweep",
@@ -151,6 +152,20 @@ class LeNetBN(Images):
 
 
 @dataclass(frozen=True)
+class ResnetSmall(Images):
+    """A small residual network, on images shifted and mirrored at random, with AdamW."""
+
+    epochs: int = 10
+    """Passes over Fashion-MNIST (ten over the sample are one), and the length of the cosine."""
+    lr: float = 0.005
+    """Learning rate at its peak, after a warm-up of a tenth; it falls to 0 along a cosine."""
+    momentum: float = 0.9
+    """β₁ of AdamW."""
+    weight_decay: float = 0.05
+    """λ of AdamW: each step subtracts lr · λ · w from kernels and weights."""
+
+
+@dataclass(frozen=True)
 class Cnn(Images):
     """Three convolutions with ReLU, which only the benchmark trains."""
 
@@ -164,6 +179,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "weight-decay": WeightDecay,
     "lenet": LeNet,
     "lenet-bn": LeNetBN,
+    "resnet-small": ResnetSmall,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from train.config import (
     LinregDecay,
     Mlp,
     Recipe,
+    ResnetSmall,
     Softmax,
     WeightDecay,
 )
@@ -204,11 +206,11 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
 def _images(config: Images, device: torch.device, mesh: Any) -> Problem:
     train, test, description = parallel.load_once(lambda: load_images(config.data), mesh)
     train, test = tree.to((train, test), device)
-    return image_problem(config, train, test, description)._replace(passes=EXAMPLES // len(train.x))
+    return image_problem(config, train, test, description, EXAMPLES // len(train.x))
 
 
 def image_problem(
-    config: Images, train: Dataset, test: Dataset | None, description: str
+    config: Images, train: Dataset, test: Dataset | None, description: str, passes: int = 1
 ) -> Problem:
     """Make the problem of a recipe from loaded images.
 
@@ -217,16 +219,46 @@ def image_problem(
     'one black image'
     """
     model = image_model(config)
-    loss = supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
-    return Problem(
-        model,
-        _sgd(config),
-        loss,
-        *_hold_out(config, train),
-        test,
-        description,
-        tree.summary,
+    train, validation = _hold_out(config, train)
+    loss: Any = supervised(model, losses.cross_entropy, {"accuracy": metrics.accuracy})
+    opt = _sgd(config)
+    if isinstance(config, ResnetSmall):
+        steps = config.epochs * passes * math.ceil(len(train.x) / config.batch_size)
+        loss, opt = _augmented(loss), _adamw(config, steps)
+    return Problem(model, opt, loss, train, validation, test, description, tree.summary, passes)
+
+
+def _adamw(config: ResnetSmall, steps: int) -> Optimizer:
+    """AdamW whose rate rises along a line for a tenth of the steps, then falls along a cosine.
+
+    The peak is in the state, where a sweep sets it. Biases and norms do not decay: they are vectors
+    that shift and scale, and cannot overfit.
+    """
+    share = optim.schedules.warmup_cosine(1.0, steps // 10, steps)
+
+    def descend(g: Tensor, p: Tensor, t: Tensor, lr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return -lr * share(t - 1) * g, {}
+
+    return optim.chain(
+        optim.scale_by_adam((config.momentum, 0.999)),
+        optim.add_decayed_weights(config.weight_decay, mask=lambda path, leaf: leaf.ndim > 1),
+        optim.leafwise("adamw", descend, {"lr": config.lr}),
     )
+
+
+def _augmented(loss: StatefulLoss) -> StatefulLoss:
+    """Shift and mirror the images of a batch at random before the loss, in training only."""
+
+    def augmented(
+        params: Tree, buffers: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None
+    ) -> Any:
+        if train and key is not None:
+            key, crop_key, flip_key = random.split(key, 3)
+            x = data.random_crop(crop_key, batch.x, padding=2)
+            batch = batch._replace(x=data.random_flip(flip_key, x))
+        return loss(params, buffers, batch, train=train, key=key)
+
+    return StatefulLoss(augmented)
 
 
 def image_model(config: Images) -> Model | StatefulModel:
@@ -247,6 +279,8 @@ def image_model(config: Images) -> Model | StatefulModel:
             model = models.lenet()
         case LeNetBN():
             model = models.lenet_bn()
+        case ResnetSmall():
+            model = models.resnet()
         case Cnn():
             model = models.cnn()
         case _:

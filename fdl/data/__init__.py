@@ -15,6 +15,7 @@ unless you call `to_float`.
 
 from __future__ import annotations
 
+from fdl.data._augment import random_crop, random_flip
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
@@ -34,6 +35,8 @@ __all__ = [
     "fashion_mnist",
     "fashion_mnist_sample",
     "poisson_indices",
+    "random_crop",
+    "random_flip",
     "sequential_indices",
     "split",
     "synthetic_linear",

@@ -355,6 +355,8 @@ TABLE: dict[str, dict[str, Case]] = {
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
         "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2)),
+        "random_crop": with_keys(lambda key, x: data.random_crop(key, x, 1), (3, 2, 3, 4)),
+        "random_flip": with_keys(lambda key, x: data.random_flip(key, x), (3, 2, 3, 4)),
         "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)

@@ -18,6 +18,7 @@ def double(model):
     return tree.cast(model.init(KEY), torch.float64)
 
 
+@pytest.mark.curriculum("R1")
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_its_cell_in_a_loop(name):
     layer, cell = LAYERS[name](3, 4), CELLS[name](3, 4)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fdl import TrainState, data, jit, optim, random, scan, train_step, tree
+from fdl import TrainState, data, disable_jit, jit, optim, random, scan, train_step, tree
 from fdl._compiler import _interpreter, _trace
 from fdl._compiler._signature import flatten, unflatten
+from models import torch_modules
 from tests.conftest import StandIn
-from tests.support.asserts import unchanged
+from tests.data.test_augment import by_torchvision
+from tests.support.asserts import draw, unchanged
 from train import config, loop, recipes
 
 pytestmark = pytest.mark.usefixtures("real_loops")
@@ -28,6 +30,7 @@ RECIPES = {
     "lenet": config.LeNet(data="sample", batch_size=8),
     "lenet-bn": config.LeNetBN(data="sample", batch_size=16),
 }
+RESNET = config.ResnetSmall(data="sample", batch_size=8)  # compiled alone, as it takes longest
 # Batch normalisation subtracts what these add: their gradients are zero.
 CANCELLED = {"conv.0.bias", "conv.4.bias", "fc.0.bias", "fc.3.bias"}
 STEPS = 100
@@ -149,7 +152,7 @@ def test_steps_bodies_parts_and_graphs_equal_eager(name: str, stand_in: StandIn)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "resnet-small"])
 def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +163,7 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     monkeypatch.setattr(_trace, "fake_like", elsewhere)
-    problem = recipes.build(RECIPES[name], random.key(1))
+    problem = recipes.build(RECIPES.get(name, RESNET), random.key(1))
     state = TrainState.create(problem.model, problem.opt, key=random.key(0))
     rows = data.epoch_indices(random.key(2), 100, 10)
     for fn, first in (
@@ -175,6 +178,65 @@ def test_all_of_a_chunk_is_on_the_device_of_its_arguments(
         values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
         found = [x.device.type for x in values if isinstance(x, Tensor)]
         assert len(found) > 20 and set(found) == {"meta"}
+
+
+@pytest.mark.slow
+def test_a_chunk_of_the_residual_net_compiled_equals_eager() -> None:
+    """With its own optimizer and augmentation, in float64, the last batch padded."""
+    problem = recipes.build(RESNET, random.key(1))
+    state = TrainState.create(problem.model, problem.opt, key=random.key(0))
+    state = tree.cast(state, torch.float64)
+    dataset = data.Dataset(problem.train.x[:28, None].double() / 255, problem.train.y[:28])
+    rows = data.epoch_indices(random.key(2), 28, RESNET.batch_size)
+    run = loop.run_chunk(problem)
+    with disable_jit():
+        (expected, _), metrics = run((state, torch.tensor(True)), dataset, rows)
+    moved = tree.map(lambda a, b: (a - b).abs().max(), expected.params, state.params)
+    assert min(tree.leaves(moved)) > 1e-6
+    (got, ok), found = run((tree.map(torch.clone, state), torch.tensor(True)), dataset, rows)
+    assert ok and run.report()[0].route == "one program"
+    agree(found, metrics)
+    agree(got, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_the_residual_net_is_trained_as_by_an_imperative_loop() -> None:
+    """Augmentation, AdamW without decay of vectors, warm-up and cosine, against torch's own."""
+    options = config.ResnetSmall(epochs=5, batch_size=8)
+    x, y = draw(4, 28, 1, 28, 28), random.randint(random.key(5), (28,), 0, 10)
+    problem = recipes.image_problem(options, data.Dataset(x, y), None, "")
+    state = TrainState.create(problem.model, problem.opt, key=random.key(0))
+    state = tree.cast(state, torch.float64)
+    start = tree.flatten_dict(state.params)
+    twin = torch_modules.ResNet().double()
+    twin.load_state_dict(tree.flatten_dict(tree.merge(state.params, state.buffers)))
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    opt = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+    )
+    shares = [0, 1 / 2, *((1 + math.cos(math.pi * i / 18)) / 2 for i in range(19))]  # 20 steps
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, shares.__getitem__)
+    step = train_step(problem.loss, problem.opt)
+    for number, rows in enumerate([*torch.arange(28).split(8)] * 5):
+        _, *keys = random.split(random.fold_in(state.key, number), 3)
+        images = x[rows]
+        for name, key in zip(("random_crop", "random_flip"), keys, strict=True):
+            images = by_torchvision(name, key, images)
+        loss = torch.nn.functional.cross_entropy(twin(images), y[rows])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        scheduler.step()
+        padding = 8 - len(rows)
+        index = torch.cat([rows, rows.new_zeros(padding)])
+        state, found = step(state, data.batch((x, y), (index, torch.arange(8) < len(rows))))
+        torch.testing.assert_close(found["loss"].value, loss.detach(), rtol=1e-10, atol=1e-12)
+    theirs = {path: p.detach() for path, p in twin.named_parameters()}
+    assert all((theirs[path] - start[path]).abs().max() > 1e-3 for path in theirs)
+    agree(state.params, tree.unflatten_dict(theirs))
+    agree(state.buffers, tree.unflatten_dict(dict(twin.named_buffers())))
 
 
 @pytest.mark.cuda

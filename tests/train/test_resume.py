@@ -32,6 +32,7 @@ RECIPES = {
     "dropout": ["--epochs", 5, "--data", "sample"],
     "lenet": ["--epochs", 5, "--data", "sample", "--batch-size", 200],
     "lenet-bn": ["--epochs", 5, "--data", "sample", "--batch-size", 200],
+    "resnet-small": ["--epochs", 2, "--data", "sample", "--batch-size", 200],
 }
 
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_pass")
 LINREG = ("linreg", "--examples", 40, "--epochs", 2, "--compile", "off")
 DROPOUT = ("dropout", "--data", "sample", "--epochs", 1, "--batch-size", 3000, "--compile", "off")
 LENET = ("lenet", *DROPOUT[1:])
+RESNET = ("resnet-small", *DROPOUT[1:])
 
 
 def lines(folder):
@@ -105,10 +106,11 @@ def test_a_wrong_option_ends_with_2(run, options, text):
         (LINREG, ["lr=0.01,0.1", "seed=0:2", "momentum=0,0.5"], [(0.01, 1, 0), (0.1, 0, 0.5)]),
         (DROPOUT, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4), (0.4, 3)]),
         (LENET, ["lr=0.1,0.4", "seed=3:5"], [(0.1, 4)]),
+        (RESNET, ["lr=0.001,0.01", "weight_decay=0,0.1"], [(0.01, 0.1)]),
         (("weight-decay", "--epochs", 2, "--compile", "off"), ["weight_decay=0,3"], [(0,), (3,)]),
         ((*DROPOUT, "--parts", 3), ["lr=0.1,0.4"], [(0.4,)]),
     ],
-    ids=["linreg", "dropout", "lenet", "weight-decay", "in parts"],
+    ids=["linreg", "dropout", "lenet", "resnet-small", "weight-decay", "in parts"],
 )
 def test_each_point_is_the_ordinary_run(run, recipe, axes, points):
     options = [option for axis in axes for option in ("--grid", axis)]
