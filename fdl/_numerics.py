@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from fdl._checks import describe
 from fdl._modes import is_eager
-from fdl.tree import Tree
+from fdl.tree import Tree, flatten_dict
 
 __all__ = [
     "at_least_32_bits",
@@ -87,7 +88,10 @@ def global_norm(tree: Tree) -> Tensor:
     0 are 0.
 
     Args:
-        tree: floating tensors of any shapes, or None.
+        tree: real tensors of any shapes, or None.
+
+    Raises:
+        TypeError: a leaf is something else (each path is listed).
 
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0), "frozen": None})
     tensor(5., dtype=torch.float64)
@@ -95,12 +99,23 @@ def global_norm(tree: Tree) -> Tensor:
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if leaf is not None]
     if not leaves:
         return torch.zeros((), dtype=torch.float64)
+    if not all(_is_real(leaf) for leaf in leaves):
+        lines = [
+            f"{path}: {describe(leaf)}"
+            for path, leaf in flatten_dict(tree).items()
+            if leaf is not None and not _is_real(leaf)
+        ]
+        raise TypeError("global_norm: leaves must be real tensors, got\n  " + "\n  ".join(lines))
     # Outside of programs, one root for all small leaves takes less time than one for each.
     small = {i for i, leaf in enumerate(leaves) if not _is_large(leaf)} if is_eager() else set()
     sums = [_sum_of_squares(leaf) for i, leaf in enumerate(leaves) if i in small]
     roots = iter(root(torch.stack(sums)).unbind() if sums else ())
     norms = [next(roots) if i in small else _wide_norm(x) for i, x in enumerate(leaves)]
     return norm(torch.stack(norms))
+
+
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_complex()
 
 
 def row_norms(tree: Tree) -> Tensor:

@@ -184,8 +184,9 @@ def ensemble(
         Probabilities `[batch, classes]`.
 
     Raises:
-        TypeError: `model` is neither a model nor a function.
-        ValueError: buffers are missing, or given although the model has none.
+        TypeError: `model` is neither a model nor a function, or returns no tensor.
+        ValueError: buffers are missing, or given although the model has none; or the leaves have no
+            common first axis.
 
     Source: Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using
     Deep Ensembles, 2017, https://arxiv.org/abs/1612.01474
@@ -203,16 +204,21 @@ def ensemble(
             if buffers is None
             else f"population.ensemble: buffers are for a StatefulModel, got {describe(model)}"
         )
-    if isinstance(model, StatefulModel):
-        stateful = model.apply  # a name of its own for mypy
-        logits = vmap(lambda params, buffers: stateful(params, buffers, x)[0])(params, buffers)
-    else:
-        apply = model.apply if isinstance(model, Model) else model
-        if not callable(apply):
-            raise TypeError(
-                f"population.ensemble: model must be a model or a function, got {describe(model)}"
-            )
+    apply = model.apply if isinstance(model, Model | StatefulModel) else model
+    if not callable(apply):
+        raise TypeError(
+            f"population.ensemble: model must be a model or a function, got {describe(model)}"
+        )
+    size({"params": params} if buffers is None else {"params": params, "buffers": buffers})
+    if buffers is None:
         logits = vmap(apply, (0, None))(params, x)
+    else:
+        logits = vmap(lambda params, buffers: apply(params, buffers, x)[0])(params, buffers)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "population.ensemble: the model must return logits [batch, classes], got "
+            f"{describe(logits)}"
+        )
     probabilities = logits.softmax(-1, dtype=at_least_32_bits(logits))
     counts = probabilities.isfinite().all(-1, keepdim=True)
     return (torch.where(counts, probabilities, 0).sum(0) / counts.sum(0)).to(logits.dtype)

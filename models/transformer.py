@@ -79,6 +79,9 @@ def position(length: int, width: int) -> Model:
         A layer from `[batch, length, width]` to the same shape, with the parameter `weight`
         `[length, width]`.
 
+    Raises:
+        ValueError: at apply, x has another length or width.
+
     >>> from fdl import random
     >>> layer = position(3, 2)
     >>> layer.apply({"weight": torch.arange(6.0).view(3, 2)}, torch.zeros(1, 3, 2))
@@ -89,6 +92,11 @@ def position(length: int, width: int) -> Model:
     table = nn.embedding(length, width, weight_init=nn.init.normal(0.02))
 
     def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+        if x.shape[-2:] != (length, width):
+            raise ValueError(
+                f"position({length}, {width}): expected x [batch, {length}, {width}], got "
+                f"{list(x.shape)}"
+            )
         return x + table.apply(params, torch.arange(length, device=x.device))
 
     return Model(table.init, apply, uses_key=False)

@@ -304,6 +304,18 @@ def test_what_an_ensemble_refuses(model, buffers, kind, message):
         population.ensemble(model, {}, torch.ones(2, 4), buffers)
 
 
+@pytest.mark.parametrize(
+    ("model", "params", "kind", "message"),
+    [
+        (MODEL, MODEL.init(KEYS[0]), ValueError, "leaves need one common first axis"),
+        (lambda p, x: (p, x), torch.ones(3, 2), TypeError, r"return logits .*, got a tuple"),
+    ],
+)
+def test_an_ensemble_needs_members_and_logits(model, params, kind, message):
+    with pytest.raises(kind, match=f"population.*: .*{message}"):
+        population.ensemble(model, params, dataset("dropout")[0].float())
+
+
 TAKE = {
     "number": lambda states: population.member(states, 1),
     "tensor": lambda states: population.member(states, torch.tensor(1)),

@@ -190,9 +190,11 @@ def check_step_metrics_result(caller: str, metrics: Any, taken: Mapping[str, Any
                 f"{caller}: metrics returned {name!r}, which is a metric of the loss already; "
                 "choose another name"
             )
-        if not isinstance(value, Sums) and not (isinstance(value, Tensor) and value.ndim == 0):
+        scalar = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
+        if not scalar and not isinstance(value, Sums):
             raise TypeError(
-                f"{caller}: metrics[{name!r}] must be a 0-d tensor or a Mean, got {describe(value)}"
+                f"{caller}: metrics[{name!r}] must be a real 0-d tensor or a Mean, got "
+                f"{describe(value)}"
             )
 
 

@@ -38,7 +38,7 @@ def take(tree: T, index: int | Tensor) -> T:
     >>> take(torch.tensor([5, 6, 7]), torch.tensor([2, 2]))
     tensor([7, 7])
     """
-    if not isinstance(index, int):
+    if not isinstance(index, int) or isinstance(index, bool):
         _check_index("take", index)
     leaves = flatten_dict(tree)
     check_rows("take", "tree", leaves)
@@ -64,7 +64,8 @@ def batch(dataset: tuple[Tree, Tree], row: Tensor | tuple[Tensor, Any]) -> Batch
         `x` and `y`, leaves [batch, ...], and the `mask` of the row, () if it has none.
 
     Raises:
-        TypeError: the index is not an int64 tensor, or a leaf is not a tensor with rows.
+        TypeError: the data set is not a pair, the index is not an int64 tensor, or a leaf is not a
+            tensor with rows.
         ValueError: leaves differ in length (each is listed by its path), data and index are on
             different devices, or the mask has another shape than the index.
 
@@ -78,6 +79,10 @@ def batch(dataset: tuple[Tree, Tree], row: Tensor | tuple[Tensor, Any]) -> Batch
     >>> batch(pairs, torch.tensor([4, 2]))
     Batch(x={'left': tensor([4., 2.]), 'right': tensor([-4., -2.])}, y=tensor([4, 2]), mask=())
     """
+    if not isinstance(dataset, tuple | list) or len(dataset) != 2:
+        raise TypeError(
+            f"batch: dataset must be a Dataset or a pair of x and y, got {_parts(dataset)}"
+        )
     x, y = dataset
     index, mask = _index_and_mask(row)
     plain = isinstance(x, Tensor) and isinstance(y, Tensor)  # the usual case, made fast
@@ -166,6 +171,10 @@ def _images(name: str, x: Any) -> Tensor:
     return (x if x.ndim == 4 else x.unsqueeze(-3)).to(torch.float32) / 255
 
 
+def _parts(x: Any) -> str:
+    return f"{len(x)} parts" if isinstance(x, tuple | list) else describe_type(x)
+
+
 def _index_and_mask(row: Any) -> tuple[Tensor, Tensor | tuple[()]]:
     if isinstance(row, Tensor):
         index, mask = row, ()
@@ -188,6 +197,8 @@ def _index_and_mask(row: Any) -> tuple[Tensor, Tensor | tuple[()]]:
 
 
 def _check_index(caller: str, index: Any) -> None:
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{caller}: the index must be int64, got {got}; cast it")
+    if not isinstance(index, Tensor):
+        got = describe_type(index)
+        raise TypeError(f"{caller}: the index must be an int64 tensor, got {got}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{caller}: the index must be int64, got {index.dtype}; cast it")

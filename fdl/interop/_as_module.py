@@ -88,10 +88,10 @@ class ModelModule(nn.Module):
     def __init__(self, model: Model | StatefulModel, params: Tree, buffers: Tree) -> None:
         super().__init__()
         self._held = _Held(model)
-        self._params, self._buffers_of_model = (
-            self._register(kind, values)
-            for kind, values in (("params", params), ("buffers", buffers))
-        )
+        self._params: Tree = None  # so that no leaf can have one of these names
+        self._buffers_of_model: Tree = None
+        self._params = self._register("params", params)
+        self._buffers_of_model = self._register("buffers", buffers)
 
     def _register(self, kind: str, values: Tree) -> Tree:
         """Register the leaves of a tree; return the tree of their paths."""
@@ -134,7 +134,8 @@ class ModelModule(nn.Module):
         """
         model = self._held.model
         if key is None and self.training and getattr(model, "uses_key", True):
-            device = next((leaf.device for leaf in tree.leaves(x)), None)
+            tensors = (leaf for leaf in tree.leaves(x) if isinstance(leaf, Tensor))
+            device = next((leaf.device for leaf in tensors), None)
             key = torch.randint(KEYS, (2,), device=device)
         options = {"train": self.training, "key": key, **options}
         params = self._values(self._params)

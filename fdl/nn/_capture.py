@@ -111,6 +111,8 @@ def inside(name: str, record: Record | None) -> dict[str, Record]:
 
 def _recorder(values: dict[str, Any]) -> Record:
     def record(name: str, value: Any) -> None:
+        if not isinstance(name, str) or not all(name.split(".")):
+            raise ValueError(f"capture: a name must be a dotted path such as 'a.b', got {name!r}")
         if name in values:
             raise ValueError(f"capture: {name!r} is recorded twice; give each call its own name")
         values[name] = value

@@ -123,7 +123,7 @@ def check_key_given(layer: str, key: Tensor | None) -> Tensor:
 def check_sizes(layer: str, *sizes: int) -> None:
     """Raise unless every size is an int of at least 1."""
     for size in sizes:
-        if not hasattr(size, "__index__"):
+        if not hasattr(size, "__index__") or isinstance(size, bool):
             raise TypeError(
                 f"{layer}: every size must be an int, got {describe(size)}; no size is inferred "
                 "from an input, since parameters are made without one: for the size of an output, "

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import describe
 from fdl._kinds import register
 from fdl.optim._base import (
     Optimizer,
@@ -133,6 +134,7 @@ def params_ema(decay: ScalarOrSchedule, buffers: bool = False) -> Optimizer:
             Integers, such as counts of batches, are not averaged but the newest.
 
     Raises:
+        TypeError: `buffers` is not a bool.
         ValueError: `decay` is not in [0, 1).
 
     >>> from fdl import optim
@@ -145,6 +147,11 @@ def params_ema(decay: ScalarOrSchedule, buffers: bool = False) -> Optimizer:
     ({'w': tensor([2.])}, {'w': tensor([1.2500])})
     """
     check_rate("params_ema", "decay", decay, RANGES["decay"])
+    if not isinstance(buffers, bool):
+        raise TypeError(
+            f"params_ema: buffers must be True or False, got {describe(buffers)}; the values of "
+            "buffers come from the TrainState"
+        )
     rates = {"decay": decay}
 
     def init(params: Tree) -> State:

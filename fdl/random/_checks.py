@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fdl import _checks as checks
 from fdl._threefry import MASK
 from fdl.random._arithmetic import FLOATS, INT64, INTEGERS
 
@@ -20,6 +21,8 @@ def describe(x: object) -> str:
     """Describe an argument, for an error message."""
     if isinstance(x, Tensor):
         return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):  # an array, whose values may be many lines
+        return checks.describe(x)
     return f"{x!r} ({type(x).__name__})"
 
 

@@ -336,9 +336,22 @@ def test_batch_refuses(change, kind, message) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dataset", "got"),
+    [
+        ((torch.ones(2), torch.ones(2), torch.ones(2)), "3 parts"),
+        ({"x": torch.ones(2), "y": torch.ones(2)}, "a dict"),
+        (torch.ones(2, 4), r"a tensor float32\[2, 4\]"),
+    ],
+)
+def test_batch_refuses_what_is_not_a_pair(dataset, got) -> None:
+    with pytest.raises(TypeError, match=f"batch: dataset must be .* pair of x and y, got {got}$"):
+        data.batch(dataset, torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
     ("indices", "kind", "message"),
     [
-        ([1, 2], TypeError, "index must be int64, got int"),
+        ([1, 2], TypeError, "index must be an int64 tensor, got an int"),
         ([0, 1, 2], TypeError, "row must be an index, int64 .* got list"),
         (3, TypeError, "got int"),
         ((torch.tensor([1]), torch.tensor([True, False])), ValueError, r"shape \[1\] .* got \[2\]"),

@@ -24,6 +24,8 @@ import models
 from fdl import interop, losses, nn, optim, random, tree
 from tests.support.asserts import close, draw
 
+ONE = torch.ones(1)
+
 X, Y = draw(0, 6, 3), random.randint(random.key(1), (6,), 0, 2)
 
 
@@ -325,8 +327,17 @@ def test_onnx() -> None:
     assert {"fc1.weight", "block.0.weight", "own.gain", "last.bias"} <= stored
 
 
+@pytest.mark.parametrize("rest", [None, 3, "name", ()])
+def test_inputs_may_hold_what_is_no_tensor(rest) -> None:
+    def noisy(params, x, *, train=False, key=None):
+        return x[1] + params["a"] * (random.normal(key) if train else 0)
+
+    module = interop.as_module(nn.Model(lambda key: {"a": ONE}, noisy), {"a": ONE})
+    assert module.eval()((rest, ONE)).item() == 1
+    assert module.train()((rest, ONE)).item() != 1
+
+
 LINEAR = nn.linear(3, 2)
-ONE = torch.ones(1)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +376,8 @@ ONE = torch.ones(1)
             ValueError,
             "'train.weight' cannot be registered",
         ),
+        (LINEAR, {"_params": ONE}, None, ValueError, "'_params' cannot be registered"),
+        (LINEAR, {"_buffers_of_model": {"a": ONE}}, None, ValueError, "cannot be registered"),
     ],
 )
 def test_what_is_refused(model, params, buffers, kind, message) -> None:

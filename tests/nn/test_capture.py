@@ -290,3 +290,14 @@ def test_what_recorded_nothing_is_refused() -> None:
     captured = torch.compile(nn.capture(model).apply, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"torch\.compile; use fdl\.jit"):
         captured(params, X.float())
+
+
+@pytest.mark.parametrize("name", [3, "", "a.", "a..b"])
+def test_what_is_no_name_is_refused(name) -> None:
+    def apply(params: Any, x: Tensor, *, record: Any = None, **_: Any) -> Tensor:
+        if record is not None:
+            record(name, x)
+        return x
+
+    with pytest.raises(ValueError, match=f"capture: a name must be a dotted path .*, got {name!r}"):
+        nn.capture(nn.Model(lambda key: {}, apply)).apply({}, X)

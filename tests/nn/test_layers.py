@@ -138,8 +138,9 @@ def test_bad_arguments_raise_when_the_layer_is_built(make, text):
         (lambda: nn.layer_norm(None), r"layer_norm\(None\)"),
         (lambda: nn.gru(None, 3), r"gru\(None, 3\)"),
         (lambda: nn.embedding("5", 3), r"embedding\(5, 3\)"),
+        (lambda: nn.linear(4, True), r"linear\(4, True\)"),  # meant as bias=True
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_sizes_are_not_inferred(make, name):
     with pytest.raises(TypeError, match=f"{name}: every size must be an int, got .*to an example"):

@@ -137,6 +137,15 @@ def test_a_block_whose_last_kernel_is_zero_passes_its_input_on():
     assert not torch.equal(model.apply(params, buffers, x)[0], y)
 
 
+def test_a_transformer_says_which_images_it_takes():
+    model = models.transformer(12, 3)
+    params = model.init(KEY)
+    with pytest.raises(
+        ValueError, match=r"position\(49, 12\): .* \[batch, 49, 12\], got \[2, 64, 1"
+    ):
+        model.apply(params, torch.ones(2, 1, 32, 32))
+
+
 def test_without_positions_a_transformer_does_not_see_the_order_of_patches():
     model = models.transformer(12, 3)
     params = tree.cast(model.init(KEY), torch.float64)

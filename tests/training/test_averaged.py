@@ -207,3 +207,5 @@ def test_errors():
     for call in (fdl.averaged, lambda state: fdl.train_step(LOSS, opt)(state, (X[0], Y[0]))):
         with pytest.raises(ValueError, match=r"averages of buffers, made by TrainState.create"):
             call(by_hand)
+    with pytest.raises(TypeError, match="params_ema: buffers must be True or False, got a dict"):
+        optim.params_ema(0.9, buffers=state.buffers)

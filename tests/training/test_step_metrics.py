@@ -150,8 +150,9 @@ def test_what_is_not_a_function_is_refused(make, wrong):
             ValueError,
             "metrics returned 'loss', which is a metric of the loss already",
         ),
-        ({"g": torch.ones(2)}, TypeError, r"metrics\['g'\] must be a 0-d tensor or a Mean, got"),
-        ({"lr": 0.1}, TypeError, r"metrics\['lr'\] must be a 0-d tensor or a Mean, got"),
+        ({"g": torch.ones(2)}, TypeError, r"metrics\['g'\] must be a real 0-d tensor or a Mean"),
+        ({"lr": 0.1}, TypeError, r"metrics\['lr'\] must be a real 0-d tensor or a Mean"),
+        ({"c": torch.tensor(1j)}, TypeError, r"metrics\['c'\] must .* got a tensor complex64\[\]"),
     ],
 )
 @pytest.mark.parametrize("microbatches", [None, 2])
@@ -163,3 +164,16 @@ def test_what_is_not_a_scalar_is_refused(returned, error, words, microbatches):
     caller = "parallel.train_step" if microbatches else "^train_step"
     with pytest.raises(error, match=f"{caller}: {words}"):
         step(start(opt), (X[0], Y[0]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (torch.tensor([3 + 4j]), r"a tensor complex64\[1\]"),  # whose imaginary part has a norm
+        (3.0, "a float"),
+        (torch.ones(2).numpy(), r"numpy float32\[2\]"),
+    ],
+)
+def test_a_norm_is_of_real_tensors(wrong, got):
+    with pytest.raises(TypeError, match=rf"global_norm: .* real tensors, got\n  a\.b: {got}$"):
+        optim.global_norm({"a": {"b": wrong}, "c": torch.ones(2), "d": None})
