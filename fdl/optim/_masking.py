@@ -109,7 +109,10 @@ def selected(params: Tree, where: Mask, caller: str) -> dict[str, bool]:
 def _is_of_params(function: Callable[..., Any]) -> bool:
     """Return True for a function of the parameters, False for one of a path and a leaf."""
     if torch.compiler.is_compiling():  # Dynamo cannot inspect every function
-        return function.__code__.co_argcount == 1
+        if inspect.isfunction(function):
+            return function.__code__.co_argcount == 1
+        method: Any = function if inspect.ismethod(function) else type(function).__call__
+        return method.__code__.co_argcount == 2  # with `self`
     try:
         inspect.signature(function).bind("path", "leaf")
     except TypeError:

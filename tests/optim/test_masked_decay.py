@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from fdl import io, jit, optim, tree
 from fdl.optim import _foreach
-from tests.support.asserts import close
+from tests.support.asserts import close, draw
 from tests.support.optimizers import (
     MATRICES,
     SHAPES,
@@ -293,3 +293,25 @@ def test_errors_name_the_optimizer_and_every_path(mask, words):
             opt.init(start())
         for word in words:
             assert re.search(re.escape(word.replace("adamw", name)), str(caught.value))
+
+
+class Matrices:
+    """Masks that are objects and methods: of the parameters, and of a path and a leaf."""
+
+    def __call__(self, params):
+        return tree.map(lambda leaf: leaf.ndim == 2, params)
+
+    def of_leaf(self, path, leaf):
+        return leaf.ndim == 2
+
+
+@pytest.mark.parametrize(
+    "mask", [Matrices(), Matrices().__call__, Matrices().of_leaf], ids=range(3)
+)
+def test_objects_and_methods_as_masks_are_traced_by_dynamo(mask):
+    params = {"w": draw(1, 2, 2), "b": draw(2, 2)}
+    opt = optim.sgd(0.1, weight_decay=0.5, mask=mask)
+    state = opt.init(params)
+    update = torch.compile(opt.update, fullgraph=True, backend="eager")
+    updates, _ = update(tree.map(torch.zeros_like, params), state, params)
+    close(updates, {"w": -0.05 * params["w"], "b": torch.zeros_like(params["b"])})
