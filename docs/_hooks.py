@@ -41,7 +41,7 @@ def documented() -> dict[str, ModuleType]:
 # The names of a long page, in the order in which a reader looks for them; others are alphabetical.
 GROUPS = {
     "fdl": {
-        "Training": "TrainState supervised StatefulLoss train_step eval_step update_bn",
+        "Training": "TrainState supervised StatefulLoss train_step eval_step averaged update_bn",
         "Compiling": "jit disable_jit Jitted Report",
         "Programs as files": "export load_program",
         "Loops and branches": "scan map fori_loop while_loop cond switch associative_scan",
@@ -50,7 +50,7 @@ GROUPS = {
     },
     "fdl.nn": {
         "Models": "Model StatefulModel Layer",
-        "Composing": "sequential parallel concat residual tied",
+        "Composing": "sequential parallel concat residual tied capture",
         "Affine layers": "linear embedding conv1d conv2d conv3d conv_transpose1d conv_transpose2d",
         "Pools and shapes": "max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d"
         " adaptive_avg_pool2d adaptive_max_pool2d flatten rearrange reduce",
@@ -83,8 +83,8 @@ GROUPS = {
         " scale_by_trust_ratio clip clip_by_global_norm adaptive_grad_clip centralize add_noise",
         "Around an optimizer": "accumulate apply_if_finite lookahead loss_scale loss_scale_of"
         " reduce_on_plateau params_ema schedule_free schedule_free_params",
-        "States and rates": "Optimizer State apply_updates slots hyperparams with_hyperparams"
-        " Schedule schedules from_torch to_torch",
+        "States and rates": "Optimizer State apply_updates global_norm slots hyperparams"
+        " with_hyperparams Schedule schedules from_torch to_torch",
     },
     "fdl.random": {
         "Keys": "Key Shape key split fold_in",

@@ -33,7 +33,15 @@ from fdl._compiler import (
     switch,
     while_loop,
 )
-from fdl._training import StatefulLoss, TrainState, eval_step, supervised, train_step, update_bn
+from fdl._training import (
+    StatefulLoss,
+    TrainState,
+    averaged,
+    eval_step,
+    supervised,
+    train_step,
+    update_bn,
+)
 from fdl._version import __version__ as __version__
 
 __all__ = [
@@ -42,6 +50,7 @@ __all__ = [
     "StatefulLoss",
     "TrainState",
     "associative_scan",
+    "averaged",
     "checkpointing",
     "cond",
     "data",

@@ -18,6 +18,7 @@ disabled: ContextVar[bool] = ContextVar("fdl_disabled", default=False)  # by `di
 around: ContextVar[tuple[str, ...]] = ContextVar("fdl_around", default=())
 
 
+@assume_constant_result  # Dynamo of torch 2.11 cannot read a ContextVar
 def is_tracing() -> bool:
     """Check whether `jit` is tracing."""
     return tracing.get() is not None

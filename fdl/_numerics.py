@@ -83,6 +83,12 @@ def norm(x: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = Fa
 def global_norm(tree: Tree) -> Tensor:
     """Return the norm over all leaves of a tree together, float64 `[]`; None leaves are ignored.
 
+    As `optax.global_norm`, in float64: of gradients, updates or parameters. All its derivatives at
+    0 are 0.
+
+    Args:
+        tree: floating tensors of any shapes, or None.
+
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor(4.0), "frozen": None})
     tensor(5., dtype=torch.float64)
     """

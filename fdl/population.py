@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import optim, tree
+from fdl._checks import describe
 from fdl._modes import is_eager
 from fdl._numerics import at_least_32_bits, best_row
 from fdl._training import TrainState
@@ -160,7 +161,12 @@ def best(states: Tree, loss: Tensor) -> Tree:
     )
 
 
-def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
+def ensemble(
+    model: Model | StatefulModel | Callable[..., Tensor],
+    params: Tree,
+    x: Tree,
+    buffers: Tree | None = None,
+) -> Tensor:
     """Average the members' probabilities: the softmax of the logits, then the mean over members.
 
     If a member's probabilities for an example contain NaN, the member is left out of that mean; if
@@ -168,14 +174,18 @@ def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
     not the mean of the members' log-probabilities.
 
     Args:
-        apply: `(params, x) -> logits [batch, classes]`, such as the `apply` of a `Model`. For a
-            model with buffers, pass `lambda both, x: model.apply(*both, x)[0]` and
-            `(params, buffers)` as `params`.
+        model: a model whose output is logits `[batch, classes]`, evaluated as with `train=False`;
+            or any function `(params, x) -> logits`.
         params: the members' parameters, leaves `[members, ...]`.
-        x: `[batch, ...]`, the same for all members.
+        x: `[batch, ...]`, or a tree of them; the same for all members.
+        buffers: the members' buffers, leaves `[members, ...]`, for a `StatefulModel`.
 
     Returns:
         Probabilities `[batch, classes]`.
+
+    Raises:
+        TypeError: `model` is neither a model nor a function.
+        ValueError: buffers are missing, or given although the model has none.
 
     Source: Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using
     Deep Ensembles, 2017, https://arxiv.org/abs/1612.01474
@@ -183,10 +193,26 @@ def ensemble(apply: Callable[..., Tensor], params: Tree, x: Tensor) -> Tensor:
     >>> from fdl import nn, random
     >>> model = nn.linear(2, 3)
     >>> states = create(model, optim.sgd(0.1), random.split(random.key(0), 5))
-    >>> ensemble(model.apply, states.params, torch.ones(4, 2)).shape
+    >>> ensemble(model, states.params, torch.ones(4, 2)).shape
     torch.Size([4, 3])
     """
-    logits = vmap(apply, (0, None))(params, x)
+    if isinstance(model, StatefulModel) != (buffers is not None):
+        raise ValueError(
+            "population.ensemble: the model has buffers; pass those of the members, as "
+            "ensemble(model, states.params, x, states.buffers)"
+            if buffers is None
+            else f"population.ensemble: buffers are for a StatefulModel, got {describe(model)}"
+        )
+    if isinstance(model, StatefulModel):
+        stateful = model.apply  # a name of its own for mypy
+        logits = vmap(lambda params, buffers: stateful(params, buffers, x)[0])(params, buffers)
+    else:
+        apply = model.apply if isinstance(model, Model) else model
+        if not callable(apply):
+            raise TypeError(
+                f"population.ensemble: model must be a model or a function, got {describe(model)}"
+            )
+        logits = vmap(apply, (0, None))(params, x)
     probabilities = logits.softmax(-1, dtype=at_least_32_bits(logits))
     counts = probabilities.isfinite().all(-1, keepdim=True)
     return (torch.where(counts, probabilities, 0).sum(0) / counts.sum(0)).to(logits.dtype)

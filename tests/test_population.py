@@ -256,13 +256,52 @@ def test_one_member_that_diverged_is_left_out_of_the_ensemble():
     assert torch.equal(got, torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
 
 
-def test_an_ensemble_of_a_model_with_buffers():
-    model, x = MODELS["norm"], random.normal(random.key(5), (4, 4))
-    states = population.create(model, OPT, KEYS)
-    both = (states.params, states.buffers)
-    got = population.ensemble(lambda both, x: model.apply(*both, x)[0], both, x)
-    each = [model.apply(*one, x)[0].softmax(-1) for one in tree.unstack(both)]
-    close(got, torch.stack(each).mean(0), rtol=1e-6)
+def test_an_ensemble_of_members_with_buffers_equals_members_trained_alone():
+    """Each member has buffers of its own, which training changes and evaluation reads."""
+    model, (x, y) = MODELS["norm"], dataset("norm")
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), OPT)
+    states = of_float64(population.create(model, OPT, KEYS, RATES))
+    each = [of_float64(alone(model, i)) for i in range(MEMBERS)]
+    start = states.buffers
+    for i in range(4):
+        rows = slice(8 * i, 8 * i + 8)
+        states, _ = vmap(step, (0, None))(states, (x[rows], y[rows]))
+        each = [step(state, (x[rows], y[rows]))[0] for state in each]
+    moved = (states.buffers["1"]["running_mean"] - start["1"]["running_mean"]).abs()
+    assert moved.amax(1).min() > 1e-3
+    close(states.buffers, tree.stack([state.buffers for state in each]))
+    alone_each = [model.apply(s.params, s.buffers, x)[0].softmax(-1) for s in each]
+    expected = torch.stack(alone_each).mean(0)
+    with unchanged(states):
+        got = population.ensemble(model, states.params, x, states.buffers)
+    close(got, expected)
+    both = (states.params, states.buffers)  # a function of one's own
+    close(population.ensemble(lambda both, x: model.apply(*both, x)[0], both, x), expected)
+    with_key = vmap(lambda p, b: model.apply(p, b, x, train=True))(*both)  # new buffers of each
+    close(with_key, tree.stack([model.apply(s.params, s.buffers, x, train=True) for s in each]))
+
+
+def test_an_ensemble_takes_models_functions_and_trees_of_inputs():
+    states = population.create(MODEL, OPT, KEYS)
+    x = dataset("dropout")[0].float()
+    got = population.ensemble(MODEL, states.params, x)
+    close(got, population.ensemble(MODEL.apply, states.params, x), rtol=0, atol=0)
+    of_pair = nn.Model(MODEL.init, lambda p, pair, **_: MODEL.apply(p, pair["a"] + pair["b"]))
+    close(population.ensemble(of_pair, states.params, {"a": x / 2, "b": x / 2}), got)
+
+
+@pytest.mark.parametrize(
+    ("model", "buffers", "kind", "message"),
+    [
+        (MODELS["norm"], None, ValueError, r"the model has buffers; pass .*, x, states.buffers\)"),
+        (MODEL, {}, ValueError, "buffers are for a StatefulModel, got a Model"),
+        (MODEL.apply, {}, ValueError, "buffers are for a StatefulModel, got the function apply"),
+        (3, None, TypeError, "model must be a model or a function, got an int"),
+    ],
+)
+def test_what_an_ensemble_refuses(model, buffers, kind, message):
+    with pytest.raises(kind, match=f"population.ensemble: {message}"):
+        population.ensemble(model, {}, torch.ones(2, 4), buffers)
 
 
 TAKE = {

@@ -16,6 +16,7 @@ from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
 from fdl.data import Batch
+from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
 from fdl.optim import Optimizer
 
@@ -161,6 +162,37 @@ def check_result(caller: str, result: Any, stateful: bool) -> None:
             raise TypeError(
                 f"{caller}: metrics{path} must be a Mean or a tensor, got {describe(leaf)}; "
                 "make a Mean with fdl.metrics.mean(values)"
+            )
+
+
+def check_step_metrics(caller: str, metrics: Any) -> None:
+    """Raise unless the metrics of a step are None or a function.
+
+    >>> check_step_metrics("here", lambda state, grads: {})
+    """
+    if metrics is not None and not callable(metrics):
+        raise TypeError(
+            f"{caller}: metrics must be a function (state, grads) -> {{name: scalar}}, got "
+            f"{describe(metrics)}; metrics of predictions belong to fdl.supervised"
+        )
+
+
+def check_step_metrics_result(caller: str, metrics: Any, taken: Mapping[str, Any]) -> None:
+    """Raise unless the metrics of a step are scalars or sums, under names that are not taken.
+
+    >>> check_step_metrics_result("here", {"lr": torch.tensor(0.1)}, {"loss": ()})
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"{caller}: metrics must return a dict of scalars, got {describe(metrics)}")
+    for name, value in metrics.items():
+        if name in taken:
+            raise ValueError(
+                f"{caller}: metrics returned {name!r}, which is a metric of the loss already; "
+                "choose another name"
+            )
+        if not isinstance(value, Sums) and not (isinstance(value, Tensor) and value.ndim == 0):
+            raise TypeError(
+                f"{caller}: metrics[{name!r}] must be a 0-d tensor or a Mean, got {describe(value)}"
             )
 
 

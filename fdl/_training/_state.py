@@ -14,6 +14,7 @@ from fdl._kinds import register
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
 from fdl.optim import Optimizer
+from fdl.optim._averaging import start_buffers
 from fdl.tree import Tree
 from fdl.tree._map import match
 
@@ -88,7 +89,7 @@ class TrainState(NamedTuple):
         return cls(
             params,
             buffers,
-            opt.init(params),
+            start_buffers(opt.init(params), buffers),
             run_key.clone(),
             torch.zeros((), dtype=torch.int64, device=key.device),
         )

@@ -5,23 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
 from fdl import random
-from fdl._training._checks import check_loss, check_opt, check_result, check_state
+from fdl._training._checks import (
+    check_loss,
+    check_opt,
+    check_result,
+    check_state,
+    check_step_metrics,
+    check_step_metrics_result,
+)
 from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
+from fdl.metrics._sums import Sums
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
-from fdl.optim._base import update_of
+from fdl.optim._averaging import average_buffers
+from fdl.optim._base import map_grads, upcast, update_of
 from fdl.tree import Tree
+
+StepMetrics = Callable[[TrainState, Tree], Metrics]  # (state before the update, gradients)
 
 
 def train_step(
     loss: Loss,
     opt: Optimizer,
     grad_fn: Callable[..., Any] = grad_and_value,
+    metrics: StepMetrics | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make one step of training: a pure function `(state, batch) -> (state, metrics)`.
 
@@ -34,15 +47,20 @@ def train_step(
         opt: an optimizer. `optim.loss_scale` scales the objective, not its value or the metrics.
         grad_fn: the transformation that differentiates: `grad_fn(f, has_aux=True)(params)` returns
             `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam`.
+        metrics: what to report of the step itself, a function `(state, grads) -> {name: scalar}`
+            of the state before the update and the gradients that `opt` receives, divided by the
+            loss scale if there is one. A scalar becomes a `Mean` of count 1, which `.sum()`
+            averages over steps.
 
     Returns:
         The step; compile it with `fdl.jit`, loop over it with `fdl.scan`.
 
     Raises:
         TypeError: `loss` is not a function or does not accept these arguments, or `opt` is not an
-            optimizer; at call, the loss returns something else.
+            optimizer, or `metrics` is not a function; at call, one of these returns something
+            else.
+        ValueError: at call, `metrics` has a name that the loss has as well.
 
-    >>> import torch
     >>> from fdl import losses, nn, optim, supervised
     >>> model, opt = nn.linear(2, 1), optim.sgd(0.1)
     >>> state = TrainState.create(model, opt, key=random.key(0))
@@ -57,20 +75,56 @@ def train_step(
     ...     return ((batch[0] @ params["weight"].T - batch[1]) ** 2).mean(), {}
     >>> train_step(loss, opt)(state, (torch.ones(8, 2), torch.zeros(8, 1)))[0].step
     tensor(2)
+
+    To report the norm of the gradients and the learning rate as well:
+
+    >>> def report(state, grads):
+    ...     rates = optim.hyperparams(state.opt_state)
+    ...     return {"grad_norm": optim.global_norm(grads), "lr": rates["lr"]}
+    >>> step = train_step(supervised(model, losses.mse), opt, metrics=report)
+    >>> _, metrics = step(state, (torch.ones(8, 2), torch.zeros(8, 1)))
+    >>> sorted(metrics), metrics["lr"].value
+    (['grad_norm', 'loss', 'lr'], tensor(0.1000, dtype=torch.float64))
     """
     check_loss("train_step", loss)
     check_opt("train_step", opt)
+    check_step_metrics("train_step", metrics)
     opt = Optimizer(opt.init, update_of("train_step", opt))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         check_state("train_step", state)
         objective = make_objective(loss, state, batch, random.fold_in(state.key, state.step))
-        grads, (value, (metrics, buffers)) = differentiate(objective, state, grad_fn)
+        grads, (value, (found, buffers)) = differentiate(objective, state, grad_fn)
         value_fn = lambda params: objective(params)[0]  # noqa: E731
-        count = example_count(metrics)
-        return apply_gradients(opt, state, grads, buffers, value, value_fn, count), metrics
+        count = example_count(found)
+        new = apply_gradients(opt, state, grads, buffers, value, value_fn, count)
+        return new, measure("train_step", metrics, state, grads, found)
 
     return step
+
+
+def measure(
+    caller: str, metrics: StepMetrics | None, state: TrainState, grads: Tree, found: Metrics
+) -> Metrics:
+    """Add the metrics of the step itself to those of the loss.
+
+    Args:
+        caller: first words of an error message.
+        metrics: as for `train_step`.
+        state: the state before the update.
+        grads: the gradients that the optimizer receives, times the loss scale.
+        found: the metrics of the loss.
+    """
+    if metrics is None:
+        return found
+    scale = loss_scale_of(state.opt_state)
+    own = metrics(state, grads if scale is None else map_grads(lambda g: upcast(g) / scale, grads))
+    check_step_metrics_result(caller, own, found)
+    means = {
+        name: x if isinstance(x, Sums) else Mean(x.detach().double(), torch.ones_like(x).double())
+        for name, x in own.items()
+    }
+    return {**found, **means}
 
 
 def make_objective(
@@ -111,6 +165,7 @@ def apply_gradients(
     updates, opt_state = opt.update(
         grads, state.opt_state, state.params, value=value, value_fn=value_fn, **extra
     )
+    opt_state = average_buffers(state.opt_state, opt_state, buffers)
     params = apply_updates(state.params, updates)
     return TrainState(params, buffers, opt_state, state.key, state.step + 1)
 
@@ -149,7 +204,6 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], Metrics]:
     Raises:
         TypeError: as for `train_step`.
 
-    >>> import torch
     >>> from fdl import losses, nn, optim, supervised
     >>> model = nn.linear(2, 1, weight_init=nn.init.ones, bias_init=nn.init.zeros)
     >>> state = TrainState.create(model, optim.sgd(0.1), key=random.key(0))

@@ -24,7 +24,7 @@ def update_bn(
     model: StatefulModel,
     params: Tree,
     buffers: Tree,
-    dataset: tuple[Tensor, Tensor],
+    dataset: tuple[Tree, Tree],
     indices: Indices | Tensor,
     key: Tensor | None = None,
 ) -> Tree:
@@ -39,8 +39,8 @@ def update_bn(
         model: a model with batch normalisation.
         params: the parameters to compute the statistics for.
         buffers: the buffers in which to replace the running statistics.
-        dataset: x `[n, ...]`, as the model takes it (for uint8 images `data.to_float(dataset)`),
-            and y `[n, ...]`, which is not used.
+        dataset: x, leaves `[n, ...]`, as the model takes it (for uint8 images
+            `data.to_float(dataset)`), and y, leaves `[n, ...]`, which is not used.
         indices: the batches, as for `data.batches`; masked rows do not count.
         key: used by dropout, which is on as in training; batch i gets `fold_in(key, i)`.
 
@@ -99,7 +99,7 @@ def update_bn(
         # A batch without a variance leaves the statistics and the count at 0.
         return (step + 1, {path: s + new[path].to(s.dtype) for path, s in sums.items()}), ()
 
-    step = torch.zeros((), dtype=torch.int64, device=one.x.device)
+    step = torch.zeros((), dtype=torch.int64, device=tree.leaves(one.x)[0].device)
     start = {path: z.double() if path in averaged else z for path, z in zeros.items()}
     (steps, sums), _ = scan(add, (step, start), indices)
     result = dict(before)

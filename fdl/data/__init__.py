@@ -19,6 +19,7 @@ from fdl.data._augment import random_crop, random_flip
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
+from fdl.data._poisson import poisson_indices
 from fdl.data._synthetic import synthetic_linear
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 
@@ -33,6 +34,7 @@ __all__ = [
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "poisson_indices",
     "random_crop",
     "random_flip",
     "sequential_indices",

@@ -10,9 +10,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._checks import describe as describe_type
+from fdl.data._rows import check_rows
 from fdl.data._types import Batch, Dataset
 from fdl.random._checks import describe
-from fdl.tree import Tree, flatten_dict
+from fdl.tree import Tree, flatten_dict, unflatten_dict
 
 T = TypeVar("T", bound=Tree)
 Images = TypeVar("Images", Tensor, Batch, Dataset)
@@ -30,7 +31,7 @@ def take(tree: T, index: int | Tensor) -> T:
 
     Raises:
         TypeError: the index is neither an int nor int64, or a leaf is not a tensor with rows.
-        ValueError: leaves and index are on different devices.
+        ValueError: leaves differ in length, or leaves and index are on different devices.
 
     >>> take({"x": torch.tensor([[1, 2], [3, 4]]), "y": torch.tensor([5, 6])}, 1)
     {'x': tensor([3, 4]), 'y': tensor(6)}
@@ -39,14 +40,10 @@ def take(tree: T, index: int | Tensor) -> T:
     """
     if not isinstance(index, int):
         _check_index("take", index)
-    lines = []
-    for path, leaf in flatten_dict(tree).items():
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            lines.append(f"{path or 'tree'}: {describe(leaf)}")
-    if lines:
-        raise TypeError("take: tree must hold tensors [n, ...], got\n  " + "\n  ".join(lines))
+    leaves = flatten_dict(tree)
+    check_rows("take", "tree", leaves)
     if isinstance(index, Tensor):
-        devices = {str(leaf.device) for leaf in pytree.tree_leaves(tree)}
+        devices = {str(leaf.device) for leaf in leaves.values()}
         if devices - {str(index.device)}:
             raise ValueError(
                 f"take: tree and index must be on one device, got {sorted(devices)} and "
@@ -55,21 +52,21 @@ def take(tree: T, index: int | Tensor) -> T:
     return pytree.tree_map(lambda leaf: leaf[index], tree)
 
 
-def batch(dataset: tuple[Tensor, Tensor], row: Tensor | tuple[Tensor, Any]) -> Batch:
+def batch(dataset: tuple[Tree, Tree], row: Tensor | tuple[Tensor, Any]) -> Batch:
     """Return the examples of one step, dtypes unchanged; see `to_float` for images.
 
     Args:
-        dataset: a `Dataset`, or any pair of x [n, ...] and y [n, ...].
+        dataset: a `Dataset`, or any pair of x and y: tensors [n, ...] or trees of them.
         row: an index, int64 [batch], on the device of the data set; or one row of `Indices`, which
             is such an index and its mask, bool [batch] ([0] or () if every example counts).
 
     Returns:
-        `x` [batch, ...], `y` [batch, ...] and the `mask` of the row, () if it has none.
+        `x` and `y`, leaves [batch, ...], and the `mask` of the row, () if it has none.
 
     Raises:
-        TypeError: the index is not an int64 tensor.
-        ValueError: x and y differ in length, data and index are on different devices, or the mask
-            has another shape than the index.
+        TypeError: the index is not an int64 tensor, or a leaf is not a tensor with rows.
+        ValueError: leaves differ in length (each is listed by its path), data and index are on
+            different devices, or the mask has another shape than the index.
 
     >>> from fdl.data import sequential_indices
     >>> points = Dataset(torch.arange(5.0), torch.arange(5))
@@ -77,27 +74,28 @@ def batch(dataset: tuple[Tensor, Tensor], row: Tensor | tuple[Tensor, Any]) -> B
     ...     print(batch(points, row).y, batch(points, row).mask)
     tensor([0, 1, 2]) tensor([True, True, True])
     tensor([3, 4, 0]) tensor([ True,  True, False])
-    >>> batch(points, torch.tensor([4, 2])).mask
-    ()
+    >>> pairs = Dataset({"left": points.x, "right": -points.x}, points.y)
+    >>> batch(pairs, torch.tensor([4, 2]))
+    Batch(x={'left': tensor([4., 2.]), 'right': tensor([-4., -2.])}, y=tensor([4, 2]), mask=())
     """
     x, y = dataset
     index, mask = _index_and_mask(row)
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"batch: dataset must have as many rows in y as in x, got {x.shape[0]} in x and "
-            f"{y.shape[0]} in y"
-        )
-    if not x.device == y.device == index.device:
+    plain = isinstance(x, Tensor) and isinstance(y, Tensor)  # the usual case, made fast
+    leaves = {"x": x, "y": y} if plain else flatten_dict({"x": x, "y": y})
+    check_rows("batch", "dataset", leaves)
+    if any(leaf.device != index.device for leaf in leaves.values()):
+        where = [f"{path} on {leaf.device}" for path, leaf in leaves.items()]
         raise ValueError(
             "batch: dataset and index must be on one device, got "
-            f"x on {x.device}, y on {y.device}, index on {index.device}; move them with .to(...)"
+            f"{', '.join(where)}, index on {index.device}; move them with .to(...)"
         )
-    return Batch(x[index], y[index], mask)
+    if plain:
+        return Batch(x[index], y[index], mask)
+    x, y = pytree.tree_map(lambda leaf: leaf[index], (x, y))
+    return Batch(x, y, mask)
 
 
-def batches(
-    dataset: tuple[Tensor, Tensor], indices: Tensor | tuple[Tensor, Any]
-) -> Iterator[Batch]:
+def batches(dataset: tuple[Tree, Tree], indices: Tensor | tuple[Tensor, Any]) -> Iterator[Batch]:
     """Iterate over the batches of an epoch in a Python loop: `batch` for each step.
 
     Args:
@@ -122,13 +120,15 @@ def to_float(x: Images) -> Images:
 
     Args:
         x: uint8 [n, height, width] or [n, channels, height, width], or a `Batch` or `Dataset` with
-            such an `x`. Floating tensors are returned as they are.
+            such an `x`. Floating tensors are returned as they are. If the `x` of a `Batch` or
+            `Dataset` is a tree of several tensors, its uint8 leaves are converted, and the others,
+            such as tokens or masks, are returned as they are.
 
     Returns:
         float32 [n, channels, height, width], or the `Batch` or `Dataset` with this `x`.
 
     Raises:
-        TypeError: the dtype is neither uint8 nor floating.
+        TypeError: a single tensor that is neither uint8 nor floating, or no tensor.
         ValueError: uint8 of another shape.
 
     >>> to_float(torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8))
@@ -140,15 +140,29 @@ def to_float(x: Images) -> Images:
     torch.Size([2, 1, 28, 28])
     """
     if isinstance(x, (Batch, Dataset)):
-        return type(x)(to_float(x.x), *x[1:])  # not `_replace`, which Dynamo of torch 2.11 cannot
+        inputs = _images("x", x.x) if isinstance(x.x, Tensor) else _images_of(x.x)
+        return type(x)(inputs, *x[1:])  # not `_replace`, which Dynamo of torch 2.11 cannot
+    return _images("x", x)
+
+
+def _images_of(x: Tree) -> Tree:
+    """Convert the uint8 leaves of a tree."""
+    leaves = {
+        path: _images(path, leaf) if getattr(leaf, "dtype", torch.uint8) == torch.uint8 else leaf
+        for path, leaf in flatten_dict({"x": x}).items()
+    }
+    return unflatten_dict(leaves, like={"x": x})["x"]
+
+
+def _images(name: str, x: Any) -> Tensor:
     if isinstance(x, Tensor) and x.is_floating_point():
         return x
-    expected = "to_float: x must be floating, or uint8 images [n, height, width] or [n, channels, "
+    expected = f"to_float: {name} must be floating, or uint8 images [n, height, width] or [n, chan"
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         hint = "; make a pair a data.Dataset(x, y)" if isinstance(x, tuple | list) else ""
-        raise TypeError(f"{expected}height, width], got {describe_type(x)}{hint}")
+        raise TypeError(f"{expected}nels, height, width], got {describe_type(x)}{hint}")
     if x.ndim not in (3, 4):
-        raise ValueError(f"{expected}height, width], got {describe(x)}")
+        raise ValueError(f"{expected}nels, height, width], got {describe(x)}")
     return (x if x.ndim == 4 else x.unsqueeze(-3)).to(torch.float32) / 255
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fdl._kinds import register
+from fdl.tree import Tree
 
 LABELS = (
     "t-shirt/top",
@@ -26,12 +27,16 @@ LABELS = (
 class Dataset(NamedTuple):
     """Examples, all in memory: row i of `x` belongs to row i of `y`.
 
+    Each is a tensor, or a tree of tensors with the same number of rows: a model with several inputs
+    gets the tree x as its one argument.
+
     >>> import torch
     >>> x, y = Dataset(torch.zeros(5, 2), torch.arange(5))
+    >>> texts = Dataset({"tokens": torch.zeros(5, 9).long(), "lengths": torch.ones(5)}, y)
     """
 
-    x: Tensor  # [n, ...] features or images
-    y: Tensor  # [n, ...] targets
+    x: Tree  # leaves [n, ...]: features, images, tokens
+    y: Tree  # leaves [n, ...]: targets; () if there are none
 
 
 @register
@@ -43,8 +48,8 @@ class Batch(NamedTuple):
     ()
     """
 
-    x: Tensor  # [batch, ...]
-    y: Tensor  # [batch, ...]
+    x: Tree  # leaves [batch, ...]
+    y: Tree  # leaves [batch, ...]
     mask: Tensor | tuple[()] = ()  # bool [batch], False where a row is padding; () if all count
 
 

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 from fdl.interop._arrays import from_jax, from_numpy, to_jax, to_numpy
+from fdl.interop._as_module import as_module
 from fdl.interop._flax import from_flax, to_flax
 from fdl.interop._module import from_module, to_module
 
 __all__ = [
+    "as_module",
     "from_flax",
     "from_jax",
     "from_module",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import operator
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -18,6 +21,7 @@ from fdl import tree
 from fdl._modes import under_vmap
 from fdl.interop._key_mode import KeyedRandomMode, register_with_dynamo
 from fdl.nn import Model, StatefulModel
+from fdl.nn._capture import Record
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 from fdl.tree._paths import join
 
@@ -81,7 +85,9 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     shells = {train: _shell(module, train) for train in (False, True)}
     held = {train: _tensors_held(shell) for train, shell in shells.items()}
 
-    def call(values: list[Tree], inputs: Any, options: Any, train: bool, key: Any) -> Any:
+    def call(
+        values: list[Tree], inputs: Any, options: Any, train: bool, key: Any, record: Any
+    ) -> Any:
         flat = [_flat(tree) for tree in values]
         for kind, leaves, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", leaves, expected)
@@ -97,11 +103,15 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         shell = shells[train]
         if torch.compiler.is_compiling():  # Dynamo cannot trace the checks below
             register_with_dynamo()
+            if record is not None:
+                raise NotImplementedError(
+                    "nn.capture of a module cannot be traced by torch.compile; use fdl.jit"
+                )
             if parametrize._cache_enabled:
                 raise ValueError("apply: cannot be compiled inside parametrize.cached()")
             with KeyedRandomMode(key):
                 return functional_call(shell, named, inputs, options)
-        with _unchanged(shell), _own_cache():
+        with _recording(shell, record), _unchanged(shell), _own_cache():
             try:
                 with KeyedRandomMode(key, owned):
                     return functional_call(shell, named, inputs, options)
@@ -110,9 +120,14 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
                 raise
 
     def stateless(
-        params: Tree, *inputs: Any, train: bool = False, key: Tensor | None = None, **options: Any
+        params: Tree,
+        *inputs: Any,
+        train: bool = False,
+        key: Tensor | None = None,
+        record: Record | None = None,
+        **options: Any,
     ) -> Any:
-        return call([params, {}], inputs, options, train, key)[0]
+        return call([params, {}], inputs, options, train, key, record)[0]
 
     def stateful(
         params: Tree,
@@ -120,9 +135,10 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
         *inputs: Any,
         train: bool = False,
         key: Tensor | None = None,
+        record: Record | None = None,
         **options: Any,
     ) -> Any:
-        y, flat = call([params, buffers], inputs, options, train, key)
+        y, flat = call([params, buffers], inputs, options, train, key, record)
         return y, _nested(flat)
 
     def init(key: Tensor) -> Any:
@@ -270,6 +286,29 @@ def _check_values(
             lines.append(f"{path}: expected {list(expected[path])}, got {list(x.shape)}")
     if lines:
         raise ValueError(f"{what} do not match the module:\n  " + "\n  ".join(sorted(lines)))
+
+
+@contextmanager
+def _recording(shell: nn.Module, record: Record | None) -> Iterator[None]:
+    """Record what submodules return, for `nn.capture`; the second call of one adds `_1`."""
+    calls: Counter[str] = Counter()
+
+    def hook(path: str, part: nn.Module, inputs: Any, y: Any) -> None:
+        number, calls[path] = calls[path], calls[path] + 1
+        # A copy, because a module after this one may write to it, as ReLU(inplace=True) does.
+        y = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, y)
+        record(f"{path}_{number}" if number else path, y)  # type: ignore[misc]
+
+    handles = [
+        part.register_forward_hook(partial(hook, path.removeprefix("module.")))
+        for path, part in shell.named_modules()
+        if record is not None and path not in ("", "module")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fdl.nn._activations import (
     tanh,
 )
 from fdl.nn._attention import multihead_attention
+from fdl.nn._capture import capture
 from fdl.nn._cells import gru_cell, lstm_cell, rnn_cell
 from fdl.nn._compose import concat, parallel, residual, sequential
 from fdl.nn._conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
@@ -50,6 +51,7 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
+    "capture",
     "concat",
     "conv1d",
     "conv2d",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fdl import random
 from fdl._checks import describe
+from fdl.nn._capture import Record, inside, takes_record
 from fdl.nn._model import (
     Layer,
     Model,
@@ -172,6 +173,7 @@ def _composed(
         _check_layer(f"{caller}: layer {name!r}", layer)
 
     with_buffers = [layer for layer in children.values() if isinstance(layer, StatefulModel)]
+    recorded = {name for name, layer in children.items() if takes_record(layer)}
     uses_key = bool(with_buffers) or any(
         layer.uses_key for layer in children.values() if isinstance(layer, Model)
     )
@@ -198,16 +200,30 @@ def _composed(
         return (params, buffers) if with_buffers else params
 
     def run(
-        params: Tree, buffers: Tree, x: Any, train: bool, key: Tensor | None, mask: Any
+        params: Tree,
+        buffers: Tree,
+        x: Any,
+        train: bool,
+        key: Tensor | None,
+        mask: Tensor | None,
+        record: Record | None,
     ) -> tuple[Any, Tree]:
         _check_entries(caller, {"params": params, "buffers": buffers}, children)
         child_keys = None if key is None or not uses_key else keys(key)
         new_buffers = dict(buffers)
 
         def call(i: int, name: str, layer: Any, x: Any) -> Any:
+            y = output(i, name, layer, x)
+            if record is not None:
+                record(name, y)
+            return y
+
+        def output(i: int, name: str, layer: Any, x: Any) -> Any:
             if not is_model(layer):
                 return _call_function(caller, layer, x)
-            options = {"train": train, "key": None if child_keys is None else child_keys[i]}
+            options: dict[str, Any] = {"train": train}
+            options["key"] = None if child_keys is None else child_keys[i]
+            options |= inside(name, record) if name in recorded else {}
             child_params = params.get(name, {})
             if isinstance(layer, Model):
                 return layer.apply(child_params, x, **options)
@@ -221,8 +237,15 @@ def _composed(
         calls = [_noted(caller, call, i, *child) for i, child in enumerate(children.items())]
         return forward(calls, x), new_buffers
 
-    def apply(params: Tree, x: Any, *, train: bool = False, key: Tensor | None = None) -> Any:
-        return run(params, {}, x, train, key, None)[0]
+    def apply(
+        params: Tree,
+        x: Any,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Any:
+        return run(params, {}, x, train, key, None, record)[0]
 
     def apply_stateful(
         params: Tree,
@@ -232,8 +255,9 @@ def _composed(
         train: bool = False,
         key: Tensor | None = None,
         mask: Tensor | None = None,
+        record: Record | None = None,
     ) -> tuple[Any, Tree]:
-        return run(params, buffers, x, train, key, mask)
+        return run(params, buffers, x, train, key, mask, record)
 
     if with_buffers:
         takes_mask = all(layer.takes_mask for layer in with_buffers)
@@ -317,18 +341,31 @@ def residual(layer: Any) -> Any:
             )
         return x + y
 
+    recorded = takes_record(layer)
+
     if isinstance(layer, StatefulModel):
 
-        def apply_stateful(params: Tree, buffers: Tree, x: Tensor, **options: Any) -> Any:
+        def apply_stateful(
+            params: Tree, buffers: Tree, x: Tensor, *, record: Record | None = None, **options: Any
+        ) -> Any:
+            options |= inside("", record) if recorded else {}
             y, new_buffers = layer.apply(params, buffers, x, **options)
             return add(x, y), new_buffers
 
         return layer._replace(apply=apply_stateful)
 
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
-        if isinstance(layer, Model):
-            return add(x, layer.apply(params, x, train=train, key=key))
-        return add(x, _call_function("residual", layer, x))
+    def apply(
+        params: Tree,
+        x: Tensor,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        if not isinstance(layer, Model):
+            return add(x, _call_function("residual", layer, x))
+        options = inside("", record) if recorded else {}
+        return add(x, layer.apply(params, x, train=train, key=key, **options))
 
     if isinstance(layer, Model):
         return layer._replace(apply=apply)

@@ -121,7 +121,14 @@ def check_key_given(layer: str, key: Tensor | None) -> Tensor:
 
 
 def check_sizes(layer: str, *sizes: int) -> None:
-    """Raise a ValueError unless every size is at least 1."""
+    """Raise unless every size is an int of at least 1."""
+    for size in sizes:
+        if not hasattr(size, "__index__"):
+            raise TypeError(
+                f"{layer}: every size must be an int, got {describe(size)}; no size is inferred "
+                "from an input, since parameters are made without one: for the size of an output, "
+                "apply the layers before this one to an example"
+            )
     if min(sizes) < 1:
         raise ValueError(f"{layer}: every size must be at least 1")
 

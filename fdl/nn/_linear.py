@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from fdl.nn._helpers import affine, check_sizes
 from fdl.nn._model import Model
@@ -29,7 +32,8 @@ def linear(
 
     Raises:
         TypeError: at apply, x is not floating or has another dtype than the parameters.
-        ValueError: a size below 1; at apply, a parameter of another shape.
+        ValueError: a size below 1; at apply, x has another number of features, or a parameter has
+            another shape.
 
     >>> import torch
     >>> from fdl import random
@@ -40,4 +44,19 @@ def linear(
     """
     name = f"linear({inputs}, {outputs})"
     check_sizes(name, inputs, outputs)
-    return affine(name, (outputs, inputs), outputs, F.linear, bias, weight_init, bias_init)
+
+    def product(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+        if x.shape[-1:] != (inputs,):
+            raise ValueError(
+                f"{name}: expected x [..., {inputs}], got {list(x.shape)}{_what_fits(x, inputs)}"
+            )
+        return F.linear(x, weight, shift)
+
+    return affine(name, (outputs, inputs), outputs, product, bias, weight_init, bias_init)
+
+
+def _what_fits(x: Tensor, inputs: int) -> str:
+    """Return the end of an error message: what to do about an x of another size."""
+    if x.ndim > 2 and math.prod(x.shape[1:]) == inputs:
+        return "; put nn.flatten() before the layer"
+    return f"; the layer for this x has {x.shape[-1]} inputs" if x.ndim else ""

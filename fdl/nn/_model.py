@@ -29,7 +29,8 @@ class Model(NamedTuple):
     """
 
     init: Callable[[Tensor], Tree]  # key -> params
-    # (params, x, *, train=False, key=None) -> y; x and y are tensors or trees of them
+    # (params, x, *, train=False, key=None) -> y; x and y are tensors or trees of them. It may also
+    # take record=None, a function (name, value), for `capture`.
     apply: Callable[..., Any]
     uses_key: bool = True  # False if `apply` ignores its key; `sequential` then derives none
 

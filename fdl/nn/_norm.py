@@ -35,7 +35,7 @@ def layer_norm(shape: int | Sequence[int], *, eps: float = 1e-5) -> Model:
     >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     name = f"layer_norm({shape})"
     check_sizes(name, *sizes)
 
@@ -68,7 +68,7 @@ def rms_norm(shape: int | Sequence[int], *, eps: float | None = None) -> Model:
     >>> layer.apply(layer.init(random.key(0)), torch.tensor([[1.0, 7.0]]))
     tensor([[0.2000, 1.4000]])
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     name = f"rms_norm({shape})"
     check_sizes(name, *sizes)
 

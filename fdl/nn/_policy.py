@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl.nn._capture import Record, inside, takes_record
 from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
 
@@ -65,14 +66,17 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"with_policy: {name} must be a floating torch.dtype, got {dtype!r}")
 
+    recorded = takes_record(model)
+
     def init(key: Tensor) -> Tree:
         return tree.cast(model.init(key), policy.param)
 
     if isinstance(model, StatefulModel):
 
         def apply_stateful(
-            params: Tree, buffers: Tree, x: Tensor, **options: Any
-        ) -> tuple[Tensor, Tree]:
+            params: Tree, buffers: Tree, x: Any, *, record: Record | None = None, **options: Any
+        ) -> tuple[Any, Tree]:
+            options |= inside("", record) if recorded else {}
             params, x = tree.cast((params, x), policy.compute)
             y, new = model.apply(params, buffers, x, **options)
             new = tree.map(lambda n, old: n.to(old.dtype), new, buffers)
@@ -80,8 +84,9 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
 
         return StatefulModel(init, apply_stateful, model.takes_mask)
 
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+    def apply(params: Tree, x: Any, *, record: Record | None = None, **options: Any) -> Any:
+        options |= inside("", record) if recorded else {}
         params, x = tree.cast((params, x), policy.compute)
-        return tree.cast(model.apply(params, x, train=train, key=key), policy.output)
+        return tree.cast(model.apply(params, x, **options), policy.output)
 
     return Model(init, apply, model.uses_key)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fdl.nn._capture import Record, inside, takes_record
 from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
 
@@ -36,6 +37,8 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     if isinstance(model, StatefulModel):
         raise TypeError("tied: model must be a Model, without buffers, got a StatefulModel")
 
+    recorded = takes_record(model)
+
     def init(key: Tensor) -> Tree:
         params = model.init(key)
         for source in same.values():
@@ -44,10 +47,11 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
             params = _without(params, path)
         return params
 
-    def apply(params: Tree, x: Tensor, *, train: bool = False, key: Tensor | None = None) -> Tensor:
+    def apply(params: Tree, x: Any, *, record: Record | None = None, **options: Any) -> Any:
         for path, source in same.items():
             params = _with(params, path, _get(params, source))
-        return model.apply(params, x, train=train, key=key)
+        options |= inside("", record) if recorded else {}
+        return model.apply(params, x, **options)
 
     return Model(init, apply, model.uses_key)
 

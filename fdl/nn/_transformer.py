@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl import random
 from fdl._checks import describe
 from fdl.nn._attention import multihead_attention
+from fdl.nn._capture import Record
 from fdl.nn._dropout import check_rate
 from fdl.nn._dropout import dropout as dropout_layer
 from fdl.nn._helpers import check_key_given, check_sequence
@@ -80,7 +81,14 @@ def transformer_encoder_layer(
         keys = random.split(key, len(layers))
         return {path: layer.init(keys[i]) for i, (path, layer) in enumerate(layers.items())}
 
-    def apply(params: Tree, x: Any, *, train: bool = False, key: Tensor | None = None) -> Any:
+    def apply(
+        params: Tree,
+        x: Any,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Any:
         x, *mask = x if isinstance(x, tuple | list) else (x,)
         if len(mask) > 1:
             raise TypeError(f"{name}: x must be a tensor or (x, mask), got {1 + len(mask)} parts")
@@ -89,16 +97,18 @@ def transformer_encoder_layer(
         keys = random.split(check_key_given(name, key), 4) if drops else [None] * 4
 
         def call(path: str, y: Any, i: int = 0) -> Tensor:
-            return layers[path].apply(params.get(path, {}), y, train=train, key=keys[i])
-
-        def dropped(y: Tensor, i: int) -> Tensor:
-            return drop.apply({}, y, train=train, key=keys[i])
+            layer = drop if path.startswith("dropout") else layers[path]
+            y = layer.apply(params.get(path, {}), y, train=train, key=keys[i])
+            if record is not None:
+                record(path, y)
+            return y
 
         def attend(y: Tensor) -> Tensor:
-            return dropped(call("self_attn", (y, y, y, *mask)), 1)
+            return call("dropout1", call("self_attn", (y, y, y, *mask)), 1)
 
         def feed_forward(y: Tensor) -> Tensor:
-            return dropped(call("linear2", dropped(activation(call("linear1", y)), 2)), 3)
+            y = call("dropout", activation(call("linear1", y)), 2)
+            return call("dropout2", call("linear2", y), 3)
 
         if norm_first:
             y = x + attend(call("norm1", x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fdl._numerics import global_norm
 from fdl.optim import schedules
 from fdl.optim._adafactor import adafactor
 from fdl.optim._adan import adan, scale_by_adan
@@ -80,6 +81,7 @@ __all__ = [
     "clip_by_global_norm",
     "freeze",
     "from_torch",
+    "global_norm",
     "hyperparams",
     "lamb",
     "lars",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from fdl import tree
 from fdl._numerics import norm
-from fdl.optim._base import Optimizer
+from fdl.optim._base import Optimizer, State
 from fdl.optim._descent import negated
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero
 from fdl.optim._leafwise import Result, chain, leafwise
+from fdl.optim._masking import Mask, selected
+from fdl.tree import Tree
 
 
 def adafactor(
@@ -20,13 +25,15 @@ def adafactor(
     weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Adam without first moments, with second moments factored into row and column means.
 
     With β = 1 − t^`beta2_decay`: R ← βR + (1−β) mean(g², over columns), C likewise over rows,
     V = R C / mean(R); for leaves of fewer than two axes V ← βV + (1−β)g². U = g/√V;
     w ← (1 − lr·λ)w − α U / max(1, rms(U)/d), α = max(ε₂, rms(w)) · min(lr, 1/√t). Equals
-    `torch.optim.Adafactor`. Slots: `row_var`, `col_var` and `variance`, of shape `[0]` if unused.
+    `torch.optim.Adafactor`. Slots: `row_var`, `col_var` and `variance`, of shape `[0]` if unused;
+    with a mask also `decays` (bool []).
     Source: Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
     https://arxiv.org/abs/1804.04235
 
@@ -37,9 +44,10 @@ def adafactor(
         d: root mean square at which an update is clipped, at least 1.
         weight_decay: λ, decoupled.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None. It is read at init.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> opt, params = adafactor(), {"w": torch.ones(2, 2)}
     >>> opt.update({"w": torch.full((2, 2), 3.0)}, opt.init(params), params)[0]
@@ -60,6 +68,7 @@ def adafactor(
         d: Tensor,
         eps1: Tensor | None = None,
         weight_decay: Tensor | None = None,
+        decays: Tensor | None = None,
     ) -> Result:
         new = t**beta2_decay  # 1 − β
         least = torch.full_like(t, torch.finfo(p.dtype).eps) if eps1 is None else eps1
@@ -74,10 +83,12 @@ def adafactor(
         alpha = torch.maximum(eps2, _rms(p)) * torch.minimum(lr, t.rsqrt())
         update = -alpha / (_rms(u) / d).clamp(min=1.0) * u
         if weight_decay is not None:
-            update = update - lr * weight_decay * p
-        return update, {"row_var": row_var, "col_var": col_var, "variance": variance}
+            decay = lr * weight_decay
+            update = update - (decay if decays is None else torch.where(decays, decay, 0.0)) * p
+        moments = {"row_var": row_var, "col_var": col_var, "variance": variance}
+        return update, moments if decays is None else {**moments, "decays": decays}
 
-    slots = {
+    slots: dict[str, Callable[[Tensor], Tensor]] = {
         "row_var": lambda p: torch.zeros_like(p[..., :1]) if p.ndim > 1 else p.new_zeros(0),
         "col_var": lambda p: torch.zeros_like(p[..., :1, :]) if p.ndim > 1 else p.new_zeros(0),
         "variance": lambda p: p.new_zeros(0) if p.ndim > 1 else torch.zeros_like(p),
@@ -85,9 +96,23 @@ def adafactor(
     rates = {"lr": lr, "beta2_decay": beta2_decay, "eps2": eps[1], "d": d}
     if eps[0] is not None:
         rates["eps1"] = eps[0]
-    if not is_zero(weight_decay):
+    if is_zero(weight_decay):
+        mask = None
+    else:
         rates["weight_decay"] = weight_decay
-    return chain(*negated(maximize), leafwise("adafactor", rule, rates, slots, RANGES))
+    if mask is not None:
+        slots["decays"] = lambda p: torch.ones((), dtype=torch.bool, device=p.device)
+    direct = leafwise("adafactor", rule, rates, slots, RANGES)
+
+    def init(params: Tree) -> State:
+        state = direct.init(params)
+        if mask is None:
+            return state
+        chosen = tree.unflatten_dict(selected(params, mask, "adafactor"), like=params)
+        decays = tree.map(lambda ones, chosen: ones & chosen, state.slots["decays"], chosen)
+        return State(state.hyper, {**state.slots, "decays": decays})
+
+    return chain(*negated(maximize), Optimizer(init, direct.update))
 
 
 def _rms(x: Tensor) -> Tensor:

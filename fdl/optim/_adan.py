@@ -10,7 +10,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.optim._leafwise import Result, leafwise
-from fdl.tree import Where
+from fdl.optim._masking import Mask
 
 
 def scale_by_adan(
@@ -73,7 +73,7 @@ def adan(
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule, ScalarOrSchedule] = (0.98, 0.92, 0.99),
     eps: ScalarOrSchedule = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Where | None = None,
+    mask: Mask | None = None,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -90,12 +90,11 @@ def adan(
         betas: decay rates of the means of gradients, of their differences, and of squares.
         eps: added to the root in the denominator.
         weight_decay: λ; each step subtracts lr · λ · w.
-        mask: parameters that decay; all if None.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
         maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`
-            matches no path.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> opt, params = adan(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]

@@ -22,9 +22,9 @@ from fdl.optim._hyperparams import (
     rates_now,
 )
 from fdl.optim._leafwise import leafwise
-from fdl.optim._masking import masked_for
+from fdl.optim._masking import Mask, masked_for
 from fdl.random._checks import check_key
-from fdl.tree import Tree, Where
+from fdl.tree import Tree
 
 
 def scale(factor: float) -> Optimizer:
@@ -61,18 +61,18 @@ def scale_by_learning_rate(lr: ScalarOrSchedule) -> Optimizer:
     return leafwise("scale_by_learning_rate", rule, {"lr": lr})
 
 
-def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: Where | None = None) -> Optimizer:
+def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: Mask | None = None) -> Optimizer:
     """Add λ·w to the gradient of w: the gradient of the penalty λ · ½ Σ w².
 
     Args:
         weight_decay: λ: a number, a 0-d tensor or a schedule.
-        mask: parameters that decay, as in `tree.partition`: a glob on dotted paths, several globs,
-            or a predicate `(path, leaf)`; all if None. A predicate sees stacked members or layers
-            as one leaf, unless under `vmap`: `leaf.ndim > 1` then also selects biases. Select by
-            path there.
+        mask: parameters that decay, as in `masked`: a glob on dotted paths, several globs, a
+            predicate `(path, leaf)`, a tree of bools, or a function from the parameters to one; all
+            if None. A function sees stacked members or layers as one leaf, unless under `vmap`:
+            `leaf.ndim > 1` then also selects biases. Select by path there.
 
     Raises:
-        ValueError: `weight_decay` is negative or not finite; (at init) `mask` selects nothing.
+        ValueError: `weight_decay` is negative or not finite; (at init) as for `masked`.
 
     >>> params = {"weight": torch.tensor([2.0]), "bias": torch.tensor([2.0])}
     >>> opt = add_decayed_weights(0.5, mask="weight")
@@ -86,7 +86,7 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: Where | None = Non
         return g + weight_decay * p, {}
 
     decay = leafwise("add_decayed_weights", rule, {"weight_decay": weight_decay})
-    return decay if mask is None else masked_for("add_decayed_weights", decay, mask)
+    return masked_for("add_decayed_weights", decay, mask)
 
 
 def trace(

@@ -6,7 +6,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._basic import add_decayed_weights, scale, scale_by_learning_rate
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.optim._leafwise import chain
-from fdl.tree import Where
+from fdl.optim._masking import Mask, masked_for
 
 
 def negated(maximize: bool) -> list[Optimizer]:
@@ -19,7 +19,7 @@ def negated(maximize: bool) -> list[Optimizer]:
 
 
 def decayed(
-    caller: str, weight_decay: ScalarOrSchedule, mask: Where | None = None
+    caller: str, weight_decay: ScalarOrSchedule, mask: Mask | None = None
 ) -> list[Optimizer]:
     """Return the links of a chain that add λw, none for the number 0.
 
@@ -27,7 +27,9 @@ def decayed(
     (1, 0)
     """
     check_rate(caller, "weight_decay", weight_decay)
-    return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay, mask)]
+    if is_zero(weight_decay):
+        return []
+    return [masked_for(caller, add_decayed_weights(weight_decay), mask)]
 
 
 def descend(
@@ -37,7 +39,7 @@ def descend(
     weight_decay: ScalarOrSchedule,
     maximize: bool = False,
     decoupled: bool = False,
-    mask: Where | None = None,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Chain w ← w − lr · direction(±g + λw), or decoupled w ← w − lr · (direction(±g) + λw).
 

@@ -12,8 +12,7 @@ from fdl.optim._basic import scale_by_learning_rate, trace
 from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
 from fdl.optim._leafwise import Result, chain, leafwise
-from fdl.optim._masking import masked
-from fdl.tree import Where
+from fdl.optim._masking import Mask, masked_for
 
 
 def scale_by_trust_ratio(
@@ -48,17 +47,13 @@ def scale_by_trust_ratio(
     return leafwise("scale_by_trust_ratio", rule, rates)
 
 
-def _trust(trust: Optimizer, mask: Where | None) -> Optimizer:
-    return trust if mask is None else masked(trust, mask)
-
-
 def lamb(
     lr: ScalarOrSchedule,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
     eps: ScalarOrSchedule = 1e-6,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Where | None = None,
-    trust_mask: Where | None = None,
+    mask: Mask | None = None,
+    trust_mask: Mask | None = None,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -75,13 +70,12 @@ def lamb(
         betas: decay rates of the means of gradients and of their squares.
         eps: added to the root in the denominator.
         weight_decay: λ.
-        mask: parameters that decay; all if None.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
         trust_mask: parameters scaled by ‖w‖/‖u‖, which is 1 for the others; all if None.
         maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number that is not finite or out of its range; (at init) a glob of a mask
-            matches no path.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> opt, params = lamb(lr=0.1), {"w": torch.tensor([4.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
@@ -92,7 +86,7 @@ def lamb(
         *negated(maximize),
         scale_by_adam(betas, eps),
         *decayed("lamb", weight_decay, mask),
-        _trust(scale_by_trust_ratio(), trust_mask),
+        masked_for("lamb", scale_by_trust_ratio(), trust_mask),
         scale_by_learning_rate(lr),
     )
 
@@ -103,8 +97,8 @@ def lars(
     weight_decay: ScalarOrSchedule = 0.0,
     trust_coefficient: ScalarOrSchedule = 1e-3,
     eps: ScalarOrSchedule = 0.0,
-    mask: Where | None = None,
-    trust_mask: Where | None = None,
+    mask: Mask | None = None,
+    trust_mask: Mask | None = None,
     nesterov: bool = False,
     *,
     maximize: bool = False,
@@ -123,14 +117,14 @@ def lars(
         weight_decay: λ.
         trust_coefficient: η.
         eps: ε.
-        mask: parameters that decay; all if None.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
         trust_mask: parameters scaled by η ‖w‖ / (‖u‖ + ε), which is 1 for the others; all if None.
         nesterov: use Nesterov momentum.
         maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number that is negative or not finite; (at init) a glob of a mask matches no
-            path.
+        ValueError: a number that is negative or not finite; (at init) as for
+            `masked`.
 
     >>> opt, params = lars(lr=0.1), {"w": torch.tensor([4.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
@@ -141,7 +135,7 @@ def lars(
     return chain(
         *negated(maximize),
         *decayed("lars", weight_decay, mask),
-        _trust(scale_by_trust_ratio(trust_coefficient, eps), trust_mask),
+        masked_for("lars", scale_by_trust_ratio(trust_coefficient, eps), trust_mask),
         scale_by_learning_rate(lr),
         *([] if is_zero(momentum) else [trace(momentum, nesterov=nesterov)]),
     )

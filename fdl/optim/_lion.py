@@ -9,7 +9,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
 from fdl.optim._leafwise import Result, leafwise
-from fdl.tree import Where
+from fdl.optim._masking import Mask
 
 
 def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)) -> Optimizer:
@@ -43,7 +43,7 @@ def lion(
     lr: ScalarOrSchedule = 1e-4,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99),
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Where | None = None,
+    mask: Mask | None = None,
     *,
     maximize: bool = False,
 ) -> Optimizer:
@@ -58,12 +58,11 @@ def lion(
         lr: the learning rate.
         betas: β₁, β₂.
         weight_decay: λ; each step subtracts lr · λ · w.
-        mask: parameters that decay; all if None.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
         maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number that is not finite or out of its range; (at init) a glob of `mask`
-            matches no path.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> opt, params = lion(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from fdl import tree
 from fdl.optim._base import Optimizer, update_of
 from fdl.tree import Tree, Where
 from fdl.tree._map import match
 from fdl.tree._paths import select
+from fdl.tree._summary import describe_leaf
 
-Labels = Mapping[str, Where] | Callable[[str, Any], str]
+Mask = Where | Tree | Callable[[Tree], Tree]  # a tree is one of bools, like the parameters
+Labels = Mapping[str, Mask] | Callable[[str, Any], str]
 
 
 def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
@@ -22,15 +27,13 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
 
     Args:
         opts: optimizers by label.
-        labels: the leaves of each label, as in `tree.partition` (a glob on dotted paths, several
-            globs, or a predicate `(path, leaf)`); or one function `(path, leaf) -> label`.
+        labels: the leaves of each label, as in `masked`; or one function `(path, leaf) -> label`.
 
     Raises:
         TypeError: one of `opts` is not an optimizer.
         ValueError: the labels are not those of `opts`; (at init) a leaf has no label or several, or
             a label has no leaves; each path is listed.
 
-    >>> import torch
     >>> from fdl import optim
     >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
     >>> opt = multi_transform({"slow": optim.sgd(0.1), "fast": optim.sgd(1.0)},
@@ -75,42 +78,78 @@ def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict
     return {path: label for path, (label,) in matching.items()}
 
 
-def selected(params: Tree, where: Where, caller: str) -> dict[str, bool]:
+def selected(params: Tree, where: Mask, caller: str) -> dict[str, bool]:
     """Map each path to True if `where` selects it.
 
     Args:
         params: the parameters.
-        where: as in `tree.partition`.
+        where: as in `masked`.
         caller: function to name in the message.
 
     Raises:
-        ValueError: a glob, or the predicate, selects no path.
+        ValueError: a glob, or the predicate, selects no path; or a tree has another structure than
+            `params`, or a leaf that is not a bool (each path is listed).
 
-    >>> import torch
     >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
     {'w': True, 'b': False}
+    >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, {"w": True, "b": False}, "here")
+    {'w': True, 'b': False}
     """
-    chosen = select(params, where, caller)
-    if chosen and callable(where) and not any(chosen.values()):
-        raise ValueError(f"{caller}: {where!r} selects no path; there are {list(chosen)}")
+    mask: Any = where
+    if callable(mask) and _is_of_params(mask):
+        mask = mask(params)
+    if not callable(mask) and not all(isinstance(leaf, str) for leaf in tree.leaves(mask)):
+        return _bools(params, mask, caller)
+    chosen = select(params, mask, caller)
+    if chosen and callable(mask) and not any(chosen.values()):
+        raise ValueError(f"{caller}: {mask!r} selects no path; there are {list(chosen)}")
     return chosen
 
 
-def masked(opt: Optimizer, where: Where) -> Optimizer:
+def _is_of_params(function: Callable[..., Any]) -> bool:
+    """Return True for a function of the parameters, False for one of a path and a leaf."""
+    if torch.compiler.is_compiling():  # Dynamo cannot inspect every function
+        return function.__code__.co_argcount == 1
+    try:
+        inspect.signature(function).bind("path", "leaf")
+    except TypeError:
+        return True
+    return False
+
+
+def _bools(params: Tree, mask: Tree, caller: str) -> dict[str, bool]:
+    """Map each path to the bool of a mask, or raise."""
+    leaves = match(params, mask, f"{caller}: mask")
+    chosen = dict(zip(tree.flatten_dict(params), leaves, strict=True))
+    lines = [
+        f"{path}: expected True or False, got {describe_leaf(leaf)}"
+        for path, leaf in chosen.items()
+        if not isinstance(leaf, bool)
+    ]
+    if lines:
+        raise ValueError(
+            f"{caller}: a mask must have a bool for each parameter:\n  " + "\n  ".join(lines)
+        )
+    return chosen
+
+
+def masked(opt: Optimizer, where: Mask) -> Optimizer:
     """Transform only the gradients that `where` selects; the others pass unchanged.
 
     The state covers only the selected leaves.
 
     Args:
         opt: applied to the selected gradients.
-        where: as in `tree.partition`: a glob on dotted paths, several globs, or a predicate
-            `(path, leaf)` on parameters; for stacked leaves see `add_decayed_weights`.
+        where: as in `tree.partition`, a glob on dotted paths, several globs, or a predicate
+            `(path, leaf)` on parameters; or as in optax, a tree of bools like the parameters, or a
+            function of the parameters that returns one. For stacked leaves see
+            `add_decayed_weights`.
 
     Raises:
         TypeError: `opt` is not an optimizer.
-        ValueError: a glob, or the predicate, selects nothing (at init).
+        ValueError: (at init) a glob, or the predicate, selects nothing; or the tree does not have a
+            bool for each parameter (each path is listed).
 
-    >>> import torch
     >>> from fdl import optim
     >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
     >>> opt = masked(optim.scale(2.0), "w")
@@ -120,19 +159,20 @@ def masked(opt: Optimizer, where: Where) -> Optimizer:
     return masked_for("masked", opt, where)
 
 
-def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
+def masked_for(caller: str, opt: Optimizer, where: Mask | None) -> Optimizer:
     """Make the optimizer of `masked` for another function that takes a mask.
 
     Args:
         caller: function to name in error messages.
         opt: applied to the selected gradients.
-        where: as in `masked`.
+        where: as in `masked`; all gradients if None.
 
-    >>> import torch
     >>> from fdl import optim
     >>> list(masked_for("here", optim.scale(2.0), "w").init({"w": torch.ones(1)}))
     ['masked']
     """
+    if where is None:
+        return opt
 
     def label_paths(params: Tree) -> dict[str, str]:
         chosen = selected(params, where, caller)
@@ -141,7 +181,7 @@ def masked_for(caller: str, opt: Optimizer, where: Where) -> Optimizer:
     return _by_label(caller, {"masked": opt}, label_paths)
 
 
-def freeze(opt: Optimizer, where: Where) -> Optimizer:
+def freeze(opt: Optimizer, where: Mask) -> Optimizer:
     """Keep the parameters that `where` selects constant, and optimize the others.
 
     Unlike `optax.freeze`, it wraps the optimizer. Frozen leaves have no slots (per-parameter
@@ -152,13 +192,12 @@ def freeze(opt: Optimizer, where: Where) -> Optimizer:
 
     Args:
         opt: applied to the others.
-        where: as in `tree.partition`.
+        where: as in `masked`.
 
     Raises:
         TypeError: `opt` is not an optimizer.
-        ValueError: a glob, or the predicate, selects nothing (at init).
+        ValueError: as for `masked` (at init).
 
-    >>> import torch
     >>> from fdl import optim
     >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
     >>> opt = freeze(optim.sgd(0.1), "body")

@@ -13,6 +13,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import ScalarOrSchedule
 from fdl.optim._leafwise import Result, leafwise
+from fdl.optim._masking import Mask
 from fdl.tree import Tree
 
 
@@ -113,6 +114,8 @@ def muon(
     eps: float = 1e-7,
     ns_steps: int = 5,
     adjust_lr_fn: str | None = None,
+    *,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Step along orthogonalized momentum, for matrices only; equals `torch.optim.Muon`.
 
@@ -130,6 +133,7 @@ def muon(
         eps: lower bound of the norm of a matrix.
         ns_steps: number of Newton–Schulz iterations.
         adjust_lr_fn: name of the function that scales a step by the shape of its matrix.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
         ValueError: an unknown `adjust_lr_fn`, or a number out of its range; (at init) a leaf does
@@ -140,4 +144,4 @@ def muon(
     tensor([-0.1125, -0.1125])
     """
     direction = scale_by_muon(momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-    return descend("muon", [direction], lr, weight_decay, decoupled=True)
+    return descend("muon", [direction], lr, weight_decay, decoupled=True, mask=mask)

@@ -11,6 +11,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._descent import decayed, negated
 from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate
 from fdl.optim._leafwise import Result, chain, leafwise
+from fdl.optim._masking import Mask
 
 
 def rprop(
@@ -85,6 +86,7 @@ def asgd(
     weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Gradient descent that also averages its iterates; equals `torch.optim.ASGD`.
 
@@ -101,6 +103,8 @@ def asgd(
         t0: number of updates after which the average starts; until then it is w.
         weight_decay: coefficient of w in the gradient, in addition to λ.
         maximize: maximize the objective instead.
+        mask: parameters with this `weight_decay`, as in `add_decayed_weights`; all if None. λ
+            applies to every parameter.
 
     Raises:
         ValueError: a number that is not finite or out of its range.
@@ -128,7 +132,7 @@ def asgd(
         next_mu = 1 / (t - t0).clamp(min=1.0)
         return update, {"ax": average, "eta": next_eta, "mu": next_mu}
 
-    decay = decayed("asgd", weight_decay)
+    decay = decayed("asgd", weight_decay, mask)
 
     def first_eta(p: Tensor) -> Tensor:
         value = lr(torch.zeros((), dtype=torch.float64, device=p.device)) if callable(lr) else lr

@@ -29,6 +29,7 @@ from fdl.optim._hyperparams import (
     rates_now,
 )
 from fdl.optim._leafwise import Result, Step, apply_rules, chain, leafwise
+from fdl.optim._masking import Mask
 from fdl.tree import Tree
 
 
@@ -178,6 +179,7 @@ def schedule_free_sgd(
     weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """SGD without a schedule: averaged steps −lr · (g + λy).
 
@@ -192,6 +194,7 @@ def schedule_free_sgd(
         weight_decay: λ.
         weight_lr_power: p; the weight of a step in the mean is lrᵖ.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
         ValueError: `momentum` is not in (0, 1), or another number is negative or not finite.
@@ -201,7 +204,13 @@ def schedule_free_sgd(
     {'w': tensor([-0.2000])}
     """
     return _average_steps(
-        "schedule_free_sgd", [], lr, ("momentum", momentum), weight_decay, weight_lr_power, maximize
+        "schedule_free_sgd",
+        [],
+        lr,
+        ("momentum", momentum),
+        decayed("schedule_free_sgd", weight_decay, mask),
+        weight_lr_power,
+        maximize,
     )
 
 
@@ -213,6 +222,7 @@ def schedule_free_adamw(
     weight_lr_power: ScalarOrSchedule = 2.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """AdamW without a schedule: averaged steps −lr · (g / (√v̂ + ε) + λy).
 
@@ -229,6 +239,7 @@ def schedule_free_adamw(
         weight_decay: λ.
         weight_lr_power: p; the weight of a step in the mean is lrᵖ.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
         ValueError: `betas[0]` is not in (0, 1), or another number is not finite or out of its
@@ -248,7 +259,13 @@ def schedule_free_adamw(
     caller, rates = "schedule_free_adamw", {"beta2": betas[1], "eps": eps}
     direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like}, RANGES)
     return _average_steps(
-        caller, [direction], lr, ("betas[0]", betas[0]), weight_decay, weight_lr_power, maximize
+        caller,
+        [direction],
+        lr,
+        ("betas[0]", betas[0]),
+        decayed(caller, weight_decay, mask),
+        weight_lr_power,
+        maximize,
     )
 
 
@@ -257,12 +274,11 @@ def _average_steps(
     direction: list[Optimizer],
     lr: ScalarOrSchedule,
     beta: tuple[str, ScalarOrSchedule],
-    weight_decay: ScalarOrSchedule,
+    decay: list[Optimizer],
     weight_lr_power: ScalarOrSchedule,
     maximize: bool,
 ) -> Optimizer:
     check_rate(caller, "lr", lr)
-    decay = decayed(caller, weight_decay)
     check_rate(caller, "weight_lr_power", weight_lr_power)
     name, rate = beta
     if isinstance(rate, (int, float)) and not 0 < rate < 1:

@@ -20,6 +20,7 @@ from fdl.optim._base import Optimizer
 from fdl.optim._basic import trace
 from fdl.optim._descent import descend
 from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, is_zero
+from fdl.optim._masking import Mask
 
 
 def sgd(
@@ -30,6 +31,7 @@ def sgd(
     nesterov: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent; equals `torch.optim.SGD` in every combination.
 
@@ -41,14 +43,14 @@ def sgd(
         lr: the learning rate.
         momentum: fraction of the last step that is kept.
         dampening: fraction of the new gradient that is left out of the momentum.
-        weight_decay: λ of the penalty λ · ½ Σ w²; to decay only some parameters, chain
-            `add_decayed_weights` with a mask.
+        weight_decay: λ of the penalty λ · ½ Σ w².
         nesterov: use Nesterov momentum; needs momentum and no dampening.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
         ValueError: a number that is negative or not finite, or `nesterov` without momentum or with
-            dampening.
+            dampening; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = sgd(lr=0.1, momentum=0.9), {"w": torch.tensor([1.0])}
@@ -64,7 +66,7 @@ def sgd(
             f"momentum={momentum}, dampening={dampening}"
         )
     direction = [] if is_zero(momentum) else [trace(momentum, dampening, nesterov)]
-    return descend("sgd", direction, lr, weight_decay, maximize)
+    return descend("sgd", direction, lr, weight_decay, maximize, mask=mask)
 
 
 def adam(
@@ -75,6 +77,7 @@ def adam(
     amsgrad: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
     decoupled_weight_decay: bool = False,
 ) -> Optimizer:
     """Adam; equals `torch.optim.Adam`. See `scale_by_adam`.
@@ -90,10 +93,11 @@ def adam(
             update.
         amsgrad: divide by the largest second moment so far.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
         decoupled_weight_decay: if True, identical to `adamw`.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = adam(lr=0.1), {"w": torch.tensor([1.0])}
@@ -101,7 +105,7 @@ def adam(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("adam", direction, lr, weight_decay, maximize, decoupled_weight_decay, mask)
 
 
 def adamw(
@@ -112,6 +116,7 @@ def adamw(
     amsgrad: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Adam with decoupled weight decay, w ← w − lr · (direction + λw); `torch.optim.AdamW`.
 
@@ -125,9 +130,10 @@ def adamw(
         weight_decay: λ; each step subtracts lr · λ · w.
         amsgrad: divide by the largest second moment so far.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = adamw(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0])}
@@ -135,7 +141,7 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     direction = [scale_by_adam(betas, eps, amsgrad)]
-    return descend("adamw", direction, lr, weight_decay, maximize, decoupled=True)
+    return descend("adamw", direction, lr, weight_decay, maximize, decoupled=True, mask=mask)
 
 
 def adamax(
@@ -145,6 +151,7 @@ def adamax(
     weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Adam with the largest gradient in the denominator; equals `torch.optim.Adamax`.
 
@@ -157,16 +164,17 @@ def adamax(
         eps: added to the absolute value of each gradient.
         weight_decay: λ; λw is added to the gradient.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = adamax(lr=0.1), {"w": torch.tensor([1.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.1000])}
     """
-    return descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize)
+    return descend("adamax", [scale_by_adamax(betas, eps)], lr, weight_decay, maximize, mask=mask)
 
 
 def nadam(
@@ -178,6 +186,7 @@ def nadam(
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Adam with Nesterov momentum; equals `torch.optim.NAdam`.
 
@@ -192,9 +201,10 @@ def nadam(
         momentum_decay: rate at which the momentum warms up.
         decoupled_weight_decay: decay as in `adamw`.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = nadam(lr=0.1), {"w": torch.tensor([1.0])}
@@ -202,7 +212,7 @@ def nadam(
     {'w': tensor([-0.1056])}
     """
     direction = [scale_by_nadam(betas, eps, momentum_decay)]
-    return descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("nadam", direction, lr, weight_decay, maximize, decoupled_weight_decay, mask)
 
 
 def radam(
@@ -213,6 +223,7 @@ def radam(
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Adam with an adaptive rate that is rectified while its variance is large.
 
@@ -227,9 +238,10 @@ def radam(
             update.
         decoupled_weight_decay: decay as in `adamw`.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = radam(lr=0.1), {"w": torch.tensor([1.0])}
@@ -237,7 +249,7 @@ def radam(
     {'w': tensor([-0.2000])}
     """
     direction = [scale_by_radam(betas, eps)]
-    return descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay)
+    return descend("radam", direction, lr, weight_decay, maximize, decoupled_weight_decay, mask)
 
 
 def adagrad(
@@ -248,6 +260,7 @@ def adagrad(
     eps: ScalarOrSchedule = 1e-10,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Divide by the root of the sum of squared gradients; equals `torch.optim.Adagrad`.
 
@@ -261,9 +274,10 @@ def adagrad(
         initial_accumulator_value: initial value of the sum.
         eps: added to the root in the denominator.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = adagrad(lr=0.1), {"w": torch.tensor([1.0])}
@@ -271,7 +285,7 @@ def adagrad(
     {'w': tensor([-0.1000])}
     """
     direction = [scale_by_adagrad(lr_decay, initial_accumulator_value, eps)]
-    return descend("adagrad", direction, lr, weight_decay, maximize)
+    return descend("adagrad", direction, lr, weight_decay, maximize, mask=mask)
 
 
 def adadelta(
@@ -281,6 +295,7 @@ def adadelta(
     weight_decay: ScalarOrSchedule = 0.0,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Scale gradients to the size of past updates; equals `torch.optim.Adadelta`.
 
@@ -293,16 +308,17 @@ def adadelta(
         eps: added inside both roots.
         weight_decay: λ; λw is added to the gradient.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = adadelta(), {"w": torch.tensor([1.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]
     {'w': tensor([-0.0032])}
     """
-    return descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize)
+    return descend("adadelta", [scale_by_adadelta(rho, eps)], lr, weight_decay, maximize, mask=mask)
 
 
 def rmsprop(
@@ -314,6 +330,7 @@ def rmsprop(
     centered: bool = False,
     *,
     maximize: bool = False,
+    mask: Mask | None = None,
 ) -> Optimizer:
     """Divide by the root of the mean of squared gradients; equals `torch.optim.RMSprop`.
 
@@ -327,9 +344,10 @@ def rmsprop(
         momentum: fraction of the last step that is kept.
         centered: divide by the standard deviation instead.
         maximize: maximize the objective instead.
+        mask: parameters that decay, as in `add_decayed_weights`; all if None.
 
     Raises:
-        ValueError: a number that is not finite or out of its range.
+        ValueError: a number that is not finite or out of its range; (at init) as for `masked`.
 
     >>> import torch
     >>> opt, params = rmsprop(lr=0.1), {"w": torch.tensor([1.0])}
@@ -340,4 +358,4 @@ def rmsprop(
     direction = [scale_by_rms(alpha, eps, centered)]
     if not is_zero(momentum):
         direction.append(trace(momentum))
-    return descend("rmsprop", direction, lr, weight_decay, maximize)
+    return descend("rmsprop", direction, lr, weight_decay, maximize, mask=mask)

@@ -14,7 +14,7 @@ from fdl._compiler._scan import scan
 from fdl._dtensor import is_dtensor
 from fdl._numerics import at_least_32_bits
 from fdl._training import TrainState, _step
-from fdl._training._checks import check_loss
+from fdl._training._checks import check_loss, check_step_metrics
 from fdl._training._loss import Loss
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
@@ -33,6 +33,7 @@ def train_step(
     mesh: Mesh | None,
     grad_fn: Callable[..., Any] = grad_and_value,
     microbatches: int | None = None,
+    metrics: _step.StepMetrics | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make `fdl.train_step` for batches of which each process of a mesh holds a part.
 
@@ -60,6 +61,9 @@ def train_step(
         grad_fn: differentiates within a part, as for `fdl.train_step`.
         microbatches: number of microbatches in a batch, over all processes: the number of processes
             times a power of two (any number on one process).
+        metrics: of the step itself, as for `fdl.train_step`: a function of the state before the
+            update, sharded as it is, and the gradients of the whole batch. The norm of sharded
+            leaves is a sum over the parts, whose last bits depend on their number.
 
     Returns:
         The step `(state, batch) -> (state, metrics)`; every process must call it the same number
@@ -93,18 +97,19 @@ def train_step(
     """
     group, rank, size = group_of(mesh, "train_step")
     if mesh is None and microbatches is None:
-        return _step.train_step(loss, opt, grad_fn)
+        return _step.train_step(loss, opt, grad_fn, metrics)
     check_loss("parallel.train_step", loss)
+    check_step_metrics("parallel.train_step", metrics)
     own = _own_microbatches(microbatches, size)
     opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
         objective = _step.make_objective(loss, state, batch, key)
-        grads, (value, (metrics, buffers)) = _step.differentiate(objective, state, grad_fn)
-        count = _count(metrics)
+        grads, (value, (found, buffers)) = _step.differentiate(objective, state, grad_fn)
+        count = _count(found)
         sums = {"grads": grads, "value": value, "buffers": buffers}
         sums = tree.map(lambda x: _weighted(x, count), sums)
-        return {**sums, "parts": (count != 0).to(count.dtype), "metrics": _counted(metrics)}
+        return {**sums, "parts": (count != 0).to(count.dtype), "metrics": _counted(found)}
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         _check_meshes(state, mesh)
@@ -118,7 +123,8 @@ def train_step(
             _, each = scan(lambda _, part: ((), of_part(full, *part)), (), (_cut(batch, own), keys))
             total = sum_in_order(each, group, size)
             total = _dtensor.redistribute_like(total, {**total, "grads": state.params})
-        count = _count(total["metrics"])
+        found = total["metrics"]
+        count = _count(found)
         with _dtensor.replicating(tree.leaves(state)):
             grads, value = tree.map(lambda x: _mean(x, count), (total["grads"], total["value"]))
             grads = tree.map(lambda g, p: g.to(p.dtype), grads, state.params)
@@ -131,7 +137,8 @@ def train_step(
             ordered, grads, buffers = in_order((state, grads, buffers))
             new = _step.apply_gradients(opt, ordered, grads, buffers, value, _refuse, count)
             new = _dtensor.redistribute_like(new, ordered)
-            return tree.map(lambda _, leaf: leaf, state, new), total["metrics"]
+            found = _step.measure("parallel.train_step", metrics, ordered, grads, found)
+            return tree.map(lambda _, leaf: leaf, state, new), gather(found)
 
     return step
 

@@ -215,6 +215,43 @@ def test_whole_batches_have_no_mask_on_any_way_through_an_epoch(n, drop_last, pl
     assert (stacked.mask == ()) == whole
 
 
+def test_losses_and_metrics_get_no_weights_from_whole_batches():
+    """Whichever way the indices come about; a mask that says nothing is never made up."""
+    points = data.Dataset(torch.arange(24.0).view(12, 2), torch.arange(12.0))
+    seen = []
+
+    def loss(prediction, y, weights):
+        seen.append(weights)
+        return fdl.losses.mse(prediction, y, weights)
+
+    def metric(prediction, y, weights):
+        seen.append(weights)
+        return fdl.metrics.mean(prediction, weights)
+
+    model = fdl.nn.Model(lambda key: {}, lambda params, x, **_: x.sum(1), uses_key=False)
+    evaluate = fdl.supervised(model, loss, {"mean": metric})
+    drawn = data.bootstrap_indices(random.key(0), 12, 4)
+    for indices in (
+        data.epoch_indices(random.key(0), 12, 4),
+        data.epoch_indices(random.key(0), 12, 5, drop_last=True),
+        data.sequential_indices(12, 4),
+        drawn,
+        torch.vmap(lambda key: data.epoch_indices(key, 12, 4))(random.split(random.key(0), 2)),
+        data.Indices(drawn.index, drawn.mask),
+        fdl.parallel.own_rows(drawn, None),
+    ):
+        assert indices.mask.shape[-1] == 0
+        if indices.index.ndim == 2:
+            for batch in data.batches(points, indices):
+                evaluate({}, batch)
+    assert seen and all(weights is None for weights in seen)
+    # Padding makes one, for all batches, so that one program serves them; and so does a file in
+    # which a mask was stored for indices without padding.
+    stored = data.Indices(drawn.index, torch.ones_like(drawn.index, dtype=torch.bool))
+    for indices in (data.sequential_indices(12, 5), stored):
+        assert all(batch.mask.shape == batch.y.shape for batch in data.batches(points, indices))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 def test_batch_keeps_dtypes(dtype: torch.dtype) -> None:
     x = torch.arange(40).reshape(10, 4).to(dtype)
@@ -284,7 +321,7 @@ def test_batch_stays_on_the_device(sample: data.Dataset) -> None:
     [
         ({"index": torch.tensor([0.0])}, TypeError, "index must be int64, got torch.float32"),
         ({"index": torch.tensor([True])}, TypeError, "index must be int64, got torch.bool"),
-        ({"y": torch.zeros(3)}, ValueError, "got 2 in x and 3 in y"),
+        ({"y": torch.zeros(3)}, ValueError, "same number of rows, got {'x': 2, 'y': 3}"),
         (
             {"index": torch.tensor([0], device="meta")},
             ValueError,

@@ -71,8 +71,8 @@ def test_any_tree_is_split() -> None:
         ({"fraction": 1}, TypeError, "split: fraction must be a float between 0 and 1, got 1"),
         ({"fraction": "0.1"}, TypeError, "must be a float between 0 and 1, got '0.1'"),
         ({"key": 0}, TypeError, "make a key from a seed"),
-        ({"dataset": 4}, TypeError, "dataset must hold tensors with one row for each example"),
-        ({"dataset": {"x": [1, 2]}}, TypeError, "at 'x.0'"),
+        ({"dataset": 4}, TypeError, "one row for each example, got\n  dataset: 4"),
+        ({"dataset": {"x": [1, 2]}}, TypeError, "\n  x.0: 1 "),
         ({"dataset": torch.tensor(4)}, TypeError, "of shape \\(\\)"),
         ({"dataset": ()}, ValueError, "got no tensor"),
         (

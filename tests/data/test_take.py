@@ -54,17 +54,24 @@ def test_to_float_leaves_floats_alone(dtype: torch.dtype) -> None:
         (torch.zeros(2, 3, 3, dtype=torch.complex64), TypeError, "a tensor complex64[2, 3, 3]"),
         (torch.zeros(5, 4, dtype=torch.uint8), ValueError, "uint8 of shape (5, 4)"),
         (torch.zeros(1, 1, 1, 2, 2, dtype=torch.uint8), ValueError, "of shape (1, 1, 1, 2, 2)"),
-        ([1.0], TypeError, "a list; make a pair a data.Dataset"),
-        ((torch.zeros(1), torch.zeros(1)), TypeError, "a tuple; make a pair a data.Dataset"),
     ],
 )
 def test_to_float_refuses(x, kind, got) -> None:
-    wanted = (
-        r"to_float: x must be floating, or uint8 images \[n, height, width\] or \[n, channels, "
-    )
+    wanted = "to_float: {} must be floating, or uint8 images [n, height, width] or [n, channels, "
     for wrong in (x, data.Batch(x, x), data.Dataset(x, x)):
-        with pytest.raises(kind, match=wanted + "height, width.*" + re.escape(got)):
+        with pytest.raises(kind, match=re.escape(wanted.format("x")) + ".*" + re.escape(got)):
             data.to_float(wrong)
+    if x.dtype == torch.uint8:  # in a tree, other dtypes may be right
+        with pytest.raises(kind, match=re.escape(wanted.format("x.left.0"))):
+            data.to_float(data.Batch({"left": [x], "right": torch.ones(len(x))}, x))
+
+
+def test_to_float_refuses_what_is_not_a_tensor() -> None:
+    for pair in ([1.0], (torch.zeros(1), torch.zeros(1))):
+        with pytest.raises(TypeError, match=r"got a (list|tuple); make a pair a data.Dataset"):
+            data.to_float(pair)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"to_float: x\.0 must be floating.* got a float"):
+        data.to_float(data.Batch([1.0], torch.zeros(1)))
 
 
 def test_take_returns_rows_of_every_leaf(sample: data.Dataset) -> None:
@@ -88,10 +95,11 @@ def test_take_returns_rows_of_every_leaf(sample: data.Dataset) -> None:
 @pytest.mark.parametrize(
     ("tree", "index", "kind", "message"),
     [
-        ({"a": 1, "b": torch.tensor(0)}, 0, TypeError, r"hold tensors \[n, \.\.\.\], got\n  a: 1"),
+        ({"a": 1, "b": torch.tensor(0)}, 0, TypeError, r"tensors \[n, \.\.\.\], .*got\n  a: 1"),
         ({"a": 1, "b": torch.tensor(0)}, 0, TypeError, r"\n  b: a tensor, int64 of shape \(\)"),
         (torch.ones(2), torch.tensor([True, False]), TypeError, "must be int64, got torch.bool"),
         (torch.ones(2), [0], TypeError, "must be int64, got list; cast it"),
+        ({"a": torch.ones(2), "b": [torch.ones(3)]}, 0, ValueError, r"\{'a': 2, 'b\.0': 3\}"),
         (torch.ones(2), torch.tensor([0], device="meta"), ValueError, r"\['cpu'\] and meta"),
     ],
 )

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from fdl import nn, random, tree
+from fdl import interop, nn, random, tree
 
 
 class Case(NamedTuple):
@@ -43,6 +44,16 @@ def layer_with_buffers(model: nn.StatefulModel, *shape: int) -> Case:
         lambda params, buffers, x, key: model.apply(params, buffers, x, train=True, key=key),
         inputs,
         grads=(0, 2),
+    )
+
+
+def as_module(model: nn.Model, *shape: int) -> Case:
+    """The module of a model, with parameters that `functional_call` puts into it."""
+    module = interop.as_module(model, model.init(random.key(0)))
+    return Case(
+        lambda params, x: functional_call(module, tree.flatten_dict(params), (x,)),
+        layer(model, *shape).inputs,
+        grads=(0, 1),
     )
 
 

@@ -104,6 +104,7 @@ OPTIM: dict[str, Case] = {
     "chain": optimizer(optim.chain(optim.clip_by_global_norm(0.5), sgd)),
     "clip": optimizer(optim.clip(0.5)),
     "clip_by_global_norm": optimizer(optim.clip_by_global_norm(0.5)),
+    "global_norm": Case(optim.global_norm, lambda key: (weights(key),)),
     "params_ema": optimizer(optim.chain(sgd, optim.params_ema(0.9))),
     "freeze": optimizer(optim.chain(optim.freeze(sgd, "fc.bias"), filled)),
     "hyperparams": Case(
@@ -184,6 +185,7 @@ OPTIM: dict[str, Case] = {
 }
 
 SCHEDULES: dict[str, Case] = {
+    "by_epoch": schedule(lambda v: schedules.by_epoch(schedules.step(v, 2), 3)),
     "chained": schedule(
         lambda v: schedules.chained(v, schedules.step(1.0, 2), schedules.linear(1.0))
     ),

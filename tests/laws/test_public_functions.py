@@ -17,6 +17,7 @@ from fdl import data, interop, losses, metrics, nn, optim, population, random, t
 from fdl.optim import schedules
 from tests.laws.rows import (
     Case,
+    as_module,
     draw,
     elementwise,
     initializer,
@@ -87,6 +88,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "avg_pool1d": Case(nn.avg_pool1d(3, 2, 1), lambda key: (draw(key, 2, 1, 5),)),
         "avg_pool2d": Case(nn.avg_pool2d(2), lambda key: (draw(key, 2, 1, 4, 4),)),
         "batch_norm": layer_with_buffers(nn.batch_norm(3), 4, 3),
+        "capture": layer(nn.capture(nn.sequential(linear, nn.tanh)), 4, 3),
         "concat": layer(nn.concat(linear, nn.tanh), 4, 3),
         "conv1d": layer(nn.conv1d(2, 4, 3, padding="same", dilation=2, groups=2), 2, 2, 5),
         "conv2d": layer(nn.conv2d(2, 4, 3, padding=1, stride=2, groups=2), 2, 2, 5, 5),
@@ -267,6 +269,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "print": Case(lambda x: (fdl.debug.print("{}", x), x * 2)[1], lambda key: (draw(key, 3),)),
     },
     "interop": {
+        "as_module": as_module(nn.sequential(linear, nn.tanh), 4, 3),
         "from_flax": Case(
             lambda kernel: interop.from_flax({"kernel": kernel}, image=(3, 2, 2)),
             lambda key: (draw(key, 12, 5),),
@@ -351,6 +354,7 @@ TABLE: dict[str, dict[str, Case]] = {
         ),
         "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
         "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
+        "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2)),
         "random_crop": with_keys(lambda key, x: data.random_crop(key, x, 1), (3, 2, 3, 4)),
         "random_flip": with_keys(lambda key, x: data.random_flip(key, x), (3, 2, 3, 4)),
         "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
@@ -376,7 +380,7 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(1,),
         ),
         "ensemble": Case(
-            lambda params, x: population.ensemble(linear.apply, params, x),
+            lambda params, x: population.ensemble(linear, params, x),
             lambda key: (
                 {"weight": draw(key, 4, 2, 3), "bias": draw(random.fold_in(key, 1), 4, 2)},
                 draw(random.fold_in(key, 2), 5, 3),
@@ -421,6 +425,7 @@ NO_ROW = {
     "fdl.supervised": "makes a loss: tests/training",
     "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",
+    "fdl.averaged": "takes a TrainState: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
     "debug.nans": "a context",
     "metrics.CalibrationError": "a type",

@@ -78,6 +78,7 @@ TESTED_IN = {
     "checkpointing/_retention.py": "checkpointing/test_checkpointer.py",
     "data": "data/test_batches.py",
     "data/_fashion_mnist_download.py": "data/test_fashion_mnist.py",
+    "interop/_closures.py": "interop/test_as_module.py",
     "interop/_keys.py": "interop/test_random_functions.py",
     "interop/_random_layers.py": "interop/test_random_functions.py",
     "io/_compare.py": "io/test_tree_file.py",

@@ -214,7 +214,7 @@ def test_shapes_that_do_not_fit_raise(net, text, jitted, plain_backend):
 
 def test_errors_name_the_branch():
     net = nn.parallel(a=nn.relu, b=nn.sequential(nn.linear(4, 1)))
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ValueError) as error:
         net.apply(net.init(KEY), torch.ones(2, 3))
     assert error.value.__notes__ == ["in layer '0' of sequential", "in layer 'b' of parallel"]
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Layers against their torch.nn modules in float64: names, shapes, outputs, gradients."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -125,6 +126,42 @@ def test_layer_norm(shape):
 def test_bad_arguments_raise_when_the_layer_is_built(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.linear(None, 10), r"linear\(None, 10\)"),
+        (lambda: nn.linear(4, 2.0), r"linear\(4, 2.0\)"),
+        (lambda: nn.conv2d(None, 4, 3), r"conv2d\(None, 4, 3\)"),
+        (lambda: nn.batch_norm(None), r"batch_norm\(None\)"),
+        (lambda: nn.layer_norm(None), r"layer_norm\(None\)"),
+        (lambda: nn.gru(None, 3), r"gru\(None, 3\)"),
+        (lambda: nn.embedding("5", 3), r"embedding\(5, 3\)"),
+    ],
+    ids=range(7),
+)
+def test_sizes_are_not_inferred(make, name):
+    with pytest.raises(TypeError, match=f"{name}: every size must be an int, got .*to an example"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("shape", "end"),
+    [
+        ((2, 5), "; the layer for this x has 5 inputs"),
+        ((2, 3, 1), "; put nn.flatten() before the layer"),
+        ((2, 4, 3, 4), "; the layer for this x has 4 inputs"),
+        ((), ""),
+    ],
+    ids=str,
+)
+def test_linear_says_which_size_fits(shape, end):
+    layer = nn.linear(3, 2)
+    message = re.escape(f"linear(3, 2): expected x [..., 3], got {list(shape)}{end}") + "$"
+    for apply in (layer.apply, torch.compile(layer.apply, backend="eager")):
+        with pytest.raises(ValueError, match=message):
+            apply(layer.init(KEY), torch.ones(shape))
 
 
 @pytest.mark.parametrize(

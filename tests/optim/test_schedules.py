@@ -69,6 +69,26 @@ def swa(swa_lr: float, start: int, before: Any = None, value: Any = LR, **option
     )
 
 
+class OncePerEpoch:
+    """A scheduler that a training loop steps at the end of each epoch."""
+
+    def __init__(self, scheduler, steps):
+        self.scheduler, self.steps, self.count = scheduler, steps, 0
+
+    def step(self):
+        self.count += 1
+        if self.count % self.steps == 0:
+            self.scheduler.step()
+
+
+def by_epoch(row: Row, steps: int) -> Row:
+    return Row(
+        row.name,
+        ours.by_epoch(row.ours, steps),
+        lambda optimizer: OncePerEpoch(row.theirs(optimizer), steps),
+    )
+
+
 def sequential(milestones: list[int], *pairs: Any) -> Row:
     return Row(
         "SequentialLR",
@@ -176,6 +196,21 @@ ROWS = [
     chain(
         (ours.cosine_annealing(1.0, 300), lambda o: theirs.CosineAnnealingLR(o, 300)),
         (ours.exponential(1.0, 0.99), lambda o: theirs.ExponentialLR(o, 0.99)),
+    ),
+    by_epoch(same("StepLR", "step", 3), 7),
+    by_epoch(same("LambdaLR", "lambda_lr", hyperbola), 1),
+    by_epoch(same("CosineAnnealingLR", "cosine_annealing", 20, 0.01), 13),
+    by_epoch(swa(0.5, 10, lambda o: theirs.StepLR(o, 4), ours.step(LR, 4), anneal_epochs=5), 20),
+    by_epoch(
+        sequential(
+            [5],
+            (
+                ours.linear(LR, 0.1, total_iters=5),
+                lambda o: theirs.LinearLR(o, 0.1, total_iters=5),
+            ),
+            (ours.exponential(LR, 0.9), lambda o: theirs.ExponentialLR(o, 0.9)),
+        ),
+        10,
     ),
 ]
 TABLE = {f"{row.name}-{i}": row for i, row in enumerate(ROWS)}

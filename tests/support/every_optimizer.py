@@ -6,9 +6,9 @@ from fdl import optim, random
 
 # Public names that are neither optimizers nor transformations.
 OTHERS = {
-    *("Optimizer", "Schedule", "State", "apply_updates", "from_torch", "hyperparams"),
+    *("Optimizer", "Schedule", "State", "apply_updates", "from_torch", "global_norm"),
     *("loss_scale_of", "sam", "schedule_free_params", "schedules", "slots", "to_torch"),
-    "with_hyperparams",
+    *("hyperparams", "with_hyperparams"),
 }
 
 _inner = optim.sgd(0.1, momentum=0.9, weight_decay=0.1)
@@ -34,6 +34,7 @@ EVERY: dict[str, optim.Optimizer] = {
     "clip": optim.clip(0.5),
     "clip_by_global_norm": optim.clip_by_global_norm(0.5),
     "params_ema": optim.params_ema(0.9),
+    "params_ema-buffers": optim.params_ema(0.9, buffers=True),
     "freeze": optim.freeze(_inner, "b"),
     "lamb": optim.lamb(0.1, weight_decay=0.1),
     "lars": optim.lars(0.1, weight_decay=0.1, trust_coefficient=0.5),

@@ -17,6 +17,7 @@ import fdl
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
 from fdl.checkpointing import Checkpointer, restore
 from tests.support.optimizers import CASES, default_dtype, start
+from tests.support.reports import report
 from tests.support.soak import repeats
 from tests.training.test_trajectories import RECIPES
 from tests.workers.train_worker import EXACT, ROUTES, first_steps, join, on, padded, prepare
@@ -45,7 +46,7 @@ def trains_as_when_it_is_whole(mesh):
         begin = prepare(recipe.model, recipe.opt, mesh)
         batches = padded(first_steps(recipe.batches), mesh.size())
         mine = parallel.own_rows(on(mesh, batches), mesh)
-        step = parallel.train_step(loss, recipe.opt, mesh)
+        step = parallel.train_step(loss, recipe.opt, mesh, metrics=report)
         expected, history = scan(step, begin, mine)
         for rules in (ROWS, EVERY):
             spread = shared_out(begin, recipe.opt, mesh, rules)

@@ -18,6 +18,7 @@ from torch.func import grad
 import fdl
 import models
 from fdl import TrainState, data, jit, losses, metrics, nn, optim, parallel, random, scan, tree
+from tests.support.reports import report
 from tests.support.soak import repeats
 from tests.training.test_trajectories import RECIPES, images
 from train.bench.scaling import all_reduce_bytes, sent_bytes
@@ -70,9 +71,11 @@ def trains_as_one_process(mesh):
         loss = fdl.supervised(recipe.model, recipe.loss)
         start = prepare(recipe.model, recipe.opt, mesh)
         whole = on(mesh, padded(first_steps(recipe.batches), mesh.size()))
-        alone, expected = scan(fdl.train_step(loss, recipe.opt), start, whole)
+        alone, expected = scan(fdl.train_step(loss, recipe.opt, metrics=report), start, whole)
         mine = parallel.own_rows(whole, mesh)
-        state, found = scan(parallel.train_step(loss, recipe.opt, mesh), start, mine)
+        step = parallel.train_step(loss, recipe.opt, mesh, metrics=report)
+        state, found = scan(step, start, mine)
+        assert found.keys() == {"loss", "grad_norm", "weight_norm", "lr"}
         parallel.check_replicated((state, found), mesh)
         assert tree.diff(alone, state, rtol=1e-10, atol=1e-12) == [], name
         assert tree.diff(expected, found, rtol=1e-10, atol=1e-12) == [], name
@@ -144,19 +147,15 @@ def in_parts_every_number_of_processes_is_the_same_run(mesh):
     whole = on(mesh, data.Batch(x, y, mask))
     mine = parallel.own_rows(whole, mesh)
     start = TrainState.create(net, opt, key=random.key(0, mesh.device_type))
-    alone, expected = scan(parallel.train_step(loss, opt, None, microbatches=8), start, whole)
-    step = parallel.train_step(loss, opt, mesh, microbatches=8)
+    single = parallel.train_step(loss, opt, None, microbatches=8, metrics=report)
+    alone, expected = scan(single, start, whole)
+    step = parallel.train_step(loss, opt, mesh, microbatches=8, metrics=report)
     assert tree.diff((alone, expected), scan(step, start, mine), rtol=0, atol=0) == []
     by_rank, _ = scan(parallel.train_step(loss, opt, mesh), start, mine)
     assert tree.diff(alone.params, by_rank.params, rtol=1e-3, atol=1e-3) != []
     if mesh.size() == 2:
         compiled = jit(lambda state, batches: scan(step, state, batches), strict=True)
-        once = jit(
-            lambda state, batches: scan(
-                parallel.train_step(loss, opt, None, microbatches=8), state, batches
-            ),
-            strict=True,
-        )
+        once = jit(lambda state, batches: scan(single, state, batches), strict=True)
         assert tree.diff(once(start, whole), compiled(start, mine), rtol=0, atol=0) == []
 
 

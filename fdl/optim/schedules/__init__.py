@@ -1,6 +1,7 @@
 """Schedules: pure functions from the count of updates (int64 tensor) to a value (float64 tensor).
 
-Pass one wherever an optimizer takes a rate: `sgd(lr=schedules.step(0.1, step_size=30))`. Every
+Pass one wherever an optimizer takes a rate: `sgd(lr=schedules.step(0.1, step_size=30))`; `by_epoch`
+makes it count epochs. Every
 class of `torch.optim.lr_scheduler` that depends only on the count has a function here, with torch's
 names for the arguments. Torch updates the previous rate; here a value is a closed form of the
 count, on its device, so it can be compiled once, vmapped, or plotted at a vector of counts.
@@ -9,6 +10,7 @@ count, on its device, so it can be compiled once, vmapped, or plotted at a vecto
 from __future__ import annotations
 
 from fdl.optim.schedules._basic import (
+    by_epoch,
     chained,
     constant,
     exponential,
@@ -35,6 +37,7 @@ from fdl.optim.schedules._phases import (
 )
 
 __all__ = [
+    "by_epoch",
     "chained",
     "constant",
     "cosine_annealing",

@@ -279,3 +279,26 @@ def chained(value: Value, *factors: Schedule) -> Schedule:
         return product
 
     return schedule
+
+
+def by_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
+    """Count epochs instead of updates: any scheduler of torch that is stepped once per epoch.
+
+    The value of epoch e, `schedule(e)`, holds for all its updates, and e = ⌊t / steps_per_epoch⌋
+    counts from 0.
+
+    Args:
+        schedule: a schedule of the number of epochs done.
+        steps_per_epoch: number of updates in an epoch: rows of `data.epoch_indices`, divided by k
+            inside `accumulate(opt, k)`.
+
+    Raises:
+        ValueError: `schedule` is not callable; `steps_per_epoch` is not an int of at least 1.
+
+    >>> halved = step(0.8, step_size=1, gamma=0.5)
+    >>> by_epoch(halved, steps_per_epoch=2)(torch.arange(6))
+    tensor([0.8000, 0.8000, 0.4000, 0.4000, 0.2000, 0.2000], dtype=torch.float64)
+    """
+    check_callable("by_epoch", schedule=schedule)
+    check_ints("by_epoch", low=1, steps_per_epoch=steps_per_epoch)
+    return lambda count: call(schedule, count // steps_per_epoch)
