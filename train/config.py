@@ -155,7 +155,7 @@ class LeNetBN(Images):
 class ResnetSmall(Images):
     """A small residual network, on images shifted and mirrored at random, with AdamW."""
 
-    epochs: int = 10
+    epochs: int = 15
     """Passes over Fashion-MNIST (ten over the sample are one), and the length of the cosine."""
     lr: float = 0.005
     """Learning rate at its peak, after a warm-up of a tenth; it falls to 0 along a cosine."""

@@ -162,12 +162,13 @@ def _images_of(x: Tree) -> Tree:
 def _images(name: str, x: Any) -> Tensor:
     if isinstance(x, Tensor) and x.is_floating_point():
         return x
-    expected = f"to_float: {name} must be floating, or uint8 images [n, height, width] or [n, chan"
+    images = "uint8 images [n, height, width] or [n, channels, height, width]"
+    expected = f"to_float: {name} must be floating, or {images}"
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         hint = "; make a pair a data.Dataset(x, y)" if isinstance(x, tuple | list) else ""
-        raise TypeError(f"{expected}nels, height, width], got {describe_type(x)}{hint}")
+        raise TypeError(f"{expected}, got {describe_type(x)}{hint}")
     if x.ndim not in (3, 4):
-        raise ValueError(f"{expected}nels, height, width], got {describe(x)}")
+        raise ValueError(f"{expected}, got {describe(x)}")
     return (x if x.ndim == 4 else x.unsqueeze(-3)).to(torch.float32) / 255
 
 

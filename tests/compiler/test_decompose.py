@@ -73,7 +73,10 @@ def test_it_computes_the_same(name: str, real_loops: None) -> None:
     traced = trace(FUNCTIONS[name], leaves, spec)
     expected, _ = flatten(FUNCTIONS[name](X, Y))
     found = decompose(traced).graph(*leaves, *traced.constants)
-    torch.testing.assert_close(list(found), expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    for x, y in zip(found, expected, strict=True):
+        # The last digit of torch's float32 kernels differs between processors.
+        close = 1e-6 if y.dtype is torch.float32 else 1e-12
+        torch.testing.assert_close(x, y, rtol=close, atol=close, equal_nan=True)
     assert [x.stride() for x in traced.results] == [x.stride() for x in expected]
 
 

@@ -141,7 +141,7 @@ def prepare(
     plan = past.plan if past else Plan(False, 1, "")
     setting = Setting(name, config, problem, own_order, own_data, plan, folder, programs)
     several = f", {share.processes.size} processes" if share.group is not None else ""
-    print(f"sweep of {name}: {len(points)} points; {problem.data}; {device}{several}")
+    print(f"sweep of {name}: {len(points)} points; {device}{several}", problem.data, sep="\n")
     print(*recipes.notes(problem), line, sep="\n")
     if past is None:
         turns = math.ceil(len(groups) / share.processes.size)
