@@ -43,7 +43,8 @@ def transformer(
         `embed.*`, `position.weight`, `encoder.0.*`, …, `norm.*`, `fc.*`.
 
     Raises:
-        ValueError: a size below 1, `heads` does not divide `width`, or a rate outside [0, 1).
+        ValueError: `width` or `classes` below 1, `heads` does not divide `width`, or a rate outside
+            [0, 1).
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021,
     https://arxiv.org/abs/2010.11929
