@@ -149,6 +149,7 @@ ROWS = {
 NO_ROW = {
     "training.StatefulLoss": "a type",
     "training.TrainState": "a type",
+    "training.averaged": "has no batch",
     "training.update_bn": "tests/training/test_update_bn.py",
     "losses.squared_loss": "has no weights",
     "losses.l2_penalty": "has no weights",
