@@ -14,8 +14,16 @@ from fdl import TrainState, data, train_step
 from train.config import Recipe
 from train.recipes import Problem
 
-__all__ = ["Cost", "Plan", "choose_plan", "cost_of", "describe", "make_plan", "steps_per_epoch"]
-__all__ += ["timed"]
+__all__ = [
+    "Cost",
+    "Plan",
+    "choose_plan",
+    "cost_of",
+    "describe",
+    "make_plan",
+    "steps_per_epoch",
+    "timed",
+]
 
 CHUNK_SECONDS = 0.5  # the longest that an interruption should have to wait
 COMPILE_SECONDS = 8.0  # compiling takes 5 to 10 s the first time; shorter runs stay eager
@@ -53,10 +61,10 @@ def make_plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
 
 
 def cost_of(step: Callable[[], Any], device: torch.device) -> Cost:
-    """Time an eager step, and count its products."""
-    seconds = min(timed(step, device) for _ in range(3))
+    """Count the products of an eager step, the first, and time it."""
     with FlopCounterMode(display=False) as counter:
         step()
+    seconds = min(timed(step, device) for _ in range(2))
     speed = SPEED.get(device.type, SPEED["cuda"])
     return Cost(seconds, CALLS + counter.get_total_flops() / speed)
 

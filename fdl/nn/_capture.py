@@ -98,15 +98,26 @@ def takes_record(layer: Any) -> bool:
         return False
 
 
-def inside(name: str, record: Record | None) -> dict[str, Record]:
-    """Return the keyword that records values inside the layer `name`; with `""`, it adds no name.
+def inside(layer: Any) -> Callable[[str, Record | None], dict[str, Record]]:
+    """Return a function of a name and `record`: the keyword that records what is inside the layer.
 
-    >>> inside("block", print)["record"]("0", 3)
+    With the name `""` values keep the names that they have in the layer. It is empty for a layer
+    that records nothing, and where nobody captures.
+
+    >>> from fdl import nn
+    >>> inside(nn.sequential(nn.relu))("block", print)["record"]("0", 3)
     block.0 3
+    >>> inside(nn.relu)("block", print), inside(nn.sequential(nn.relu))("block", None)
+    ({}, {})
     """
-    if record is None:
-        return {}
-    return {"record": lambda path, value: record(join(name, path), value)}
+    taken = takes_record(layer)
+
+    def keyword(name: str, record: Record | None) -> dict[str, Record]:
+        if record is None or not taken:
+            return {}
+        return {"record": lambda path, value: record(join(name, path), value)}
+
+    return keyword
 
 
 def _recorder(values: dict[str, Any]) -> Record:

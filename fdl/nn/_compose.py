@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdl import random
 from fdl._checks import describe
-from fdl.nn._capture import Record, inside, takes_record
+from fdl.nn._capture import Record, inside
 from fdl.nn._model import (
     Layer,
     Model,
@@ -173,7 +173,7 @@ def _composed(
         _check_layer(f"{caller}: layer {name!r}", layer)
 
     with_buffers = [layer for layer in children.values() if isinstance(layer, StatefulModel)]
-    recorded = {name for name, layer in children.items() if takes_record(layer)}
+    keywords = {name: inside(layer) for name, layer in children.items()}
     uses_key = bool(with_buffers) or any(
         layer.uses_key for layer in children.values() if isinstance(layer, Model)
     )
@@ -223,7 +223,7 @@ def _composed(
                 return _call_function(caller, layer, x)
             options: dict[str, Any] = {"train": train}
             options["key"] = None if child_keys is None else child_keys[i]
-            options |= inside(name, record) if name in recorded else {}
+            options |= keywords[name](name, record)
             child_params = params.get(name, {})
             if isinstance(layer, Model):
                 return layer.apply(child_params, x, **options)
@@ -341,14 +341,14 @@ def residual(layer: Any) -> Any:
             )
         return x + y
 
-    recorded = takes_record(layer)
+    keyword = inside(layer)
 
     if isinstance(layer, StatefulModel):
 
         def apply_stateful(
             params: Tree, buffers: Tree, x: Tensor, *, record: Record | None = None, **options: Any
         ) -> Any:
-            options |= inside("", record) if recorded else {}
+            options |= keyword("", record)
             y, new_buffers = layer.apply(params, buffers, x, **options)
             return add(x, y), new_buffers
 
@@ -364,7 +364,7 @@ def residual(layer: Any) -> Any:
     ) -> Tensor:
         if not isinstance(layer, Model):
             return add(x, _call_function("residual", layer, x))
-        options = inside("", record) if recorded else {}
+        options = keyword("", record)
         return add(x, layer.apply(params, x, train=train, key=key, **options))
 
     if isinstance(layer, Model):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl.nn._capture import Record, inside, takes_record
+from fdl.nn._capture import Record, inside
 from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
 
@@ -66,7 +66,7 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"with_policy: {name} must be a floating torch.dtype, got {dtype!r}")
 
-    recorded = takes_record(model)
+    keyword = inside(model)
 
     def init(key: Tensor) -> Tree:
         return tree.cast(model.init(key), policy.param)
@@ -76,7 +76,7 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
         def apply_stateful(
             params: Tree, buffers: Tree, x: Any, *, record: Record | None = None, **options: Any
         ) -> tuple[Any, Tree]:
-            options |= inside("", record) if recorded else {}
+            options |= keyword("", record)
             params, x = tree.cast((params, x), policy.compute)
             y, new = model.apply(params, buffers, x, **options)
             new = tree.map(lambda n, old: n.to(old.dtype), new, buffers)
@@ -85,7 +85,7 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
         return StatefulModel(init, apply_stateful, model.takes_mask)
 
     def apply(params: Tree, x: Any, *, record: Record | None = None, **options: Any) -> Any:
-        options |= inside("", record) if recorded else {}
+        options |= keyword("", record)
         params, x = tree.cast((params, x), policy.compute)
         return tree.cast(model.apply(params, x, **options), policy.output)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fdl.nn._capture import Record, inside, takes_record
+from fdl.nn._capture import Record, inside
 from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
 
@@ -37,7 +37,7 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     if isinstance(model, StatefulModel):
         raise TypeError("tied: model must be a Model, without buffers, got a StatefulModel")
 
-    recorded = takes_record(model)
+    keyword = inside(model)
 
     def init(key: Tensor) -> Tree:
         params = model.init(key)
@@ -50,7 +50,7 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
     def apply(params: Tree, x: Any, *, record: Record | None = None, **options: Any) -> Any:
         for path, source in same.items():
             params = _with(params, path, _get(params, source))
-        options |= inside("", record) if recorded else {}
+        options |= keyword("", record)
         return model.apply(params, x, **options)
 
     return Model(init, apply, model.uses_key)

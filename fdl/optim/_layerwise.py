@@ -123,8 +123,7 @@ def lars(
         maximize: maximize the objective instead.
 
     Raises:
-        ValueError: a number that is negative or not finite; (at init) as for
-            `masked`.
+        ValueError: a number that is negative or not finite; (at init) as for `masked`.
 
     >>> opt, params = lars(lr=0.1), {"w": torch.tensor([4.0])}
     >>> opt.update({"w": torch.tensor([2.0])}, opt.init(params), params)[0]

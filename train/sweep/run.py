@@ -217,10 +217,8 @@ def plan_of(setting: Setting, config: Recipe, points: Sequence[Point], groups: i
             lambda: setting.programs.train(carry, members.dataset, first), first.index.device
         )
     steps = planning.steps_per_epoch(setting.problem, config)
-    of_all = planning.Cost(cost.seconds * groups, cost.usual * groups)
-    return planning.choose_plan(config, of_all, steps)._replace(
-        chunk=planning.choose_plan(config, cost, steps).chunk
-    )
+    # A chunk is of one group; compiling pays for all.
+    return planning.choose_plan(config, cost._replace(usual=cost.usual * groups), steps)
 
 
 def train(
