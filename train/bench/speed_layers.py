@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.func import grad
 import fdl
 from fdl import nn, random, tree
 from fdl.tree import Tree
+from train.bench.speed_transforms import time_in_turns
 
 Ways = dict[str, Callable[[], Tree]]
 
@@ -95,13 +95,7 @@ def measure(ways: Ways, rounds: int) -> dict[str, list[float]]:
     expected = next(iter(ways.values()))()
     for way, run in ways.items():
         assert tree.allclose(expected, run(), rtol=1e-3, atol=1e-6), way
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, run in ways.items():
-            began = time.perf_counter()
-            run()
-            times[way].append(1e3 * (time.perf_counter() - began))
-    return times
+    return time_in_turns(ways, rounds)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,18 @@ def peak(f: Callable[[], Any]) -> int:
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+def time_in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each way, taken in turns after a first round that warms up."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for round in range(rounds + 1):
+        for way, run in ways.items():
+            began = time.perf_counter()
+            run()
+            if round:
+                times[way].append(1e3 * (time.perf_counter() - began))
+    return times
 
 
 def main() -> None:
@@ -86,13 +98,7 @@ def main() -> None:
     expected = backward()
     for way in list(ways)[1:6]:
         assert tree.allclose(expected, ways[way](), rtol=1e-3, atol=1e-5), way
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for round in range(args.rounds + 1):
-        for way, run in ways.items():
-            began = time.perf_counter()
-            run()
-            if round:
-                times[way].append(1e3 * (time.perf_counter() - began))
+    times = time_in_turns(ways, args.rounds)
     print(
         f"LeNet, batch {args.batch}, {platform.machine()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads\n\n| | ms | of the loop | peak MB |\n|---|---|---|---|"
