@@ -72,6 +72,29 @@ def _skip_what_takes_long() -> None:
     guard(os, "fork", "starts a process", os.fork)
 
 
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """Fail a test that leaves a setting of the process other than it found it."""
+    before = _settings()
+    yield
+    assert _settings() == before
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings of the process that change what a test computes."""
+    jax = sys.modules.get("jax")
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "float64 of JAX": jax is not None and jax.config.read("jax_enable_x64"),
+        "folder": os.getcwd(),
+    }
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_program_cache() -> Iterator[None]:
     """Let `jit` compile in this process: a test may have changed the compiler, or count its work.

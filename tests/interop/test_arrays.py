@@ -8,6 +8,7 @@ from torch.func import vmap
 import models
 from fdl import interop, random, tree
 from tests.support.asserts import close, draw
+from tests.support.jax import x64
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint32, torch.bool]
 
@@ -82,13 +83,10 @@ def test_jax_never_halves_a_leaf_unasked(jax):
     for leaf in (torch.ones(2).double(), torch.tensor([1])):
         with pytest.raises(TypeError, match=r"to_jax: at 'w': JAX would convert torch\."):
             interop.to_jax({"w": leaf})
-    jax.config.update("jax_enable_x64", True)
-    try:
+    with x64():
         leaf = draw(0, 3)
         (array,) = interop.to_jax([leaf])
         assert array.dtype == "float64" and torch.equal(interop.from_jax([array])[0], leaf)
-    finally:
-        jax.config.update("jax_enable_x64", False)
 
 
 def test_keys_go_both_ways(jax):

@@ -12,6 +12,7 @@ import fdl
 from fdl import optim, random, tree
 from fdl.tree._map import match
 from tests.support.asserts import close, draw, equal_bits, unchanged
+from tests.support.jax import x64
 
 SHAPES = {"scalar": (), "vector": (3,), "deep.matrix": (4, 3), "deep.kernel": (2, 3, 2, 2)}
 KEY = random.key(5)
@@ -88,17 +89,12 @@ def test_adaptive_clip_equals_optax():
         return np.asarray(x.permute(*range(2, x.ndim), 1, 0) if x.ndim > 1 else x)
 
     theirs = optax.adaptive_grad_clip(0.3, 0.5)
-    with enable_x64():
+    with x64():
         p, g = tree.map(transposed, params), tree.map(transposed, grads)
         expected, _ = theirs.update(g, theirs.init(p), p)
     got = tree.map(transposed, once(optim.adaptive_grad_clip(0.3, 0.5), grads, params))
     for path, leaf in tree.flatten_dict(got).items():
         np.testing.assert_allclose(leaf, tree.flatten_dict(expected)[path], rtol=1e-12)
-
-
-def enable_x64():
-    jax = pytest.importorskip("jax")
-    return (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True)
 
 
 @pytest.mark.slow
@@ -135,7 +131,7 @@ def test_norms_of_float16_do_not_overflow():
 def test_centralize_equals_optax():
     optax = pytest.importorskip("optax")
     grads = grads_()
-    with enable_x64():
+    with x64():
         given_ = tree.map(np.asarray, grads)
         expected, _ = optax.centralize().update(given_, optax.centralize().init(given_))
     for path, leaf in tree.flatten_dict(once(optim.centralize(), grads, params_())).items():

@@ -12,6 +12,7 @@ from torch.func import grad_and_value, vmap
 import fdl
 from fdl import losses, nn, optim, random, tree
 from tests.support.asserts import close, draw, equal_bits, unchanged
+from tests.support.jax import x64
 
 NET = nn.sequential(nn.linear(3, 4), nn.tanh, nn.linear(4, 2))
 PARAMS = tree.cast(NET.init(random.key(0)), torch.float64)
@@ -89,10 +90,9 @@ def test_any_number_of_gradients_leaves_the_rest_for_later(k, steps, seed):
 def test_accumulate_equals_multi_steps_of_optax():
     optax = pytest.importorskip("optax")
     jax = pytest.importorskip("jax")
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     opt, params = optim.accumulate(optim.adam(0.1), 3), {"w": draw(0, 4)}
     state = opt.init(params)
-    with enable(True):
+    with x64():
         theirs = optax.MultiSteps(optax.adam(0.1), 3, accumulator_dtype="float64")
         their_params = {"w": jax.numpy.asarray(params["w"].numpy())}
         their_state = theirs.init(their_params)
@@ -168,10 +168,9 @@ def test_lookahead_equals_a_loop(inner, period, slow_step):
 def test_lookahead_equals_optax():
     optax = pytest.importorskip("optax")
     jax = pytest.importorskip("jax")
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     opt, params = optim.lookahead(optim.sgd(0.1, momentum=0.9), 3, 0.4), {"w": draw(0, 4)}
     state = opt.init(params)
-    with enable(True):
+    with x64():
         theirs = optax.lookahead(optax.sgd(0.1, momentum=0.9), 3, 0.4)
         both = optax.LookaheadParams.init_synced({"w": jax.numpy.asarray(params["w"].numpy())})
         their_state = theirs.init(both)

@@ -7,6 +7,7 @@ import torch
 from fdl import optim, tree
 from tests.optim.test_lion_adan_layerwise import NOISE, START, agree, run, start
 from tests.support.asserts import close
+from tests.support.jax import x64
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -111,8 +112,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def x64():
-    with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True):
+def float64():
+    with x64():
         yield
 
 

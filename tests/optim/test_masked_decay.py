@@ -12,6 +12,7 @@ from torch.func import vmap
 from fdl import io, jit, optim, tree
 from fdl.optim import _foreach
 from tests.support.asserts import close, draw
+from tests.support.jax import x64
 from tests.support.optimizers import (
     MATRICES,
     SHAPES,
@@ -132,7 +133,6 @@ def test_a_run_of_two_groups_continues_with_the_bits_of_a_mask(name):
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adamax"])
 def test_a_mask_equals_that_of_optax(name):
     optax, jax = pytest.importorskip("optax"), pytest.importorskip("jax")
-    jax.config.update("jax_enable_x64", True)
 
     def mask(params):
         return {path: DECAYED[path] for path in params}
@@ -147,18 +147,21 @@ def test_a_mask_equals_that_of_optax(name):
             optax.add_decayed_weights(0.1, mask=mask), optax.adamax(0.05)
         ),
     }[name]()
-    flat = {path: jax.numpy.array(p.numpy()) for path, p in tree.flatten_dict(begin(name)).items()}
-    state = theirs.init(flat)
-    for step in range(20):
-        now = tree.unflatten_dict(
-            {path: torch.tensor(p.tolist(), dtype=torch.float64) for path, p in flat.items()}
-        )
-        grads = {
-            path: jax.numpy.array(g.numpy())
-            for path, g in tree.flatten_dict(grads_at(now, step)).items()
+    with x64():
+        flat = {
+            path: jax.numpy.array(p.numpy()) for path, p in tree.flatten_dict(begin(name)).items()
         }
-        updates, state = theirs.update(grads, state, flat)
-        flat = optax.apply_updates(flat, updates)
+        state = theirs.init(flat)
+        for step in range(20):
+            now = tree.unflatten_dict(
+                {path: torch.tensor(p.tolist(), dtype=torch.float64) for path, p in flat.items()}
+            )
+            grads = {
+                path: jax.numpy.array(g.numpy())
+                for path, g in tree.flatten_dict(grads_at(now, step)).items()
+            }
+            updates, state = theirs.update(grads, state, flat)
+            flat = optax.apply_updates(flat, updates)
     ours, _ = run(
         getattr(optim, name)(weight_decay=0.1, mask=MASK, **OPTIONS[name]), begin(name), 20
     )

@@ -12,6 +12,7 @@ from fdl import losses, nn, optim, random, tree
 from fdl.tree._map import match
 from tests.support import twins
 from tests.support.asserts import close, draw, unchanged
+from tests.support.jax import x64
 
 X, Y = draw(0, 20, 8, 6), torch.arange(160).reshape(20, 8) % 3  # batches, examples, features
 MLP = models.mlp(6, (7,), 3, rates=(0.4,), std=0.5)
@@ -88,7 +89,7 @@ def test_steps_equal_optax():
     def f(params, sin, total):
         return total(sin(params["w"] * params["c"])) + total(params["b"] ** 4) * params["c"] ** 2
 
-    with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(True):
+    with x64():
         climb = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
         theirs = optax.contrib.sam(optax.sgd(0.01, 0.9), climb, opaque_mode=True)
         slope = jax.jit(jax.grad(lambda params, i=0: f(params, jnp.sin, jnp.sum)))

@@ -8,6 +8,7 @@ import torch
 
 from fdl.optim import schedules as ours
 from tests.support.asserts import close
+from tests.support.jax import x64
 
 LR = 0.1
 
@@ -88,8 +89,7 @@ def test_warm_ups_equal_their_formulas(formula, args):
 
 def test_warm_ups_equal_optax():
     jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
-    x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    with x64(True):
+    with x64():
         counts = jax.numpy.arange(300)
         cosine = optax.warmup_cosine_decay_schedule(0.0, LR, 30, 250, 0.01)(counts)
         trapezoid = optax.join_schedules(

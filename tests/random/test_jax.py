@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fdl import random
 from fdl.random import _arithmetic
+from tests.support.jax import x64
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -72,10 +73,6 @@ CASES = [
     *[("binomial", 42, {"n": n, "p": 0.3, "shape": (7,)}, False) for n in (10, 100)],
 ]  # fmt: skip
 CHECKSUM = (28, 60_000)  # seed and size of a permutation recorded by its checksum
-
-
-def x64(on):
-    return (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(on)
 
 
 def jax_key(seed):
