@@ -25,6 +25,8 @@ from fdl._compiler import (
     _inductor,
     _routes,
 )
+from tests.support.programs import turn
+from tests.support.soak import repeats
 from train import recipes
 
 # Tests and the processes that they start share a cache of their own; its extension is kept there.
@@ -42,11 +44,28 @@ def pytest_configure(config: pytest.Config) -> None:
         _skip_what_takes_long()
 
 
+@pytest.hookimpl(trylast=True)  # after -k: what is named alone runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = _of_another_turn(items)
     if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        left_out |= {item for item in items if item.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _of_another_turn(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Find the cases of tests marked `one_in(n)` whose turn it is not; none in `make test-all`."""
+    cases: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if marker := item.get_closest_marker("one_in"):
+            (n,) = marker.args
+            cases.setdefault((item.nodeid.partition("[")[0], repeats(n, 1)), []).append(item)
+    return {
+        item
+        for (_, n), of_one in cases.items()
+        for i, item in enumerate(of_one)
+        if (i + turn()) % min(n, len(of_one))
+    }
 
 
 def _skip_what_takes_long() -> None:
