@@ -21,6 +21,8 @@ from __future__ import annotations
 from fdl.tree._compare import allclose, diff
 from fdl.tree._map import cast, leaves, map, size, stack, to, unstack
 from fdl.tree._paths import Tree, Where, flatten_dict, unflatten_dict
+from fdl.tree._random import random_like, split_key_like
+from fdl.tree._ravel import ravel
 from fdl.tree._split import merge, partition
 from fdl.tree._summary import summary
 
@@ -35,7 +37,10 @@ __all__ = [
     "map",
     "merge",
     "partition",
+    "random_like",
+    "ravel",
     "size",
+    "split_key_like",
     "stack",
     "summary",
     "to",
