@@ -204,6 +204,11 @@ def rebuild(
     if container is None:
         return tensor(path) if node == ["tensor"] else leaf_value(node)
     kind, nodes = container
+    if kind == "mapping":
+        raise ValueError(
+            f"{path!r} is a mapping {node[1]!r}, which a file cannot make; pass like=, a tree with "
+            "this mapping, or with a dict, at the same path"
+        )
     children = {
         name: rebuild(child, tensor, join(path, name), kinds) for name, child in nodes.items()
     }
@@ -213,11 +218,6 @@ def rebuild(
         return OrderedDict(children)
     if kind in ("list", "tuple"):
         return list(children.values()) if kind == "list" else tuple(children.values())
-    if kind == "mapping":
-        raise ValueError(
-            f"{path!r} is a mapping {node[1]!r}, which a file cannot make; pass like=, a tree with "
-            "this mapping, or with a dict, at the same path"
-        )
     if kind not in kinds:
         raise ValueError(
             f"{path!r} is a NamedTuple {kind!r}, which fdl does not know; "

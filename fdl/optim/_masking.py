@@ -12,7 +12,7 @@ from fdl import tree
 from fdl.optim._base import Optimizer, update_of
 from fdl.tree import Tree, Where
 from fdl.tree._map import match
-from fdl.tree._paths import select
+from fdl.tree._paths import as_dicts, select
 from fdl.tree._summary import describe_leaf
 
 Mask = Where | Tree | Callable[[Tree], Tree]  # a tree is one of bools, like the parameters
@@ -258,6 +258,6 @@ def _by_label(
                 **extra,
             )
             updates |= tree.flatten_dict(part_updates)
-        return tree.unflatten_dict(updates, like=params), states
+        return tree.unflatten_dict(updates, like=as_dicts(params)), states  # may have None
 
     return Optimizer(init, update)

@@ -3,7 +3,6 @@
 from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -38,12 +37,12 @@ class Branch(Mapping[str, Any]):
         return self._children.items()
 
 
-def _unflatten(children: Any, names: Any) -> Any:
-    # As for any container of torch's pytree, leaves may be of any type while a tree is mapped.
+def _unflatten(children: Any, names: Any) -> Branch:
+    if any(child is None for child in children):
+        raise TypeError("Branch: expected tensors, got None")
     branch = Branch({})
+    # torch's vmap and vjp rebuild containers with numbers and other objects as leaves.
     branch._children = dict(zip(names, children, strict=True))
-    if any(child is None or isinstance(child, int | str | torch.Size) for child in children):
-        raise TypeError(f"Branch: expected tensors, got {children}")
     return branch
 
 

@@ -137,14 +137,15 @@ def test_a_record_comes_back():
 
 def test_scipy_minimises_a_function_of_a_tree():
     optimize = pytest.importorskip("scipy.optimize")
-    vector, unravel = tree.ravel({"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(())})
+    vector, unravel = tree.ravel({"x": torch.zeros(2), "y": torch.zeros(())})
 
-    def f(p):
+    def f(v):
+        p = unravel(v)
         return ((p["x"] - 3) ** 2).sum() + (p["y"] + 1) ** 2
 
-    back = tree.ravel(tree.cast(unravel(vector), torch.float64))[1]
-    at = lambda v: back(torch.from_numpy(v.copy()))  # noqa: E731
-    found = optimize.minimize(
-        lambda v: f(at(v)).item(), vector.numpy(), jac=lambda v: tree.ravel(grad(f)(at(v)))[0].numpy()
-    )
-    close(at(found.x), {"x": torch.full((2,), 3.0).double(), "y": torch.tensor(-1.0).double()}, atol=1e-6)
+    def value_and_slope(array):  # of float64
+        v = torch.from_numpy(array)
+        return f(v).item(), grad(f)(v).numpy()
+
+    found = unravel(torch.from_numpy(optimize.minimize(value_and_slope, vector, jac=True).x))
+    close(found, {"x": torch.tensor([3.0, 3.0]).double(), "y": torch.tensor(-1.0).double()}, 1e-6)
