@@ -109,18 +109,6 @@ def check_loss(caller: str, loss: Any) -> None:
         ) from None
 
 
-def check_opt(caller: str, opt: Any) -> None:
-    """Raise unless `opt` is an optimizer.
-
-    >>> from fdl import optim
-    >>> check_opt("here", optim.sgd(0.1))
-    """
-    if not isinstance(opt, Optimizer):
-        raise TypeError(
-            f"{caller}: opt must be an optimizer such as optim.sgd(0.1), got {describe(opt)}"
-        )
-
-
 def check_state(caller: str, state: Any) -> None:
     """Raise unless `state` has the fields of a `TrainState`.
 

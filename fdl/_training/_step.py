@@ -12,7 +12,6 @@ from torch.func import grad_and_value
 from fdl import random
 from fdl._training._checks import (
     check_loss,
-    check_opt,
     check_result,
     check_state,
     check_step_metrics,
@@ -23,8 +22,9 @@ from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
 from fdl.metrics._sums import Sums
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._averaging import average_buffers
-from fdl.optim._base import map_grads, upcast, update_of
+from fdl.optim._base import map_grads, upcast
 from fdl.tree import Tree
 
 StepMetrics = Callable[[TrainState, Tree], Metrics]  # (state before the update, gradients)
@@ -32,7 +32,7 @@ StepMetrics = Callable[[TrainState, Tree], Metrics]  # (state before the update,
 
 def train_step(
     loss: Loss,
-    opt: Optimizer,
+    opt: OptimizerLike,
     grad_fn: Callable[..., Any] = grad_and_value,
     metrics: StepMetrics | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -87,9 +87,8 @@ def train_step(
     (['grad_norm', 'loss', 'lr'], tensor(0.1000, dtype=torch.float64))
     """
     check_loss("train_step", loss)
-    check_opt("train_step", opt)
     check_step_metrics("train_step", metrics)
-    opt = Optimizer(opt.init, update_of("train_step", opt))
+    checked = as_optimizer("train_step", opt)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         check_state("train_step", state)
@@ -97,7 +96,7 @@ def train_step(
         grads, (value, (found, buffers)) = differentiate(objective, state, grad_fn)
         value_fn = lambda params: objective(params)[0]  # noqa: E731
         count = example_count(found)
-        new = apply_gradients(opt, state, grads, buffers, value, value_fn, count)
+        new = apply_gradients(checked, state, grads, buffers, value, value_fn, count)
         return new, measure("train_step", metrics, state, grads, found)
 
     return step
