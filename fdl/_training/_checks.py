@@ -18,7 +18,6 @@ from fdl._training._state import TrainState
 from fdl.data import Batch
 from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
-from fdl.optim import Optimizer
 
 
 def as_batch(caller: str, batch: Any) -> Batch:
@@ -84,11 +83,12 @@ def check_loss(caller: str, loss: Any) -> None:
             f"{caller}: loss must be the loss of a model, got {describe(loss)} of fdl itself; "
             "fdl.supervised(model, losses.mse) makes the loss of a model"
         )
-    if isinstance(loss, Optimizer) or not callable(loss) or isinstance(loss, torch.nn.Module):
+    is_opt = hasattr(loss, "init") and hasattr(loss, "update")
+    if is_opt or not callable(loss) or isinstance(loss, torch.nn.Module):
         raise TypeError(
             f"{caller}: loss must be a function (params, batch, *, train, key) -> "
             f"(scalar, metrics), as fdl.supervised makes it, got {describe(loss)}"
-            + ("; the order is train_step(loss, opt)" if isinstance(loss, Optimizer) else "")
+            + ("; the order is train_step(loss, opt)" if is_opt else "")
         )
     if isinstance(loss, type):
         raise TypeError(f"{caller}: loss must be a function, got {describe(loss)}")

@@ -33,8 +33,13 @@ class Optimizer(NamedTuple):
 
     `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is
     the loss, `value_fn` maps parameters to it, and `count` is the number of examples that the loss
-    is the mean of. Most optimizers ignore all three, and an `update` of your own need not have the
-    parameter `count`. A gradient may be `None`: its parameter and slots stay as they are.
+    is the mean of. Most optimizers ignore all three, and an `update` of your own need not have
+    them. A gradient may be `None`: its parameter and slots stay as they are.
+
+    What takes an optimizer takes any pair of functions `(init, update)`, or object with both, such
+    as the transformations of TorchOpt. What the signature of `update` does not have is not passed;
+    if it has `inplace`, that is False. The names of states that files refer to are fdl's own, so
+    load the state of another library with `like=`.
 
     Updates have the dtypes of the parameters. For 16-bit parameters everything is computed and
     stored in float32, and the updates are rounded once, at the end.

@@ -309,7 +309,7 @@ def test_wrappers_stack_and_train_as_one_scan(plain_backend):
             TypeError,
             "lookahead: opt must be an optimizer .* got a NoneType",
         ),
-        (lambda: optim.apply_if_finite(1), TypeError, "apply_if_finite: opt must be .* got 1"),
+        (lambda: optim.apply_if_finite(1), TypeError, "apply_if_finite: opt must be .* got an int"),
         (lambda: optim.accumulate(optim.sgd(), 0), ValueError, "accumulate: k .* least 1, got 0"),
         (lambda: optim.accumulate(optim.sgd(), 2.0), ValueError, "accumulate: k must .* got 2.0"),
         (lambda: optim.lookahead(optim.sgd(), 0), ValueError, "lookahead: sync_period .* got 0"),

@@ -383,8 +383,8 @@ def test_a_frozen_leaf_is_out_of_the_norm_and_stays_as_in_torch(name, absent_fro
     [
         (
             lambda: optim.chain(optim.clip_by_global_norm, optim.sgd()),
-            r"chain: part 0 must be an optimizer .*, got the function clip_by_global_norm; call it: "
-            r"clip_by_global_norm\(...\)",
+            r"chain: part 0 must be an optimizer .*, got the function clip_by_global_norm; "
+            r"call it: clip_by_global_norm\(...\)",
         ),
         (lambda: optim.chain(optim.sgd(), None), "chain: part 1 must be .* got a NoneType"),
         (lambda: optim.chain([optim.sgd()]), r"chain: part 0 must be an optimizer .* got a list"),
