@@ -44,9 +44,11 @@ def train_step(
     Args:
         loss: `(params, batch, *, train, key) -> (scalar, metrics)` or a `StatefulLoss`;
             `supervised` makes either.
-        opt: an optimizer. `optim.loss_scale` scales the objective, not its value or the metrics.
+        opt: an optimizer, of fdl or another pair of functions (see `optim.Optimizer`).
+            `optim.loss_scale` scales the objective, not its value or the metrics.
         grad_fn: the transformation that differentiates: `grad_fn(f, has_aux=True)(params)` returns
-            `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam`.
+            `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam` and
+            `transforms.autograd_grad_and_value`.
         metrics: what to report of the step itself, a function `(state, grads) -> {name: scalar}`
             of the state before the update and the gradients that `opt` receives, divided by the
             loss scale if there is one. A scalar becomes a `Mean` of count 1, which `.sum()`

@@ -425,6 +425,7 @@ NO_ROW = {
     "fdl.supervised": "makes a loss: tests/training",
     "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",
+    "transforms.autograd_grad_and_value": "takes no transformation: tests/transforms",
     "fdl.averaged": "takes a TrainState: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
     "debug.nans": "a context",
