@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -249,6 +250,7 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(),
         ),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
+        "per_batch": Case(metrics.per_batch(F.mse_loss), predictions, grads=(0, 1, 2)),
         "precision_recall_f1": Case(
             lambda x, y, w: [
                 metrics.precision_recall_f1(x, y, w).value,
