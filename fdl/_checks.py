@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,3 +34,16 @@ def describe(x: Any) -> str:
         return f"{type(x).__module__.partition('.')[0]} {x.dtype}{list(x.shape)}"
     name = type(x).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def conversion(x: Any) -> str:
+    """Say how to make a tensor of an array or of a column of a data set; "" for anything else.
+
+    >>> conversion(range(3)), conversion(0.5)
+    ('take the rows of a column, as in d["x"][:]', '')
+    """
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return "convert arrays with interop.from_numpy or interop.from_jax"
+    if isinstance(x, Sequence) and not isinstance(x, str | bytes):  # as those of Hugging Face
+        return 'take the rows of a column, as in d["x"][:]'
+    return ""

@@ -16,6 +16,7 @@ from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
 from fdl.data import Batch
+from fdl.data._forms import batch_of
 from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
 
@@ -34,23 +35,7 @@ def as_batch(caller: str, batch: Any) -> Batch:
     >>> as_batch("here", {"x": torch.zeros(3, 2), "y": torch.zeros(3)}).mask
     ()
     """
-    names = set(batch) if isinstance(batch, Mapping) else None
-    if names in ({"x", "y"}, {"x", "y", "mask"}):
-        batch = Batch(**batch)
-    elif names is None and isinstance(batch, tuple | list) and len(batch) in (2, 3):
-        batch = Batch(batch[0], batch[1], batch[2] if len(batch) == 3 else ())
-    else:
-        got = f"the entries {list(batch)}" if names is not None else describe(batch)
-        raise TypeError(
-            f"{caller}: batch must be Batch(x, y), Batch(x, y, mask), a tuple of these or a dict "
-            f"with the entries x, y and mask, got {got}"
-        )
-    for path, leaf in _leaves(batch):
-        if not isinstance(leaf, Tensor) and hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            raise TypeError(
-                f"{caller}: batch{path} must be a tensor, got {describe(leaf)}; "
-                "convert arrays with interop.from_numpy or interop.from_jax"
-            )
+    batch = batch_of(caller, batch)
     if not isinstance(batch.mask, Tensor):
         return batch
     if batch.mask.shape != (length(batch),):

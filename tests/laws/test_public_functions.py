@@ -363,6 +363,11 @@ TABLE: dict[str, dict[str, Case]] = {
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
         ),
+        "pad_to": Case(
+            lambda x, y, w: [data.pad_to((x, y), 6), data.pad_to((x, y, w), 6)],
+            predictions,
+            (0, 1, 2),
+        ),
         "take": Case(
             lambda x, index: data.take({"x": x, "y": x[:, 0]}, index),
             lambda key: (draw(key, 6, 2), random.permutation(key, 6)),
