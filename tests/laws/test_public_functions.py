@@ -448,6 +448,7 @@ NO_ROW = {
     "interop.from_numpy": "takes arrays: tests/interop/test_arrays.py",
     "interop.to_jax": "gives arrays: tests/interop/test_arrays.py",
     "interop.to_module": "gives a module: tests/interop/test_module.py",
+    "interop.to_sequential": "gives a module: tests/interop/test_to_sequential.py",
     "interop.to_numpy": "gives arrays: tests/interop/test_arrays.py",
     "optim.Optimizer": "a type",
     "optim.State": "a type",
