@@ -207,7 +207,7 @@ LAYERS: dict[str, Callable[[Closed], nn.Module]] = {
     "layer_norm.apply": lambda c: nn.LayerNorm(c["sizes"], eps=c["eps"]),
     "rms_norm.apply": lambda c: nn.RMSNorm(c["sizes"], eps=c["eps"]),
     "_by_groups.apply": lambda c: nn.GroupNorm(c["groups"], c["channels"], c["eps"], c["affine"]),
-    "embedding.apply": lambda c: nn.Embedding(*c["shape"], padding_idx=c["padding"]),
+    "embedding.apply": lambda c: nn.Embedding(c["shape"][0], c["shape"][1], c["padding"]),
     "_dropout.apply": _dropout,
     "_pool.pool": _pool,
     "_adaptive_pool.pool": _adaptive_pool,
