@@ -11,7 +11,7 @@ from torch.func import grad, jvp
 
 from fdl import random, tree
 from fdl._checks import check_positive, describe
-from fdl.testing._trees import check_tolerances, largest, listed
+from fdl.testing._trees import check_tolerances, largest, largest_of, listed
 from fdl.tree import Tree
 from fdl.tree._summary import describe_leaf
 
@@ -40,12 +40,13 @@ def check_grads(
 ) -> None:
     """Raise unless the derivatives of `f` equal central differences.
 
-    The name and the modes are those of `jax.test_util.check_grads`. For each floating leaf of the arguments, the derivative along a random direction of norm 1 is
-    compared with [f(x − 2h) − 8 f(x − h) + 8 f(x + h) − f(x + 2h)] / 12h, h = `eps`, whose error is
-    of the order of h⁴. Forward mode is compared for each output, reverse mode for a random sum of
-    all outputs. Second order does the same with the derivatives of each mode: four compositions.
-    Other leaves, such as keys and labels, are constants. At kinks, such as relu's at 0, differences
-    and derivatives differ rightly: keep 2h away from them.
+    The name and the modes are those of `jax.test_util.check_grads`. For each floating leaf of the
+    arguments, the derivative along a random direction of norm 1 is compared with
+    [f(x − 2h) − 8 f(x − h) + 8 f(x + h) − f(x + 2h)] / 12h, h = `eps`, whose error is of the order
+    of h⁴. Forward mode is compared for each result, reverse mode for a random sum of all results.
+    Second order does the same with the derivatives of each mode: four compositions. Other leaves,
+    such as keys and labels, are constants. At a kink, such as relu's at 0, derivatives rightly
+    differ from differences: keep 2h away.
 
     Args:
         f: a pure function of trees that returns a tree. Its floating results are differentiated.
@@ -151,15 +152,17 @@ def _compare(
     """Yield the derivatives of `g` along a direction of each leaf; `of` says what `g` is."""
     y, steps = g(x), directions(x, 1)
     weights = directions(y, 2)
-    # By rounding alone a difference is wrong by about this.
-    noise = {path: ROUNDING * largest(leaf) / eps for path, leaf in y.items()}
+    # By rounding alone a difference is wrong by about this; derivatives are rounded as the largest
+    # of them are, since small ones may be sums that cancel.
+    sizes = {path: largest_of(y if of else leaf) for path, leaf in y.items()}
+    noise = {path: ROUNDING * size / eps for path, size in sizes.items()}
     of_sum = sum(noise[path] * float(w.abs().sum()) for path, w in weights.items())
     grads = grad(lambda x: weighted_sum(g(x), weights))(x) if "rev" in modes else {}
     for path, v in steps.items():
         slopes = _difference(g, x, path, v, eps)
         if "fwd" in modes:
             tangents = {p: v if p == path else torch.zeros_like(leaf) for p, leaf in x.items()}
-            _, found = jvp(g, (x,), (tangents,))
+            found = jvp(g, (x,), (tangents,))[1]
             for out, slope in slopes.items():
                 tolerance = rtol * max(largest(slope), largest(found[out])) + noise[out]
                 where = f"fwd{of} by {path}" + (f", result {out}" if out else "")

@@ -11,12 +11,13 @@ from torch.func import grad, jvp, vmap
 from fdl import random, tree
 from fdl._checks import describe
 from fdl._compiler import jit, scan
-from fdl.testing._grads import Leaves, directions, on_leaves, weighted_sum
-from fdl.testing._trees import RTOL, check_tolerances, differences, listed
+from fdl.testing._grads import directions, on_leaves, weighted_sum
+from fdl.testing._trees import RTOL, check_tolerances, differences, largest_of, listed
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
 ROWS = 3
+ROUNDING = 1e3  # of gradients, in units of ε times the largest of them
 Law = Callable[[], list[str]]  # -> what contradicts it
 
 
@@ -105,17 +106,22 @@ def _laws(
 def _laws_of_derivatives(
     fn: Callable[..., Tree], args: tuple[Tree, ...], rtol: float | None
 ) -> dict[str, Law]:
-    def grads(*args: Tree) -> Leaves:
+    def grads(*args: Tree) -> Tree:
         x, g = on_leaves("check_laws", fn, args)
-        return grad(lambda x: weighted_sum(y := g(x), directions(y, 2)))(x)
+        return tree.unflatten_dict(grad(lambda x: weighted_sum(y := g(x), directions(y, 2)))(x))
+
+    def near(actual: Tree, expected: Tree) -> list[str]:
+        eps = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(expected))
+        return _near(actual, expected, rtol, ROUNDING * eps * largest_of(expected))
 
     def both_modes() -> list[str]:
         x, g = on_leaves("check_laws", fn, _copies(args))
         v = directions(x, 1)
-        y, slopes = jvp(g, (x,), (v,))
+        y, slopes = g(x), jvp(g, (x,), (v,))[1]
         weights = directions(y, 2)
+        slopes_by_leaf = tree.flatten_dict(grads(*_copies(args)))
         forward, reverse = (
-            float(weighted_sum(*pair)) for pair in ((slopes, weights), (grads(*_copies(args)), v))
+            float(weighted_sum(*pair)) for pair in ((slopes, weights), (slopes_by_leaf, v))
         )
         dtypes = {leaf.dtype for leaf in (*x.values(), *y.values())}
         bound = max(RTOL.get(dtype, 0.0) for dtype in dtypes) if rtol is None else rtol
@@ -126,17 +132,9 @@ def _laws_of_derivatives(
     rows = _rows(args)
     return {
         "jvp = grad": both_modes,
-        "vmap of grad = loop": lambda: _near(
-            vmap(_nested(grads))(*tree.stack(rows)), _loop(_nested(grads), rows), rtol
-        ),
-        "jit of grad = eager": lambda: _near(
-            jit(_nested(grads))(*_copies(args)), _nested(grads)(*_copies(args)), rtol
-        ),
+        "vmap of grad = loop": lambda: near(vmap(grads)(*tree.stack(rows)), _loop(grads, rows)),
+        "jit of grad = eager": lambda: near(jit(grads)(*_copies(args)), grads(*_copies(args))),
     }
-
-
-def _nested(grads: Callable[..., Leaves]) -> Callable[..., Tree]:
-    return lambda *args: tree.unflatten_dict(grads(*args))
 
 
 def _attempt(law: Law) -> list[str]:
@@ -174,8 +172,8 @@ def _loop(fn: Callable[..., Tree], rows: list[tuple[Tree, ...]]) -> Tree:
     return tree.stack([fn(*_copies(row)) for row in rows])
 
 
-def _near(actual: Tree, expected: Tree, rtol: float | None) -> list[str]:
-    return differences(actual, expected, rtol=rtol, of_largest=1, equal_nan=True)
+def _near(actual: Tree, expected: Tree, rtol: float | None, atol: float = 0.0) -> list[str]:
+    return differences(actual, expected, rtol=rtol, atol=atol, of_largest=1, equal_nan=True)
 
 
 def _bits(actual: Tree, expected: Tree) -> list[str]:

@@ -105,7 +105,7 @@ def _mismatches(
 
 
 def _suggestion(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], paths: dict[str, str]
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], paths: Mapping[str, str]
 ) -> list[str]:
     """Suggest names if the parameters that remain have the same shapes in the same order."""
     wanted = {name: path for path, name in paths.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def of_model(
         loss: a function (prediction, y).
         opt: None if there are no steps.
     """
-    objective = supervised(model, loss)
+    objective: Any = supervised(model, loss)
     given = (params, buffers) if isinstance(model, StatefulModel) else (params,)
 
     def forward(train: bool, seed: int) -> Values:

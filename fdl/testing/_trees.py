@@ -174,10 +174,8 @@ def _values(
     relative = gap.flatten()[worst].item() / size if size else math.inf
     where = f"most at {index}" if count > 1 else f"at {index}"
     many = f"{count} of {n} values differ{'s' * (count == 1)}, {where}: " if x.ndim else ""
-    yield (
-        f"{_name(path)}: {many}expected {_number(other)}, got {_number(one)}, relative gap {relative:.2g}"
-        f"{_hint(actual, expected)}"
-    )
+    values = f"expected {_number(other)}, got {_number(one)}, relative gap {relative:.2g}"
+    yield f"{_name(path)}: {many}{values}{_hint(actual, expected)}"
 
 
 def _number(value: Any) -> str:
@@ -207,7 +205,7 @@ def largest(x: Tensor) -> float:
 
 
 def largest_of(values: Tree) -> float:
-    """Return the largest magnitude in a tree, 0 if there is none.
+    """Return the largest finite magnitude in a tree, 0 if there is none.
 
     >>> largest_of({"w": torch.tensor([1.0, -3.0]), "b": torch.tensor(2)})
     3.0
@@ -239,9 +237,10 @@ def _explanations(x: Tensor, y: Tensor) -> Iterator[str]:
         yield "got is all 0"
     elif x.shape == y.shape:
         factor = (x * y.conj()).sum() / (y * y.conj()).sum()
-        if near(x, factor * y):
-            opposite = abs(factor.item() + 1) < 1e-5
-            yield "got has the opposite sign" if opposite else f"got is {factor:.6g} times expected"
+        if near(x, -y):
+            yield "got has the opposite sign"
+        elif near(x, factor * y) and not near(x, y):
+            yield f"got is {factor:.6g} times expected"
     if x.ndim == y.ndim and x.numel() == y.numel() and 2 <= x.ndim <= 4:
         for order in permutations(range(x.ndim)):
             moved = x.permute(order)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fdl import random, tree
+from fdl.testing._laws import equal_bits as equal_bits
 
 
 class Pair(NamedTuple):
@@ -44,13 +45,6 @@ def unchanged(*trees: Any) -> Iterator[None]:
         assert now == spec, "the structure changed"
         for x, y in zip(leaves, old, strict=True):
             assert equal_bits(x, y) if isinstance(x, Tensor) else x is y, "a leaf changed"
-
-
-def equal_bits(x: Tensor, y: Tensor) -> bool:
-    """Equal in dtype, shape and every bit: -0 is not 0, NaN is itself."""
-    same = x.dtype == y.dtype and x.shape == y.shape
-    x, y = (z.detach().contiguous().reshape(-1) for z in (x, y))
-    return same and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
