@@ -122,7 +122,8 @@ def of_module(
     def gradients() -> tuple[Tensor, Tree]:
         module = fresh(train=True).requires_grad_()
         value = value_of(module)
-        value.backward()
+        if value.requires_grad:  # it does not if there are no parameters
+            value.backward()
         slopes = (
             (path, torch.zeros_like(p) if p.grad is None else p.grad)
             for path, p in module.named_parameters()

@@ -136,7 +136,7 @@ def differences(
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             if x.shape == y.shape and x.dtype == y.dtype:
                 lines += _values(path, x, y, rtol, atol, of_largest, equal_nan)
-        elif not equal_nan and x != x:  # diff takes NaN for itself
+        elif not equal_nan and x != x and y != y:  # diff takes NaN for itself
             lines.append(f"{_name(path)}: expected {y!r}, got {x!r}; equal_nan=True allows it")
     return sorted(lines)
 
