@@ -57,7 +57,7 @@ def check_laws(fn: Callable[..., Tree], *args: Tree, rtol: float | None = None) 
     >>> with fdl.disable_jit():              # only to keep this example short
     ...     check_laws(counted, x)
     Traceback (most recent call last):
-    AssertionError: check_laws: 6 of 8 laws do not hold for the function counted
+    AssertionError: check_laws: 7 of 8 laws do not hold for the function counted
     ...
     """
     if not callable(fn):
