@@ -62,7 +62,7 @@ def check_laws(fn: Callable[..., Tree], *args: Tree, rtol: float | None = None) 
     """
     if not callable(fn):
         raise TypeError(f"check_laws: fn must be a function, got {describe(fn)}")
-    check_tolerances("check_laws", rtol=rtol)
+    check_tolerances("check_laws", rtol=rtol or 0.0)
     check_tensors(tree.leaves(args), args, "check_laws: each leaf of the arguments")
     if not tree.leaves(args):
         raise ValueError("check_laws: the arguments must have at least one tensor, got none")

@@ -55,7 +55,8 @@ def check_equals_module(
     Args:
         model: the port.
         module: the original; its own values are the start. Its forward takes `x`, as the model's
-            `apply` does: of several inputs make one in a small module around it.
+            `apply` does: of several inputs make one in a small module around it. Submodules in
+            evaluation mode, while it is itself in training mode, are frozen and stay so.
         batch: a `Batch` or a pair (x, y), without a mask; floating values are cast to float64.
         loss: a function (prediction, y) for both, as `supervised` takes it; or a pair: that of the
             model, and that of the module.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fdl import tree
+from fdl._checks import describe
 from fdl.testing._trees import listed
 from fdl.tree import Tree
 from fdl.tree._paths import join
@@ -69,6 +70,11 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
 
 
 def _check_names(names: Mapping[str, str], paths: list[str]) -> None:
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            "check_equals_module: names must be a dict from paths of the model to those of the "
+            f"module, got {describe(names)}"
+        )
     unknown = [name for name in names if all(_renamed(path, {name: ""}) == path for path in paths)]
     if unknown:
         raise ValueError(

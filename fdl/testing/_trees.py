@@ -64,7 +64,7 @@ def assert_trees_close(
     AssertionError: assert_trees_close: 1 difference
       w: expected float32[2, 3], got float32[3, 2]; got.permute(1, 0) is expected
     """
-    check_tolerances("assert_trees_close", rtol=rtol, atol=atol)
+    check_tolerances("assert_trees_close", rtol=rtol or 0.0, atol=atol)
     lines = differences(actual, expected, rtol=rtol, atol=atol, equal_nan=equal_nan)
     if lines:
         count = f"{len(lines)} difference{'s' * (len(lines) > 1)}"
@@ -72,13 +72,11 @@ def assert_trees_close(
 
 
 def check_tolerances(caller: str, **tolerances: Any) -> None:
-    """Raise unless each tolerance is None or a finite number that is not negative.
+    """Raise unless each tolerance is a finite number that is not negative.
 
-    >>> check_tolerances("here", rtol=1e-6, atol=None)
+    >>> check_tolerances("here", rtol=1e-6, atol=0)
     """
     for name, value in tolerances.items():
-        if value is None:
-            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{caller}: {name} must be a number, got {describe(value)}")
         if not 0 <= value < math.inf:

@@ -9,7 +9,8 @@ import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fdl import random, tree
+from fdl import random
+from fdl.testing import assert_trees_close
 from fdl.testing._laws import equal_bits as equal_bits
 
 
@@ -65,5 +66,4 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
-    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
-    assert not differences, "\n".join(differences)
+    assert_trees_close(got, expected, rtol=rtol, atol=1e-7, equal_nan=True)

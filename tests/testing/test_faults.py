@@ -31,6 +31,11 @@ def test_the_table_has_a_row_for_each_fault_and_each_fault_is_found():
     assert all(set(row.split("|")[2:-1]) != {"  "} for row in ROWS[1:])
 
 
+def test_the_readme_has_their_number():
+    readme = (faults.PAGE.parents[1] / "README.md").read_text()
+    assert f"each of {len(faults.FAULTS)} planted faults" in readme
+
+
 def without_numbers(text):
     """The last digits depend on the machine."""
     return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", text)

@@ -241,6 +241,9 @@ ERRORS = {
     "a mask": (
         lambda: check(port(), batch=(*BATCH, torch.ones(8))), ValueError, "batch must have no mask"
     ),
+    "names": (
+        lambda: check(port(), names=["0"]), TypeError, "names must be a dict .*, got a list"
+    ),
     "a batch": (lambda: check(port(), batch=BATCH[0]), TypeError, "batch must be Batch"),
 }  # fmt: skip
 
