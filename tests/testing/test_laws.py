@@ -26,15 +26,10 @@ def broken(fn, *args):
 
 @pytest.mark.slow
 def test_a_loss_keeps_all_laws(plain_backend):
-    model = nn.sequential(nn.linear(3, 2), nn.dropout(0.5))
-    params = tree.cast(model.init(random.key(0)), torch.float64)
-
-    def loss(params, x, key):
-        return model.apply(params, x, train=True, key=key).square().sum()
-
-    args = params, draw(1, 4, 3), random.key(1)
+    model = nn.sequential(nn.linear(3, 2), nn.tanh)
+    args = tree.cast(model.init(random.key(0)), torch.float64), draw(1, 4, 3)
     with unchanged(args):
-        assert check_laws(loss, *args) == OF_VALUES + OF_DERIVATIVES
+        assert check_laws(model.apply, *args) == OF_VALUES + OF_DERIVATIVES
 
 
 def test_a_training_step_keeps_all_laws():
