@@ -28,17 +28,22 @@ from fdl._compiler import (
 )
 from fdl.testing import Programs
 from tests.support.programs import turn
-from tests.support.soak import repeats
 from train import recipes
 
 # Tests and the processes that they start share a cache of their own; its extension is kept there.
 if place := _cache.folder():
     os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
+IN_TURN = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what is marked slow")
+    parser.addoption(
+        "--in-turn",
+        action="store_true",
+        help=f"run one in {IN_TURN} of the slow tests, others whenever a file of fdl changes",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,28 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
         _skip_what_takes_long()
 
 
-@pytest.hookimpl(trylast=True)  # after -k: what is named alone runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = _of_another_turn(items)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    kept = slow
     if config.getoption("--quick"):
-        left_out |= {item for item in items if item.get_closest_marker("slow")}
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        kept = []
+    elif config.getoption("--in-turn"):
+        kept = slow[turn() % IN_TURN :: IN_TURN]
+    left_out = set(slow) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
     items[:] = [item for item in items if item not in left_out]
-
-
-def _of_another_turn(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Find the cases of tests marked `one_in(n)` whose turn it is not; none in `make test-all`."""
-    cases: dict[tuple[str, int], list[pytest.Item]] = {}
-    for item in items:
-        if marker := item.get_closest_marker("one_in"):
-            (n,) = marker.args
-            cases.setdefault((item.nodeid.partition("[")[0], repeats(n, 1)), []).append(item)
-    return {
-        item
-        for (_, n), of_one in cases.items()
-        for i, item in enumerate(of_one)
-        if (i + turn()) % min(n, len(of_one))
-    }
 
 
 def _skip_what_takes_long() -> None:
