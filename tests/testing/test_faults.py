@@ -11,7 +11,6 @@ from tests.support import faults
 ROWS = [line for line in faults.PAGE.read_text().splitlines() if line.startswith("| ")]
 
 
-@pytest.mark.one_in(14)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_each_check_finds_what_the_table_says(name, plain_backend):

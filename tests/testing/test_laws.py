@@ -42,6 +42,14 @@ def test_a_training_step_keeps_all_laws():
         assert check_laws(step, state, batch) == OF_VALUES + OF_DERIVATIVES
 
 
+def test_a_derivative_that_is_rounding_alone_breaks_no_law():
+    def f(x, shift):
+        return (x + shift).softmax(0).sin()  # does not depend on the shift
+
+    with fdl.disable_jit():
+        check_laws(lambda shift: f(X.flatten(), shift), torch.tensor(0.3, dtype=torch.float64))
+
+
 def test_without_floating_values_there_are_no_laws_of_derivatives(plain_backend):
     assert check_laws(lambda key: random.split(key, 3), random.key(0)) == OF_VALUES
     assert check_laws(lambda x: x > 0, X) == OF_VALUES
