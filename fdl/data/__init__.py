@@ -24,6 +24,7 @@ from fdl.data._augment import (
 )
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
+from fdl.data._forms import pad_to
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
 from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
@@ -45,6 +46,7 @@ __all__ = [
     "fashion_mnist_sample",
     "mixup",
     "normalize",
+    "pad_to",
     "poisson_indices",
     "random_affine",
     "random_brightness",

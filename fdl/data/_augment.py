@@ -183,8 +183,10 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     _check_axes("normalize", x)
     for name, tensor in (("mean", mean), ("std", std)):
         if tensor.shape != x.shape[-3:-2]:
-            expected, got = list(x.shape[-3:-2]), list(tensor.shape)
-            raise ValueError(f"normalize: {name} must be [channels], {expected}, got {got}")
+            raise ValueError(
+                f"normalize: {name} must be [channels], {list(x.shape[-3:-2])}, "
+                f"got {list(tensor.shape)}"
+            )
     mean, std = (tensor.to(x.dtype)[:, None, None] for tensor in (mean, std))
     return (x - mean) / std
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fdl import random
 from fdl._checks import describe
 from fdl.data._augment import check_images, check_range
+from fdl.data._forms import batch_of
 from fdl.data._types import Batch
 from fdl.random import Key
 
@@ -22,8 +23,8 @@ def mixup(key: Key, batch: Batch, alpha: float, classes: int) -> Batch:
 
     Args:
         key: a key, int64 [2].
-        batch: images `[batch, channels, height, width]`, floating, with labels `[batch]`, or with
-            probabilities `[batch, classes]`, such as another mixture has.
+        batch: a batch in any form: images `[batch, channels, height, width]`, floating, with labels
+            `[batch]`, or with probabilities `[batch, classes]`, such as another mixture has.
         alpha: of the distribution of λ, positive; small ones leave most images nearly unmixed.
         classes: number of classes.
 
@@ -59,8 +60,8 @@ def cutmix(key: Key, batch: Batch, alpha: float, classes: int) -> Batch:
 
     Args:
         key: a key, int64 [2].
-        batch: images `[batch, channels, height, width]`, floating, with labels `[batch]`, or with
-            probabilities `[batch, classes]`.
+        batch: a batch in any form: images `[batch, channels, height, width]`, floating, with labels
+            `[batch]`, or with probabilities `[batch, classes]`.
         alpha: of the distribution of λ, positive; 1 makes it uniform.
         classes: number of classes.
 
@@ -105,7 +106,7 @@ def _parts(
     caller: str, key: Key, batch: Batch, alpha: float, classes: int
 ) -> tuple[Tensor, Tensor, Tensor | tuple[()]]:
     """Check the arguments; return images, probabilities `[batch, classes]` and mask."""
-    x, y, mask = Batch(*batch) if isinstance(batch, tuple) and len(batch) in (2, 3) else (None,) * 3
+    x, y, mask = batch_of(caller, batch)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError(f"{caller}: batch must be a Batch of two tensors, got {describe(batch)}")
     check_images(caller, key, x)

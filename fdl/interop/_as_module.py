@@ -14,6 +14,7 @@ from fdl.interop import _closures
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import as_dicts
 
 KEYS = 2**32  # a key is two numbers below this
 
@@ -55,14 +56,24 @@ def as_module(model: Model | StatefulModel, params: Tree, buffers: Tree | None =
     >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     """
     check_model("as_module", model)
-    if isinstance(model, StatefulModel) != (buffers is not None):
-        kind = type(model).__name__
-        raise ValueError(
-            f"as_module: buffers must be those of the model, which is a {kind}, got none"
-            if buffers is None
-            else f"as_module: the model is a {kind}, which has no buffers; leave them out"
-        )
+    check_buffers("as_module", model, buffers)
     return ModelModule(model, params, {} if buffers is None else buffers)
+
+
+def check_buffers(caller: str, model: Model | StatefulModel, buffers: Tree | None) -> None:
+    """Raise unless there are buffers if and only if the model has some.
+
+    >>> from fdl import nn
+    >>> check_buffers("here", nn.linear(3, 2), None)
+    """
+    if isinstance(model, StatefulModel) == (buffers is not None):
+        return
+    kind = type(model).__name__
+    raise ValueError(
+        f"{caller}: buffers must be those of the model, which is a {kind}, got none"
+        if buffers is None
+        else f"{caller}: the model is a {kind}, which has no buffers; leave them out"
+    )
 
 
 class _Held:
@@ -119,7 +130,7 @@ class ModelModule(nn.Module):
                     f"as_module: {kind} at {path!r} cannot be registered: {error.args[0]}; rename "
                     "the layer"
                 ) from None
-        return unflatten_dict({path: path for path in leaves}, like=values)
+        return unflatten_dict({path: path for path in leaves}, like=as_dicts(values))
 
     def _values(self, paths: Tree) -> Tree:
         return tree.map(lambda path: operator.attrgetter(path)(self), paths)

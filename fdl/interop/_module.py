@@ -88,7 +88,7 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     def call(
         values: list[Tree], inputs: Any, options: Any, train: bool, key: Any, record: Any
     ) -> Any:
-        flat = [_flat(tree) for tree in values]
+        flat = [flatten_dict(tree) for tree in values]
         for kind, leaves, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", leaves, expected)
         owned = {
@@ -171,17 +171,22 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
     tensor([0., 0.], requires_grad=True)
     """
     _check_is_module(module, "to_module")
+    return with_values("to_module", params, module, buffers)
+
+
+def with_values(caller: str, params: Tree, module: nn.Module, buffers: Tree | None) -> nn.Module:
+    """Copy a module with other values, as `to_module` does; `caller` begins error messages."""
     memo: dict[int, Any] = {}
     pairs: list[tuple[str, Tree, dict[str, Any]]] = [
         ("params", params, dict(module.named_parameters())),
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
     for kind, values, own in pairs:
-        leaves = _flat(values)
+        leaves = flatten_dict(values)
         for path, x in leaves.items():
             if not isinstance(x, Tensor):
-                raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
-        _check_values(f"to_module: {kind}", leaves, {path: x.shape for path, x in own.items()})
+                raise TypeError(f"{caller}: {kind} at {path!r} must be a tensor, got {x!r}")
+        _check_values(f"{caller}: {kind}", leaves, {path: x.shape for path, x in own.items()})
         for path, old in own.items():
             new = leaves[path].detach().clone()
             is_parameter = isinstance(old, nn.Parameter)
@@ -214,13 +219,6 @@ def _shell(module: nn.Module, train: bool) -> nn.Module:
     shell = _Shell(copy.deepcopy(module, stand_ins))
     # Submodules in eval mode within a training module are frozen: keep the flags.
     return shell if train and module.training else shell.train(train)
-
-
-def _flat(values: Tree) -> dict[str, Any]:
-    """Map paths to values; flat dicts such as `dict(module.named_parameters())` stay flat."""
-    if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
-        return dict(values)
-    return flatten_dict(values)
 
 
 def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:

@@ -116,7 +116,8 @@ def test_a_step_trains_on_mixed_batches(plain_backend):
 @pytest.mark.parametrize(
     ("batch", "options", "error", "message"),
     [
-        (images(), {}, TypeError, "batch must be a Batch of two tensors"),
+        (images(), {}, TypeError, "batch must be Batch"),
+        (Batch(images(), {"a": LABELS}), {}, TypeError, "batch must be a Batch of two tensors"),
         (Batch(images().byte(), LABELS), {}, TypeError, "x must be floating, got uint8"),
         (Batch(images()[0], LABELS), {}, ValueError, "x must be .batch, channels"),
         (Batch(images(), LABELS[:3]), {}, ValueError, r"labels \[12\], or probabilities \[12, 4\]"),

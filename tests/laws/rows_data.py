@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fdl import data, random
-from tests.laws.rows import Case, draw, labelled_rows, with_keys
+from tests.laws.rows import Case, draw, labelled_rows, predictions, with_keys
 
 
 def mixing(mix: Callable[..., Any]) -> Case:
@@ -50,6 +50,11 @@ DATA: dict[str, Case] = {
     "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
     "synthetic_linear": with_keys(
         lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
+    ),
+    "pad_to": Case(
+        lambda x, y, w: [data.pad_to((x, y), 6), data.pad_to((x, y, w), 6)],
+        predictions,
+        (0, 1, 2),
     ),
     "take": Case(
         lambda x, index: data.take({"x": x, "y": x[:, 0]}, index),
