@@ -16,6 +16,10 @@ def right(y):
     return 1 - y * y
 
 
+def normalised(x):
+    return (x - x.mean(0)) / x.std(0)
+
+
 RIGHT = {
     "tree of arguments": (
         lambda p, x: (p["w"] @ x).sin() + p["b"], {"w": draw(2, 3, 4), "b": draw(3, 3)}, X
@@ -26,6 +30,10 @@ RIGHT = {
         random.key(1), draw(4, 3, 4), torch.tensor([0, 3, 1]),
     ),
     "a leaf without influence": (lambda a, b: a.sin(), X, draw(5, 2)),
+    "a bias before a norm: its gradient is rounding": (
+        lambda w, b, x: normalised(1e3 * x * w + b).sin(),
+        draw(6, 3), draw(7, 3), draw(8, 6, 3),
+    ),
     "linear: the second derivative is 0": (lambda x: 3 * x, X),
     "small": (lambda x: 1e-9 * x.sin(), X),
     "large": (lambda x: 1e9 * x.sin(), X),
@@ -92,6 +100,10 @@ def test_a_layer_and_a_step_of_another_size():
 
 NOTHING = {
     "a constant": (lambda x: torch.ones(2, dtype=torch.float64), X),
+    "a shift that is taken away": (
+        lambda x: (X + x - (X + x).mean()).sin(),
+        torch.tensor(0.3, dtype=torch.float64),
+    ),
     "all detached by rounding": (lambda x: x.round(), X),
 }
 
