@@ -26,6 +26,7 @@ from fdl._compiler import (
     _inductor,
     _routes,
 )
+from fdl._modes import disabled
 from fdl.testing import Programs
 from tests.support.programs import turn
 from train import recipes
@@ -104,6 +105,7 @@ def _settings() -> dict[str, Any]:
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
+        "eager": disabled.get(),
         "float64 of JAX": jax is not None and jax.config.read("jax_enable_x64"),
         "folder": os.getcwd(),
     }

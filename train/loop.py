@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -203,7 +203,7 @@ def epochs(
     *,
     stopped: Callable[[], bool],
     on_chunk: Callable[[TrainState, Progress, int, float], None],
-) -> Iterator[Epoch]:
+) -> Generator[Epoch]:
     """Train and yield after each epoch; the `end` of the last one tells how the run ended.
 
     Args:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +202,7 @@ def train(run: Run) -> int:
                 if checkpointer.due() and not stopped():  # a stopped run saves anyway
                     save(state, progress, {})
 
-            left = loop.epochs(
+            epochs = loop.epochs(
                 run.problem,
                 config,
                 run.plan,
@@ -213,19 +213,20 @@ def train(run: Run) -> int:
                 stopped=stopped,
                 on_chunk=on_chunk,
             )
-            for epoch in () if out_of_patience(config, records) else left:
-                if epoch.examples:  # 0 if the first step of an epoch diverged
-                    records.append(record_of(epoch))
-                    if run.first:
-                        run_folder.append_metrics(folder, records[-1])
-                    bar.write(line(records[-1], config.epochs))
-                last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
-                better = config.patience and best_epoch(records) == epoch.progress.epoch
-                last |= out_of_patience(config, records)
-                if epoch.end != "diverged" and (last or better or checkpointer.due()):
-                    save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
-                if out_of_patience(config, records):
-                    break
+            with closing(epochs):  # which may be left before its end
+                for epoch in () if out_of_patience(config, records) else epochs:
+                    if epoch.examples:  # 0 if the first step of an epoch diverged
+                        records.append(record_of(epoch))
+                        if run.first:
+                            run_folder.append_metrics(folder, records[-1])
+                        bar.write(line(records[-1], config.epochs))
+                    last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
+                    better = config.patience and best_epoch(records) == epoch.progress.epoch
+                    last |= out_of_patience(config, records)
+                    if epoch.end != "diverged" and (last or better or checkpointer.due()):
+                        save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
+                    if out_of_patience(config, records):
+                        break
         checkpointer.wait()
         code = finish(run, epoch, records)
         return os.EX_TEMPFAIL if code == 130 and terminated() else code
