@@ -22,7 +22,7 @@ def split_key_like(key: Tensor, tree: Tree) -> Tree:
 
     Leaf i, with the keys of every dict in sorted order as in JAX, gets `random.split(key, n)[i]`,
     so the order in which a dict was filled does not matter. The keys are those of
-    `optax.tree_utils.tree_split_key_like`.
+    `optax.tree_utils.tree_split_key_like`, but for an `OrderedDict`, whose order JAX keeps.
 
     Args:
         key: a key, int64 [2].

@@ -22,8 +22,9 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
 
     Equals `jax.flatten_util.ravel_pytree`: the keys of every dict count in sorted order, so that
     the vectors of parameters and gradients fit each other, whatever the order in which they were
-    filled. Leaves of several dtypes are converted to the one that torch promotes them to, in which
-    a large int64 may lose bits; `partition` splits a tree before.
+    filled. (So do those of an `OrderedDict`, whose order JAX keeps.) Leaves of several dtypes are
+    converted to the one that torch promotes them to, in which a large int64 may lose bits;
+    `partition` splits a tree before.
 
     It can be differentiated, mapped and compiled, and so can `unravel`, of which all results have
     memory of their own.
