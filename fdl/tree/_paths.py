@@ -183,7 +183,8 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
 
     Raises:
         ValueError: the paths are not those of `like` (each is listed), or a path is both a leaf and
-            a container.
+            a container, or has an empty part.
+        TypeError: a path is not a string.
 
     >>> unflatten_dict({"fc.0.weight": 1, "fc.0.bias": 2})
     {'fc': {'0': {'weight': 1, 'bias': 2}}}
@@ -204,7 +205,7 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
         return flat[""]
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
-        *branches, last = path.split(".")
+        *branches, last = check_key("tree.unflatten_dict", path).split(".")
         node = tree
         for depth, branch in enumerate(branches, start=1):
             node = node.setdefault(branch, {})

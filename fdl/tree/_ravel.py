@@ -52,7 +52,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     leaves, structure = flatten(tree)
     check_tensors(leaves, tree, "tree.ravel: every leaf")
     if not leaves:
-        return torch.zeros(0), partial(_unravel, structure, [], [], [], None)
+        return torch.zeros(0, dtype=torch.float32), partial(_unravel, structure, [], [], [], None)
     order = sorted_order(tree)
     dtypes = [leaf.dtype for leaf in leaves]
     common = reduce(torch.promote_types, dtypes)
