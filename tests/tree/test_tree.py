@@ -109,7 +109,7 @@ def test_unflatten_builds_nested_dicts():
     assert tree.unflatten_dict({"": 1}) == 1
     with pytest.raises(ValueError, match=r"tree.unflatten_dict: .* each dot, got 'a\.\.w'"):
         tree.unflatten_dict({"a..w": 1})
-    with pytest.raises(TypeError, match="tree.unflatten_dict: a dict key must be a str, got 0"):
+    with pytest.raises(TypeError, match=r"tree.unflatten_dict: a dict key must be a str, got 0"):
         tree.unflatten_dict({0: 1})
 
 
