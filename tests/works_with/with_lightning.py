@@ -12,9 +12,15 @@ rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_s
 step = fdl.jit(fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt))
 
 
-# Recipe
-class Run(lightning.LightningModule):
+class Manual(lightning.LightningModule):
     automatic_optimization = False
+
+    def configure_optimizers(self):
+        return None
+
+
+# Recipe
+class Run(Manual):
     state = fdl.TrainState.create(model, opt, key=random.key(0))
 
     def training_step(self, batch, index):
@@ -27,15 +33,11 @@ class Run(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint):
         self.state = fdl.tree.unflatten_dict(checkpoint["state"], like=self.state)
 
-    def configure_optimizers(self):
-        return None
 
-
+# Check
 run = Run()
 trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False)
 trainer.fit(run, rows)
 trainer.save_checkpoint("run.ckpt")
-
-# Check
 again = Run.load_from_checkpoint("run.ckpt", weights_only=True)
 assert run.state.step == 8 and not fdl.tree.diff(again.state, run.state)
