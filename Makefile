@@ -22,11 +22,11 @@ gpu:
 quick: $(VENV)/ready
 	$(VENV)/bin/python $(PYTEST) --quick
 
-# Everything that must hold: lint, types, tests.
+# What must hold: lint, types, tests. Of the slow tests a quarter, others whenever the library changes.
 test: lint
-	$(VENV)/bin/python $(PYTEST)
+	$(VENV)/bin/python $(PYTEST) --in-turn
 
-# The same, where what is repeated is repeated many times: before a release.
+# All tests, and what is repeated is repeated many times: before a release.
 test-all: lint
 	FDL_SOAK=1 $(VENV)/bin/python $(PYTEST)
 
@@ -44,7 +44,7 @@ quick-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python $(PYTEST) --quick
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python $(PYTEST)
+	$(OLDEST)/bin/python $(PYTEST) --in-turn
 
 # The recipes of docs/works-with.md, with the libraries that they are for.
 works-with: $(WORKS)/ready

@@ -25,16 +25,23 @@ from fdl._compiler import (
     _inductor,
     _routes,
 )
+from tests.support.programs import turn
 from train import recipes
 
 # Tests and the processes that they start share a cache of their own; its extension is kept there.
 if place := _cache.folder():
     os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
+IN_TURN = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what is marked slow")
+    parser.addoption(
+        "--in-turn",
+        action="store_true",
+        help=f"run one in {IN_TURN} of the slow tests, others whenever a file of fdl changes",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,10 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    kept = slow
     if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        kept = []
+    elif config.getoption("--in-turn"):
+        kept = slow[turn() % IN_TURN :: IN_TURN]
+    left_out = set(slow) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _skip_what_takes_long() -> None:

@@ -25,6 +25,7 @@ from fdl.metrics._sums import Sums
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
 from fdl.optim._averaging import average_buffers
 from fdl.optim._base import map_grads, upcast, update_of
+from fdl.optim._loss_scale import keep_finite
 from fdl.tree import Tree
 
 StepMetrics = Callable[[TrainState, Tree], Metrics]  # (state before the update, gradients)
@@ -162,6 +163,7 @@ def apply_gradients(
 ) -> TrainState:
     """Return the state after one update."""
     extra = {} if count is None else {"count": count}
+    buffers = keep_finite(state.opt_state, state.buffers, buffers)
     updates, opt_state = opt.update(
         grads, state.opt_state, state.params, value=value, value_fn=value_fn, **extra
     )

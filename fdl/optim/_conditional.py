@@ -43,6 +43,7 @@ def apply_if_finite(opt: Optimizer) -> Optimizer:
 
     The updates are then 0, the state of `opt` does not change, and `skipped` in the state is one
     higher. New parameters are tested in their own dtype, if they were finite before the update.
+    `train_step` then keeps the old buffers too, if new ones are not finite.
 
     Args:
         opt: applied when everything is finite.

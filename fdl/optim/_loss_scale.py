@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fdl import tree
 from fdl._kinds import register
 from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast, update_of
 from fdl.optim._conditional import FiniteState
@@ -49,8 +50,8 @@ def loss_scale(
     in a row it is multiplied by `growth_factor`, unless it would overflow float32. These are the
     rules of `torch.amp.GradScaler`, except that the scale does not fall below 2⁻²⁴, the smallest
     number of float16 (or `init`, if that is less), while torch's falls to 0. `train_step` scales
-    the loss itself; a loop of your own differentiates `value * optim.loss_scale_of(state)` and
-    passes the unscaled `value`.
+    the loss itself, and keeps the old buffers if new ones are not finite; a loop of your own
+    differentiates `value * optim.loss_scale_of(state)` and passes the unscaled `value`.
 
     Put clipping and everything else that depends on gradients inside:
     `loss_scale(chain(clip, sgd))`. Source: Micikevicius et al., Mixed Precision Training, 2018,
@@ -156,3 +157,29 @@ def loss_scale_of(state: Tree) -> Tensor | None:
             )
         scale = node.scale
     return None if scale is None else scale.clone()
+
+
+def keep_finite(state: Tree, old: Tree, new: Tree) -> Tree:
+    """Keep the old buffers where an update that skips bad gradients goes with bad new buffers.
+
+    A batch with a NaN leaves one in the running statistics too, for good. Buffers that stay finite
+    are the new ones even if the update was skipped, as with torch's `GradScaler`.
+
+    Args:
+        state: of an optimizer; without `apply_if_finite` and `loss_scale` the new buffers are kept.
+        old: the buffers before the step.
+        new: those after it.
+
+    >>> from fdl import optim
+    >>> state = optim.apply_if_finite(optim.sgd(0.1)).init({})
+    >>> keep_finite(state, {"mean": torch.ones(1)}, {"mean": torch.tensor([torch.nan])})
+    {'mean': tensor([1.])}
+    """
+    skips = (FiniteState, LossScaleState)
+    nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, (State, *skips)))
+    pairs = list(zip(tree.leaves(old), tree.leaves(new), strict=True))
+    numbers = [(o, n) for o, n in pairs if o.is_floating_point() or o.is_complex()]
+    if not numbers or not any(isinstance(node, skips) for node in nodes):
+        return new
+    spoiled = [(torch.isfinite(o) & ~torch.isfinite(n)).any() for o, n in numbers]
+    return tree_where(~torch.stack(spoiled).any(), new, old)

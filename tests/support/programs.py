@@ -1,6 +1,7 @@
 """The programs in `tests/programs`: their form, and the ways in which each is run."""
 
 import contextlib
+import functools
 import importlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -212,6 +213,7 @@ def forms(program: Program) -> list[str]:
     return [form for form in FORMS if not form.startswith(left_out)]
 
 
+@functools.cache
 def turn() -> int:
     """A number that changes with every change of the library, and is the same until then."""
     sources = sorted(Path(fdl.__file__).parent.rglob("*.py"))

@@ -356,3 +356,50 @@ def test_parameters_in_other_containers_raise():
         ValueError, match=r"create: params do not fit.*\n  : expected dict, got list"
     ):
         fdl.TrainState.create(model, optim.sgd(0.1), key=random.key(0), params=[params["0"]])
+
+
+# ------------------------------------------------------------------------------ bad batches
+
+
+@pytest.mark.parametrize("form", ["eager", "jit", "vmap"])
+@pytest.mark.parametrize("guard", [optim.apply_if_finite, optim.loss_scale])
+def test_a_skipped_batch_of_nan_leaves_buffers_and_their_average(guard, form, plain_backend):
+    """A batch with a NaN would stay in the running statistics for ever."""
+    model = nn.sequential(nn.batch_norm(3), nn.linear(3, 2))
+    opt = optim.chain(guard(optim.sgd(0.1)), optim.params_ema(0.9, buffers=True))
+    state = fdl.TrainState.create(model, opt, key=KEY)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
+    step = {"eager": lambda f: f, "jit": fdl.jit, "vmap": one_of_two}[form](step)
+    x = X.float()
+    good, _ = step(state, (x, LABELS))
+    bad, _ = step(good, (torch.where(x == x[0, 0], torch.nan, x), LABELS))
+    for before, after in ((good.params, bad.params), (good.buffers, bad.buffers)):
+        assert tree.diff(before, after) == []
+    assert tree.diff(fdl.averaged(good)[1], fdl.averaged(bad)[1]) == []
+    after, _ = step(bad, (x, LABELS))
+    assert tree.diff(after.buffers, good.buffers) != []
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(after))
+
+
+def one_of_two(step):
+    """Step two members of a population, one of them on other data; return the first."""
+
+    def call(state, batch):
+        other = (torch.ones_like(batch[0]), batch[1])
+        states, batches = tree.stack([state, state]), tree.stack([batch, other])
+        return tree.map(lambda leaf: leaf[0], torch.vmap(step)(states, batches))
+
+    return call
+
+
+def test_an_overflow_of_the_loss_scale_moves_finite_buffers_as_in_torch():
+    """The forward pass was right: torch's `GradScaler` leaves its statistics alone."""
+    model = nn.sequential(nn.batch_norm(3), nn.linear(3, 2))
+    opt = optim.loss_scale(optim.sgd(0.1), init=2.0**127)
+    state = fdl.TrainState.create(model, opt, key=KEY)
+    step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
+    new, _ = step(state, (X.float() * 100, LABELS))
+    assert tree.diff(new.params, state.params) == []
+    twin = torch.nn.BatchNorm1d(3)
+    twin(X.float() * 100)
+    close(new.buffers["0"]["running_mean"], twin.running_mean, rtol=1e-6)
