@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,29 @@ def describe(x: Any) -> str:
         return f"{type(x).__module__.partition('.')[0]} {x.dtype}{list(x.shape)}"
     name = type(x).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def describe_value(x: object) -> str:
+    """Describe an argument by its value, if it is a number; a tensor by dtype and shape.
+
+    >>> describe_value(0.5), describe_value(torch.zeros(2))
+    ('0.5 (float)', 'a tensor, float32 of shape (2,)')
+    """
+    if isinstance(x, Tensor):
+        return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):  # an array, whose values may be many lines
+        return describe(x)
+    return f"{x!r} ({type(x).__name__})"
+
+
+def check_key(caller: str, key: Tensor) -> None:
+    """Raise unless `key` is a random key, and name the likely mistake."""
+    got = describe_value(key)
+    expected = f"{caller}: `key` expected a key, an int64 tensor of shape (2,), got {got}"
+    if isinstance(key, int):
+        raise TypeError(f"{expected}; make a key from a seed with random.key({key})")
+    if not isinstance(key, Tensor) or key.dtype != torch.int64:
+        raise TypeError(f"{expected}; make one with random.key(seed)")
+    if key.shape != (2,):
+        hint = "use torch.vmap to draw with a batch of keys" if key.ndim > 1 else "see random.key"
+        raise ValueError(f"{expected}; {hint}")

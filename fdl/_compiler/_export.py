@@ -24,7 +24,15 @@ from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
 from fdl._compiler._graph import NAMESPACES, nodes_of, operations
 from fdl._compiler._jit import one_at_a_time
-from fdl._compiler._program_file import ENTRY, About, about, as_json, kinds, structure
+from fdl._compiler._program_file import (
+    ENTRY,
+    About,
+    about,
+    as_json,
+    describe_arguments,
+    kinds,
+    structure,
+)
 from fdl._compiler._refusals import describe, first_line, write_log
 from fdl._compiler._settings import as_written, current_settings, is_plain, use_settings
 from fdl._compiler._signature import flatten, paths, runs_in_python, unflatten
@@ -34,7 +42,6 @@ from fdl._dtensor import is_dtensor
 from fdl._files import atomic_write, expanded
 from fdl._modes import is_eager
 from fdl._torch_compat import RELEASE
-from fdl.io._schema import describe as describe_tree
 from fdl.tree._checks import check_tensors
 
 
@@ -59,8 +66,8 @@ def export(
         TypeError: `fn` is not a function, `example_args` is not a tuple of its arguments, or the
             arguments or results hold a leaf that is not a tensor, a container other than a dict,
             list, tuple or NamedTuple, or a key that is not a string.
-        ValueError: a tensor is not on the CPU, `path` does not end in `.pt2`, a key has a dot, or
-            `fn` is not pure.
+        ValueError: a tensor is not on the CPU, `path` does not end in `.pt2`, two leaves have one
+            path, or `fn` is not pure.
         NotImplementedError: `fn` calls Python (`debug.print`, `debug.callback`) or operations that
             are not torch's, or has loops and torch is older than 2.12.
         RuntimeError: there is no C++ compiler, torch's compiler refuses `fn`, or `export` is called
@@ -139,7 +146,7 @@ def _checked_leaves(arguments: dict[str, Any]) -> list[Tensor]:
     """Return the leaves of the arguments, with memory for each element, or raise."""
     leaves, spec = flatten(arguments)
     check_tensors(leaves, arguments, "export: every leaf of an argument")
-    describe_tree(arguments, "export: the arguments")  # raises for other containers
+    describe_arguments(arguments, "export: the arguments")  # raises for other containers
     if any(map(runs_in_python, leaves)) or any(map(is_dtensor, tree.leaves(arguments))):
         raise TypeError(
             "export: the arguments must be ordinary tensors with values, not DTensors or "

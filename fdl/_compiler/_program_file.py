@@ -74,15 +74,32 @@ def about(arguments: dict[str, Tree], results: Tree) -> About:
 
     Raises:
         TypeError: a container has a type that files do not support, or a key is not a string.
-        ValueError: a key is empty or has a dot.
+        ValueError: a key is empty, or two places have one path.
     """
     nodes, leaves = [], []
     for tree, what in ((arguments, "the arguments"), (results, "the results")):
-        node, tensors = describe(tree, f"export: {what}")
+        node, tensors = describe_arguments(tree, f"export: {what}")
         nodes.append(node)
         leaves.append([_leaf(path, x) for path, x in tensors.items()])
     versions = FORMAT, __version__, str(torch.__version__)
     return About(*versions, *_machine(), torch.get_num_threads(), *nodes, *leaves)
+
+
+def describe_arguments(tree: Tree, where: str) -> tuple[Node, dict[str, Tensor]]:
+    """Describe a tree as `describe` does, of containers that a program can make again.
+
+    Raises:
+        TypeError: it has a mapping other than dict and OrderedDict, too.
+    """
+    node, tensors = describe(tree, where)
+    for path, inner in walk(node):
+        container = as_container(inner, path)
+        if container and container[0] == "mapping":
+            raise TypeError(
+                f"{where}: expected a dict, list, tuple, NamedTuple or tensor, got {inner[1]} at "
+                f"{path!r}; make it a dict"
+            )
+    return node, tensors
 
 
 def _leaf(path: str, x: Tensor) -> Leaf:
@@ -232,10 +249,10 @@ def differences(program: About, args: Sequence[Tree], where: str) -> list[str]:
 
     Raises:
         TypeError: a container has a type that files do not support, or a key is not a string.
-        ValueError: a key is empty or has a dot.
+        ValueError: a key is empty, or two places have one path.
     """
     tree = dict(zip(program.arguments, args, strict=True))
-    node, tensors = describe(tree, where)
+    node, tensors = describe_arguments(tree, where)
     expected = {leaf.path: leaf.describe() for leaf in program.argument_leaves}
     got = {path: _form(leaf) for path, leaf in tensors.items()}
     return _compare("", program.arguments, node, expected, got)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import as_dicts
 
 
 def to_numpy(tree: Tree) -> Tree:
@@ -152,4 +153,4 @@ def _each(caller: str, tree: Tree, f: Callable[[Any], Any]) -> Tree:
             converted[path] = f(leaf)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{caller}: at {path!r}: {error}") from error
-    return unflatten_dict(converted, like=tree)
+    return unflatten_dict(converted, like=as_dicts(tree))

@@ -14,6 +14,7 @@ from fdl.interop import _closures
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
 from fdl.tree import Tree, flatten_dict, unflatten_dict
+from fdl.tree._paths import as_dicts
 
 KEYS = 2**32  # a key is two numbers below this
 
@@ -119,7 +120,7 @@ class ModelModule(nn.Module):
                     f"as_module: {kind} at {path!r} cannot be registered: {error.args[0]}; rename "
                     "the layer"
                 ) from None
-        return unflatten_dict({path: path for path in leaves}, like=values)
+        return unflatten_dict({path: path for path in leaves}, like=as_dicts(values))
 
     def _values(self, paths: Tree) -> Tree:
         return tree.map(lambda path: operator.attrgetter(path)(self), paths)

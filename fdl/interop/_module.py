@@ -88,7 +88,7 @@ def from_module(module: nn.Module) -> tuple[Model | StatefulModel, Tree, Tree]:
     def call(
         values: list[Tree], inputs: Any, options: Any, train: bool, key: Any, record: Any
     ) -> Any:
-        flat = [_flat(tree) for tree in values]
+        flat = [flatten_dict(tree) for tree in values]
         for kind, leaves, expected in zip(("params", "buffers"), flat, shapes, strict=True):
             _check_values(f"apply of {type(module).__name__}: {kind}", leaves, expected)
         owned = {
@@ -177,7 +177,7 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
         ("buffers", {} if buffers is None else buffers, dict(module.named_buffers())),
     ]
     for kind, values, own in pairs:
-        leaves = _flat(values)
+        leaves = flatten_dict(values)
         for path, x in leaves.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
@@ -214,13 +214,6 @@ def _shell(module: nn.Module, train: bool) -> nn.Module:
     shell = _Shell(copy.deepcopy(module, stand_ins))
     # Submodules in eval mode within a training module are frozen: keep the flags.
     return shell if train and module.training else shell.train(train)
-
-
-def _flat(values: Tree) -> dict[str, Any]:
-    """Map paths to values; flat dicts such as `dict(module.named_parameters())` stay flat."""
-    if isinstance(values, dict) and all(isinstance(x, Tensor) for x in values.values()):
-        return dict(values)
-    return flatten_dict(values)
 
 
 def _copies(buffers: dict[str, Tensor], others: Any) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ def describe_paths(structure: Node, tensors: Mapping[str, Tensor]) -> dict[str, 
         container = as_container(node, path)
         if container is not None:
             kind = "NamedTuple" if "." in container[0] else container[0]
+            kind = "dict" if kind == "mapping" else kind
             described[path] = kind if container[1] else f"empty {kind}"
         elif path in tensors:
             leaf = tensors[path]

@@ -108,7 +108,10 @@ def _parse_metadata(
     try:
         if not has_structure:
             structure = unflatten_dict({name: ["tensor"] for name in header.entries})
-        stored = [ties.get(path, path) for path, node in walk(structure) if node == ["tensor"]]
+        places = list(walk(structure))
+        if len({path for path, _ in places}) < len(places):
+            raise ValueError("the structure is malformed: two places have one path")
+        stored = [ties.get(path, path) for path, node in places if node == ["tensor"]]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not all(isinstance(name, str) for name in stored) or set(stored) != header.entries.keys():

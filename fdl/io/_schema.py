@@ -1,13 +1,14 @@
 """The structure of a tree as JSON: everything but the values of its tensors.
 
-A dict is an object; numbers, strings, booleans and None are themselves; everything else is an array
-that begins with its kind:
+A dict is an object, whose keys may have dots; numbers, strings, booleans and None are themselves;
+everything else is an array that begins with its kind:
 
     {"fc": {"weight": ["tensor"]}, "steps": ["list", 1, 2.5, "three", null], "empty": ["tuple"]}
     ["namedtuple", "fdl.TrainState", {"params": {}, ...}]      ["float", "7ff8000000000000"]
+    ["mapping", "tensordict.TensorDict", {"w": ["tensor"]}]
 
-NamedTuples are stored by name, and looked up in a table of fdl. A file never makes Python import or
-call anything.
+NamedTuples are stored by name, and looked up in a table of fdl; other mappings by name too, as what
+`like` has to supply. A file never makes Python import or call anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from fdl._kinds import KINDS, NAMES
 from fdl.io._json import MAX_DEPTH, MAX_INTEGER
 from fdl.tree import Tree
-from fdl.tree._paths import check_key, join
+from fdl.tree._paths import check_key, is_mapping, join, named_children
 
 Node = Any  # a value in the JSON
 
@@ -38,16 +39,23 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
 
     Raises:
         TypeError: a container or leaf has a type that files do not support.
-        ValueError: a dict key is empty or has a dot, the nesting is too deep, or an integer has
-            thousands of digits.
+        ValueError: a dict key is empty or has an empty part, two places have one path, the nesting
+            is too deep, or an integer has thousands of digits.
 
     >>> from fdl.metrics import Mean
     >>> describe({"w": Mean(1, None)}, "here")
     ({'w': ['namedtuple', 'fdl.Mean', {'total': 1, 'count': None}]}, {})
     """
     tensors: dict[str, Tensor] = {}
+    places: set[str] = set()
 
     def visit(node: Tree, path: str, depth: int) -> Node:
+        if path in places:
+            raise ValueError(
+                f"{caller}: two places have the path {path!r}, as a key with dots beside nested "
+                "keys; rename one"
+            )
+        places.add(path)
         if depth > MAX_DEPTH:
             raise ValueError(f"{caller}: nested more than {MAX_DEPTH} deep at {path!r}")
 
@@ -73,9 +81,10 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         if type(node) in (list, tuple):
             return [type(node).__name__, *below({str(i): x for i, x in enumerate(node)}).values()]
         if isinstance(node, tuple) and hasattr(node, "_fields"):
-            kind = type(node)
-            name = NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
+            name = NAMES.get(type(node), _name(type(node)))
             return ["namedtuple", name, below(dict(zip(node._fields, node, strict=True)))]
+        if is_mapping(node):
+            return ["mapping", _name(type(node)), below(dict(named_children(node)))]
         raise TypeError(
             f"{caller}: expected a dict, list, tuple, NamedTuple, tensor, None, bool, int, float "
             f"or str, got {type(node).__name__} at {path!r}"
@@ -83,6 +92,10 @@ def describe(tree: Tree, caller: str) -> tuple[Node, dict[str, Tensor]]:
         )
 
     return visit(tree, "", 0), tensors
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _checked(name: Any, path: str, caller: str) -> str:
@@ -120,6 +133,8 @@ def as_container(node: Node, path: str) -> tuple[str, dict[str, Node]] | None:
             pass
         case ["namedtuple", str() as kind, dict() as children] if "." in kind:
             pass
+        case ["mapping" as kind, str(), dict() as children]:
+            pass
         case _:
             raise ValueError(f"the structure is malformed at {path!r}: {str(node)[:80]}")
     for name in children:
@@ -127,12 +142,13 @@ def as_container(node: Node, path: str) -> tuple[str, dict[str, Node]] | None:
     return kind, children
 
 
-def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
+def walk(node: Node, path: str = "", depth: int = 0) -> Iterator[tuple[str, Node]]:
     """Yield every node of a structure with its dotted path, a container before its children.
 
     Args:
         node: a structure.
         path: path of the node.
+        depth: number of containers around the node.
 
     Raises:
         ValueError: the structure is malformed or too deep.
@@ -140,12 +156,12 @@ def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
     >>> list(walk({"w": ["tensor"]}))
     [('', {'w': ['tensor']}), ('w', ['tensor'])]
     """
-    if path.count(".") >= MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise ValueError(f"the structure is nested more than {MAX_DEPTH} deep")
     yield path, node
     container = as_container(node, path)
     for name, child in (container[1] if container else {}).items():
-        yield from walk(child, join(path, name))
+        yield from walk(child, join(path, name), depth + 1)
 
 
 def later_fields(structure: Node) -> dict[str, Tensor]:
@@ -178,7 +194,8 @@ def rebuild(
         kinds: the NamedTuples by name.
 
     Raises:
-        ValueError: a NamedTuple is not in the table, or has other fields.
+        ValueError: a NamedTuple is not in the table, or has other fields; or there is a mapping of
+            another kind than dict and OrderedDict.
 
     >>> rebuild(["list", ["tensor"], ["float", "8000000000000000"]], lambda path: path + "!")
     ['0!', -0.0]
@@ -187,6 +204,11 @@ def rebuild(
     if container is None:
         return tensor(path) if node == ["tensor"] else leaf_value(node)
     kind, nodes = container
+    if kind == "mapping":
+        raise ValueError(
+            f"{path!r} is a mapping {node[1]!r}, which a file cannot make; pass like=, a tree with "
+            "this mapping, or with a dict, at the same path"
+        )
     children = {
         name: rebuild(child, tensor, join(path, name), kinds) for name, child in nodes.items()
     }

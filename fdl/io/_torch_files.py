@@ -158,7 +158,8 @@ def save_torch(path: str | os.PathLike[str], params: Tree) -> None:
 
     Raises:
         TypeError: the tree has anything else (each is listed with its path); `save` stores it.
-        ValueError: a dict key is empty or has a dot.
+        ValueError: a dict key is empty or has an empty part between dots, or two leaves have one
+            path.
         OSError: the folder cannot be written.
 
     >>> import tempfile

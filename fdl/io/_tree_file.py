@@ -35,14 +35,16 @@ def save(
     Args:
         path: the file; an old one is replaced, and its permissions are kept. A symbolic link is
             followed.
-        tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str.
+        tree: nested dicts, lists, tuples and NamedTuples of tensors, None, bool, int, float, str;
+            other mappings that torch's pytree knows, such as a TensorDict, are loaded with `like`.
         metadata: further data, which `inspect` returns: dicts and lists of JSON values, NaN and the
             infinities included.
 
     Raises:
         TypeError: the tree or the metadata has anything else, or tensors that the format does not
             support (each is listed with its path).
-        ValueError: a dict key is empty or has a dot, or the nesting is too deep.
+        ValueError: a dict key is empty or has an empty part between dots, two places have one path
+            (`{"a.b": …, "a": {"b": …}}`), or the nesting is too deep.
         OSError: the file or its folder cannot be written, or `path` is not a regular file.
 
     >>> import tempfile
@@ -128,13 +130,15 @@ def load(
     Args:
         path: the file.
         like: a tree with the expected structure, shapes and dtypes; its tensors may be on the
-            device `meta`. Of Python leaves only the type counts. NamedTuples match by their fields.
+            device `meta`. Of Python leaves only the type counts. NamedTuples match by their fields,
+            mappings of other libraries match dicts, and keys with dots nested ones.
         device: where the tensors go; by default to the devices of those in `like`, else to the CPU.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, has a later format, does not match `like` (each difference
-            is listed with its path), or holds a NamedTuple unknown to fdl and `like` is not given.
+            is listed with its path), or holds a NamedTuple or a mapping unknown to fdl and there is
+            no `like`.
 
     >>> load("absent.safetensors")
     Traceback (most recent call last):

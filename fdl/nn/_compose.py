@@ -210,7 +210,7 @@ def _composed(
     ) -> tuple[Any, Tree]:
         _check_entries(caller, {"params": params, "buffers": buffers}, children)
         child_keys = None if key is None or not uses_key else keys(key)
-        new_buffers = dict(buffers)
+        new_buffers = {**buffers}
 
         def call(i: int, name: str, layer: Any, x: Any) -> Any:
             y = output(i, name, layer, x)
@@ -273,10 +273,12 @@ def _check_entries(caller: str, parts: dict[str, Any], children: dict[str, Any])
                 f"{caller}: {argument} must be a dict with an entry for each layer, got "
                 f"{describe(entries)}"
             )
-        unknown = [name for name in entries if name not in children]
+        unknown = [name for name in entries.keys() if name not in children]  # noqa: SIM118
         if unknown:
+            flat = any(name.partition(".")[0] in children for name in unknown)
             raise ValueError(
                 f"{caller}: {argument} has entries {unknown}, but the layers are {list(children)}"
+                + ("; tree.unflatten_dict nests keys with dots" if flat else "")
             )
 
 

@@ -21,7 +21,7 @@ AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 def get_param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tensor:
     """Return `params[name]`, or raise a ValueError that names it if its shape is not `shape`."""
-    if name not in params:
+    if name not in params.keys():  # noqa: SIM118, since a TensorDict knows no `in`
         raise ValueError(f"{layer}: expected params[{name!r}] of shape {list(shape)}, got none")
     if params[name].shape != shape:
         raise ValueError(

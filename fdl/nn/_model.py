@@ -115,7 +115,7 @@ def check_not_factory(caller: str, x: Any) -> None:
     module, name = (getattr(x, attribute, "") for attribute in ("__module__", "__qualname__"))
     if not name.isidentifier() or isinstance(x, type):
         return
-    if module.startswith("fdl.nn._"):
+    if module.startswith("fdl.nn._") and module != "fdl.nn._activations":
         raise TypeError(
             f"{caller} is the function nn.{name}, which makes a layer: call it, nn.{name}(...)"
         )

@@ -59,8 +59,8 @@ def tied(model: Model, same: Mapping[str, str]) -> Model:
 def _get(params: Tree, path: str) -> Tree:
     node = params
     for part in path.split("."):
-        if not isinstance(node, dict) or part not in node:
-            raise KeyError(f"tied: {path!r} is not a path of the parameters {list(params)}")
+        if not isinstance(node, Mapping) or part not in node.keys():  # noqa: SIM118
+            raise KeyError(f"tied: {path!r} is not a path of the parameters {[*params.keys()]}")
         node = node[part]
     return node
 
@@ -73,6 +73,6 @@ def _without(params: Tree, path: str) -> Tree:
     return {**others, first: child} if child != {} else others
 
 
-def _with(params: dict[str, Any], path: str, value: Tree) -> Tree:
+def _with(params: Mapping[str, Any], path: str, value: Tree) -> Tree:
     first, _, rest = path.partition(".")
     return {**params, first: _with(params.get(first, {}), rest, value) if rest else value}

@@ -12,7 +12,7 @@ from fdl import tree
 from fdl.optim._base import Optimizer, update_of
 from fdl.tree import Tree, Where
 from fdl.tree._map import match
-from fdl.tree._paths import select
+from fdl.tree._paths import as_dicts, select
 from fdl.tree._summary import describe_leaf
 
 Mask = Where | Tree | Callable[[Tree], Tree]  # a tree is one of bools, like the parameters
@@ -87,7 +87,7 @@ def selected(params: Tree, where: Mask, caller: str) -> dict[str, bool]:
         caller: function to name in the message.
 
     Raises:
-        ValueError: a glob, or the predicate, selects no path; or a tree has another structure than
+        ValueError: a glob, or a function, selects no path; or a tree has another structure than
             `params`, or a leaf that is not a bool (each path is listed).
 
     >>> selected({"w": torch.ones(1), "b": torch.ones(1)}, "w", "here")
@@ -99,10 +99,11 @@ def selected(params: Tree, where: Mask, caller: str) -> dict[str, bool]:
     if callable(mask) and _is_of_params(mask):
         mask = mask(params)
     if not callable(mask) and not all(isinstance(leaf, str) for leaf in tree.leaves(mask)):
-        return _bools(params, mask, caller)
-    chosen = select(params, mask, caller)
-    if chosen and callable(mask) and not any(chosen.values()):
-        raise ValueError(f"{caller}: {mask!r} selects no path; there are {list(chosen)}")
+        chosen = _bools(params, mask, caller)
+    else:
+        chosen = select(params, mask, caller)
+    if chosen and callable(where) and not any(chosen.values()):
+        raise ValueError(f"{caller}: {where!r} selects no path; there are {list(chosen)}")
     return chosen
 
 
@@ -150,7 +151,7 @@ def masked(opt: Optimizer, where: Mask) -> Optimizer:
 
     Raises:
         TypeError: `opt` is not an optimizer.
-        ValueError: (at init) a glob, or the predicate, selects nothing; or the tree does not have a
+        ValueError: (at init) a glob, or a function, selects nothing; or the tree does not have a
             bool for each parameter (each path is listed).
 
     >>> from fdl import optim
@@ -257,6 +258,6 @@ def _by_label(
                 **extra,
             )
             updates |= tree.flatten_dict(part_updates)
-        return tree.unflatten_dict(updates, like=params), states
+        return tree.unflatten_dict(updates, like=as_dicts(params)), states  # may have None
 
     return Optimizer(init, update)

@@ -27,8 +27,9 @@ torch.Size([8, 4])
 Functions have the names, parameters and defaults of `jax.random`, and return the same numbers,
 those of JAX 0.5.0 and later unless a docstring names another release:
 
-- bit by bit: `key`, `split`, `fold_in`, `bits`, `uniform` on [0, 1), `bernoulli`, `randint`,
-  `permutation`, `rademacher`, and `choice` without `p`;
+- bit by bit, for the same dtype: `key`, `split`, `fold_in`, `bits`, `uniform` on [0, 1),
+  `bernoulli`, `randint`, `permutation`, `rademacher`, and `choice` without `p`. JAX's default
+  integers are int32, and other draws, unless its x64 is on; those here are int64;
 - to a few units in the last place: `normal`, `truncated_normal`, `exponential`, `gumbel`,
   `laplace`, `logistic`, `cauchy`, `orthogonal`, `multivariate_normal`;
 - the same, where rounding does not decide otherwise, one draw in many thousands: `categorical`,

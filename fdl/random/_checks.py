@@ -16,26 +16,7 @@ from fdl import _checks as checks
 from fdl._threefry import MASK
 from fdl.random._arithmetic import FLOATS, INT64, INTEGERS
 
-
-def describe(x: object) -> str:
-    """Describe an argument, for an error message."""
-    if isinstance(x, Tensor):
-        return f"a tensor, {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
-    if hasattr(x, "dtype") and hasattr(x, "shape"):  # an array, whose values may be many lines
-        return checks.describe(x)
-    return f"{x!r} ({type(x).__name__})"
-
-
-def check_key(caller: str, key: Tensor) -> None:
-    """Raise unless `key` is a key, and name the likely mistake."""
-    expected = f"{caller}: `key` expected a key, an int64 tensor of shape (2,), got {describe(key)}"
-    if isinstance(key, int):
-        raise TypeError(f"{expected}; make a key from a seed with random.key({key})")
-    if not isinstance(key, Tensor) or key.dtype != torch.int64:
-        raise TypeError(f"{expected}; make one with random.key(seed)")
-    if key.shape != (2,):
-        hint = "use torch.vmap to draw with a batch of keys" if key.ndim > 1 else "see random.key"
-        raise ValueError(f"{expected}; {hint}")
+check_key, describe = checks.check_key, checks.describe_value
 
 
 def check_count(caller: str, name: str, n: int) -> None:

@@ -110,7 +110,7 @@ def poisson(
     in 5,000 differs: JAX tests for acceptance in float32, which distorts the distribution for large
     means (a variance 6 % too large for 4 million); here the test is float64. As in JAX, a draw
     depends on the shape and on the other means, since proposals are made until each element has
-    accepted one.
+    accepted one. Draws do not depend on `dtype`, nor on x64 in JAX.
 
     Args:
         key: a key, int64 [2].
@@ -148,7 +148,7 @@ def binomial(
     Simulation 46, 1993), with the keys of JAX 0.5.0 and later. Of its draws with `n` 100,000 one in
     400 differs: JAX tests for acceptance in float32, here it is float64. As in JAX, a draw depends
     on the shape and on the other parameters, since proposals are made until each element has
-    accepted one.
+    accepted one. The default dtype gives the draws of JAX without x64; with x64 it draws float64.
 
     Args:
         key: a key, int64 [2].

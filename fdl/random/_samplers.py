@@ -208,6 +208,9 @@ def truncated_normal(
 def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> Tensor:
     """Draw True with probability `p`.
 
+    Equals `jax.random.bernoulli` for a tensor of the same dtype, and for a number without x64; with
+    x64, JAX compares a number in float64, with other draws.
+
     Args:
         key: a key, int64 [2].
         p: probability of True, a number in [0, 1] (compared in float32) or a floating tensor that
@@ -287,6 +290,8 @@ def randint(
 def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
     """Shuffle `range(x)`, or a tensor along one axis.
 
+    Equals `jax.random.permutation` with x64 and without.
+
     Args:
         key: a key, int64 [2].
         x: a non-negative int n, or a tensor with at least one axis.
@@ -322,6 +327,9 @@ def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
 
 def categorical(key: Key, logits: Tensor, axis: int = -1, shape: Shape | None = None) -> Tensor:
     """Draw class indices with probabilities `softmax(logits, axis)`, by the Gumbel-max trick.
+
+    Equals `jax.random.categorical` for logits of the same dtype, with x64 and without, but for one
+    draw in many thousands that rounding decides.
 
     Args:
         key: a key, int64 [2].

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl.tree._paths import Tree, dotted, flatten_dict, join
+from fdl.tree._paths import Tree, flatten_dict, join, named_children
 from fdl.tree._summary import describe_leaf
 
 
@@ -33,6 +33,7 @@ def diff(
     """
     one, two = flatten_dict(a), flatten_dict(b)
     kinds, others = dict(_containers(a)), dict(_containers(b))
+    common = one.keys() & two.keys()
     lines = []
     for path in sorted(one.keys() | two.keys() | kinds.keys() | others.keys()):
         if path in one or path in two:
@@ -42,7 +43,11 @@ def diff(
                 lines += _differ(path, one[path], two[path].to(one[path].device), rtol, atol)
         else:
             expected, got = kinds.get(path, "nothing"), others.get(path, "nothing")
-            if _differ_in_leaves_only(expected, got):
+            flat = "nothing" in (expected, got) and any(p.startswith(f"{path}.") for p in common)
+            if flat:
+                absent = f"keys that begin with {path + '.'!r}"
+                expected, got = expected.replace("nothing", absent), got.replace("nothing", absent)
+            elif _differ_in_leaves_only(expected, got):
                 continue
         if expected != got:
             lines.append(f"{path}: expected {expected}, got {got}")
@@ -74,11 +79,11 @@ def _containers(tree: Tree, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield path and kind of every container: dict, tuple, empty list, ..."""
     if pytree.tree_is_leaf(tree):
         return
-    pairs, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
-    kind = "dict" if isinstance(tree, dict) else type(tree).__name__
-    yield path, kind if pairs else f"empty {kind}"
-    for entries, child in pairs:
-        yield from _containers(child, join(path, dotted(entries)))
+    children = named_children(tree)
+    kind = "dict" if isinstance(tree, Mapping) else type(tree).__name__
+    yield path, kind if children else f"empty {kind}"
+    for name, child in children:
+        yield from _containers(child, join(path, name))
 
 
 def allclose(a: Tree, b: Tree, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:

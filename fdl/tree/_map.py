@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fdl.tree._compare import diff
-from fdl.tree._paths import Tree, flatten_dict
+from fdl.tree._paths import Tree, as_dicts, flatten_dict
 from fdl.tree._structure import flatten, unflatten
 from fdl.tree._summary import describe_leaf
 
@@ -54,22 +54,31 @@ def match(like: Tree, tree: Tree, caller: str, structure: Any = None) -> list[An
         leaves, own = flatten(tree)
         if own == (flatten(like)[1] if structure is None else structure):
             return leaves
-    spec = pytree.tree_structure(like)  # dicts may have their keys in another order
-    try:
-        subtrees = spec.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(_mismatch(caller, like, tree)) from error
-    # flatten_up_to stops at the leaves of `like`, where `tree` must not have containers.
-    if any(not pytree.tree_is_leaf(subtree) for subtree in subtrees):
+    subtrees = _up_to(like, tree)  # dicts may have their keys in another order
+    if subtrees is None:
+        subtrees = _up_to(as_dicts(like), as_dicts(tree))
+    # Where `like` has a leaf, `tree` must not have a container.
+    if subtrees is None or any(not pytree.tree_is_leaf(subtree) for subtree in subtrees):
         raise ValueError(_mismatch(caller, like, tree))
     return subtrees
+
+
+def _up_to(like: Tree, tree: Tree) -> list[Any] | None:
+    """List what `tree` has where `like` has leaves; None if a container of `like` is another."""
+    try:
+        return pytree.tree_structure(like).flatten_up_to(tree)
+    except ValueError:
+        return None
 
 
 def _mismatch(caller: str, like: Tree, tree: Tree) -> str:
     expected, got = _describe(like), _describe(tree)
     lines = [f"{p}: missing (expected {expected[p]})" for p in expected if p not in got]
     lines += [f"{p}: unexpected (got {got[p]})" for p in got if p not in expected]
-    lines = lines or ["a container is of another type (list, tuple, dict or NamedTuple)"]
+    lines = lines or [
+        "a container is of another type (list, tuple, dict or NamedTuple), or keys with dots stand "
+        "for nested ones (tree.unflatten_dict nests them)"
+    ]
     return f"{caller}: the trees have different structures:\n  " + "\n  ".join(sorted(lines))
 
 

@@ -21,30 +21,85 @@ Where = str | Sequence[str] | Callable[[str, Any], bool]
 def flatten_dict(tree: Tree) -> dict[str, Any]:
     """Return a dict from the dotted path of each leaf to the leaf; a lone leaf has the path `''`.
 
+    Keys may be paths themselves, as in `dict(module.named_parameters())`, which stays as it is.
+
     Raises:
-        ValueError: a dict key is empty or contains a dot, which would make paths ambiguous.
+        ValueError: two leaves have one path; or a dict key is empty, or has an empty part between
+            dots.
         TypeError: a dict key is not a string.
 
-    >>> flatten_dict({"conv": [{"weight": 1}, 2]})
-    {'conv.0.weight': 1, 'conv.1': 2}
+    >>> flatten_dict({"conv": [{"weight": 1}, 2], "fc.bias": 3})
+    {'conv.0.weight': 1, 'conv.1': 2, 'fc.bias': 3}
     """
     if not torch.compiler.is_compiling():
         leaves, structure = flatten(tree)
         if is_plain(structure):
             return dict(zip(_paths(structure, len(leaves)), leaves, strict=True))
     pairs, _ = pytree.tree_flatten_with_path(tree)
-    return {dotted(entries): leaf for entries, leaf in pairs}
+    flat = {dotted(entries): leaf for entries, leaf in pairs}
+    if len(flat) < len(pairs):
+        _raise_shared_path([dotted(entries) for entries, _ in pairs])
+    return flat
 
 
 @lru_cache(64)
 def _paths(structure: Any, count: int) -> tuple[str, ...]:
     """List the dotted paths of all `count` leaves of a structure."""
     pairs, _ = pytree.tree_flatten_with_path(unflatten(range(count), structure))
-    return tuple(dotted(entries) for entries, _ in pairs)
+    paths = tuple(dotted(entries) for entries, _ in pairs)
+    if len(set(paths)) < count:
+        _raise_shared_path(paths)
+    return paths
+
+
+def _raise_shared_path(paths: Sequence[str]) -> None:
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    raise ValueError(
+        f"tree: two leaves have the path {twice[0]!r}, as a key with dots beside nested keys; "
+        "rename one"
+    )
+
+
+def named_children(tree: Tree) -> list[tuple[str, Tree]]:
+    """List the names and the children of a container of any kind that torch's pytree knows.
+
+    >>> named_children({"b": [1, 2], "a": 3})
+    [('b', [1, 2]), ('a', 3)]
+    """
+    pairs, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    return [(dotted(entries), child) for entries, child in pairs]
+
+
+def is_mapping(tree: Tree) -> bool:
+    """Return True for a mapping that torch's pytree knows, such as a dict or a TensorDict.
+
+    >>> import types
+    >>> is_mapping({}), is_mapping(types.MappingProxyType({}))  # the latter is not registered
+    (True, False)
+    """
+    return isinstance(tree, Mapping) and not pytree.tree_is_leaf(tree)
+
+
+def as_dicts(tree: Tree) -> Tree:
+    """Replace mappings by dicts, except those of Python: a TensorDict cannot hold every leaf.
+
+    >>> as_dicts({"w": [OrderedDict(b=1)]})
+    {'w': [OrderedDict([('b', 1)])]}
+    """
+    kind = type(tree)
+    if kind in (dict, OrderedDict):
+        return kind((key, as_dicts(child)) for key, child in tree.items())
+    if kind in (list, tuple):
+        return kind(as_dicts(child) for child in tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*(as_dicts(child) for child in tree))
+    if is_mapping(tree):
+        return {name: as_dicts(child) for name, child in named_children(tree)}
+    return tree
 
 
 def in_order(tree: Tree) -> Tree:
-    """Sort the keys of every dict in a tree.
+    """Sort the keys of every dict in a tree, and those of other mappings, which become dicts.
 
     Trees are equal in whatever order their dicts were filled, but several processes have to send
     leaves, and add over leaves, in the same order.
@@ -54,11 +109,23 @@ def in_order(tree: Tree) -> Tree:
     """
     if type(tree) in (dict, OrderedDict):
         return type(tree)((key, in_order(tree[key])) for key in sorted(tree))
+    if is_mapping(tree):
+        return in_order(dict(named_children(tree)))
     if type(tree) in (list, tuple):
         return type(tree)(in_order(child) for child in tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(in_order(child) for child in tree))
     return tree
+
+
+def sorted_order(tree: Tree) -> list[int]:
+    """List the numbers of the leaves in the order of sorted keys, in which JAX has them.
+
+    >>> sorted_order({"w": 0.5, "b": [0.1, 0.2]})
+    [1, 2, 0]
+    """
+    leaves, structure = flatten(as_dicts(tree))
+    return flatten(in_order(unflatten(range(len(leaves)), structure)))[0]
 
 
 def dotted(entries: Sequence[Any]) -> str:
@@ -88,12 +155,11 @@ def join(path: str, name: str | int) -> str:
 
 
 def check_key(caller: str, key: Any, where: str = "") -> str:
-    """Raise unless a dict key can be part of a dotted path; return the key.
+    """Raise unless a dict key is a dotted path, or one part of it; return the key.
 
-    >>> check_key("save", "a.b", " at the top")
+    >>> check_key("save", "fc.", " at the top")
     Traceback (most recent call last):
-    ValueError: save: a dict key must not contain a dot, got 'a.b' at the top; nest it, as \
-tree.unflatten_dict does
+    ValueError: save: a dict key must have a name before and after each dot, got 'fc.' at the top
     """
     if not isinstance(key, str):
         raise TypeError(
@@ -101,10 +167,9 @@ tree.unflatten_dict does
         )
     if not key:
         raise ValueError(f"{caller}: a dict key must not be empty, got ''{where}")
-    if "." in key:
+    if not all(key.split(".")):
         raise ValueError(
-            f"{caller}: a dict key must not contain a dot, got {key!r}{where}; nest it, as "
-            "tree.unflatten_dict does"
+            f"{caller}: a dict key must have a name before and after each dot, got {key!r}{where}"
         )
     return key
 

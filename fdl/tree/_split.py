@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.utils._pytree as pytree
 
-from fdl.tree._paths import Tree, Where, join, select
+from fdl.tree._paths import Tree, Where, join, named_children, select
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     """Split a tree into the leaves that `where` selects and the rest; `merge` undoes it.
 
-    Both parts keep every container. In place of an absent leaf a dict lacks the key, a list or
-    tuple has `()`. Differentiate with respect to one part and close over the other:
+    Both parts keep every container; of mappings other than dicts, which may not hold a part alone,
+    they have dicts. In place of an absent leaf a dict lacks the key, a list or tuple has `()`.
+    Differentiate with respect to one part and close over the other:
 
     >>> params = {"body": {"weight": 1.0}, "head": {"weight": 2.0}}
     >>> head, frozen = partition(params, "head.*")
@@ -40,12 +41,11 @@ def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
     """Copy the containers and the kept leaves; `()` replaces the others."""
     if pytree.tree_is_leaf(tree):
         return tree if keep(path) else ()
-    children = {
-        name: _keep(child, join(path, name), keep) for name, child in _children(tree).items()
-    }
-    if isinstance(tree, dict):
+    whole = _children(tree)
+    children = {name: _keep(child, join(path, name), keep) for name, child in whole.items()}
+    if isinstance(tree, Mapping):
         gone = [
-            name for name in tree if pytree.tree_is_leaf(tree[name]) and _is_hole(children[name])
+            name for name in whole if pytree.tree_is_leaf(whole[name]) and _is_hole(children[name])
         ]
         return {name: child for name, child in children.items() if name not in gone}
     return _rebuild(tree, list(children.values()))
@@ -54,12 +54,15 @@ def _keep(tree: Tree, path: str, keep: Callable[[str], bool]) -> Tree:
 def _children(tree: Tree) -> dict[str, Tree]:
     if isinstance(tree, dict):
         return tree
+    if isinstance(tree, Mapping):
+        return dict(named_children(tree))
     if hasattr(tree, "_fields"):
         return tree._asdict()
     if isinstance(tree, (list, tuple)):
         return {str(i): child for i, child in enumerate(tree)}
     raise TypeError(
-        f"tree: partition and merge accept dicts, lists, tuples and NamedTuples, got {type(tree)}"
+        "tree: partition and merge accept mappings, lists, tuples and NamedTuples, got "
+        f"{type(tree)}"
     )
 
 
@@ -101,7 +104,8 @@ def _merge(a: Tree, b: Tree, path: str, conflicts: list[str]) -> Tree:
     if pytree.tree_is_leaf(a) or pytree.tree_is_leaf(b):
         conflicts.append(f"{path!r}: in two trees, at least once as a leaf")
         return a
-    if type(a) is not type(b) or (not isinstance(a, dict) and len(a) != len(b)):
+    are_mappings = isinstance(a, Mapping) and isinstance(b, Mapping)
+    if not are_mappings and (type(a) is not type(b) or len(a) != len(b)):
         kinds = [f"{type(t).__name__}[{len(t)}]" for t in (a, b)]
         conflicts.append(f"{path!r}: {kinds[0]} in one tree, {kinds[1]} in another")
         return a
@@ -110,4 +114,4 @@ def _merge(a: Tree, b: Tree, path: str, conflicts: list[str]) -> Tree:
         name: _merge(one.get(name, ()), two.get(name, ()), join(path, name), conflicts)
         for name in one | two
     }
-    return children if isinstance(a, dict) else _rebuild(a, list(children.values()))
+    return children if are_mappings else _rebuild(a, list(children.values()))

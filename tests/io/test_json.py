@@ -304,7 +304,7 @@ def test_metrics_that_are_no_number_are_refused_at_once(value: Any, it: Checkpoi
             TypeError,
             "got mappingproxy at 'buffers.a'; make it a dict",
         ),
-        (STATE._replace(buffers={"a.b": torch.ones(1)}), ValueError, "must not contain a dot"),
+        (STATE._replace(buffers={"a.": torch.ones(1)}), ValueError, "before and after each dot"),
         (STATE._replace(buffers={"a": torch.ones(1).to_sparse()}), TypeError, "make it dense"),
         (STATE._replace(buffers={"a": torch.ones(1, device="meta")}), TypeError, "meta"),
         ({"w": torch.ones(1)}, TypeError, "state must be a TrainState, got dict without a"),

@@ -132,10 +132,19 @@ def test_the_content_reaches_the_disk_before_the_name(path, monkeypatch):
     [
         ({"a": {"b": [{1}]}}, TypeError, "expected a dict, .*, got set at 'a.b.0'"),
         ({"a": 1j}, TypeError, "got complex at 'a'"),
-        ({"a.b": torch.ones(1)}, ValueError, "must not contain a dot, got 'a.b' at the top"),
+        (
+            {"a.": torch.ones(1)},
+            ValueError,
+            "must have a name before and after each dot, got 'a.' at the top",
+        ),
+        (
+            {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}},
+            ValueError,
+            "two places have the path 'a.b'",
+        ),
         ({"c": {0: torch.ones(1)}}, TypeError, "a dict key must be a str, got 0 at 'c'"),
     ],
-    ids=["set", "complex", "dot", "int-key"],
+    ids=["set", "complex", "dot", "shared-path", "int-key"],
 )
 def test_what_cannot_be_saved_raises_and_writes_nothing(path, params, error, text):
     with pytest.raises(error, match=text):

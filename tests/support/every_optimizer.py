@@ -1,8 +1,10 @@
 """One or more of every optimizer and transformation of `fdl.optim`, for laws that all keep."""
 
+from typing import Any
+
 import torch
 
-from fdl import optim, random
+from fdl import optim, random, tree
 
 # Public names that are neither optimizers nor transformations.
 OTHERS = {
@@ -82,3 +84,18 @@ EVERY: dict[str, optim.Optimizer] = {
 
 missing = set(optim.__all__) - OTHERS - {name.partition("-")[0] for name in EVERY}
 assert not missing, f"give these a row, so that the laws hold for them as well: {missing}"
+
+
+def moved(opt: optim.Optimizer, params: Any) -> Any:
+    """The parameters after two updates with the gradient 0.1 w + 1."""
+
+    def loss(params: Any) -> torch.Tensor:
+        return torch.stack([(0.05 * p**2 + p).sum() for p in tree.leaves(params)]).sum()
+
+    state = opt.init(params)
+    for _ in range(2):
+        grads = tree.map(lambda p: 0.1 * p + 1, params)
+        extra = {"value": loss(params), "value_fn": loss}
+        updates, state = opt.update(grads, state, params, **extra)
+        params = optim.apply_updates(params, updates)
+    return params

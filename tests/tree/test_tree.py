@@ -112,7 +112,7 @@ def test_unflatten_builds_nested_dicts():
 @pytest.mark.parametrize(
     ("key", "error", "text"),
     [
-        ("a.b", ValueError, "must not contain a dot, got 'a.b'"),
+        ("a..b", ValueError, "must have a name before and after each dot, got 'a..b'"),
         ("", ValueError, "must not be empty"),
         (3, TypeError, "must be a str, got 3; write it as '3'"),
     ],
