@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,3 +61,16 @@ def check_key(caller: str, key: Tensor) -> None:
     if key.shape != (2,):
         hint = "use torch.vmap to draw with a batch of keys" if key.ndim > 1 else "see random.key"
         raise ValueError(f"{expected}; {hint}")
+
+
+def conversion(x: Any) -> str:
+    """Say how to make a tensor of an array or of a column of a data set; "" for anything else.
+
+    >>> conversion(range(3)), conversion(0.5)
+    ('take the rows of a column, as in d["x"][:]', '')
+    """
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return "convert arrays with interop.from_numpy or interop.from_jax"
+    if isinstance(x, Sequence) and not isinstance(x, str | bytes):  # as those of Hugging Face
+        return 'take the rows of a column, as in d["x"][:]'
+    return ""

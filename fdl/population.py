@@ -24,7 +24,7 @@ from fdl._modes import is_eager
 from fdl._numerics import at_least_32_bits, best_row
 from fdl._training import TrainState
 from fdl.nn import Model, StatefulModel
-from fdl.optim import Optimizer
+from fdl.optim._as_optimizer import OptimizerLike
 from fdl.tree import Tree
 
 __all__ = ["best", "create", "ensemble", "member", "size"]
@@ -32,7 +32,7 @@ __all__ = ["best", "create", "ensemble", "member", "size"]
 
 def create(
     model: Model | StatefulModel,
-    opt: Optimizer,
+    opt: OptimizerLike,
     keys: Tensor,
     hyperparams: Mapping[str, Tensor] | None = None,
 ) -> TrainState:

@@ -16,9 +16,9 @@ from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
 from fdl.data import Batch
+from fdl.data._forms import batch_of
 from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
-from fdl.optim import Optimizer
 
 
 def as_batch(caller: str, batch: Any) -> Batch:
@@ -35,23 +35,7 @@ def as_batch(caller: str, batch: Any) -> Batch:
     >>> as_batch("here", {"x": torch.zeros(3, 2), "y": torch.zeros(3)}).mask
     ()
     """
-    names = set(batch) if isinstance(batch, Mapping) else None
-    if names in ({"x", "y"}, {"x", "y", "mask"}):
-        batch = Batch(**batch)
-    elif names is None and isinstance(batch, tuple | list) and len(batch) in (2, 3):
-        batch = Batch(batch[0], batch[1], batch[2] if len(batch) == 3 else ())
-    else:
-        got = f"the entries {list(batch)}" if names is not None else describe(batch)
-        raise TypeError(
-            f"{caller}: batch must be Batch(x, y), Batch(x, y, mask), a tuple of these or a dict "
-            f"with the entries x, y and mask, got {got}"
-        )
-    for path, leaf in _leaves(batch):
-        if not isinstance(leaf, Tensor) and hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            raise TypeError(
-                f"{caller}: batch{path} must be a tensor, got {describe(leaf)}; "
-                "convert arrays with interop.from_numpy or interop.from_jax"
-            )
+    batch = batch_of(caller, batch)
     if not isinstance(batch.mask, Tensor):
         return batch
     if batch.mask.shape != (length(batch),):
@@ -84,11 +68,12 @@ def check_loss(caller: str, loss: Any) -> None:
             f"{caller}: loss must be the loss of a model, got {describe(loss)} of fdl itself; "
             "fdl.supervised(model, losses.mse) makes the loss of a model"
         )
-    if isinstance(loss, Optimizer) or not callable(loss) or isinstance(loss, torch.nn.Module):
+    is_opt = hasattr(loss, "init") and hasattr(loss, "update")
+    if is_opt or not callable(loss) or isinstance(loss, torch.nn.Module):
         raise TypeError(
             f"{caller}: loss must be a function (params, batch, *, train, key) -> "
             f"(scalar, metrics), as fdl.supervised makes it, got {describe(loss)}"
-            + ("; the order is train_step(loss, opt)" if isinstance(loss, Optimizer) else "")
+            + ("; the order is train_step(loss, opt)" if is_opt else "")
         )
     if isinstance(loss, type):
         raise TypeError(f"{caller}: loss must be a function, got {describe(loss)}")
@@ -107,18 +92,6 @@ def check_loss(caller: str, loss: Any) -> None:
             f"{caller}: loss must accept ({', '.join(positional)}, *, train, key), got "
             f"{describe(fn)} with the signature {signature} ({error}){hint}"
         ) from None
-
-
-def check_opt(caller: str, opt: Any) -> None:
-    """Raise unless `opt` is an optimizer.
-
-    >>> from fdl import optim
-    >>> check_opt("here", optim.sgd(0.1))
-    """
-    if not isinstance(opt, Optimizer):
-        raise TypeError(
-            f"{caller}: opt must be an optimizer such as optim.sgd(0.1), got {describe(opt)}"
-        )
 
 
 def check_state(caller: str, state: Any) -> None:

@@ -13,7 +13,7 @@ from fdl._checks import describe
 from fdl._kinds import register
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
-from fdl.optim import Optimizer
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._averaging import start_buffers
 from fdl.tree import Tree
 from fdl.tree._map import match
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     def create(
         cls,
         model: Model | StatefulModel,
-        opt: Optimizer,
+        opt: OptimizerLike,
         *,
         key: Tensor,
         params: Tree | None = None,
@@ -65,11 +65,7 @@ class TrainState(NamedTuple):
         (torch.Size([1, 2]), tensor(0))
         """
         check_model("TrainState.create", model)
-        if not isinstance(opt, Optimizer):
-            raise TypeError(
-                "TrainState.create: opt must be an optimizer such as optim.sgd(0.1), got "
-                f"{describe(opt)}"
-            )
+        checked = as_optimizer("TrainState.create", opt)
         init_key, run_key = random.split(key)
         expected, buffers = _initialise(model, init_key)
         if params is None:
@@ -89,7 +85,7 @@ class TrainState(NamedTuple):
         return cls(
             params,
             buffers,
-            start_buffers(opt.init(params), buffers),
+            start_buffers(checked.init(params), buffers),
             run_key.clone(),
             torch.zeros((), dtype=torch.int64, device=key.device),
         )

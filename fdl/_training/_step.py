@@ -12,7 +12,6 @@ from torch.func import grad_and_value
 from fdl import random
 from fdl._training._checks import (
     check_loss,
-    check_opt,
     check_result,
     check_state,
     check_step_metrics,
@@ -23,8 +22,9 @@ from fdl._training._state import Metrics, TrainState
 from fdl.metrics import Mean
 from fdl.metrics._sums import Sums
 from fdl.optim import Optimizer, apply_updates, loss_scale_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._averaging import average_buffers
-from fdl.optim._base import map_grads, upcast, update_of
+from fdl.optim._base import map_grads, upcast
 from fdl.optim._loss_scale import keep_finite
 from fdl.tree import Tree
 
@@ -33,7 +33,7 @@ StepMetrics = Callable[[TrainState, Tree], Metrics]  # (state before the update,
 
 def train_step(
     loss: Loss,
-    opt: Optimizer,
+    opt: OptimizerLike,
     grad_fn: Callable[..., Any] = grad_and_value,
     metrics: StepMetrics | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -45,9 +45,11 @@ def train_step(
     Args:
         loss: `(params, batch, *, train, key) -> (scalar, metrics)` or a `StatefulLoss`;
             `supervised` makes either.
-        opt: an optimizer. `optim.loss_scale` scales the objective, not its value or the metrics.
+        opt: an optimizer, of fdl or another pair of functions (see `optim.Optimizer`).
+            `optim.loss_scale` scales the objective, not its value or the metrics.
         grad_fn: the transformation that differentiates: `grad_fn(f, has_aux=True)(params)` returns
-            `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam`.
+            `(grads, (value, aux))`, as `torch.func.grad_and_value` does; see `optim.sam` and
+            `transforms.autograd_grad_and_value`.
         metrics: what to report of the step itself, a function `(state, grads) -> {name: scalar}`
             of the state before the update and the gradients that `opt` receives, divided by the
             loss scale if there is one. A scalar becomes a `Mean` of count 1, which `.sum()`
@@ -88,9 +90,8 @@ def train_step(
     (['grad_norm', 'loss', 'lr'], tensor(0.1000, dtype=torch.float64))
     """
     check_loss("train_step", loss)
-    check_opt("train_step", opt)
     check_step_metrics("train_step", metrics)
-    opt = Optimizer(opt.init, update_of("train_step", opt))
+    checked = as_optimizer("train_step", opt)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         check_state("train_step", state)
@@ -98,7 +99,7 @@ def train_step(
         grads, (value, (found, buffers)) = differentiate(objective, state, grad_fn)
         value_fn = lambda params: objective(params)[0]  # noqa: E731
         count = example_count(found)
-        new = apply_gradients(opt, state, grads, buffers, value, value_fn, count)
+        new = apply_gradients(checked, state, grads, buffers, value, value_fn, count)
         return new, measure("train_step", metrics, state, grads, found)
 
     return step

@@ -18,6 +18,7 @@ from __future__ import annotations
 from fdl.data._augment import random_crop, random_flip
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
+from fdl.data._forms import pad_to
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
 from fdl.data._poisson import poisson_indices
 from fdl.data._synthetic import synthetic_linear
@@ -34,6 +35,7 @@ __all__ = [
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "pad_to",
     "poisson_indices",
     "random_crop",
     "random_flip",

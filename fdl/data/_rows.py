@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fdl import _checks as checks
+from fdl._checks import conversion
 from fdl.random._checks import check_key, describe
 from fdl.tree import Tree, flatten_dict
 
@@ -37,7 +39,7 @@ def check_rows(caller: str, name: str, leaves: Mapping[str, Any]) -> None:
     >>> check_rows("here", "dataset", {"x.0": torch.zeros(3), "x.1": torch.zeros(3, 2)})
     """
     lines = [
-        f"{path or name}: {describe(leaf)}"
+        f"{path or name}: {_shown(leaf)}"
         for path, leaf in leaves.items()
         if not isinstance(leaf, Tensor) or leaf.ndim == 0
     ]
@@ -52,3 +54,8 @@ def check_rows(caller: str, name: str, leaves: Mapping[str, Any]) -> None:
             f"{caller}: all tensors of {name} must have the same number of rows, got "
             f"{lengths or 'no tensor'}"
         )
+
+
+def _shown(leaf: Any) -> str:
+    how = "" if isinstance(leaf, Tensor) else conversion(leaf)
+    return f"{checks.describe(leaf)}; {how}" if how else describe(leaf)

@@ -12,6 +12,7 @@ from fdl.interop._arrays import from_jax, from_numpy, to_jax, to_numpy
 from fdl.interop._as_module import as_module
 from fdl.interop._flax import from_flax, to_flax
 from fdl.interop._module import from_module, to_module
+from fdl.interop._to_sequential import to_sequential
 
 __all__ = [
     "as_module",
@@ -23,4 +24,5 @@ __all__ = [
     "to_jax",
     "to_module",
     "to_numpy",
+    "to_sequential",
 ]

@@ -56,14 +56,24 @@ def as_module(model: Model | StatefulModel, params: Tree, buffers: Tree | None =
     >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     """
     check_model("as_module", model)
-    if isinstance(model, StatefulModel) != (buffers is not None):
-        kind = type(model).__name__
-        raise ValueError(
-            f"as_module: buffers must be those of the model, which is a {kind}, got none"
-            if buffers is None
-            else f"as_module: the model is a {kind}, which has no buffers; leave them out"
-        )
+    check_buffers("as_module", model, buffers)
     return ModelModule(model, params, {} if buffers is None else buffers)
+
+
+def check_buffers(caller: str, model: Model | StatefulModel, buffers: Tree | None) -> None:
+    """Raise unless there are buffers if and only if the model has some.
+
+    >>> from fdl import nn
+    >>> check_buffers("here", nn.linear(3, 2), None)
+    """
+    if isinstance(model, StatefulModel) == (buffers is not None):
+        return
+    kind = type(model).__name__
+    raise ValueError(
+        f"{caller}: buffers must be those of the model, which is a {kind}, got none"
+        if buffers is None
+        else f"{caller}: the model is a {kind}, which has no buffers; leave them out"
+    )
 
 
 class _Held:

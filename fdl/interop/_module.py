@@ -171,6 +171,11 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
     tensor([0., 0.], requires_grad=True)
     """
     _check_is_module(module, "to_module")
+    return with_values("to_module", params, module, buffers)
+
+
+def with_values(caller: str, params: Tree, module: nn.Module, buffers: Tree | None) -> nn.Module:
+    """Copy a module with other values, as `to_module` does; `caller` begins error messages."""
     memo: dict[int, Any] = {}
     pairs: list[tuple[str, Tree, dict[str, Any]]] = [
         ("params", params, dict(module.named_parameters())),
@@ -180,8 +185,8 @@ def to_module(params: Tree, module: nn.Module, buffers: Tree | None = None) -> n
         leaves = flatten_dict(values)
         for path, x in leaves.items():
             if not isinstance(x, Tensor):
-                raise TypeError(f"to_module: {kind} at {path!r} must be a tensor, got {x!r}")
-        _check_values(f"to_module: {kind}", leaves, {path: x.shape for path, x in own.items()})
+                raise TypeError(f"{caller}: {kind} at {path!r} must be a tensor, got {x!r}")
+        _check_values(f"{caller}: {kind}", leaves, {path: x.shape for path, x in own.items()})
         for path, old in own.items():
             new = leaves[path].detach().clone()
             is_parameter = isinstance(old, nn.Parameter)

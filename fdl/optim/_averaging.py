@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl import tree
 from fdl._checks import describe
 from fdl._kinds import register
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._base import (
     Optimizer,
     State,
@@ -19,7 +20,6 @@ from fdl.optim._base import (
     map_grads,
     match_grads,
     upcast,
-    update_of,
 )
 from fdl.optim._foreach import map_leaves
 from fdl.optim._helpers import check_whole
@@ -44,7 +44,9 @@ class LookaheadState(NamedTuple):
     inner: Tree
 
 
-def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule = 0.5) -> Optimizer:
+def lookahead(
+    opt: OptimizerLike, sync_period: int = 6, slow_step: ScalarOrSchedule = 0.5
+) -> Optimizer:
     """Keep slow weights that follow the fast weights of `opt` at intervals.
 
     At every `sync_period`-th update s ← s + slow_step · (w − s), where w are the parameters after
@@ -72,7 +74,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
     >>> params, optim.slots(state)["slow"]
     ({'w': tensor([1.])}, {'w': tensor([1.])})
     """
-    step = update_of("lookahead", opt)
+    begin, step = as_optimizer("lookahead", opt)
     check_whole("lookahead", "sync_period", sync_period, least=1)
     check_rate("lookahead", "slow_step", slow_step, RANGES["slow_step"])
     rates = {"slow_step": slow_step}
@@ -80,7 +82,7 @@ def lookahead(opt: Optimizer, sync_period: int = 6, slow_step: ScalarOrSchedule 
     def init(params: Tree) -> LookaheadState:
         check_floating(params, "lookahead")
         own = State(init_hyper(rates, params), {"slow": tree.map(torch.clone, params)})
-        return LookaheadState(own, opt.init(params))
+        return LookaheadState(own, begin(params))
 
     def update(
         grads: Tree, state: LookaheadState, params: Tree, **extra: Any

@@ -10,7 +10,6 @@ gradients on the way in and rounds the updates once, on the way out of the outer
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,8 +33,13 @@ class Optimizer(NamedTuple):
 
     `update` takes `(grads, state, params, *, value=None, value_fn=None, count=None)`: `value` is
     the loss, `value_fn` maps parameters to it, and `count` is the number of examples that the loss
-    is the mean of. Most optimizers ignore all three, and an `update` of your own need not have the
-    parameter `count`. A gradient may be `None`: its parameter and slots stay as they are.
+    is the mean of. Most optimizers ignore all three, and an `update` of your own need not have
+    them. A gradient may be `None`: its parameter and slots stay as they are.
+
+    What takes an optimizer takes any pair of functions `(init, update)`, or object with both, such
+    as the transformations of TorchOpt. What the signature of `update` does not have is not passed;
+    if it has `inplace`, that is False. The names of states that files refer to are fdl's own, so
+    load the state of another library with `like=`.
 
     Updates have the dtypes of the parameters. For 16-bit parameters everything is computed and
     stored in float32, and the updates are rounded once, at the end.
@@ -194,33 +198,6 @@ def map_grads(f: Callable[..., Any], grads: Tree, *rest: Tree) -> Tree:
     {'w': tensor([-1.]), 'frozen': None}
     """
     return map_leaves(lambda g, *others: None if g is None else f(g, *others), grads, *rest)
-
-
-def update_of(caller: str, opt: Any, name: str = "opt") -> Callable[..., tuple[Tree, Tree]]:
-    """Return the `update` of an optimizer, extended to accept every keyword of `Optimizer`.
-
-    Args:
-        caller: function to name in the message.
-        opt: an optimizer, to be checked.
-        name: name of the argument it was passed as.
-
-    Raises:
-        TypeError: `opt` is not an optimizer.
-
-    >>> from fdl import optim
-    >>> params = {"w": torch.ones(1)}
-    >>> update_of("here", optim.scale(2.0))(params, (), params, count=3)[0]
-    {'w': tensor([2.])}
-    """
-    if not isinstance(opt, Optimizer):
-        hint = f"; call it: {opt.__name__}(...)" if inspect.isfunction(opt) else ""
-        raise TypeError(f"{caller}: {name} must be an Optimizer, got {opt!r}{hint}")
-    if torch.compiler.is_compiling():  # Dynamo cannot inspect a function that it is tracing
-        return opt.update
-    kinds = inspect.signature(opt.update).parameters
-    if "count" in kinds or any(kind.kind is kind.VAR_KEYWORD for kind in kinds.values()):
-        return opt.update
-    return lambda *args, count=None, **extra: opt.update(*args, **extra)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads, update_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
+from fdl.optim._base import Optimizer, check_floating, in_32_bits, match_grads
 from fdl.optim._foreach import map_leaves
 from fdl.optim._helpers import (
     NO_SURPLUS,
@@ -38,7 +39,7 @@ class FiniteState(NamedTuple):
     skipped: Tensor  # int64 [], number of updates skipped
 
 
-def apply_if_finite(opt: Optimizer) -> Optimizer:
+def apply_if_finite(opt: OptimizerLike) -> Optimizer:
     """Skip an update if a gradient, the value or a new parameter is infinite or NaN.
 
     The updates are then 0, the state of `opt` does not change, and `skipped` in the state is one
@@ -57,10 +58,10 @@ def apply_if_finite(opt: Optimizer) -> Optimizer:
     >>> updates, state.skipped
     ({'w': tensor([0.])}, tensor(1))
     """
-    step = update_of("apply_if_finite", opt)
+    begin, step = as_optimizer("apply_if_finite", opt)
 
     def init(params: Tree) -> FiniteState:
-        return FiniteState(opt.init(params), scalar(params, 0, torch.int64))
+        return FiniteState(begin(params), scalar(params, 0, torch.int64))
 
     def update(
         grads: Tree, state: FiniteState, params: Tree, *, value: Any = None, **extra: Any
@@ -91,7 +92,7 @@ class AccumulateState(NamedTuple):
     surplus: Tensor = NO_SURPLUS
 
 
-def accumulate(opt: Optimizer, k: int) -> Optimizer:
+def accumulate(opt: OptimizerLike, k: int) -> Optimizer:
     """Accumulate the gradients of k updates, then apply `opt` once, to their mean.
 
     The updates in between are 0. With losses that are means, k micro-batches make the step of the
@@ -119,7 +120,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
     >>> first, second
     ({'w': tensor([0.])}, {'w': tensor([-2.])})
     """
-    step = update_of("accumulate", opt)
+    begin, step = as_optimizer("accumulate", opt)
     check_whole("accumulate", "k", k, least=1)
 
     def init(params: Tree) -> AccumulateState:
@@ -127,7 +128,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         zero = scalar(params, 0, torch.float64)
         gathered = scalar(params, 0, torch.int64)
         mean = tree.map(torch.zeros_like, params)
-        return AccumulateState(opt.init(params), mean, zero, gathered, zero.clone())
+        return AccumulateState(begin(params), mean, zero, gathered, zero.clone())
 
     def update(
         grads: Tree,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._modes import is_eager
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._base import (
     Optimizer,
     State,
@@ -20,7 +21,6 @@ from fdl.optim._base import (
     in_32_bits,
     match_grads,
     upcast,
-    update_of,
 )
 from fdl.optim._foreach import map_columns
 from fdl.optim._hyperparams import (
@@ -222,7 +222,7 @@ def _with_axis(x: Tensor, leaf: Tensor) -> Tensor:
     return x.reshape(1) if leaf.ndim == 0 and x.dtype == leaf.dtype and x.ndim == 0 else x
 
 
-def chain(*parts: Optimizer) -> Optimizer:
+def chain(*parts: OptimizerLike) -> Optimizer:
     """Apply transformations one after another; the state is the tuple of their states.
 
     Raises:
@@ -235,26 +235,26 @@ def chain(*parts: Optimizer) -> Optimizer:
     >>> optim.hyperparams(opt.init({"w": torch.ones(1)}))["max_norm"]
     tensor(1., dtype=torch.float64)
     """
-    steps = [update_of("chain", part, f"part {i}") for i, part in enumerate(parts)]
-    links = [_LINKS.get(part.update) for part in parts] if is_eager() else [None] * len(parts)
+    opts = [as_optimizer("chain", part, f"part {i}") for i, part in enumerate(parts)]
+    links = [_LINKS.get(opt.update) for opt in opts] if is_eager() else [None] * len(opts)
 
     def init(params: Tree) -> Tree:
-        return tuple(part.init(params) for part in parts)
+        return tuple(opt.init(params) for opt in opts)
 
     def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
-        if len(state) != len(parts):
+        if len(state) != len(opts):
             raise ValueError(
-                f"chain: expected the states of {len(parts)} transformations, got {len(state)}"
+                f"chain: expected the states of {len(opts)} transformations, got {len(state)}"
             )
         states: list[Tree] = []
-        while len(states) < len(parts):
+        while len(states) < len(opts):
             i = len(states)
             run = [link for link in takewhile(bool, links[i:]) if link] if is_eager() else []
             if run:  # neighbours, in one pass over the leaves
                 grads, new = _apply_links(run, grads, state[i : i + len(run)], params)
                 states += new
             else:
-                grads, new = steps[i](grads, state[i], params, **extra)
+                grads, new = opts[i].update(grads, state[i], params, **extra)
                 states.append(new)
         return grads, tuple(states)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fdl import tree
 from fdl._kinds import register
-from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast, update_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
+from fdl.optim._base import Optimizer, State, map_grads, match_grads, upcast
 from fdl.optim._conditional import FiniteState
 from fdl.optim._helpers import (
     all_finite,
@@ -36,7 +37,7 @@ class LossScaleState(NamedTuple):
 
 
 def loss_scale(
-    opt: Optimizer,
+    opt: OptimizerLike,
     init: float = 2.0**15,
     growth_interval: int = 2000,
     growth_factor: float = 2.0,
@@ -76,7 +77,7 @@ def loss_scale(
     >>> opt.update({"w": torch.tensor([torch.inf])}, state, params)[1].scale
     tensor(2.)
     """
-    step = update_of("loss_scale", opt)
+    begin, step = as_optimizer("loss_scale", opt)
     check_whole("loss_scale", "growth_interval", growth_interval, least=1)
     largest = torch.finfo(torch.float32).max
     for name, number, low, high in (
@@ -90,7 +91,7 @@ def loss_scale(
             )
 
     def start(params: Tree) -> LossScaleState:
-        inner = opt.init(params)
+        inner = begin(params)
         if loss_scale_of(inner) is not None:
             raise ValueError(
                 "loss_scale: there is a loss_scale inside already; keep one of the two"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fdl import tree
-from fdl.optim._base import Optimizer, update_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
+from fdl.optim._base import Optimizer
 from fdl.tree import Tree, Where
 from fdl.tree._map import match
 from fdl.tree._paths import as_dicts, select
@@ -19,7 +20,7 @@ Mask = Where | Tree | Callable[[Tree], Tree]  # a tree is one of bools, like the
 Labels = Mapping[str, Mask] | Callable[[str, Any], str]
 
 
-def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
+def multi_transform(opts: Mapping[str, OptimizerLike], labels: Labels) -> Optimizer:
     """Apply an optimizer to each part of the parameters, like the param groups of `torch.optim`.
 
     The state is a dict of the optimizers' states by label; each covers only its own leaves. Optax
@@ -41,15 +42,16 @@ def multi_transform(opts: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     >>> opt.update(params, opt.init(params), params)[0]
     {'body': tensor([-0.1000]), 'head': tensor([-1.])}
     """
-    opts = dict(opts)
-    for label, opt in opts.items():
-        update_of("multi_transform", opt, f"opts[{label!r}]")
-    if not callable(labels) and labels.keys() != opts.keys():
+    checked = {
+        label: as_optimizer("multi_transform", opt, f"opts[{label!r}]")
+        for label, opt in opts.items()
+    }
+    if not callable(labels) and labels.keys() != checked.keys():
         raise ValueError(
-            f"multi_transform: labels must be those of the optimizers, {sorted(opts)}, "
+            f"multi_transform: labels must be those of the optimizers, {sorted(checked)}, "
             f"got {sorted(labels)}"
         )
-    return _by_label("multi_transform", opts, lambda params: _labels(params, opts, labels))
+    return _by_label("multi_transform", checked, lambda params: _labels(params, checked, labels))
 
 
 def _labels(params: Tree, opts: Mapping[str, Optimizer], labels: Labels) -> dict[str, str]:
@@ -137,7 +139,7 @@ def _bools(params: Tree, mask: Tree, caller: str) -> dict[str, bool]:
     return chosen
 
 
-def masked(opt: Optimizer, where: Mask) -> Optimizer:
+def masked(opt: OptimizerLike, where: Mask) -> Optimizer:
     """Transform only the gradients that `where` selects; the others pass unchanged.
 
     The state covers only the selected leaves.
@@ -160,7 +162,7 @@ def masked(opt: Optimizer, where: Mask) -> Optimizer:
     >>> opt.update(params, opt.init(params), params)[0]
     {'w': tensor([2.]), 'b': tensor([1.])}
     """
-    return masked_for("masked", opt, where)
+    return masked_for("masked", as_optimizer("masked", opt), where)
 
 
 def masked_for(caller: str, opt: Optimizer, where: Mask | None) -> Optimizer:
@@ -185,7 +187,7 @@ def masked_for(caller: str, opt: Optimizer, where: Mask | None) -> Optimizer:
     return _by_label(caller, {"masked": opt}, label_paths)
 
 
-def freeze(opt: Optimizer, where: Mask) -> Optimizer:
+def freeze(opt: OptimizerLike, where: Mask) -> Optimizer:
     """Keep the parameters that `where` selects constant, and optimize the others.
 
     Unlike `optax.freeze`, it wraps the optimizer. Frozen leaves have no slots (per-parameter
@@ -208,7 +210,7 @@ def freeze(opt: Optimizer, where: Mask) -> Optimizer:
     >>> opt.update(params, opt.init(params), params)[0]
     {'body': None, 'head': tensor([-0.1000])}
     """
-    update_of("freeze", opt)
+    trained = as_optimizer("freeze", opt)
 
     def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         return tree.map(lambda g: None, grads), state
@@ -217,7 +219,7 @@ def freeze(opt: Optimizer, where: Mask) -> Optimizer:
         chosen = selected(params, where, "freeze")
         return {path: "frozen" if chosen[path] else "trained" for path in chosen}
 
-    opts = {"frozen": Optimizer(lambda params: (), update), "trained": opt}
+    opts = {"frozen": Optimizer(lambda params: (), update), "trained": trained}
     return _by_label("freeze", opts, label_paths)
 
 
@@ -225,7 +227,6 @@ def _by_label(
     caller: str, opts: dict[str, Optimizer], label_paths: Callable[[Tree], dict[str, str]]
 ) -> Optimizer:
     """Apply to each leaf the optimizer of its label; leaves of other labels pass unchanged."""
-    steps = {label: update_of(caller, opt) for label, opt in opts.items()}
 
     def part(params: Tree, labels: dict[str, str], label: str) -> Tree:
         return tree.partition(params, lambda path, leaf: labels[path] == label)[0]
@@ -249,8 +250,8 @@ def _by_label(
             return value_fn(tree.unflatten_dict(flat | tree.flatten_dict(moved), like=params))
 
         updates, states = tree.flatten_dict(grads), {}
-        for label, step in steps.items():
-            part_updates, states[label] = step(
+        for label, opt in opts.items():
+            part_updates, states[label] = opt.update(
                 part(grads, labels, label),
                 state[label],
                 part(params, labels, label),

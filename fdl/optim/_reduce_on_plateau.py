@@ -11,7 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._kinds import register
-from fdl.optim._base import Optimizer, update_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
+from fdl.optim._base import Optimizer
 from fdl.optim._helpers import (
     NO_SURPLUS,
     as_value,
@@ -41,7 +42,7 @@ class PlateauState(NamedTuple):
 
 
 def reduce_on_plateau(
-    opt: Optimizer,
+    opt: OptimizerLike,
     mode: Literal["min", "max"] = "min",
     factor: float = 0.1,
     patience: int = 10,
@@ -85,7 +86,7 @@ def reduce_on_plateau(
     >>> optim.hyperparams(state)
     {'lr': tensor(0.1000, dtype=torch.float64)}
     """
-    step = update_of("reduce_on_plateau", opt)
+    begin, step = as_optimizer("reduce_on_plateau", opt)
     _check_choice("mode", mode, ("min", "max"))
     _check_choice("threshold_mode", threshold_mode, ("rel", "abs"))
     _check_number("factor", factor, below=1.0)
@@ -98,7 +99,7 @@ def reduce_on_plateau(
     sign = 1 if mode == "max" else -1
 
     def init(params: Tree) -> PlateauState:
-        inner = opt.init(params)
+        inner = begin(params)
         _check_lr(inner)
         return PlateauState(
             inner,

@@ -18,8 +18,7 @@ from fdl._training._checks import check_loss, check_step_metrics
 from fdl._training._loss import Loss
 from fdl._training._state import Metrics
 from fdl.metrics import Mean
-from fdl.optim import Optimizer
-from fdl.optim._base import update_of
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.parallel._group import Mesh, group_of
 from fdl.parallel._shard import gather
 from fdl.parallel._sums import sum_in_order, sum_over
@@ -29,7 +28,7 @@ from fdl.tree._paths import in_order
 
 def train_step(
     loss: Loss,
-    opt: Optimizer,
+    opt: OptimizerLike,
     mesh: Mesh | None,
     grad_fn: Callable[..., Any] = grad_and_value,
     microbatches: int | None = None,
@@ -101,7 +100,7 @@ def train_step(
     check_loss("parallel.train_step", loss)
     check_step_metrics("parallel.train_step", metrics)
     own = _own_microbatches(microbatches, size)
-    opt = Optimizer(opt.init, update_of("parallel.train_step", opt))
+    checked = as_optimizer("parallel.train_step", opt)
 
     def of_part(state: TrainState, batch: Any, key: random.Key) -> Tree:
         objective = _step.make_objective(loss, state, batch, key)
@@ -135,7 +134,7 @@ def train_step(
             )
             # A norm over all leaves is a sum, whose bits depend on the order of the leaves.
             ordered, grads, buffers = in_order((state, grads, buffers))
-            new = _step.apply_gradients(opt, ordered, grads, buffers, value, _refuse, count)
+            new = _step.apply_gradients(checked, ordered, grads, buffers, value, _refuse, count)
             new = _dtensor.redistribute_like(new, ordered)
             found = _step.measure("parallel.train_step", metrics, ordered, grads, found)
             return tree.map(lambda _, leaf: leaf, state, new), gather(found)

@@ -8,6 +8,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fdl._checks import conversion, describe
 from fdl.tree._paths import Tree, dotted
 
 
@@ -24,8 +25,10 @@ def check_tensors(leaves: Sequence[Any], whole: Tree, what: str) -> None:
 
 
 def _shown(leaf: Any) -> str:
-    """Describe what is not a tensor; of an array shape and dtype only, as it may be large."""
+    """Describe what is not a tensor; of what may be large no values."""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{leaf.dtype}{list(leaf.shape)} of {type(leaf).__module__.partition('.')[0]}"
+    if how := conversion(leaf):
+        return f"{describe(leaf)}; {how}"
     text = repr(leaf)
     return text if len(text) < 80 else f"{text[:80]}…"

@@ -100,7 +100,7 @@ def test_take_returns_rows_of_every_leaf(sample: data.Dataset) -> None:
         (torch.ones(2), torch.tensor([True, False]), TypeError, "must be int64, got torch.bool"),
         (torch.ones(2), [0], TypeError, "must be an int64 tensor, got a list"),
         (torch.ones(2), True, TypeError, "must be an int64 tensor, got a bool"),
-        ({"a": np.ones((2, 3))}, 0, TypeError, r"\n  a: numpy float64\[2, 3\]$"),
+        ({"a": np.ones((2, 3))}, 0, TypeError, r"\n  a: numpy float64\[2, 3\]; convert arrays"),
         ({"a": torch.ones(2), "b": [torch.ones(3)]}, 0, ValueError, r"\{'a': 2, 'b\.0': 3\}"),
         (torch.ones(2), torch.tensor([0], device="meta"), ValueError, r"\['cpu'\] and meta"),
     ],

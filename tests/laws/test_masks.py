@@ -130,6 +130,7 @@ ROWS = {
     ),
     "losses.mse": Row(losses.mse, LOGITS, draw(1, 6, 4)),
     "losses.weighted_mean": Row(lambda x, y, w: weighted_mean(x, w), LOGITS, INDEX),
+    "metrics.per_batch": Row(metrics.per_batch(F.mse_loss), LOGITS, draw(1, 6, 4)),
     "metrics.mean": Row(lambda x, y, w: metrics.mean(x, w), LOGITS, INDEX),
     **{
         f"metrics.{f.__name__}": Row(f, LOGITS, INDEX, differentiable=False)

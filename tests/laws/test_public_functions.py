@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -249,6 +250,7 @@ TABLE: dict[str, dict[str, Case]] = {
             grads=(),
         ),
         "mean": Case(lambda x, y, w: metrics.mean(x, w), predictions, grads=(0, 2)),
+        "per_batch": Case(metrics.per_batch(F.mse_loss), predictions, grads=(0, 1, 2)),
         "precision_recall_f1": Case(
             lambda x, y, w: [
                 metrics.precision_recall_f1(x, y, w).value,
@@ -361,6 +363,11 @@ TABLE: dict[str, dict[str, Case]] = {
         "synthetic_linear": with_keys(
             lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
         ),
+        "pad_to": Case(
+            lambda x, y, w: [data.pad_to((x, y), 6), data.pad_to((x, y, w), 6)],
+            predictions,
+            (0, 1, 2),
+        ),
         "take": Case(
             lambda x, index: data.take({"x": x, "y": x[:, 0]}, index),
             lambda key: (draw(key, 6, 2), random.permutation(key, 6)),
@@ -425,6 +432,7 @@ NO_ROW = {
     "fdl.supervised": "makes a loss: tests/training",
     "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",
+    "transforms.autograd_grad_and_value": "takes no transformation: tests/transforms",
     "fdl.averaged": "takes a TrainState: tests/training",
     "fdl.update_bn": "takes an iterator of batches: tests/training",
     "debug.nans": "a context",
@@ -440,6 +448,7 @@ NO_ROW = {
     "interop.from_numpy": "takes arrays: tests/interop/test_arrays.py",
     "interop.to_jax": "gives arrays: tests/interop/test_arrays.py",
     "interop.to_module": "gives a module: tests/interop/test_module.py",
+    "interop.to_sequential": "gives a module: tests/interop/test_to_sequential.py",
     "interop.to_numpy": "gives arrays: tests/interop/test_arrays.py",
     "optim.Optimizer": "a type",
     "optim.State": "a type",

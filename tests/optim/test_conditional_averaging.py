@@ -302,10 +302,14 @@ def test_wrappers_stack_and_train_as_one_scan(plain_backend):
         (
             lambda: optim.accumulate(optim.sgd, 2),
             TypeError,
-            r"accumulate: opt must be an Optimizer, got <function sgd .*; call it: sgd\(...\)",
+            r"accumulate: opt must be an optimizer .*, got the function sgd; call it: sgd\(...\)",
         ),
-        (lambda: optim.lookahead(None), TypeError, "lookahead: opt must be an Optimizer, got None"),
-        (lambda: optim.apply_if_finite(1), TypeError, "apply_if_finite: opt must be .* got 1"),
+        (
+            lambda: optim.lookahead(None),
+            TypeError,
+            "lookahead: opt must be an optimizer .* got a NoneType",
+        ),
+        (lambda: optim.apply_if_finite(1), TypeError, "apply_if_finite: opt must be .* got an int"),
         (lambda: optim.accumulate(optim.sgd(), 0), ValueError, "accumulate: k .* least 1, got 0"),
         (lambda: optim.accumulate(optim.sgd(), 2.0), ValueError, "accumulate: k must .* got 2.0"),
         (lambda: optim.lookahead(optim.sgd(), 0), ValueError, "lookahead: sync_period .* got 0"),

@@ -383,25 +383,25 @@ def test_a_frozen_leaf_is_out_of_the_norm_and_stays_as_in_torch(name, absent_fro
     [
         (
             lambda: optim.chain(optim.clip_by_global_norm, optim.sgd()),
-            r"chain: part 0 must be an Optimizer, got <function clip_by_global_norm .*; call it: "
-            r"clip_by_global_norm\(...\)",
+            r"chain: part 0 must be an optimizer .*, got the function clip_by_global_norm; "
+            r"call it: clip_by_global_norm\(...\)",
         ),
-        (lambda: optim.chain(optim.sgd(), None), "chain: part 1 must be an Optimizer, got None"),
-        (lambda: optim.chain([optim.sgd()]), r"chain: part 0 must be an Optimizer, got \[Optim"),
-        (lambda: optim.masked(optim.sgd, "a"), "masked: opt must be an Optimizer, .* call it: sgd"),
+        (lambda: optim.chain(optim.sgd(), None), "chain: part 1 must be .* got a NoneType"),
+        (lambda: optim.chain([optim.sgd()]), r"chain: part 0 must be an optimizer .* got a list"),
+        (lambda: optim.masked(optim.sgd, "a"), "masked: opt must be an optimizer .* call it: sgd"),
         (
             lambda: optim.freeze(optim.adam, "a"),
-            "freeze: opt must be an Optimizer, .* call it: adam",
+            "freeze: opt must be an optimizer .* call it: adam",
         ),
         (
             lambda: optim.multi_transform({"x": optim.sgd(), "y": 3}, {"x": "a", "y": "b"}),
-            r"multi_transform: opts\['y'\] must be an Optimizer, got 3",
+            r"multi_transform: opts\['y'\] must be an optimizer .* got an int",
         ),
-        (lambda: optim.loss_scale(optim.sgd), "loss_scale: opt must be an Optimizer"),
-        (lambda: optim.reduce_on_plateau(optim.sgd), "reduce_on_plateau: opt must be an Optim"),
-        (lambda: optim.apply_if_finite(optim.sgd), "apply_if_finite: opt must be an Optimizer"),
-        (lambda: optim.lookahead(optim.sgd), "lookahead: opt must be an Optimizer"),
-        (lambda: optim.accumulate(torch.optim.SGD, 2), "accumulate: opt must be an Optimizer"),
+        (lambda: optim.loss_scale(optim.sgd), "loss_scale: opt must be an optimizer"),
+        (lambda: optim.reduce_on_plateau(optim.sgd), "reduce_on_plateau: opt must be an optimizer"),
+        (lambda: optim.apply_if_finite(optim.sgd), "apply_if_finite: opt must be an optimizer"),
+        (lambda: optim.lookahead(optim.sgd), "lookahead: opt must be an optimizer"),
+        (lambda: optim.accumulate(torch.optim.SGD, 2), "accumulate: opt must be an optimizer"),
     ],
 )
 def test_what_is_no_optimizer_is_refused_by_name(make, text):
@@ -419,7 +419,7 @@ TAKING = {
     name: parameter.name
     for name in optim.__all__
     if (parameter := first_parameter(name))
-    and re.search(r"(?<!torch\.optim\.)\bOptimizer\b", str(parameter.annotation))
+    and re.search(r"(?<!torch\.optim\.)\bOptimizer(Like)?\b", str(parameter.annotation))
 }
 # What they need besides.
 BESIDES = {"accumulate": (2,), "freeze": ("w",), "masked": ("w",), "multi_transform": ({"a": "w"},)}
@@ -430,12 +430,12 @@ def test_every_function_of_optimizers_is_known():
     assert TAKING.keys() == around | BESIDES.keys()
 
 
-@pytest.mark.parametrize("wrong", [None, 0.1, optim.sgd, (lambda p: (), lambda g, s, p: (g, s))])
+@pytest.mark.parametrize("wrong", [None, 0.1, optim.sgd, (optim.sgd, 0.1)])
 @pytest.mark.parametrize("name", TAKING)
 def test_every_function_of_optimizers_checks_what_it_is_given(name, wrong):
     argument = {"a": wrong} if name == "multi_transform" else wrong
     label = {"chain": "part 0", "multi_transform": r"opts\['a'\]"}.get(name, TAKING[name])
-    with pytest.raises(TypeError, match=f"^{name}: {label} must be an Optimizer, got "):
+    with pytest.raises(TypeError, match=f"^{name}: {label} must be an optimizer such as .*, got "):
         getattr(optim, name)(argument, *BESIDES.get(name, ()))
 
 

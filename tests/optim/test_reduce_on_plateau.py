@@ -261,7 +261,7 @@ def test_bad_arguments_raise_when_built(options, text):
 
 
 def test_it_needs_a_rate_of_its_own():
-    with pytest.raises(TypeError, match=r"^reduce_on_plateau: opt must be an Optimizer"):
+    with pytest.raises(TypeError, match=r"^reduce_on_plateau: opt must be an optimizer"):
         optim.reduce_on_plateau(0.1)
     with pytest.raises(ValueError, match=r"must have an lr of its own, got none"):
         optim.reduce_on_plateau(optim.scale_by_adam()).init(PARAMS)
