@@ -62,7 +62,8 @@ class KeyedRandomMode(Keys):
             return func(*args, **kwargs)
         if foreign := [each for each in types if not issubclass(each, Tensor)]:
             raise TypeError(
-                f"{name}: expected tensors, got {foreign[0].__name__}; call it for each of its leaves"
+                f"{name}: expected tensors, got {foreign[0].__name__}; call it for each of its "
+                "leaves"
             )
         if kwargs.pop("generator", None) is not None:
             raise NotImplementedError(f"{name}: a torch.Generator cannot draw from a key; omit it")

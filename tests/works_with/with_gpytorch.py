@@ -28,8 +28,9 @@ class Loss(torch.nn.Module):
         return -self.density(self.density.model(x), y)
 
 
-# Recipe
 module = Loss(Process())
+
+# Recipe
 model, params, buffers = interop.from_module(module)
 
 

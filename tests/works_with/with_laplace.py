@@ -1,4 +1,4 @@
-"""Laplace approximations of a trained model: full, or Kronecker factors of `to_sequential`'s."""
+"""Laplace approximations of a trained model: all weights, or the last layer of torch's own."""
 
 import torch
 from laplace import Laplace
@@ -12,9 +12,13 @@ rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_s
 
 # Recipe
 module = interop.as_module(model, params)
-posterior = Laplace(module, "classification", "all", "full")
-posterior.fit(rows)
-probabilities = posterior(x)
+full = Laplace(module, "classification", "all", "full")
+full.fit(rows)
+
+layers = interop.to_sequential(model, params)  # these look for nn.Linear
+last = Laplace(layers, "classification", "last_layer", "kron")
+last.fit(rows)
 
 # Check
-torch.testing.assert_close(probabilities.sum(1), torch.ones(64))
+torch.testing.assert_close(full(x).sum(1), torch.ones(64))
+torch.testing.assert_close(last(x).sum(1), torch.ones(64))

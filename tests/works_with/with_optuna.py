@@ -14,8 +14,8 @@ batch = random.normal(random.key(1), (32, 4)), torch.ones(32, 1)
 # Recipe
 def objective(trial):
     state = fdl.TrainState.create(model, opt, key=random.key(0))
-    rates = optim.with_hyperparams(state.opt_state, lr=trial.suggest_float("lr", 1e-3, 1))
-    state = state._replace(opt_state=rates)
+    rate = trial.suggest_float("lr", 1e-3, 1)
+    state = state._replace(opt_state=optim.with_hyperparams(state.opt_state, lr=rate))
     for i in range(20):
         state, metrics = step(state, batch)
         trial.report(metrics["loss"].value, i)
@@ -24,7 +24,7 @@ def objective(trial):
     return metrics["loss"].value
 
 
+# Check
 study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
 study.optimize(objective, n_trials=10)
-# Check
-assert len(study.trials) == 10 and len(step.report()) == 1
+assert len(study.trials) == 10 and study.best_value < 1e-6 and len(step.report()) == 1

@@ -1,4 +1,4 @@
-"""A table of layers and sizes, of the module that `to_sequential` builds."""
+"""A table of layers, shapes and numbers of parameters."""
 
 from torchinfo import summary
 
@@ -8,8 +8,9 @@ model = nn.sequential(nn.linear(4, 8), nn.tanh, nn.linear(8, 3))
 params = model.init(random.key(0))
 
 # Recipe
-table = summary(interop.as_module(model, params), input_size=(32, 4), verbose=0)
+table = summary(interop.to_sequential(model, params), input_size=(32, 4), verbose=0)
 print(table)
 
 # Check
 assert table.total_params == tree.size(params)
+assert len(table.summary_list) == 4  # the whole and its three layers
