@@ -47,7 +47,7 @@ def test_recipe(path, tmp_path):
         env=os.environ | {"PYTHONPATH": str(FOLDER.parents[1])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = "fdl.jit" in path.read_text()
