@@ -131,8 +131,8 @@ class Mlp(Images):
 class Dropout(Images):
     """Multilayer perceptron with dropout, 784–256–256–10."""
 
-    epochs: int = 5
-    lr: float = 0.5
+    epochs: int = 10
+    lr: float = 0.1
     rates: tuple[float, float] = (0.2, 0.5)
     """Fraction of units dropped after each hidden layer."""
 

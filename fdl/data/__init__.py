@@ -15,14 +15,22 @@ unless you call `to_float`.
 
 from __future__ import annotations
 
-from fdl.data._augment import random_crop, random_flip
+from fdl.data._augment import (
+    normalize,
+    random_brightness,
+    random_crop,
+    random_cutout,
+    random_flip,
+)
 from fdl.data._batches import batch, batches, take, to_float
 from fdl.data._fashion_mnist import fashion_mnist, fashion_mnist_sample
 from fdl.data._forms import pad_to
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
+from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
 from fdl.data._synthetic import synthetic_linear
 from fdl.data._types import LABELS, Batch, Dataset, Indices
+from fdl.data._warp import random_affine, random_rotation
 
 __all__ = [
     "LABELS",
@@ -32,13 +40,20 @@ __all__ = [
     "batch",
     "batches",
     "bootstrap_indices",
+    "cutmix",
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "mixup",
+    "normalize",
     "pad_to",
     "poisson_indices",
+    "random_affine",
+    "random_brightness",
     "random_crop",
+    "random_cutout",
     "random_flip",
+    "random_rotation",
     "sequential_indices",
     "split",
     "synthetic_linear",

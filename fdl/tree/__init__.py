@@ -15,9 +15,9 @@ Keys may be paths themselves, as in `dict(module.named_parameters())`.
 Leaves of two trees are matched by path, never by the order in which a dict was filled. `None` is a
 leaf, unlike in JAX; for an empty place use `()`.
 
-Functions that compute (`stack`, `unstack`, `ravel`) return new memory. Functions that rearrange or convert
-(`partition`, `merge`, `flatten_dict`, `to`, `cast`) return the given tensors themselves where
-nothing changes, never views of parts of them.
+Functions that compute (`stack`, `unstack`, `ravel`) return new memory. Functions that rearrange or
+convert (`partition`, `merge`, `flatten_dict`, `to`, `cast`) return the given tensors themselves
+where nothing changes, never views of parts of them.
 """
 
 from __future__ import annotations

@@ -86,6 +86,8 @@ def as_dicts(tree: Tree) -> Tree:
     >>> as_dicts({"w": [OrderedDict(b=1)]})
     {'w': [OrderedDict([('b', 1)])]}
     """
+    if not torch.compiler.is_compiling() and is_plain(flatten(tree)[1]):
+        return tree  # as nearly every tree
     kind = type(tree)
     if kind in (dict, OrderedDict):
         return kind((key, as_dicts(child)) for key, child in tree.items())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 import fdl
 from fdl import jit, scan, tree
@@ -157,3 +157,24 @@ def test_unrolled_steps_may_return_a_carry_of_another_layout(plain_backend: None
         expected = fn(*args)
     for a, b in zip(tree.leaves(fn(*args)), tree.leaves(expected), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_a_pullback_in_torch_compile() -> None:
+    """Made in the body it is right; made outside, Dynamo refuses it (as docs/compiling.md says)."""
+    x = torch.linspace(0, 1, 3)
+
+    def made_outside(x: Tensor) -> Any:
+        _, pull = vjp(torch.sin, x)
+        return scan(lambda c, _: (pull(c)[0], c.sum()), torch.ones_like(x), length=3)
+
+    def made_inside(x: Tensor) -> Any:
+        return scan(
+            lambda c, _: (vjp(torch.sin, x)[1](c)[0], c.sum()), torch.ones_like(x), length=3
+        )
+
+    expected = x.cos() ** 3
+    torch.testing.assert_close(made_outside(x)[0], expected)
+    torch.testing.assert_close(dynamo(made_inside)(x)[0], expected)
+    with pytest.raises(AssertionError, match="Expected FakeTensor"):
+        dynamo(made_outside)(x)

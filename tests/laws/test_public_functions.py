@@ -23,13 +23,13 @@ from tests.laws.rows import (
     elementwise,
     initializer,
     labelled,
-    labelled_rows,
     layer,
     layer_with_buffers,
     predictions,
     weights,
     with_keys,
 )
+from tests.laws.rows_data import DATA
 from tests.laws.rows_optim import OPTIM, SCHEDULES
 from tests.laws.rows_transforms import TRANSFORMATIONS
 
@@ -345,38 +345,7 @@ TABLE: dict[str, dict[str, Case]] = {
         ),
     },
     "transforms": TRANSFORMATIONS,
-    "data": {
-        "batch": Case(
-            lambda x, y, index, mask: data.batch((x, y), (index, mask)),
-            lambda key: (draw(key, 6, 2), *labelled_rows(key)),
-        ),
-        "batches": Case(
-            lambda x, y, index: tuple(data.batches((x, y), index)),
-            lambda key: (draw(key, 6, 2), torch.arange(6), random.permutation(key, 6).view(3, 2)),
-        ),
-        "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
-        "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
-        "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2)),
-        "random_crop": with_keys(lambda key, x: data.random_crop(key, x, 1), (3, 2, 3, 4)),
-        "random_flip": with_keys(lambda key, x: data.random_flip(key, x), (3, 2, 3, 4)),
-        "split": with_keys(lambda key, x: data.split(key, {"x": x, "y": x[:, 0]}, 0.3), (5, 2)),
-        "synthetic_linear": with_keys(
-            lambda key, w: data.synthetic_linear(key, w, 4.2, n=5, noise=0.1), (2,)
-        ),
-        "pad_to": Case(
-            lambda x, y, w: [data.pad_to((x, y), 6), data.pad_to((x, y, w), 6)],
-            predictions,
-            (0, 1, 2),
-        ),
-        "take": Case(
-            lambda x, index: data.take({"x": x, "y": x[:, 0]}, index),
-            lambda key: (draw(key, 6, 2), random.permutation(key, 6)),
-        ),
-        "to_float": Case(
-            lambda x, images: (data.to_float(x), data.to_float(data.Dataset(images, x))),
-            lambda key: (draw(key, 4, 2), random.randint(key, (4, 3, 3), 0, 256, torch.uint8)),
-        ),
-    },
+    "data": DATA,
     "population": {
         "best": Case(population.best, lambda key: (draw(key, 4, 2), draw(key, 4))),
         "create": Case(

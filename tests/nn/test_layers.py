@@ -264,3 +264,14 @@ def test_integers_are_refused_with_what_converts_them(layer, dtype, jitted, plai
     apply = lambda *args: layer.apply(*args, train=True, key=key)  # noqa: E731
     with pytest.raises(TypeError, match=r"x must be floating, got a tensor .*\.to_float"):
         (fdl.jit(apply) if jitted else apply)(*args, x)
+
+
+def test_gelu_is_the_formula_wherever_a_number_stands():
+    x = torch.linspace(-6, 6, 101)
+    exact = x.double() * torch.distributions.Normal(0.0, 1.0).cdf(x.double())
+    close(nn.gelu(x.double()), exact, atol=1e-12)
+    alone = torch.stack([nn.gelu(number) for number in x])
+    for ours in (nn.gelu(x), alone):
+        close(ours.double(), exact, rtol=0, atol=5e-7)
+    y = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    close(nn.gelu(x, "tanh"), y, rtol=0, atol=1e-6)

@@ -460,6 +460,8 @@ def test_a_function_that_selects_nothing_is_refused_as_a_glob_is(make):
     params = {"a": torch.ones(3), "b": torch.ones(2)}
     with pytest.raises(ValueError, match=r"selects no path; there are \['a', 'b'\]"):
         make(lambda path, leaf: leaf.ndim > 1).init(params)
+    with pytest.raises(ValueError, match=r"selects no path; there are \['a', 'b'\]"):
+        make(lambda params: tree.map(lambda leaf: leaf.ndim > 1, params)).init(params)
     with pytest.raises(ValueError, match=r"matches no path; the paths are \['a', 'b'\]"):
         make("c").init(params)
 

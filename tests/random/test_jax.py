@@ -257,6 +257,13 @@ def test_permutation_of_any_size(n):
 
 
 @pytest.mark.slow
+def test_permutations_do_not_depend_on_x64():
+    for on in (False, True):
+        with x64(on):
+            order = jax.random.permutation(jax_key(6), 20)
+        assert_same(random.permutation(random.key(6), 20), np.asarray(order).astype(np.int64))
+
+
 def test_permutation_of_rows():
     rows = np.arange(60, dtype=np.float32).reshape(20, 3)
     for x in (rows, rows[:, 0]):

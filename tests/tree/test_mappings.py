@@ -45,7 +45,7 @@ def test_paths_maps_and_comparisons(kind):
         "act.slope: expected float32[1], got nothing"
     ]
     assert type(tree.unflatten_dict(tree.flatten_dict(t), like=t)) is type(t)
-    with pytest.raises(ValueError, match="act.slope: missing"):
+    with pytest.raises(ValueError, match=r"act\.slope: missing"):
         tree.map(torch.add, t, {"fc": DICTS["fc"]})
     assert tree.size(t) == 9 and "fc.w" in tree.summary(t)
 
