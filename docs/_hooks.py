@@ -46,7 +46,7 @@ GROUPS = {
         "Programs as files": "export load_program",
         "Loops and branches": "scan map fori_loop while_loop cond switch associative_scan",
         "Modules": "nn losses metrics optim data random tree transforms population parallel debug"
-        " interop io checkpointing",
+        " interop io checkpointing testing",
     },
     "fdl.nn": {
         "Models": "Model StatefulModel Layer",

@@ -15,6 +15,7 @@ from fdl import (
     parallel,
     population,
     random,
+    testing,
     transforms,
     tree,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "scan",
     "supervised",
     "switch",
+    "testing",
     "train_step",
     "transforms",
     "tree",

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fdl
 from fdl._compiler import (
     _cache,
     _cache_key,
@@ -25,6 +26,7 @@ from fdl._compiler import (
     _inductor,
     _routes,
 )
+from fdl.testing import Programs
 from tests.support.programs import turn
 from train import recipes
 
@@ -186,24 +188,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, plain_backend: None) -> StandIn:
 
 
 @pytest.fixture
-def count_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """Make counters of the programs that `jit` builds: `counter = count_programs()`."""
-    built: list[Any] = []
-    trace = _routes.trace_unknown
-
-    def counted(*args: Any) -> Any:
-        built.append(args)
-        return trace(*args)
-
-    class Counter:
-        def __init__(self) -> None:
-            self.before = len(built)
-
-        def count(self) -> int:
-            return len(built) - self.before
-
-    monkeypatch.setattr(_routes, "trace_unknown", counted)
-    return Counter
+def count_programs() -> Iterator[Callable[[], Programs]]:
+    """Count the programs that `jit` builds from a call until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(fdl.testing.count_programs())
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ class Recipe:
     """Number of parts to cut batches into; equal parts give equal bits with torchrun."""
     validation: float = 0.0
     """Fraction of the training examples to hold out, and to evaluate on after each epoch."""
+    patience: int | None = None
+    """Epochs without a lower validation loss that end a run; it keeps the best weights."""
     seed: int = 0
     """Seed of the initial parameters, the order of the data, and dropout."""
     device: str = "auto"
@@ -209,6 +211,7 @@ SWEEPS: dict[str, Any] = {
             ("grid", Grid, ()),
             ("memory", Gigabytes, None),
             ("validation", Validation, 0.1),
+            ("patience", Annotated[None, tyro.conf.Suppress], None),  # all points train to the end
         ],
         bases=(kind,),
         frozen=True,
@@ -342,7 +345,7 @@ class Inspect:
     """A .safetensors file, or the folder of a run for its params.safetensors."""
 
 
-AT_LEAST_ONE = ("parts", "epochs", "batch_size", "examples", "rounds", "steps")
+AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
@@ -361,6 +364,8 @@ def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
             raise ValueError(f"{option} must be finite and at least 0, got {value}")
         if field.name == "validation" and not 0 <= value < 1:
             raise ValueError(f"{option} must be at least 0 and below 1, got {value}")
+        if field.name == "patience" and value is not None and not config.validation:  # type: ignore[union-attr]
+            raise ValueError(f"{option} {value} needs --validation, such as --validation 0.1")
         if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
             raise ValueError(f"{option} must be in [0, 1), got {value}")
         if field.name == "images" and not value:

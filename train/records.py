@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["from_json", "numbers", "to_json"]
+__all__ = ["best_epoch", "from_json", "numbers", "to_json"]
+
+MONITORED = "validation_loss"  # what --patience waits for
 
 
 def to_json(record: Any, **layout: Any) -> str:
@@ -50,3 +52,14 @@ def numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     {'epoch': 1, 'loss': nan}
     """
     return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def best_epoch(records: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of the epoch with the lowest validation loss; 0 if there is none.
+
+    >>> losses = [0.5, 0.3, math.nan, 0.4]
+    >>> best_epoch([{"epoch": i, MONITORED: loss} for i, loss in enumerate(losses, 1)])
+    2
+    """
+    known = [r for r in records if math.isfinite(r.get(MONITORED, math.nan))]
+    return min(known, key=lambda record: record[MONITORED])["epoch"] if known else 0

@@ -22,6 +22,7 @@ from fdl.parallel._group import on_all, on_first
 from train import config as configs
 from train import launch, loop, planning, plots, recipes, resume, run_folder, usual
 from train.compiling import announced
+from train.records import MONITORED, best_epoch
 
 __all__ = ["line", "next_commands", "run"]
 
@@ -106,7 +107,12 @@ def prepare(
     environment = resume.environment(device) | {"processes": processes.size}
     with ExitStack() as stack:  # releases the folder after an error
         checkpointer = stack.enter_context(
-            Checkpointer(folder / "checkpoints", every=config.save_every, group=group)
+            Checkpointer(
+                folder / "checkpoints",
+                every=config.save_every,
+                best=(MONITORED, "min") if config.patience else None,
+                group=group,
+            )
         )
         first = processes.rank == 0
         run = Run(name, config, problem, state, data_key, plan, folder, checkpointer, mesh, first)
@@ -180,7 +186,7 @@ def train(run: Run) -> int:
                 if checkpointer.due() and not stopped():  # a stopped run saves anyway
                     save(state, progress, {})
 
-            for epoch in loop.epochs(
+            left = loop.epochs(
                 run.problem,
                 config,
                 run.plan,
@@ -190,23 +196,41 @@ def train(run: Run) -> int:
                 run.progress,
                 stopped=stopped,
                 on_chunk=on_chunk,
-            ):
+            )
+            for epoch in () if out_of_patience(config, records) else left:
                 if epoch.examples:  # 0 if the first step of an epoch diverged
                     records.append(record_of(epoch))
                     if run.first:
                         run_folder.append_metrics(folder, records[-1])
                     bar.write(line(records[-1], config.epochs))
                 last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
-                if epoch.end != "diverged" and (last or checkpointer.due()):
+                better = config.patience and best_epoch(records) == epoch.progress.epoch
+                last |= out_of_patience(config, records)
+                if epoch.end != "diverged" and (last or better or checkpointer.due()):
                     save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
+                if out_of_patience(config, records):
+                    break
         checkpointer.wait()
         code = finish(run, epoch, records)
         return os.EX_TEMPFAIL if code == 130 and terminated() else code
 
 
+def out_of_patience(config: configs.Recipe, records: Sequence[dict[str, Any]]) -> bool:
+    """Return True if the validation loss has not been lower for `--patience` epochs.
+
+    >>> records = [{"epoch": 1, "validation_loss": 0.3}, {"epoch": 2, "validation_loss": 0.4}]
+    >>> out_of_patience(configs.Mlp(validation=0.1, patience=1), records)
+    True
+    """
+    if config.patience is None or not records:
+        return False
+    return bool(records[-1]["epoch"] - best_epoch(records) >= config.patience)
+
+
 def make_programs(run: Run) -> loop.Programs:
     """Make the programs; compile them if the plan says so and steps are left to do."""
-    start, left = time.perf_counter(), run.progress.epoch <= run.config.epochs
+    left = run.progress.epoch <= run.config.epochs and not out_of_patience(run.config, run.records)
+    start = time.perf_counter()
     plan = run.plan._replace(compile=run.plan.compile and left)
     if left:
         print(planning.describe(plan), flush=True)
@@ -232,6 +256,10 @@ def record_of(epoch: loop.Epoch) -> dict[str, Any]:
 def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
     """Save the results of a run and print how it ended; `epoch` is None if no step was left."""
     folder, state = run.folder, epoch.state if epoch else run.state
+    ended = epoch is None or epoch.end == "done"
+    if ended and (best := run.checkpointer.best(MONITORED, "min")) and run.config.patience:
+        restored = run.checkpointer.restore(best, like=state, device=state.key.device)
+        state = restored.state if restored else state
     if run.first:
         # As in a state_dict, buffers lie among the parameters: evaluation needs both.
         fdl.io.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
@@ -245,6 +273,8 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
             file=sys.stderr,
         )
         return 1
+    if ended and run.config.patience:
+        print(f"epoch {best_epoch(records)} has the lowest validation loss; its weights are kept")
     print(run.problem.summary(state.params))
     if epoch and epoch.end == "interrupted":
         print(f"interrupted after step {int(state.step)}; to continue:")
@@ -253,16 +283,23 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
     if records and (compared := usual.compare(run.name, run.config, run.problem, records[-1])):
         print(compared)
     print(f"config.json, metrics.jsonl, curves.png and params.safetensors are in\n    {folder}")
-    print("next, for example:", *next_commands(run.name, run.config, folder), sep="\n")
+    early = out_of_patience(run.config, records)
+    print("next, for example:", *next_commands(run.name, run.config, folder, early), sep="\n")
     return 0
 
 
-def next_commands(name: str, config: configs.Recipe, folder: Path) -> list[str]:
-    """List commands that continue from a finished run."""
+def next_commands(
+    name: str, config: configs.Recipe, folder: Path, early: bool = False
+) -> list[str]:
+    """List commands that continue from a finished run, or one that `--patience` ended early."""
     commands = [command("eval", folder)]
     if isinstance(config, configs.Images):
         commands.append(command("predict", folder, "IMAGE.png"))
-    return [*commands, command(name, "--epochs", 2 * config.epochs, "--resume", folder)]
+    option = "patience" if early else "epochs"
+    return [
+        *commands,
+        command(name, f"--{option}", 2 * getattr(config, option), "--resume", folder),
+    ]
 
 
 def command(*arguments: Any) -> str:

@@ -49,6 +49,7 @@ EAGER = "it runs eagerly"
 about_to_compile: ContextVar[Callable[[int], None]] = ContextVar(
     "fdl_about_to_compile", default=lambda operations: None
 )
+about_to_build: list[Callable[[], None]] = []  # called for each program, before it is traced
 Attempt = tuple[str, Exception]  # what was tried, and the error
 
 
@@ -115,6 +116,8 @@ def build(
     If it computes the same as one of the `others`, whose arguments have the keys of their dicts in
     another order, that program is used, and `route` has no name.
     """
+    for call in tuple(about_to_build):
+        call()
     settings, kernels = current_settings(), kernels_written()
     eager = Program(eagerly(fn, spec))
 

@@ -147,7 +147,7 @@ def random_cutout(key: Key, x: Tensor, size: int) -> Tensor:
     _check_pixels("random_cutout", size=size)
     cut = torch.ones((), dtype=torch.bool, device=x.device)
     for k, dim in zip(random.split(key, 2), (-2, -1), strict=True):
-        first = random.randint(k, x.shape[:-3], 0, x.shape[dim]) - size // 2
+        first = random.randint(k, x.shape[:-3], 0, max(1, x.shape[dim])) - size // 2
         ahead = torch.arange(x.shape[dim], device=x.device) - first[..., None]
         inside = (ahead >= 0) & (ahead < size)
         cut = cut & (inside[..., None, :, None] if dim == -2 else inside[..., None, None, :])

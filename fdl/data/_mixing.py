@@ -84,7 +84,7 @@ def cutmix(key: Key, batch: Batch, alpha: float, classes: int) -> Batch:
     partner = _partners(partner_key, len(x), mask)
     inside = []
     for k, n in zip(centre_keys, x.shape[-2:], strict=True):
-        centre, reach = random.randint(k, (len(x),), 0, n), (half * n).long()
+        centre, reach = random.randint(k, (len(x),), 0, max(1, n)), (half * n).long()
         pixels = torch.arange(n, device=x.device)
         inside.append((pixels >= (centre - reach)[:, None]) & (pixels < (centre + reach)[:, None]))
     rows, columns = inside

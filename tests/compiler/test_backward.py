@@ -130,7 +130,7 @@ def test_training_by_torch_optim_compiles_forward_and_backward_once(
             opt.zero_grad()
             f(dict(one.named_parameters()), x).backward()
             opt.step()
-    assert graphs.count() == 2
+    assert graphs.count == 2
     assert [r.why for r in jitted.report()] == ["the first call", "backward: the first call"]
     close(dict(model.named_parameters()), dict(twin.named_parameters()))
 

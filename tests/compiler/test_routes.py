@@ -70,7 +70,7 @@ def test_a_run_compiles_once(name: str, donate: Any, plain_backend: None, count_
         expected, _ = epoch(expected, dataset, indices)
         if not donate:
             assert not tree.diff(before, given)  # bit for bit what it was
-    assert graphs.count() == 1
+    assert graphs.count == 1
     assert_equal(state, expected, rtol=1e-10)
     assert state.step == 28
 
@@ -80,7 +80,7 @@ def test_another_signature_compiles_again(plain_backend: None, count_programs) -
     for x in (torch.ones(2), torch.ones(3), torch.ones(2).double(), torch.ones(4)[::2]):
         fn(x), fn(x + 1)
     # x + 1 of the strided one is contiguous, so that it shares the first program.
-    assert graphs.count() == 4
+    assert graphs.count == 4
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_twenty_functions_and_twenty_shapes_live_together(
     for _ in range(2):
         for size in range(1, 21):
             assert fn(torch.ones(size))[0] == 1 + size
-    assert graphs.count() == 19 and len(fn.report()) == 20  # size 3 was there
+    assert graphs.count == 19 and len(fn.report()) == 20  # size 3 was there
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_the_next_slower_way_is_taken_and_reported(
             given + 1
         given = state
         state, ys = jitted(state, xs + i, rate * (i + 1))  # other values, which are no constants
-    assert graphs.count() == 0
+    assert graphs.count == 0
     (report,) = jitted.report()
     assert report.route == route
     assert all(str(w.message).endswith(f) for w, f in zip(caught, report.fallbacks, strict=True))
@@ -357,7 +357,7 @@ def test_a_refused_training_run_compiles_its_step_once(no_loops: None, count_pro
     graphs = count_programs()
     for rows in indices[1:]:
         state, _ = compiled(state, DATASET, rows)
-    assert graphs.count() == 0
+    assert graphs.count == 0
     for rows in indices:
         expected, _ = epoch(expected, DATASET, rows)
     assert_equal(state, expected, rtol=1e-10)

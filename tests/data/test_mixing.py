@@ -98,7 +98,7 @@ def test_bits_are_the_same_under_vmap_and_jit(mix, plain_backend):
 
 
 def test_a_step_trains_on_mixed_batches(plain_backend):
-    model = nn.sequential(torch.nn.Flatten(), nn.linear(60, CLASSES))
+    model = nn.sequential(nn.flatten(), nn.linear(60, CLASSES))
     opt = optim.sgd(0.05)
     state = fdl.TrainState.create(model, opt, key=KEY)
     step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
@@ -118,7 +118,7 @@ def test_a_step_trains_on_mixed_batches(plain_backend):
     [
         (images(), {}, TypeError, "batch must be Batch"),
         (Batch(images(), {"a": LABELS}), {}, TypeError, "batch must be a Batch of two tensors"),
-        (Batch(images().byte(), LABELS), {}, TypeError, "x must be floating, got uint8"),
+        (Batch(images().byte(), LABELS), {}, TypeError, "x must be floating, got a tensor uint8"),
         (Batch(images()[0], LABELS), {}, ValueError, "x must be .batch, channels"),
         (Batch(images(), LABELS[:3]), {}, ValueError, r"labels \[12\], or probabilities \[12, 4\]"),
         (Batch(images(), LABELS), {"alpha": 0.0}, ValueError, "must be positive, got 0.0"),

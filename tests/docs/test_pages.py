@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import fdl
+import models
+
 DOCS = Path(__file__).parents[2] / "docs"
 TEXTS = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"]
 PAGES = {
@@ -59,3 +62,18 @@ def test_links_between_pages_lead_somewhere():
     for page in TEXTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_glossary_names_is_there_and_in_order():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "glossary.md").read_text().splitlines()
+        if line.startswith("| ")
+    ][1:]
+    terms = [row[0].lower() for row in rows]
+    assert terms == sorted(set(terms))
+    assert all(re.search("[\u4e00-\u9fff]", row[1]) or row[1].lower() == row[0] for row in rows)
+    units = {name: getattr(fdl, name) for name in fdl.__all__} | {"models": models}
+    named = {n for row in rows for n in re.findall(r"`(\w+)\.(\w+)", row[-1]) if n[0] in units}
+    assert len(named) > 20
+    assert [n for n in named if not hasattr(units[n[0]], n[1])] == []

@@ -20,7 +20,7 @@ STOREYS = [
     {"data", "optim", "nn", "losses"},
     {"interop", "_training"},
     {"population", "transforms", "parallel"},
-    {"checkpointing"},
+    {"checkpointing", "testing"},
     {"__init__"},
 ]
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda

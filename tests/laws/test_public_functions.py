@@ -3,6 +3,7 @@
 A table of functions times a list of laws: a new function costs one row and inherits every law.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch.func import grad, vmap
 import fdl
 from fdl import data, interop, losses, metrics, nn, optim, population, random, transforms, tree
 from fdl.optim import schedules
+from fdl.testing import assert_trees_close
 from tests.laws.rows import (
     Case,
     as_module,
@@ -478,9 +480,7 @@ def gradient(case: Case) -> Callable[..., Any]:
     return grad(scalar(case), argnums=case.grads)
 
 
-def assert_equal(got: Any, expected: Any) -> None:
-    differences = tree.diff(expected, got, rtol=1e-9, atol=1e-12)
-    assert not differences, "\n".join(differences)
+assert_equal = functools.partial(assert_trees_close, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -102,6 +102,8 @@ TESTED_IN = {
     "random/_counts.py": "random/test_discrete.py",
     "random/_loops.py": "random/test_ways_to_run.py",
     "random/_marsaglia_tsang.py": "random/test_gamma.py",
+    "testing/_paths.py": "testing/test_module.py",
+    "testing/_sides.py": "testing/test_module.py",
     "transforms": "transforms/test_per_sample.py",
     "tree": "tree/test_tree.py",
 }

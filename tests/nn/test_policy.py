@@ -267,7 +267,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(plain_backend, co
             assert all(tree.diff(new.params[i], state.params[i]) for i in "02")
         state = new
     assert 2 < overflows < 20 and state.opt_state.good == 25 - overflows
-    assert state.opt_state.inner[0].hyper.count == 25 - overflows and graphs.count() == 1
+    assert state.opt_state.inner[0].hyper.count == 25 - overflows and graphs.count == 1
 
 
 def test_a_float16_value_and_scalar_are_scaled_without_overflow():

@@ -339,7 +339,7 @@ def test_one_program_serves_all_steps_and_equals_eager(opt, plain_backend, count
         eager = step(*eager, grads, value)
         compiled = jitted(*compiled, grads, value)
         assert tree.diff(eager, compiled, rtol=1e-10, atol=1e-14) == []
-    assert graphs.count() == 1
+    assert graphs.count == 1
 
 
 @pytest.mark.parametrize(

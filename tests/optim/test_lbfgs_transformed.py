@@ -123,7 +123,7 @@ def test_compiled_once_equals_eager(kwargs, plain_backend, count_programs):
         )
         got, expected = compiled(*got), take(*expected)
         assert tree.diff(expected, got, rtol=1e-7, atol=1e-9) == []
-    assert graphs.count() == 1
+    assert graphs.count == 1
     assert expected[1].n_iter >= 6 and expected[1].num_old == 4
 
 

@@ -9,7 +9,9 @@ import torch.utils._pytree as pytree
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fdl import random, tree
+from fdl import random
+from fdl.testing import assert_trees_close
+from fdl.testing._laws import equal_bits as equal_bits
 
 
 class Pair(NamedTuple):
@@ -46,13 +48,6 @@ def unchanged(*trees: Any) -> Iterator[None]:
             assert equal_bits(x, y) if isinstance(x, Tensor) else x is y, "a leaf changed"
 
 
-def equal_bits(x: Tensor, y: Tensor) -> bool:
-    """Equal in dtype, shape and every bit: -0 is not 0, NaN is itself."""
-    same = x.dtype == y.dtype and x.shape == y.shape
-    x, y = (z.detach().contiguous().reshape(-1) for z in (x, y))
-    return same and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-
-
 def close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
@@ -71,5 +66,4 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-6) -> None:
-    differences = tree.diff(expected, got, rtol=rtol, atol=1e-7)
-    assert not differences, "\n".join(differences)
+    assert_trees_close(got, expected, rtol=rtol, atol=1e-7, equal_nan=True)

@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 
 import models
 from fdl import data, losses, nn, random, supervised, tree
+from fdl.testing import assert_trees_close
 from tests.support import twins
 
 KEY = random.key(7)  # of the dropout masks
@@ -86,8 +87,7 @@ def objective(case: Case) -> Callable[..., Tensor]:
 
 def assert_equal(got: Any, expected: Any, rtol: float = 1e-10) -> None:
     assert all(leaf.abs().max() > 1e-6 for leaf in tree.leaves(expected)), "a gradient vanished"
-    differences = tree.diff(expected, got, rtol=rtol, atol=1e-15)
-    assert not differences, "\n".join(differences)
+    assert_trees_close(got, expected, rtol=rtol, atol=1e-15)
 
 
 @pytest.mark.curriculum("A1")

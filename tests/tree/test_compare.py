@@ -1,5 +1,6 @@
 """`tree.diff` and `tree.allclose`: each kind of difference, with its path."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from fdl import tree
 
 W, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.0, 2.0])
 NAN = float("nan")
+MANY = np.arange(9999)  # whose text leaves out most
 
 
 @pytest.mark.parametrize(
@@ -30,10 +32,22 @@ NAN = float("nan")
         ({"n": 1}, {"n": 2}, ["n: expected int 1, got int 2"]),
         ({"n": "sgd", "m": None}, {"n": "sgd", "m": None}, []),
         ({"n": W}, {"n": 2}, ["n: expected float32[2, 3], got int 2"]),
+        ({"n": MANY}, {"n": MANY + (MANY == 5)}, ["n: the arrays differ in values"]),
+        ({"n": MANY}, {"n": MANY.copy()}, []),
     ],
     ids=[
         *("key-order", "missing", "unexpected", "shape", "dtype", "value", "equal-nan"),
-        *("beside-nan", "nan", "bool", "int", "other-leaf", "same-other-leaf", "tensor-other"),
+        *(
+            "beside-nan",
+            "nan",
+            "bool",
+            "int",
+            "other-leaf",
+            "same-other-leaf",
+            "tensor-other",
+            "array",
+            "equal-array",
+        ),
     ],
 )
 def test_diff_names_what_differs(a, b, lines):
