@@ -22,7 +22,7 @@ gpu:
 quick: $(VENV)/ready
 	$(VENV)/bin/python $(PYTEST) --quick
 
-# What must hold: lint, types, tests. Of the slow tests a quarter, others whenever the library changes.
+# What must hold: lint, types, tests. Of the tests that take long a quarter, others whenever the library changes.
 test: lint
 	$(VENV)/bin/python $(PYTEST) --in-turn
 
