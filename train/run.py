@@ -139,6 +139,7 @@ def restore(run: Run, past: run_folder.Saved, environment: dict[str, Any]) -> Ru
         raise ValueError(f"--epochs {config.epochs}: {folder} has begun epoch {begun} already")
     group, epochs = run.mesh and run.mesh.get_group(), progress.epoch - 1
     records = on_first(group, lambda: run_folder.cut_metrics(folder, epochs))
+    check_best_is_kept(run, records)
     resumed = past.resumed
     if changes := resume.differences({"processes": 1} | past.environment, environment):
         print(f"warning: {changes}: numbers may be rounded differently", file=sys.stderr)
@@ -149,6 +150,21 @@ def restore(run: Run, past: run_folder.Saved, environment: dict[str, Any]) -> Ru
         )
     print(f"continues after step {int(state.step)}")
     return run._replace(state=state, progress=progress, records=records)
+
+
+def check_best_is_kept(run: Run, records: Sequence[dict[str, Any]]) -> None:
+    """Raise if `--patience` would keep weights that were not saved, as a run without it saves few.
+
+    Among equal losses the newest checkpoint stays, so that losses are compared, not epochs.
+    """
+    if run.config.patience is None or not (epoch := best_epoch(records)):
+        return
+    best = run.checkpointer.best(MONITORED, "min")
+    if best is None or best.metrics[MONITORED] > records[epoch - 1][MONITORED]:
+        raise ValueError(
+            f"--patience {run.config.patience}: {run.folder} has no checkpoint of epoch {epoch}, "
+            "whose validation loss is the lowest; leave --patience out, or start another run"
+        )
 
 
 def train(run: Run) -> int:
@@ -256,10 +272,11 @@ def record_of(epoch: loop.Epoch) -> dict[str, Any]:
 def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]) -> int:
     """Save the results of a run and print how it ended; `epoch` is None if no step was left."""
     folder, state = run.folder, epoch.state if epoch else run.state
-    ended = epoch is None or epoch.end == "done"
-    if ended and (best := run.checkpointer.best(MONITORED, "min")) and run.config.patience:
-        restored = run.checkpointer.restore(best, like=state, device=state.key.device)
-        state = restored.state if restored else state
+    kept = None
+    if run.config.patience and (epoch is None or epoch.end == "done"):
+        best = run.checkpointer.best(MONITORED, "min")
+        kept = best and run.checkpointer.restore(best, like=state, device=state.key.device)
+        state = kept.state if kept else state
     if run.first:
         # As in a state_dict, buffers lie among the parameters: evaluation needs both.
         fdl.io.save(folder / "params.safetensors", tree.merge(state.params, state.buffers))
@@ -273,8 +290,9 @@ def finish(run: Run, epoch: loop.Epoch | None, records: Sequence[dict[str, Any]]
             file=sys.stderr,
         )
         return 1
-    if ended and run.config.patience:
-        print(f"epoch {best_epoch(records)} has the lowest validation loss; its weights are kept")
+    if kept:
+        number = next(r["epoch"] for r in records if r["step"] == kept.checkpoint.step)
+        print(f"epoch {number} has the lowest validation loss; its weights are kept")
     print(run.problem.summary(state.params))
     if epoch and epoch.end == "interrupted":
         print(f"interrupted after step {int(state.step)}; to continue:")

@@ -111,11 +111,7 @@ def random_brightness(key: Key, x: Tensor, amount: float) -> Tensor:
     working = x.dtype if x.is_floating_point() else torch.float64
     low = max(0.0, 1 - amount)
     factor = draw_between(key, x, low, 1 + amount).to(working)
-    y = x.to(working) * factor[..., None, None, None]
-    if x.is_floating_point():
-        return y
-    limits = torch.iinfo(x.dtype)
-    return y.round().clamp(limits.min, limits.max).to(x.dtype)
+    return rounded(x.to(working) * factor[..., None, None, None], x.dtype)
 
 
 def random_cutout(key: Key, x: Tensor, size: int) -> Tensor:
@@ -189,6 +185,20 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
             )
     mean, std = (tensor.to(x.dtype)[:, None, None] for tensor in (mean, std))
     return (x - mean) / std
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to a dtype: integers are rounded and stay within it, a bool is whether x ≥ ½.
+
+    >>> rounded(torch.tensor([-3.0, 1.6, 300.0]), torch.uint8)
+    tensor([  0,   2, 255], dtype=torch.uint8)
+    """
+    if dtype.is_floating_point:
+        return x.to(dtype)
+    if dtype == torch.bool:
+        return x >= 0.5
+    limits = torch.iinfo(dtype)
+    return x.round().clamp(limits.min, limits.max).to(dtype)
 
 
 def draw_between(key: Key, x: Tensor, low: float, high: float) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fdl import random
 from fdl._checks import describe
+from fdl._numerics import is_visible
 from fdl.data._augment import check_images, check_range
 from fdl.data._forms import batch_of
 from fdl.data._types import Batch
+from fdl.metrics._checks import is_integer
 from fdl.random import Key
 
 
@@ -34,7 +38,8 @@ def mixup(key: Key, batch: Batch, alpha: float, classes: int) -> Batch:
     Raises:
         TypeError: `key` is not a key, x not floating, y neither integers nor floating, or an option
             not a number.
-        ValueError: a shape does not fit, or an option is not positive.
+        ValueError: a shape does not fit, or an option is not positive; when run eagerly on the CPU,
+            a label that counts is not a class (else its loss is NaN).
 
     >>> batch = Batch(torch.eye(2).reshape(2, 1, 1, 2), torch.tensor([0, 1]))
     >>> mixed = mixup(random.key(1), batch, 1.0, classes=2)
@@ -121,13 +126,26 @@ def _parts(
         )
     if not alpha or classes < 1:
         raise ValueError(f"{caller}: alpha and classes must be positive, got {alpha}, {classes}")
-    whole = not y.is_floating_point() and not y.is_complex() and y.dtype != torch.bool
+    whole = is_integer(y)
     if y.shape != ((len(x),) if whole else (len(x), classes)):
         raise ValueError(
             f"{caller}: y must be labels [{len(x)}], or probabilities [{len(x)}, {classes}], got "
             f"{describe(y)}"
         )
     if whole:
-        # Of a label that is no class, as padding may have, no class gets a share.
-        y = (y[:, None] == torch.arange(classes, device=y.device)).to(x.dtype)
+        y = _shares(caller, y, classes, mask).to(x.dtype)
     return x, y, mask
+
+
+def _shares(caller: str, labels: Tensor, classes: int, mask: Tensor | tuple[()]) -> Tensor:
+    """Return 1 for the class of a label, 0 for others; NaN for one that counts and is no class."""
+    wrong = (labels.long() < 0) | (labels.long() >= classes)
+    if isinstance(mask, Tensor):
+        wrong = wrong & (mask != 0)  # padding may have any label
+    if is_visible(wrong) and wrong.any():
+        raise ValueError(
+            f"{caller}: labels must be from 0 to classes - 1 = {classes - 1}, got "
+            f"{labels[wrong][0]}; mask leaves rows out"
+        )
+    shares = labels[:, None] == torch.arange(classes, device=labels.device)
+    return shares.double().masked_fill(wrong[:, None], math.nan)

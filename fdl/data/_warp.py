@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdl import random
 from fdl._checks import describe
-from fdl.data._augment import check_images, check_range, draw_between
+from fdl.data._augment import check_images, check_range, draw_between, rounded
 from fdl.random import Key
 
 
@@ -24,14 +24,14 @@ def random_rotation(key: Key, x: Tensor, degrees: float, fill: float = 0.0) -> T
         key: a key, int64 [2].
         x: images `[..., channels, height, width]` of any real dtype; integers are rounded.
         degrees: the largest angle, at least 0.
-        fill: value of the pixels outside the image.
+        fill: value of the pixels outside the image. (Other than 0, torchvision darkens the edge.)
 
     Returns:
         Images of the shape and dtype of `x`.
 
     Raises:
-        TypeError: `key` is not a key, `x` is not a tensor of real numbers, or `degrees` not one.
-        ValueError: `x` has fewer than three axes, or `degrees` is negative or not finite.
+        TypeError: `key` is not a key, `x` is not a tensor of real numbers, or an option not one.
+        ValueError: `x` has fewer than three axes, or an option is out of its range.
 
     >>> row = torch.tensor([[[1.0, 2.0, 3.0]]])
     >>> random_rotation(random.key(0), row, 0.0)
@@ -39,6 +39,7 @@ def random_rotation(key: Key, x: Tensor, degrees: float, fill: float = 0.0) -> T
     """
     check_images("random_rotation", key, x, real=True)
     check_range("random_rotation", degrees=degrees)
+    _check_fill("random_rotation", fill)
     angle = draw_between(key, x, -degrees, degrees)
     zero = torch.zeros_like(angle)
     return _warped(x, _inverse(-angle, zero, torch.ones_like(angle)), (zero, zero), fill)
@@ -80,6 +81,7 @@ def random_affine(
     """
     check_images("random_affine", key, x, real=True)
     check_range("random_affine", degrees=degrees, shear=shear)
+    _check_fill("random_affine", fill)
     for name, pair in (("translate", translate), ("scale", scale)):
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"random_affine: {name} must be two numbers, got {describe(pair)}")
@@ -133,8 +135,7 @@ def _warped(
     column = a * right + b * down + (width - 1) / 2
     row = c * right + d * down + (height - 1) / 2
     left, top = column.floor(), row.floor()
-    # What is 0 outside is `fill` there after it is added again.
-    values = (x.to(working) - fill).flatten(-2)
+    values = x.to(working).flatten(-2)
     total = torch.zeros((), dtype=working, device=x.device)
     for lower, later in itertools.product((0, 1), repeat=2):
         i, j = top + lower, left + later
@@ -142,10 +143,13 @@ def _warped(
         inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
         index = (i.clamp(0, height - 1) * width + j.clamp(0, width - 1)).long()
         index, weight, inside = (t.flatten(-2)[..., None, :] for t in (index, weight, inside))
-        pixel = torch.take_along_dim(values, index, -1)
-        total = total + torch.where(inside, weight.to(working) * pixel, 0)
-    total = (total + fill).unflatten(-1, (height, width))
-    if x.is_floating_point() or x.dtype == torch.bool:
-        return total.to(x.dtype) if x.is_floating_point() else total >= 0.5
-    limits = torch.iinfo(x.dtype)
-    return total.round().clamp(limits.min, limits.max).to(x.dtype)
+        pixel = torch.where(inside, torch.take_along_dim(values, index, -1), fill)
+        total = total + weight.to(working) * pixel
+    return rounded(total.unflatten(-1, (height, width)), x.dtype)
+
+
+def _check_fill(caller: str, fill: float) -> None:
+    if not isinstance(fill, int | float):
+        raise TypeError(f"{caller}: fill must be a number, got {describe(fill)}")
+    if not math.isfinite(fill):
+        raise ValueError(f"{caller}: fill must be finite, got {fill}")

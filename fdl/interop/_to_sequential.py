@@ -20,7 +20,7 @@ from torch import nn
 from fdl._checks import describe
 from fdl.interop._as_module import check_buffers
 from fdl.interop._module import with_values
-from fdl.nn import Model, StatefulModel
+from fdl.nn import Model, StatefulModel, gelu
 from fdl.nn._model import check_model, is_model
 from fdl.tree import Tree
 
@@ -221,6 +221,7 @@ LAYERS: dict[str, Callable[[Closed], nn.Module]] = {
 FUNCTIONS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     F.elu: nn.ELU,
     F.gelu: nn.GELU,
+    gelu: nn.GELU,
     F.leaky_relu: nn.LeakyReLU,
     F.log_softmax: nn.LogSoftmax,
     F.relu: nn.ReLU,

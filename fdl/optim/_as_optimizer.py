@@ -37,7 +37,8 @@ def as_optimizer(caller: str, opt: OptimizerLike, name: str = "opt") -> Optimize
         name: name of the argument it was passed as.
 
     Raises:
-        TypeError: it is none of these, or a function cannot be called as the protocol says.
+        TypeError: it is none of these, or a function cannot be called as the protocol says; at
+            update, the function of another library returns no pair.
 
     >>> pair = (lambda params: (), lambda grads, state, *, inplace=True: (grads, inplace))
     >>> as_optimizer("here", pair).update({"w": 2.0}, (), {"w": 1.0}, value=3.0)
@@ -71,7 +72,12 @@ def as_optimizer(caller: str, opt: OptimizerLike, name: str = "opt") -> Optimize
         options = {key: value for key, value in extra.items() if takes_any or key in extras}
         if by_name:
             options["params"] = params
-        return update(grads, state, *((params,) if third else ()), **options, **fixed)
+        result = update(grads, state, *((params,) if third else ()), **options, **fixed)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise TypeError(
+                f"{caller}: {name}.update must return (updates, state), got {describe(result)}"
+            )
+        return result[0], result[1]
 
     return Optimizer(init, call)
 

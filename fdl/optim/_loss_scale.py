@@ -178,9 +178,7 @@ def keep_finite(state: Tree, old: Tree, new: Tree) -> Tree:
     """
     skips = (FiniteState, LossScaleState)
     nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, (State, *skips)))
-    pairs = list(zip(tree.leaves(old), tree.leaves(new), strict=True))
-    numbers = [(o, n) for o, n in pairs if o.is_floating_point() or o.is_complex()]
-    if not numbers or not any(isinstance(node, skips) for node in nodes):
+    if not tree.leaves(new) or not any(isinstance(node, skips) for node in nodes):
         return new
-    spoiled = [(torch.isfinite(o) & ~torch.isfinite(n)).any() for o, n in numbers]
-    return tree_where(~torch.stack(spoiled).any(), new, old)
+    spoiled = tree.map(lambda o, n: (torch.isfinite(o) & ~torch.isfinite(n)).any(), old, new)
+    return tree_where(~torch.stack(tree.leaves(spoiled)).any(), new, old)

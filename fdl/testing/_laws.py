@@ -46,7 +46,8 @@ def check_laws(fn: Callable[..., Tree], *args: Tree, rtol: float | None = None) 
 
     Raises:
         AssertionError: some laws do not hold; each is named, with the paths that differ.
-        TypeError: `fn` is not a function; a leaf of the arguments or of the result is no tensor.
+        TypeError: `fn` is not a function; a leaf of the arguments or of the result is no tensor, or
+            is complex, and there are derivatives to compare.
         ValueError: the arguments have no leaves.
 
     >>> import fdl

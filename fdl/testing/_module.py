@@ -15,7 +15,7 @@ from fdl._training._checks import as_batch, length
 from fdl.data import Batch
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model
-from fdl.optim import Optimizer
+from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.testing._paths import take_values
 from fdl.testing._sides import LossFn, MakeOptimizer, Side, of_model, of_module
 from fdl.testing._trees import check_tolerances, differences, largest_of, listed
@@ -34,7 +34,7 @@ def check_equals_module(
     batch: Any,
     loss: LossFn | tuple[LossFn, LossFn],
     *,
-    optimizers: tuple[Optimizer, MakeOptimizer] | None = None,
+    optimizers: tuple[OptimizerLike, MakeOptimizer] | None = None,
     steps: int = 10,
     names: Mapping[str, str] | None = None,
     rtol: float = 1e-9,
@@ -196,13 +196,14 @@ def _checked_pairs(module: Any, loss: Any, optimizers: Any) -> tuple[tuple[Any, 
         )
     if optimizers is None:
         return (pair[0], None), (pair[1], None)
-    good = isinstance(optimizers, tuple) and len(optimizers) == 2
-    if not (good and isinstance(optimizers[0], Optimizer) and callable(optimizers[1])):
+    good = type(optimizers) is tuple and len(optimizers) == 2  # no Optimizer, which is a pair too
+    if not (good and callable(optimizers[1])):
         raise TypeError(
             "check_equals_module: optimizers must be a pair (optim.sgd(0.1), lambda module: "
             f"torch.optim.SGD(module.parameters(), lr=0.1)), got {describe(optimizers)}"
         )
-    return (pair[0], optimizers[0]), (pair[1], optimizers[1])
+    opt = as_optimizer("check_equals_module", optimizers[0], "the first of optimizers")
+    return (pair[0], opt), (pair[1], optimizers[1])
 
 
 def _checked_batch(batch: Any) -> Batch:

@@ -154,8 +154,8 @@ def _values(
 ) -> Iterator[str]:
     """Yield at most one line about the values of two tensors of one shape and dtype."""
     x, y = wide(actual), wide(expected)
-    gap = (x - y).abs()
     if x.is_floating_point() or x.is_complex():
+        gap = (x - y).abs()
         rtol = RTOL.get(actual.dtype, 0.0) if rtol is None else rtol
         close = gap <= atol + rtol * (y.abs() + of_largest * largest(y))
         same = (x == y) | (close & gap.isfinite())

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import describe
 from fdl._modes import active, in_forward_mode
 from fdl.optim._base import check_floating
 from fdl.transforms._checks import check_scalar
@@ -39,7 +40,9 @@ def autograd_grad_and_value(f: Callable[..., Any], *, has_aux: bool = False) -> 
     Raises:
         ValueError: at call: a leaf of the first argument is not floating, or requires a gradient
             itself (each path is listed); f does not return a scalar.
-        NotImplementedError: at call: a transformation is active, or `torch.compile` is tracing.
+        TypeError: at call: f does not return a pair, although `has_aux`.
+        NotImplementedError: at call: a transformation is active, `torch.compile` is tracing, or
+            `torch.inference_mode` is on.
 
     >>> class Square(torch.autograd.Function):
     ...     @staticmethod
@@ -59,6 +62,8 @@ def autograd_grad_and_value(f: Callable[..., Any], *, has_aux: bool = False) -> 
             leaves, structure = flatten(params)
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             result = f(unflatten(leaves, structure), *args, **kwargs)
+            if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(f"{NAME}: f must return (value, aux), got {describe(result)}")
             value = check_scalar(NAME, "f", result[0] if has_aux else result)
             grads = (
                 torch.autograd.grad(value, leaves, materialize_grads=True)
@@ -75,6 +80,10 @@ def _check(params: Tree) -> None:
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{NAME}: torch.compile cannot trace torch.autograd.grad; use fdl.jit"
+        )
+    if torch.is_inference_mode_enabled():  # in which nothing is recorded, not even by enable_grad
+        raise NotImplementedError(
+            f"{NAME}: torch.inference_mode records no gradients; use torch.no_grad, or none of them"
         )
     transformations = {*active()} & {"Vmap", "Grad", "Jvp"}
     if transformations or in_forward_mode():

@@ -108,6 +108,22 @@ def test_a_constant_image_filled_with_its_value_stays(name):
         torch.testing.assert_close(y, x, rtol=1e-12, atol=0)
 
 
+def test_a_large_fill_changes_nothing_inside():
+    x = draw(0, 9, 1, 6, 6).float()
+    assert equal_bits(data.random_rotation(KEY, x, 0.0, fill=1e9), x)
+    turned = data.random_rotation(KEY, x, 45.0, fill=1e9)
+    inside = turned.abs() < 9
+    assert 0.2 < inside.double().mean() < 0.9
+    close(turned[inside], data.random_rotation(KEY, x, 45.0)[inside], rtol=0, atol=0)
+
+
+def test_bools_are_rounded():
+    on = torch.ones(3, 1, 4, 4, dtype=torch.bool)
+    assert (
+        data.random_brightness(KEY, on, 0.4).all() and not data.random_rotation(KEY, on, 45.0).all()
+    )
+
+
 def test_brightness_multiplies_and_leaves_the_unit_interval():
     x = draw(0, 50, 3, 2, 2)
     factor = data.random_brightness(KEY, x, 0.4) / x

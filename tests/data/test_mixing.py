@@ -95,6 +95,7 @@ def test_bits_are_the_same_under_vmap_and_jit(mix, plain_backend):
         mixed = form(keys, batch)
         for i, expected in enumerate(each):
             assert equal_bits(mixed.x[i], expected.x) and equal_bits(mixed.y[i], expected.y)
+    assert vmap(mix)(keys, batch._replace(y=labels + 1)).y.isnan().any()  # where nothing can raise
 
 
 def test_a_step_trains_on_mixed_batches(plain_backend):
@@ -123,6 +124,8 @@ def test_a_step_trains_on_mixed_batches(plain_backend):
         (Batch(images(), LABELS[:3]), {}, ValueError, r"labels \[12\], or probabilities \[12, 4\]"),
         (Batch(images(), LABELS), {"alpha": 0.0}, ValueError, "must be positive, got 0.0"),
         (Batch(images(), LABELS), {"alpha": "1"}, TypeError, "alpha must be a number"),
+        (Batch(images(), LABELS), {"classes": 3}, ValueError, "from 0 to classes - 1 = 2, got 3"),
+        (Batch(images(), LABELS - 1), {}, ValueError, "from 0 to classes - 1 = 3, got -1; mask"),
         (Batch(images(), LABELS), {"classes": 2.0}, TypeError, "classes must be an int"),
     ],
 )

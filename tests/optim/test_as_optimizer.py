@@ -132,31 +132,38 @@ def test_a_state_is_saved_and_loaded(theirs, tmp_path):
 
 
 def seen_by(update):
-    """The arguments that an update gets, by name; `update` returns its locals as the state."""
+    """The arguments that an update gets, by name; `update` returns its locals as updates."""
     opt = as_optimizer("here", (lambda params: (), update))
-    return opt.update("grads", "state", "params", value=1, value_fn=2, count=3)
+    return opt.update("grads", "state", "params", value=1, value_fn=2, count=3)[0]
 
 
 @pytest.mark.parametrize(
     ("update", "seen"),
     [
-        (lambda g, s: locals(), {"g": "grads", "s": "state"}),
-        (lambda g, s, p: locals(), {"g": "grads", "s": "state", "p": "params"}),
-        (lambda g, s, p, /: locals(), {"g": "grads", "s": "state", "p": "params"}),
-        (lambda *all: locals(), {"all": ("grads", "state", "params")}),
-        (lambda g, s, value: locals(), {"g": "grads", "s": "state", "value": 1}),
-        (lambda g, s, inplace=True: locals(), {"g": "grads", "s": "state", "inplace": False}),
-        (lambda g, s, *, params, count=0: locals(),
+        (lambda g, s: (locals(), ()), {"g": "grads", "s": "state"}),
+        (lambda g, s, p: (locals(), ()), {"g": "grads", "s": "state", "p": "params"}),
+        (lambda g, s, p, /: (locals(), ()), {"g": "grads", "s": "state", "p": "params"}),
+        (lambda *all: (locals(), ()), {"all": ("grads", "state", "params")}),
+        (lambda g, s, value: (locals(), ()), {"g": "grads", "s": "state", "value": 1}),
+        (lambda g, s, inplace=True: (locals(), ()), {"g": "grads", "s": "state", "inplace": False}),
+        (lambda g, s, *, params, count=0: (locals(), ()),
          {"g": "grads", "s": "state", "params": "params", "count": 3}),
-        (lambda g, s, **rest: locals(),
+        (lambda g, s, **rest: (locals(), ()),
          {"g": "grads", "s": "state",
           "rest": {"value": 1, "value_fn": 2, "count": 3, "params": "params"}}),
-        (lambda g, s, p, grad=None, value_fn=None: locals(),
+        (lambda g, s, p, grad=None, value_fn=None: (locals(), ()),
          {"g": "grads", "s": "state", "p": "params", "grad": None, "value_fn": 2}),
     ],
 )  # fmt: skip
 def test_an_update_gets_what_its_signature_has(update, seen):
     assert seen_by(update) == seen
+
+
+def test_an_update_that_returns_no_pair_is_named():
+    """A dict of two parameters would unpack into its keys."""
+    step = fdl.train_step(LOSS, (start, lambda grads, state: {"weight": grads, "bias": state}))
+    with pytest.raises(TypeError, match=r"^train_step: opt.update must return \(updates, state\)"):
+        step(fdl.TrainState.create(NET, optim.sgd(0.1), key=random.key(1), params=PARAMS), BATCH)
 
 
 def test_an_optimizer_that_takes_everything_is_returned_as_it_is():

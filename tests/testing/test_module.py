@@ -41,6 +41,10 @@ OPTIMIZERS = {
     "sgd": (optim.sgd(0.1), lambda net: torch.optim.SGD(net.parameters(), 0.1)),
     # The bias before the norm moves by rounding that Adam has scaled up.
     "adam": (optim.adam(0.1), lambda net: torch.optim.Adam(net.parameters(), 0.1)),
+    "of another library": (
+        (lambda params: (), lambda grads, state: (tree.map(lambda g: -0.1 * g, grads), state)),
+        lambda net: torch.optim.SGD(net.parameters(), 0.1),
+    ),
 }
 
 

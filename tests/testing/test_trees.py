@@ -134,6 +134,14 @@ def test_a_line_has_the_worst_value():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool], ids=str)
+def test_integers_without_a_sign_have_a_gap(dtype):
+    x, y = (torch.tensor(values).to(dtype) for values in ([0, 1], [1, 1]))
+    assert_trees_close(x, x)
+    with pytest.raises(AssertionError, match=r"1 of 2 values differs, at \[0\]: expected "):
+        assert_trees_close(x, y)
+
+
 def test_a_long_list_is_cut():
     many = {f"w{i}": of(float(i)) for i in range(30)}
     with pytest.raises(AssertionError, match=r"30 differences(\n  w.*){20}\n  … and 10 more$"):

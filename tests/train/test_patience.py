@@ -75,6 +75,17 @@ def test_a_run_stopped_in_between_ends_where_it_would_have(run, tmp_path, whole)
     assert found[0] == 0 and best < last
 
 
+@pytest.mark.slow
+def test_a_run_that_did_not_save_its_best_epoch_cannot_keep_it(run, tmp_path):
+    assert run(*ARGS, "--epochs", 9, "--out", "it")[0] == 0
+    losses = [record["validation_loss"] for record in records(tmp_path / "it")]
+    best = losses.index(min(losses)) + 1
+    assert best < 9  # and only the end was saved, as it took less than --save-every
+    code, _, err = run("weight-decay", "--resume", "it", "--patience", 2)
+    assert code == 2 and f"has no checkpoint of epoch {best}, whose validation loss is" in err
+    assert run("weight-decay", "--resume", "it", "--epochs", 10)[0] == 0
+
+
 def test_it_needs_a_validation_set(run):
     code, _, err = run("weight-decay", "--patience", 3)
     assert code == 2 and "--patience 3 needs --validation, such as --validation 0.1" in err

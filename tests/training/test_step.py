@@ -381,6 +381,21 @@ def test_a_skipped_batch_of_nan_leaves_buffers_and_their_average(guard, form, pl
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(after))
 
 
+def test_skipped_buffers_are_matched_by_key():
+    """A model may fill the dict of its new buffers in another order."""
+
+    def apply(params, buffers, x, *, train=False, key=None):
+        new = {"mean": x.mean(0), "count": buffers["count"] + 1}
+        return (x * params["w"]).sum(1), new if train else buffers
+
+    start = {"w": torch.ones(3)}, {"count": torch.tensor(0), "mean": torch.zeros(3)}
+    model, opt = nn.StatefulModel(lambda key: start, apply), optim.apply_if_finite(optim.sgd(0.1))
+    state = fdl.TrainState.create(model, opt, key=KEY)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
+    x = torch.tensor([[torch.nan, 1.0, 2.0]])
+    assert tree.diff(step(state, (x, torch.ones(1)))[0].buffers, start[1]) == []
+
+
 def one_of_two(step):
     """Step two members of a population, one of them on other data; return the first."""
 

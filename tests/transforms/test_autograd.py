@@ -120,6 +120,12 @@ def test_torch_compile_is_refused(monkeypatch):
         f_of(PARAMS["w"])
 
 
+def test_inference_mode_is_refused():
+    """It records nothing, so that every gradient would be 0."""
+    with torch.inference_mode(), pytest.raises(NotImplementedError, match="records no gradients"):
+        f_of(PARAMS["w"])
+
+
 @pytest.mark.parametrize(
     ("params", "text"),
     [
@@ -139,3 +145,9 @@ def test_leaves_that_have_no_such_gradient_are_listed(params, text):
 def test_what_is_no_scalar_is_refused(value):
     with pytest.raises(ValueError, match="f must return a scalar, a 0-d tensor, got "):
         autograd_grad_and_value(lambda params: value)(PARAMS)
+
+
+def test_a_result_without_aux_is_refused():
+    for result in (torch.ones(()), torch.ones(2)):
+        with pytest.raises(TypeError, match=r"must return \(value, aux\), got a tensor"):
+            autograd_grad_and_value(lambda params, y=result: y, has_aux=True)(PARAMS)
