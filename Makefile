@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
+WORKS  := .venv-works-with
 # Two processes; one that has nothing left to do takes tests from the other.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: lenet gpu quick test test-all quick-oldest test-oldest kills lint notebooks docs clean
+.PHONY: lenet gpu quick test test-all quick-oldest test-oldest works-with kills lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
@@ -21,7 +22,7 @@ gpu:
 quick: $(VENV)/ready
 	$(VENV)/bin/python $(PYTEST) --quick
 
-# What must hold: lint, types, tests. Of the slow tests a quarter, others whenever the library changes.
+# What must hold: lint, types, tests. Of the tests that take long a quarter, others whenever the library changes.
 test: lint
 	$(VENV)/bin/python $(PYTEST) --in-turn
 
@@ -45,6 +46,10 @@ quick-oldest: $(OLDEST)/ready
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python $(PYTEST) --in-turn
 
+# The recipes of docs/works-with.md, with the libraries that they are for.
+works-with: $(WORKS)/ready
+	$(WORKS)/bin/python $(PYTEST) tests/works_with/recipes.py tests/works_with/limits.py
+
 # Remake notebooks/*.ipynb from the texts beside them; one: make notebooks ARGS=06_mlp
 notebooks: $(VENV)/ready
 	$(VENV)/bin/python notebooks/execute.py $(ARGS)
@@ -63,5 +68,11 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e '.[test]'
 	touch $@
 
+$(WORKS)/ready: pyproject.toml constraints.txt constraints-works-with.txt
+	$(PYTHON) -m venv $(WORKS)
+	$(WORKS)/bin/pip install --quiet -c constraints.txt -c constraints-works-with.txt \
+	    -e '.[test,jax,onnx,works-with]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis site
+	rm -rf $(VENV) $(OLDEST) $(WORKS) .pytest_cache .mypy_cache .ruff_cache .hypothesis site

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -36,6 +37,7 @@ if place := _cache.folder():
     os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
 IN_TURN = 4
+MAY_COMPILE: set[str] = set()  # slow tests whose turn it is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,13 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--in-turn",
         action="store_true",
-        help=f"run one in {IN_TURN} of the slow tests, others whenever a file of fdl changes",
+        help=f"run one in {IN_TURN} of the tests that are slow or compile, others when fdl changes",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
         _skip_what_takes_long()
+    elif config.getoption("--in-turn"):
+        inductor = torch._TorchCompileInductorWrapper
+        for place, name in ((_inductor, "lower"), (inductor, "__call__")):
+            _guard(place, name, "compiles, and another turn has it", getattr(place, name), _waits)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,32 +65,52 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = []
     elif config.getoption("--in-turn"):
         kept = slow[turn() % IN_TURN :: IN_TURN]
+        MAY_COMPILE.update(item.nodeid for item in kept)
     left_out = set(slow) - set(kept)
     config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
 
+def _waits(test: str) -> bool:
+    """Return True if it is not the turn of a test to compile."""
+    return test not in MAY_COMPILE and (zlib.crc32(test.encode()) + turn()) % IN_TURN > 0
+
+
+def _guard(
+    place: Any,
+    name: str,
+    why: str,
+    otherwise: Callable[..., Any],
+    waits: Callable[[str], bool] = lambda test: True,
+) -> None:
+    """Skip a test where it calls a function: none can forget to say that it takes long.
+
+    An example in a docstring is no such test; it calls `otherwise`.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+        if test.startswith("tests/") and waits(test):
+            pytest.skip(why)
+        return otherwise(*args, **kwargs)
+
+    setattr(place, name, call)
+
+
 def _skip_what_takes_long() -> None:
-    """Skip a test where it starts a process or compiles with Inductor: none can forget to say so.
+    """Skip a test where it starts a process or compiles with Inductor.
 
     An example in a docstring may compile: its graph is run without Inductor.
     """
-
-    def guard(place: Any, name: str, what: str, otherwise: Callable[..., Any]) -> None:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/"):
-                pytest.skip(f"{what}, which make quick does not")
-            return otherwise(*args, **kwargs)
-
-        setattr(place, name, call)
-
+    compiles = "compiles, which make quick does not"
+    starts = "starts a process, which make quick does not"
     _inductor.missing_compiler()  # asks for its version, in a process
     _dispatch._build = lambda name: None  # calls are dispatched in Python, unless it is cached
     inductor = torch._TorchCompileInductorWrapper
-    guard(_inductor, "lower", "compiles", lambda graph, *_: lambda leaves: graph(*leaves))
-    guard(inductor, "__call__", "compiles", inductor.__call__)
-    guard(subprocess.Popen, "__init__", "starts a process", subprocess.Popen.__init__)
-    guard(os, "fork", "starts a process", os.fork)
+    _guard(_inductor, "lower", compiles, lambda graph, *_: lambda leaves: graph(*leaves))
+    _guard(inductor, "__call__", compiles, inductor.__call__)
+    _guard(subprocess.Popen, "__init__", starts, subprocess.Popen.__init__)
+    _guard(os, "fork", starts, os.fork)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import time
 
 from fdl import data, random, tree
 from fdl.io import inspect
+from train import compare, evaluate, options, plots, recipes, records, run, run_folder
 from train import config as configs
-from train import evaluate, options, plots, recipes, records, run, run_folder
 from train.bench import measure
 from train.sweep import run as sweep
 
@@ -33,6 +33,8 @@ def main() -> int:
             return sweep.run(config)
         configs.check(config)
         match config:
+            case configs.Compare():
+                return compare.compare(config)
             case configs.Data():
                 return show_data(config)
             case configs.Inspect():

@@ -12,6 +12,7 @@ __all__ = [
     "SWEEPS",
     "Bench",
     "Cnn",
+    "Compare",
     "Data",
     "Dropout",
     "Eval",
@@ -264,6 +265,16 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Print a table of saved runs, and draw their curves into one picture."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Folders of runs, runs/RECIPE/TIME, or runs/RECIPE for the newest run there."""
+    out: Path = Path("runs/compare.png")
+    """Picture to write; an earlier one is replaced."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Draw ten images with their labels and time one pass over the training set."""
 
@@ -349,7 +360,7 @@ AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
-def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
+def check(config: Recipe | Data | Bench | Inspect | Eval | Predict | Compare) -> None:
     """Raise ValueError for the first option that is out of its range.
 
     >>> check(Linreg(lr=float("nan")))
@@ -370,6 +381,8 @@ def check(config: Recipe | Data | Bench | Inspect | Eval | Predict) -> None:
             raise ValueError(f"{option} must be in [0, 1), got {value}")
         if field.name == "images" and not value:
             raise ValueError("predict needs at least one image")
+        if field.name == "runs" and len(value) < 2:
+            raise ValueError(f"compare needs at least two runs, got {len(value)}")
         if field.name in ("workloads", "batch_sizes") and not value:
             raise ValueError(f"{option} must name at least one")
         if field.name == "batch_sizes" and min(value) < 1:

@@ -17,6 +17,7 @@ COMMANDS: dict[str, Any] = {
     **configs.RECIPES,
     "eval": configs.Eval,
     "predict": configs.Predict,
+    "compare": configs.Compare,
     "data": configs.Data,
     "bench": configs.Bench,
     "inspect": configs.Inspect,

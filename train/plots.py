@@ -6,14 +6,14 @@ Matplotlib is imported within the functions: it takes a second, and `--help` nee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fdl.data import LABELS, Dataset
 from train.sweep.grid import Axis
 
-__all__ = ["draw_curves", "draw_images", "draw_sweep"]
+__all__ = ["draw_comparison", "draw_curves", "draw_images", "draw_sweep"]
 
 LEGEND = {
     "": "train, mean over the epoch",
@@ -53,6 +53,39 @@ def draw_curves(path: Path, title: str, records: Sequence[dict[str, Any]]) -> No
         if drawn:
             axes.legend()
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Draw the loss and the accuracy of several runs: dashed in training, solid on held-out data.
+
+    Args:
+        path: the file to write.
+        runs: the lines of `metrics.jsonl` by name of the run.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    first = [records[0] for records in runs.values()]
+    names = [name for name in ("loss", "accuracy") if any(name in record for record in first)]
+    figure = Figure(figsize=(5 * len(names), 3.5 + 0.2 * len(runs)), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for i, (run, records) in enumerate(runs.items()):
+            epochs = [record["epoch"] for record in records]
+            held_out = next((p for p in ("validation_", "test_") if p + name in records[0]), None)
+            for prefix, style in (("", "--"), (held_out, "-")):
+                if prefix is None or prefix + name not in records[0]:
+                    continue
+                values = [record.get(prefix + name, math.nan) for record in records]
+                shown = name == names[0] and prefix == (held_out or "")  # once in the legend
+                label = run if shown else None
+                axes.plot(epochs, values, style + "o", ms=3, color=f"C{i}", label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    figure.suptitle("dashed: in training; solid: on validation or test data after each epoch")
+    figure.legend(loc="outside lower center", ncols=min(3, len(runs)))
     figure.savefig(path, dpi=120)
 
 

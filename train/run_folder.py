@@ -24,6 +24,7 @@ __all__ = [
     "cut_metrics",
     "make",
     "newest",
+    "read_metrics",
     "read_run",
     "read_sweep",
     "sync_metrics",
@@ -272,6 +273,17 @@ def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Append one line to `metrics.jsonl`."""
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(to_json(record) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of `metrics.jsonl`; one that is incomplete, of a run that died, is left out.
+
+    >>> read_metrics(Path("nowhere"))
+    []
+    """
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [from_json(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def sync_metrics(folder: Path) -> None:

@@ -39,10 +39,16 @@ def early_decompositions() -> dict[Any, Callable[..., Any]]:
     """Return those that are needed while a function is traced, rather than afterwards.
 
     `native_batch_norm` writes running statistics, which its schema does not say, and copies to
-    another device are to be seen.
+    another device are to be seen. `_foreach_add` asks for the value of a tensor that it adds.
     """
     packets = [aten.native_batch_norm, aten.cudnn_batch_norm, aten._to_copy]
-    return {**get_decompositions(packets), **FIXED_SHAPES}
+    own = {aten._foreach_add.Tensor: foreach_add}
+    return {**get_decompositions(packets), **FIXED_SHAPES, **own}
+
+
+def foreach_add(tensors: list[Tensor], other: Tensor, *, alpha: float = 1) -> list[Tensor]:
+    """Add one 0-d tensor to each of a list."""
+    return [torch.add(x, other, alpha=alpha) for x in tensors]
 
 
 def elu_backward(

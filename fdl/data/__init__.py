@@ -28,6 +28,7 @@ from fdl.data._forms import pad_to
 from fdl.data._indices import bootstrap_indices, epoch_indices, sequential_indices, split
 from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
+from fdl.data._stream import on_disk, stream
 from fdl.data._synthetic import synthetic_linear
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 from fdl.data._warp import random_affine, random_rotation
@@ -46,6 +47,7 @@ __all__ = [
     "fashion_mnist_sample",
     "mixup",
     "normalize",
+    "on_disk",
     "pad_to",
     "poisson_indices",
     "random_affine",
@@ -56,6 +58,7 @@ __all__ = [
     "random_rotation",
     "sequential_indices",
     "split",
+    "stream",
     "synthetic_linear",
     "take",
     "to_float",

@@ -84,7 +84,7 @@ def batch(dataset: tuple[Tree, Tree], row: Tensor | tuple[Tensor, Any]) -> Batch
             f"batch: dataset must be a Dataset or a pair of x and y, got {_parts(dataset)}"
         )
     x, y = dataset
-    index, mask = _index_and_mask(row)
+    index, mask = index_and_mask(row)
     plain = isinstance(x, Tensor) and isinstance(y, Tensor)  # the usual case, made fast
     leaves = {"x": x, "y": y} if plain else flatten_dict({"x": x, "y": y})
     check_rows("batch", "dataset", leaves)
@@ -176,22 +176,28 @@ def _parts(x: Any) -> str:
     return f"{len(x)} parts" if isinstance(x, tuple | list) else describe_type(x)
 
 
-def _index_and_mask(row: Any) -> tuple[Tensor, Tensor | tuple[()]]:
+def index_and_mask(row: Any, caller: str = "batch") -> tuple[Tensor, Tensor | tuple[()]]:
+    """Return the index and the mask of `Indices`, of a row of them or of an index alone.
+
+    >>> index_and_mask(torch.tensor([4, 2]))
+    (tensor([4, 2]), ())
+    """
+    name = "row" if caller == "batch" else "indices"
     if isinstance(row, Tensor):
         index, mask = row, ()
     elif isinstance(row, tuple | list) and len(row) == 2:
         index, mask = row
     else:
         raise TypeError(
-            "batch: row must be an index, int64 [batch], or a pair of an index and its mask, got "
-            f"{type(row).__name__}"
+            f"{caller}: {name} must be an index, int64 [batch], or a pair of an index and its mask,"
+            f" got {type(row).__name__}"
         )
-    _check_index("batch", index)
+    _check_index(caller, index)
     if not isinstance(mask, Tensor) or (mask.shape[-1:] == (0,) and index.shape[-1:] != (0,)):
         return index, ()
     if mask.shape != index.shape:
         raise ValueError(
-            f"batch: the mask must have the shape {list(index.shape)} of the index, got "
+            f"{caller}: the mask must have the shape {list(index.shape)} of the index, got "
             f"{list(mask.shape)}"
         )
     return index, mask

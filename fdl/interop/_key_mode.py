@@ -60,6 +60,11 @@ class KeyedRandomMode(Keys):
                     f"{name} draws from torch's global generator and cannot draw from a key"
                 )
             return func(*args, **kwargs)
+        if foreign := [each for each in types if not issubclass(each, Tensor)]:
+            raise TypeError(
+                f"{name}: expected tensors, got {foreign[0].__name__}; call it for each of its "
+                "leaves"
+            )
         if kwargs.pop("generator", None) is not None:
             raise NotImplementedError(f"{name}: a torch.Generator cannot draw from a key; omit it")
         return rule(self, *args, **kwargs)

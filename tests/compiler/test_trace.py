@@ -88,6 +88,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "changes its own": (changes_its_own, (X,)),
     "in a body": (lambda c, xs: scan(changes_its_own_in_a_body, c, xs), (X[0], X)),
+    "one tensor added to several": (
+        lambda x, y: torch._foreach_add([x, x.exp()], y[0, 0], alpha=2),
+        (X, X),
+    ),
     "grad": (grad(lambda x: changes_its_own(x).sin().sum()), (X,)),
     "vmap": (vmap(changes_its_own, 1, 1), (X,)),
     "vmap of grad": (vmap(grad(lambda x: changes_its_own(x).sin().sum())), (X,)),

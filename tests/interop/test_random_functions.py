@@ -168,3 +168,21 @@ def test_what_draws_inside_pythons_functions_follows_the_key():
         torch.distributions.Uniform(0.0, torch.ones(3)).sample()
         torch.distributions.Bernoulli(torch.full((3,), 0.5)).sample()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Leaves:
+    """A container that applies functions of torch to its leaves, as a TensorDict does."""
+
+    shape = torch.Size([])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError("the mode comes first")
+
+
+def test_a_container_of_leaves_is_not_taken_for_one_tensor():
+    with (
+        KeyedRandomMode(KEY),
+        pytest.raises(TypeError, match="randn_like: expected tensors, got Leaves; call it for"),
+    ):
+        torch.randn_like(Leaves())

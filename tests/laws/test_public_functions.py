@@ -443,6 +443,8 @@ NO_ROW = {
     "data.Indices": "a type",
     "data.fashion_mnist": "reads files",
     "data.fashion_mnist_sample": "reads files",
+    "data.on_disk": "reads files",
+    "data.stream": "starts a thread",
     "data.sequential_indices": "takes ints, no tensor",
     "population.size": "gives an int",
 }

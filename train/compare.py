@@ -1,0 +1,94 @@
+"""Compare runs: `python -m train compare RUN RUN …` prints a table and draws their curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from train import plots, run_folder
+from train.config import Compare
+
+__all__ = ["compare"]
+
+# Options that say where and how a run was computed, not what.
+ELSEWHERE = ("out", "resume", "device", "compile", "save_every")
+COLUMNS = {
+    "epoch": "epoch",
+    "loss": "loss",
+    "accuracy": "train acc",
+    "validation_loss": "val loss",
+    "validation_accuracy": "val acc",
+    "test_loss": "test loss",
+    "test_accuracy": "test acc",
+}
+
+
+class Run(NamedTuple):
+    """What is compared of a run."""
+
+    name: str
+    options: dict[str, Any]  # the recipe's name among them
+    records: list[dict[str, Any]]  # the lines of metrics.jsonl
+
+
+def compare(config: Compare) -> int:
+    """Print a line for each run, with the options that differ, and draw all curves; return 0.
+
+    Raises:
+        ValueError: a folder holds no run, or a run has no epoch yet.
+        OSError: the picture cannot be written.
+    """
+    runs = []
+    for given in config.runs:
+        folder = run_folder.newest(given)
+        saved, records = run_folder.read_run(folder), run_folder.read_metrics(folder)
+        if not records:
+            raise ValueError(f"compare: {folder} has no epoch yet")
+        options = {"recipe": saved.recipe, **dataclasses.asdict(saved.config)}
+        runs.append(Run(str(given), options, records))
+    print(*table(runs), sep="\n")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.draw_comparison(config.out, {run.name: run.records for run in runs})
+    print(f"curves: {config.out}")
+    return 0
+
+
+def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the options in which runs differ.
+
+    >>> differing([{"lr": 0.1, "seed": 0, "out": "a"}, {"lr": 0.2, "seed": 0, "out": "b"}])
+    ['lr']
+    """
+    names = dict.fromkeys(name for options in runs for name in options if name not in ELSEWHERE)
+    return [n for n in names if any(o.get(n) != runs[0].get(n) for o in runs[1:])]
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """Return the lines of a table: each run after its last epoch, with the options that differ.
+
+    >>> losses = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+    >>> table([Run("a", {"lr": 0.1}, losses), Run("b", {"lr": 0.2}, losses[:1])])
+    ['run  lr   epoch  loss', 'a    0.1  2      0.25', 'b    0.2  1      0.5']
+    """
+    options = differing([run.options for run in runs])
+    metrics = [name for name in COLUMNS if any(name in run.records[-1] for run in runs)]
+    rows = [["run", *options, *(COLUMNS[name] for name in metrics)]]
+    for run in runs:
+        last = run.records[-1]
+        rows.append(
+            [run.name, *(_shown(run.options.get(name)) for name in options)]
+            + [_shown(last.get(name)) for name in metrics]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
