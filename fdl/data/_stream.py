@@ -177,4 +177,11 @@ def _mapped(path: Path) -> np.ndarray[Any, Any]:
         raise ValueError(f"on_disk: {path} is not a .npy file of numbers: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim == 0:
         raise ValueError(f"on_disk: {path} must hold one array [n, ...]")
+    try:
+        torch.from_numpy(np.empty(0, array.dtype))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"on_disk: {path} must hold numbers of a dtype of torch, got {array.dtype.str!r}; save "
+            "the array again after astype, such as astype('float32')"
+        ) from None
     return array

@@ -182,6 +182,10 @@ def test_errors_of_files_name_them(tmp_path):
     np.save(text, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="of numbers"):
         data.on_disk(text, good)
+    for dtype in (">f8", "<U3"):  # of which torch makes no tensor
+        np.save(text, np.zeros(4, dtype))
+        with pytest.raises(ValueError, match=f"must hold numbers of a dtype .*, got '{dtype}'"):
+            data.on_disk(text, good)
     with pytest.raises(ValueError, match=r"got 4 in .*good\.npy and 3 in .*short\.npy"):
         data.on_disk(good, short)
     for row in (-1, 4):
