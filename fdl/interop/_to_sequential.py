@@ -119,13 +119,15 @@ def _children(layer: Any) -> dict[str, Any] | None:
 def _axes(children: dict[str, Any]) -> Iterator[int]:
     """Yield how many axes each `nn.batch_norm` has behind the channels, by the layers around it.
 
-    Those of the last layer before it that tells, else of the first after it, else one.
+    Those of the last layer before it that tells, else of the first after it, else one. What is
+    flattened is taken for an image.
     """
-    known = [_axes_of(layer) for layer in _flat(children)]
-    for i, layer in enumerate(_flat(children)):
+    layers = list(_flat(children))
+    for i, layer in enumerate(layers):
         if _is_batch_norm(layer):
-            found = [n for n in (*reversed(known[:i]), *known[i:]) if n]
-            yield found[0] if found else 1
+            before = [_axes_of(other) for other in reversed(layers[:i])]
+            after = [2 if _is_flatten(other) else _axes_of(other) for other in layers[i:]]
+            yield next((n for n in (*before, *after) if n), 1)
 
 
 def _flat(children: dict[str, Any]) -> Iterator[Any]:
@@ -138,13 +140,17 @@ def _is_batch_norm(layer: Any) -> bool:
     return is_model(layer) and _name_and_closed(layer.apply)[0] == "batch_norm.apply"
 
 
+def _is_flatten(layer: Any) -> bool:
+    return not is_model(layer) and _name_and_closed(layer)[0] == "flatten.<lambda>"
+
+
 def _axes_of(layer: Any) -> int | None:
     """Return the number of axes that a layer expects behind the channels, None if any."""
     name, closed = _name_and_closed(layer.apply if is_model(layer) else layer)
     if name == "affine.apply":
         f, inner = _name_and_closed(closed["f"])
         return 1 if f == "linear.product" else inner["axes"]
-    return 1 if name == "flatten.<lambda>" else closed.get("axes")
+    return 1 if _is_flatten(layer) else closed.get("axes")
 
 
 def _name_and_closed(fn: Any) -> tuple[str, Closed]:

@@ -91,6 +91,10 @@ NETS = {
         IMAGES,
     ),
     "names": (lambda: nn.sequential(one=nn.linear(4, 3), act=nn.tanh, two=nn.linear(3, 1)), ROWS),
+    "a norm before images are flattened": (
+        lambda: nn.sequential(nn.batch_norm(4), nn.flatten(), nn.batch_norm(144)),
+        IMAGES,
+    ),
     "a norm alone": (lambda: nn.sequential(nn.tanh, nn.batch_norm(4)), SEQUENCES),
 }
 
