@@ -37,7 +37,6 @@ if place := _cache.folder():
     os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
 IN_TURN = 4
-MAY_COMPILE: set[str] = set()  # slow tests whose turn it is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,16 +63,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--quick"):
         kept = []
     elif config.getoption("--in-turn"):
-        kept = slow[turn() % IN_TURN :: IN_TURN]
-        MAY_COMPILE.update(item.nodeid for item in kept)
+        kept = [item for item in slow if not _waits(item.nodeid)]
     left_out = set(slow) - set(kept)
     config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
 
 def _waits(test: str) -> bool:
-    """Return True if it is not the turn of a test to compile."""
-    return test not in MAY_COMPILE and (zlib.crc32(test.encode()) + turn()) % IN_TURN > 0
+    """Return True if it is not the turn of a test that is slow or compiles."""
+    return (zlib.crc32(test.encode()) + turn()) % IN_TURN > 0
 
 
 def _guard(
