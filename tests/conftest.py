@@ -14,6 +14,7 @@ from typing import Any
 # processes on a few cores mostly wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from train import recipes
 if place := _cache.folder():
     os.environ["FDL_CACHE"] = str(place.with_name("fdl-tests"))
 torch.set_num_threads(1)  # should a plugin have imported it before
+hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("untimed")
 IN_TURN = 4
 
 

@@ -316,6 +316,7 @@ TWO = lambda p: tree.map(lambda leaf: torch.stack([leaf, leaf]), p)  # noqa: E73
 OUTPUT = lambda p: torch.cat([BATCH[0] @ p["w"][:, None], p["b"].expand(3, 1)], 1)  # noqa: E731
 
 AT_ZERO = {
+    "transforms.autograd_grad_and_value": None,  # refuses to be differentiated
     "transforms.checkpoint": lambda p: transforms.checkpoint(OUTPUT)(p),
     "transforms.clipped_grad_sum": lambda p: transforms.clipped_grad_sum(loss_of, 0.5)(p, BATCH),
     "transforms.gnvp": lambda p: gnvp(OUTPUT, flat, p, p),
