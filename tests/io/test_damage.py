@@ -138,7 +138,10 @@ HOSTILE = {
                  "data_offsets": [1, 1]}}, b"a"),
         "is a leaf",
     ),
-    "empty-part": (file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"), "must have a name before and after"),
+    "empty-part": (
+        file_of({"a..b": json.loads(X.join("{}"))["x"]}, b"a"),
+        "must have a name before and after",
+    ),
     "deep-name": (
         file_of({".".join("a" * 10**5): json.loads(X.join("{}"))["x"]}, b"a"),
         "more than 100 deep",
