@@ -69,7 +69,7 @@ GROUPS = {
     },
     "fdl.metrics": {
         "Metrics": "mean accuracy top_k_accuracy confusion_matrix precision_recall_f1"
-        " calibration_error",
+        " calibration_error per_batch",
         "What they return": "Mean ConfusionMatrix PrecisionRecallF1 CalibrationError",
     },
     "fdl.optim": {

@@ -1,9 +1,11 @@
 """A law over the public names: what is public says what it takes, and shows it."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +88,15 @@ def test_a_docstring_has_an_example(thing):
     # NamedTuple writes a docstring of its own where there is none.
     assert thing.__doc__ and not thing.__doc__.startswith(f"{thing.__name__}("), "no docstring"
     assert ">>> " in thing.__doc__ or "Example::" in thing.__doc__
+
+
+def test_the_groups_of_the_reference_hold_every_name_once():
+    source = (Path(fdl.__file__).parents[1] / "docs" / "_hooks.py").read_text()
+    groups = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign | ast.Assign) and "GROUPS" in ast.unparse(node)[:8]
+    )
+    for module, parts in groups.items():
+        named = [name for names in parts.values() for name in names.split()]
+        assert sorted(named) == sorted(importlib.import_module(module).__all__), module
