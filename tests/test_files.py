@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,9 @@ AT_HOME: dict[str, Callable[[Path], Any]] = {
     ),
     "checkpointing.restore": lambda home: a_checkpoint(home / "run") or _folder.restore("~/run"),
     "data.fashion_mnist": images_at_home,
+    "data.on_disk": lambda home: (
+        np.save(home / "it.npy", np.arange(3)) or data.on_disk("~/it.npy", "~/it.npy")
+    ),
 }
 # They take no path of a user: `Checkpoint` is what `checkpoints` returns, `TreeInfo` what `inspect`
 # returns.

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._checks import check_positive, describe
+from fdl._files import expanded
 from fdl.data._batches import index_and_mask
 from fdl.data._rows import check_rows
 from fdl.data._types import Batch
@@ -98,7 +99,7 @@ def _chunks(
 
 
 def _chunk(read: Read, index: Tensor, mask: Any) -> Batch:
-    """Read the rows of a chunk, and give the leaves their axis of steps."""
+    """Read the rows of a chunk and give the leaves an axis of steps."""
     got = read(index.flatten().cpu())
     if not isinstance(got, tuple | list) or len(got) != 2:
         raise TypeError(f"stream: read must return a pair (x, y), got {describe(got)}")
@@ -149,7 +150,7 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
     (tensor([[ 9., 10., 11.],
             [ 3.,  4.,  5.]], dtype=torch.float64), tensor([3, 1]))
     """
-    paths = Path(x), Path(y)
+    paths = expanded(x), expanded(y)
     lengths = [len(_mapped(path)) for path in paths]
     if lengths[0] != lengths[1]:
         raise ValueError(
@@ -170,7 +171,7 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
-    """Map a `.npy` file into memory."""
+    """Map a `.npy` file of numbers into memory."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -1,22 +1,9 @@
 """The rows of `fdl.data` in the table of public functions."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from fdl import data, random
 from tests.laws.rows import Case, draw, labelled_rows, predictions, with_keys
-
-
-def mixing(mix: Callable[..., Any]) -> Case:
-    """One that mixes the rows of a batch."""
-    return Case(
-        lambda key, x, y: tuple(mix(key, (x, y), 1.0, classes=3)),
-        lambda key: (key, draw(key, 4, 2, 3, 4), random.randint(key, (4,), 0, 3)),
-        grads=(1,),
-    )
-
 
 DATA: dict[str, Case] = {
     "batch": Case(
@@ -30,8 +17,6 @@ DATA: dict[str, Case] = {
     "bootstrap_indices": with_keys(lambda key: data.bootstrap_indices(key, 7, 3)),
     "epoch_indices": with_keys(lambda key: data.epoch_indices(key, 7, 3)),
     "poisson_indices": with_keys(lambda key: data.poisson_indices(key, 7, 0.3, 2)),
-    "cutmix": mixing(data.cutmix),
-    "mixup": mixing(data.mixup),
     "normalize": Case(
         lambda x, mean: data.normalize(x, mean, torch.exp(mean)),
         lambda key: (draw(key, 3, 2, 3, 4), draw(key, 2)),

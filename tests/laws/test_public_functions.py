@@ -437,6 +437,9 @@ NO_ROW = {
         f"random.{name}": "torch.compile has no rule for vmap of a loop: tests/random"
         for name in ("ball", "beta", "binomial", "dirichlet", "gamma", "poisson", "t")
     },
+    **{
+        f"data.{name}": "draws from beta: tests/data/test_mixing.py" for name in ("cutmix", "mixup")
+    },
     "data.LABELS": "a constant",
     "data.Batch": "a type",
     "data.Dataset": "a type",
