@@ -8,21 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train import plots, run_folder
-from train.config import Compare
+from train.config import ELSEWHERE, Compare
+from train.records import LABELS
 
 __all__ = ["compare"]
 
-# Options that say where and how a run was computed, not what.
-ELSEWHERE = ("out", "resume", "device", "compile", "save_every")
-COLUMNS = {
-    "epoch": "epoch",
-    "loss": "loss",
-    "accuracy": "train acc",
-    "validation_loss": "val loss",
-    "validation_accuracy": "val acc",
-    "test_loss": "test loss",
-    "test_accuracy": "test acc",
-}
+COLUMNS = {"epoch": "epoch"} | LABELS
 
 
 class Run(NamedTuple):

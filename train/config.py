@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 import tyro
 
 __all__ = [
+    "ELSEWHERE",
     "RECIPES",
     "SWEEPS",
     "Bench",
@@ -356,6 +357,8 @@ class Inspect:
     """A .safetensors file, or the folder of a run for its params.safetensors."""
 
 
+# Options of a run that say where and how it is computed, not what.
+ELSEWHERE = ("out", "resume", "device", "compile", "save_every")
 AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 

@@ -7,9 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["best_epoch", "from_json", "numbers", "to_json"]
+__all__ = ["LABELS", "MONITORED", "best_epoch", "from_json", "numbers", "to_json"]
 
 MONITORED = "validation_loss"  # what --patience waits for
+LABELS = {
+    "loss": "loss",
+    "accuracy": "train acc",
+    "validation_loss": "val loss",
+    "validation_accuracy": "val acc",
+    "test_loss": "test loss",
+    "test_accuracy": "test acc",
+}
+"""The metrics of an epoch, and what they are called in a table."""
 
 
 def to_json(record: Any, **layout: Any) -> str:

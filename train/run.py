@@ -22,7 +22,7 @@ from fdl.parallel._group import on_all, on_first
 from train import config as configs
 from train import launch, loop, planning, plots, recipes, resume, run_folder, usual
 from train.compiling import announced
-from train.records import MONITORED, best_epoch
+from train.records import LABELS, MONITORED, best_epoch
 
 __all__ = ["line", "next_commands", "run"]
 
@@ -220,12 +220,12 @@ def train(run: Run) -> int:
                         if run.first:
                             run_folder.append_metrics(folder, records[-1])
                         bar.write(line(records[-1], config.epochs))
-                    last = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
+                    early = out_of_patience(config, records)
+                    ended = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
                     better = config.patience and best_epoch(records) == epoch.progress.epoch
-                    last |= out_of_patience(config, records)
-                    if epoch.end != "diverged" and (last or better or checkpointer.due()):
+                    if epoch.end != "diverged" and (early or ended or better or checkpointer.due()):
                         save(epoch.state, epoch.next, epoch.metrics if epoch.end == "done" else {})
-                    if out_of_patience(config, records):
+                    if early:
                         break
         checkpointer.wait()
         code = finish(run, epoch, records)
@@ -341,16 +341,10 @@ def line(record: dict[str, Any], epochs: int) -> str:
     'epoch  1/10  loss       0.5  10,000/s'
     """
     parts = [f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}", f"loss {record['loss']:9.4g}"]
-    labels = {
-        "accuracy": "train acc",
-        "validation_accuracy": "val acc",
-        "test_accuracy": "test acc",
-    }
-    if "accuracy" not in record:
-        labels = {"validation_loss": "val loss", "test_loss": "test loss"}
-    for name, label in labels.items():
-        if name in record:
-            parts.append(f"{label} {record[name]:.4{'g' if 'loss' in name else 'f'}}")
+    kind, form = ("accuracy", "f") if "accuracy" in record else ("loss", "g")
+    for name, label in LABELS.items():
+        if name in record and name.endswith(kind) and name != "loss":
+            parts.append(f"{label} {record[name]:.4{form}}")
     speed = f"{record['examples_per_second']:,.0f}/s"
     room = WIDTH - len("  ".join([*parts, ""]))
     return "  ".join([*parts, speed] if len(speed) <= room else parts)

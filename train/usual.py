@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train import recipes
-from train.config import RECIPES, Recipe
+from train.config import ELSEWHERE, RECIPES, Recipe
 
 __all__ = ["USUAL", "compare"]
 
@@ -34,7 +34,7 @@ USUAL: dict[tuple[str, int, int], tuple[float, ...]] = {
 """Test accuracies of seeds 0, 1 and 2 with default options, by (recipe, images, epochs)."""
 
 # Options that change neither the model nor its training.
-FREE = ("epochs", "seed", "device", "compile", "out", "resume", "save_every", "data")
+FREE = (*ELSEWHERE, "epochs", "seed", "data")
 
 
 def compare(

@@ -114,9 +114,18 @@ def stays_finite(params: Tree, updates: Tree, device: torch.device) -> Tensor:
     >>> stays_finite(params, {"w": torch.tensor([1e4, 1.0])}, torch.device("cpu"))
     tensor(False)
     """
-    new = apply_updates(params, updates)
-    overflows = tree.map(lambda p, n: torch.isfinite(p) & ~torch.isfinite(n), params, new)
-    flags = [~leaf.any() for leaf in tree.leaves(overflows)]
+    return keeps_finite(params, apply_updates(params, updates), device)
+
+
+def keeps_finite(old: Tree, new: Tree, device: torch.device) -> Tensor:
+    """Test if each number that was finite still is (bool []).
+
+    >>> old, cpu = {"w": torch.tensor([1.0, torch.inf])}, torch.device("cpu")
+    >>> keeps_finite(old, {"w": torch.tensor([2.0, torch.nan])}, cpu)
+    tensor(True)
+    """
+    spoiled = tree.map(lambda o, n: torch.isfinite(o) & ~torch.isfinite(n), old, new)
+    flags = [~leaf.any() for leaf in tree.leaves(spoiled)]
     return reduce(torch.logical_and, flags, torch.ones((), dtype=torch.bool, device=device))
 
 

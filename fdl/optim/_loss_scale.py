@@ -16,6 +16,7 @@ from fdl.optim._conditional import FiniteState
 from fdl.optim._helpers import (
     all_finite,
     check_whole,
+    keeps_finite,
     scalar,
     stays_finite,
     tree_where,
@@ -178,7 +179,7 @@ def keep_finite(state: Tree, old: Tree, new: Tree) -> Tree:
     """
     skips = (FiniteState, LossScaleState)
     nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, (State, *skips)))
-    if not tree.leaves(new) or not any(isinstance(node, skips) for node in nodes):
+    leaves = tree.leaves(new)
+    if not leaves or not any(isinstance(node, skips) for node in nodes):
         return new
-    spoiled = tree.map(lambda o, n: (torch.isfinite(o) & ~torch.isfinite(n)).any(), old, new)
-    return tree_where(~torch.stack(tree.leaves(spoiled)).any(), new, old)
+    return tree_where(keeps_finite(old, new, leaves[0].device), new, old)
