@@ -188,7 +188,7 @@ def test_a_mean_of_nothing_is_zero():
 
 # Shapes that torch would broadcast, by function: those of its two arguments.
 OF_LABELS = {"cross_entropy", "nll"} | {
-    name for name in metrics.__all__ if name.islower() and name != "mean"
+    name for name in metrics.__all__ if name.islower() and name not in {"mean", "per_batch"}
 }
 EMBEDDING = {"cosine_embedding", "triplet_margin"}  # of three arguments: test_embedding.py
 OF_ELEMENTS = set(losses.__all__) - OF_LABELS - EMBEDDING - {"l2_penalty"}
