@@ -1,209 +1,201 @@
-"""Convert parameters between the names and layouts of Flax and torch.
-
-The weights of torch are `[out, in, *window]`, those of Flax `[*window, in, out]`.
-"""
+"""Convert parameters between the names and layouts of Flax and torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fdl.tree import Tree
+from fdl.interop._fill import fill, renamed
+from fdl.interop._flax_layers import PARTS, Image, Leaves, from_layer, guess, to_layer
+from fdl.tree import Tree, flatten_dict, unflatten_dict
 from fdl.tree._paths import join
 
-Image = tuple[int, int, int]
+Images = Image | Mapping[str, Image] | None
+Kinds = str | Mapping[str, str] | None
 
-_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-_STATISTICS = {"mean": "running_mean", "var": "running_var"}
-_NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")
-_ATTENTION = {"query", "key", "value", "out"}
+_COLLECTIONS = {"params", "batch_stats"}
 
 
 def from_flax(
-    layer: Mapping[str, Any], image: Image | None = None, kind: str | None = None
+    layer: Mapping[str, Any],
+    image: Images = None,
+    kind: Kinds = None,
+    *,
+    like: Tree = None,
+    names: Mapping[str, str] | None = None,
 ) -> Tree:
     """Convert parameters of Flax to torch's names and layouts: a layer, or a tree of layers.
 
-    - `kernel`, `[in, out]` or `[*window, in, out]` (HWIO), becomes `weight`, `[out, in]` or
-      `[out, in, *window]` (OIHW).
-    - The `scale` of a normalisation and the `embedding` of an `Embed` become `weight`; the `mean`
-      and `var` of `batch_stats` become `running_mean` and `running_var`.
-    - Other leaves stay unchanged, under their names.
+    - `kernel`, `[in, out]` or `[*window, in, out]`, becomes `weight`, `[out, in]` or
+      `[out, in, *window]`; that of a `ConvTranspose` `[in, out, *window]`, its window flipped.
+    - The `scale` of a normalisation and the `embedding` of an `Embed` become `weight`; `mean` and
+      `var`, of `batch_stats` or beside the scale as in nnx, `running_mean` and `running_var`.
+    - `DenseGeneral` becomes a linear layer of the flattened axes, attention the parameters of
+      `nn.multihead_attention`.
 
+    Arrays do not tell the class of their layer. It is read from the names that linen gives
+    (`ConvTranspose_0`); under other names from the leaves if they leave one choice, then from the
+    shape in `like`. What is still open, such as a kernel with a window, is an error: pass `kind`.
     First `from_jax`, then this:
 
     >>> import torch
     >>> flax = {"Dense_0": {"kernel": torch.zeros(4, 3), "bias": torch.zeros(3)}}
-    >>> params = {"fc": from_flax(flax["Dense_0"])}
-    >>> params["fc"]["weight"].shape
+    >>> from_flax(flax, names={"Dense_0": "fc"})["fc"]["weight"].shape
     torch.Size([3, 4])
 
     Args:
-        layer: the dict of one layer, or nested dicts of layers.
+        layer: the dict of one layer, nested dicts of layers, or variables: `params` and perhaps
+            `batch_stats`.
         image: `(channels, height, width)` of the images flattened right before a dense layer: Flax
-            flattens height first, torch channels first, so the order of the inputs changes.
-        kind: class of the layer in Flax, such as `"ConvTranspose"` or `"DenseGeneral"`, whose
-            kernels have the shape of a convolution's. In a tree the class is read from Flax's own
-            names (`"ConvTranspose_0"`) and those of its attention; under another name a kernel with
-            more than two axes is converted as that of `Conv`.
+            flattens height first, torch channels first, so the order of the inputs changes. For a
+            tree, a dict from paths of layers.
+        kind: class of the layer in Flax. For a tree, a dict from paths of layers to classes. A
+            `ConvTranspose` made with `transpose_kernel=True` has the kind
+            `"ConvTranspose(transpose_kernel=True)"`, which nothing but `kind` tells.
+        like: what `model.init` returned, params or `(params, buffers)`: the result has this
+            structure, and each value its shape. `num_batches_tracked`, which Flax does not have,
+            is that of `like`. Dtypes are those of `layer`.
+        names: paths in `layer`, without `params` and `batch_stats`, to paths in the result, for
+            layers and whatever is below them; others keep theirs.
 
     Raises:
         TypeError: a leaf is not a tensor (with its path).
-        ValueError: a kernel has another number of inputs than `image`, `image` or `kind` is given
-            for several layers, there is no rule for the kind, or a `DenseGeneral` has no bias, so
-            the number of axes of its output is unknown (with its path).
+        ValueError: a layer has no rule, or several (with its path); a kernel has another number of
+            inputs than `image`; a path of `image`, `kind` or `names` is not in `layer`; or the
+            paths and shapes are not those of `like` (each is listed).
     """
-    return _each("from_flax", layer, image, kind, _layer_from_flax)
+    return convert("from_flax", layer, image, kind, like, names)
 
 
-def to_flax(layer: Mapping[str, Any], image: Image | None = None, kind: str | None = None) -> Tree:
+def to_flax(layer: Mapping[str, Any], image: Images = None, kind: Kinds = None) -> Tree:
     """Convert parameters to Flax's names and layouts; the inverse of `from_flax`.
+
+    `num_batches_tracked`, which Flax does not have, is left out.
 
     Args:
         layer: the `weight`, and `bias` if there is one, of a linear layer, a convolution or, if
-            `weight` has one axis, a normalisation; or nested dicts of such layers.
+            `weight` has one axis, a normalisation, with or without its buffers; or nested dicts of
+            such layers.
         image: as for `from_flax`.
-        kind: as for `from_flax`; required for `"Embed"`, and `"DenseGeneral"` has no inverse.
+        kind: as for `from_flax`; required for convolutions and for a `weight` `[n, m]` without
+            bias, `"Dense"` or `"Embed"`. `"DenseGeneral"` and attention have no inverse.
 
     Raises:
         TypeError: a leaf is not a tensor (with its path).
-        ValueError: a weight has another number of inputs than `image`, `image` or `kind` is given
-            for several layers, or there is no rule for the kind (with its path).
+        ValueError: as for `from_flax`.
 
     >>> import torch
-    >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)})["kernel"].shape
+    >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)}, kind="Conv")["kernel"].shape
     torch.Size([5, 5, 6, 16])
     """
-    return _each("to_flax", layer, image, kind, _layer_to_flax)
+    image, kind = _by_path("to_flax", layer, image, kind)
+    flat: dict[str, Tensor] = {}
+    for path, leaves in _layers("to_flax", layer):
+        where = _where("to_flax", path)
+        sort = kind.get(path) or _named(path.rpartition(".")[2])
+        found = to_layer(where, sort, leaves, image.get(path))
+        flat |= {join(path, name): x for name, x in flatten_dict(found).items()}
+    return unflatten_dict(flat)
 
 
-def _each(
+def convert(
     caller: str,
-    layer: Mapping[str, Any],
-    image: Image | None,
-    kind: str | None,
-    convert: Callable[..., Tree],
-    path: str = "",
+    variables: Mapping[str, Any],
+    image: Images,
+    kind: Kinds,
+    like: Tree,
+    names: Mapping[str, str] | None,
 ) -> Tree:
-    """Convert the leaves of a dict as one layer, and its dicts one by one."""
-    where = f"{caller}: at {path!r}" if path else caller
-    children = {name: x for name, x in layer.items() if isinstance(x, Mapping)}
-    leaves = {name: x for name, x in layer.items() if name not in children}
+    """Do what `from_flax` does, for it and for readers of files with such layers."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"{caller}: expected a dict, got {type(variables).__name__}")
+    parts = variables if variables.keys() and variables.keys() <= _COLLECTIONS else {"": variables}
+    image, kind = _by_path(caller, variables, image, kind)
+    wanted = {} if like is None else flatten_dict(like)
+    if isinstance(like, tuple):  # (params, buffers)
+        wanted = {path.partition(".")[2]: x for path, x in wanted.items()}
+    flat: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for collection, part in parts.items():
+        found = {}
+        for path, leaves in _layers(caller, part, collection):
+            where = _where(caller, join(collection, path))
+            target = renamed(path, names or {})
+            weight = wanted.get(join(target, "weight"))
+            sort = kind.get(path) or _named(path.rpartition(".")[2])
+            sort = sort or guess(where, leaves, weight)
+            layer = from_layer(where, sort, leaves, image.get(path), weight)
+            found[path] = flatten_dict(layer)
+        flat[collection] = found
+    return fill(caller, flat, like, names or {})
+
+
+def _layers(
+    caller: str, tree: Mapping[str, Any], collection: str = "", path: str = ""
+) -> Iterator[tuple[str, Leaves]]:
+    """Yield path and leaves of every layer; attention is one layer, with four dicts."""
+    children = {name: x for name, x in tree.items() if isinstance(x, Mapping)}
+    leaves = {name: x for name, x in tree.items() if name not in children}
+    where = _where(caller, join(collection, path))
     for name, x in leaves.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{where}: {name!r} must be a tensor, got {type(x).__name__} {x!r}")
-    if children and (image is not None or kind is not None):
-        raise ValueError(
-            f"{where}: image and kind describe one layer, got several: {list(children)}; "
-            "convert that layer separately"
-        )
-    converted = convert(where, leaves, image, kind) if leaves else {}
-    is_attention = children.keys() >= _ATTENTION
+    if _is_attention(tree):
+        for name, part in children.items():
+            list(_layers(caller, part, collection, join(path, name)))  # checked, not used
+        yield path, dict(tree)
+        return
+    if leaves:
+        yield path, leaves
     for name, child in children.items():
-        child_kind = "DenseGeneral" if is_attention and name in _ATTENTION else _kind(name)
-        is_layer = not any(isinstance(x, Mapping) for x in child.values())
-        inner = join(path, name)
-        child_kind = child_kind if is_layer else None
-        converted[name] = _each(caller, child, None, child_kind, convert, inner)
-    return converted
+        yield from _layers(caller, child, collection, join(path, name))
 
 
-def _kind(name: str) -> str | None:
-    """Read the class from a name of Flax, such as `Dense_0`."""
-    match = re.fullmatch(r"([A-Z]\w*)_\d+", name)
-    return match[1] if match and match[1] in {*_FROM, *_NORMS} else None
+def _is_attention(tree: Mapping[str, Any]) -> bool:
+    """Return whether a dict has the four layers of attention, with heads as an axis."""
+    parts = [tree.get(name) for name in PARTS]
+    kernels = [part.get("kernel") for part in parts if isinstance(part, Mapping)]
+    return len(kernels) == len(PARTS) and all(getattr(k, "ndim", 0) == 3 for k in kernels)
 
 
-def _layer_from_flax(
-    where: str, found: dict[str, Tensor], image: Image | None, kind: str | None
-) -> Tree:
-    _check_kind(where, kind)
-    if found.keys() == _STATISTICS.keys():
-        return {_STATISTICS[name]: x for name, x in found.items()}
-    if "kernel" in found:
-        kernel, bias = found["kernel"], found.get("bias")
-        if kind is None:
-            general = bias is not None and bias.ndim > 1
-            kind = "DenseGeneral" if general else "Dense" if kernel.ndim == 2 else "Conv"
-        if image is not None:
-            channels, height, width = _check_image(where, image, kernel)
-            rows = kernel.unflatten(0, (height, width, channels))
-            kernel = rows.movedim(2, 0).flatten(0, 2)
-        found["kernel"] = _FROM[kind](where, kernel, bias).contiguous()
-        if kind == "DenseGeneral" and bias is not None:
-            found["bias"] = bias.flatten()
-    return {_NAMES.get(name, name): x for name, x in found.items()}
+def _by_path(
+    caller: str, tree: Mapping[str, Any], image: Images, kind: Kinds
+) -> tuple[Mapping[str, Image], Mapping[str, str]]:
+    """Return images and kinds as dicts from the paths of layers."""
+    several = [name for name, x in tree.items() if isinstance(x, Mapping)]
+    paths = {"", *_nodes(tree)}
+    found: list[Mapping[str, Any]] = []
+    for name, given in (("image", image), ("kind", kind)):
+        if isinstance(given, Mapping):
+            if unknown := sorted(given.keys() - paths):
+                raise ValueError(
+                    f"{caller}: {name}={unknown} are not in the tree, which has {sorted(paths)}"
+                )
+        elif given is not None and several and not _is_attention(tree):
+            raise ValueError(
+                f"{caller}: {name} {given!r} describes one layer, got several: {several}; pass a "
+                "dict from their paths"
+            )
+        found.append(given if isinstance(given, Mapping) else {} if given is None else {"": given})
+    return found[0], found[1]
 
 
-def _layer_to_flax(
-    where: str, found: dict[str, Tensor], image: Image | None, kind: str | None
-) -> Tree:
-    _check_kind(where, kind)
-    theirs = {ours: name for name, ours in _STATISTICS.items()}
-    if "weight" not in found:
-        return {theirs.get(name, name): x for name, x in found.items()}
-    weight = found.pop("weight")
-    if kind == "Embed":
-        return {"embedding": weight, **found}
-    if weight.ndim == 1:
-        return {"scale": weight, **found}
-    if kind == "DenseGeneral":
-        raise ValueError(
-            f"{where}: kind='DenseGeneral' has no inverse; convert the layer as 'Dense' and "
-            "reshape its kernel"
-        )
-    if kind == "ConvTranspose":
-        kernel = weight.flip(*range(2, weight.ndim)).movedim((1, 0), (-1, -2))
-    else:
-        kernel = weight.movedim((0, 1), (-1, -2))
-    if image is not None:
-        channels, height, width = _check_image(where, image, kernel)
-        rows = kernel.unflatten(0, (channels, height, width))
-        kernel = rows.movedim(0, 2).flatten(0, 2)
-    return {"kernel": kernel.contiguous(), **found}
+def _nodes(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield the paths of all dicts below a dict, without the names of collections."""
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            inner = "" if not path and name in _COLLECTIONS else join(path, name)
+            yield inner
+            yield from _nodes(child, inner)
 
 
-def _plain(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return kernel.movedim((-1, -2), (0, 1))
+def _named(name: str) -> str | None:
+    """Read the class from a name that linen gives, such as `Dense_0`."""
+    match = re.fullmatch(r"([A-Z]\w*?)_\d+", name)
+    return match[1] if match else None
 
 
-def _transposed(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Flip the window: torch transposes a convolution, Flax slides the kernel itself."""
-    return kernel.flip(*range(kernel.ndim - 2)).movedim((-2, -1), (0, 1))
-
-
-def _general(where: str, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        raise ValueError(
-            f"{where}: a DenseGeneral without bias has an unknown number of output axes; "
-            "reshape its kernel to [in, out] and convert it as kind='Dense'"
-        )
-    return kernel.flatten(kernel.ndim - bias.ndim).flatten(0, -2).mT
-
-
-_FROM: dict[str, Callable[..., Tensor]] = {
-    "Dense": _plain,
-    "Conv": _plain,
-    "ConvTranspose": _transposed,
-    "DenseGeneral": _general,
-    "Embed": _plain,  # has no kernel
-}
-
-
-def _check_kind(where: str, kind: str | None) -> None:
-    known = [*_FROM, *_NORMS]
-    if kind is not None and kind not in known:
-        raise ValueError(f"{where}: no rule for kind={kind!r}, only for {known}")
-
-
-def _check_image(where: str, image: Image, kernel: Tensor) -> Image:
-    channels, height, width = image
-    if kernel.ndim != 2 or channels * height * width != kernel.shape[0]:
-        raise ValueError(
-            f"{where}: image={image}, (channels, height, width), must have as many numbers as the "
-            f"layer has inputs, expected {kernel.shape[0]}, got {channels * height * width}"
-        )
-    return image
+def _where(caller: str, path: str) -> str:
+    return f"{caller}: at {path!r}" if path else caller

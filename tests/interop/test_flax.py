@@ -43,8 +43,8 @@ def run(module, params, *inputs, **options):
 def test_dense_convolution_and_embedding():
     x, ours = images()
     variables, y = theirs(linen.Conv(4, (3, 3), padding="VALID"), x)
-    close(run(oo.Conv2d(3, 4, 3), interop.from_flax(variables["params"]), ours).movedim(1, -1), y,
-          rtol=1e-4, atol=1e-5)  # fmt: skip
+    params = interop.from_flax(variables["params"], kind="Conv")
+    close(run(oo.Conv2d(3, 4, 3), params, ours).movedim(1, -1), y, rtol=1e-4, atol=1e-5)
     ids = jax.numpy.array([1, 4])
     variables, y = theirs(linen.Embed(5, 3), ids)
     params = interop.from_flax(variables["params"])
@@ -75,7 +75,7 @@ def test_same_padding_as_the_page_says(window, stride, height):
     total = max((-(-height // stride) - 1) * stride + window - height, 0)
     before, after = total // 2, total - total // 2
     padded = F.pad(ours, (before, after, before, after))
-    params = interop.from_flax(variables["params"])
+    params = interop.from_flax(variables["params"], kind="Conv")
     got = run(oo.Conv2d(3, 4, window, stride), params, padded)
     close(got.movedim(1, -1), y, rtol=1e-4, atol=1e-5)
     if height == 6 and (window, stride) == (3, 2):
@@ -95,13 +95,7 @@ def test_dense_general_and_attention():
     close(run(oo.Linear(20, 3), params, ours.flatten(1)), y, rtol=1e-4, atol=1e-5)
 
     variables, y = theirs(linen.MultiHeadDotProductAttention(2), x)
-    found = interop.from_flax(variables["params"])
-    parts = [found[name] for name in ("query", "key", "value")]
-    params = {
-        "in_proj_weight": torch.cat([part["weight"] for part in parts]),
-        "in_proj_bias": torch.cat([part["bias"] for part in parts]),
-        "out_proj": found["out"],
-    }
+    params = interop.from_flax(variables["params"])
     attention = oo.MultiheadAttention(4, 2, batch_first=True)
     close(run(attention, params, ours, ours, ours)[0], y, rtol=1e-4, atol=1e-5)
 
@@ -180,11 +174,11 @@ KERNEL = torch.ones(3, 4, 2)
     ("layer", "options", "error", "text"),
     [
         ({"a": {"b": {"kernel": 3}}}, {}, TypeError, r"at 'a.b': 'kernel' must be"),
-        ({"a": {"kernel": KERNEL}}, {"image": (1, 1, 3)}, ValueError, "describe one layer"),
+        ({"a": {"kernel": KERNEL}}, {"image": (1, 1, 3)}, ValueError, "describes one layer"),
         ({"a": {"kernel": KERNEL}}, {"kind": "Conv"}, ValueError, r"got several: \['a'\]"),
         ({"kernel": KERNEL}, {"kind": "ConvLocal"}, ValueError, "no rule for kind='ConvLocal'"),
         ({"DenseGeneral_0": {"kernel": KERNEL}}, {}, ValueError, "at 'DenseGeneral_0': a .*bias"),
-        ({"kernel": KERNEL}, {"image": (1, 1, 3)}, ValueError, "image="),
+        ({"kernel": KERNEL[0]}, {"image": (1, 1, 3)}, ValueError, "image="),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(layer, options, error, text):
