@@ -56,7 +56,12 @@ def from_numpy(tree: Tree) -> Tree:
     >>> from_numpy({"w": np.ones(2)})
     {'w': tensor([1., 1.], dtype=torch.float64)}
     """
-    return _each("from_numpy", tree, _from_numpy)
+    return as_tensors("from_numpy", tree)
+
+
+def as_tensors(caller: str, tree: Tree) -> Tree:
+    """Convert the arrays of a tree for `from_numpy`, and for readers of files with arrays."""
+    return _each(caller, tree, _from_numpy)
 
 
 def _from_numpy(leaf: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fdl._checks import describe
 from fdl.interop._fill import fill, renamed
 from fdl.interop._flax_layers import PARTS, Image, Leaves, from_layer, guess, to_layer
 from fdl.tree import Tree, flatten_dict, unflatten_dict
@@ -15,8 +16,6 @@ from fdl.tree._paths import join
 
 Images = Image | Mapping[str, Image] | None
 Kinds = str | Mapping[str, str] | None
-
-_COLLECTIONS = {"params", "batch_stats"}
 
 
 def from_flax(
@@ -67,7 +66,7 @@ def from_flax(
             inputs than `image`; a path of `image`, `kind` or `names` is not in `layer`; or the
             paths and shapes are not those of `like` (each is listed).
     """
-    return convert("from_flax", layer, image, kind, like, names)
+    return convert("from_flax", _collections("from_flax", layer), image, kind, like, names)
 
 
 def to_flax(layer: Mapping[str, Any], image: Images = None, kind: Kinds = None) -> Tree:
@@ -91,29 +90,35 @@ def to_flax(layer: Mapping[str, Any], image: Images = None, kind: Kinds = None) 
     >>> to_flax({"weight": torch.zeros(16, 6, 5, 5)}, kind="Conv")["kernel"].shape
     torch.Size([5, 5, 6, 16])
     """
-    image, kind = _by_path("to_flax", layer, image, kind)
+    parts = _collections("to_flax", layer)
+    image, kind = _by_path("to_flax", parts, image, kind)
     flat: dict[str, Tensor] = {}
-    for path, leaves in _layers("to_flax", layer):
-        where = _where("to_flax", path)
-        sort = kind.get(path) or _named(path.rpartition(".")[2])
-        found = to_layer(where, sort, leaves, image.get(path))
-        flat |= {join(path, name): x for name, x in flatten_dict(found).items()}
+    for collection, part in parts.items():
+        for path, leaves in _layers("to_flax", part, collection):
+            place = join(collection, path)
+            sort = kind.get(path) or _named(path.rpartition(".")[2])
+            found = to_layer(_where("to_flax", place), sort, leaves, image.get(path))
+            flat |= {join(place, name): x for name, x in found.items()}
     return unflatten_dict(flat)
+
+
+def _collections(caller: str, tree: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the trees of `params` and `batch_stats`, or the tree itself as ''."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{caller}: expected a dict of layers, got {describe(tree)}")
+    return tree if tree and tree.keys() <= {"params", "batch_stats"} else {"": tree}
 
 
 def convert(
     caller: str,
-    variables: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Any]],
     image: Images,
     kind: Kinds,
     like: Tree,
     names: Mapping[str, str] | None,
 ) -> Tree:
-    """Do what `from_flax` does, for it and for readers of files with such layers."""
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"{caller}: expected a dict, got {type(variables).__name__}")
-    parts = variables if variables.keys() and variables.keys() <= _COLLECTIONS else {"": variables}
-    image, kind = _by_path(caller, variables, image, kind)
+    """Do what `from_flax` does with the trees of several collections."""
+    image, kind = _by_path(caller, parts, image, kind)
     wanted = {} if like is None else flatten_dict(like)
     if isinstance(like, tuple):  # (params, buffers)
         wanted = {path.partition(".")[2]: x for path, x in wanted.items()}
@@ -161,19 +166,19 @@ def _is_attention(tree: Mapping[str, Any]) -> bool:
 
 
 def _by_path(
-    caller: str, tree: Mapping[str, Any], image: Images, kind: Kinds
+    caller: str, parts: Mapping[str, Mapping[str, Any]], image: Images, kind: Kinds
 ) -> tuple[Mapping[str, Image], Mapping[str, str]]:
     """Return images and kinds as dicts from the paths of layers."""
-    several = [name for name, x in tree.items() if isinstance(x, Mapping)]
-    paths = {"", *_nodes(tree)}
+    several = [path for part in parts.values() for path in _nodes(part)]
+    single = any(_is_attention(part) for part in parts.values())
     found: list[Mapping[str, Any]] = []
     for name, given in (("image", image), ("kind", kind)):
         if isinstance(given, Mapping):
-            if unknown := sorted(given.keys() - paths):
+            if unknown := sorted(given.keys() - {"", *several}):
                 raise ValueError(
-                    f"{caller}: {name}={unknown} are not in the tree, which has {sorted(paths)}"
+                    f"{caller}: {name}={unknown} are not in the tree, which has {several}"
                 )
-        elif given is not None and several and not _is_attention(tree):
+        elif given is not None and several and not single:
             raise ValueError(
                 f"{caller}: {name} {given!r} describes one layer, got several: {several}; pass a "
                 "dict from their paths"
@@ -183,12 +188,11 @@ def _by_path(
 
 
 def _nodes(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yield the paths of all dicts below a dict, without the names of collections."""
+    """Yield the paths of all dicts below a dict."""
     for name, child in tree.items():
         if isinstance(child, Mapping):
-            inner = "" if not path and name in _COLLECTIONS else join(path, name)
-            yield inner
-            yield from _nodes(child, inner)
+            yield join(path, name)
+            yield from _nodes(child, join(path, name))
 
 
 def _named(name: str) -> str | None:
