@@ -1,0 +1,70 @@
+"""Go on training an MLP of Haiku: its layouts are those of Flax under other names."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import fdl
+from fdl import interop, losses, nn, optim, random
+
+net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([16, 8, 3])(x)))
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(32, 4)).astype("float32"), rng.integers(0, 3, 32)
+theirs, sgd = net.init(jax.random.key(0), x), optax.sgd(0.1, momentum=0.9)
+
+
+@jax.jit
+def train(params, opt_state):
+    def loss(params):
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, opt_state = sgd.update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state, value
+
+
+opt_state = sgd.init(theirs)
+for _ in range(3):
+    theirs, opt_state, _ = train(theirs, opt_state)
+
+# Recipe
+NAMES = {"w": "kernel", "b": "bias", "offset": "bias", "embeddings": "embedding"}
+
+
+def as_flax(params):
+    flat = {module.replace("/", "."): layer for module, layer in params.items()}
+    renamed = {
+        f"{module}.{NAMES.get(name, name)}": array
+        for module, layer in flat.items()
+        for name, array in layer.items()
+    }
+    return fdl.tree.unflatten_dict(interop.from_jax(renamed))
+
+
+model = nn.sequential(nn.linear(4, 16), nn.relu, nn.linear(16, 8), nn.relu, nn.linear(8, 3))
+names = {"mlp.~.linear_0": "0", "mlp.~.linear_1": "2", "mlp.~.linear_2": "4"}
+params, momentum = (
+    interop.from_flax(as_flax(each), like=model.init(random.key(0)), names=names)
+    for each in (theirs, opt_state[0].trace)  # momentum has the layout of the parameters
+)
+opt = optim.sgd(0.1, momentum=0.9)
+state = fdl.TrainState.create(model, opt, key=random.key(0), params=params)
+trace, rate = state.opt_state
+trace = trace._replace(slots={"momentum_buffer": momentum})
+state = state._replace(opt_state=(trace, rate))
+
+# Check
+batch = torch.from_numpy(x), torch.from_numpy(y)
+step = fdl.train_step(fdl.supervised(model, losses.cross_entropy), opt)
+ours, expected = [], []
+for _ in range(10):
+    state, metrics = step(state, batch)
+    theirs, opt_state, loss = train(theirs, opt_state)
+    ours.append(metrics["loss"].value.item())
+    expected.append(loss.item())
+print("fdl  ", *(f"{loss:.6f}" for loss in ours))
+print("Haiku", *(f"{loss:.6f}" for loss in expected))
+np.testing.assert_allclose(ours, expected, rtol=1e-5)
