@@ -130,7 +130,7 @@ def _layers(file: KerasFile, model: Any, group: str = "", path: str = "") -> Ite
             place = "/".join(["model_weights", inner.partition(".")[0], *inner.split(".")])
         elif file.names.get(f"{place}/vars", config["name"]) != config["name"]:
             raise TypeError(f"{place} has the weights of {file.names[f'{place}/vars']!r}")
-        standard = str(entry["module"]).startswith("keras")
+        standard = str(entry.get("module", "keras")).startswith("keras")  # .h5 files have none
         if standard and sort in ("Sequential", "Functional"):
             yield from _layers(file, entry, f"{place}/", inner)
         else:
@@ -156,7 +156,9 @@ def _variables(file: KerasFile, layers: Sequence[_Layer]) -> tuple[dict[str, Ten
             found[join(layer.path, name)] = x
     unread = [place for place in left if "/seed_generator/" not in place]
     owners = {
-        next((f"{x.path!r} ({x.sort})" for x in layers if place.startswith(x.group)), place): None
+        next(
+            (f"{x.path!r} ({x.sort})" for x in layers if place.startswith(x.group + "/")), place
+        ): None
         for place in unread
     }
     return found, list(owners)

@@ -2,7 +2,6 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -33,7 +32,11 @@ class Net(eqx.Module):
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(32, 3, 8, 8)).astype("float32"), rng.integers(0, 3, 32)
 net, norms = eqx.nn.make_with_state(Net)()
-forward = lambda net, norms: jax.vmap(net, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, norms)  # noqa: E731, E501
+axes = {"in_axes": (0, None), "out_axes": (0, None)}
+
+
+def forward(net, norms):
+    return jax.vmap(net, axis_name="batch", **axes)(x, norms)
 
 
 @eqx.filter_jit
@@ -49,6 +52,7 @@ def train(net, norms):
 for _ in range(3):
     net, norms, _ = train(net, norms)
 
+
 # Recipe
 def by_path(net):
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(net, eqx.is_inexact_array))
@@ -62,8 +66,16 @@ params["up"] = {
     "weight": params["up"]["weight"].transpose(0, 1).flip(2, 3),  # [out, in, *window], not flipped
     "bias": params["up"]["bias"].flatten(),
 }
-_, (mean, var) = (norms.get(net.norm.batch_counter), norms.get(net.norm.batch_state_index))
-buffers = {"norm": {"running_mean": interop.from_jax(mean), "running_var": interop.from_jax(var)}}
+steps = int(norms.get(net.norm.batch_counter))
+mean, var = interop.from_jax(list(norms.get(net.norm.batch_state_index)))
+scale = 1 - 0.99**steps  # by which Equinox divides both when it evaluates
+buffers = {
+    "norm": {
+        "running_mean": mean / scale,
+        "running_var": var / scale,
+        "num_batches_tracked": torch.tensor(steps),
+    }
+}
 model = nn.sequential(
     conv=nn.conv2d(3, 8, 3, stride=2, padding=1),
     norm=nn.batch_norm(8, momentum=0.01),
@@ -72,7 +84,6 @@ model = nn.sequential(
     flatten=nn.flatten(),
     out=nn.linear(4 * 9 * 9, 3),
 )
-buffers["norm"]["num_batches_tracked"] = torch.tensor(3)
 
 # Check
 images, labels = torch.from_numpy(x), torch.from_numpy(y)
