@@ -107,7 +107,7 @@ def _items(h5py: Any, group: Any, path: str, seen: set[int]) -> Iterator[tuple[s
 
 
 def _tensor(path: str, dataset: Any) -> Tensor:
-    if dataset.attrs.get("dtype") == "bfloat16" and dataset.dtype.itemsize == 2:
+    if dataset.dtype.str == "|V2":  # bfloat16, which HDF5 does not have
         return torch.from_numpy(dataset[()].view(np.int16)).view(torch.bfloat16)
     if dataset.dtype.kind not in "fiu":
         raise ValueError(f"{path!r} has the dtype {dataset.dtype}, expected numbers")

@@ -22,14 +22,14 @@ def flipped(w):
     return w.flip(tuple(range(2, w.ndim)))
 
 
-IN_OUT = "axes in order [in, out, *window]"
 LAYOUTS = {
     "as it is": lambda w: w,
-    "axes in order [out, in, *window]": lambda w: w.movedim((-1, -2), (0, 1)),
-    IN_OUT: lambda w: w.movedim((-2, -1), (0, 1)),
-    f"{IN_OUT}, window flipped": lambda w: flipped(w.movedim((-2, -1), (0, 1))),
-    "first two axes exchanged": lambda w: w.transpose(0, 1),
-    "first two axes exchanged, window flipped": lambda w: flipped(w.transpose(0, 1)),
+    "[…, a, b] → [b, a, …]": lambda w: w.movedim((-1, -2), (0, 1)),
+    "[…, a, b] → [b, a, …], window flipped": lambda w: flipped(w.movedim((-1, -2), (0, 1))),
+    "[…, a, b] → [a, b, …]": lambda w: w.movedim((-2, -1), (0, 1)),
+    "[…, a, b] → [a, b, …], window flipped": lambda w: flipped(w.movedim((-2, -1), (0, 1))),
+    "[a, b, …] → [b, a, …]": lambda w: w.transpose(0, 1),
+    "[a, b, …] → [b, a, …], window flipped": lambda w: flipped(w.transpose(0, 1)),
 }
 
 
@@ -275,7 +275,7 @@ def convention(run):
         moved = {
             f"{name}, with that weight": (1 - weight) + weight * value
             for name, value in sums.items()
-        } | {f"{name}, and 1 more by the start": 1 + value for name, value in sums.items()}
+        } | {f"{name}, plus 0.99 / 0.01": 99 + value for name, value in sums.items()}
         nearest = min(moved, key=lambda name: abs(moved[name] - var))
         close = abs(moved[nearest] - var) < 1e-3 * var
         return {
