@@ -19,7 +19,7 @@ for name in ("net.keras", "net.h5"):
 keras.models.load_model(f"{sys.argv[1]}/net.keras")
 print("net.keras: loaded")
 with h5py.File(f"{sys.argv[1]}/net.h5") as file:
-    kernel = file["model_weights/dense/dense/kernel"]
+    kernel = file["model_weights/dense/sequential/dense/kernel"]
     print("net.h5: dtype of the kernel", kernel.dtype, "attributes", dict(kernel.attrs))
     assert kernel.dtype.str == "|V2"
 try:

@@ -291,7 +291,7 @@ if have_jax:
 
 # %% [markdown]
 # **Flax** keeps a dense kernel as `[in, out]`, images with the channel last, and flattens them so.
-# `from_flax` turns a layer; `image` says what was flattened in front of it.
+# `from_flax` turns a tree of layers; `image` says what was flattened in front of one.
 
 # %%
 if have_jax and importlib.util.find_spec("flax"):
@@ -308,8 +308,8 @@ if have_jax and importlib.util.find_spec("flax"):
     layers = interop.from_jax(flax_params)["params"]
     small = nn.sequential(conv=nn.conv2d(1, 4, 3), relu=nn.relu, flatten=nn.flatten(),
                           dense=nn.linear(4 * 6 * 6, 10))
-    turned = {"conv": interop.from_flax(layers["Conv_0"]),
-              "dense": interop.from_flax(layers["Dense_0"], image=(4, 6, 6))}
+    turned = interop.from_flax(layers, image={"Dense_0": (4, 6, 6)},
+                               names={"Conv_0": "conv", "Dense_0": "dense"})
     logits = small.apply(turned, interop.from_jax(pixels).permute(0, 3, 1, 2))
     assert_close(logits, interop.from_jax(Small().apply(flax_params, pixels)), rtol=1e-5, atol=1e-6)
     print("Flax and fdl agree on", list(logits.shape), "logits")

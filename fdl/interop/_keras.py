@@ -127,7 +127,7 @@ def _layers(file: KerasFile, model: Any, group: str = "", path: str = "") -> Ite
         used[kind] = used.get(kind, -1) + 1
         place = f"{group}layers/{kind}" + (f"_{used[kind]}" if used[kind] else "")
         if file.legacy:
-            place = "/".join(["model_weights", inner.partition(".")[0], *inner.split(".")])
+            place = f"model_weights/{inner.partition('.')[0]}"
         elif file.names.get(f"{place}/vars", config["name"]) != config["name"]:
             raise TypeError(f"{place} has the weights of {file.names[f'{place}/vars']!r}")
         standard = str(entry.get("module", "keras")).startswith("keras")  # .h5 files have none
@@ -149,7 +149,7 @@ def _variables(file: KerasFile, layers: Sequence[_Layer]) -> tuple[dict[str, Ten
     """Return the variables by their paths in Flax, and the layers of what is left in the file."""
     found, left = {}, dict(file.arrays)
     for layer in layers:
-        for name, place in _places(layer, file.legacy) if layer.rule else ():
+        for name, place in _places(layer, file) if layer.rule else ():
             x = left.pop(place)
             if layer.sort.startswith("Depthwise"):  # [*window, in, n]: in groups of one channel
                 x = x.flatten(-2).unsqueeze(-2) if x.ndim > 1 else x
@@ -164,15 +164,28 @@ def _variables(file: KerasFile, layers: Sequence[_Layer]) -> tuple[dict[str, Ten
     return found, list(owners)
 
 
-def _places(layer: _Layer, legacy: bool) -> Iterator[tuple[str, str]]:
+def _places(layer: _Layer, file: KerasFile) -> Iterator[tuple[str, str]]:
     """Yield for each variable of a layer its name in Flax and its place in the file."""
     assert layer.rule is not None
+    present = [v for v in layer.rule.variables if v[2] is None or layer.config.get(v[2], True)]
     attention = layer.sort == "MultiHeadAttention"
     for part, attribute, name in _PARTS if attention else (("", "", ""),):
-        present = [v for v in layer.rule.variables if v[2] is None or layer.config.get(v[2], True)]
         for i, (theirs, flax, _) in enumerate(present):
-            place = (name, theirs) if legacy else (attribute, "vars", str(i))
-            yield join(part, flax), "/".join([layer.group, *filter(None, place)])
+            if file.legacy:
+                end = "/".join(filter(None, (layer.path.rpartition(".")[2], name, theirs)))
+                yield join(part, flax), _ending(file, layer.group, end)
+            else:
+                place = filter(None, (layer.group, attribute, "vars", str(i)))
+                yield join(part, flax), "/".join(place)
+
+
+def _ending(file: KerasFile, group: str, end: str) -> str:
+    """Find an array of a group; between them `.h5` files may have names of models, or none."""
+    group, end = f"{group}/", f"/{end}"
+    found = [place for place in file.arrays if place.startswith(group) and place.endswith(end)]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} arrays {group}…{end}, expected 1")
+    return found[0]
 
 
 def _flattens_images(layer: _Layer) -> bool:

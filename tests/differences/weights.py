@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fdl.interop import from_flax
 from tests.differences.tables import Table
 
 LIBRARIES = ("torch", "jax", "flax", "dm-haiku", "equinox", "keras")
@@ -136,10 +137,26 @@ def layout(make, kind, f, x, *args, **options):
         if got.shape == y.shape and np.allclose(got, y, rtol=1e-5, atol=1e-5):
             fits.append(how)
     shape = f" {list(bias.shape)}" if bias.ndim > 1 else ""
+    how = (fits or ["none of these layouts"])[0]
     return {
         "weights there": f"`{name}` {list(kernel.shape)}, `{bias_name}`{shape}",
-        "weight in torch and fdl": (fits or ["none of these layouts"])[0],
+        "weight in torch and fdl": how,
+        "converted by fdl": conversion(kernel, bias, how),
     }
+
+
+def conversion(kernel, bias, how):
+    """Name the kind of `from_flax` that makes this layout, perhaps with the last axes exchanged."""
+    if how in ("as it is", "none of these layouts"):
+        return "–"
+    wanted = LAYOUTS[how](kernel)
+    for kind in ("Dense", "Conv", "ConvTranspose"):
+        for name, theirs in (("", kernel), (" of `w.mT`", kernel.mT)):
+            if (kind == "Dense") == (kernel.ndim == 2):
+                found = from_flax({"kernel": theirs, "bias": bias.flatten()}, kind=kind)["weight"]
+                if found.shape == wanted.shape and torch.equal(found, wanted):
+                    return f'`kind="{kind}"`{name}'
+    return "by hand"
 
 
 def affine(make, kind, *args):
@@ -389,7 +406,12 @@ SIZES = [
     (7, 1, 2),
 ]
 TABLES = (
-    Table("layouts", ("layer", "weights there", "weight in torch and fdl"), LAYERS, LIBRARIES),
+    Table(
+        "layouts",
+        ("layer", "weights there", "weight in torch and fdl", "converted by fdl"),
+        LAYERS,
+        LIBRARIES,
+    ),
     Table(
         "batch-norm",
         (

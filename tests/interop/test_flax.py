@@ -100,6 +100,35 @@ def test_dense_general_and_attention():
     close(run(attention, params, ours, ours, ours)[0], y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [1, 3])
+def test_convolutions_of_other_numbers_of_axes(axes):
+    x = numbers(9, (2, *(5, 4, 3)[:axes], 2))
+    variables, y = theirs(linen.Conv(4, (2,) * axes, padding="VALID"), x)
+    params = interop.from_flax({"Conv_0": variables["params"]})["Conv_0"]
+    layer = (oo.Conv1d if axes == 1 else oo.Conv3d)(2, 4, 2)
+    got = run(layer, params, interop.from_jax(x).movedim(-1, 1)).movedim(1, -1)
+    close(got, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transposed_kernel_is_a_kind_of_its_own():
+    x, ours = images()
+    layer = linen.ConvTranspose(4, (3, 2), (2, 2), padding="VALID", transpose_kernel=True)
+    variables, y = theirs(layer, x)
+    kind = "ConvTranspose(transpose_kernel=True)"
+    params = interop.from_flax(variables["params"], kind=kind)
+    got = run(oo.ConvTranspose2d(3, 4, (3, 2), 2), params, ours).movedim(1, -1)
+    close(got, y, rtol=1e-4, atol=1e-5)
+    close(interop.to_flax(params, kind=kind), variables["params"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 2, 4, 4)])
+def test_a_weight_that_may_be_of_two_layers_needs_its_kind(shape):
+    with pytest.raises(ValueError, match=r"to_flax: at 'a': a weight .* may be that of"):
+        interop.to_flax({"a": {"weight": torch.ones(shape)}})
+    with pytest.raises(ValueError, match=r"no rule for a layer with the leaves \['w'\]"):
+        interop.to_flax({"a": {"w": torch.ones(shape)}})
+
+
 def test_normalisation():
     x, ours = images()
     variables, y = theirs(linen.LayerNorm(), x)
@@ -168,17 +197,78 @@ def test_gates_of_a_recurrent_cell_are_layers():
 
 
 KERNEL = torch.ones(3, 4, 2)
+DENSE = {"kernel": torch.ones(4, 2), "bias": torch.ones(2)}
+SPLIT = {"kernel": torch.ones(4, 2, 2), "bias": torch.ones(2, 2)}
+HEADS = {"query": SPLIT, "key": SPLIT, "value": SPLIT}
+OUT = {"kernel": torch.ones(2, 2, 4), "bias": torch.ones(4)}
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose", "DenseGeneral"])
+def test_a_shape_to_fill_tells_the_class(kind):
+    """Of a kernel [4, 3, 5, 2]: none of the three has the shape of another."""
+    layer = {"kernel": draw(0, 4, 3, 5, 2), "bias": draw(1, 2)}
+    expected = interop.from_flax(layer, kind=kind)
+    found = interop.from_flax({"up": layer}, like={"a": expected}, names={"up": "a"})
+    close(found, {"a": expected}, rtol=0, atol=0)
+    del layer["bias"], expected["bias"]
+    close(interop.from_flax(layer, like=expected), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"at 'up': a kernel \[4, 3, 5, 2\] may be"):
+        interop.from_flax({"up": layer})
+
+
+def test_what_like_does_not_have_or_has_otherwise_is_listed():
+    variables = {"params": {"a": DENSE, "b": {"scale": torch.ones(3)}}}
+    like = {"a": {"weight": torch.ones(2, 5), "bias": torch.ones(2)}, "c": torch.ones(1)}
+    lines = (
+        "a.weight: expected [2, 5], got [2, 4]",
+        "b.weight: unexpected (got [3])",
+        "c: missing (expected [1])",
+    )
+    with pytest.raises(ValueError) as error:
+        interop.from_flax(variables, like=like)
+    assert str(error.value).splitlines()[1:] == [f"  {line}" for line in lines]
+
+
+def test_statistics_go_where_the_buffers_are():
+    variables = {
+        "params": {"BatchNorm_0": {"scale": draw(0, 3), "bias": draw(1, 3)}},
+        "batch_stats": {"BatchNorm_0": {"mean": draw(2, 3), "var": draw(3, 3)}},
+    }
+    values = dict.fromkeys(("running_mean", "running_var"), torch.zeros(3))
+    buffers = {"n": {**values, "num_batches_tracked": torch.tensor(7)}}
+    like = {"n": {"weight": torch.zeros(3), "bias": torch.zeros(3)}}, buffers
+    params, buffers = interop.from_flax(variables, like=like, names={"BatchNorm_0": "n"})
+    assert torch.equal(params["n"]["weight"], draw(0, 3))
+    assert torch.equal(buffers["n"]["running_var"], draw(3, 3))
+    assert buffers["n"]["num_batches_tracked"] == 7
+    named = interop.from_flax(variables, names={"BatchNorm_0": "n"})
+    close(named, {"params": params, "batch_stats": {"n": {k: buffers["n"][k] for k in values}}})
 
 
 @pytest.mark.parametrize(
     ("layer", "options", "error", "text"),
     [
         ({"a": {"b": {"kernel": 3}}}, {}, TypeError, r"at 'a.b': 'kernel' must be"),
+        (3, {}, TypeError, "expected a dict of layers, got an int"),
         ({"a": {"kernel": KERNEL}}, {"image": (1, 1, 3)}, ValueError, "describes one layer"),
         ({"a": {"kernel": KERNEL}}, {"kind": "Conv"}, ValueError, r"got several: \['a'\]"),
         ({"kernel": KERNEL}, {"kind": "ConvLocal"}, ValueError, "no rule for kind='ConvLocal'"),
+        ({"a": {"Einsum_0": DENSE}}, {}, ValueError, r"at 'a.Einsum_0': no rule for kind='Einsum'"),
         ({"DenseGeneral_0": {"kernel": KERNEL}}, {}, ValueError, "at 'DenseGeneral_0': a .*bias"),
         ({"kernel": KERNEL[0]}, {"image": (1, 1, 3)}, ValueError, "image="),
+        ({"kernel": KERNEL}, {"kind": "Dense"}, ValueError, r"has a kernel \[in, out\]"),
+        ({"kernel": KERNEL, "bias": torch.ones(3, 2)}, {}, ValueError, "no rule for batch_dims"),
+        ({"kernel": KERNEL[0, 0]}, {}, ValueError, r"no rule for a kernel \[2\]"),
+        ({"bias": torch.ones(2)}, {"kind": "Conv"}, ValueError, "a Conv has a kernel"),
+        ({"scale": KERNEL}, {}, ValueError, "over one axis only"),
+        ({"lora_a": KERNEL, **DENSE}, {}, ValueError, r"leaves \['bias', 'kernel', 'lora_a'\]"),
+        ({"Dense_0": {"lora_a": KERNEL, **DENSE}}, {}, ValueError, r"\['lora_a'\] of a Dense"),
+        ({"a": DENSE}, {"kind": {"b": "Dense"}}, ValueError, r"kind=\['b'\] are not in the tree"),
+        ({"a": DENSE}, {"names": {"b": "0"}}, ValueError, r"names=\['b'\] are not in the tree"),
+        ({"a": DENSE, "b": DENSE}, {"names": {"b": "a"}}, ValueError, "two layers .* 'a.weight'"),
+        ({**HEADS, "out": SPLIT}, {}, ValueError, "must have one number of features"),
+        ({**HEADS, "out": OUT, "norm": OUT}, {}, ValueError, r"with the leaves \['key', 'norm'"),
+        ({**HEADS, "out": {"kernel": OUT["kernel"]}}, {}, ValueError, "no rule for 'query' with"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(layer, options, error, text):

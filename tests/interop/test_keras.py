@@ -76,6 +76,7 @@ def whole():
     return nn.StatefulModel(init, apply)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_a_model_of_every_layer_gives_the_same_and_trains_the_same(suffix):
     model, seen = whole(), fdl.io.load(NET.with_suffix(".safetensors"))
@@ -198,6 +199,24 @@ def test_flattened_images_need_their_sizes():
         interop.from_keras(NET)
     with pytest.raises(ValueError, match=r"image=\(2, 3, 3\)"):
         interop.from_keras(NET, {"hidden": (2, 3, 3)})
+
+
+def test_an_h5_file_has_names_of_models_in_its_paths_or_none(tmp_path):
+    """As Keras writes them for a Sequential, and for a functional model inside another."""
+    dense = {"class_name": "Dense", "config": {"name": "dense", "use_bias": False}}
+    inner = {"class_name": "Functional", "config": {"name": "inner", "layers": [dense]}}
+    config = {"class_name": "Sequential", "config": {"layers": [dense, inner]}}
+    with h5py.File(tmp_path / "net.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps(config)
+        file["model_weights/dense/sequential/dense/kernel"] = [[1.0, 2.0]]
+        file["model_weights/inner/dense/kernel"] = [[3.0], [4.0]]
+    found = interop.from_keras(tmp_path / "net.h5")
+    assert found["dense"]["weight"].tolist() == [[1.0], [2.0]]
+    assert found["inner"]["dense"]["weight"].tolist() == [[3.0, 4.0]]
+    with h5py.File(tmp_path / "net.h5", "a") as file:
+        file["model_weights/inner/other/dense/kernel"] = [[5.0]]
+    with pytest.raises(ValueError, match="2 arrays model_weights/inner/…/dense/kernel"):
+        interop.from_keras(tmp_path / "net.h5")
 
 
 def test_bfloat16(tmp_path):

@@ -287,7 +287,7 @@ TABLE: dict[str, dict[str, Case]] = {
             *(4, 3),
         ),
         "to_flax": Case(
-            lambda weight: interop.to_flax({"weight": weight}),
+            lambda weight: interop.to_flax({"weight": weight}, kind="Conv"),
             lambda key: (draw(key, 2, 3, 4, 4),),
         ),
     },
@@ -416,7 +416,9 @@ NO_ROW = {
     "nn.init": "a module, in the table itself",
     "nn.init.Initializer": "a type",
     "interop.from_jax": "takes arrays: tests/interop/test_arrays.py",
+    "interop.from_keras": "reads a file: tests/interop/test_keras.py",
     "interop.from_numpy": "takes arrays: tests/interop/test_arrays.py",
+    "interop.from_orbax": "reads a checkpoint: tests/interop/test_orbax.py",
     "interop.to_jax": "gives arrays: tests/interop/test_arrays.py",
     "interop.to_module": "gives a module: tests/interop/test_module.py",
     "interop.to_sequential": "gives a module: tests/interop/test_to_sequential.py",
