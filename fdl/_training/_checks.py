@@ -19,6 +19,9 @@ from fdl.data import Batch
 from fdl.data._forms import batch_of
 from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
+from fdl.tree import Tree
+from fdl.tree._map import match
+from fdl.tree._structure import flatten, unflatten
 
 
 def as_batch(caller: str, batch: Any) -> Batch:
@@ -136,6 +139,28 @@ def check_result(caller: str, result: Any, stateful: bool) -> None:
                 f"{caller}: metrics{path} must be a Mean or a tensor, got {describe(leaf)}; "
                 "make a Mean with fdl.metrics.mean(values)"
             )
+
+
+def check_buffers(caller: str, old: Tree, new: Tree) -> Tree:
+    """Check that new buffers are like the old ones, and return them with keys in the old order.
+
+    >>> check_buffers("here", {"mean": torch.zeros(2)}, {"mean": torch.ones(2)})
+    {'mean': tensor([1., 1.])}
+    """
+    if new is old:
+        return new
+    leaves, structure = flatten(old)
+    found = match(old, new, f"{caller}: the buffers that the loss returned", structure)
+    if any(_kind(a) != _kind(b) for a, b in zip(leaves, found, strict=True)):
+        lines = "\n  ".join(tree.diff(old, new, values=False))
+        raise ValueError(
+            f"{caller}: the loss must keep the shapes and dtypes of the buffers:\n  {lines}"
+        )
+    return unflatten(found, structure)
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
 
 
 def check_step_metrics(caller: str, metrics: Any) -> None:
