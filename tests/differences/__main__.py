@@ -13,12 +13,13 @@ import time
 from tests.differences.tables import PAGES, changes, committed, made_with, measured, rewritten
 from tests.differences.tables import releases as installed
 
-NAMES = ("optimizers", "weights")
+NAMES = ("optimizers", "files", "weights", "fashion-mnist")
 
 
 def tables(page):
     """The tables of a page, from the module of the same name."""
-    return importlib.import_module(f"tests.differences.{page}").TABLES
+    module = page.replace("-", "_")
+    return importlib.import_module(f"tests.differences.{module}").TABLES
 
 
 def remake(page, write):

@@ -1,6 +1,5 @@
 """Measures docs/differences/files.md: one tree at a time through the files of several libraries."""
 
-import io
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -23,6 +22,9 @@ class Pair(NamedTuple):
     b: torch.Tensor
 
 
+TIED, VIEW = "one tensor at two places", "a view of two rows out of 1000"
+
+
 def values():
     """The trees, made anew for each file."""
     one = torch.arange(3.0)
@@ -36,8 +38,8 @@ def values():
         "float32 [0, 3]": {"x": torch.zeros(0, 3)},
         "NaN with a payload": {"x": torch.tensor([0x7FC00001]).int().view(torch.float32)},
         "a transposed matrix": {"x": torch.arange(6.0).view(2, 3).T},
-        "one tensor at two places": {"x": shared, "y": shared},
-        "a view of two rows out of 1000": {"x": torch.ones(1000, 3)[:2]},
+        TIED: {"x": shared, "y": shared},
+        VIEW: {"x": torch.ones(1000, 3)[:2]},
         "a list": {"x": [one, one + 1]},
         "a tuple": {"x": (one, one + 1)},
         "a NamedTuple": {"x": Pair(one, one + 1)},
@@ -69,7 +71,7 @@ def of_numpy(node, asarray=lambda x: x):
 
 
 def mapped(f, node):
-    """Apply a function to the leaves of dicts, lists, tuples and NamedTuples; keep the containers."""
+    """Apply a function to the leaves of dicts, lists, tuples and NamedTuples."""
     if isinstance(node, dict):
         return type(node)((key, mapped(f, value)) for key, value in node.items())
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -83,6 +85,12 @@ def through_fdl(value, path):
     """`fdl.io`: a file and back, without `like`."""
     fdl.io.save(path / "it.safetensors", value)
     return fdl.io.load(path / "it.safetensors"), path / "it.safetensors"
+
+
+def through_fdl_like(value, path):
+    """The same with `like`, a tree of the structure that is expected."""
+    fdl.io.save(path / "it.safetensors", value)
+    return fdl.io.load(path / "it.safetensors", like=value), path / "it.safetensors"
 
 
 def through_safetensors(value, path):
@@ -145,6 +153,7 @@ def through_orbax(value, path):
 
 ROUTES = {
     "fdl.io": ("torch", through_fdl),
+    "fdl.io, `like`": ("torch", through_fdl_like),
     "safetensors": ("safetensors", through_safetensors),
     "torch.save": ("torch", through_torch),
     "DCP": ("torch", through_dcp),
@@ -160,36 +169,41 @@ def bits(x):
         raw = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""
         return tuple(x.shape), str(x.dtype).removeprefix("torch."), raw
     x = np.asarray(x)
-    return tuple(x.shape), str(x.dtype), x.tobytes()
+    return tuple(x.shape), str(x.dtype).lstrip("|"), x.tobytes()
 
 
-def lost(old, new, at="x"):
+def kind(x):
+    """What a value is, with an article."""
+    return "an array" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+
+
+def lost(old, new):
     """What is not as it was, in a few words: the first thing that is found."""
     if isinstance(old, torch.Tensor):
         if not hasattr(new, "dtype"):
-            return f"a {type(new).__name__}"
+            return kind(new)
         (shape, dtype, raw), (shape_now, dtype_now, raw_now) = bits(old), bits(new)
         if dtype != dtype_now:
             return f"dtype {dtype_now}"
         return f"shape {list(shape_now)}" if shape != shape_now else "bits" * (raw != raw_now)
     if isinstance(old, dict):
         if not isinstance(new, dict) or len(new) != len(old):
-            return "empty parts" if isinstance(new, dict) else f"a {type(new).__name__}"
+            return "empty parts" if isinstance(new, dict) else kind(new)
         if set(new) != set(old):
             return f"keys are {', '.join(map(repr, new))}"
         if inner := next(filter(None, (lost(old[key], new[key]) for key in old)), ""):
             return inner
         if list(new) != list(old):
             return "the order of the keys"
-        return f"a {type(new).__name__}" * (type(new) is not type(old) and type(old) is not dict)
+        return kind(new) * (type(new) is not type(old) and type(old) is not dict)
     if isinstance(old, list | tuple):
         if isinstance(new, dict):
             return f"a dict, keys {', '.join(map(repr, new))}"
         if type(new) is not type(old):
-            return f"a {type(new).__name__}"
+            return kind(new)
         return next(filter(None, map(lost, old, new)), "")
     same = type(new) is type(old) and new == old
-    return "" if same else f"{old!r} is a {type(new).__name__}"
+    return "" if same else f"{old!r} is {kind(new)}"
 
 
 def outcome(name, route):
@@ -202,12 +216,11 @@ def outcome(name, route):
             return f"refuses ({type(error).__name__})"
         size = file.stat().st_size if file else 0
     found = lost(value, back)
-    if name == "one tensor at two places" and not found:
+    if name == TIED and not found:
         found = "two tensors" * (back["x"] is not back["y"])
-    if name == "a view of two rows out of 1000" and not found:
-        found = f"keeps, in {size // 1000} kB" if size > 10_000 else ""
-        return found or "keeps"
-    return found if found else "keeps"
+    if name == VIEW and not found and size > 10_000:
+        found = "all 1000 rows in the file"
+    return found or "keeps"
 
 
 def row(name):
@@ -217,13 +230,6 @@ def row(name):
         for column, (needed, route) in ROUTES.items()
         if library(needed) is not None
     }
-
-
-def unread(text):
-    """A pickle with something in it that torch does not load by default."""
-    buffer = io.BytesIO()
-    torch.save(text, buffer)
-    return buffer
 
 
 TABLES = (

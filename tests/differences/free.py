@@ -1,4 +1,4 @@
-"""A table of docs/differences/optimizers.md: schedule-free training, during warm-up and in bfloat16.
+"""A table of docs/differences/optimizers.md: schedule-free training.
 
 Compared are the parameters of training; what the mean x weighs is seen in them one step later.
 """
@@ -84,9 +84,7 @@ CASES = {
     "SGD, and optax's weights one step back": (
         lambda: optim.schedule_free_sgd(warm),
         None,
-        lambda o: o.contrib.schedule_free(
-            o.sgd(lambda count: optax_warm(count + 1)), optax_warm
-        ),
+        lambda o: o.contrib.schedule_free(o.sgd(lambda count: optax_warm(count + 1)), optax_warm),
         "–",
     ),
 }

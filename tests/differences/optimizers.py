@@ -1,4 +1,4 @@
-"""Measures docs/differences/optimizers.md: one sequence of gradients, the steps of every library."""
+"""Measures docs/differences/optimizers.md: the steps of every library on the same gradients."""
 
 from collections.abc import Callable
 from functools import partial
@@ -89,9 +89,19 @@ CASES = {
         lambda o: o.adam(0.1),
         lambda k: k.Adam(0.1, epsilon=1e-8),
     ),
+    "Adam, the rate a float32 tensor": Case(
+        lambda: optim.adam(torch.tensor(0.1)),
+        "torch divides the tensor by 1 − β₁ᵗ in float32, fdl in float64",
+        lambda t, p: t.Adam(p, torch.tensor(0.1)),
+    ),
+    "Adam, the rate a float64 tensor": Case(
+        lambda: optim.adam(torch.tensor(0.1, dtype=torch.float64)),
+        "",
+        lambda t, p: t.Adam(p, torch.tensor(0.1, dtype=torch.float64)),
+    ),
     "Adam, ε = 0.1": Case(
         lambda: optim.adam(0.1, eps=0.1),
-        "as above",
+        "as for Adam",
         lambda t, p: t.Adam(p, 0.1, eps=0.1),
         lambda o: o.adam(0.1, eps=0.1),
         lambda o: o.adam(0.1, eps=0.1),

@@ -58,7 +58,7 @@ def one_cycle_past_the_end():
         "fdl": at(schedules.one_cycle(1.0, 10), [8, 9, 10]),
         "torch": f"{last:.6g}, …, {theirs}",
         **optax_at(lambda o: o.cosine_onecycle_schedule(10, 1.0), [8, 9, 10]),
-        CAUSE: "in torch the last of ten is update 9, in optax 10; only torch raises an error past it",
+        CAUSE: "the last of ten is update 9, in optax 10; only torch raises an error past it",
     }
 
 

@@ -127,7 +127,8 @@ def walk_keras(make, params, gradients):
         optimizer, path = make(), []
         for g in gradients:
             optimizer.apply([g[name].clone() for name in names], variables)
-            path.append({n: v.value.detach().clone() for n, v in zip(names, variables, strict=True)})
+            now = zip(names, variables, strict=True)
+            path.append({name: v.value.detach().clone() for name, v in now})
     finally:
         keras.config.set_floatx(before)
     return path
@@ -151,7 +152,7 @@ def moved(path, begin):
 
 
 def parted(ours, theirs, close=1e-10):
-    """Where two runs part and how far apart they are at last, relative to the way that ours took."""
+    """Where two runs part, and how far apart they are at last as a part of the way of ours."""
     apart = [
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
         for a, b in zip(ours, theirs, strict=True)
