@@ -4,12 +4,10 @@ VENV   := .venv
 OLDEST := .venv-oldest
 WORKS  := .venv-works-with
 DIFFS  := .venv-differences
-# Older releases whose draws docs/differences/draws.md compares.
-JAXES  := 0.4.30 0.5.3 0.6.2 0.7.2 0.8.3
 # Two processes; one that has nothing left to do takes tests from the other.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: lenet gpu quick test test-all quick-oldest test-oldest works-with differences differences-jax kills lint notebooks docs clean
+.PHONY: lenet gpu quick test test-all quick-oldest test-oldest works-with differences kills lint notebooks docs clean
 
 # Train LeNet on Fashion-MNIST; options: make lenet ARGS="--seed 1 --epochs 20"
 lenet: $(VENV)/ready
@@ -56,11 +54,7 @@ works-with: $(WORKS)/ready
 # Measure the tables of docs/differences/ again and show what has changed; WRITE=1 puts it into the pages.
 differences: $(DIFFS)/ready
 	OLDEST_PYTHON="$(wildcard $(OLDEST)/bin/python)" \
-	JAX_PYTHONS="$(wildcard $(JAXES:%=.venv-jax-%/bin/python))" \
 	    $(DIFFS)/bin/python -m tests.differences $(if $(WRITE),--write) $(ARGS)
-
-# The releases of JAX that `make differences` compares with the newest, an environment each.
-differences-jax: $(JAXES:%=.venv-jax-%/ready)
 
 # Remake notebooks/*.ipynb from the texts beside them; one: make notebooks ARGS=06_mlp
 notebooks: $(VENV)/ready
@@ -92,10 +86,5 @@ $(DIFFS)/ready: pyproject.toml constraints.txt constraints-works-with.txt constr
 	    -c constraints-differences.txt -e '.[test,jax,onnx,differences]'
 	touch $@
 
-.venv-jax-%/ready:
-	$(PYTHON) -m venv .venv-jax-$*
-	.venv-jax-$*/bin/pip install --quiet jax==$* jaxlib==$*
-	touch $@
-
 clean:
-	rm -rf $(VENV) $(OLDEST) $(WORKS) $(DIFFS) .venv-jax-* .pytest_cache .mypy_cache .ruff_cache .hypothesis site
+	rm -rf $(VENV) $(OLDEST) $(WORKS) $(DIFFS) .pytest_cache .mypy_cache .ruff_cache .hypothesis site

@@ -1,7 +1,7 @@
 """Measures with another interpreter, which has other releases of the libraries.
 
-`OLDEST_PYTHON` is one with the oldest torch that fdl supports, `JAX_PYTHONS` a list of those with
-releases of JAX; what they would measure stays as it is where they are not set.
+`OLDEST_PYTHON` is one with the oldest torch that fdl supports; what it would measure stays as it
+is where that is not set.
 """
 
 import importlib

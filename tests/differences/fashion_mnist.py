@@ -18,51 +18,40 @@ def images(split):
     return x.view(len(x), 784), y
 
 
-@cache
-def groups(split, coarse=False):
-    """The rows of each different image, by its bytes, or by those of its coarse copy."""
-    found = {}
-    for i, image in enumerate(seen(split, coarse).numpy()):
-        found.setdefault(image.tobytes(), []).append(i)
-    return found
-
-
-def seen(split, coarse):
-    """The images, or the means of their 49 blocks of 4 × 4 pixels in steps of 32."""
+def within(split):
+    """How many images of a split are there more than once, byte by byte."""
     x = images(split)[0]
-    if not coarse:
-        return x
-    blocks = x.view(-1, 7, 4, 7, 4).float().mean((2, 4))
-    return (blocks / 32).round().to(torch.uint8)
+    return {"observed": f"{len(x) - len(torch.unique(x, dim=0))} of {len(x)}"}
 
 
-def within(split, coarse):
-    """How many images of a split are there more than once."""
-    more = [rows for rows in groups(split, coarse).values() if len(rows) > 1]
-    labels = images(split)[1]
-    mixed = [rows for rows in more if len(set(labels[rows].tolist())) > 1]
-    return {
-        "observed": f"{sum(map(len, more))} images in {len(more)} groups, "
-        f"{len(mixed)} of them with more than one label"
-    }
+def between():
+    """How many test images are in the training set, byte by byte."""
+    train = {image.tobytes() for image in images("train")[0].numpy()}
+    found = sum(image.tobytes() in train for image in images("test")[0].numpy())
+    return {"observed": f"{found} of {len(images('test')[0])}"}
 
 
-def leaked(coarse):
-    """The rows of the test set that are in the training set as well."""
-    train, test = groups("train", coarse), groups("test", coarse)
-    return sorted(i for image, rows in test.items() if image in train for i in rows)
+@cache
+def nearest():
+    """The training image next to each test image, and the root of their mean squared distance."""
+    train, test = (images(split)[0].float() for split in ("train", "test"))
+    squares = (train**2).sum(1)
+    rows = torch.cat([(squares - 2 * part @ train.T).argmin(1) for part in test.split(500)])
+    return rows, ((test - train[rows]) ** 2).mean(1).sqrt()
 
 
-def between(coarse):
-    """How many test images are in the training set, and how many of them under another label."""
-    train, rows = groups("train", coarse), leaked(coarse)
-    coarse_or_not, labels = seen("test", coarse), images("test")[1]
-    other = [
-        i
-        for i in rows
-        if labels[i] not in images("train")[1][train[coarse_or_not[i].numpy().tobytes()]]
-    ]
-    return {"observed": f"{len(rows)} test images, {len(other)} only under another label"}
+def near(bound):
+    """How many test images have a training image within a distance, and how many another label."""
+    rows, distance = nearest()
+    close = distance <= bound
+    other = close & (images("test")[1] != images("train")[1][rows])
+    return {"observed": f"{int(close.sum())} of {len(rows)}, {int(other.sum())} with another label"}
+
+
+def distances():
+    """The smallest of these distances, and their median."""
+    found = nearest()[1]
+    return {"observed": f"smallest {float(found.min()):.2f}, median {float(found.median()):.1f}"}
 
 
 def moments(split):
@@ -94,13 +83,10 @@ def predictions():
     return (torch.cat([x.double() / 255, ones], 1) @ weights).argmax(1) == y
 
 
-def accuracy(kept):
-    """The accuracy of least squares on some test images."""
-    right = predictions()
-    rows = torch.ones(len(right), dtype=torch.bool)
-    if kept is not None:
-        rows[leaked(kept)] = False
-    return {"observed": f"{right[rows].double().mean():.4f} of {int(rows.sum())}"}
+def accuracy(bound):
+    """The accuracy of least squares on the test images that have no training image that near."""
+    rows = nearest()[1] > bound if bound else torch.ones(len(predictions()), dtype=torch.bool)
+    return {"observed": f"{float(predictions()[rows].double().mean()):.4f} of {int(rows.sum())}"}
 
 
 def if_there(measure):
@@ -112,13 +98,12 @@ SPLITS = ("train", "test")
 ROWS = {
     **{f"{s}: mean and deviation of the pixels": partial(moments, s) for s in SPLITS},
     **{f"{s}: order of classes": partial(order, s) for s in SPLITS},
-    **{f"{s}: images there more than once": partial(within, s, False) for s in SPLITS},
-    "test images that are in train": partial(between, False),
-    **{f"{s}: images alike in 49 grey blocks": partial(within, s, True) for s in SPLITS},
-    "test images alike to one of train in 49 grey blocks": partial(between, True),
-    "least squares: accuracy on all test images": partial(accuracy, None),
-    "least squares: without test images that are in train": partial(accuracy, False),
-    "least squares: without those alike to one of train": partial(accuracy, True),
+    **{f"{s}: images that are there before": partial(within, s) for s in SPLITS},
+    "test images that are in train": between,
+    "distance of a test image from the nearest of train": distances,
+    **{f"test images within {b} of one of train": partial(near, b) for b in (8, 16)},
+    "least squares: accuracy on all test images": partial(accuracy, 0),
+    **{f"least squares: without those within {b}": partial(accuracy, b) for b in (8, 16)},
 }
 
 TABLES = (

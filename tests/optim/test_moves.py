@@ -21,7 +21,9 @@ def mse(params):
     return ((X @ params["w"] + params["b"] - Y) ** 2).mean()
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str
+)
 def test_a_torch_run_with_a_tensor_rate_and_a_plateau_goes_on(dtype, rtol):
     """With a float32 rate torch rounds each step's rate over 1 − β₁ᵗ to float32."""
     net = torch.nn.Linear(3, 1).double()
@@ -112,9 +114,7 @@ def continued(fresh, theirs, second, z):
     )
     steps = free.steps
     free = free._replace(
-        steps=steps._replace(
-            hyper=steps.hyper._replace(count=count.clone()), slots={"z": z}
-        ),
+        steps=steps._replace(hyper=steps.hyper._replace(count=count.clone()), slots={"z": z}),
         weight_sum=torch.tensor(float(theirs.weight_sum), dtype=torch.float64),
         lr_max=torch.tensor(float(theirs.max_lr), dtype=torch.float64),
         beta=torch.tensor(float(theirs.b1), dtype=torch.float64),
