@@ -245,8 +245,8 @@ def norm_of_haiku(x):
     return y, *found
 
 
-@needs("equinox")
 def norm_of_equinox(mode):
+    @needs("equinox")
     def run(x):
         import equinox
         import jax
