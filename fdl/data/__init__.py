@@ -30,6 +30,7 @@ from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
 from fdl.data._stream import on_disk, stream
 from fdl.data._synthetic import synthetic_linear
+from fdl.data._torchvision import from_torchvision
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 from fdl.data._warp import random_affine, random_rotation
 
@@ -45,6 +46,7 @@ __all__ = [
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "from_torchvision",
     "mixup",
     "normalize",
     "on_disk",
