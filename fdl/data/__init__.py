@@ -30,6 +30,7 @@ from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
 from fdl.data._stream import on_disk, stream
 from fdl.data._synthetic import synthetic_linear
+from fdl.data._table import table
 from fdl.data._torchvision import from_torchvision
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 from fdl.data._warp import random_affine, random_rotation
@@ -62,6 +63,7 @@ __all__ = [
     "split",
     "stream",
     "synthetic_linear",
+    "table",
     "take",
     "to_float",
 ]

@@ -449,6 +449,7 @@ NO_ROW = {
     "data.from_torchvision": "takes a data set, no tensor",
     "data.on_disk": "reads files",
     "data.stream": "starts a thread",
+    "data.table": "reads files",
     "data.sequential_indices": "takes ints, no tensor",
     "population.size": "gives an int",
 }
