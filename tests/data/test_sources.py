@@ -69,6 +69,7 @@ def test_items_may_hold_trees():
     assert chunk.y[1].shape == (6, 4)
 
 
+@pytest.mark.curriculum("D2")
 def test_a_folder_of_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
