@@ -138,8 +138,8 @@ def _to(chunk: Batch, device: torch.device | str) -> Batch:
 def on_disk(x: Path | str, y: Path | str) -> Read:
     """Make a function that reads rows of two `.npy` files, for `stream`.
 
-    The files are mapped into memory for each call and released afterwards, so that no more than the
-    rows asked for stays in memory.
+    The files are mapped into memory for each call, large ones for every few rows, and released
+    afterwards, so that no more than the rows asked for stays in memory.
 
     Args:
         x: file of an array [n, ...], as `numpy.save` writes it.
@@ -175,10 +175,28 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
                 f"on_disk: rows must be from 0 to {lengths[0] - 1}, got {int(rows.min())} to "
                 f"{int(rows.max())}"
             )
-        first, second = (torch.from_numpy(_mapped(path)[rows.numpy()]) for path in paths)
+        first, second = (torch.from_numpy(_rows_of(path, rows.numpy())) for path in paths)
         return first, second
 
     return read
+
+
+LARGE = 256 << 20  # bytes of a file of which not everything may be mapped at once
+TOGETHER = 64  # rows of a large file
+
+
+def _rows_of(path: Path, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Copy rows of a file, mapping it anew for every few of a large one.
+
+    Around each row the kernel may map 2 MB, which count as resident until they are released.
+    """
+    mapped = _mapped(path)
+    together = TOGETHER if mapped.nbytes > LARGE else max(1, len(rows))
+    copied = np.empty((len(rows), *mapped.shape[1:]), mapped.dtype)
+    for i in range(0, len(rows), together):
+        copied[i : i + together] = mapped[rows[i : i + together]]
+        mapped = _mapped(path)
+    return copied
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:

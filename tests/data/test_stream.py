@@ -10,7 +10,7 @@ import torch
 
 import fdl
 from fdl import data, losses, nn, optim, random, tree
-from fdl.data import Dataset
+from fdl.data import Dataset, _stream
 from tests.support.asserts import draw
 from tests.support.soak import repeats
 
@@ -108,8 +108,12 @@ def test_it_moves_chunks_to_a_device():
     assert {leaf.device.type for leaf in tree.leaves(chunk)} == {"meta"}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "int64", "bool"])
-def test_rows_on_disk(tmp_path, dtype):
+def test_rows_on_disk(tmp_path, dtype, large, monkeypatch):
+    if large:  # is mapped anew for every two rows
+        monkeypatch.setattr(_stream, "LARGE", 0)
+        monkeypatch.setattr(_stream, "TOGETHER", 2)
     x = np.random.default_rng(0).integers(0, 2, (N, 2, 3)).astype(dtype)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", np.arange(N))
