@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,8 +139,7 @@ def _to(chunk: Batch, device: torch.device | str) -> Batch:
 def on_disk(x: Path | str, y: Path | str) -> Read:
     """Make a function that reads rows of two `.npy` files, for `stream`.
 
-    The files are mapped into memory for each call, large ones for every few rows, and released
-    afterwards, so that no more than the rows asked for stays in memory.
+    Nothing stays in memory but the rows asked for.
 
     Args:
         x: file of an array [n, ...], as `numpy.save` writes it.
@@ -181,21 +181,22 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
     return read
 
 
-LARGE = 256 << 20  # bytes of a file of which not everything may be mapped at once
-TOGETHER = 64  # rows of a large file
+SMALL = 32 << 20  # bytes of a file that may be mapped as a whole
 
 
 def _rows_of(path: Path, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Copy rows of a file, mapping it anew for every few of a large one.
-
-    Around each row the kernel may map 2 MB, which count as resident until they are released.
-    """
-    mapped = _mapped(path)
-    together = TOGETHER if mapped.nbytes > LARGE else max(1, len(rows))
+    """Copy rows of a file; of a large one by reads, as the kernel may map 2 MB around each row."""
+    mapped = _mapped(path)  # nothing is read yet
+    if mapped.nbytes <= SMALL or not mapped.flags.c_contiguous:  # rows in pieces, of a transpose
+        return np.array(mapped[rows])
+    numbers = math.prod(mapped.shape[1:])
+    size = numbers * mapped.itemsize
     copied = np.empty((len(rows), *mapped.shape[1:]), mapped.dtype)
-    for i in range(0, len(rows), together):
-        copied[i : i + together] = mapped[rows[i : i + together]]
-        mapped = _mapped(path)
+    with path.open("rb", buffering=0) as file:
+        for row, target in zip(rows.tolist(), copied.reshape(len(rows), numbers), strict=True):
+            file.seek(mapped.offset + row * size)
+            if file.readinto(target.view(np.uint8)) != size:
+                raise OSError(f"on_disk: {path} was cut short while it was read")
     return copied
 
 

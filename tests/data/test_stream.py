@@ -108,14 +108,12 @@ def test_it_moves_chunks_to_a_device():
     assert {leaf.device.type for leaf in tree.leaves(chunk)} == {"meta"}
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("order", "small"), [("C", 9999), ("C", 0), ("F", 0)])
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "int64", "bool"])
-def test_rows_on_disk(tmp_path, dtype, large, monkeypatch):
-    if large:  # is mapped anew for every two rows
-        monkeypatch.setattr(_stream, "LARGE", 0)
-        monkeypatch.setattr(_stream, "TOGETHER", 2)
+def test_rows_on_disk(tmp_path, monkeypatch, dtype, order, small):
+    monkeypatch.setattr(_stream, "SMALL", small)
     x = np.random.default_rng(0).integers(0, 2, (N, 2, 3)).astype(dtype)
-    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "x.npy", np.array(x, order=order))
     np.save(tmp_path / "y.npy", np.arange(N))
     read = data.on_disk(tmp_path / "x.npy", str(tmp_path / "y.npy"))
     rows = torch.tensor([5, 0, 22, 5])

@@ -2,9 +2,9 @@
 
 A compiled LeNet trains on epochs of Fashion-MNIST (the sample, where that is all there is), in
 calls of many steps. "resident" has the images in memory, and takes the rows of a batch in the
-program; the others get chunks from `data.stream`, in the same order (but for Parquet). Rounds of one epoch are
-interleaved in one process; the share is the median of the rate of a round over that of the resident
-round beside it.
+program; the others get chunks from `data.stream`, in the same order (but for Parquet). Rounds of
+one epoch are interleaved in one process; the share is the median of the rate of a round over that
+of the resident round beside it.
 """
 
 from __future__ import annotations
