@@ -195,18 +195,18 @@ def _rows_of(path: Path, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     with path.open("rb", buffering=0) as file:
         for row, target in zip(rows.tolist(), copied.reshape(len(rows), numbers), strict=True):
             file.seek(mapped.offset + row * size)
-            if file.readinto(target.view(np.uint8)) != size:
+            if file.readinto(target.view(np.uint8).data) != size:
                 raise OSError(f"on_disk: {path} was cut short while it was read")
     return copied
 
 
-def _mapped(path: Path) -> np.ndarray[Any, Any]:
+def _mapped(path: Path) -> np.memmap[Any, Any]:
     """Map a `.npy` file of numbers into memory."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"on_disk: {path} is not a .npy file of numbers: {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim == 0:
+    if not isinstance(array, np.memmap) or array.ndim == 0:
         raise ValueError(f"on_disk: {path} must hold one array [n, ...]")
     try:
         torch.from_numpy(np.empty(0, array.dtype))
