@@ -3,15 +3,16 @@
 import math
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 import tyro
+
+from train.image_sets import DataSet
 
 __all__ = [
     "ELSEWHERE",
     "RECIPES",
     "SWEEPS",
-    "Bench",
     "Cnn",
     "Compare",
     "Data",
@@ -27,11 +28,9 @@ __all__ = [
     "Predict",
     "Recipe",
     "ResnetSmall",
-    "RunnerName",
     "Softmax",
     "Sweep",
     "WeightDecay",
-    "WorkloadName",
     "check",
 ]
 
@@ -106,12 +105,14 @@ class WeightDecay(Recipe):
 
 @dataclass(frozen=True)
 class Images(Recipe):
-    """Options of every recipe on Fashion-MNIST."""
+    """Options of every recipe on images."""
 
     epochs: int = 10
-    """Passes over Fashion-MNIST; ten passes over the sample count as one."""
+    """Passes over the training images; ten passes over the sample count as one."""
+    data_set: DataSet = "fashion-mnist"
+    """What to classify: clothes, digits, kana, letters and digits (EMNIST, balanced) or objects."""
     data: str = "auto"
-    """Where Fashion-MNIST is: a folder, auto (find or download it), or sample (a tenth of it)."""
+    """Where it is: a folder, auto (find or download it), or sample (a tenth of Fashion-MNIST)."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of the model; tf32 is for GPUs. Parameters and loss stay in float32."""
 
@@ -160,7 +161,7 @@ class ResnetSmall(Images):
     """A small residual network, on images shifted and mirrored at random, with AdamW."""
 
     epochs: int = 15
-    """Passes over Fashion-MNIST (ten over the sample are one), and the length of the cosine."""
+    """Passes over the images (ten over the sample are one), and the length of the cosine."""
     lr: float = 0.005
     """Learning rate at its peak, after a warm-up of a tenth; it falls to 0 along a cosine."""
     momentum: float = 0.9
@@ -248,7 +249,7 @@ class Eval:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str | None = None
-    """Where Fashion-MNIST is: auto, sample or a folder; by default as in the run."""
+    """Where the data set is: auto, sample or a folder; by default as in the run."""
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,9 @@ class Predict:
     run: tyro.conf.Positional[Path]
     """Folder of a run, runs/RECIPE/TIME, or runs/RECIPE for the newest run there."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
-    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized to 28 × 28."""
+    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized."""
     invert: Literal["auto", "on", "off"] = "auto"
-    """Swap light and dark, as Fashion-MNIST is light on black; auto looks at the corners."""
+    """Swap light and dark, as grey data sets are light on black; auto looks at the corners."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
 
@@ -285,68 +286,12 @@ class Data:
     """Seed of the shuffle."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
+    data_set: DataSet = "fashion-mnist"
+    """What to draw."""
     data: str = "auto"
-    """Where Fashion-MNIST is: auto, sample or a folder."""
+    """Where it is: auto (find or download it), a folder, or sample (of Fashion-MNIST)."""
     out: Path = Path("runs/data")
     """Folder for images.png."""
-
-
-WorkloadName = Literal[
-    "linreg",
-    "softmax",
-    "mlp",
-    "dropout",
-    "lenet",
-    "lenet-momentum",
-    "lenet-adam",
-    "lenet-bn",
-    "cnn",
-    "lenet-scaling",
-]
-RunnerName = Literal[
-    "fdl-scan",
-    "fdl-chunk",
-    "fdl-step",
-    "fdl-eager",
-    "learner",
-    "eager",
-    "compile-model",
-    "compile-step",
-    "compile-step-cpp",
-    "compile-step-graphs",
-    "jax-step",
-    "jax-scan",
-]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Time fdl and its peers on the same work, and check that all train alike."""
-
-    workloads: tuple[WorkloadName, ...] = get_args(WorkloadName)
-    """Workloads to train; lenet-scaling is LeNet with each of the batch sizes."""
-    runners: tuple[RunnerName, ...] = ()
-    """Runners to time, each one way to train; all by default."""
-    batch_sizes: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
-    """Batch sizes of lenet-scaling."""
-    rounds: int = 5
-    """Number of rounds; each times every runner once."""
-    steps: int = 100
-    """Steps in one call of a runner, at most an epoch."""
-    warm_starts: bool = True
-    """Start every runner once more, to time its first call with what the first left on disk."""
-    seconds: float = 0.3
-    """Seconds that a round takes at least; it repeats the call."""
-    seed: int = 0
-    """Seed of the initial parameters, the order of the data, and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto (a GPU if there is one), cpu or cuda."""
-    data: str = "auto"
-    """Where Fashion-MNIST is: auto, sample or a folder."""
-    out: Path | None = None
-    """JSON file to write, which must not exist; runs/bench/TIME.json by default."""
-    render: bool = False
-    """Do not measure; rewrite docs/benchmark.md and its charts from docs/bench/*.json."""
 
 
 @dataclass(frozen=True)
@@ -363,8 +308,8 @@ AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
 
-def check(config: Recipe | Data | Bench | Inspect | Eval | Predict | Compare) -> None:
-    """Raise ValueError for the first option that is out of its range.
+def check(config: Any) -> None:
+    """Raise ValueError for the first option of a command that is out of its range.
 
     >>> check(Linreg(lr=float("nan")))
     Traceback (most recent call last):
@@ -378,7 +323,7 @@ def check(config: Recipe | Data | Bench | Inspect | Eval | Predict | Compare) ->
             raise ValueError(f"{option} must be finite and at least 0, got {value}")
         if field.name == "validation" and not 0 <= value < 1:
             raise ValueError(f"{option} must be at least 0 and below 1, got {value}")
-        if field.name == "patience" and value is not None and not config.validation:  # type: ignore[union-attr]
+        if field.name == "patience" and value is not None and not config.validation:
             raise ValueError(f"{option} {value} needs --validation, such as --validation 0.1")
         if field.name == "rates" and not all(0 <= rate < 1 for rate in value):
             raise ValueError(f"{option} must be in [0, 1), got {value}")

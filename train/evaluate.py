@@ -10,13 +10,15 @@ import torch
 
 from fdl import data
 from fdl.checkpointing import Restored, _folder
-from fdl.data import LABELS
 from fdl.nn import StatefulModel
 from train import loop, recipes, run_folder
 from train.config import Eval, Images, Predict
+from train.image_sets import IMAGE_SETS
 from train.images import read_image
 
 __all__ = ["evaluate", "predict"]
+
+MOST = 10  # classes to print, the likeliest
 
 
 def evaluate(config: Eval) -> int:
@@ -43,7 +45,7 @@ def evaluate(config: Eval) -> int:
 
 
 def predict(config: Predict) -> int:
-    """Print the label of each image and the probability of every class; return 0.
+    """Print the label of each image and the probabilities of the ten likeliest classes; return 0.
 
     Raises:
         ValueError: the run is not on images or has no checkpoint, or a file is not an image.
@@ -54,7 +56,8 @@ def predict(config: Predict) -> int:
         raise ValueError(f"predict needs a run on images, got {folder}, a run of {run.recipe}")
     device = recipes.find_device(config.device)
     model = recipes.image_model(run.config)
-    read = [read_image(path, config.invert) for path in config.images]
+    like = IMAGE_SETS[run.config.data_set]
+    read = [read_image(path, config.invert, like) for path in config.images]
     images = torch.stack([image for image, _ in read]).to(device)
     state = _newest_checkpoint(folder, like=None, device=device).state
     x = data.to_float(images)
@@ -62,10 +65,12 @@ def predict(config: Predict) -> int:
         logits, _ = model.apply(state.params, state.buffers, x)
     else:
         logits = model.apply(state.params, x)
+    width = max(12, *map(len, like.labels))
     for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
-        print(f"{path}: {LABELS[int(row.argmax())]}", *([f"    {note}"] if note else []), sep="\n")
-        for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):
-            print(f"    {name:12} {p:.4f}")
+        first, *_ = ranked = sorted(zip(row.tolist(), like.labels, strict=True), reverse=True)
+        print(f"{path}: {first[1]}", *([f"    {note}"] if note else []), sep="\n")
+        for p, name in ranked[:MOST]:
+            print(f"    {name:{width}} {p:.4f}")
     return 0
 
 

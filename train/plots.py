@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdl.data import LABELS, Dataset
+from fdl.data import Dataset
 from train.sweep.grid import Axis
 
 __all__ = ["draw_comparison", "draw_curves", "draw_images", "draw_sweep"]
@@ -89,14 +89,15 @@ def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) ->
     figure.savefig(path, dpi=120)
 
 
-def draw_images(path: Path, dataset: Dataset, count: int = 10) -> None:
+def draw_images(path: Path, dataset: Dataset, labels: Sequence[str], count: int = 10) -> None:
     """Draw the first images of a data set in one row, each under its label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.25 * count, 1.6), layout="constrained")
     for axes, image, label in zip(figure.subplots(1, count), *dataset, strict=False):
-        axes.imshow(image.cpu().numpy(), cmap="gray_r")
-        axes.set_title(LABELS[int(label)], fontsize=9)
+        image = image if image.ndim == 2 else image.permute(1, 2, 0)
+        axes.imshow(image.cpu().numpy(), cmap="gray_r")  # colours need no map
+        axes.set_title(labels[int(label)], fontsize=9)
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
 

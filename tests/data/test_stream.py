@@ -10,7 +10,7 @@ import torch
 
 import fdl
 from fdl import data, losses, nn, optim, random, tree
-from fdl.data import Dataset
+from fdl.data import Dataset, _stream
 from tests.support.asserts import draw
 from tests.support.soak import repeats
 
@@ -108,10 +108,12 @@ def test_it_moves_chunks_to_a_device():
     assert {leaf.device.type for leaf in tree.leaves(chunk)} == {"meta"}
 
 
+@pytest.mark.parametrize(("order", "small"), [("C", 9999), ("C", 0), ("F", 0)])
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "int64", "bool"])
-def test_rows_on_disk(tmp_path, dtype):
+def test_rows_on_disk(tmp_path, monkeypatch, dtype, order, small):
+    monkeypatch.setattr(_stream, "SMALL", small)
     x = np.random.default_rng(0).integers(0, 2, (N, 2, 3)).astype(dtype)
-    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "x.npy", np.array(x, order=order))
     np.save(tmp_path / "y.npy", np.arange(N))
     read = data.on_disk(tmp_path / "x.npy", str(tmp_path / "y.npy"))
     rows = torch.tensor([5, 0, 22, 5])
@@ -150,7 +152,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: data.stream(POINTS, N, 1), TypeError, "read must be a function from rows"),
+        (lambda: data.stream([POINTS], INDEX, 1), TypeError, "source must be a function from rows"),
         (lambda: data.stream(take, [1.0], 1), TypeError, "stream: indices must be an index"),
         (lambda: data.stream(take, torch.arange(3), 1), ValueError, r"\[total, batch\], got \[3\]"),
         (lambda: data.stream(take, INDEX.float(), 1), TypeError, "stream: .*int64"),
@@ -158,7 +160,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         (lambda: data.stream(take, INDEX, 1.0), TypeError, "stream: steps must be an int"),
         (lambda: data.stream(take, INDEX, 1, ahead=0), ValueError, "ahead must be at least 1"),
         (lambda: next(data.stream(len, INDEX, 1)), TypeError, r"must return a pair \(x, y\)"),
-        (lambda: next(data.stream(lambda r: (r, 1), INDEX, 1)), TypeError, "what read returns"),
+        (lambda: next(data.stream(lambda r: (r, 1), INDEX, 1)), TypeError, "what source returns"),
         (lambda: next(data.stream(lambda r: (r[:1], r[:1]), INDEX, 1)), ValueError, "asked for 2"),
     ],
 )
