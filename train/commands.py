@@ -8,9 +8,10 @@ import time
 
 from fdl import data, random, tree
 from fdl.io import inspect
-from train import compare, evaluate, options, plots, recipes, records, run, run_folder
+from train import compare, evaluate, look, options, plots, recipes, records, run, run_folder
 from train import config as configs
 from train.bench import measure
+from train.bench.config import Bench
 from train.sweep import run as sweep
 
 __all__ = ["main"]
@@ -39,8 +40,10 @@ def main() -> int:
                 return show_data(config)
             case configs.Inspect():
                 return show_file(config)
-            case configs.Bench():
+            case Bench():
                 return measure.run(config)
+            case configs.Look():  # before Eval, whose options it has
+                return look.look(config)
             case configs.Eval():
                 return evaluate.evaluate(config)
             case configs.Predict():

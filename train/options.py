@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from train import config as configs
+from train.bench.config import Bench
 
 __all__ = ["parse", "read"]
 
@@ -16,10 +17,11 @@ PROGRAM = "python -m train"
 COMMANDS: dict[str, Any] = {
     **configs.RECIPES,
     "eval": configs.Eval,
+    "look": configs.Look,
     "predict": configs.Predict,
     "compare": configs.Compare,
     "data": configs.Data,
-    "bench": configs.Bench,
+    "bench": Bench,
     "inspect": configs.Inspect,
     "sweep": configs.Sweep,
 }

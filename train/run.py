@@ -313,7 +313,7 @@ def next_commands(
     """List commands that continue from a finished run, or one that `--patience` ended early."""
     commands = [command("eval", folder)]
     if isinstance(config, configs.Images):
-        commands.append(command("predict", folder, "IMAGE.png"))
+        commands += [command("look", folder), command("predict", folder, "IMAGE.png")]
     option = "patience" if early else "epochs"
     return [
         *commands,

@@ -15,8 +15,8 @@ import torch
 import fdl
 from fdl import data, tree
 from models import torch_modules
-from train import config
 from train.__main__ import main
+from train.bench import config as bench_config
 from train.bench import measure, record, reference, registry, render, workloads
 from train.bench import task as tasks
 from train.bench.check import Reference, check
@@ -33,7 +33,7 @@ HAS_JAX = not registry.missing("jax-step")
 
 def make_task(name, steps=4, **changes):
     """A task as a run makes it, on the sample, with batches small enough to be quick."""
-    bench = config.Bench(workloads=(name,), steps=steps)
+    bench = bench_config.Bench(workloads=(name,), steps=steps)
     (workload,) = workloads.find(bench)
     if name != "linreg":
         workload = workload._replace(recipe=replace(workload.recipe, batch_size=32))
@@ -114,8 +114,8 @@ def test_a_runner_trains_on_cuda_as_the_reference_does(runner, references):
 
 
 def test_the_list_of_runners_is_that_of_the_command_line():
-    assert set(registry.RUNNERS) == set(get_args(config.RunnerName))
-    assert set(NAMES) | {"lenet-scaling"} == set(get_args(config.WorkloadName))
+    assert set(registry.RUNNERS) == set(get_args(bench_config.RunnerName))
+    assert set(NAMES) | {"lenet-scaling"} == set(get_args(bench_config.WorkloadName))
     assert "compile-step-graphs" not in registry.runners_for("cpu", (), scaling=False)
     assert set(registry.runners_for("cpu", (), scaling=True)) == set(registry.SCALING["cpu"])
     assert registry.runners_for("cpu", ("eager", "jax-scan"), scaling=True) == ["eager", "jax-scan"]
@@ -165,7 +165,7 @@ class InProcess:
 
 
 def prepared(runner, expected, tmp_path, name="compile-model"):
-    setting = measure.Setting(config.Bench(seconds=0.0), "cpu", 1, tmp_path)
+    setting = measure.Setting(bench_config.Bench(seconds=0.0), "cpu", 1, tmp_path)
     row = {"name": name, "label": "", "status": "measuring"}
     measure.prepare(InProcess(runner), setting, row, expected)
     return row
@@ -278,7 +278,7 @@ def test_a_model_is_the_module_of_the_peers(name):
 
 
 def client(runner, path, tmp_path):
-    setting = measure.Setting(config.Bench(), "cpu", 1, tmp_path)
+    setting = measure.Setting(bench_config.Bench(), "cpu", 1, tmp_path)
     return Client(runner, path, setting.env("x"), tmp_path / "log")
 
 

@@ -23,9 +23,9 @@ from fdl._compiler import _cuda_graphs
 from fdl.data import Dataset
 from train import recipes
 from train.bench import kernels_for_cuda
+from train.bench.config import Bench, WorkloadName
 from train.bench.fdl_runners import Scan, Step
 from train.bench.workloads import Workload, find, make_task
-from train.config import Bench, WorkloadName
 from train.records import to_json
 
 __all__ = ["launches", "markdown", "measure"]

@@ -24,10 +24,10 @@ from train.bench import record, registry, render
 from train.bench import task as tasks
 from train.bench.check import Reference, check
 from train.bench.client import Client, RunnerError, environment, run_module
+from train.bench.config import Bench, RunnerName
 from train.bench.runner import Trajectory
 from train.bench.task import Task
 from train.bench.workloads import Workload, find, make_task
-from train.config import Bench, RunnerName
 
 __all__ = ["Setting", "measure", "run"]
 

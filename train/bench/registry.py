@@ -6,9 +6,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from train.bench.config import RunnerName
 from train.bench.runner import Runner
 from train.bench.task import Task
-from train.config import RunnerName
 
 __all__ = ["RUNNERS", "SCALING", "Entry", "build", "missing", "runners_for"]
 

@@ -23,9 +23,9 @@ import torch
 from fdl import data
 from train.bench import registry, task
 from train.bench.client import RunnerError, environment, run_module
+from train.bench.config import Bench
 from train.bench.record import cpu_model, installed
 from train.bench.workloads import RECIPES, Workload, make_task
-from train.config import Bench
 from train.records import to_json
 
 __all__ = ["WAYS", "main", "markdown"]

@@ -10,9 +10,9 @@ import numpy as np
 from fdl import TrainState, data, random, tree
 from fdl.data import Dataset
 from train import recipes
+from train.bench.config import Bench
 from train.bench.task import Task
 from train.config import (
-    Bench,
     Cnn,
     Dropout,
     Images,
