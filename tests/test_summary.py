@@ -1,6 +1,7 @@
 """`fdl.summary` against torch's own counts for each module of the twins, and against formulas."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def rows(table: str) -> dict[str, list[str]]:
     found = {}
     for line in lines:
         padded = line.ljust(ends[1])
-        name, params = (padded[i:j].strip() for i, j in zip(starts, starts[1:], strict=False))
+        name, params = (padded[i:j].strip() for i, j in itertools.pairwise(starts))
         output, _, count = padded[starts[2] : ends[0]].partition("  ")
         found[name] = [params, output.strip(), count.strip(), padded[ends[0] :].strip()]
     return found
@@ -50,7 +51,8 @@ def test_a_layer_has_the_flops_and_parameters_that_torch_counts_in_its_module(na
         for path, of_ops in counter.get_flop_counts().items()
     }
     model = getattr(models, name)()
-    table = fdl.summary(model.apply, model.init(random.key(0)), IMAGES)  # init without memory is slow
+    params = model.init(random.key(0))  # without memory it would be slow
+    table = fdl.summary(model.apply, params, IMAGES)
     got = flops(table)
     assert got.pop("total") == counter.get_total_flops() == sum(got.values()) > 0
     assert got == {path: counts[path] for path in got}
@@ -100,7 +102,8 @@ def test_a_function_of_parameters_is_listed_by_path():
     def apply(params, x):
         return torch.vmap(lambda row: params["out"]["w"] @ (params["in"]["w"] @ row).relu())(x)
 
-    params = {"in": {"w": torch.ones(5, 3)}, "out": {"w": torch.ones(2, 5)}, "scale": torch.ones(())}
+    params = {"in": {"w": torch.ones(5, 3)}, "out": {"w": torch.ones(2, 5)}}
+    params["scale"] = torch.ones(())
     expected = (
         "layer  parameters  output  count  FLOPs\n"
         "in     5×3                    15\n"
@@ -181,7 +184,7 @@ def test_several_inputs():
         (lambda: fdl.summary(lambda p, x: x, {}), TypeError, r"or summary\(apply, params, x\)"),
         (lambda: fdl.summary(torch.nn.Linear(1, 1), 1), TypeError, "interop.from_module makes"),
         (lambda: fdl.summary(nn.linear, IMAGES), TypeError, "makes a layer: call it"),
-        (lambda: fdl.summary(3, IMAGES), TypeError, "must be a Model or a StatefulModel, got an int"),
+        (lambda: fdl.summary(3, IMAGES), TypeError, "a Model or a StatefulModel, got an int"),
         (lambda: fdl.summary(lambda p, x: x[x > 0], {}, IMAGES), ValueError, "reads the values"),
         (lambda: fdl.summary(lambda p, x: x.sum().item(), {}, IMAGES), ValueError, "reads the val"),
         (lambda: fdl.summary(lambda p, x: [1][bool(x.sum())], {}, IMAGES), ValueError, "reads the"),
