@@ -64,6 +64,8 @@ class Recipe:
     """Folder for the results, not that of another run; runs/RECIPE/TIME by default."""
     resume: Path | None = None
     """Folder of a run to continue with its options, or runs/RECIPE for the newest run there."""
+    log: Literal["off", "tensorboard"] = "off"
+    """tensorboard writes the numbers of each epoch for TensorBoard too, into the folder."""
     save_every: float = 30.0
     """Seconds between checkpoints; the end, Ctrl-C and SIGTERM save one more."""
 
@@ -212,6 +214,7 @@ SWEEPS: dict[str, Any] = {
             ("memory", Gigabytes, None),
             ("validation", Validation, 0.1),
             ("patience", Annotated[None, tyro.conf.Suppress], None),  # all points train to the end
+            ("log", Annotated[Literal["off"], tyro.conf.Suppress], "off"),
         ],
         bases=(kind,),
         frozen=True,
@@ -306,7 +309,7 @@ class Inspect:
 
 
 # Options of a run that say where and how it is computed, not what.
-ELSEWHERE = ("out", "resume", "device", "compile", "save_every")
+ELSEWHERE = ("out", "resume", "device", "compile", "log", "save_every")
 AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 
