@@ -26,8 +26,7 @@ def check(config: Recipe) -> None:
         except ImportError as error:
             raise ValueError(
                 f"--log tensorboard needs the package tensorboard ({error}); install it with "
-                "pip install 'fdl[tensorboard]', or leave --log out; a run is resumed without it by "
-                "--log off"
+                "pip install 'fdl[tensorboard]', or go on without it, --log off"
             ) from error
 
 

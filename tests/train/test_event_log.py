@@ -43,6 +43,7 @@ def lines(folder):
 
 
 @installed
+@pytest.mark.slow
 def test_a_resumed_run_has_each_epoch_once(run, tmp_path):
     assert run(*ARGS)[0] == 0
     assert read(tmp_path / "it") == expected(lines(tmp_path / "it"))
