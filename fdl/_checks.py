@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,37 @@ def check_positive(caller: str, name: str, value: int) -> None:
         raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
+
+
+def check_accepts(
+    what: str,
+    function: Callable[..., Any],
+    expected: str,
+    positional: Sequence[str],
+    keywords: Iterable[str] = (),
+) -> None:
+    """Raise unless a function can be called with these arguments, as far as its signature tells.
+
+    Args:
+        what: first words of an error message: the caller and the name of the argument.
+        function: a function of the user's.
+        expected: what it must accept, for the message.
+        positional: names of the positional arguments.
+        keywords: names of arguments passed by name.
+
+    >>> check_accepts("here: loss", lambda batch, **_: 0, "(batch, *, key)", ["batch"], ["key"])
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may have none
+        return
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise TypeError(
+            f"{what} must accept {expected}, got {describe(function)} with the signature "
+            f"{signature} ({error})"
+        ) from None
 
 
 def describe(x: Any) -> str:

@@ -186,7 +186,7 @@ def ensemble(
     Raises:
         TypeError: `model` is neither a model nor a function, or returns no tensor.
         ValueError: buffers are missing, or given although the model has none; or the leaves have no
-            common first axis.
+            common first axis; or `model` returns no classes.
 
     Source: Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using
     Deep Ensembles, 2017, https://arxiv.org/abs/1612.01474
@@ -218,6 +218,11 @@ def ensemble(
         raise TypeError(
             "population.ensemble: the model must return logits [batch, classes], got "
             f"{describe(logits)}"
+        )
+    if logits.ndim < 3:
+        raise ValueError(
+            "population.ensemble: the model must return logits [batch, classes], got "
+            f"{list(logits.shape[1:])} from each member; a single example needs a batch axis"
         )
     probabilities = logits.softmax(-1, dtype=at_least_32_bits(logits))
     counts = probabilities.isfinite().all(-1, keepdim=True)

@@ -256,6 +256,15 @@ def test_one_member_that_diverged_is_left_out_of_the_ensemble():
     assert torch.equal(got, torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
 
 
+def test_an_ensemble_needs_logits_of_classes():
+    """Without an axis of classes the softmax would go over the batch."""
+    one = nn.sequential(nn.linear(3, 1), lambda x: x[:, 0])
+    states = population.create(one, optim.sgd(0.1), random.split(random.key(0), 2))
+    text = r"must return logits \[batch, classes\], got \[4\] from each member"
+    with pytest.raises(ValueError, match=text):
+        population.ensemble(one, states.params, torch.ones(4, 3))
+
+
 def test_an_ensemble_of_members_with_buffers_equals_members_trained_alone():
     """Each member has buffers of its own, which training changes and evaluation reads."""
     model, (x, y) = MODELS["norm"], dataset("norm")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fdl
 import models
-from fdl import interop, nn, random, tree
+from fdl import interop, nn, random, testing, tree
 from fdl._table import WIDTH, aligned
 from models import torch_modules
 
@@ -64,7 +64,9 @@ def test_a_layer_has_the_flops_and_parameters_that_torch_counts_in_its_module(na
 
 
 def test_lenet_by_hand():
-    table = fdl.summary(models.lenet(), torch.empty(256, 1, 28, 28, device="meta"))
+    model = models.lenet()
+    images = torch.empty(256, 1, 28, 28, device="meta")
+    table = fdl.summary(model.apply, model.init(random.key(0)), images)
     assert flops(table) == {
         "conv.0": 2 * 256 * 24 * 24 * 6 * 5 * 5,
         "conv.3": 2 * 256 * 8 * 8 * 16 * 6 * 5 * 5,
@@ -73,6 +75,8 @@ def test_lenet_by_hand():
         "fc.4": 2 * 256 * 84 * 10,
         "total": 144_199_680,
     }
+    layers = [f"conv.{i}" for i in range(6)] + ["flatten"] + [f"fc.{i}" for i in range(5)]
+    assert list(rows(table)) == [*layers, "total"]
     assert rows(table)["conv.3"][:3] == ["16×6×5×5, 16", "256×16×8×8", "2,416"]
     assert rows(table)["conv.1"] == ["", "256×6×12×12", "", ""]
     assert rows(table)["total"][:3] == ["", "256×10", "44,426"]
@@ -113,7 +117,9 @@ def test_a_function_of_parameters_is_listed_by_path():
     )
     assert fdl.summary(apply, params, torch.ones(4, 3)) == expected
     assert fdl.summary(functools.partial(apply), params, torch.ones(4, 3)) == expected
-    assert fdl.summary(fdl.jit(apply), params, torch.ones(4, 3)) == expected
+    with testing.count_programs() as programs:
+        assert fdl.summary(fdl.jit(apply), params, torch.ones(4, 3)) == expected
+    assert programs.count == 0
 
 
 def test_names_that_a_function_records_and_what_has_none():

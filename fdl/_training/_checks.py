@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import describe
+from fdl._checks import check_accepts, describe
 from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
@@ -19,6 +18,9 @@ from fdl.data import Batch
 from fdl.data._forms import batch_of
 from fdl.metrics._sums import Sums
 from fdl.nn._model import is_model
+from fdl.tree import Tree
+from fdl.tree._map import match
+from fdl.tree._structure import flatten, unflatten
 
 
 def as_batch(caller: str, batch: Any) -> Batch:
@@ -81,17 +83,11 @@ def check_loss(caller: str, loss: Any) -> None:
     fn = loss.fn if stateful else loss
     positional = ("params", "buffers", "batch") if stateful else ("params", "batch")
     try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a builtin may have none
-        return
-    try:
-        signature.bind(*positional, train=True, key=None)
+        expected = f"({', '.join(positional)}, *, train, key)"
+        check_accepts(f"{caller}: loss", fn, expected, positional, ("train", "key"))
     except TypeError as error:
         hint = "" if stateful else "; wrap a loss with buffers in fdl.StatefulLoss"
-        raise TypeError(
-            f"{caller}: loss must accept ({', '.join(positional)}, *, train, key), got "
-            f"{describe(fn)} with the signature {signature} ({error}){hint}"
-        ) from None
+        raise TypeError(f"{error}{hint}") from None
 
 
 def check_state(caller: str, state: Any) -> None:
@@ -138,6 +134,28 @@ def check_result(caller: str, result: Any, stateful: bool) -> None:
             )
 
 
+def check_buffers(caller: str, old: Tree, new: Tree) -> Tree:
+    """Check that new buffers are like the old ones, and return them with keys in the old order.
+
+    >>> check_buffers("here", {"mean": torch.zeros(2)}, {"mean": torch.ones(2)})
+    {'mean': tensor([1., 1.])}
+    """
+    if new is old:
+        return new
+    leaves, structure = flatten(old)
+    found = match(old, new, f"{caller}: the buffers that the loss returned", structure)
+    if any(_kind(a) != _kind(b) for a, b in zip(leaves, found, strict=True)):
+        lines = "\n  ".join(tree.diff(old, new, values=False))
+        raise ValueError(
+            f"{caller}: the loss must keep the shapes and dtypes of the buffers:\n  {lines}"
+        )
+    return unflatten(found, structure)
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+
+
 def check_step_metrics(caller: str, metrics: Any) -> None:
     """Raise unless the metrics of a step are None or a function.
 
@@ -148,6 +166,8 @@ def check_step_metrics(caller: str, metrics: Any) -> None:
             f"{caller}: metrics must be a function (state, grads) -> {{name: scalar}}, got "
             f"{describe(metrics)}; metrics of predictions belong to fdl.supervised"
         )
+    if metrics is not None:
+        check_accepts(f"{caller}: metrics", metrics, "(state, grads)", ("state", "grads"))
 
 
 def check_step_metrics_result(caller: str, metrics: Any, taken: Mapping[str, Any]) -> None:

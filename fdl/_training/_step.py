@@ -11,6 +11,7 @@ from torch.func import grad_and_value
 
 from fdl import random
 from fdl._training._checks import (
+    check_buffers,
     check_loss,
     check_result,
     check_state,
@@ -138,7 +139,8 @@ def make_objective(
         if isinstance(loss, StatefulLoss):
             result = loss(params, state.buffers, batch, train=True, key=key)
             check_result("train_step", result, stateful=True)
-            return result
+            value, (metrics, buffers) = result
+            return value, (metrics, check_buffers("train_step", state.buffers, buffers))
         value_and_metrics = loss(params, batch, train=True, key=key)
         check_result("train_step", value_and_metrics, stateful=False)
         return value_and_metrics[0], (value_and_metrics[1], state.buffers)

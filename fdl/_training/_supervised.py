@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import describe
+from fdl._checks import check_accepts, describe
 from fdl._training._checks import as_batch, length
 from fdl._training._loss import Loss, StatefulLoss
 from fdl._training._state import Metrics
@@ -160,6 +160,8 @@ def _check_metrics(metrics: Any) -> None:
                 f"supervised: metric {name!r} must be a function (prediction, y, weights) -> Mean, "
                 f"got {describe(metric)}"
             )
+        names = ("prediction", "y", "weights")
+        check_accepts(f"supervised: metric {name!r}", metric, f"({', '.join(names)})", names)
 
 
 def _takes_weights(loss: Callable[..., Any]) -> bool:

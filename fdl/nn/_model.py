@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl._checks import describe
+from fdl._checks import check_accepts, describe
 from fdl.tree import Tree
 
 
@@ -132,18 +132,11 @@ def check_takes_one(caller: str, fn: Callable[..., Any]) -> None:
     >>> check_takes_one("layer '0'", torch.relu)
     """
     try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a builtin may have none
-        return
-    try:
-        signature.bind(None)
+        check_accepts(caller, fn, "one argument", ["x"])
     except TypeError as error:
-        is_apply = next(iter(signature.parameters), "") == "params"
+        is_apply = next(iter(inspect.signature(fn).parameters), "") == "params"
         hint = "; pass the model itself, not its apply" if is_apply else ""
-        raise TypeError(
-            f"{caller} must accept one argument, got {describe(fn)} with the signature "
-            f"{signature} ({error}){hint}"
-        ) from None
+        raise TypeError(f"{error}{hint}") from None
 
 
 def check_takes_mask(caller: str, model: StatefulModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fdl._checks import describe
+from fdl._checks import check_accepts, describe
 from fdl.optim._base import Optimizer
 from fdl.tree import Tree
 
@@ -52,7 +52,7 @@ def as_optimizer(caller: str, opt: OptimizerLike, name: str = "opt") -> Optimize
             f"{caller}: {name} is {describe(opt)}, whose signature torch.compile cannot read; pass "
             "it outside of the function that is compiled"
         )
-    _check_call(caller, f"{name}.init", init, ["params"])
+    check_accepts(f"{caller}: {name}.init", init, "(params)", ["params"])
     kinds = _parameters(update)
     if kinds is None:  # a builtin may have no signature
         return Optimizer(init, update)
@@ -63,8 +63,9 @@ def as_optimizer(caller: str, opt: OptimizerLike, name: str = "opt") -> Optimize
     third = _has_third(kinds)
     by_name = not third and (takes_any or "params" in named)
     positional = ["grads", "state", "params"] if third else ["grads", "state"]
-    keywords = dict.fromkeys([*extras, *fixed, *(["params"] if by_name else [])])
-    _check_call(caller, f"{name}.update", update, positional, keywords)
+    keywords = [*extras, *fixed, *(["params"] if by_name else [])]
+    what = f"{caller}: {name}.update"
+    check_accepts(what, update, "(grads, state, params)", positional, keywords)
     if isinstance(opt, Optimizer) and third and not fixed and len(extras) == len(EXTRAS):
         return opt
 
@@ -118,23 +119,3 @@ def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter] | None:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         return None
-
-
-def _check_call(
-    caller: str,
-    name: str,
-    fn: Callable[..., Any],
-    positional: list[str],
-    keywords: dict[str, Any] | None = None,
-) -> None:
-    """Raise unless a function that has a signature can be called like this."""
-    if _parameters(fn) is None:
-        return
-    try:
-        inspect.signature(fn).bind(*positional, **(keywords or {}))
-    except TypeError as error:
-        expected = "params" if positional == ["params"] else "grads, state, params"
-        raise TypeError(
-            f"{caller}: {name} must accept ({expected}), got {describe(fn)} with the signature "
-            f"{inspect.signature(fn)} ({error})"
-        ) from None

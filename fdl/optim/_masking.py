@@ -125,6 +125,11 @@ def _is_of_params(function: Callable[..., Any]) -> bool:
 
 def _bools(params: Tree, mask: Tree, caller: str) -> dict[str, bool]:
     """Map each path to the bool of a mask, or raise."""
+    if isinstance(mask, bool) and list(tree.flatten_dict(params)) != [""]:
+        raise ValueError(
+            f"{caller}: a mask must have a bool for each parameter, got {mask} alone; leave it out "
+            "for all parameters"
+        )
     leaves = match(params, mask, f"{caller}: mask")
     chosen = dict(zip(tree.flatten_dict(params), leaves, strict=True))
     lines = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch.utils._pytree as pytree
 
-from fdl.tree._paths import Tree, Where, join, named_children, select
+from fdl.tree._paths import Tree, Where, flatten_dict, join, named_children, select
 
 
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
@@ -88,6 +88,7 @@ def merge(*trees: Tree) -> Tree:
         merged = _merge(merged, other, "", conflicts)
     if conflicts:
         raise ValueError("tree.merge: cannot unite the trees:\n  " + "\n  ".join(conflicts))
+    flatten_dict(merged)  # raises where "a.b" in one tree and "b" below "a" in another meet
     return merged
 
 

@@ -284,7 +284,7 @@ def scaled_update(opt, grads, params):
             ["adamw: a mask must have a bool for each parameter", "scalar: expected True or False"],
         ),
         (tree.map(lambda m: torch.tensor(m), MASK), ["nested.kernel: expected True or False, got"]),
-        (True, ["adamw: mask: the trees have different structures"]),
+        (True, ["adamw: a mask must have a bool for each parameter, got True alone; leave it out"]),
         ("*.wieght", ["adamw: '*.wieght' matches no path"]),
         (lambda path, leaf: leaf.ndim > 9, ["adamw: <function", "selects no path"]),
     ],

@@ -57,6 +57,15 @@ CASES = {
         lambda: fdl.supervised(NET, torch.nn.MSELoss),
         r"loss must be .* got the class MSELoss; make an instance, MSELoss\(\)",
     ),
+    "a metric of the prediction alone": (
+        lambda: fdl.supervised(NET, losses.mse, {"mean": lambda prediction: prediction.mean()}),
+        r"metric 'mean' must accept \(prediction, y, weights\), got the function <lambda> with the "
+        r"signature \(prediction\) \(too many",
+    ),
+    "metrics of the state alone": (
+        lambda: fdl.train_step(LOSS, OPT, metrics=lambda state: {}),
+        r"train_step: metrics must accept \(state, grads\), got the function <lambda> with the",
+    ),
     "a list of metrics": (
         lambda: fdl.supervised(NET, losses.mse, [metrics.accuracy]),
         "supervised: metrics must be a dict such as .* got a list",

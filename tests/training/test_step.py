@@ -396,6 +396,30 @@ def test_skipped_buffers_are_matched_by_key():
     assert tree.diff(step(state, (x, torch.ones(1)))[0].buffers, start[1]) == []
 
 
+@pytest.mark.parametrize(
+    ("new", "text"),
+    [
+        ({"mean": torch.zeros(4)}, r"buffers:\n  mean: expected float32\[3\], got float32\[4\]"),
+        ({"mean": torch.zeros(3).half()}, r"mean: expected float32\[3\], got float16\[3\]"),
+        ({"mean": 0.0}, r"mean: expected float32\[3\], got float 0\.0"),
+        ({"average": torch.zeros(3)}, r"average: unexpected .*\n.*mean: missing"),
+        ((), "the buffers that the loss returned"),
+    ],
+)
+def test_new_buffers_are_like_the_old(new, text, plain_backend):
+    params, old = {"w": torch.ones(3)}, {"mean": torch.zeros(3)}
+    model = nn.StatefulModel(
+        lambda key: (params, old),
+        lambda params, buffers, x, train=False, key=None: ((x * params["w"]).sum(1), new),
+    )
+    opt = optim.sgd(0.1)
+    state = fdl.TrainState.create(model, opt, key=KEY)
+    step = fdl.train_step(fdl.supervised(model, losses.mse), opt)
+    for call in (step, fdl.jit(step)):
+        with pytest.raises(ValueError, match=f"train_step: (?s:.*){text}"):
+            call(state, (torch.ones(2, 3), torch.ones(2)))
+
+
 def one_of_two(step):
     """Step two members of a population, one of them on other data; return the first."""
 

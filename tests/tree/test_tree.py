@@ -248,13 +248,14 @@ def test_a_glob_that_matches_nothing_raises(where):
             ({"a": [()]}, {"a": {"0": 2}}),
             r"'a': list\[1\] in one tree, dict\[1\] in another",
         ),
+        (({"a.b": 1}, {"a": {"b": 2}}), "two leaves have the path 'a.b'"),
         ((1, {"a": 2}), "'': in two trees"),
         (
             ({"a": 1, "b": [2], "c": 3}, {"a": 4, "b": [], "d": 5}, {"d": {"e": 6}, "f": 7}),
             r"trees:\n  'a': in two .*\n  'b': list\[1\] in .*\n  'd': in two trees, at least .*$",
         ),
     ],
-    ids=["none", "leaf-leaf", "leaf-branch", "length", "type", "root", "several"],
+    ids=["none", "leaf-leaf", "leaf-branch", "length", "type", "dotted", "root", "several"],
 )
 def test_merge_refuses(parts, text):
     with pytest.raises(ValueError, match=text):
