@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import (
 
 from fdl import random, tree
 from fdl._checks import describe
-from fdl._compiler import disable_jit
 from fdl._table import WIDTH, aligned
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model, check_not_factory, is_model
@@ -82,11 +81,8 @@ def summary(model: Model | StatefulModel | Callable[..., Any], *args: Any) -> st
             "summary(model, x), or summary(apply, params, x)"
         )
     layers: dict[str, Layer] = {}
-    with (
-        disable_jit(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
-    ):
+    # Under such modes jitted functions run eagerly.
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
 
         def record(name: str, output: Any) -> None:
             before = sum(layer.flops for layer in layers.values())
