@@ -1,4 +1,4 @@
-"""LeNet, for images of 28 × 28 pixels."""
+"""LeNet, for square images; the course has 28 × 28 pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fdl.nn import Model
 __all__ = ["lenet"]
 
 
-def lenet(classes: int = 10) -> Model:
+def lenet(classes: int = 10, *, channels: int = 1, side: int = 28) -> Model:
     """Two convolutions that see, three dense layers that decide (LeCun et al., 1998).
 
         x                              [batch,  1, 28, 28]
@@ -28,10 +28,15 @@ def lenet(classes: int = 10) -> Model:
 
     Args:
         classes: the number of classes.
+        channels: 1 for grey images, 3 for colours.
+        side: the height and width of an image, at least 16; the table has 28.
 
     Returns:
-        A model from `[batch, 1, 28, 28]` to logits `[batch, classes]`, with the parameters
-        `conv.0.*`, `conv.3.*`, `fc.0.*`, `fc.2.*`, `fc.4.*`.
+        A model from `[batch, channels, side, side]` to logits `[batch, classes]`, with the
+        parameters `conv.0.*`, `conv.3.*`, `fc.0.*`, `fc.2.*`, `fc.4.*`.
+
+    Raises:
+        ValueError: `side` is below 16.
 
     >>> import torch
     >>> from fdl import random, tree
@@ -40,6 +45,9 @@ def lenet(classes: int = 10) -> Model:
     >>> tree.size(params), model.apply(params, torch.zeros(256, 1, 28, 28)).shape
     (44426, torch.Size([256, 10]))
     """
+    left = ((side - 4) // 2 - 4) // 2  # of the side, after both convolutions and pools
+    if left < 1:
+        raise ValueError(f"lenet: side must be at least 16, got {side}")
     xavier, zeros = nn.init.xavier_uniform(), nn.init.zeros
 
     def conv(inputs: int, outputs: int) -> Model:
@@ -50,10 +58,15 @@ def lenet(classes: int = 10) -> Model:
 
     return nn.sequential(
         conv=nn.sequential(
-            conv(1, 6), nn.max_pool2d(2), nn.sigmoid, conv(6, 16), nn.max_pool2d(2), nn.sigmoid
+            conv(channels, 6),
+            nn.max_pool2d(2),
+            nn.sigmoid,
+            conv(6, 16),
+            nn.max_pool2d(2),
+            nn.sigmoid,
         ),
         flatten=nn.flatten(),
         fc=nn.sequential(
-            dense(16 * 4 * 4, 120), nn.sigmoid, dense(120, 84), nn.sigmoid, dense(84, classes)
+            dense(16 * left * left, 120), nn.sigmoid, dense(120, 84), nn.sigmoid, dense(84, classes)
         ),
     )

@@ -1,4 +1,4 @@
-"""LeNet with batch normalisation, for images of 28 × 28 pixels."""
+"""LeNet with batch normalisation, for square images; the course has 28 × 28 pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fdl.nn import Model, StatefulModel
 __all__ = ["lenet_bn"]
 
 
-def lenet_bn(classes: int = 10) -> StatefulModel:
+def lenet_bn(classes: int = 10, *, channels: int = 1, side: int = 28) -> StatefulModel:
     """LeNet whose every hidden layer is normalised over the batch (Ioffe and Szegedy, 2015).
 
         x                                 [batch,  1, 28, 28]
@@ -25,10 +25,15 @@ def lenet_bn(classes: int = 10) -> StatefulModel:
 
     Args:
         classes: the number of classes.
+        channels: 1 for grey images, 3 for colours.
+        side: the height and width of an image, at least 16; the table has 28.
 
     Returns:
-        A model with buffers from `[batch, 1, 28, 28]` to logits `[batch, classes]`; weights are
-        drawn by Xavier's uniform rule, biases start at 0.
+        A model with buffers from `[batch, channels, side, side]` to logits `[batch, classes]`;
+        weights are drawn by Xavier's uniform rule, biases start at 0.
+
+    Raises:
+        ValueError: `side` is below 16.
 
     >>> import torch
     >>> from fdl import random, tree
@@ -40,6 +45,9 @@ def lenet_bn(classes: int = 10) -> StatefulModel:
     >>> y.shape, buffers["fc"]["1"]["num_batches_tracked"]
     (torch.Size([256, 10]), tensor(1))
     """
+    left = ((side - 4) // 2 - 4) // 2  # of the side, after both convolutions and pools
+    if left < 1:
+        raise ValueError(f"lenet_bn: side must be at least 16, got {side}")
     xavier, zeros = nn.init.xavier_uniform(), nn.init.zeros
 
     def conv(inputs: int, outputs: int) -> Model:
@@ -50,12 +58,12 @@ def lenet_bn(classes: int = 10) -> StatefulModel:
 
     return nn.sequential(
         conv=nn.sequential(
-            *(conv(1, 6), nn.batch_norm(6), nn.sigmoid, nn.max_pool2d(2)),
+            *(conv(channels, 6), nn.batch_norm(6), nn.sigmoid, nn.max_pool2d(2)),
             *(conv(6, 16), nn.batch_norm(16), nn.sigmoid, nn.max_pool2d(2)),
         ),
         flatten=nn.flatten(),
         fc=nn.sequential(
-            *(dense(16 * 4 * 4, 120), nn.batch_norm(120), nn.sigmoid),
+            *(dense(16 * left * left, 120), nn.batch_norm(120), nn.sigmoid),
             *(dense(120, 84), nn.batch_norm(84), nn.sigmoid),
             dense(84, classes),
         ),

@@ -1,4 +1,4 @@
-"""A small residual network, for images of 28 × 28 pixels."""
+"""A small residual network, for images of any size; the course has 28 × 28 pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fdl.nn import Layer, Model, StatefulModel
 __all__ = ["resnet"]
 
 
-def resnet(width: int = 16, classes: int = 10) -> StatefulModel:
+def resnet(width: int = 16, classes: int = 10, *, channels: int = 1) -> StatefulModel:
     """Three residual blocks, h ← h + W₂ ∗ relu(norm(W₁ ∗ relu(norm(h)))) (He et al., 2016).
 
     With w the width:
@@ -30,10 +30,11 @@ def resnet(width: int = 16, classes: int = 10) -> StatefulModel:
     Args:
         width: the number of channels of the first block, doubled twice.
         classes: the number of classes.
+        channels: 1 for grey images, 3 for colours.
 
     Returns:
-        A model with buffers from `[batch, 1, 28, 28]` to logits `[batch, classes]`; kernels are
-        drawn by Kaiming's normal rule.
+        A model with buffers from `[batch, channels, height, width]`, each at least 4, to logits
+        `[batch, classes]`; kernels are drawn by Kaiming's normal rule.
 
     Source: He et al., Identity Mappings in Deep Residual Networks, 2016,
     https://arxiv.org/abs/1603.05027
@@ -60,7 +61,7 @@ def resnet(width: int = 16, classes: int = 10) -> StatefulModel:
         return nn.residual(nn.sequential(*normed_conv(width, width), *normed_conv(width, width)))
 
     return nn.sequential(
-        stem=nn.sequential(conv(1, width), nn.max_pool2d(2)),
+        stem=nn.sequential(conv(channels, width), nn.max_pool2d(2)),
         block1=block(width),
         wider1=nn.sequential(*normed_conv(width, 2 * width), nn.max_pool2d(2)),
         block2=block(2 * width),

@@ -81,10 +81,11 @@ class LeNet(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1, side: int = 28) -> None:
         super().__init__()
+        features = 16 * (((side - 4) // 2 - 4) // 2) ** 2
         self.conv = nn.Sequential(
-            nn.Conv2d(1, 6, 5),
+            nn.Conv2d(channels, 6, 5),
             nn.Sigmoid(),
             nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5),
@@ -92,11 +93,15 @@ class LeNet(nn.Module):
             nn.MaxPool2d(2),
         )
         self.fc = nn.Sequential(
-            nn.Linear(256, 120), nn.Sigmoid(), nn.Linear(120, 84), nn.Sigmoid(), nn.Linear(84, 10)
+            nn.Linear(features, 120),
+            nn.Sigmoid(),
+            nn.Linear(120, 84),
+            nn.Sigmoid(),
+            nn.Linear(84, classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[batch, 1, 28, 28]` to logits."""
+        """Map images `[batch, channels, side, side]` to logits."""
         return self.fc(self.conv(x).flatten(1))
 
 
@@ -108,20 +113,21 @@ class LeNetBN(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1, side: int = 28) -> None:
         super().__init__()
+        features = 16 * (((side - 4) // 2 - 4) // 2) ** 2
         self.conv = nn.Sequential(
-            *(nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.Sigmoid(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(channels, 6, 5), nn.BatchNorm2d(6), nn.Sigmoid(), nn.MaxPool2d(2)),
             *(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.Sigmoid(), nn.MaxPool2d(2)),
         )
         self.fc = nn.Sequential(
-            *(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Sigmoid()),
+            *(nn.Linear(features, 120), nn.BatchNorm1d(120), nn.Sigmoid()),
             *(nn.Linear(120, 84), nn.BatchNorm1d(84), nn.Sigmoid()),
             nn.Linear(84, classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[batch, 1, 28, 28]` to logits."""
+        """Map images `[batch, channels, side, side]` to logits."""
         return self.fc(self.conv(x).flatten(1))
 
 
@@ -168,7 +174,7 @@ class ResNet(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, width: int = 16, classes: int = 10) -> None:
+    def __init__(self, width: int = 16, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
 
         def conv(inputs: int, outputs: int) -> nn.Module:
@@ -182,7 +188,7 @@ class ResNet(nn.Module):
         def block(width: int) -> nn.Module:
             return Residual(*normed_conv(width, width), *normed_conv(width, width))
 
-        self.stem = nn.Sequential(conv(1, width), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(conv(channels, width), nn.MaxPool2d(2))
         self.block1 = block(width)
         self.wider1 = nn.Sequential(*normed_conv(width, 2 * width), nn.MaxPool2d(2))
         self.block2 = block(2 * width)
@@ -192,7 +198,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[batch, 1, 28, 28]` to logits."""
+        """Map images `[batch, channels, height, width]` to logits."""
         x = self.wider1(self.block1(self.stem(x)))
         x = self.block3(self.wider2(self.block2(x)))
         return self.fc(self.head(x).flatten(1))

@@ -302,4 +302,4 @@ print(f"{tree.size(images):,} parameters in", ", ".join(images))
 #
 # </details>
 #
-# Back to the beginning: [01 Tensors and keys](01_tensors_and_keys.ipynb)
+# Next: [17 Your own images](17_your_own_images.ipynb)

@@ -12,6 +12,7 @@ from train import compare, evaluate, look, options, plots, recipes, records, run
 from train import config as configs
 from train.bench import measure
 from train.bench.config import Bench
+from train.image_sets import IMAGE_SETS, load_images
 from train.sweep import run as sweep
 
 __all__ = ["main"]
@@ -57,11 +58,11 @@ def main() -> int:
 def show_data(config: configs.Data) -> int:
     """Draw ten images with their labels, and time one pass over the training set."""
     device = recipes.find_device(config.device)
-    train_set, _, description = recipes.load_images(config.data)
+    train_set, _, description = load_images(config.data, config.data_set)
     train_set = tree.to(train_set, device)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "images.png"
-    plots.draw_images(path, train_set)
+    plots.draw_images(path, train_set, IMAGE_SETS[config.data_set].labels)
     print(f"{description}; {device}\nten images with their labels: {path}")
     start = time.perf_counter()
     n = len(train_set.x)

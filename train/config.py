@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
+from train.image_sets import DataSet
+
 __all__ = [
     "ELSEWHERE",
     "RECIPES",
@@ -106,12 +108,14 @@ class WeightDecay(Recipe):
 
 @dataclass(frozen=True)
 class Images(Recipe):
-    """Options of every recipe on Fashion-MNIST."""
+    """Options of every recipe on images."""
 
     epochs: int = 10
-    """Passes over Fashion-MNIST; ten passes over the sample count as one."""
+    """Passes over the training images; ten passes over the sample count as one."""
+    data_set: DataSet = "fashion-mnist"
+    """What to classify: clothes, digits, kana, letters and digits (EMNIST, balanced) or objects."""
     data: str = "auto"
-    """Where Fashion-MNIST is: a folder, auto (find or download it), or sample (a tenth of it)."""
+    """Where it is: a folder, auto (find or download it), or sample (a tenth of Fashion-MNIST)."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of the model; tf32 is for GPUs. Parameters and loss stay in float32."""
 
@@ -160,7 +164,7 @@ class ResnetSmall(Images):
     """A small residual network, on images shifted and mirrored at random, with AdamW."""
 
     epochs: int = 15
-    """Passes over Fashion-MNIST (ten over the sample are one), and the length of the cosine."""
+    """Passes over the images (ten over the sample are one), and the length of the cosine."""
     lr: float = 0.005
     """Learning rate at its peak, after a warm-up of a tenth; it falls to 0 along a cosine."""
     momentum: float = 0.9
@@ -249,7 +253,7 @@ class Eval:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str | None = None
-    """Where Fashion-MNIST is: auto, sample or a folder; by default as in the run."""
+    """Where the data set is: auto, sample or a folder; by default as in the run."""
 
 
 @dataclass(frozen=True)
@@ -267,9 +271,9 @@ class Predict:
     run: tyro.conf.Positional[Path]
     """Folder of a run, runs/RECIPE/TIME, or runs/RECIPE for the newest run there."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
-    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized to 28 × 28."""
+    """PNG, JPEG or WebP files; other sizes are cropped, made square and resized."""
     invert: Literal["auto", "on", "off"] = "auto"
-    """Swap light and dark, as Fashion-MNIST is light on black; auto looks at the corners."""
+    """Swap light and dark, as grey data sets are light on black; auto looks at the corners."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
 
@@ -294,8 +298,10 @@ class Data:
     """Seed of the shuffle."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
+    data_set: DataSet = "fashion-mnist"
+    """What to draw."""
     data: str = "auto"
-    """Where Fashion-MNIST is: auto, sample or a folder."""
+    """Where it is: auto (find or download it), a folder, or sample (of Fashion-MNIST)."""
     out: Path = Path("runs/data")
     """Folder for images.png."""
 

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fdl import TrainState, data
 from fdl.checkpointing import Restored, _folder
-from fdl.data import LABELS
 from fdl.nn import Model, StatefulModel
 from train import loop, recipes, run_folder
 from train.config import Eval, Images, Predict, Recipe
+from train.image_sets import IMAGE_SETS
 from train.images import read_image
 from train.records import MONITORED
 
 __all__ = ["Loaded", "apply", "evaluate", "load", "predict"]
+
+MOST = 10  # classes to print, the likeliest
 
 
 class Loaded(NamedTuple):
@@ -73,7 +75,7 @@ def apply(model: Model | StatefulModel, state: TrainState, x: Tensor) -> Tensor:
 
 
 def predict(config: Predict) -> int:
-    """Print the label of each image and the probability of every class; return 0.
+    """Print the label of each image and the probabilities of the ten likeliest classes; return 0.
 
     Raises:
         ValueError: the run is not on images or has no checkpoint, or a file is not an image.
@@ -84,14 +86,17 @@ def predict(config: Predict) -> int:
         raise ValueError(f"predict needs a run on images, got {folder}, a run of {run.recipe}")
     device = recipes.find_device(config.device)
     model = recipes.image_model(run.config)
-    read = [read_image(path, config.invert) for path in config.images]
+    like = IMAGE_SETS[run.config.data_set]
+    read = [read_image(path, config.invert, like) for path in config.images]
     images = torch.stack([image for image, _ in read]).to(device)
     state = _checkpoint(folder, run.config, like=None, device=device).state
     logits = apply(model, state, data.to_float(images))
+    width = max(12, *map(len, like.labels))
     for path, (_, note), row in zip(config.images, read, logits.float().softmax(1), strict=True):
-        print(f"{path}: {LABELS[int(row.argmax())]}", *([f"    {note}"] if note else []), sep="\n")
-        for p, name in sorted(zip(row.tolist(), LABELS, strict=True), reverse=True):
-            print(f"    {name:12} {p:.4f}")
+        first, *_ = ranked = sorted(zip(row.tolist(), like.labels, strict=True), reverse=True)
+        print(f"{path}: {first[1]}", *([f"    {note}"] if note else []), sep="\n")
+        for p, name in ranked[:MOST]:
+            print(f"    {name:{width}} {p:.4f}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Convert a picture in a file to an image like Fashion-MNIST's: 28 × 28, light on black."""
+"""Convert a picture in a file to an image like those of a data set, such as 28 × 28 on black."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from train.image_sets import IMAGE_SETS, ImageSet
+
 __all__ = ["FORMATS", "read_image"]
 
-SIDE = 28
 FORMATS = ("PNG", "JPEG", "WEBP")
 CONTRAST = 24  # minimum difference in grey level between an object and the background
 THUMBNAIL = 128  # pixels on the longest side of the copy that is searched for the object
@@ -21,15 +22,19 @@ THUMBNAIL = 128  # pixels on the longest side of the copy that is searched for t
 Invert = Literal["auto", "on", "off"]
 
 
-def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
-    """Read a picture as uint8 `[28, 28]`, and describe the changes made to it.
+def read_image(
+    path: Path, invert: Invert = "auto", like: ImageSet = IMAGE_SETS["fashion-mnist"]
+) -> tuple[Tensor, str]:
+    """Read a picture as uint8 `[side, side]`, or `[3, side, side]`, and describe the changes.
 
     Follows the way Fashion-MNIST was made from photographs: the object is cropped, centred on a
-    square, resized, and inverted if the background is light. A picture of 28 × 28 is not resized.
+    square, resized, and inverted if the background is light. Of a photograph in colour the middle
+    is cropped. A picture of the right size is not resized.
 
     Args:
         path: a PNG, JPEG or WebP file.
-        invert: "on" swaps light and dark; "auto" does if the corners are light.
+        invert: "on" swaps light and dark; "auto" does if the corners of a grey image are light.
+        like: the data set that the model was trained on.
 
     Raises:
         ValueError: the file is absent, damaged, too large, or has another format.
@@ -44,7 +49,10 @@ def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as opened:
-                image, background = _gray(ImageOps.exif_transpose(opened))
+                upright = _eight_bits(ImageOps.exif_transpose(opened))
+                if like.channels == 3:
+                    return _in_colour(upright, invert, like.side)
+                image, background = _gray(upright)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG, JPEG or WebP file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -55,17 +63,41 @@ def read_image(path: Path, invert: Invert = "auto") -> tuple[Tensor, str]:
     if invert == "on" or (invert == "auto" and background > 127):
         image, background = ImageOps.invert(image), 255 - background
         changes.append("inverted: its background is light" if invert == "auto" else "inverted")
-    if image.size != (SIDE, SIDE):
-        width, height = image.size
-        image = _square(image, background).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        changes.append(f"cropped, and resized from {width} × {height} to {SIDE} × {SIDE}")
+    if image.size != (like.side, like.side):
+        changes.append(_resized(image, like.side))
+        inner = like.side - 2 * like.margin
+        image = _square(image, background).resize((inner, inner), Image.Resampling.BILINEAR)
+        image = ImageOps.expand(image, like.margin)
     return torch.from_numpy(np.array(image)), "; ".join(changes)
+
+
+def _resized(image: Image.Image, side: int) -> str:
+    return f"cropped, and resized from {image.width} × {image.height} to {side} × {side}"
+
+
+def _in_colour(image: Image.Image, invert: Invert, side: int) -> tuple[Tensor, str]:
+    """Crop the middle of a photograph, resize it, and put what is transparent on white."""
+    rgba = image.convert("RGBA")
+    rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    changes = []
+    if invert == "on":
+        rgb = ImageOps.invert(rgb)
+        changes.append("inverted")
+    if image.size != (side, side):
+        changes.append(_resized(image, side))
+        rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), "; ".join(changes)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits to 8; Pillow would clip them."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
 
 
 def _gray(image: Image.Image) -> tuple[Image.Image, int]:
     """Convert to 8-bit grey, and return the level of the background, taken from the corners."""
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     gray = image.convert("L")
     if image.has_transparency_data:
         opacity = np.asarray(image.convert("RGBA").getchannel("A")) / 255

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdl import data, metrics
-from fdl.data import LABELS, Dataset
+from fdl.data import Dataset
 from train import evaluate, loop, plots
 from train.config import Images, Look
+from train.image_sets import IMAGE_SETS
 
 __all__ = ["confusions", "logits_of", "look"]
 
@@ -28,6 +29,7 @@ def look(config: Look) -> int:
         raise ValueError(
             f"look needs a run on images, got {saved.folder}, a run of {saved.run.recipe}"
         )
+    labels = IMAGE_SETS[saved.run.config.data_set].labels
     part, dataset = loop.held_out(saved.problem)[-1]  # the test set
     logits = logits_of(saved, dataset.x)
     losses = F.cross_entropy(logits, dataset.y, reduction="none")
@@ -35,7 +37,7 @@ def look(config: Look) -> int:
     accuracy = matrix.trace() / len(losses)
     title = f"{saved.run.recipe} after step {saved.step}, {len(losses):,} {part} images"
     print(f"{title}: loss {losses.mean():.6g}, accuracy {accuracy:.6g}")
-    print("most often taken for another:", *confusions(matrix, LABELS), sep="\n")
+    print("most often taken for another:", *confusions(matrix, labels), sep="\n")
     worst = losses.argsort(descending=True)[:WORST]
     out = config.out or saved.folder / "look.png"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def look(config: Look) -> int:
         matrix.cpu(),
         Dataset(dataset.x[worst].cpu(), dataset.y[worst].cpu()),
         logits[worst].argmax(1).cpu(),
-        LABELS,
+        labels,
     )
     print(f"picture: {out}")
     return 0

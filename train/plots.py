@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fdl.data import LABELS, Dataset
+from fdl.data import Dataset
 from train.sweep.grid import Axis
 
 __all__ = ["draw_comparison", "draw_curves", "draw_images", "draw_mistakes", "draw_sweep"]
@@ -94,16 +94,22 @@ def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) ->
     figure.savefig(path, dpi=120)
 
 
-def draw_images(path: Path, dataset: Dataset, count: int = 10) -> None:
+def draw_images(path: Path, dataset: Dataset, labels: Sequence[str], count: int = 10) -> None:
     """Draw the first images of a data set in one row, each under its label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.25 * count, 1.6), layout="constrained")
     for axes, image, label in zip(figure.subplots(1, count), *dataset, strict=False):
-        axes.imshow(image.cpu().numpy(), cmap="gray_r")
-        axes.set_title(LABELS[int(label)], fontsize=9)
+        _show(axes, image)
+        axes.set_title(labels[int(label)], fontsize=9)
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    """Show an image, `[height, width]` in grey or `[3, height, width]` in colour."""
+    image = image if image.ndim == 2 else image.permute(1, 2, 0)
+    axes.imshow(image.cpu().numpy(), cmap="gray_r")  # colours need no map
 
 
 def draw_mistakes(
@@ -136,7 +142,7 @@ def draw_mistakes(
     for axes in panels:
         axes.set_axis_off()
     for axes, image, label, other in zip(panels, *worst, predicted, strict=False):
-        axes.imshow(image.numpy(), cmap="gray_r")
+        _show(axes, image)
         axes.set_title(f"{labels[int(label)]}\n", fontsize=9)
         red = {"color": "C3", "fontsize": 9, "transform": axes.transAxes}
         axes.text(0.5, 1.04, labels[int(other)], ha="center", **red)

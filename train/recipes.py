@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +40,7 @@ from train.config import (
     Softmax,
     WeightDecay,
 )
+from train.image_sets import IMAGE_SETS, load_images
 
 __all__ = [
     "Problem",
@@ -50,7 +48,6 @@ __all__ = [
     "find_device",
     "image_model",
     "image_problem",
-    "load_images",
     "notes",
     "set_precision",
     "set_up",
@@ -204,9 +201,12 @@ def _weight_decay(config: WeightDecay, key: Tensor) -> Problem:
 
 
 def _images(config: Images, device: torch.device, mesh: Any) -> Problem:
-    train, test, description = parallel.load_once(lambda: load_images(config.data), mesh)
+    train, test, description = parallel.load_once(
+        lambda: load_images(config.data, config.data_set), mesh
+    )
     train, test = tree.to((train, test), device)
-    return image_problem(config, train, test, description, EXAMPLES // len(train.x))
+    passes = EXAMPLES // len(train.x) if config.data_set == "fashion-mnist" else 1
+    return image_problem(config, train, test, description, passes)
 
 
 def image_problem(
@@ -224,7 +224,8 @@ def image_problem(
     opt = _sgd(config)
     if isinstance(config, ResnetSmall):
         steps = config.epochs * passes * math.ceil(len(train.x) / config.batch_size)
-        loss, opt = _augmented(loss), _adamw(config, steps)
+        mirrored = IMAGE_SETS[config.data_set].mirrored
+        loss, opt = _augmented(loss, mirrored), _adamw(config, steps)
     return Problem(model, opt, loss, train, validation, test, description, tree.summary, passes)
 
 
@@ -246,8 +247,11 @@ def _adamw(config: ResnetSmall, steps: int) -> Optimizer:
     )
 
 
-def _augmented(loss: StatefulLoss) -> StatefulLoss:
-    """Shift and mirror the images of a batch at random before the loss, in training only."""
+def _augmented(loss: StatefulLoss, mirrored: bool) -> StatefulLoss:
+    """Shift and mirror the images of a batch at random before the loss, in training only.
+
+    A shirt in a mirror is a shirt, but a 2 is no digit: not all data sets can be mirrored.
+    """
 
     def augmented(
         params: Tree, buffers: Tree, batch: Any, *, train: bool = False, key: Tensor | None = None
@@ -255,32 +259,35 @@ def _augmented(loss: StatefulLoss) -> StatefulLoss:
         if train and key is not None:
             key, crop_key, flip_key = random.split(key, 3)
             x = data.random_crop(crop_key, batch.x, padding=2)
-            batch = batch._replace(x=data.random_flip(flip_key, x))
+            batch = batch._replace(x=data.random_flip(flip_key, x) if mirrored else x)
         return loss(params, buffers, batch, train=train, key=key)
 
     return StatefulLoss(augmented)
 
 
 def image_model(config: Images) -> Model | StatefulModel:
-    """Make the model of a recipe on images, in its precision.
+    """Make the model of a recipe for the images of its data set, in its precision.
 
     >>> image_model(Softmax()).init(random.key(0))["1"]["weight"].shape
     torch.Size([10, 784])
     """
+    images = IMAGE_SETS[config.data_set]
+    channels, side, classes = images.channels, images.side, len(images.labels)
+    features = channels * side * side
     model: Any
     match config:
         case Softmax():
-            model = models.softmax_regression()
+            model = models.softmax_regression(features, classes)
         case Mlp():
-            model = models.mlp()
+            model = models.mlp(features, classes=classes)
         case Dropout():
-            model = models.mlp(hidden=(256, 256), rates=config.rates)
+            model = models.mlp(features, (256, 256), classes, rates=config.rates)
         case LeNet():
-            model = models.lenet()
+            model = models.lenet(classes, channels=channels, side=side)
         case LeNetBN():
-            model = models.lenet_bn()
+            model = models.lenet_bn(classes, channels=channels, side=side)
         case ResnetSmall():
-            model = models.resnet()
+            model = models.resnet(classes=classes, channels=channels)
         case Cnn():
             model = models.cnn()
         case _:
@@ -288,41 +295,6 @@ def image_model(config: Images) -> Model | StatefulModel:
     if config.precision == "bfloat16":
         model = with_policy(model, Policy(compute=torch.bfloat16))
     return model
-
-
-def load_images(where: str) -> tuple[Dataset, Dataset, str]:
-    """Load the training and test set of Fashion-MNIST, and describe them.
-
-    Args:
-        where: a folder, "auto" or "sample".
-
-    Raises:
-        FileNotFoundError: the folder does not hold the files.
-        ValueError: a file is damaged, or there is no such folder.
-
-    >>> train, test, description = load_images("sample")
-    >>> len(train.x), len(test.x)
-    (6000, 1000)
-    """
-    full = "Fashion-MNIST, 60,000 + 10,000 images"
-    if where == "auto":
-        try:
-            return _both(data.fashion_mnist, full)
-        except FileNotFoundError as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            print(
-                textwrap.shorten(f"no Fashion-MNIST on this machine: {reason}", 80),
-                "using the sample that comes with fdl instead, 6,000 + 1,000 of its images",
-                sep="\n",
-                file=sys.stderr,
-            )
-    elif where != "sample":
-        if not Path(where).is_dir():
-            raise ValueError(
-                f"--data must be auto, sample or a folder, got {where!r}: no such folder"
-            )
-        return _both(lambda train: data.fashion_mnist(where, train=train, download=False), full)
-    return _both(data.fashion_mnist_sample, "a SAMPLE of Fashion-MNIST, 6,000 + 1,000 images")
 
 
 def notes(problem: Problem) -> list[str]:
@@ -356,10 +328,6 @@ def set_precision(config: Recipe, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(f"--precision tf32 needs a CUDA device, got {device}; use bfloat16")
         torch.set_float32_matmul_precision("high")
-
-
-def _both(read: Callable[..., Dataset], description: str) -> tuple[Dataset, Dataset, str]:
-    return read(train=True), read(train=False), description
 
 
 def find_device(name: str) -> torch.device:

@@ -30,6 +30,8 @@ from fdl.data._mixing import cutmix, mixup
 from fdl.data._poisson import poisson_indices
 from fdl.data._stream import on_disk, stream
 from fdl.data._synthetic import synthetic_linear
+from fdl.data._table import table
+from fdl.data._torchvision import from_torchvision
 from fdl.data._types import LABELS, Batch, Dataset, Indices
 from fdl.data._warp import random_affine, random_rotation
 
@@ -45,6 +47,7 @@ __all__ = [
     "epoch_indices",
     "fashion_mnist",
     "fashion_mnist_sample",
+    "from_torchvision",
     "mixup",
     "normalize",
     "on_disk",
@@ -60,6 +63,7 @@ __all__ = [
     "split",
     "stream",
     "synthetic_linear",
+    "table",
     "take",
     "to_float",
 ]

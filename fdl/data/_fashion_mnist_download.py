@@ -59,7 +59,7 @@ def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pa
         read = _image_formats.find_idx(home, train)
     if read is None:
         searched = ", ".join(str(place) for place in (() if root is None else (home,)) + usual)
-        why = f"; downloading it failed: {_one_line(failure)}" if failure else ""
+        why = f"; downloading it failed: {one_line(failure)}" if failure else ""
         raise FileNotFoundError(
             f"fashion_mnist: found no images in {searched}{why}\n"
             f"{_how_to_install()}, or pass the folder that contains it as root"
@@ -137,8 +137,12 @@ def _download(root: Path) -> Exception | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
-    """Return the reason that torchvision gives for the last address it tried."""
+def one_line(error: Exception) -> str:
+    """Return the reason that torchvision gives for the last address it tried.
+
+    >>> one_line(OSError("<urlopen error timed out>"))
+    'timed out'
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return last.removeprefix("<urlopen error ").removesuffix(">") if "urlopen" in last else last

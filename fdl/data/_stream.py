@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ from fdl._checks import check_positive, describe
 from fdl._files import expanded
 from fdl.data._batches import index_and_mask
 from fdl.data._rows import check_rows
+from fdl.data._sources import Read, check_iterable, reader, stacked
 from fdl.data._types import Batch
-from fdl.tree import Tree, flatten_dict
-
-Read = Callable[[Tensor], tuple[Tree, Tree]]
+from fdl.tree import flatten_dict
 
 
 def stream(
-    read: Read,
-    indices: Tensor | tuple[Tensor, Any],
+    source: Any,
+    indices: Tensor | tuple[Tensor, Any] | None,
     steps: int,
     *,
     ahead: int = 1,
@@ -39,60 +39,71 @@ def stream(
     that are left, `take(indices, torch.arange(done, total))`, and a process reads its own part with
     `parallel.own_rows(indices, mesh)`.
 
-    Rows are read in a thread, `ahead` chunks before they are asked for; memory holds `ahead` + 2
-    chunks. An error of `read` is raised where its chunk would come.
+    An iterable of batches has an order of its own, and no rows: indices are None, and a run
+    continues with `itertools.islice(batches, done, None)`, which reads what it skips.
+
+    Sources are read in a thread, `ahead` chunks before they are asked for; memory holds `ahead` + 2
+    chunks. An error while reading is raised where its chunk would come.
 
     Args:
-        read: a function from rows, int64 [n] on the CPU, to their x and y, leaves [n, ...], such as
-            `on_disk` makes; it is called in a thread, one call at a time.
-        indices: `Indices`, or an index of all steps, int64 [total, batch].
+        source: a function from rows, int64 [n] on the CPU, to their x and y, leaves [n, ...], such
+            as `on_disk` and `table` make; a `Dataset`; a data set of torch with `__getitem__` and
+            `__len__` whose items are pairs (x, y), such as `torchvision.datasets.ImageFolder`; or
+            an iterable of batches, such as a `torch.utils.data.DataLoader`. It is used in a thread,
+            one call at a time.
+        indices: `Indices`, or an index of all steps, int64 [total, batch]; None for an iterable.
         steps: batches in a chunk, at least 1. The last chunk has what is left: if `steps` does not
             divide the number of batches, its shape makes a jitted function compile once more.
         ahead: chunks to read ahead, at least 1.
-        device: where the chunks go; None leaves them where `read` puts them.
+        device: where the chunks go; None leaves them where they were read.
 
     Returns:
         An iterator over batches of leaves [steps, batch, ...], their mask [steps, batch] or ().
 
     Raises:
-        TypeError: `read` is not a function, the index is not int64, or a number not an int; when
-            iterated over, `read` returns something else than a pair of trees of tensors.
-        ValueError: a number is below 1; when iterated over, `read` returns another number of rows
-            than it was asked for.
+        TypeError: `source` is none of these, the index is not int64, or a number not an int; when
+            iterated over, rows are something else than a pair of trees of tensors.
+        ValueError: a number is below 1; when iterated over, `source` returns another number of rows
+            than it was asked for, items of several shapes, or batches of several in one chunk.
 
-    >>> from fdl.data import Dataset, sequential_indices, take
+    >>> from fdl.data import Dataset, sequential_indices
     >>> points = Dataset(torch.arange(6.0), torch.arange(6))
-    >>> chunks = stream(lambda rows: take(points, rows), sequential_indices(6, 2), steps=2)
+    >>> chunks = stream(points, sequential_indices(6, 2), steps=2)
     >>> [chunk.y.tolist() for chunk in chunks]
     [[[0, 1], [2, 3]], [[4, 5]]]
+    >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*points), 3)
+    >>> [chunk.y.tolist() for chunk in stream(loader, None, steps=2)]
+    [[[0, 1, 2], [3, 4, 5]]]
     """
-    if not callable(read):
-        raise TypeError(
-            "stream: read must be a function from rows to (x, y), such as "
-            f"lambda rows: data.take(dataset, rows), got {describe(read)}"
-        )
     check_positive("stream", "steps", steps)
     check_positive("stream", "ahead", ahead)
+    if indices is None:
+        check_iterable(source)
+        return _ahead(_of_iterable(source, steps), ahead, device)
+    read = reader(source)
     index, mask = index_and_mask(indices, "stream")
     if index.ndim != 2:
         raise ValueError(f"stream: the index must be [total, batch], got {list(index.shape)}")
     masks = mask.split(steps) if isinstance(mask, Tensor) else itertools.repeat(())
-    parts: list[tuple[Tensor, Any]] = list(zip(index.split(steps), masks, strict=False))
-    return _chunks(read, parts if len(index) else [], ahead, device)
+    parts: Any = zip(index.split(steps) if len(index) else (), masks, strict=False)
+    return _ahead((partial(_chunk, read, *part) for part in parts), ahead, device)
 
 
-def _chunks(
-    read: Read, parts: list[tuple[Tensor, Any]], ahead: int, device: Any
+def _of_iterable(source: Any, steps: int) -> Iterator[Callable[[], Batch | None]]:
+    batches = iter(source)
+    yield from itertools.repeat(partial(stacked, batches, steps))
+
+
+def _ahead(
+    chunks: Iterator[Callable[[], Batch | None]], ahead: int, device: Any
 ) -> Iterator[Batch]:
-    """Yield the chunks in order, while a thread reads those that come."""
+    """Yield the chunks in order up to None, while a thread reads those that come."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="data.stream")
-    coming: deque[Future[Batch]] = deque()
-    left = iter(parts)
+    coming: deque[Future[Batch | None]] = deque()
     try:
-        coming.extend(pool.submit(_chunk, read, *part) for part in itertools.islice(left, ahead))
-        while coming:
-            chunk = coming.popleft().result()
-            coming.extend(pool.submit(_chunk, read, *part) for part in itertools.islice(left, 1))
+        coming.extend(pool.submit(read) for read in itertools.islice(chunks, ahead))
+        while coming and (chunk := coming.popleft().result()) is not None:
+            coming.extend(pool.submit(read) for read in itertools.islice(chunks, 1))
             yield chunk if device is None else _to(chunk, device)
     finally:  # the loop ended, or was left by an error or Ctrl-C
         pool.shutdown(wait=True, cancel_futures=True)
@@ -102,12 +113,12 @@ def _chunk(read: Read, index: Tensor, mask: Any) -> Batch:
     """Read the rows of a chunk and give the leaves an axis of steps."""
     got = read(index.flatten().cpu())
     if not isinstance(got, tuple | list) or len(got) != 2:
-        raise TypeError(f"stream: read must return a pair (x, y), got {describe(got)}")
+        raise TypeError(f"stream: source must return a pair (x, y), got {describe(got)}")
     leaves = flatten_dict({"x": got[0], "y": got[1]})
-    check_rows("stream", "what read returns", leaves)
+    check_rows("stream", "what source returns", leaves)
     rows = next(iter(leaves.values())).shape[0]
     if rows != index.numel():
-        raise ValueError(f"stream: read was asked for {index.numel()} rows and returned {rows}")
+        raise ValueError(f"stream: source was asked for {index.numel()} rows and returned {rows}")
     x, y = pytree.tree_map(lambda leaf: leaf.unflatten(0, index.shape), tuple(got))
     return Batch(x, y, mask)
 

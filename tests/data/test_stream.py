@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: data.stream(POINTS, N, 1), TypeError, "read must be a function from rows"),
+        (lambda: data.stream([POINTS], INDEX, 1), TypeError, "source must be a function from rows"),
         (lambda: data.stream(take, [1.0], 1), TypeError, "stream: indices must be an index"),
         (lambda: data.stream(take, torch.arange(3), 1), ValueError, r"\[total, batch\], got \[3\]"),
         (lambda: data.stream(take, INDEX.float(), 1), TypeError, "stream: .*int64"),
@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         (lambda: data.stream(take, INDEX, 1.0), TypeError, "stream: steps must be an int"),
         (lambda: data.stream(take, INDEX, 1, ahead=0), ValueError, "ahead must be at least 1"),
         (lambda: next(data.stream(len, INDEX, 1)), TypeError, r"must return a pair \(x, y\)"),
-        (lambda: next(data.stream(lambda r: (r, 1), INDEX, 1)), TypeError, "what read returns"),
+        (lambda: next(data.stream(lambda r: (r, 1), INDEX, 1)), TypeError, "what source returns"),
         (lambda: next(data.stream(lambda r: (r[:1], r[:1]), INDEX, 1)), ValueError, "asked for 2"),
     ],
 )

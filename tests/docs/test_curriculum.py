@@ -16,7 +16,7 @@ from fdl import data, losses, metrics, optim, population, random, tree
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/curriculum.md").read_text()
 ROWS = re.findall(r"^\| ([A-Z]\d) \| .* \| (.*) \|$", PAGE, re.M)
-SECTIONS = {"T": 3, "A": 1, "L": 4, "D": 1, "S": 1, "M": 3, "B": 6, "G": 1, "C": 3, "R": 2}
+SECTIONS = {"T": 3, "A": 1, "L": 4, "D": 2, "S": 1, "M": 3, "B": 6, "G": 1, "C": 3, "R": 2}
 IDS = [f"{letter}{i}" for letter, count in SECTIONS.items() for i in range(1, count + 1)]
 
 

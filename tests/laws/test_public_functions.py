@@ -447,8 +447,10 @@ NO_ROW = {
     "data.Indices": "a type",
     "data.fashion_mnist": "reads files",
     "data.fashion_mnist_sample": "reads files",
+    "data.from_torchvision": "takes a data set, no tensor",
     "data.on_disk": "reads files",
     "data.stream": "starts a thread",
+    "data.table": "reads files",
     "data.sequential_indices": "takes ints, no tensor",
     "population.size": "gives an int",
 }

@@ -26,6 +26,7 @@ from train.bench import kernels_for_cuda
 from train.bench.config import Bench, WorkloadName
 from train.bench.fdl_runners import Scan, Step
 from train.bench.workloads import Workload, find, make_task
+from train.image_sets import load_images
 from train.records import to_json
 
 __all__ = ["launches", "markdown", "measure"]
@@ -183,7 +184,7 @@ def main() -> None:
     workloads = find(config)
     images: Dataset | None = None
     if any(workload.model != "linreg" for workload in workloads):
-        images, _, _ = recipes.load_images(options.data)
+        images, _, _ = load_images(options.data)
     entries: list[Record] = []
     for workload in workloads:
         entries.append(measure(workload, config, images, device))

@@ -28,6 +28,7 @@ from train.bench.config import Bench, RunnerName
 from train.bench.runner import Trajectory
 from train.bench.task import Task
 from train.bench.workloads import Workload, find, make_task
+from train.image_sets import load_images
 
 __all__ = ["Setting", "measure", "run"]
 
@@ -91,7 +92,7 @@ def make_tasks(setting: Setting) -> tuple[list[tuple[Workload, Task]], str]:
     images: Dataset | None = None
     workloads, data, pairs = find(setting.config), "synthetic data", []
     if any(workload.model != "linreg" for workload in workloads):
-        images, _, data = recipes.load_images(setting.config.data)
+        images, _, data = load_images(setting.config.data)
     for workload in workloads:
         most = len(images.x) if images and workload.scaled else None
         if most is not None and workload.recipe.batch_size > most:
