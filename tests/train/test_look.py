@@ -46,10 +46,10 @@ def test_it_draws_what_the_weights_confuse(run, tmp_path, monkeypatch):
     assert first.startswith(f"    {labels[label]} for {labels[other]}, {expected.max():.0f} of 100")
 
 
-def test_it_draws_fewer_images_and_more_classes(tmp_path):
+def test_it_draws_fewer_images_in_colour_and_more_classes(tmp_path):
     matrix = torch.eye(60, dtype=torch.float64)  # counts of so many would overlap
     matrix[3] = 0  # a class without examples
-    worst = data.Dataset(torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]))
+    worst = data.Dataset(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
     labels = [str(i) for i in range(60)]
     plots.draw_mistakes(tmp_path / "it.png", "", matrix, worst, worst.y, labels)
     with Image.open(tmp_path / "it.png") as picture:
