@@ -41,7 +41,8 @@ def documented() -> dict[str, ModuleType]:
 # The names of a long page, in the order in which a reader looks for them; others are alphabetical.
 GROUPS = {
     "fdl": {
-        "Training": "TrainState supervised StatefulLoss train_step eval_step averaged update_bn",
+        "Training": "TrainState supervised StatefulLoss train_step eval_step averaged update_bn"
+        " summary",
         "Compiling": "jit disable_jit Jitted Report",
         "Programs as files": "export load_program",
         "Loops and branches": "scan map fori_loop while_loop cond switch associative_scan",

@@ -34,6 +34,7 @@ from fdl._compiler import (
     switch,
     while_loop,
 )
+from fdl._summary import summary
 from fdl._training import (
     StatefulLoss,
     TrainState,
@@ -73,6 +74,7 @@ __all__ = [
     "population",
     "random",
     "scan",
+    "summary",
     "supervised",
     "switch",
     "testing",

@@ -8,7 +8,7 @@ import time
 
 from fdl import data, random, tree
 from fdl.io import inspect
-from train import compare, evaluate, options, plots, recipes, records, run, run_folder
+from train import compare, evaluate, look, options, plots, recipes, records, run, run_folder
 from train import config as configs
 from train.bench import measure
 from train.bench.config import Bench
@@ -43,6 +43,8 @@ def main() -> int:
                 return show_file(config)
             case Bench():
                 return measure.run(config)
+            case configs.Look():  # before Eval, whose options it has
+                return look.look(config)
             case configs.Eval():
                 return evaluate.evaluate(config)
             case configs.Predict():

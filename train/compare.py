@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fdl._table import aligned
 from train import plots, run_folder
 from train.config import ELSEWHERE, Compare
-from train.records import LABELS
+from train.records import LABELS, best_epoch
 
 __all__ = ["compare"]
 
@@ -39,7 +40,7 @@ def compare(config: Compare) -> int:
             raise ValueError(f"compare: {folder} has no epoch yet")
         options = {"recipe": saved.recipe, **dataclasses.asdict(saved.config)}
         runs.append(Run(str(given), options, records))
-    print(*table(runs), sep="\n")
+    print(table(runs))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     plots.draw_comparison(config.out, {run.name: run.records for run in runs})
     print(f"curves: {config.out}")
@@ -56,27 +57,32 @@ def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [n for n in names if any(o.get(n) != runs[0].get(n) for o in runs[1:])]
 
 
-def table(runs: Sequence[Run]) -> list[str]:
-    """Return the lines of a table: each run after its last epoch, with the options that differ.
+def table(runs: Sequence[Run]) -> str:
+    """Return a table: each run after its last epoch, with the options that differ.
+
+    A run with `--patience` is shown after its best epoch, whose weights it keeps.
 
     >>> losses = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-    >>> table([Run("a", {"lr": 0.1}, losses), Run("b", {"lr": 0.2}, losses[:1])])
-    ['run  lr   epoch  loss', 'a    0.1  2      0.25', 'b    0.2  1      0.5']
+    >>> print(table([Run("a", {"lr": 0.1}, losses), Run("b", {"lr": 0.2}, losses[:1])]))
+    run  lr   epoch  loss
+    a    0.1  2      0.25
+    b    0.2  1      0.5
     """
     options = differing([run.options for run in runs])
-    metrics = [name for name in COLUMNS if any(name in run.records[-1] for run in runs)]
+    shown = [_record(run) for run in runs]
+    metrics = [name for name in COLUMNS if any(name in record for record in shown)]
     rows = [["run", *options, *(COLUMNS[name] for name in metrics)]]
-    for run in runs:
-        last = run.records[-1]
+    for run, record in zip(runs, shown, strict=True):
         rows.append(
             [run.name, *(_shown(run.options.get(name)) for name in options)]
-            + [_shown(last.get(name)) for name in metrics]
+            + [_shown(record.get(name)) for name in metrics]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return aligned(rows)
+
+
+def _record(run: Run) -> dict[str, Any]:
+    best = best_epoch(run.records) if run.options.get("patience") else 0
+    return next((r for r in run.records if r["epoch"] == best), run.records[-1])
 
 
 def _shown(value: Any) -> str:

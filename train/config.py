@@ -24,6 +24,7 @@ __all__ = [
     "LeNetBN",
     "Linreg",
     "LinregDecay",
+    "Look",
     "Mlp",
     "Predict",
     "Recipe",
@@ -65,6 +66,8 @@ class Recipe:
     """Folder for the results, not that of another run; runs/RECIPE/TIME by default."""
     resume: Path | None = None
     """Folder of a run to continue with its options, or runs/RECIPE for the newest run there."""
+    log: Literal["off", "tensorboard"] = "off"
+    """tensorboard writes the numbers of each epoch for TensorBoard too, into the folder."""
     save_every: float = 30.0
     """Seconds between checkpoints; the end, Ctrl-C and SIGTERM save one more."""
 
@@ -215,6 +218,7 @@ SWEEPS: dict[str, Any] = {
             ("memory", Gigabytes, None),
             ("validation", Validation, 0.1),
             ("patience", Annotated[None, tyro.conf.Suppress], None),  # all points train to the end
+            ("log", Annotated[Literal["off"], tyro.conf.Suppress], "off"),
         ],
         bases=(kind,),
         frozen=True,
@@ -250,6 +254,14 @@ class Eval:
     """auto (a GPU if there is one), cpu, cuda, cuda:1 …"""
     data: str | None = None
     """Where the data set is: auto, sample or a folder; by default as in the run."""
+
+
+@dataclass(frozen=True)
+class Look(Eval):
+    """Draw the confusion matrix of a saved run on images, and the images with the largest loss."""
+
+    out: Path | None = None
+    """Picture to write; look.png in the folder of the run by default."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +315,7 @@ class Inspect:
 
 
 # Options of a run that say where and how it is computed, not what.
-ELSEWHERE = ("out", "resume", "device", "compile", "save_every")
+ELSEWHERE = ("out", "resume", "device", "compile", "log", "save_every")
 AT_LEAST_ONE = ("parts", "patience", "epochs", "batch_size", "examples", "rounds", "steps")
 NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "noise", "seconds", "save_every")
 

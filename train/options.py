@@ -17,6 +17,7 @@ PROGRAM = "python -m train"
 COMMANDS: dict[str, Any] = {
     **configs.RECIPES,
     "eval": configs.Eval,
+    "look": configs.Look,
     "predict": configs.Predict,
     "compare": configs.Compare,
     "data": configs.Data,

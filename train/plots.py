@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fdl.data import Dataset
 from train.sweep.grid import Axis
 
-__all__ = ["draw_comparison", "draw_curves", "draw_images", "draw_sweep"]
+__all__ = ["draw_comparison", "draw_curves", "draw_images", "draw_mistakes", "draw_sweep"]
 
 LEGEND = {
     "": "train, mean over the epoch",
@@ -31,29 +34,38 @@ def draw_curves(path: Path, title: str, records: Sequence[dict[str, Any]]) -> No
         title: title of the figure.
         records: the lines of `metrics.jsonl`.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     names = [name for name in ("loss", "accuracy") if name in records[0]]
     epochs = [record["epoch"] for record in records]
     size = 3 if len(epochs) > 1 else 6
-    figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, panels = _over_epochs(names, height=3.5)
+    for name, axes in panels.items():
         drawn: list[float] = []
         for prefix, label in LEGEND.items():
             values = [record.get(prefix + name, math.nan) for record in records]
             if any(map(math.isfinite, values)):
                 axes.plot(epochs, values, marker="o", markersize=size, label=label)
                 drawn += filter(math.isfinite, values)
-        axes.set(xlabel="epoch", ylabel=name, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         if name == "loss" and drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
-        axes.grid(alpha=0.3)
         if drawn:
             axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _over_epochs(names: Sequence[str], height: float) -> tuple[Any, dict[str, Any]]:
+    """Make a figure with a panel for each metric, over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5 * len(names), height), layout="constrained")
+    panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    for name, axes in panels.items():
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    return figure, panels
 
 
 def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
@@ -63,14 +75,10 @@ def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) ->
         path: the file to write.
         runs: the lines of `metrics.jsonl` by name of the run.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     first = [records[0] for records in runs.values()]
     names = [name for name in ("loss", "accuracy") if any(name in record for record in first)]
-    figure = Figure(figsize=(5 * len(names), 3.5 + 0.2 * len(runs)), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    figure, panels = _over_epochs(names, height=3.5 + 0.2 * len(runs))
+    for name, axes in panels.items():
         for i, (run, records) in enumerate(runs.items()):
             epochs = [record["epoch"] for record in records]
             held_out = next((p for p in ("validation_", "test_") if p + name in records[0]), None)
@@ -81,9 +89,6 @@ def draw_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) ->
                 shown = name == names[0] and prefix == (held_out or "")  # once in the legend
                 label = run if shown else None
                 axes.plot(epochs, values, style + "o", ms=3, color=f"C{i}", label=label)
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
     figure.suptitle("dashed: in training; solid: on validation or test data after each epoch")
     figure.legend(loc="outside lower center", ncols=min(3, len(runs)))
     figure.savefig(path, dpi=120)
@@ -95,11 +100,69 @@ def draw_images(path: Path, dataset: Dataset, labels: Sequence[str], count: int 
 
     figure = Figure(figsize=(1.25 * count, 1.6), layout="constrained")
     for axes, image, label in zip(figure.subplots(1, count), *dataset, strict=False):
-        image = image if image.ndim == 2 else image.permute(1, 2, 0)
-        axes.imshow(image.cpu().numpy(), cmap="gray_r")  # colours need no map
+        _show(axes, image)
         axes.set_title(labels[int(label)], fontsize=9)
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    """Show an image, `[height, width]` in grey or `[3, height, width]` in colour."""
+    image = image if image.ndim == 2 else image.permute(1, 2, 0)
+    axes.imshow(image.cpu().numpy(), cmap="gray_r")  # colours need no map
+
+
+def draw_mistakes(
+    path: Path,
+    title: str,
+    matrix: Tensor,
+    worst: Dataset,
+    predicted: Tensor,
+    labels: Sequence[str],
+) -> None:
+    """Draw a confusion matrix, and beside it images, each with its label and what it is taken for.
+
+    Args:
+        path: the file to write.
+        title: title of the figure.
+        matrix: `[classes, classes]`, counts; a row for each label.
+        worst: the images with their labels.
+        predicted: the predicted class of each image.
+        labels: the names of the classes.
+    """
+    from matplotlib.figure import Figure
+
+    columns = 6
+    rows = math.ceil(len(worst.x) / columns)
+    figure: Any = Figure(figsize=(17, 8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(8, 9))
+    _matrix(left.subplots(), matrix, labels)
+    right.suptitle("largest loss: the label, and in red what is predicted")
+    panels = right.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, image, label, other in zip(panels, *worst, predicted, strict=False):
+        _show(axes, image)
+        axes.set_title(f"{labels[int(label)]}\n", fontsize=9)
+        red = {"color": "C3", "fontsize": 9, "transform": axes.transAxes}
+        axes.text(0.5, 1.04, labels[int(other)], ha="center", **red)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+
+
+def _matrix(axes: Any, matrix: Tensor, labels: Sequence[str]) -> None:
+    """Draw counts in cells, shaded by their share of the row."""
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    size = 9 if len(labels) <= 20 else 5
+    for (i, j), count in np.ndenumerate(matrix.numpy()):
+        if count and len(labels) <= 50:  # the counts of more would overlap
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:,.0f}", ha="center", va="center", color=color, fontsize=size)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(labels)), labels, fontsize=size, **slanted)
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    axes.set(xlabel="predicted", ylabel="label")
 
 
 def draw_sweep(

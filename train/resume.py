@@ -27,7 +27,7 @@ __all__ = [
     "resumed_options",
 ]
 
-MAY_CHANGE = ("epochs", "patience", "device", "data", "save_every", "resume")
+MAY_CHANGE = ("epochs", "patience", "device", "data", "log", "save_every", "resume")
 SWEEP_MAY_CHANGE = ("device", "data", "memory", "resume")
 
 

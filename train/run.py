@@ -20,7 +20,7 @@ from fdl import TrainState, parallel, random, tree
 from fdl.checkpointing import Checkpointer
 from fdl.parallel._group import on_all, on_first
 from train import config as configs
-from train import launch, loop, planning, plots, recipes, resume, run_folder, usual
+from train import event_log, launch, loop, planning, plots, recipes, resume, run_folder, usual
 from train.compiling import announced
 from train.records import LABELS, MONITORED, best_epoch
 
@@ -61,6 +61,7 @@ def run(name: str, config: configs.Recipe) -> int:
                 config = resume.resumed_options(name, folder, past, sys.argv[2:])
             configs.check(config)
             launch.check_shares(config, processes)
+            event_log.check(config)
             prepared = prepare(name, config, past, processes, mesh)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -171,6 +172,7 @@ def train(run: Run) -> int:
     """Train to the end, a signal or a loss that is not finite, and save the result."""
     config, folder = run.config, run.folder
     records, epoch = list(run.records), None
+    logged = folder if run.first and config.log == "tensorboard" else None
     group = run.mesh and run.mesh.get_group()
     with run.checkpointer as checkpointer, loop.signal_flag(signal.SIGTERM) as terminated:
         programs = make_programs(run)
@@ -179,6 +181,7 @@ def train(run: Run) -> int:
         with (
             loop.signal_flag(signal.SIGINT) as interrupted,  # from now on there is a state to save
             tqdm(leave=False, disable=None, ncols=WIDTH - 1, bar_format=BAR) as bar,
+            event_log.event_log(logged, records) as log,
         ):
 
             def stopped() -> bool:
@@ -219,6 +222,7 @@ def train(run: Run) -> int:
                         records.append(record_of(epoch))
                         if run.first:
                             run_folder.append_metrics(folder, records[-1])
+                            log(records[-1])
                         bar.write(line(records[-1], config.epochs))
                     early = out_of_patience(config, records)
                     ended = epoch.end == "interrupted" or epoch.progress.epoch == config.epochs
@@ -313,7 +317,7 @@ def next_commands(
     """List commands that continue from a finished run, or one that `--patience` ended early."""
     commands = [command("eval", folder)]
     if isinstance(config, configs.Images):
-        commands.append(command("predict", folder, "IMAGE.png"))
+        commands += [command("look", folder), command("predict", folder, "IMAGE.png")]
     option = "patience" if early else "epochs"
     return [
         *commands,

@@ -56,8 +56,9 @@ class TrainState(NamedTuple):
 
         Raises:
             TypeError: `model` is not a model.
-            ValueError: `params` differs from the model's in paths or shapes, or is not floating
-                (each path is listed).
+            ValueError: the device has no float64, as MPS, which rates, averages and metrics are
+                computed in; `params` differs from the model's in paths or shapes, or is
+                not floating (each path is listed).
 
         >>> from fdl import nn, optim
         >>> state = TrainState.create(nn.linear(2, 1), optim.sgd(0.1), key=random.key(0))
@@ -67,6 +68,7 @@ class TrainState(NamedTuple):
         check_model("TrainState.create", model)
         checked = as_optimizer("TrainState.create", opt)
         init_key, run_key = random.split(key)
+        _check_float64(key.device)
         expected, buffers = _initialise(model, init_key)
         if params is None:
             params = expected
@@ -89,6 +91,19 @@ class TrainState(NamedTuple):
             run_key.clone(),
             torch.zeros((), dtype=torch.int64, device=key.device),
         )
+
+
+def _check_float64(device: torch.device) -> None:
+    """Raise a ValueError if the device has no float64."""
+    if device.type in ("cpu", "cuda"):
+        return
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"TrainState.create: key is on the device {device}, which has no float64 ({error}); "
+            "rates, averages and metrics need it: train on a CPU or a CUDA device"
+        ) from error
 
 
 def _initialise(model: Model | StatefulModel, key: Tensor) -> tuple[Tree, Tree]:

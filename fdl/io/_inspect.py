@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from fdl._files import expanded
+from fdl._table import WIDTH, aligned
 from fdl.io._reader import open_tree_file
 from fdl.io._schema import as_container, leaf_value, walk
 from fdl.tree import Tree
 from fdl.tree._summary import dtype_name
 
-_LIMITS = (80, 24, 16, 24)  # most columns of a cell; paths get the rest of 80
+LIMITS = (WIDTH, 24, 16, 24)  # most characters of a cell; paths get the rest of a line
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TreeInfo:
             total += 0 if tied else leaf.nbytes
             size = f"= {self.ties[at]}" if tied else f"{leaf.nbytes:,}"
             rows.append((at, str(list(leaf.shape)), dtype_name(leaf.dtype), size))
-        return _table([*rows, ("total", "", "", f"{total:,}")])
+        return aligned([*rows, ("total", "", "", f"{total:,}")], numbers=(3,), limits=LIMITS)
 
 
 def inspect(path: str | os.PathLike[str]) -> TreeInfo:
@@ -100,27 +100,3 @@ def inspect(path: str | os.PathLike[str]) -> TreeInfo:
             if as_container(node, at) is None
         }
         return TreeInfo(expanded(path), leaves, file.metadata, file.ties)
-
-
-def _table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    """Align rows in 80 columns; cells that are too long lose their middle.
-
-    >>> print(_table([("path", "shape", "dtype", "bytes"), ("w", "[2]", "float32", "8")]))
-    path  shape  dtype    bytes
-    w     [2]    float32      8
-    """
-    widths = [min(limit, max(len(row[i]) for row in rows)) for i, limit in enumerate(_LIMITS)]
-    widths[0] = min(widths[0], 80 - sum(widths[1:]) - 6)
-    return "\n".join(
-        "  ".join(
-            _short(cell, width).rjust(width) if i == 3 else _short(cell, width).ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _short(text: str, width: int) -> str:
-    if len(text) <= width:
-        return text
-    return f"{text[: (width - 1) // 2]}…{text[-(width // 2) :]}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl._table import aligned
 from fdl.tree._paths import Tree, flatten_dict
 
 
@@ -26,14 +27,7 @@ def summary(tree: Tree) -> str:
     total = ("total", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
     texts = [("path", "shape", "dtype", "count", "bytes")]
     texts += [(p, s, d, f"{count:,}", f"{nbytes:,}") for p, s, d, count, nbytes in [*rows, total]]
-    widths = [max(len(text[i]) for text in texts) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i > 2 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(text, widths, strict=True))
-        )
-        for text in texts
-    )
+    return aligned(texts, numbers=(3, 4))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

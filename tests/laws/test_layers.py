@@ -12,13 +12,13 @@ ROOT = Path(fdl.__file__).parent
 # From the ground up. A unit, a package or a file beside them, imports from the storeys below its
 # own; on one storey nobody imports from a neighbour.
 STOREYS = [
-    {"_version", "_torch_compat", "_kinds", "_files", "_checks", "_threefry"},
+    {"_version", "_torch_compat", "_kinds", "_files", "_checks", "_table", "_threefry"},
     {"_modes", "tree"},
     {"_dtensor", "_numerics", "io"},
     {"_compiler", "_masks", "_differentiable"},
     {"random", "metrics", "debug"},
     {"data", "optim", "nn", "losses"},
-    {"interop", "_training"},
+    {"interop", "_training", "_summary"},
     {"population", "transforms", "parallel"},
     {"checkpointing", "testing"},
     {"__init__"},
@@ -64,8 +64,8 @@ def climbs(path):
 # What a function imports since it takes long, or is not there on every platform or installation.
 IMPORTED_LATE = {
     "PIL", "h5py", "jax", "ml_dtypes", "orbax", "pyarrow", "torch._dynamo", "torch._inductor",
-    "torch.distributed",
-    "torch.fx.experimental.symbolic_shapes", "torchvision",
+    "torch.distributed", "torch.fx.experimental.symbolic_shapes", "torch.utils.flop_counter",
+    "torchvision",
 }  # fmt: skip
 
 

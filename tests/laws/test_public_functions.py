@@ -400,6 +400,7 @@ NO_ROW = {
     "fdl.export": "writes a file: tests/compiler/test_export.py",
     "fdl.jit": "the whole of tests/compiler",
     "fdl.load_program": "reads a file: tests/compiler/test_export.py",
+    "fdl.summary": "returns a text: tests/test_summary.py",
     "fdl.supervised": "makes a loss: tests/training",
     "fdl.while_loop": "torch.compile has no rule for vmap: tests/compiler/test_control_flow.py",
     "fdl.train_step": "makes a step: tests/training",

@@ -55,6 +55,13 @@ def test_it_ends_after_so_many_epochs_and_keeps_the_best_weights(run, tmp_path, 
     assert f"epoch {best} has the lowest validation loss" in out
     assert f"--patience {2 * patience}" in out
     assert tree.diff(saved(tmp_path / "it"), to(best)) == []
+    # What the run keeps is what is looked at.
+    assert f"after step {14 * best}" in run("eval", "it")[1]
+    table = run("compare", "it", "whole")[1].splitlines()
+    shown = [row.split() for row in table[1:3]]
+    assert [row[0] for row in shown] == ["it", "whole"]
+    assert str(best) in shown[0] and f"{losses[best - 1]:.4g}" in shown[0]
+    assert "30" in shown[1] and f"{losses[-1]:.4g}" in shown[1]
     # Once more: nothing is left to do. With more patience it goes on as if it had never ended.
     assert run("weight-decay", "--resume", "it")[0] == 0
     assert len(records(tmp_path / "it")) == last
