@@ -181,7 +181,7 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
     return read
 
 
-SMALL = 32 << 20  # bytes of a file that may be mapped as a whole
+SMALL = 64 << 20  # bytes of a file that may be mapped as a whole
 
 
 def _rows_of(path: Path, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
