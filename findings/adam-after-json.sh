@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.15.0: the state of an optimizer that went through JSON, where keys are strings, is loaded without a
 # word and then not used. load_state_dict files it under '0' instead of the parameter, so the next step of
-# Adam begins at 1 with moments of zero, and the old state travels along in every later state_dict.
+# Adam begins at 1 with moments of zero, and the old state travels along in every later state_dict. Expected: the
+# sixth step, or an error. Make the keys integers before load_state_dict.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -3,7 +3,8 @@
 # few steps. Both running statistics are divided by 1 - momentum^t, which corrects an average that starts
 # at 0, but that of the variance starts at 1: it is the average plus momentum^t / (1 - momentum^t), 99 after
 # one step, 1 after 69. Outputs for the batches of training shrink by √(1 + 99) after the first. The
-# documentation says that the variance is unbiased; it is also divided by n, not by n - 1.
+# documentation says that the variance is unbiased; it is also divided by n, not by n - 1. Train for some 70 steps
+# before you evaluate, or use mode="ema".
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

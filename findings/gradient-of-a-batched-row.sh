@@ -2,7 +2,7 @@
 # torch 2.15.0: the gradient of a batched torch.select_scatter with respect to the row that it writes is too
 # large by the size of the axis. For y = select_scatter(x, s, 0, 1) with x of 4 rows, sum(y) has the derivative
 # 1 with respect to s: vmap of grad says so, grad of vmap says 4, without a word. slice_scatter of the same row
-# is right. In-place writes such as h[1] = ... become select_scatter where they are made pure.
+# is right: use it. In-place writes such as h[1] = ... become select_scatter where they are made pure.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

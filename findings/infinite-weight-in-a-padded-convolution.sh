@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # torch 2.15.0 on a CPU: whether the zeros of padding count as numbers depends on which library convolves. With one
 # infinite weight and images of ones, pixels whose window reaches into the padding with it are NaN (0 · inf) in
-# float64, as if the zeros were written out, and in jax.lax; in float32 and bfloat16, by oneDNN, which skips the
-# zeros, they are finite; and in float32 without oneDNN every pixel of the channel is NaN, also in the middle of the
-# image, where no zero takes part. So a test that compares which values are NaN in float32 with those in float64
-# fails although nobody made a mistake.
+# float64, as if the zeros were written out, and in jax.lax; in float32, by oneDNN, which skips the zeros, they are
+# finite (in bfloat16 it depends on the processor); and in float32 without oneDNN every pixel of the channel is NaN,
+# also in the middle of the image, where no zero takes part. So a test that compares which values are NaN in float32
+# with those in float64 fails although nobody made a mistake. After F.pad, a convolution without padding by oneDNN
+# gives what float64 gives.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -45,7 +46,7 @@ for name, value in results.items():
 border = {"NaN": 260, "inf": 720}
 assert results["float64"] == results["float64, zeros written out"] == border
 assert results["float32, jax.lax.conv"] == border
-assert results["float32, by oneDNN"] == results["bfloat16, by oneDNN"] == {"NaN": 0, "inf": 720}
+assert results["float32, by oneDNN"] == {"NaN": 0, "inf": 720}
 assert results["float32, without oneDNN"] == {"NaN": 980, "inf": 0}
 PYTHON
 OMP_NUM_THREADS=1 "$folder/venv/bin/python" "$folder/find.py"

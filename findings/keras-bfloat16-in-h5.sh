@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # keras 3.15.1, h5py 3.16.0, backend JAX 0.10.2 (and torch, with another error): a model with a bfloat16 layer is
 # saved to .h5 without a warning about it, and that file cannot be loaded again. The weights are written as two
-# opaque bytes each, and unlike in .keras files nothing beside them says that they are bfloat16.
+# opaque bytes each, and unlike in .keras files nothing beside them says that they are bfloat16. Expected: an error
+# when it is saved. Save .keras files.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

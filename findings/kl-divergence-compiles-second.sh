@@ -3,6 +3,7 @@
 # process did before. Dynamo cannot trace the search for the rule of a pair of classes (min of a generator), but
 # the first eager call stores what it found in a table, and from then on the same program compiles. So a step
 # with a KL term compiles after an eager step, as in a notebook, and is refused as a script that compiles at once.
+# Call kl_divergence once for each pair of classes before you compile.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

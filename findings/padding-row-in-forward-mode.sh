@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.15.0: reverse and forward mode disagree about Embedding(padding_idx=). Reverse mode gives the
 # padding row the derivative 0, forward mode its true one, so that jvp(f)(1) is not Σ grad(f): a
-# Gauss–Newton or Fisher product, which uses one of each, is no longer symmetric.
+# Gauss–Newton or Fisher product, which uses one of each, is no longer symmetric. Expected: one rule in both. Leave
+# padding_idx out, and multiply the embeddings by a mask.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # pyarrow 26.0.1: asked for columns that a Parquet file does not have, ParquetFile.iter_batches yields
 # batches without columns and with the right number of rows, where read_table raises. Who checks only the
-# count of rows trains on nothing.
+# count of rows trains on nothing. Compare the names with ParquetFile.schema_arrow.names first.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,6 +2,7 @@
 # torch 2.15.0 and optax 0.2.8: a learning rate that should fall when the loss stands still never falls if
 # the loss is negative, as log-likelihoods, ELBOs and rewards are. 'Better by 1e-4, relatively' is
 # computed as best · (1 − 1e-4), which for −10 is −9.999: a step backwards, so −10 improves on −10.
+# In torch, threshold_mode="abs" avoids it; in optax, rtol=0 with atol.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -3,7 +3,7 @@
 # numbers as large as the mean. With the mean 4 million, 200,000 draws have 1.06 times the variance of the law, and
 # 1.4 times its fourth moment, 18 and 50 standard errors off; with 10,000 both are right. jax_enable_x64 changes
 # nothing. NumPy's and torch's draws of the same mean have the right moments. So synthetic photon counts or event
-# counts per day look overdispersed.
+# counts per day look overdispersed. Draw means above 10,000 with NumPy or torch.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

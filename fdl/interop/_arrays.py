@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fdl._checks import describe, describe_value
 from fdl.tree import Tree, flatten_dict, unflatten_dict
 from fdl.tree._paths import as_dicts
 
@@ -66,7 +67,7 @@ def as_tensors(caller: str, tree: Tree) -> Tree:
 
 def _from_numpy(leaf: Any) -> Tensor:
     if not isinstance(leaf, np.ndarray | np.generic):
-        raise TypeError(f"expected a NumPy array, got {type(leaf).__name__} {leaf!r}")
+        raise TypeError(f"expected a NumPy array, got {_leaf(leaf)}")
     array = np.asarray(leaf)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -129,7 +130,7 @@ def from_jax(tree: Tree) -> Tree:
 
     def convert(leaf: Any) -> Tensor:
         if not isinstance(leaf, jax.Array):
-            raise TypeError(f"expected a JAX array, got {type(leaf).__name__} {leaf!r}")
+            raise TypeError(f"expected a JAX array, got {_leaf(leaf)}")
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             generator = str(jax.random.key_impl(leaf))
             if generator != "threefry2x32":
@@ -143,9 +144,16 @@ def from_jax(tree: Tree) -> Tree:
     return _each("from_jax", tree, convert)
 
 
+def _leaf(leaf: Any) -> str:
+    if isinstance(leaf, Mapping):  # a FrozenDict of Flax, a state of nnx
+        hint = "make dicts of it first: flax.core.unfreeze, nnx.to_pure_dict"
+        return f"{describe(leaf)}, a mapping that torch does not know; {hint}"
+    return describe_value(leaf)
+
+
 def _check_tensor(leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"expected a tensor, got {type(leaf).__name__} {leaf!r}")
+        raise TypeError(f"expected a tensor, got {_leaf(leaf)}")
     if leaf.requires_grad:
         raise ValueError("the tensor requires grad, which would be lost; detach it first")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -61,9 +61,9 @@ def from_flax(
             layers and whatever is below them; others keep theirs.
 
     Raises:
-        TypeError: a leaf is not a tensor (with its path).
+        TypeError: a leaf is not a tensor (with its path), or an argument is of another type.
         ValueError: a layer has no rule, or several (with its path); a kernel has another number of
-            inputs than `image`; a path of `image`, `kind` or `names` is not in `layer`; or the
+            inputs than `image`, or of outputs than its bias; a path of `image`, `kind` or `names` is not in `layer`; or the
             paths and shapes are not those of `like` (each is listed).
     """
     return convert("from_flax", _collections("from_flax", layer), image, kind, like, names)
@@ -119,9 +119,17 @@ def convert(
 ) -> Tree:
     """Do what `from_flax` does with the trees of several collections."""
     image, kind = _by_path(caller, parts, image, kind)
+    if not isinstance(names, Mapping | None):
+        raise TypeError(f"{caller}: names must be a dict from paths to paths, got {describe(names)}")
     wanted = {} if like is None else flatten_dict(like)
     if isinstance(like, tuple):  # (params, buffers)
         wanted = {path.partition(".")[2]: x for path, x in wanted.items()}
+    for path, x in wanted.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{caller}: like must be what model.init returned, tensors, got {describe(x)} at "
+                f"{path!r}"
+            )
     flat: dict[str, dict[str, dict[str, Tensor]]] = {}
     for collection, part in parts.items():
         found = {}
@@ -146,7 +154,10 @@ def _layers(
     where = _where(caller, join(collection, path))
     for name, x in leaves.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{where}: {name!r} must be a tensor, got {type(x).__name__} {x!r}")
+            raise TypeError(
+                f"{where}: {name!r} must be a tensor, got {describe(x)}; from_jax converts the "
+                "arrays of JAX, from_numpy those of NumPy"
+            )
     if _is_attention(tree):
         for name, part in children.items():
             list(_layers(caller, part, collection, join(path, name)))  # checked, not used
@@ -178,6 +189,12 @@ def _by_path(
                 raise ValueError(
                     f"{caller}: {name}={unknown} are not in the tree, which has {several}"
                 )
+        elif given is not None and not isinstance(given, str if name == "kind" else Sequence):
+            expected = "the name of a class" if name == "kind" else "(channels, height, width)"
+            raise TypeError(
+                f"{caller}: {name} must be {expected}, or a dict of such from paths, got "
+                f"{describe(given)}"
+            )
         elif given is not None and several and not single:
             raise ValueError(
                 f"{caller}: {name} {given!r} describes one layer, got several: {several}; pass a "

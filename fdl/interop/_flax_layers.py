@@ -75,6 +75,7 @@ _KERNELS: dict[str, Callable[[str, Tensor, Tensor | None, Tensor | None], Tensor
     "DenseGeneral": _general,
     "LinearGeneral": _general,
 }
+_WINDOWED = ("Conv", "ConvTranspose", TRANSPOSED)
 _NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")
 ATTENTION = ("MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention")
 _ALLOWED = {
@@ -112,9 +113,10 @@ def guess(where: str, leaves: Leaves, wanted: Tensor | None) -> str:
 
 def _guess_by_shape(where: str, kernel: Tensor, bias: Tensor | None, wanted: Tensor | None) -> str:
     *window, inputs, outputs = kernel.shape
+    plain = "Conv" if bias is None or bias.numel() == outputs else TRANSPOSED
     fits = []
     if wanted is not None:
-        shapes = {"Conv": [outputs, inputs, *window], "ConvTranspose": [inputs, outputs, *window]}
+        shapes = {plain: [outputs, inputs, *window], "ConvTranspose": [inputs, outputs, *window]}
         fits = [kind for kind, shape in shapes.items() if shape == [*wanted.shape]]
         fits += ["DenseGeneral"] if _splits_into(kernel, wanted) else []
     if len(fits) == 1:
@@ -139,6 +141,8 @@ def from_layer(
         return _from_kernel(where, kind, leaves, image, wanted)
     if kind in _NORMS and (bad := [x for x in leaves.values() if x.ndim != 1]):
         raise ValueError(f"{where}: a {kind} over one axis only, got {describe(bad[0])}")
+    if kind == "Embed" and (bad := [x for x in leaves.values() if x.ndim != 2]):
+        raise ValueError(f"{where}: an Embed has an embedding [n, features], got {describe(bad[0])}")
     if image is not None:
         raise ValueError(f"{where}: image is for a dense layer, got a {kind}")
     return {_NAMES.get(name, name): x for name, x in leaves.items()}
@@ -150,11 +154,24 @@ def _from_kernel(
     if "kernel" not in leaves:
         raise ValueError(f"{where}: a {kind} has a kernel, got {sorted(leaves)}")
     kernel, bias = leaves["kernel"], leaves.get("bias")
+    if kind in _WINDOWED and kernel.ndim < 3:
+        raise ValueError(
+            f"{where}: a {kind} has a kernel with a window, [*window, in, out], got "
+            f"{list(kernel.shape)}"
+        )
     if image is not None:
         channels, height, width = check_image(where, image, kernel)
         kernel = kernel.unflatten(0, (height, width, channels)).movedim(2, 0).flatten(0, 2)
-    converted = {"weight": _KERNELS[kind](where, kernel, bias, wanted).contiguous()}
-    return converted if bias is None else {**converted, "bias": bias.flatten()}
+    weight = _KERNELS[kind](where, kernel, bias, wanted).contiguous()
+    outputs = weight.shape[1 if kind in ("ConvTranspose", TRANSPOSED) else 0]
+    if bias is not None and bias.numel() != outputs:
+        hint = f"; if its kernel is [*window, out, in], pass kind={TRANSPOSED!r}"
+        raise ValueError(
+            f"{where}: the bias of a {kind} has a number for each output of its kernel, expected "
+            f"{outputs} for a kernel {list(leaves['kernel'].shape)}, got {list(bias.shape)}"
+            + (hint if kind in ("Conv", "ConvTranspose") else "")
+        )
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.flatten()}
 
 
 def _from_attention(where: str, parts: Mapping[str, Leaves]) -> Leaves:
@@ -174,6 +191,10 @@ def _from_attention(where: str, parts: Mapping[str, Leaves]) -> Leaves:
             f"{where}: query, keys, values and output must have one number of features, as in "
             f"nn.multihead_attention, got kernels {shapes}"
         )
+    for name, part in parts.items() if biased == {True} else ():
+        expected = [features] if name == "out" else split
+        if (got := list(part["bias"].shape)) != expected:
+            raise ValueError(f"{where}: the bias of {name!r} must be {expected}, got {got}")
     joined = {"in_proj_weight": torch.cat([kernel.flatten(1).mT for kernel in heads])}
     last = {"weight": out.flatten(0, 1).mT.contiguous()}
     if biased == {True}:
@@ -200,7 +221,7 @@ def to_layer(where: str, kind: str | None, leaves: Leaves, image: Image | None) 
         kind = "Dense"
     if kind is not None:
         check_kind(where, kind)
-    if weight is None or kind == "Embed" or weight.ndim == 1:
+    if weight is None or kind == "Embed" or (weight.ndim == 1 and kind not in _KERNELS):
         name = "embedding" if kind == "Embed" else "scale"
         converted = {} if weight is None else {name: weight}
         return {**converted, **{theirs.get(name, name): x for name, x in leaves.items()}}
@@ -212,6 +233,8 @@ def _to_kernel(where: str, kind: str, weight: Tensor, image: Image | None) -> Te
         raise ValueError(
             f"{where}: {kind} has no inverse; convert the layer as 'Dense' and reshape its kernel"
         )
+    if weight.ndim < 2 or (weight.ndim > 2) != (kind in _WINDOWED):
+        raise ValueError(f"{where}: a weight {list(weight.shape)} is not that of a {kind}")
     if kind == "ConvTranspose":
         kernel = weight.flip(*range(2, weight.ndim)).movedim((1, 0), (-1, -2))
     else:
@@ -230,6 +253,11 @@ def check_kind(where: str, kind: str) -> None:
 
 def check_image(where: str, image: Image, kernel: Tensor) -> Image:
     """Raise unless the kernel has an input for each number of the images."""
+    if len(image) != 3 or not all(isinstance(n, int) and n > 0 for n in image):
+        raise ValueError(
+            f"{where}: image must be (channels, height, width), three positive integers, got "
+            f"{image!r}"
+        )
     channels, height, width = image
     if kernel.ndim != 2 or channels * height * width != kernel.shape[0]:
         raise ValueError(

@@ -150,6 +150,13 @@ def _variables(file: KerasFile, layers: Sequence[_Layer]) -> tuple[dict[str, Ten
     found, left = {}, dict(file.arrays)
     for layer in layers:
         for name, place in _places(layer, file) if layer.rule else ():
+            if place not in left:
+                raise ValueError(
+                    f"from_keras: the file has no weights of {layer.path!r} ({layer.sort}) at "
+                    f"{place!r}: it was saved before it was built, or it is shared by several "
+                    "models in this one, and a .keras file has shared weights once; an .h5 file "
+                    "has them in each: model.save('model.h5')"
+                )
             x = left.pop(place)
             if layer.sort.startswith("Depthwise"):  # [*window, in, n]: in groups of one channel
                 x = x.flatten(-2).unsqueeze(-2) if x.ndim > 1 else x

@@ -150,12 +150,14 @@ def conversion(kernel, bias, how):
     if how in ("as it is", "none of these layouts"):
         return "–"
     wanted = LAYOUTS[how](kernel)
-    for kind in ("Dense", "Conv", "ConvTranspose"):
+    for kind in ("Dense", "Conv", "ConvTranspose", "ConvTranspose(transpose_kernel=True)"):
         for name, theirs in (("", kernel), (" of `w.mT`", kernel.mT)):
-            if (kind == "Dense") == (kernel.ndim == 2):
+            try:
                 found = from_flax({"kernel": theirs, "bias": bias.flatten()}, kind=kind)["weight"]
-                if found.shape == wanted.shape and torch.equal(found, wanted):
-                    return f'`kind="{kind}"`{name}'
+            except ValueError:  # another number of axes, or of outputs
+                continue
+            if found.shape == wanted.shape and torch.equal(found, wanted):
+                return f'`kind="{kind}"`{name}'
     return "by hand"
 
 

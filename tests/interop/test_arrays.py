@@ -44,12 +44,12 @@ def test_what_torch_cannot_share_is_copied():
 
 
 def test_numpy_errors_name_the_path():
-    with pytest.raises(TypeError, match=r"to_numpy: at 'fc.w': expected a tensor, got float 1.0"):
+    with pytest.raises(TypeError, match=r"to_numpy: at 'fc.w': expected a tensor, got 1.0 .float"):
         interop.to_numpy({"fc": {"w": 1.0}})
     with pytest.raises(ValueError, match=r"to_numpy: at 'w': the tensor requires grad.*detach"):
         interop.to_numpy({"w": torch.ones(1, requires_grad=True)})
     with pytest.raises(
-        TypeError, match=r"from_numpy: at 'w.1': expected a NumPy array, got Tensor"
+        TypeError, match=r"from_numpy: at 'w.1': expected a NumPy array, got a tensor"
     ):
         interop.from_numpy({"w": [np.ones(1), torch.ones(1)]})
     with pytest.raises(TypeError, match=r"from_numpy: at 'w': can't convert"):
@@ -99,10 +99,13 @@ def test_keys_go_both_ways(jax):
 
 
 def test_jax_errors_name_the_path(jax):
-    with pytest.raises(TypeError, match=r"from_jax: at 'w': expected a JAX array, got Tensor"):
+    with pytest.raises(TypeError, match=r"from_jax: at 'w': expected a JAX array, got a tensor"):
         interop.from_jax({"w": torch.ones(1)})
-    with pytest.raises(TypeError, match=r"to_jax: at '0': expected a tensor, got int 3"):
+    with pytest.raises(TypeError, match=r"to_jax: at '0': expected a tensor, got 3 .int"):
         interop.to_jax([3])
+    core = pytest.importorskip("flax.core")
+    with pytest.raises(TypeError, match=r"got a FrozenDict, a mapping .*flax\.core\.unfreeze"):
+        interop.from_jax(core.freeze({"w": jax.numpy.ones(1)}))
 
 
 # ----------------------------------------------------------------------------------- Flax

@@ -1,12 +1,13 @@
 """Layers of Flax and their counterparts in torch give the same values from converted parameters."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn as oo
 from torch.func import functional_call
 
-from fdl import interop, tree
+from fdl import interop, nn, tree
 from tests.support.asserts import close, draw
 
 jax = pytest.importorskip("jax")
@@ -216,6 +217,20 @@ def test_a_shape_to_fill_tells_the_class(kind):
         interop.from_flax({"up": layer})
 
 
+def test_a_bias_tells_a_transposed_kernel():
+    """[*window, out, in]: of a shape to fill, it has that of a ConvTranspose."""
+    layer = {"kernel": draw(0, 3, 5, 2, 4), "bias": draw(1, 2)}
+    expected = interop.from_flax(layer, kind="ConvTranspose(transpose_kernel=True)")
+    assert expected["weight"].shape == (4, 2, 3, 5)
+    close(interop.from_flax({"up": layer}, like={"up": expected}), {"up": expected}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "axes"), [("Conv", 2), ("Dense", 4), ("Dense", 1)])
+def test_a_weight_of_another_number_of_axes_is_refused(kind, axes):
+    with pytest.raises(ValueError, match=f"to_flax: a weight .* is not that of a {kind}"):
+        interop.to_flax({"weight": torch.ones([2] * axes)}, kind=kind)
+
+
 def test_what_like_does_not_have_or_has_otherwise_is_listed():
     variables = {"params": {"a": DENSE, "b": {"scale": torch.ones(3)}}}
     like = {"a": {"weight": torch.ones(2, 5), "bias": torch.ones(2)}, "c": torch.ones(1)}
@@ -269,6 +284,19 @@ def test_statistics_go_where_the_buffers_are():
         ({**HEADS, "out": SPLIT}, {}, ValueError, "must have one number of features"),
         ({**HEADS, "out": OUT, "norm": OUT}, {}, ValueError, r"with the leaves \['key', 'norm'"),
         ({**HEADS, "out": {"kernel": OUT["kernel"]}}, {}, ValueError, "no rule for 'query' with"),
+        ({**HEADS, "out": {**OUT, "bias": torch.ones(2)}}, {}, ValueError, r"'out' must be \[4\]"),
+        ({"kernel": KERNEL, "bias": torch.ones(4)}, {"kind": "ConvTranspose"}, ValueError,
+         r"bias of a ConvTranspose .* expected 2 .*kind='ConvTranspose\(transpose_kernel=True\)'"),
+        ({**DENSE, "bias": torch.ones(3)}, {}, ValueError, r"bias of a Dense .*expected 2 .*\[3\]"),
+        ({"kernel": KERNEL[0, 0]}, {"kind": "Conv"}, ValueError, r"a window.* got \[2\]"),
+        ({"embedding": KERNEL}, {}, ValueError, r"an Embed has an embedding \[n, features\]"),
+        ({"a": {"kernel": np.ones(3)}}, {}, TypeError, r"got numpy float64\[3\]; from_jax"),
+        (DENSE, {"image": (-2, -2, 1)}, ValueError, "three positive integers, got .-2"),
+        (DENSE, {"image": (2, 2)}, ValueError, "three positive integers"),
+        (DENSE, {"image": 4}, TypeError, r"image must be \(channels, height, width\).* got an int"),
+        (DENSE, {"kind": ["Dense"]}, TypeError, "kind must be the name of a class.* got a list"),
+        ({"a": DENSE}, {"names": ["a"]}, TypeError, "names must be a dict .* got a list"),
+        (DENSE, {"like": (nn.linear(4, 2), {})}, TypeError, "like must be what model.init returned"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(layer, options, error, text):
