@@ -120,7 +120,9 @@ def convert(
     """Do what `from_flax` does with the trees of several collections."""
     image, kind = _by_path(caller, parts, image, kind)
     if not isinstance(names, Mapping | None):
-        raise TypeError(f"{caller}: names must be a dict from paths to paths, got {describe(names)}")
+        raise TypeError(
+            f"{caller}: names must be a dict from paths to paths, got {describe(names)}"
+        )
     wanted = {} if like is None else flatten_dict(like)
     if isinstance(like, tuple):  # (params, buffers)
         wanted = {path.partition(".")[2]: x for path, x in wanted.items()}

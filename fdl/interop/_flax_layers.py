@@ -142,7 +142,9 @@ def from_layer(
     if kind in _NORMS and (bad := [x for x in leaves.values() if x.ndim != 1]):
         raise ValueError(f"{where}: a {kind} over one axis only, got {describe(bad[0])}")
     if kind == "Embed" and (bad := [x for x in leaves.values() if x.ndim != 2]):
-        raise ValueError(f"{where}: an Embed has an embedding [n, features], got {describe(bad[0])}")
+        raise ValueError(
+            f"{where}: an Embed has an embedding [n, features], got {describe(bad[0])}"
+        )
     if image is not None:
         raise ValueError(f"{where}: image is for a dense layer, got a {kind}")
     return {_NAMES.get(name, name): x for name, x in leaves.items()}

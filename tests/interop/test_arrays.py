@@ -114,13 +114,13 @@ def test_jax_errors_name_the_path(jax):
 def test_layouts_there_and_back():
     weight, bias = draw(0, 5, 4, 3, 2), draw(1, 5)
     layer = {"weight": weight, "bias": bias}
-    flax = interop.to_flax(layer)
+    flax = interop.to_flax(layer, kind="Conv")
     assert flax["kernel"].shape == (3, 2, 4, 5) and flax["kernel"].is_contiguous()
     assert flax["kernel"][2, 1, 3, 4] == weight[4, 3, 2, 1]
-    close(interop.from_flax(flax), layer, rtol=0, atol=0)
+    close(interop.from_flax(flax, kind="Conv"), layer, rtol=0, atol=0)
 
     dense = {"weight": draw(2, 5, 2 * 3 * 4)}
-    flax = interop.to_flax(dense, image=(2, 3, 4))
+    flax = interop.to_flax(dense, image=(2, 3, 4), kind="Dense")
     x = draw(3, 6, 2, 3, 4)
     close(x.permute(0, 2, 3, 1).flatten(1) @ flax["kernel"], x.flatten(1) @ dense["weight"].T)
     close(interop.from_flax(flax, image=(2, 3, 4)), dense, rtol=0, atol=0)
@@ -130,7 +130,7 @@ def test_layouts_there_and_back():
     close(interop.from_flax(interop.to_flax(norm)), norm, rtol=0, atol=0)
     for convert, name in ((interop.from_flax, "kernel"), (interop.to_flax, "weight")):
         with pytest.raises(ValueError, match=r"image=\(1, 2, 2\), .* expected 3, got 4"):
-            convert({name: torch.ones(3, 3)}, image=(1, 2, 2))
+            convert({name: torch.ones(3, 3)}, image=(1, 2, 2), kind="Dense")
 
 
 @pytest.mark.slow
@@ -169,8 +169,8 @@ def test_a_lenet_of_flax_and_optax(jax):
     theirs = interop.from_jax(params)["params"]
     ours = {
         "conv": {
-            "0": interop.from_flax(theirs["Conv_0"]),
-            "3": interop.from_flax(theirs["Conv_1"]),
+            "0": interop.from_flax(theirs["Conv_0"], kind="Conv"),
+            "3": interop.from_flax(theirs["Conv_1"], kind="Conv"),
         },
         "fc": {
             "0": interop.from_flax(theirs["Dense_0"], image=(16, 4, 4)),
@@ -187,8 +187,8 @@ def test_a_lenet_of_flax_and_optax(jax):
     assert moved.abs().max() > 0.1
 
     again = {
-        "Conv_0": interop.to_flax(ours["conv"]["0"]),
-        "Conv_1": interop.to_flax(ours["conv"]["3"]),
+        "Conv_0": interop.to_flax(ours["conv"]["0"], kind="Conv"),
+        "Conv_1": interop.to_flax(ours["conv"]["3"], kind="Conv"),
         "Dense_0": interop.to_flax(ours["fc"]["0"], image=(16, 4, 4)),
         "Dense_1": interop.to_flax(ours["fc"]["2"]),
         "Dense_2": interop.to_flax(ours["fc"]["4"]),
