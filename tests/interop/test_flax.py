@@ -296,7 +296,7 @@ def test_statistics_go_where_the_buffers_are():
         (DENSE, {"image": 4}, TypeError, r"image must be \(channels, height, width\).* got an int"),
         (DENSE, {"kind": ["Dense"]}, TypeError, "kind must be the name of a class.* got a list"),
         ({"a": DENSE}, {"names": ["a"]}, TypeError, "names must be a dict .* got a list"),
-        (DENSE, {"like": (nn.linear(4, 2), {})}, TypeError, "like must be what model.init returned"),
+        (DENSE, {"like": (nn.linear(4, 2), {})}, TypeError, "like must be what model.init"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(layer, options, error, text):

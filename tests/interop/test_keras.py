@@ -153,7 +153,9 @@ CASES = {
     "weights of another": (
         lambda c: layer(c, "hidden")["config"].update(name="other"), None,
         "has the weights of 'hidden'"),
-    "a missing array": (None, lambda f: f.__delitem__(CONV), "no weights of 'conv' .Conv2D. at 'layers/conv2d/vars/0'.*shared by several models"),
+    "a missing array": (
+        None, lambda f: f.__delitem__(CONV),
+        "no weights of 'conv' .Conv2D. at 'layers/conv2d/vars/0'.*shared by several models"),
     "one array more": (
         None, lambda f: f.create_dataset("layers/dense/vars/2", data=[1.0]),
         "weights of .*'hidden' .Dense"),
