@@ -63,8 +63,8 @@ def from_flax(
     Raises:
         TypeError: a leaf is not a tensor (with its path), or an argument is of another type.
         ValueError: a layer has no rule, or several (with its path); a kernel has another number of
-            inputs than `image`, or of outputs than its bias; a path of `image`, `kind` or `names` is not in `layer`; or the
-            paths and shapes are not those of `like` (each is listed).
+            inputs than `image`, or of outputs than its bias; a path of `image`, `kind` or `names`
+            is not in `layer`; or the paths and shapes are not those of `like` (each is listed).
     """
     return convert("from_flax", _collections("from_flax", layer), image, kind, like, names)
 
