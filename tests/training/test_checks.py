@@ -53,6 +53,10 @@ CASES = {
         lambda: fdl.supervised(interop.from_module(MODULE), losses.mse),
         "got a tuple; pass the model alone, the first of them",
     ),
+    "an array": (
+        lambda: NET.apply(PARAMS, X.numpy()),
+        r"linear\(3, 2\): x must be a tensor, got numpy .*; convert arrays with interop",
+    ),
     "a class of losses": (
         lambda: fdl.supervised(NET, torch.nn.MSELoss),
         r"loss must be .* got the class MSELoss; make an instance, MSELoss\(\)",
