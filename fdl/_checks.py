@@ -12,7 +12,7 @@ from torch import Tensor
 
 def check_positive(caller: str, name: str, value: int) -> None:
     """Raise unless `value` is an int of at least 1."""
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
@@ -47,6 +47,16 @@ def check_accepts(
             f"{what} must accept {expected}, got {describe(function)} with the signature "
             f"{signature} ({error})"
         ) from None
+
+
+def module_of(x: Any) -> str:
+    """Return the name of the module that defines a function or a class, "" if none is known.
+
+    >>> module_of(inspect.signature), module_of(eval("lambda: 0", {"__name__": None}))
+    ('inspect', '')
+    """
+    name = getattr(x, "__module__", None)
+    return name if isinstance(name, str) else ""
 
 
 def describe(x: Any) -> str:

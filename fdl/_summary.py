@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from fdl import random, tree
-from fdl._checks import describe
+from fdl._checks import check_accepts, describe
 from fdl._table import WIDTH, aligned
 from fdl.nn import Model, StatefulModel
 from fdl.nn._model import check_model, check_not_factory, is_model
@@ -53,7 +53,7 @@ def summary(model: Model | StatefulModel | Callable[..., Any], *args: Any) -> st
 
     Raises:
         TypeError: `model` is none of these, or the input is missing.
-        ValueError: the model reads the values of tensors.
+        ValueError: the model reads the values of tensors, as `cond` does, which takes one branch.
 
     >>> from fdl import nn
     >>> net = nn.sequential(hidden=nn.linear(784, 256), act=nn.relu, out=nn.linear(256, 10))
@@ -110,10 +110,23 @@ def _run(model: Any, args: Any, record: Callable[[str, Any], None]) -> tuple[Tre
     if not is_model(model):
         return args[0], model(*args, **_keyword(model, record))
     devices = [leaf.device for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
+    _check_arguments(model, args)
     made = model.init(random.key(0, *devices[:1]))
     if isinstance(model, StatefulModel):
         return made[0], model.apply(*made, *args, **_keyword(model.apply, record))[0]
     return made, model.apply(made, *args, **_keyword(model.apply, record))
+
+
+def _check_arguments(model: Any, args: Any) -> None:
+    """Raise if a model takes fewer arguments, as it does if the parameters are among them."""
+    made = ("params", "buffers") if isinstance(model, StatefulModel) else ("params",)
+    try:
+        check_accepts("summary: model", model.apply, "", (*made, *map(str, range(len(args)))))
+    except TypeError:
+        raise TypeError(
+            f"summary: the model takes another number of inputs than {len(args)}; its parameters "
+            "are made here, so call summary(model, x), or summary(model.apply, params, x)"
+        ) from None
 
 
 def _keyword(apply: Callable[..., Any], record: Callable[[str, Any], None]) -> dict[str, Any]:

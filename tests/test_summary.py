@@ -147,6 +147,12 @@ def test_a_module_and_shared_parameters():
     assert rows(table)["total"] == ["", "4×3", "12", "144"]
 
 
+@pytest.mark.parametrize("net", [nn.linear(3, 4), nn.batch_norm(3)], ids=["Model", "Stateful"])
+def test_parameters_beside_a_model_are_too_many(net):
+    with pytest.raises(TypeError, match=r"number of inputs than 2; its parameters are made here"):
+        fdl.summary(net, net.init(random.key(0)), torch.ones(5, 3))
+
+
 def test_a_model_with_buffers():
     net = nn.sequential(nn.linear(3, 4), nn.batch_norm(4), nn.relu)
     assert fdl.summary(net, torch.ones(5, 3)) == (

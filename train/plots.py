@@ -137,15 +137,15 @@ def draw_mistakes(
     figure: Any = Figure(figsize=(17, 8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(8, 9))
     _matrix(left.subplots(), matrix, labels)
-    right.suptitle("largest loss: the label, and in red what is predicted")
+    right.suptitle("largest loss: the label, and what is predicted (red: wrong)")
     panels = right.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
     for axes, image, label, other in zip(panels, *worst, predicted, strict=False):
         _show(axes, image)
         axes.set_title(f"{labels[int(label)]}\n", fontsize=9)
-        red = {"color": "C3", "fontsize": 9, "transform": axes.transAxes}
-        axes.text(0.5, 1.04, labels[int(other)], ha="center", **red)
+        shown = {"color": "C3" if other != label else "C2", "transform": axes.transAxes}
+        axes.text(0.5, 1.04, labels[int(other)], ha="center", fontsize=9, **shown)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
 

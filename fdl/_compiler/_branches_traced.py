@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fdl import _modes, tree
+from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._closed_body import close_body
 from fdl._compiler._graph import COND, is_smooth, results_of
 from fdl._compiler._loops import (
@@ -128,7 +129,16 @@ def _write(branches: tuple[Branch, Branch], operands: list[Tensor]) -> list[Tens
     pred, *rest = operands
     rest = copy_aliases(rest, [])  # the operator refuses operands that share memory
     yes, no = (pure_graph(branch, rest) for branch in branches)
-    return list(COND(pred, yes, no, tuple(rest)))
+    if not (calls_back(yes) or calls_back(no)):
+        return list(COND(pred, yes, no, tuple(rest)))
+
+    def with_filler(branch: Branch) -> Branch:  # there may be no result to keep
+        return lambda *z: [*branch(*z), torch.zeros((), device=pred.device)]
+
+    yes, no = (pure_graph(with_filler(branch), rest) for branch in branches)
+    *results, filler = COND(pred, yes, no, tuple(rest))
+    keep(filler)
+    return results
 
 
 def pure_graph(fn: Branch, operands: Sequence[Tensor]) -> GraphModule:

@@ -12,7 +12,7 @@ from fdl._compiler._blocks import register_blocks
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._compile_time import compile_faster
 from fdl._compiler._draws import register_draws
-from fdl._compiler._graph import WHILE
+from fdl._compiler._graph import COND, WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
@@ -165,6 +165,18 @@ def register() -> None:
     @register_lowering(CALLBACK, type_promotion_kind=None)
     def lower_callback(values: list[TensorBox], number: int, batches: int) -> None:
         Callback.create(cast(Any, CALLBACK), values, number, batches)
+
+    branch = lowerings[COND]
+
+    @register_lowering(COND, type_promotion_kind=None)
+    def lower_cond(*args: Any) -> Any:
+        # A branch may hold callbacks: it runs after those before it.
+        before = [op.get_name() for op in V.graph.operations if isinstance(op, Callback)]
+        count = len(V.graph.operations)
+        results = branch(*args)
+        for op in V.graph.operations[count:]:
+            V.graph.additional_buffer_deps[op.get_operation_name()].update(before)
+        return results
 
     @register_lowering(CHECK_SIGNALS, type_promotion_kind=None)
     def lower_check_signals(intact: bool) -> None:

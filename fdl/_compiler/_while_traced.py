@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from fdl._compiler._branches_traced import close, pure_graph
+from fdl._compiler._callbacks import calls_back, keep
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._fakes import make_symbols
 from fdl._compiler._graph import WHILE, is_smooth
@@ -83,11 +84,14 @@ def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:
     make_symbols(current_trace().mode)  # the operator asks for them
     condition = pure_graph(lambda *z: [loop.condition(*z)], [*carry, *constants])
     body = pure_graph(loop.body, [*carry, *constants])
-    return list(
+    results = list(
         WHILE(
             lambda *z: condition(*z)[0], lambda *z: tuple(body(*z)), tuple(carry), tuple(constants)
         )
     )
+    if calls_back(condition) or calls_back(body):
+        keep(results[0])
+    return results
 
 
 def _under_vmap(loop: While, operands: list[Tensor], interpreter: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import check_accepts, describe
+from fdl._checks import check_accepts, describe, module_of
 from fdl._masks import fill_masked
 from fdl._training._loss import StatefulLoss
 from fdl._training._state import TrainState
@@ -65,7 +65,7 @@ def check_loss(caller: str, loss: Any) -> None:
 
     >>> check_loss("here", lambda params, batch, *, train, key: (params, {}))
     """
-    if is_model(loss) or getattr(loss, "__module__", "").startswith(("fdl.nn.", "fdl.interop.")):
+    if is_model(loss) or module_of(loss).startswith(("fdl.nn.", "fdl.interop.")):
         raise TypeError(
             f"{caller}: loss must be the loss of a model, got {describe(loss)} of fdl itself; "
             "fdl.supervised(model, losses.mse) makes the loss of a model"

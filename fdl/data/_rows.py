@@ -56,6 +56,19 @@ def check_rows(caller: str, name: str, leaves: Mapping[str, Any]) -> None:
         )
 
 
+def check_within(caller: str, rows: Tensor, count: int) -> None:
+    """Raise unless all rows are from 0 to `count` - 1.
+
+    >>> import torch
+    >>> check_within("here", torch.tensor([2, 0]), 3)
+    """
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise ValueError(
+            f"{caller}: rows must be from 0 to {count - 1}, got {int(rows.min())} to "
+            f"{int(rows.max())}"
+        )
+
+
 def _shown(leaf: Any) -> str:
     how = "" if isinstance(leaf, Tensor) else conversion(leaf)
     return f"{checks.describe(leaf)}; {how}" if how else describe(leaf)

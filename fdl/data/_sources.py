@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, default_collate
 from fdl._checks import describe
 from fdl.data._batches import take
 from fdl.data._forms import batch_of
-from fdl.data._rows import check_rows
+from fdl.data._rows import check_rows, check_within
 from fdl.data._types import Batch, Dataset
 from fdl.tree import Tree, flatten_dict
 
@@ -52,6 +52,10 @@ set of torch with __getitem__ and __len__, got a list; of an iterable of batches
 def _items(dataset: Any, rows: Tensor) -> tuple[Tree, Tree]:
     """Read the items of a data set of torch, and stack them as a `DataLoader` does."""
     index, name = rows.tolist(), type(dataset).__name__
+    if not index:  # leaves [0, ...] of the right shapes
+        x, y = _items(dataset, torch.zeros(1, dtype=torch.int64))
+        return pytree.tree_map(lambda leaf: leaf[:0], (x, y))
+    check_within(f"stream: {name}", rows, len(dataset))
     many = getattr(dataset, "__getitems__", None)
     items = many(index) if many else [dataset[i] for i in index]
     for item in items:

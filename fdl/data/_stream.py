@@ -19,7 +19,7 @@ from torch import Tensor
 from fdl._checks import check_positive, describe
 from fdl._files import expanded
 from fdl.data._batches import index_and_mask
-from fdl.data._rows import check_rows
+from fdl.data._rows import check_rows, check_within
 from fdl.data._sources import Read, check_iterable, reader, stacked
 from fdl.data._types import Batch
 from fdl.tree import flatten_dict
@@ -170,11 +170,7 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
         )
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < lengths[0]:
-            raise ValueError(
-                f"on_disk: rows must be from 0 to {lengths[0] - 1}, got {int(rows.min())} to "
-                f"{int(rows.max())}"
-            )
+        check_within("on_disk", rows, lengths[0])
         first, second = (torch.from_numpy(_rows_of(path, rows.numpy())) for path in paths)
         return first, second
 

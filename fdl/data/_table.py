@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl._files import expanded
+from fdl.data._rows import check_within
 from fdl.data._sources import Read
 
 SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
@@ -40,8 +41,9 @@ def table(path: Path | str, x: str, y: str) -> Read:
     Raises:
         ImportError: pyarrow is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: a file is damaged or lacks a column, or there are no rows; at call: a row is not
-            in the files, or the column holds nulls, or lists or images of several shapes.
+        ValueError: a file is damaged or lacks a column, a column is of several types, or there are
+            no rows; at call: a row is not in the files, or the column holds nulls, lists or images
+            of several shapes, or images of more than 8 bits.
         TypeError: at call: the column holds something else, such as text.
 
     Example::
@@ -60,6 +62,7 @@ def table(path: Path | str, x: str, y: str) -> Read:
         parts = [part for file in files for part in _parts(file, (x, y))]
     except pyarrow.ArrowException as error:
         raise ValueError(f"table: a file of {path} is damaged: {error}") from error
+    _check_kinds(parts, (x, y))
     rows_of = [part.rows for part in parts]
     if not any(rows_of):
         raise ValueError(f"table: there are no rows in {path}")
@@ -68,11 +71,7 @@ def table(path: Path | str, x: str, y: str) -> Read:
     load = lru_cache(maxsize=1)(lambda i: parts[i].load())
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < total:
-            raise ValueError(
-                f"table: rows must be from 0 to {total - 1}, got {int(rows.min())} to "
-                f"{int(rows.max())}"
-            )
+        check_within("table", rows, total)
         if not rows.numel():  # leaves [0, ...] of the right shapes
             x_of_one, y_of_one = read(torch.zeros(1, dtype=torch.int64))
             return x_of_one[:0], y_of_one[:0]
@@ -94,13 +93,17 @@ class _Part(NamedTuple):
 
     rows: int
     load: Callable[[], Any]  # gives a pyarrow.Table of both columns
+    kinds: tuple[Any, Any]  # the types of the columns
+    file: Path
 
 
 def _files(path: Path) -> list[Path]:
     """List the files of a table."""
-    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not found:
-        raise FileNotFoundError(f"table: expected {', '.join(SUFFIXES)} files, got none at {path}")
+        got = "another file" if path.is_file() else "none"
+        raise FileNotFoundError(f"table: expected {', '.join(SUFFIXES)} files, got {got} at {path}")
     return found
 
 
@@ -109,35 +112,51 @@ def _parts(file: Path, names: tuple[str, str]) -> list[_Part]:
     from pyarrow import ipc, memory_map
     from pyarrow.parquet import ParquetFile
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         with ParquetFile(file) as parquet:
-            _check_names(file, parquet.schema_arrow.names, names)
+            kinds = _kinds(file, parquet.schema_arrow, names)
             counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
 
         def group(i: int) -> Any:
             with ParquetFile(file) as parquet:
                 return parquet.read_row_group(i, columns=list(dict.fromkeys(names)))
 
-        return [_Part(count, lambda i=i: group(i)) for i, count in enumerate(counts)]  # type: ignore[misc]
+        return [_Part(n, partial(group, i), kinds, file) for i, n in enumerate(counts)]
 
     import pyarrow
 
     with memory_map(str(file)) as mapped:
         arrow = ipc.open_file(mapped)
-        _check_names(file, arrow.schema.names, names)
+        kinds = _kinds(file, arrow.schema, names)
         counts = [arrow.get_batch(i).num_rows for i in range(arrow.num_record_batches)]
 
     def batch(i: int) -> Any:
         arrow = ipc.open_file(memory_map(str(file)))
         return pyarrow.Table.from_batches([arrow.get_batch(i)]).select(list(dict.fromkeys(names)))
 
-    return [_Part(count, lambda i=i: batch(i)) for i, count in enumerate(counts)]  # type: ignore[misc]
+    return [_Part(n, partial(batch, i), kinds, file) for i, n in enumerate(counts)]
 
 
-def _check_names(file: Path, has: list[str], names: tuple[str, str]) -> None:
+def _kinds(file: Path, schema: Any, names: tuple[str, str]) -> tuple[Any, Any]:
+    """Return the types of both columns."""
     for name in names:
-        if name not in has:
-            raise ValueError(f"table: {file} has no column {name!r}; it has {', '.join(has)}")
+        count = schema.names.count(name)
+        if count != 1:
+            what = f"{count} columns" if count else "no column"
+            has = ", ".join(schema.names)
+            raise ValueError(f"table: {file} has {what} {name!r}; it has {has}")
+    return schema.field(names[0]).type, schema.field(names[1]).type
+
+
+def _check_kinds(parts: list[_Part], names: tuple[str, str]) -> None:
+    """Raise unless all parts have the types of the first."""
+    for part in parts:
+        for name, first, kind in zip(names, parts[0].kinds, part.kinds, strict=True):
+            if kind != first:
+                raise ValueError(
+                    f"table: column {name!r} must have one type in all files, got {first} in "
+                    f"{parts[0].file} and {kind} in {part.file}; write one of them again"
+                )
 
 
 def _tensor(column: Any, what: str) -> Tensor:
@@ -176,12 +195,14 @@ def _images(contents: list[bytes], what: str) -> Tensor:
     try:
         for content in contents:
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.mode.startswith(("I", "F")):  # Pillow would clip them
+                    raise ValueError(f"one has more than 8 bits, mode {image.mode}")
                 grey = image.mode == "L"
                 array = np.array(image if grey else image.convert("RGB"))
             pixels.append(array if grey else array.transpose(2, 0, 1))
         return torch.from_numpy(np.stack(pixels))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise ValueError(
-            f"{what} must hold PNG, JPEG or WebP images of one size, all grey or all in colour: "
-            f"{error}"
+            f"{what} must hold PNG, JPEG or WebP images of 8 bits, of one size, all grey or all in "
+            f"colour: {error}"
         ) from error

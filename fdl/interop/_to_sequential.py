@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fdl._checks import describe
+from fdl._checks import describe, module_of
 from fdl.interop._as_module import check_buffers
 from fdl.interop._module import with_values
 from fdl.nn import Model, StatefulModel, gelu
@@ -155,7 +155,7 @@ def _axes_of(layer: Any) -> int | None:
 
 def _name_and_closed(fn: Any) -> tuple[str, Closed]:
     """Return the name of a local function of `fdl.nn`, such as "flatten.<lambda>"; else ""."""
-    if not getattr(fn, "__module__", None) or not fn.__module__.startswith("fdl.nn."):
+    if not module_of(fn).startswith("fdl.nn."):
         return "", {}
     return fn.__qualname__.replace("<locals>.", ""), _closed_over(fn)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import conversion, describe
 from fdl.nn._model import Model
 from fdl.nn.init import Initializer, kaiming_uniform, uniform
 from fdl.tree import Tree
@@ -82,10 +82,9 @@ def check_input(layer: str, x: Tensor, argument: str = "x") -> None:
         argument: the input's name, used in the error message.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{layer}: {argument} must be a tensor, got {describe(x)}; for inputs with several "
-            "parts write a Model whose apply takes them apart"
-        )
+        how = hasattr(x, "dtype") and conversion(x)
+        how = how or "for inputs with several parts write a Model whose apply takes them apart"
+        raise TypeError(f"{layer}: {argument} must be a tensor, got {describe(x)}; {how}")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
             f"{layer}: {argument} must be floating, got {describe(x)}; convert images with "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl._checks import check_accepts, describe
+from fdl._checks import check_accepts, describe, module_of
 from fdl.tree import Tree
 
 
@@ -112,7 +112,7 @@ def check_not_factory(caller: str, x: Any) -> None:
 
     >>> check_not_factory("layer '0'", torch.relu)
     """
-    module, name = (getattr(x, attribute, "") for attribute in ("__module__", "__qualname__"))
+    module, name = module_of(x), str(getattr(x, "__qualname__", ""))
     if not name.isidentifier() or isinstance(x, type):
         return
     if module.startswith("fdl.nn._") and module != "fdl.nn._activations":

@@ -58,6 +58,15 @@ def test_a_data_set_gives_the_rows_of_the_indices(source):
     assert tree.diff(list(data.stream(source, left, 2)), expected(left)) == []
 
 
+def test_rows_of_a_data_set_that_are_not_there_are_named_and_of_none_come_none():
+    some = Subset(TensorDataset(*POINTS), range(3))
+    for row, got in ((-1, "-1 to 1"), (3, "1 to 3")):
+        with pytest.raises(ValueError, match=f"Subset: rows must be from 0 to 2, got {got}"):
+            next(data.stream(some, torch.tensor([[1, row]]), 1))
+    chunk = next(data.stream(some, torch.zeros(2, 0, dtype=torch.int64), 2))
+    assert chunk.x.shape == (2, 0, 3)
+
+
 def test_items_may_hold_trees():
     class Pairs(Examples):
         def __getitem__(self, i):

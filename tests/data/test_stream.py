@@ -158,6 +158,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         (lambda: data.stream(take, INDEX.float(), 1), TypeError, "stream: .*int64"),
         (lambda: data.stream(take, INDEX, 0), ValueError, "stream: steps must be at least 1"),
         (lambda: data.stream(take, INDEX, 1.0), TypeError, "stream: steps must be an int"),
+        (lambda: data.stream(take, INDEX, True), TypeError, "steps must be an int, got True"),
         (lambda: data.stream(take, INDEX, 1, ahead=0), ValueError, "ahead must be at least 1"),
         (lambda: next(data.stream(len, INDEX, 1)), TypeError, r"must return a pair \(x, y\)"),
         (lambda: next(data.stream(lambda r: (r, 1), INDEX, 1)), TypeError, "what source returns"),

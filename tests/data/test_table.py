@@ -102,13 +102,22 @@ def test_neighbouring_rows_read_a_part_once(tmp_path, monkeypatch):
         ([[1.0], [None]] * 12, ValueError, "must hold no nulls"),
         ([[1.0], [1.0, 2.0]] * 12, ValueError, r"must hold lists of one length, got \[1, 2\]"),
         ([b"no image"] * N, ValueError, "must hold PNG, JPEG or WebP images"),
-        ([png(GREY[0]), png(GREY[0, :2])] * 12, ValueError, "images of one size"),
+        ([png(GREY[0]), png(GREY[0, :2])] * 12, ValueError, "of 8 bits, of one size"),
+        ([png(GREY[0].astype(np.uint16))] * N, ValueError, "more than 8 bits, mode I;16"),
     ],
 )
 def test_columns_that_make_no_tensor_are_named(x, error, message, tmp_path):
     read = data.table(written(tmp_path / "it.parquet", x=pa.array(x)), "x", "y")
     with pytest.raises(error, match=message):
         read(ROWS)
+
+
+def test_files_of_a_folder_have_columns_of_one_type(tmp_path):
+    written(tmp_path / "a.parquet")
+    path = written(tmp_path / "b.parquet", x=pa.array(range(7))).rename(tmp_path / "B.PARQUET")
+    assert data.table(path, "x", "y")(torch.tensor([6]))[0] == 6
+    with pytest.raises(ValueError, match=r"'x' .* one type .* int64 in .*B.*float in .*a\.parq"):
+        data.table(tmp_path, "x", "y")
 
 
 def test_errors_of_files_name_them(tmp_path, monkeypatch):
@@ -126,6 +135,14 @@ def test_errors_of_files_name_them(tmp_path, monkeypatch):
         (damaged := tmp_path / f"damaged.{suffix}").write_bytes(b"no table")
         with pytest.raises(ValueError, match=r"a file of .*damaged.* is damaged"):
             data.table(damaged, "x", "y")
+
+    (tmp_path / "it.csv").write_text("x,y")
+    with pytest.raises(FileNotFoundError, match=r"files, got another file at .*it\.csv"):
+        data.table(tmp_path / "it.csv", "x", "y")
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["x", "x"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet has 2 columns 'x'; it has x, x"):
+        data.table(tmp_path / "twice.parquet", "x", "x")
 
     def no_pyarrow(name, *args):
         if name.startswith("pyarrow"):

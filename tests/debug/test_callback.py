@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
 import fdl
-from fdl import debug, jit, scan
+from fdl import cond, debug, jit, scan, while_loop
 from fdl._compiler import _inductor
 from fdl._torch_compat import RELEASE
 
@@ -58,6 +58,25 @@ def in_order(x: Tensor) -> Tensor:
     return y
 
 
+def loud(x: Tensor) -> Tensor:
+    return cond(x.sum() > 0, shown, torch.cos, x)
+
+
+def branches_in_order(x: Tensor) -> Tensor:
+    debug.print("first")
+    loud(x)
+    debug.print("between")
+    loud(-x)
+    loud(2 * x)
+    debug.print("last")
+    return x
+
+
+def stepped(x: Tensor) -> Tensor:
+    debug.print("{}", x)
+    return x + 1
+
+
 ONES = lines([1.0] * 3)
 CASES: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
     "a tensor": (shown, ["x tensor([1., 1., 1.])"]),
@@ -66,6 +85,26 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
     "closed over": (lambda x: (debug.print("{}", XS[1]), x)[1], ["1.0"]),
     "scan": (walk, ONES),
     "scan without a use": (lambda x: (walk(x), x)[1], ONES),
+    "branches without a use": (
+        branches_in_order,
+        ["first", "x tensor([1., 1., 1.])", "between", "x tensor([2., 2., 2.])", "last"],
+    ),
+    "a branch without results": (
+        lambda x: (cond(x[0] > 0, lambda x: (shown(x), ())[1], lambda x: (), x), x)[1],
+        ["x tensor([1., 1., 1.])"],
+    ),
+    "a branch in a scan, without a use": (
+        lambda x: scan(lambda c, _: (loud(c), (c + 1, ()))[1], x, XS[:2])[0],
+        ["x tensor([1., 1., 1.])", "x tensor([2., 2., 2.])"],
+    ),
+    "grad of a branch without a use": (
+        grad(lambda x: (loud(x), x.sum())[1]),
+        ["x tensor([1., 1., 1.])"],
+    ),
+    "while without a use": (
+        lambda x: (while_loop(lambda i: i < 2, stepped, x[0]), x)[1],
+        ["1.0"],
+    ),
     "in order": (
         in_order,
         [

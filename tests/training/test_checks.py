@@ -53,6 +53,10 @@ CASES = {
         lambda: fdl.supervised(interop.from_module(MODULE), losses.mse),
         "got a tuple; pass the model alone, the first of them",
     ),
+    "an array": (
+        lambda: NET.apply(PARAMS, X.numpy()),
+        r"linear\(3, 2\): x must be a tensor, got numpy .*; convert arrays with interop",
+    ),
     "a class of losses": (
         lambda: fdl.supervised(NET, torch.nn.MSELoss),
         r"loss must be .* got the class MSELoss; make an instance, MSELoss\(\)",
@@ -353,3 +357,15 @@ def test_the_length_of_a_batch_may_be_dynamic():
 def test_a_partial_of_a_function_is_a_layer():
     net = nn.sequential(functools.partial(torch.clamp, min=0))
     close(net.apply({}, X), X.clamp(min=0))
+
+
+def test_a_function_without_a_module_is_a_loss_and_a_layer():
+    """What `exec` makes may have none."""
+    names = {"__name__": None, "torch": torch}
+    exec("def loss(params, batch, *, train, key): return params['weight'].sum(), {}", names)
+    exec("def layer(x): return x + 1", names)
+    assert names["loss"].__module__ is None
+    state, _ = fdl.train_step(names["loss"], OPT)(STATE, (X, Y))
+    assert torch.equal(state.params["bias"], STATE.params["bias"])
+    net = nn.sequential(names["layer"])
+    assert torch.equal(net.apply(net.init(KEY), X), X + 1)
