@@ -52,6 +52,23 @@ def images_at_home(home: Path) -> bool:
     return True
 
 
+def a_table_at_home(home: Path) -> Any:
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    parquet.write_table(table({"x": [1, 2], "y": [3, 4]}), home / "it.parquet")
+    return data.table("~/it.parquet", "x", "y")
+
+
+def refused_at_home(home: Path, read: Callable[[str], Any], library: str, name: str) -> bool:
+    """What has no content is found in the home folder, and refused."""
+    pytest.importorskip(library)
+    (home / name).mkdir()
+    with pytest.raises((ValueError, OSError), match=str(home / name)):
+        read(f"~/{name}")
+    return True
+
+
 # Each public function that takes a path, and something that is true if it took `~` for the home.
 AT_HOME: dict[str, Callable[[Path], Any]] = {
     "io.save": lambda home: (
@@ -84,6 +101,13 @@ AT_HOME: dict[str, Callable[[Path], Any]] = {
     "data.fashion_mnist": images_at_home,
     "data.on_disk": lambda home: (
         np.save(home / "it.npy", np.arange(3)) or data.on_disk("~/it.npy", "~/it.npy")
+    ),
+    "data.table": a_table_at_home,
+    "interop.from_keras": lambda home: refused_at_home(
+        home, fdl.interop.from_keras, "h5py", "it.keras"
+    ),
+    "interop.from_orbax": lambda home: refused_at_home(
+        home, fdl.interop.from_orbax, "orbax.checkpoint", "run"
     ),
 }
 # They take no path of a user: `Checkpoint` is what `checkpoints` returns, `TreeInfo` what `inspect`
