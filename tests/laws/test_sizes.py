@@ -69,7 +69,6 @@ TESTED_IN = {
     "_kinds.py": "io/test_schema.py",
     "_modes.py": "interop/test_rules.py",
     "_numerics.py": "test_population.py",
-    "_table.py": "test_summary.py",
     "_torch_compat.py": "random/test_checks.py",
     "_training/_loss.py": "training/test_step.py",
     "_training/_state.py": "training/test_step.py",

@@ -1,0 +1,3 @@
+"""Programs that made the files of other libraries need these libraries."""
+
+collect_ignore = ["files"]
