@@ -143,17 +143,22 @@ def rate_in_the_state():
     return {name: f"{x:.9g}" for name, x in cells.items()} | {CAUSE: why}
 
 
-def another_horizon():
-    """A cosine of 10 updates, resumed at update 5 with one of 20: the rates of updates 5 and 6."""
-    make = torch.optim.lr_scheduler.CosineAnnealingLR
+def cosine_at_5():
+    """An optimizer of torch and its cosine of 10 updates, after 5 of them."""
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
-    scheduler = make(optimizer, 10)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     for _ in range(5):
         optimizer.step()
         scheduler.step()
+    return optimizer, scheduler
+
+
+def another_horizon():
+    """A cosine of 10 updates, resumed at update 5 with one of 20: the rates of updates 5 and 6."""
+    optimizer, scheduler = cosine_at_5()
     saved = optimizer.state_dict(), scheduler.state_dict()
     again = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
-    longer = make(again, 20)
+    longer = torch.optim.lr_scheduler.CosineAnnealingLR(again, 20)
     again.load_state_dict(saved[0])
     longer.load_state_dict(saved[1])
     first = again.param_groups[0]["lr"]
@@ -169,13 +174,8 @@ def another_horizon():
 
 def another_horizon_by_last_epoch():
     """The same without the state of the scheduler: `last_epoch` says where it is."""
-    make = torch.optim.lr_scheduler.CosineAnnealingLR
-    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
-    scheduler = make(optimizer, 10)
-    for _ in range(5):
-        optimizer.step()
-        scheduler.step()
-    longer = make(optimizer, 20, last_epoch=4)
+    optimizer, _ = cosine_at_5()
+    longer = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, last_epoch=4)
     found = [optimizer.param_groups[0]["lr"]]
     for _ in range(15):
         optimizer.step()

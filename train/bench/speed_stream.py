@@ -59,8 +59,8 @@ def ways(images: Dataset, index: torch.Tensor, steps: int, folder: Path) -> dict
     step = fdl.train_step(fdl.supervised(models.lenet(), losses.cross_entropy), optim.sgd(0.1, 0.9))
 
     def of_batch(state: TrainState, batch: Batch) -> Any:
-        x = batch.x.reshape(-1, 1, 28, 28).float() / 255
-        return step(state, batch._replace(x=x))
+        x = batch.x.reshape(-1, 28, 28)  # rows of a table are flat
+        return step(state, batch._replace(x=data.to_float(x)))
 
     def resident(state: TrainState, images: Dataset, rows: torch.Tensor) -> TrainState:
         return fdl.scan(lambda s, row: of_batch(s, data.batch(images, row)), state, rows)[0]
