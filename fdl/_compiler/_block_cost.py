@@ -18,6 +18,7 @@ from fdl._compiler._block_product_cost import (
     LANES,
     cost_of_product,
     images_of_a_thread,
+    memory_of_block,
     products_pay,
 )
 from fdl._compiler._graph import VIEWS, value_of
@@ -27,8 +28,6 @@ from fdl._compiler._regions import DTYPES
 LIBRARY = 0.0087  # ns for a multiplication by oneDNN, whose vectors are of 16 channels
 OWN = 0.0070  # by the templates of `blocks/convolutions.h`
 MEMORY = 0.33  # ns to read or write a number of an activation of all images
-NEAR, FAR, FARTHEST = 0.04, 0.12, 0.4  # of one block, by the cache that it fits into
-NEAR_BYTES, FAR_BYTES = 1 << 20, 1 << 23
 START = 5000  # ns until the threads of a kernel have started and ended
 
 
@@ -59,11 +58,11 @@ def pays(group: list[Node]) -> bool:
             fused = node.target in ELEMENTWISE or node.target in VIEWS
             by_layers += MEMORY * numbers * (0.25 if fused else 1)
             moved += numbers
-    near = NEAR if largest <= NEAR_BYTES else FAR if largest <= FAR_BYTES else FARTHEST
     images = next(axis.images for axis in map(axis_of, group) if axis is not None)
     # Threads share the images of a layer, and its channels.
     layers = GAIN * by_layers * images / torch.get_num_threads() + START * kernels
-    return images_of_a_thread(images) * (in_blocks + near * moved) + START <= layers
+    in_blocks += memory_of_block(largest) * moved
+    return images_of_a_thread(images) * in_blocks + START <= layers
 
 
 def _up(channels: int, groups: int) -> int:

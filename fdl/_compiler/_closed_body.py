@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import Lock
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -30,6 +29,7 @@ from fdl import _modes
 from fdl._compiler._custom_functions import CannotClose, recording
 from fdl._compiler._differentiable_ops import has_strides_of_its_own
 from fdl._compiler._graph import is_smooth
+from fdl._compiler._patches import Hook, patching
 from fdl._compiler._purity import changed_in_place, innermost
 from fdl._compiler._scan_traced import FlatBody
 from fdl._compiler._trace import current_trace, plain, trace_flat, trace_part
@@ -250,30 +250,10 @@ def _replacing(wrap: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-# What no mode sees: (owner, name, what makes a replacement), and what was there before.
-HOOKS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+# What no mode sees: (owner, name, what makes a replacement of what is there).
+HOOKS: tuple[Hook, ...] = (
     (eager_transforms, "_wrap_for_grad", _replacing),  # the arguments of grad, jvp, …
     (torch._functorch.vmap, "_add_batch_dim", _replacing),
     (torch.autograd.Function, "apply", recording),
 )
-_ORIGINALS = [vars(owner)[name] for owner, name, _ in HOOKS]
-_lock, _users = Lock(), 0
-
-
-@contextmanager
-def _hooks() -> Iterator[None]:
-    """Replace functions of torch while a body is traced; outside of the body nothing changes."""
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            for (owner, name, replacement), original in zip(HOOKS, _ORIGINALS, strict=True):
-                setattr(owner, name, replacement(original))
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                for (owner, name, _), original in zip(HOOKS, _ORIGINALS, strict=True):
-                    setattr(owner, name, original)
+_hooks = patching(*HOOKS)

@@ -1,10 +1,10 @@
 """Graph rewrites: for speed on the CPU, and where Inductor's result would differ from torch's.
 
-torch passes matrix products to MKL, which uses older instructions on processors of other makers and
-is slow for narrow matrices everywhere. oneDNN, which torch uses for convolutions, generates kernels
-for the processor at hand: the products of a classifier with ten classes took a half to a third of
-the time. Small products are not worth a call of either (`_products.py`), and tiny ones are sums,
-which Inductor fuses with the operations around them.
+torch passes matrix products to MKL, which is slow for narrow matrices, and uses no vectors of 512
+bits on processors of other makers. oneDNN, which torch uses for convolutions, generates kernels for
+the processor at hand: the products of a classifier with ten classes took a half to a third of the
+time. Small products are not worth a call of either (`_products.py`), and tiny ones are sums, which
+Inductor fuses with the operations around them.
 
 A rule applies only if the node itself proves that the result is the same to rounding;
 `tests/compiler/test_passes.py` has a table for each.
@@ -24,7 +24,7 @@ from fdl._compiler._common_subexpressions import merge_equal
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._loop_products import move_products_out
-from fdl._compiler._lowerings import has_onednn
+from fdl._compiler._lowerings import is_for_onednn
 from fdl._compiler._merging import merge_families
 from fdl._compiler._outer_products import reduce_outer_products
 from fdl._compiler._products import PRODUCT, is_small
@@ -40,8 +40,13 @@ Rule = Callable[[Call, Node], Node | None]
 
 def rewrite(module: GraphModule, on_cpu: bool) -> None:
     """Apply the rules to a graph and to the bodies of its loops."""
+    _simplify(module)  # all of them, before a rule gives a product another name
+    _specialise(module, on_cpu)
+
+
+def _simplify(module: GraphModule) -> None:
     for child in module.children():
-        rewrite(cast(GraphModule, child), on_cpu)
+        _simplify(cast(GraphModule, child))
     replace_zero_products(module.graph)
     merge_equal(module.graph)
     reduce_outer_products(module.graph)
@@ -51,6 +56,11 @@ def rewrite(module: GraphModule, on_cpu: bool) -> None:
         if node.target is LOOP:
             body = module.get_submodule(cast(Any, node.args[0]).target)
             hoist_checks(node, cast(GraphModule, body).graph)
+
+
+def _specialise(module: GraphModule, on_cpu: bool) -> None:
+    for child in module.children():
+        _specialise(cast(GraphModule, child), on_cpu)
     _apply(RULES if on_cpu else EVERYWHERE, module.graph)
     if on_cpu:
         compute_in_blocks(module)
@@ -112,7 +122,7 @@ def _product(call: Call, node: Node, bias: Node | None, a: Node, b: Node) -> Nod
     fits = bias is None or value_of(bias).shape == (n,)
     if fits and is_small(value_of(a), value_of(b)):
         return call(PRODUCT, a, b, bias)
-    if m * n * k > TINY and dtype == torch.float32 and fits and has_onednn():
+    if m * n * k > TINY and dtype == torch.float32 and fits and is_for_onednn(m, k, n):
         transposed = call(aten.permute.default, b, [1, 0])
         return call(torch.ops.fdl.linear.default, a, transposed, bias)
     return None

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability
 
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
+SMALL_OF_SHORT_VECTORS = 1 << 18  # the same of two wide matrices, without vectors of 512 bits
+NARROW = 16  # columns, which a vector of 512 bits holds
 LONGEST = 1024  # terms of a sum
 
 torch.library.define("fdl::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
@@ -28,11 +31,18 @@ torch.library.register_fake(
 PRODUCT = torch.ops.fdl.product.default
 
 
+def has_wide_vectors() -> bool:
+    """Check for vectors of 512 bits, which oneDNN uses, and MKL on Intel's processors only."""
+    return get_cpu_capability() == "AVX512"
+
+
 def is_small(a: Tensor, b: Tensor) -> bool:
     """Check for a product of `[m, k]` and `[k, n]`, or of batches of them, worth a loop."""
     terms = a.shape[-1]
     fits = a.dtype is torch.float32 and 0 < terms <= LONGEST
-    return fits and a.numel() * b.shape[-1] <= SMALL and _has_vectors()
+    favoured = a.ndim > 2 or b.shape[-1] <= NARROW or has_wide_vectors()
+    most = SMALL if favoured else SMALL_OF_SHORT_VECTORS
+    return fits and a.numel() * b.shape[-1] <= most and _has_vectors()
 
 
 @cache

@@ -48,6 +48,7 @@ from fdl._compiler._graph import (
     results_of,
 )
 from fdl._compiler._indices import check_indices
+from fdl._compiler._patches import views_in_bodies
 from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
 from fdl._compiler._signature import flatten, paths, resolved, unflatten
@@ -262,7 +263,7 @@ def trace_flat(
     if any(is_mutable(node) for node in graph.graph.nodes):
         pure = functionalize(graph, remove="mutations")
         # The graph contains the casts, and no function that a mode would have to see.
-        with as_written(), torch._C.DisableTorchFunction():
+        with as_written(), torch._C.DisableTorchFunction(), views_in_bodies():
             graph = make_fx(pure, table, _allow_non_fake_inputs=True)(*fakes, *constants)
         constants += _lift(graph)
     graph.graph.eliminate_dead_code()

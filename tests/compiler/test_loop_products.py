@@ -19,6 +19,8 @@ from fdl._compiler import _loop_products
 from fdl._compiler._decompose import decompose
 from fdl._compiler._graph import LOOP, results_of
 from fdl._compiler._loop_products import move_products_out
+from fdl._compiler._passes import rewrite
+from fdl._compiler._products import PRODUCT
 from fdl._compiler._signature import flatten
 from fdl._compiler._trace import trace
 
@@ -57,12 +59,12 @@ def loss(params: dict[str, Tensor], x: Tensor, h: Tensor) -> Tensor:
     return (last**2).sum() + all_h.sin().sum()
 
 
-def products(module: Any) -> tuple[int, int]:
+def products(module: Any, operations: tuple[Any, ...] = PRODUCTS) -> tuple[int, int]:
     """Count the products of a graph, and those in the bodies of its loops."""
-    outside = [z for z in module.graph.nodes if z.target in PRODUCTS]
+    outside = [z for z in module.graph.nodes if z.target in operations]
     loops = module.graph.find_nodes(op="call_function", target=LOOP)
     bodies = [module.get_submodule(loop.args[0].target) for loop in loops]
-    return len(outside), sum(z.target in PRODUCTS for body in bodies for z in body.graph.nodes)
+    return len(outside), sum(z.target in operations for body in bodies for z in body.graph.nodes)
 
 
 def rewritten(fn: Callable[..., Any], *args: Any) -> tuple[int, int]:
@@ -136,6 +138,13 @@ def sums_of_numbers(x: Tensor) -> Any:
     return fdl.scan(body, (x[0], x[1], x[2]), x)
 
 
+def layer_of_gru(x: Tensor) -> Any:
+    """The gradient of torch's linear layer adds in place, outside of the loop."""
+    layer = fdl.nn.gru(INPUTS, UNITS)
+    params = {k: v.to(x.dtype) for k, v in layer.init(fdl.random.key(0)).items()}
+    return grad(lambda p, x: layer.apply(p, x)[0].square().sum())(params, x)
+
+
 W = randn(INPUTS, UNITS, seed=7)
 # name: function, arguments, products outside and inside of loops
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, int]]] = {
@@ -145,6 +154,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, int]]] = 
     "a product with other uses": (twice_used, (W, X, H), (1, 0)),
     "transposed rows": (columns, (randn(BATCH, 2, seed=8), X), (2, 0)),
     "a sum that is read": (sums_that_are_read, (W, X), (1, 0)),
+    "a layer": (layer_of_gru, (X,), (3, 2)),
     "sums of numbers": (sums_of_numbers, (X[:, 0, 0],), (0, 0)),
     "a sum of constants": (sum_of_constants, (W, X), (0, 1)),
 }
@@ -154,6 +164,20 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, int]]] = 
 def test_each_case(name: str) -> None:
     fn, args, expected = CASES[name]
     assert rewritten(fn, *args) == expected
+
+
+OPERATIONS = (*PRODUCTS, PRODUCT, torch.ops.fdl.linear.default)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["a forward pass", "every gradient", "a layer"])
+def test_all_passes_together(name: str, dtype: torch.dtype) -> None:
+    """No other pass hides the products of a body from this one."""
+    fn, args, (_, inside) = CASES[name]
+    leaves, spec = flatten((fdl.tree.map(lambda x: x.to(dtype), args), {}))
+    module = decompose(trace(fn, leaves, spec, unroll=False)).graph
+    rewrite(module, on_cpu=True)
+    assert products(module, OPERATIONS)[1] == inside
 
 
 TRANSFORMED: dict[str, Callable[..., Any]] = {
