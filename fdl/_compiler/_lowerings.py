@@ -18,6 +18,7 @@ from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import NARROW, has_wide_vectors, register_product
+from fdl._compiler._short_vectors import use_short_vectors
 from fdl._compiler._small_buffers import keep_small_buffers_on_the_stack
 from fdl._compiler._threads import start_fewer_threads
 
@@ -82,6 +83,7 @@ def register() -> None:
 
     compile_faster()
     start_fewer_threads()
+    use_short_vectors()
     register_leafwise()
     register_blocks()
     register_product()
