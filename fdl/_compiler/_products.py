@@ -17,9 +17,11 @@ from torch.backends.cpu import get_cpu_capability
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
-SMALL_OF_SHORT_VECTORS = 1 << 18  # the same of two wide matrices, without vectors of 512 bits
+# The same without vectors of 512 bits, by whether the result is narrow.
+SMALL_WIDE, SMALL_NARROW = 1 << 19, 1 << 22
 NARROW = 16  # columns, which a vector of 512 bits holds
 LONGEST = 1024  # terms of a sum
+WORTH_THREADS = 1 << 19  # multiplications, from which on threads share them
 
 torch.library.define("fdl::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
@@ -40,8 +42,9 @@ def is_small(a: Tensor, b: Tensor) -> bool:
     """Check for a product of `[m, k]` and `[k, n]`, or of batches of them, worth a loop."""
     terms = a.shape[-1]
     fits = a.dtype is torch.float32 and 0 < terms <= LONGEST
-    favoured = a.ndim > 2 or b.shape[-1] <= NARROW or has_wide_vectors()
-    most = SMALL if favoured else SMALL_OF_SHORT_VECTORS
+    most = SMALL
+    if a.ndim == 2 and not has_wide_vectors():
+        most = SMALL_NARROW if min(a.shape[0], b.shape[1]) <= NARROW else SMALL_WIDE
     return fits and a.numel() * b.shape[-1] <= most and _has_vectors()
 
 
@@ -56,10 +59,11 @@ def _has_vectors() -> bool:
 TYPES = ["const float*"] * 3 + ["float*"] + ["const int64_t"] * 13
 SOURCE = """
 #include <torch/csrc/inductor/cpp_prefix.h>
+#include <omp.h>
 namespace KERNEL_NAME_parts {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t width = Vec::size();
-constexpr int most_rows = width >= 16 ? 8 : 4;
+constexpr int most_rows = width >= 16 ? 8 : 6;  // as many sums as there are registers
 
 // Rows of the product, and `columns` of its columns, at most V vectors.
 template <int R, int V>
@@ -102,6 +106,9 @@ void panel(const float* a, int64_t a_row, int64_t a_column, const float* b, int6
     for (; i + most_rows <= rows; i += most_rows)
         block<most_rows, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                             columns, terms);
+    for (; i + 2 <= rows; i += 2)
+        block<2, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
+                    columns, terms);
     for (; i < rows; ++i)
         block<1, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                     columns, terms);
@@ -127,33 +134,53 @@ static void by_columns(const float* a, int64_t a_row, const float* b, int64_t b_
     }
 }
 
+// Columns of the product from j on, as many as fit into two vectors.
+static void panel_at(int64_t j, const float* a, int64_t a_row, int64_t a_column, const float* b,
+                     int64_t b_row, int64_t b_column, const float* bias, float* c, int64_t m,
+                     int64_t k, int64_t n, bool threads)
+{
+    alignas(64) float packed[LONGEST * 2 * width];  // columns of b, as rows of whole vectors
+    const int64_t columns = n - j < 2 * width ? n - j : 2 * width;
+    const int64_t padded = columns <= width ? width : 2 * width;
+    const float* from = b + j * b_column;
+    int64_t from_row = b_row;
+    if (b_column != 1 || columns < padded) {
+        if (columns < padded) std::fill(packed, packed + k * padded, 0.0f);
+        if (b_row == 1) {
+            for (int64_t q = 0; q < columns; ++q)
+                for (int64_t p = 0; p < k; ++p) packed[p * padded + q] = from[p + q * b_column];
+        } else {
+            for (int64_t p = 0; p < k; ++p)
+                for (int64_t q = 0; q < columns; ++q)
+                    packed[p * padded + q] = from[p * b_row + q * b_column];
+        }
+        from = packed;
+        from_row = padded;
+    }
+    const float* start = bias ? bias + j : nullptr;
+    auto* multiply = padded == width ? &panel<1> : &panel<2>;
+    constexpr int64_t some = 2 * most_rows;
+    auto rows = [&](int64_t i, int64_t count) {
+        multiply(a + i * a_row, a_row, a_column, from, from_row, start, c + j + i * n, n, columns,
+                 count, k);
+    };
+    if (!threads) return rows(0, m);
+    #pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < m; i += some) rows(i, m - i < some ? m - i : some);
+}
+
 static void by_rows(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
                     int64_t b_column, const float* bias, float* c, int64_t m, int64_t k, int64_t n)
 {
-    alignas(64) float packed[LONGEST * 2 * width];  // columns of b, as rows of whole vectors
-    for (int64_t j = 0; j < n; j += 2 * width) {
-        const int64_t columns = n - j < 2 * width ? n - j : 2 * width;
-        const int64_t padded = columns <= width ? width : 2 * width;
-        const float* from = b + j * b_column;
-        int64_t from_row = b_row;
-        if (b_column != 1 || columns < padded) {
-            if (columns < padded) std::fill(packed, packed + k * padded, 0.0f);
-            if (b_row == 1) {
-                for (int64_t q = 0; q < columns; ++q)
-                    for (int64_t p = 0; p < k; ++p) packed[p * padded + q] = from[p + q * b_column];
-            } else {
-                for (int64_t p = 0; p < k; ++p)
-                    for (int64_t q = 0; q < columns; ++q)
-                        packed[p * padded + q] = from[p * b_row + q * b_column];
-            }
-            from = packed;
-            from_row = padded;
-        }
-        const float* start = bias ? bias + j : nullptr;
-        if (padded == width)
-            panel<1>(a, a_row, a_column, from, from_row, start, c + j, n, columns, m, k);
-        else
-            panel<2>(a, a_row, a_column, from, from_row, start, c + j, n, columns, m, k);
+    const bool threads = m * k * n > WORTH_THREADS && !omp_in_parallel();
+    auto panel_from = [&](int64_t j, bool threads) {
+        panel_at(j, a, a_row, a_column, b, b_row, b_column, bias, c, m, k, n, threads);
+    };
+    if (threads && n > 4 * width) {  // they divide the panels; otherwise the rows of each
+        #pragma omp parallel for schedule(static)
+        for (int64_t j = 0; j < n; j += 2 * width) panel_from(j, false);
+    } else {
+        for (int64_t j = 0; j < n; j += 2 * width) panel_from(j, threads);
     }
 }
 
@@ -173,7 +200,7 @@ extern "C" void KERNEL_NAME(PARAMETERS)
             by_rows(a, a_row, a_column, b, b_row, b_column, bias, c, m, k, n);
     }
 }
-""".replace("LONGEST", str(LONGEST))
+""".replace("LONGEST", str(LONGEST)).replace("WORTH_THREADS", str(WORTH_THREADS))
 
 
 @cache

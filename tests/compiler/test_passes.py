@@ -111,7 +111,8 @@ def small_and_large() -> Iterator[tuple[str, Case]]:
         "few rows": (3, 40, 50), "rows left over": (13, 33, 31), "one column": (80, 70, 1),
         "17 columns": (9, 40, 17), "49 columns": (20, 20, 49), "one term": (90, 1, 80),
         "longest sum": (3, LONGEST, 4), "a longer one": (3, LONGEST + 1, 4),
-        "large": (110, 100, 100),
+        "large": (110, 100, 100), "narrow and long": (250, 784, 10),
+        "few long rows": (10, 250, 784), "for threads": (131, 67, 83),
     }  # fmt: skip
     assert SMALL < 110 * 100 * 100
     for name, (m, k, n) in sizes.items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx import GraphModule
 
@@ -18,6 +19,8 @@ from fdl import jit, random, scan, tree
 from fdl._compiler import _unknown_ops
 from fdl._compiler._closed_body import HOOKS
 from fdl._compiler._graph import LOOP
+from fdl._compiler._signature import flatten
+from fdl._compiler._trace import trace
 from fdl.transforms import checkpoint, stop_gradient
 from tests.support.soak import repeats
 
@@ -545,9 +548,26 @@ def test_threads_trace_one_after_the_other() -> None:
 
 @pytest.mark.usefixtures("plain_backend")
 def test_torch_is_as_it_was_after_a_trace() -> None:
-    before = [vars(owner)[name] for owner, name, _ in HOOKS]
+    hooks = [*HOOKS, (FunctorchFunctionalizeAPI, "functionalize", None)]
+    before = [vars(owner)[name] for owner, name, _ in hooks]
     jit(lambda w: grad(lambda w: total(tanh, w, C, XS))(w))(W)
-    assert [vars(owner)[name] for owner, name, _ in HOOKS] == before
+    jit(lambda w: fdl.scan(lambda c, x: (c + x.T, None), w.clone().add_(1), w.expand(2, 3, 3)))(W)
+    assert [vars(owner)[name] for owner, name, _ in hooks] == before
+
+
+def test_views_in_a_body_are_no_copies_if_a_function_writes_in_place() -> None:
+    """torch's functionalization would make them copies: a product reads its transpose at once."""
+
+    def fn(w: Tensor, x: Tensor) -> Any:
+        start = w.clone().add_(1)
+        return fdl.scan(lambda h, row: (h @ start.T + row.unsqueeze(1), h.sum()), start, x)
+
+    leaves, spec = flatten(((torch.rand(3, 3), torch.rand(4, 3)), {}))
+    graph = trace(fn, leaves, spec, unroll=False).graph
+    (body,) = (child for child in graph.children() if isinstance(child, GraphModule))
+    names = [str(node.target) for node in body.graph.nodes]
+    assert any("unsqueeze" in name for name in names)
+    assert not any("_copy" in name for name in names)
 
 
 @pytest.mark.slow

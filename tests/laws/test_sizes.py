@@ -53,6 +53,7 @@ TESTED_IN = {
     "_compiler/_lowerings.py": "compiler/test_passes.py",
     "_compiler/_merging.py": "compiler/test_families.py",
     "_compiler/_nans.py": "debug/test_nans.py",
+    "_compiler/_patches.py": "compiler/test_scan_transformed.py",
     "_compiler/_program_file.py": "compiler/test_export.py",
     "_compiler/_scan_dynamo.py": "compiler/test_scan.py",
     "_compiler/_scan_eager.py": "compiler/test_scan.py",
