@@ -28,12 +28,16 @@ Functions have the names, parameters and defaults of `jax.random`, and return th
 those of JAX 0.5.0 and later unless a docstring names another release:
 
 - bit by bit, for the same dtype: `key`, `split`, `fold_in`, `bits`, `uniform` on [0, 1),
-  `bernoulli`, `randint`, `permutation`, `rademacher`, and `choice` without `p`. JAX's default
-  integers are int32, and other draws, unless its x64 is on; those here are int64;
-- to a few units in the last place: `normal`, `truncated_normal`, `exponential`, `gumbel`,
-  `laplace`, `logistic`, `cauchy`, `orthogonal`, `multivariate_normal`;
-- the same, where rounding does not decide otherwise, one draw in many thousands: `categorical`,
-  `choice` with `p`, `gamma`, `beta`, `dirichlet`, `t`, `ball`, `poisson`, `binomial`.
+  `bernoulli`, `randint` (in 8 and 16 bits those of JAX 0.7 and later), `permutation`,
+  `rademacher` (those without x64), and `choice` without `p`. JAX's default integers are int32, and
+  of `randint` and `choice` other draws, unless its x64 is on; those here are int64;
+- to a few units in the last place of the largest step of their formula: `normal`,
+  `truncated_normal`, `exponential`, `gumbel`, `laplace`, `logistic`, `cauchy`, `orthogonal`,
+  `multivariate_normal`. Of a draw near 0, or in the tail of a truncated normal, these can be
+  hundreds of its own;
+- the same, where rounding does not decide otherwise, one draw in many thousands: `categorical` (of
+  logits in 32 and 64 bits), `choice` with `p`, `gamma`, `beta`, `dirichlet`, `t`, `ball`,
+  `poisson`, `binomial`.
 
 The bits come from the counter-based generator Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror
 and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, their library Random123), which is

@@ -328,13 +328,14 @@ def permutation(key: Key, x: int | Tensor, axis: int = 0) -> Tensor:
 def categorical(key: Key, logits: Tensor, axis: int = -1, shape: Shape | None = None) -> Tensor:
     """Draw class indices with probabilities `softmax(logits, axis)`, by the Gumbel-max trick.
 
-    Equals `jax.random.categorical` for logits of the same dtype, with x64 and without, but for one
-    draw in many thousands that rounding decides.
+    Equals `jax.random.categorical` for logits in float32 and float64, with x64 and without, but for
+    one draw in many thousands that rounding decides. For 16-bit logits JAX draws Gumbel numbers of
+    16 bits, of which many are equal; here they are of 32.
 
     Args:
         key: a key, int64 [2].
         logits: unnormalised log-probabilities, floating, with the classes along `axis`; -inf
-            excludes a class. 16-bit logits are converted to float32 first.
+            excludes a class. 16-bit logits are converted to float32.
         axis: axis of the classes.
         shape: shape of the result, to which the shape of `logits` without `axis` must broadcast.
             By default that shape.
