@@ -17,7 +17,7 @@ from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
-from fdl._compiler._products import NARROW, has_wide_vectors, register_product
+from fdl._compiler._products import NARROW, has_short_vectors, register_product
 from fdl._compiler._short_vectors import use_short_vectors
 from fdl._compiler._small_buffers import keep_small_buffers_on_the_stack
 from fdl._compiler._threads import start_fewer_threads
@@ -34,10 +34,10 @@ def has_onednn() -> bool:
 def is_for_onednn(rows: int, terms: int, columns: int) -> bool:
     """Check for a product in float32 that oneDNN computes faster than MKL.
 
-    With shorter vectors these are only the narrow ones of long rows, on which MKL is slow.
+    With AVX2 alone these are only the narrow ones of long rows, on which MKL is slow.
     """
     narrow = columns <= NARROW and rows * terms >= 1 << 16
-    return has_onednn() and (has_wide_vectors() or narrow)
+    return has_onednn() and (narrow or not has_short_vectors())
 
 
 @torch.library.custom_op("fdl::linear", mutates_args=())

@@ -17,7 +17,7 @@ from torch.backends.cpu import get_cpu_capability
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
-# The same without vectors of 512 bits, by whether the result is narrow.
+# The same with AVX2 alone, by whether the result is narrow.
 SMALL_WIDE, SMALL_NARROW = 1 << 19, 1 << 22
 NARROW = 16  # columns, which a vector of 512 bits holds
 LONGEST = 1024  # terms of a sum
@@ -33,9 +33,9 @@ torch.library.register_fake(
 PRODUCT = torch.ops.fdl.product.default
 
 
-def has_wide_vectors() -> bool:
-    """Check for vectors of 512 bits, which oneDNN uses, and MKL on Intel's processors only."""
-    return get_cpu_capability() == "AVX512"
+def has_short_vectors() -> bool:
+    """Check for AVX2 alone. AVX-512 is used by oneDNN, and by MKL on Intel's processors only."""
+    return get_cpu_capability() == "AVX2"
 
 
 def is_small(a: Tensor, b: Tensor) -> bool:
@@ -43,7 +43,7 @@ def is_small(a: Tensor, b: Tensor) -> bool:
     terms = a.shape[-1]
     fits = a.dtype is torch.float32 and 0 < terms <= LONGEST
     most = SMALL
-    if a.ndim == 2 and not has_wide_vectors():
+    if a.ndim == 2 and has_short_vectors():
         most = SMALL_NARROW if min(a.shape[0], b.shape[1]) <= NARROW else SMALL_WIDE
     return fits and a.numel() * b.shape[-1] <= most and _has_vectors()
 
