@@ -78,9 +78,15 @@ def remainder(x: Tensor, y: Tensor | float) -> Tensor:
     """Use `fmod`, which is exact and keeps the sign of a zero; x − y ⌊x/y⌋ would be rounded."""
     if not x.is_floating_point():
         return NotImplemented
+    y = y if isinstance(y, Tensor) else _scalar(y, x)
     rest = torch.fmod(x, y)
-    opposite = torch.logical_and(rest != 0, (rest < 0) != (torch.as_tensor(y) < 0))
+    opposite = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
     return torch.where(opposite, rest + y, rest)
+
+
+def fmod(x: Tensor, y: float) -> Tensor:
+    """Round the number to the dtype of x, as torch does."""
+    return torch.fmod(x, _scalar(y, x)) if x.is_floating_point() else NotImplemented
 
 
 def clamp_min(x: Tensor, low: float) -> Tensor:
@@ -112,6 +118,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
+    aten.fmod.Scalar: fmod,
     aten.clamp_min.default: clamp_min,
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,

@@ -13,7 +13,7 @@ A rule applies only if the node itself proves that the result is the same to rou
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import copysign, prod
+from math import copysign, isnan, prod
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,17 @@ def _add(call: Call, node: Node) -> Node | None:
     if _is_zero(x) and isinstance(y, Node):
         x, y = y, x
     return call(aten.add.Tensor, x, y, alpha=2) if _is_zero(y) else None
+
+
+def _full(call: Call, node: Node) -> Node | None:
+    """Round a number to the dtype that it fills, which Inductor forgets in 16 bits."""
+    size, value = cast(Any, node.args)
+    dtype = value_of(node).dtype
+    if dtype.itemsize != 2 or not dtype.is_floating_point or not isinstance(value, float):
+        return None
+    rounded = torch.tensor(value, dtype=dtype).item()
+    differs = rounded != value and not isnan(value)
+    return call(aten.full.default, size, rounded, **node.kwargs) if differs else None
 
 
 def _permute(call: Call, node: Node) -> Node | None:
@@ -216,6 +227,7 @@ def _is_zero(x: Any) -> bool:
 # A rule returns the replacement of a node, or None to keep it.
 EVERYWHERE: dict[Any, Rule] = {  # for correctness, also on CUDA
     aten.add.Tensor: _add,
+    aten.full.default: _full,
     aten.permute.default: _permute,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,

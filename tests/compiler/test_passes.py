@@ -4,6 +4,7 @@ Oracle: the same function run by eager torch, values and derivatives. A rule of 
 operation of `_decompositions` without a row fails.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import chain, product
 from typing import Any
@@ -275,9 +276,8 @@ TABLES: dict[Any, Callable[[], Iterator[tuple[str, Case]]]] = {
 
 
 def test_every_rule_has_a_table() -> None:
-    assert (
-        TABLES.keys() | {aten.add.Tensor} == (RULES | RULES_OF_PRODUCTS).keys()
-    )  # x + 0: in ELEMENTWISE
+    elsewhere = {aten.add.Tensor, aten.full.default}  # below: x + 0, and numbers in 16 bits
+    assert TABLES.keys() | elsewhere == (RULES | RULES_OF_PRODUCTS).keys()
 
 
 @pytest.mark.slow
@@ -340,6 +340,7 @@ ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
     aten.clamp_min.default: [lambda x: x.clamp(min=0), lambda x: x.clamp(0, 1), F.relu6],
     aten.clamp_max.default: [lambda x: x.clamp(max=0.0), F.hardtanh],
     aten.remainder.Scalar: [lambda x: x % 2, lambda x: x % -3, lambda x: x % 0.7],
+    aten.fmod.Scalar: [lambda x: torch.fmod(x, 2), lambda x: torch.fmod(x, -0.7)],
     aten.remainder.Tensor: [lambda x: x % torch.tensor([2.0]), lambda x: x % -torch.ones_like(x)],
     aten.pow.Tensor_Scalar: [
         *(lambda x, p=p: x**p for p in (0, 0.5, -0.5, 1, 2, 3, -1, -2, 1.5)),
@@ -386,6 +387,25 @@ def test_decompositions_leave_integers_as_they_are(dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------------------------------- roundings to 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_number_is_rounded_to_the_dtype_of_the_tensor(dtype: torch.dtype) -> None:
+    """0.7 lies between two numbers of 16 bits: a multiple of it is none of the rounded one."""
+    x = torch.cat([torch.tensor([0.7, -0.7, 1.4]), torch.linspace(-9, 9, 200)]).to(dtype)
+
+    def fn(x: Tensor) -> list[Tensor]:
+        return [
+            torch.full_like(x, 0.7) == x,
+            torch.full_like(x, math.nan),
+            x % 0.7,
+            torch.fmod(x, 0.7),
+            torch.fmod(x, x.new_full((), -0.7)),
+            x.clamp(-0.7, 0.7),
+        ]
+
+    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def kahan(carry: tuple[Tensor, Tensor], _: Any) -> tuple[tuple[Tensor, Tensor], Any]:
