@@ -13,7 +13,7 @@ import time
 from tests.differences.tables import PAGES, changes, committed, made_with, measured, rewritten
 from tests.differences.tables import releases as installed
 
-NAMES = ("optimizers", "draws", "files", "weights", "fashion-mnist")
+NAMES = ("optimizers", "draws", "compiled", "files", "weights", "fashion-mnist")
 
 
 def tables(page):

@@ -1,5 +1,9 @@
 """Measures docs/differences/fashion-mnist.md: the images as they are in the files."""
 
+import os
+import subprocess
+import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -7,6 +11,7 @@ import torch
 
 from fdl import data
 from tests.differences.tables import Table
+from train import config, evaluate
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -83,10 +88,37 @@ def predictions():
     return (torch.cat([x.double() / 255, ones], 1) @ weights).argmax(1) == y
 
 
+def apart(bound):
+    """Which test images have no training image that near."""
+    return nearest()[1] > (bound or -1)
+
+
 def accuracy(bound):
     """The accuracy of least squares on the test images that have no training image that near."""
-    rows = nearest()[1] > bound if bound else torch.ones(len(predictions()), dtype=torch.bool)
+    rows = apart(bound)
     return {"observed": f"{float(predictions()[rows].double().mean()):.4f} of {int(rows.sum())}"}
+
+
+def of_recipe(recipe):
+    """Train a recipe of `train` with its defaults, seed 0; its accuracy on the same parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        options = ["--data", str(FOLDER), "--out", str(run), "--seed", "0"]
+        subprocess.run(
+            [sys.executable, "-m", "train", recipe, *options],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # with others, sums are rounded otherwise
+        )
+        loaded = evaluate.load(config.Eval(run))
+        x, y = loaded.problem.test
+        parts = data.to_float(x).split(1000)
+        logits = [evaluate.apply(loaded.problem.model, loaded.state, part) for part in parts]
+    right = torch.cat(logits).argmax(1) == y
+    return {
+        name: f"{float(right[apart(bound)].double().mean()):.4f}" for name, bound in PARTS.items()
+    }
 
 
 def if_there(measure):
@@ -94,6 +126,8 @@ def if_there(measure):
     return measure() if FOLDER.is_dir() else {}
 
 
+PARTS = {"all test images": 0, "without those within 8": 8, "without those within 16": 16}
+RECIPES = ("softmax", "mlp", "dropout", "lenet", "lenet-bn")
 SPLITS = ("train", "test")
 ROWS = {
     **{f"{s}: mean and deviation of the pixels": partial(moments, s) for s in SPLITS},
@@ -111,6 +145,12 @@ TABLES = (
         "images",
         ("what", "observed"),
         {name: partial(if_there, measure) for name, measure in ROWS.items()},
+        ("torch",),
+    ),
+    Table(
+        "recipes",
+        ("recipe", *PARTS),
+        {name: partial(if_there, partial(of_recipe, name)) for name in RECIPES},
         ("torch",),
     ),
 )

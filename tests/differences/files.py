@@ -1,5 +1,7 @@
 """Measures docs/differences/files.md: one tree at a time through the files of several libraries."""
 
+import contextlib
+import io
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 
 import fdl
 from tests.differences.tables import Table
@@ -151,12 +154,53 @@ def through_orbax(value, path):
         return checkpointer.restore(path / "it"), None
 
 
+class Holder(torch.nn.Module):
+    """A model that returns a tree, so that the tree can be in the file of a program."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        """The tree; x is there since a program has an input."""
+        return self.value
+
+
+def through_pt2(value, path):
+    """`torch.export.save` of a model that returns the tree, loaded and called."""
+    program = torch.export.export(Holder(value), (torch.zeros(1),))
+    torch.export.save(program, path / "it.pt2")
+    return torch.export.load(path / "it.pt2").module()(torch.zeros(1)), path / "it.pt2"
+
+
+def through_onnx(value, path):
+    """`torch.onnx.export` of the same model, run by ONNX's reference implementation.
+
+    The file has a list of tensors; they are put back into the tree here.
+    """
+    import logging
+
+    from onnx.reference import ReferenceEvaluator
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Holder(value), (torch.zeros(1),), path / "it.onnx", dynamo=True)
+    model = ReferenceEvaluator(str(path / "it.onnx"))
+    inputs = dict.fromkeys(model.input_names, np.zeros(1, np.float32))
+    return pytree.tree_unflatten(
+        model.run(None, inputs), pytree.tree_structure(value)
+    ), path / "it.onnx"
+
+
 ROUTES = {
     "fdl.io": ("torch", through_fdl),
     "fdl.io, `like`": ("torch", through_fdl_like),
     "safetensors": ("safetensors", through_safetensors),
     "torch.save": ("torch", through_torch),
     "DCP": ("torch", through_dcp),
+    ".pt2": ("torch", through_pt2),
+    "ONNX, tensors": ("onnx", through_onnx),
     "npz": ("ml_dtypes", through_npz),
     "msgpack (Flax)": ("flax", through_msgpack),
     "Orbax": ("orbax", through_orbax),
@@ -237,6 +281,6 @@ TABLES = (
         "files",
         ("tree", *ROUTES),
         {name: partial(row, name) for name in values()},
-        ("torch", "safetensors", "numpy", "flax", "orbax-checkpoint"),
+        ("torch", "safetensors", "numpy", "flax", "orbax-checkpoint", "onnx"),
     ),
 )
