@@ -17,7 +17,7 @@ from torch.backends.cpu import get_cpu_capability
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 SMALL = 1 << 20  # multiplications, up to which these loops are as fast as a library
-# The same with AVX2 alone, by whether the result is narrow.
+# The same with AVX2 alone, by whether the result has few rows or columns.
 SMALL_WIDE, SMALL_NARROW = 1 << 19, 1 << 22
 NARROW = 16  # columns, which a vector of 512 bits holds
 LONGEST = 1024  # terms of a sum
@@ -44,7 +44,8 @@ def is_small(a: Tensor, b: Tensor) -> bool:
     fits = a.dtype is torch.float32 and 0 < terms <= LONGEST
     most = SMALL
     if a.ndim == 2 and has_short_vectors():
-        most = SMALL_NARROW if min(a.shape[0], b.shape[1]) <= NARROW else SMALL_WIDE
+        few_rows = a.shape[0] <= NARROW and b.stride(1) == 1  # else b is copied, for few products
+        most = SMALL_NARROW if b.shape[1] <= NARROW or few_rows else SMALL_WIDE
     return fits and a.numel() * b.shape[-1] <= most and _has_vectors()
 
 
