@@ -159,6 +159,7 @@ TIES = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0])
 ODD = torch.tensor([1.0, math.nan, 3.0, math.nan])
 KINKS = torch.tensor([-1.0, -0.0, 0.0, 1.0])
 BYTES = torch.tensor([0, 1, 200, 255], dtype=torch.uint8)
+SMALL = torch.tensor([1e-8, 1e-6, 1e-4]).repeat(8, 1)  # for whole vectors
 WIDE = torch.tensor([-1.5, 0.5, 2.5, 255.5, 256.0, 300.0])
 # name: function and its input
 VALUES = {
@@ -198,6 +199,8 @@ VALUES = {
     "argsort of ties, stable": (lambda x: x.argsort(stable=True), TIES),
     "float16 sum of 70000": (lambda x: x.sum(), torch.full((70,), 1000.0, dtype=torch.float16)),
     "float16 mean of 70000": (lambda x: x.mean(), torch.full((70,), 1000.0, dtype=torch.float16)),
+    "erf": (torch.erf, SMALL),
+    "atanh": (torch.atanh, SMALL),
     "bfloat16 fmod(x, 0.7)": (
         lambda x: torch.fmod(x, 0.7),
         torch.tensor([0.7, 1.4, 2.8, 7.0], dtype=torch.bfloat16),
@@ -239,7 +242,8 @@ def compiled():
 
 
 def shown(x):
-    """A dtype and numbers."""
+    """A dtype and numbers; of a matrix, the first row."""
+    x = x[0] if x.ndim > 1 else x
     numbers = ", ".join(f"{z:g}" if x.is_floating_point() else str(z) for z in x.flatten().tolist())
     return f"{str(x.dtype).removeprefix('torch.')}: {numbers}"
 
