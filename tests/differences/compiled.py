@@ -15,7 +15,7 @@ import fdl
 from tests.differences.tables import Table
 
 MADE_ON = "AVX2"  # vectors of 256 bits, `torch.backends.cpu.get_cpu_capability()`
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILERS = {
     "torch.compile": partial(torch.compile, fullgraph=True),
     "fdl.jit": partial(fdl.jit, strict=True),
@@ -97,14 +97,14 @@ def numbers(dtype):
 def operations(xs, special):
     """Apply all operations to each dtype, and those of single numbers to special ones."""
     every = ELEMENTWISE | REDUCING
-    results = {f"{name}, {i}": f(x) for i, x in enumerate(xs) for name, f in every.items()}
+    results = {f"{name}, {kind}": f(x) for kind, x in xs.items() for name, f in every.items()}
     return results | {f"{name}, special": f(special) for name, f in ELEMENTWISE.items()}
 
 
 @cache
 def compared():
     """The results of all operations, by compiler."""
-    inputs = tuple(map(numbers, DTYPES)), torch.tensor(SPECIAL)
+    inputs = {name: numbers(dtype) for name, dtype in DTYPES.items()}, torch.tensor(SPECIAL)
     ways = {name: make(operations)(*inputs) for name, make in COMPILERS.items()}
     return operations(*inputs), ways
 
@@ -145,8 +145,8 @@ def row(name):
         return {}
     eager, ways = compared()
     cells = {
-        f"{kind}, {way}": distance(eager[f"{name}, {i}"], results[f"{name}, {i}"])
-        for i, kind in enumerate(("float32", "bfloat16", "float16"))
+        f"{kind}, {way}": distance(eager[f"{name}, {kind}"], results[f"{name}, {kind}"])
+        for kind in DTYPES
         for way, results in ways.items()
     }
     key = f"{name}, special"
@@ -161,6 +161,7 @@ KINKS = torch.tensor([-1.0, -0.0, 0.0, 1.0])
 BYTES = torch.tensor([0, 1, 200, 255], dtype=torch.uint8)
 SMALL = torch.tensor([1e-8, 1e-6, 1e-4]).repeat(8, 1)  # for whole vectors
 WIDE = torch.tensor([-1.5, 0.5, 2.5, 255.5, 256.0, 300.0])
+TENTHS = torch.tensor([0.7, 1.4, 2.8, 7.0], dtype=torch.bfloat16)
 # name: function and its input
 VALUES = {
     "max of ties, index": (lambda x: x.max(0).indices, TIES),
@@ -201,21 +202,12 @@ VALUES = {
     "float16 mean of 70000": (lambda x: x.mean(), torch.full((70,), 1000.0, dtype=torch.float16)),
     "erf": (torch.erf, SMALL),
     "atanh": (torch.atanh, SMALL),
-    "bfloat16 fmod(x, 0.7)": (
-        lambda x: torch.fmod(x, 0.7),
-        torch.tensor([0.7, 1.4, 2.8, 7.0], dtype=torch.bfloat16),
-    ),
-    "bfloat16 x % 0.7": (
-        lambda x: x % 0.7,
-        torch.tensor([0.7, 1.4, 2.8, 7.0], dtype=torch.bfloat16),
-    ),
-    "bfloat16 x // 0.7": (
-        lambda x: x // 0.7,
-        torch.tensor([0.7, 1.4, 2.8, 7.0], dtype=torch.bfloat16),
-    ),
+    "bfloat16 fmod(x, 0.7)": (lambda x: torch.fmod(x, 0.7), TENTHS),
+    "bfloat16 x % 0.7": (lambda x: x % 0.7, TENTHS),
+    "bfloat16 x // 0.7": (lambda x: x // 0.7, TENTHS),
     "bfloat16 x == full_like(x, 0.7)": (
         lambda x: x == torch.full_like(x, 0.7),
-        torch.tensor([0.7, 1.4], dtype=torch.bfloat16),
+        TENTHS[:2],
     ),
     "bfloat16 (x + 1) − x": (
         lambda x: (x + 1) - x,
@@ -233,12 +225,8 @@ def apply_all(inputs):
 def values():
     """What all functions return, by the way they are called."""
     inputs = {name: x for name, (_, x) in VALUES.items()}
-    return {way: f(inputs) for way, f in {"eager": apply_all, **compiled()}.items()}
-
-
-def compiled():
-    """The function of all operations, by compiler."""
-    return {name: make(apply_all) for name, make in COMPILERS.items()}
+    ways = {name: make(apply_all)(inputs) for name, make in COMPILERS.items()}
+    return {"eager": apply_all(inputs), **ways}
 
 
 def shown(x):
@@ -253,7 +241,7 @@ def value(name):
     return {way: shown(results[name]) for way, results in values().items()}
 
 
-COLUMNS = [f"{kind}, {way}" for kind in ("float32", "bfloat16", "float16") for way in COMPILERS]
+COLUMNS = [f"{kind}, {way}" for kind in DTYPES for way in COMPILERS]
 TABLES = (
     Table(
         "operations",
