@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fdl._compiler._divisors import NONZERO
 from fdl._compiler._draws import WORDS
 from fdl._compiler._graph import is_mutable, may_be_view, memory, nodes_of, results_of
 from fdl._compiler._indices import IN_RANGE
@@ -49,7 +50,7 @@ def merge_equal(graph: Graph) -> None:
 def _can_merge(node: Node) -> bool:
     """Check for a pure operation of torch that is not a barrier."""
     op = node.target
-    if op in (getitem, IN_RANGE, WORDS):
+    if op in (getitem, IN_RANGE, NONZERO, WORDS):
         return True
     return (
         isinstance(op, OpOverload)

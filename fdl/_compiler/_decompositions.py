@@ -1,15 +1,16 @@
 """Decompositions into primitives: Inductor's, except for some that lose a NaN or a sign.
 
 In some of Inductor's a NaN takes the branch of ordinary numbers, so that the derivative of a loss
-that is NaN may be 0 or 1; and its `x % y` and `clamp` change the sign of a zero. The decompositions
-in this file equal torch's own kernels. Some are of views that copy, which Inductor lacks.
+that is NaN may be 0 or 1; its `x % y` and `clamp` change the sign of a zero; its `x // y` rounds
+x / y before it takes the floor. The decompositions in this file equal torch's own kernels. Some are
+of views that copy, which Inductor lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -89,6 +90,33 @@ def fmod(x: Tensor, y: float) -> Tensor:
     return torch.fmod(x, _scalar(y, x)) if x.is_floating_point() else NotImplemented
 
 
+def floor_divide(x: Tensor | float, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
+    """Take what `fmod` leaves off x first, so that the quotient is whole before it is rounded.
+
+    0.3 // 0.1 is 2 and 0.6 // 0.1 is 5: the doubles next to 0.3 and 0.6 are below the multiples of
+    that next to 0.1, though the quotients are rounded to 3 and 6.
+    """
+    dtype = torch.result_type(x, y)
+    if rounding_mode != "floor" or not dtype.is_floating_point:
+        return NotImplemented
+    device = (x if isinstance(x, Tensor) else cast(Tensor, y)).device
+    one_divisor = not isinstance(y, Tensor) or y.numel() == 1
+    wide = torch.float32 if one_divisor and dtype.itemsize == 2 else dtype  # as torch's kernels do
+    x, y = (
+        z.to(wide) if isinstance(z, Tensor) else torch.full((), z, dtype=wide, device=device)
+        for z in (x, y)
+    )
+    rest = torch.fmod(x, y)
+    below = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
+    whole = (x - rest) / y
+    whole = torch.where(below, whole - 1, whole)
+    nearest = torch.floor(whole)
+    nearest = torch.where(whole - nearest > 0.5, nearest + 1, nearest)
+    quotient = x / y
+    nearest = torch.where(whole == 0, torch.copysign(torch.zeros_like(x), quotient), nearest)
+    return torch.where(y == 0, quotient, nearest).to(dtype)
+
+
 def clamp_min(x: Tensor, low: float) -> Tensor:
     """Rely on `maximum` returning the second of two zeros."""
     return torch.maximum(_scalar(low, x), x) if x.is_floating_point() else NotImplemented
@@ -119,6 +147,8 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
     aten.fmod.Scalar: fmod,
+    aten.div.Tensor_mode: floor_divide,
+    aten.div.Scalar_mode: floor_divide,
     aten.clamp_min.default: clamp_min,
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,

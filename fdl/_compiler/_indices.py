@@ -138,7 +138,7 @@ def _is_integer(index: Tensor) -> bool:
 @torch.library.custom_op("fdl::in_range", mutates_args=())
 def in_range(index: Tensor, low: int, high: int) -> Tensor:
     """Return a copy of `index`; raise unless `low` <= index < `high` for all elements."""
-    if index.numel() and not (index.min() >= low and index.max() < high):
+    if not _is_in_range(index, low, high):
         raise IndexError(range_error(low, high))
     return index.clone()
 
@@ -169,7 +169,8 @@ def drop_checks(graph: Graph) -> None:
         index, low, high = cast(Any, node.args)
         # A loop body is traced a second time, with the checks that it already has.
         repeated = index.target is IN_RANGE and list(index.args[1:]) == [low, high]
-        if repeated or _always_passes(index, low, high):
+        constant = None if repeated else constant_value(index)
+        if repeated or (constant is not None and _is_in_range(constant, low, high)):
             node.replace_all_uses_with(index)
             graph.erase_node(node)
 
@@ -177,14 +178,18 @@ def drop_checks(graph: Graph) -> None:
 LARGEST = 2**16  # elements of a constant that is computed to be checked
 
 
-def _always_passes(index: Node, low: int, high: int) -> bool:
-    """Check an index that depends on no argument, such as the rows in `x[arange(n), labels]`."""
-    chain, rest = {index}, [index]
+def _is_in_range(index: Tensor, low: int, high: int) -> bool:
+    return bool(((index >= low) & (index < high)).all())
+
+
+def constant_value(of: Node) -> Tensor | None:
+    """Compute a value that depends on no argument, such as the rows in `x[arange(n), labels]`."""
+    chain, rest = {of}, [of]
     while rest:
         node = rest.pop()
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or value.numel() > LARGEST:
-            return False
+            return None
         rest += set(node.all_input_nodes) - chain
         chain.update(node.all_input_nodes)
     values: dict[Node, Any] = {}
@@ -192,8 +197,7 @@ def _always_passes(index: Node, low: int, high: int) -> bool:
         for node in sorted(chain):
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = cast(Any, node.target)(*args, **kwargs)
-    constant = values[index]
-    return bool(((constant >= low) & (constant < high)).all())
+    return cast(Tensor, values[of])
 
 
 def hoist_checks(loop: Node, body: Graph) -> None:

@@ -28,6 +28,7 @@ from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
+from fdl._compiler._vector_functions import accurate_functions
 from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
@@ -126,6 +127,7 @@ def prepared(
         config.patch({"size_asserts": config.size_asserts and not _is_known(graph)}),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
+        accurate_functions(),
         warnings.catch_warnings(),
     ):
         # Float32 products are computed in float32 unless the user asks for less.

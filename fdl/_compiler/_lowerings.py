@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl._compiler._blocks import register_blocks
 from fdl._compiler._callbacks import CALLBACK
 from fdl._compiler._compile_time import compile_faster
+from fdl._compiler._divisors import BY_ZERO, NONZERO
 from fdl._compiler._draws import register_draws
 from fdl._compiler._graph import COND, WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
@@ -193,26 +194,40 @@ def register() -> None:
     def lower_check_signals(intact: bool) -> None:
         CheckSignals(intact)
 
+    def replacing(x: TensorBox, replacement: Any) -> TensorBox:
+        """Replace elements before they are used, even if that is before the check."""
+        load = x.make_loader()
+        result = Pointwise.create(
+            device=x.get_device_or_error(),
+            dtype=x.get_dtype(),
+            inner_fn=lambda at: replacement(load(at)),
+            ranges=list(x.get_size()),
+        )
+        result.realize()
+        return result
+
+    @register_lowering(NONZERO, type_promotion_kind=None)
+    def lower_nonzero(divisor: TensorBox) -> TensorBox:
+        RaiseIf(lowerings[aten.any](lowerings[aten.eq](divisor, 0)), BY_ZERO)
+        dtype = divisor.get_dtype()
+
+        def with_one_for_zero(y: Any) -> Any:
+            return ops.where(ops.eq(y, ops.constant(0, dtype)), ops.constant(1, dtype), y)
+
+        return replacing(divisor, with_one_for_zero)
+
     @register_lowering(IN_RANGE, type_promotion_kind=None)
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:
         below, above = lowerings[aten.lt](index, low), lowerings[aten.ge](index, high)
         outside = lowerings[aten.logical_or](below, above)
         RaiseIf(lowerings[aten.any](outside), range_error(low, high))
-        dtype, load = index.get_dtype(), index.make_loader()
+        dtype = index.get_dtype()
 
-        def clamped(at: Any) -> Any:
-            # Loads stay in range even if they run before the check, and Inductor adds no check.
-            at_least = ops.maximum(load(at), ops.constant(low, dtype))
+        def clamped(i: Any) -> Any:  # Inductor adds no check
+            at_least = ops.maximum(i, ops.constant(low, dtype))
             return ops.minimum(at_least, ops.constant(high - 1, dtype))
 
-        result = Pointwise.create(
-            device=index.get_device_or_error(),
-            dtype=dtype,
-            inner_fn=clamped,
-            ranges=list(index.get_size()),
-        )
-        result.realize()
-        return result
+        return replacing(index, clamped)
 
 
 def _declare_loop_outputs_once() -> None:

@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
+from fdl._compiler._divisors import drop_checked_divisors
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
 from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
 from fdl._compiler._loop_products import move_products_out
@@ -51,6 +52,7 @@ def _simplify(module: GraphModule) -> None:
     merge_equal(module.graph)
     reduce_outer_products(module.graph)
     drop_checks(module.graph)
+    drop_checked_divisors(module.graph)
     move_products_out(module)
     for node in nodes_of(module.graph, "call_function"):
         if node.target is LOOP:

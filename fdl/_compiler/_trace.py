@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions, early_decompositions
+from fdl._compiler._divisors import check_divisor
 from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._dynamic_index import DynamicIndex
 from fdl._compiler._fakes import fake_like, fake_mode
@@ -116,7 +117,7 @@ class Tracing(TorchDispatchMode):
         if func not in LITERAL:
             if kwargs or not SIMPLE.issuperset(map(type, args)):
                 args, kwargs = pytree.tree_map_only(Tensor, self.fake, (args, kwargs))
-            checked = check_indices(func, args) if self.decompose else args
+            checked = check_divisor(func, check_indices(func, args)) if self.decompose else args
             result = run_operation(func, checked, kwargs)
             check_dtypes(func, args, kwargs, result)
         else:

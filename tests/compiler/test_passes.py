@@ -4,7 +4,6 @@ Oracle: the same function run by eager torch, values and derivatives. A rule of 
 operation of `_decompositions` without a row fails.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import chain, product
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from fdl import jit, scan, tree
-from fdl._compiler._decompositions import OWN
 from fdl._compiler._passes import RULES, RULES_OF_PRODUCTS, TINY
 from fdl._compiler._products import LONGEST, SMALL
 
@@ -304,141 +302,6 @@ def test_products_of_integers_wrap_as_they_do_eagerly() -> None:
     a, b = torch.tensor([[200, 100, 3]], dtype=torch.uint8), torch.tensor([[2], [1], [1]]).byte()
     got = jit(torch.mm)(a, b)
     assert got.dtype == torch.uint8 and got.item() == (400 + 100 + 3) % 256
-
-
-# ------------------------------------------------------------ zeros, infinities, what is no number
-
-NAN, INF = float("nan"), float("inf")
-SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, 2.5, -7.0, 1e30, -0.5])
-
-ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
-    None: [
-        lambda x: x + 0.0,
-        lambda x: x + -0.0,
-        lambda x: 0.0 + x,
-        lambda x: x - 0.0,
-        lambda x: 0.0 - x,
-        lambda x: x + torch.zeros_like(x),
-        lambda x: torch.zeros_like(x) + x,
-        lambda x: x + torch.full_like(x, -0.0),
-        lambda x: x + torch.zeros(3, 1, dtype=torch.int64),
-        lambda x: torch.add(x, 0, alpha=3),
-        lambda x: x * 0,
-        lambda x: x * 1,
-        lambda x: x - x,
-        lambda x: x / x,
-        lambda x: x.atan2(-x),
-        lambda x: torch.where(x > 0, x, x * 0),
-        lambda x: torch.maximum(x, -x),
-        lambda x: torch.minimum(x, -x),
-        lambda x: (x.double() + 0.0).float(),
-        torch.relu,
-        F.leaky_relu,
-        F.silu,
-        F.softplus,
-    ],
-    aten.clamp_min.default: [lambda x: x.clamp(min=0), lambda x: x.clamp(0, 1), F.relu6],
-    aten.clamp_max.default: [lambda x: x.clamp(max=0.0), F.hardtanh],
-    aten.remainder.Scalar: [lambda x: x % 2, lambda x: x % -3, lambda x: x % 0.7],
-    aten.fmod.Scalar: [lambda x: torch.fmod(x, 2), lambda x: torch.fmod(x, -0.7)],
-    aten.remainder.Tensor: [lambda x: x % torch.tensor([2.0]), lambda x: x % -torch.ones_like(x)],
-    aten.pow.Tensor_Scalar: [
-        *(lambda x, p=p: x**p for p in (0, 0.5, -0.5, 1, 2, 3, -1, -2, 1.5)),
-    ],
-    aten.elu_backward.default: [F.elu, F.celu, F.selu, lambda x: F.elu(x, 0.3)],
-    aten.hardswish_backward.default: [F.hardswish],
-    aten.smooth_l1_loss_backward.default: [
-        lambda x: F.smooth_l1_loss(x, torch.ones_like(x)),
-        lambda x: F.smooth_l1_loss(x, torch.ones_like(x), reduction="none", beta=0.3),
-        lambda x: F.huber_loss(x, torch.ones_like(x), reduction="sum"),
-    ],
-}
-ODD = [F.relu6, F.hardtanh]  # torch gives 0 or 1 at NaN, depending on where in memory it is
-
-
-def test_every_decomposition_has_a_row() -> None:
-    assert ELEMENTWISE.keys() - {None} == OWN.keys()
-
-
-def test_special_numbers_are_what_they_are_eagerly() -> None:
-    # As many of each that torch's own kernels take them all in one way.
-    x = SPECIAL.repeat_interleave(16)
-    functions = [fn for row in ELEMENTWISE.values() for fn in row]
-    smooth = [fn for fn in functions if fn not in ODD]
-    every = functions + [lambda x, fn=fn: vjp(fn, x)[1](torch.ones_like(fn(x)))[0] for fn in smooth]
-    got = jit(lambda x: [fn(x) for fn in every], strict=True)(x)
-    for i, (a, fn) in enumerate(zip(got, every, strict=True)):
-        b = fn(x)
-        same = torch.isclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
-        assert same.all(), (i, x[~same], a[~same], b[~same])
-        number = ~b.isnan()
-        assert torch.equal(a.signbit()[number], b.signbit()[number]), i
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_decompositions_leave_integers_as_they_are(dtype: torch.dtype) -> None:
-    x = torch.tensor([0, 1, 5, 7, 100], dtype=dtype)
-
-    def fn(x: Tensor) -> list[Tensor]:
-        return [x % 3, x % x.clamp(min=1), x.clamp(1, 6), x.clamp(max=2.5), x**2]
-
-    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-
-
-# --------------------------------------------------------------------------- roundings to 16 bits
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_number_is_rounded_to_the_dtype_of_the_tensor(dtype: torch.dtype) -> None:
-    """0.7 lies between two numbers of 16 bits: a multiple of it is none of the rounded one."""
-    x = torch.cat([torch.tensor([0.7, -0.7, 1.4]), torch.linspace(-9, 9, 200)]).to(dtype)
-
-    def fn(x: Tensor) -> list[Tensor]:
-        return [
-            torch.full_like(x, 0.7) == x,
-            torch.full_like(x, math.nan),
-            x % 0.7,
-            torch.fmod(x, 0.7),
-            torch.fmod(x, x.new_full((), -0.7)),
-            x.clamp(-0.7, 0.7),
-        ]
-
-    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
-        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def kahan(carry: tuple[Tensor, Tensor], _: Any) -> tuple[tuple[Tensor, Tensor], Any]:
-    """Add 1e-3 to a weight of 8 bits, and keep the rounding error."""
-    w, lost = carry
-    step = torch.full_like(w, 1e-3) - lost
-    new = w + step
-    return (new, (new - w) - step), ()
-
-
-def test_a_compensated_sum_of_bfloat16_is_compensated() -> None:
-    w = torch.ones(300, dtype=torch.bfloat16)
-    fn = lambda w: scan(kahan, (w, torch.zeros_like(w)), (), length=1000)[0]  # noqa: E731
-    got, expected = jit(fn, strict=True)(w), fn(w)
-    assert (got[0] == 2.0).all()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_is_rounded_to_16_bits_stays_rounded(dtype: torch.dtype) -> None:
-    x = torch.tensor([1e5, 1 / 3, -3e38, 1 + 2**-9]).repeat(40)
-
-    def fn(x: Tensor) -> list[Tensor]:
-        rounded = x.to(dtype)
-        return [
-            rounded.float(),
-            rounded.float().isinf(),
-            rounded.double(),
-            x - rounded.float(),
-        ]
-
-    for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # ------------------------------------------------------------- arguments that lie in memory anyhow

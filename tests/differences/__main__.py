@@ -10,6 +10,8 @@ import importlib
 import sys
 import time
 
+import torch
+
 from tests.differences.tables import PAGES, changes, committed, made_with, measured, rewritten
 from tests.differences.tables import releases as installed
 
@@ -55,6 +57,7 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.pages) - set(NAMES):
         parser.error(f"no such page: {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)  # with others, sums are rounded otherwise
     found = [line for page in options.pages or NAMES for line in remake(page, options.write)]
     if found and not options.write:
         sys.exit(f"{len(found)} cells have changed; WRITE=1 puts them into the pages")

@@ -195,6 +195,7 @@ VALUES = {
     "uint8 + 100": (lambda x: x + 100, BYTES),
     "uint8 / 2": (lambda x: x / 2, BYTES),
     "uint8 // 7": (lambda x: x // 7, BYTES),
+    "x // 0.1": (lambda x: x // 0.1, torch.tensor([0.3, 0.5, 1.0, 2.0])),
     "−uint8": (torch.neg, BYTES),
     "cumsum of uint8": (lambda x: x.cumsum(0), BYTES),
     "argsort of ties, stable": (lambda x: x.argsort(stable=True), TIES),

@@ -32,7 +32,6 @@ TESTED_IN = {
     "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
     "_compiler/_counters.py": "compiler/test_dynamic_index.py",
     "_compiler/_custom_functions.py": "compiler/test_scan_transformed.py",
-    "_compiler/_decompositions.py": "compiler/test_passes.py",
     "_compiler/_differentiable_ops.py": "compiler/test_scan_transformed.py",
     "_compiler/_digest.py": "compiler/test_dispatch.py",
     "_compiler/_fakes.py": "compiler/test_trace.py",
