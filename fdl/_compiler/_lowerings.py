@@ -19,6 +19,7 @@ from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import NARROW, has_short_vectors, register_product
+from fdl._compiler._rows import register_rows
 from fdl._compiler._short_vectors import use_short_vectors
 from fdl._compiler._small_buffers import keep_small_buffers_on_the_stack
 from fdl._compiler._threads import start_fewer_threads
@@ -89,6 +90,7 @@ def register() -> None:
     register_blocks()
     register_product()
     register_draws()
+    register_rows()
     _declare_loop_outputs_once()
     allocate_only_what_is_stored()
     keep_small_buffers_on_the_stack()

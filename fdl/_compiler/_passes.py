@@ -29,6 +29,7 @@ from fdl._compiler._lowerings import is_for_onednn
 from fdl._compiler._merging import merge_families
 from fdl._compiler._outer_products import reduce_outer_products
 from fdl._compiler._products import PRODUCT, is_small
+from fdl._compiler._rows import ROWS, is_worth_it
 from fdl._compiler._zeros import replace_zero_products
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -186,6 +187,13 @@ def _scatter_by_comparison(call: Call, into: Node, index: Node, source: Node) ->
     return call(aten.where.self, call(aten.eq.Tensor, columns, index), source, zero)
 
 
+def _index(call: Call, node: Node) -> Node | None:
+    x, indices = cast(Any, node.args)
+    if len(indices) != 1 or not is_worth_it(value_of(x), value_of(indices[0])):
+        return None
+    return call(ROWS, x, indices[0])
+
+
 def _avg_pool_backward(call: Call, node: Node) -> Node | None:
     """Divide by the size of each window first if some extend beyond the padding.
 
@@ -234,7 +242,11 @@ EVERYWHERE: dict[Any, Rule] = {  # for correctness, also on CUDA
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
 }
-RULES: dict[Any, Rule] = {**EVERYWHERE, aten.scatter_add.default: _scatter_add}
+RULES: dict[Any, Rule] = {
+    **EVERYWHERE,
+    aten.scatter_add.default: _scatter_add,
+    aten.index.Tensor: _index,
+}
 RULES_OF_PRODUCTS: dict[Any, Rule] = {  # of those that are not computed in blocks
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,

@@ -58,7 +58,8 @@ def _has_vectors() -> bool:
 
 
 TYPES = ["const float*"] * 3 + ["float*"] + ["const int64_t"] * 13
-SOURCE = """
+SOURCE = (
+    """
 #include <torch/csrc/inductor/cpp_prefix.h>
 #include <omp.h>
 namespace KERNEL_NAME_parts {
@@ -107,12 +108,66 @@ void panel(const float* a, int64_t a_row, int64_t a_column, const float* b, int6
     for (; i + most_rows <= rows; i += most_rows)
         block<most_rows, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                             columns, terms);
+    for (; i + 4 <= rows; i += 4)
+        block<4, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
+                    columns, terms);
     for (; i + 2 <= rows; i += 2)
         block<2, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                     columns, terms);
     for (; i < rows; ++i)
         block<1, V>(a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
                     columns, terms);
+}
+
+// Two rows of a times C columns of b, both contiguous, as vectors of terms.
+template <int C>
+void two_rows(const float* a, int64_t a_row, const float* b, int64_t b_column, const float* bias,
+              float* c, int64_t c_row, int64_t k)
+{
+    Vec sums[2][C];
+    #pragma GCC unroll 5
+    for (int j = 0; j < C; ++j) sums[0][j] = sums[1][j] = Vec(0);
+    auto add = [&](int64_t p, int64_t count) {
+        const Vec x0 = Vec::loadu(a + p, count), x1 = Vec::loadu(a + a_row + p, count);
+        #pragma GCC unroll 5
+        for (int j = 0; j < C; ++j) {
+            const Vec y = Vec::loadu(b + j * b_column + p, count);
+            sums[0][j] = at::vec::fmadd(x0, y, sums[0][j]);
+            sums[1][j] = at::vec::fmadd(x1, y, sums[1][j]);
+        }
+    };
+    int64_t p = 0;
+    for (; p + width <= k; p += width) add(p, width);
+    if (p < k) add(p, k - p);
+    for (int r = 0; r < 2; ++r)
+        for (int j = 0; j < C; ++j)
+            c[r * c_row + j] = (bias ? bias[j] : 0) + at::vec::vec_reduce_all<float>(
+                [](Vec& p, Vec& q) { return p + q; }, sums[r][j]);
+}
+
+// The same for all rows, at least two, and all columns, in groups of at most five.
+static void by_pairs(const float* a, int64_t a_row, const float* b, int64_t b_column,
+                     const float* bias, float* c, int64_t m, int64_t k, int64_t n, bool threads)
+{
+    constexpr decltype(&two_rows<1>) kernels[] = {
+        two_rows<1>, two_rows<2>, two_rows<3>, two_rows<4>, two_rows<5>};
+    const int64_t groups = (n + 4) / 5;
+    auto four_rows = [&](int64_t i) {
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t j = g * n / groups, columns = (g + 1) * n / groups - j;
+            for (int64_t r = i; r < i + 4 && r < m; r += 2) {
+                const int64_t row = r + 2 > m ? m - 2 : r;  // the last one once more if m is odd
+                kernels[columns - 1](a + row * a_row, a_row, b + j * b_column, b_column,
+                                     bias ? bias + j : bias, c + row * n + j, n, k);
+            }
+        }
+    };
+    if (threads) {
+        #pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < m; i += 4) four_rows(i);
+    } else {
+        for (int64_t i = 0; i < m; i += 4) four_rows(i);
+    }
 }
 
 // Few rows times a matrix whose columns are contiguous: sums of products, without a copy.
@@ -174,6 +229,9 @@ static void by_rows(const float* a, int64_t a_row, int64_t a_column, const float
                     int64_t b_column, const float* bias, float* c, int64_t m, int64_t k, int64_t n)
 {
     const bool threads = m * k * n > WORTH_THREADS && !omp_in_parallel();
+    const int64_t padded = (n + width - 1) / width * width;
+    if (a_column == 1 && b_row == 1 && n <= NARROW && 2 * padded >= 3 * n && k >= 8 * width)
+        return by_pairs(a, a_row, b, b_column, bias, c, m, k, n, threads);
     auto panel_from = [&](int64_t j, bool threads) {
         panel_at(j, a, a_row, a_column, b, b_row, b_column, bias, c, m, k, n, threads);
     };
@@ -201,7 +259,10 @@ extern "C" void KERNEL_NAME(PARAMETERS)
             by_rows(a, a_row, a_column, b, b_row, b_column, bias, c, m, k, n);
     }
 }
-""".replace("LONGEST", str(LONGEST)).replace("WORTH_THREADS", str(WORTH_THREADS))
+""".replace("LONGEST", str(LONGEST))
+    .replace("WORTH_THREADS", str(WORTH_THREADS))
+    .replace("NARROW", str(NARROW))
+)
 
 
 @cache

@@ -112,6 +112,7 @@ def small_and_large() -> Iterator[tuple[str, Case]]:
         "longest sum": (3, LONGEST, 4), "a longer one": (3, LONGEST + 1, 4),
         "large": (110, 100, 100), "narrow and long": (250, 784, 10),
         "few long rows": (10, 250, 784), "for threads": (131, 67, 83),
+        "pairs of rows": (131, 515, 9), "pairs, three columns": (33, 70, 3),
     }  # fmt: skip
     assert SMALL < 110 * 100 * 100
     for name, (m, k, n) in sizes.items():
@@ -262,12 +263,43 @@ def permutations() -> Iterator[tuple[str, Case]]:
     yield "others", (lambda x: (x.permute(1, 0) @ x).permute(-2, -1), (some(3, 3),))
 
 
+def rows_of_tables() -> Iterator[tuple[str, Case]]:
+    """Rows that are read ahead, and those of tables that are too small, or not contiguous."""
+    rows = torch.tensor([0, -1, 1, 4999, -5000, 17, 17])
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        yield f"{dtype}", (lambda x, i: x[i], (some(5000, 21, 28, dtype=dtype), rows))
+    yield "bools", (lambda x, i: (x > 0)[i].float(), (some(5000, 21, 28), rows))
+    table = some(6000, 100, dtype=torch.float32)
+    yield "a part", (lambda x, i: x[100:5300, 3:99][i], (table, rows))
+    yield "a row each", (lambda x, i: scan(lambda c, j: (c, x[j]), (), i)[1], (table, rows))
+    yield "more rows", (lambda x, i: x[i] * 2, (table, below(6000, 700)))
+    yield "no rows", (lambda x, i: x[i], (table, rows[:0]))
+    yield (
+        "in batches",
+        (
+            lambda x, i: scan(lambda c, j: (c + x[j].sum(1), ()), torch.zeros(7), i)[0],
+            (table, below(6000, 9, 7)),
+        ),
+    )
+    yield "int32", (lambda x, i: x[i], (table, rows.int()))
+    yield "a matrix of rows", (lambda x, i: x[i], (table, rows.view(1, 7)))
+    yield "columns", (lambda x, i: x[:, i], (table, below(100, 5)))
+    yield (
+        "transposed",
+        (lambda x, i: x.t()[i], (some(300, 5000, dtype=torch.float32), below(300, 9))),
+    )
+    yield "two indices", (lambda x, i: x[i, i], (some(5000, 5000, dtype=torch.float32), rows))
+    yield "short rows", (lambda x, i: x[i], (some(100, 3), below(100, 9)))
+    yield "small", (lambda x, i: torch.vmap(lambda j: x[j])(i), (table, rows))
+
+
 TABLES: dict[Any, Callable[[], Iterator[tuple[str, Case]]]] = {
     aten.permute.default: permutations,
     aten.mm.default: lambda: chain(products(False), small_and_large()),
     aten.addmm.default: lambda: products(True),
     aten.bmm.default: batches,
     aten.scatter_add.default: scatters,
+    aten.index.Tensor: rows_of_tables,
     aten.avg_pool2d_backward.default: lambda: average_pools(2),
     aten.avg_pool3d_backward.default: lambda: average_pools(3),
 }

@@ -182,7 +182,8 @@ def through_onnx(value, path):
 
     from onnx.reference import ReferenceEvaluator
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(Holder(value), (torch.zeros(1),), path / "it.onnx", dynamo=True)

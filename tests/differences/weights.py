@@ -43,7 +43,7 @@ def library(name):
     """A library, imported when a row needs it; None if it is not installed."""
     if importlib.util.find_spec(name) is None:
         return None
-    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # as in walks.py
     return importlib.import_module(name)
 
 
@@ -92,7 +92,7 @@ def of_keras(kind, x, *args, **options):
     values = {v.name: numbers(*v.shape) for v in layer.weights}
     for v in layer.weights:
         v.assign(values[v.name])
-    return values, np.array(layer(x))
+    return values, keras.ops.convert_to_numpy(layer(x))
 
 
 @needs("equinox")
@@ -274,7 +274,7 @@ def norm_of_keras(x):
     import keras
 
     layer = keras.layers.BatchNormalization()
-    y = np.array(layer(x, training=True))
+    y = keras.ops.convert_to_numpy(layer(x, training=True))
     return y, float(layer.moving_mean[0]), float(layer.moving_variance[0])
 
 

@@ -27,6 +27,7 @@ TESTED_IN = {
     "_compiler/_block_products.py": "compiler/test_blocks_products.py",
     "_compiler/_block_sums.py": "compiler/test_blocks_rules.py",
     "_compiler/_regions.py": "compiler/test_blocks.py",
+    "_compiler/_rows.py": "compiler/test_passes.py",
     "_compiler/_branches.py": "compiler/test_control_flow.py",
     "_compiler/_branches_traced.py": "compiler/test_control_flow.py",
     "_compiler/_closed_body.py": "compiler/test_scan_transformed.py",
