@@ -16,7 +16,8 @@ from torch import Tensor
 from fdl._compiler._kernels import call_kernel, kernel_that_returns, place
 
 LARGE = 1 << 21  # bytes of a table that does not stay in a processor's own cache
-LONG = 256  # bytes of a row
+LONG, LONGEST = 256, 1 << 14  # bytes of a row; processors fetch the rest of longer ones
+MOST = 1 << 22  # bytes of a result, which is written to memory and read again
 
 torch.library.define("fdl::rows", "(Tensor table, Tensor rows) -> Tensor")
 
@@ -29,11 +30,12 @@ ROWS = torch.ops.fdl.rows.default
 
 
 def is_worth_it(table: Tensor, rows: Tensor) -> bool:
-    """Check for rows `[n]` of a table whose rows are contiguous, long, and many."""
+    """Check for rows `[n]` of a large table, which are contiguous and neither short nor long."""
     if rows.ndim != 1 or rows.dtype is not torch.int64 or table.ndim < 2:
         return False
     size = prod(table.shape[1:]) * table.dtype.itemsize
-    return size >= LONG and table.shape[0] * size >= LARGE and table[0].is_contiguous()
+    fits = LONG <= size <= LONGEST and rows.shape[0] * size <= MOST
+    return fits and table.shape[0] * size >= LARGE and table[0].is_contiguous()
 
 
 TYPES = ["const uint8_t*", "const int64_t*", "uint8_t*"] + ["const int64_t"] * 6

@@ -17,6 +17,7 @@ from torch.func import grad, vjp
 from fdl import jit, scan, tree
 from fdl._compiler._passes import RULES, RULES_OF_PRODUCTS, TINY
 from fdl._compiler._products import LONGEST, SMALL
+from fdl._compiler._rows import LONGEST as LONGEST_ROW
 
 aten = torch.ops.aten
 
@@ -290,6 +291,10 @@ def rows_of_tables() -> Iterator[tuple[str, Case]]:
     )
     yield "two indices", (lambda x, i: x[i, i], (some(5000, 5000, dtype=torch.float32), rows))
     yield "short rows", (lambda x, i: x[i], (some(100, 3), below(100, 9)))
+    yield (
+        "long rows",
+        (lambda x, i: x[i], (some(300, LONGEST_ROW, dtype=torch.float32), below(300, 9))),
+    )
     yield "small", (lambda x, i: torch.vmap(lambda j: x[j])(i), (table, rows))
 
 
