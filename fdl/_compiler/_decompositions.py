@@ -77,9 +77,11 @@ def smooth_l1_loss_backward(
 
 def remainder(x: Tensor, y: Tensor | float) -> Tensor:
     """Use `fmod`, which is exact and keeps the sign of a zero; x − y ⌊x/y⌋ would be rounded."""
-    if not x.is_floating_point():
+    dtype = torch.result_type(x, y)
+    if not dtype.is_floating_point:
         return NotImplemented
-    y = y if isinstance(y, Tensor) else _scalar(y, x)
+    x = x.to(dtype)
+    y = y.to(dtype) if isinstance(y, Tensor) else _scalar(y, x)
     rest = torch.fmod(x, y)
     opposite = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
     return torch.where(opposite, rest + y, rest)
@@ -90,29 +92,36 @@ def fmod(x: Tensor, y: float) -> Tensor:
     return torch.fmod(x, _scalar(y, x)) if x.is_floating_point() else NotImplemented
 
 
-def floor_divide(x: Tensor | float, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
-    """Take what `fmod` leaves off x first, so that the quotient is whole before it is rounded.
+def rounded_quotient(x: Tensor | float, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
+    """Take what `fmod` leaves off x before a floor, so that the quotient is not rounded up.
 
     0.3 // 0.1 is 2 and 0.6 // 0.1 is 5: the doubles next to 0.3 and 0.6 are below the multiples of
     that next to 0.1, though the quotients are rounded to 3 and 6.
     """
     dtype = torch.result_type(x, y)
-    if rounding_mode != "floor" or not dtype.is_floating_point:
+    if rounding_mode is None or not dtype.is_floating_point:
         return NotImplemented
     device = (x if isinstance(x, Tensor) else cast(Tensor, y)).device
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
     one_divisor = not isinstance(y, Tensor) or y.numel() == 1
-    wide = torch.float32 if one_divisor and dtype.itemsize == 2 else dtype  # as torch's kernels do
-    x, y = (
-        z.to(wide) if isinstance(z, Tensor) else torch.full((), z, dtype=wide, device=device)
-        for z in (x, y)
-    )
+    if not isinstance(x, Tensor):
+        x = torch.full((), x, dtype=dtype, device=device)
+    if not isinstance(y, Tensor):
+        y = torch.full((), y, dtype=wide, device=device)
+    x, y = x.to(dtype).to(wide), y.to(wide)
+
+    def rounded(z: Tensor) -> Tensor:  # torch rounds each step to 16 bits, but not for one divisor
+        return z if one_divisor else z.to(dtype).to(wide)
+
+    quotient = rounded(x / y)
+    if rounding_mode == "trunc":
+        return torch.trunc(quotient).to(dtype)
     rest = torch.fmod(x, y)
     below = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
-    whole = (x - rest) / y
-    whole = torch.where(below, whole - 1, whole)
+    whole = rounded(rounded(x - rest) / y)
+    whole = torch.where(below, rounded(whole - 1), whole)
     nearest = torch.floor(whole)
     nearest = torch.where(whole - nearest > 0.5, nearest + 1, nearest)
-    quotient = x / y
     nearest = torch.where(whole == 0, torch.copysign(torch.zeros_like(x), quotient), nearest)
     return torch.where(y == 0, quotient, nearest).to(dtype)
 
@@ -147,8 +156,8 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
     aten.fmod.Scalar: fmod,
-    aten.div.Tensor_mode: floor_divide,
-    aten.div.Scalar_mode: floor_divide,
+    aten.div.Tensor_mode: rounded_quotient,
+    aten.div.Scalar_mode: rounded_quotient,
     aten.clamp_min.default: clamp_min,
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,

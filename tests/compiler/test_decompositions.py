@@ -123,6 +123,36 @@ def test_multiples_are_divided_without_rounding_up(dtype: torch.dtype) -> None:
         assert got[0].tolist() == [float(z) // 0.1 for z in x]
 
 
+DTYPES = [
+    *(torch.int64, torch.int32, torch.int8, torch.uint8),
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quotients_and_rests_of_two_dtypes_are_those_of_eager_torch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(2, 9 * 37, generator=generator, dtype=torch.float64) * 40
+    x = numbers[0].clamp(-100, 100).abs().to(dtype).view(9, 37)
+    y = numbers[1].abs().add(1).clamp(max=100).view(9, 37)
+    narrow = {torch.bfloat16, torch.float16}  # Inductor warns of both in one kernel
+    kinds = [kind for kind in DTYPES if {dtype, kind} != narrow]
+    divisors = {str(kind): y.to(kind) for kind in kinds}
+
+    def fn(x: Tensor, divisors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        others: dict[str, Any] = divisors | {"7": 7, "0.7": 0.7, "-2.5": -2.5}
+        return {
+            name: [x // y, x % y, torch.fmod(x, y), torch.div(x, y, rounding_mode="trunc")]
+            for name, y in others.items()
+        }
+
+    got, expected = jit(fn, strict=True)(x, divisors), fn(x, divisors)
+    for name in expected:
+        for i, (a, b) in enumerate(zip(got[name], expected[name], strict=True)):
+            assert a.dtype == b.dtype and torch.equal(a, b), (name, i, (a != b).sum())
+
+
 # --------------------------------------------------------------------------- roundings to 16 bits
 
 
