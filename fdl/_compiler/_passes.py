@@ -91,6 +91,13 @@ def _add(call: Call, node: Node) -> Node | None:
     return call(aten.add.Tensor, x, y, alpha=2) if _is_zero(y) else None
 
 
+def _mul(call: Call, node: Node) -> Node | None:
+    """Write x · 0 with 0.0, which is NaN for x = ∞; torch 2.11 takes it for 0 with the integer."""
+    x, y = cast(Any, node.args)
+    is_whole = isinstance(y, int) and value_of(node).is_floating_point()
+    return call(aten.mul.Tensor, x, float(y)) if is_whole else None
+
+
 def _full(call: Call, node: Node) -> Node | None:
     """Round a number to the dtype that it fills, which Inductor forgets in 16 bits."""
     size, value = cast(Any, node.args)
@@ -238,6 +245,7 @@ def _is_zero(x: Any) -> bool:
 EVERYWHERE: dict[Any, Rule] = {  # for correctness, also on CUDA
     aten.add.Tensor: _add,
     aten.full.default: _full,
+    aten.mul.Tensor: _mul,
     aten.permute.default: _permute,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.avg_pool3d_backward.default: _avg_pool_backward,
