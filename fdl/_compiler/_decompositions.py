@@ -83,8 +83,12 @@ def remainder(x: Tensor, y: Tensor | float) -> Tensor:
     x = x.to(dtype)
     y = y.to(dtype) if isinstance(y, Tensor) else _scalar(y, x)
     rest = torch.fmod(x, y)
-    opposite = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
-    return torch.where(opposite, rest + y, rest)
+    return torch.where(_is_opposite(rest, y), rest + y, rest)
+
+
+def _is_opposite(rest: Tensor, y: Tensor) -> Tensor:
+    """Compare the sign of a rest that is not 0 with that of its divisor."""
+    return torch.logical_and(rest != 0, (rest < 0) != (y < 0))
 
 
 def fmod(x: Tensor, y: float) -> Tensor:
@@ -117,9 +121,8 @@ def rounded_quotient(x: Tensor | float, y: Tensor | float, *, rounding_mode: str
     if rounding_mode == "trunc":
         return torch.trunc(quotient).to(dtype)
     rest = torch.fmod(x, y)
-    below = torch.logical_and(rest != 0, (rest < 0) != (y < 0))
     whole = rounded(rounded(x - rest) / y)
-    whole = torch.where(below, rounded(whole - 1), whole)
+    whole = torch.where(_is_opposite(rest, y), rounded(whole - 1), whole)
     nearest = torch.floor(whole)
     nearest = torch.where(whole - nearest > 0.5, nearest + 1, nearest)
     nearest = torch.where(whole == 0, torch.copysign(torch.zeros_like(x), quotient), nearest)

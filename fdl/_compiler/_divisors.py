@@ -7,13 +7,10 @@ while the function is traced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
-
-from fdl._compiler._indices import constant_value
 
 DIVISIONS = ("floor_divide", "remainder", "fmod", "div")
 BY_ZERO = "ZeroDivisionError: a divisor of integers is 0"  # the type is that of eager torch
@@ -22,7 +19,7 @@ BY_ZERO = "ZeroDivisionError: a divisor of integers is 0"  # the type is that of
 @torch.library.custom_op("fdl::nonzero", mutates_args=())
 def nonzero(divisor: Tensor) -> Tensor:
     """Return a copy of `divisor`; raise if an element is 0."""
-    if not divisor.all():
+    if not is_nonzero(divisor):
         raise RuntimeError(BY_ZERO)
     return divisor.clone()
 
@@ -35,13 +32,19 @@ def _(divisor: Tensor) -> Tensor:
 NONZERO = nonzero._opoverload
 
 
+def is_nonzero(divisor: Tensor) -> bool:
+    """Check all elements of a divisor."""
+    return bool(divisor.all())
+
+
 def check_divisor(op: Any, args: Sequence[Any]) -> Sequence[Any]:
     """Replace the divisor among the arguments of a division of integers by a checked one."""
     name = getattr(op, "_opname", "").removesuffix("_")
     if name not in DIVISIONS or (name == "div" and "mode" not in op._overloadname):
         return args
     x, divisor, *rest = args
-    if torch.result_type(x, divisor).is_floating_point or torch.result_type(x, divisor).is_complex:
+    dtype = torch.result_type(x, divisor)
+    if dtype.is_floating_point or dtype.is_complex:
         return args
     if any(isinstance(z, Tensor) and z.is_cuda for z in args):
         return args  # there a division by 0 has some result
@@ -50,13 +53,3 @@ def check_divisor(op: Any, args: Sequence[Any]) -> Sequence[Any]:
     if divisor == 0:
         raise RuntimeError(BY_ZERO)
     return args
-
-
-def drop_checked_divisors(graph: Graph) -> None:
-    """Remove checks that have been made before, and those that a constant passes."""
-    for node in graph.find_nodes(op="call_function", target=NONZERO):
-        divisor = cast(Any, node.args[0])
-        constant = constant_value(divisor)
-        if divisor.target is NONZERO or (constant is not None and bool(constant.all())):
-            node.replace_all_uses_with(divisor)
-            graph.erase_node(node)

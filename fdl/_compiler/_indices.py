@@ -138,7 +138,7 @@ def _is_integer(index: Tensor) -> bool:
 @torch.library.custom_op("fdl::in_range", mutates_args=())
 def in_range(index: Tensor, low: int, high: int) -> Tensor:
     """Return a copy of `index`; raise unless `low` <= index < `high` for all elements."""
-    if not _is_in_range(index, low, high):
+    if not is_in_range(index, low, high):
         raise IndexError(range_error(low, high))
     return index.clone()
 
@@ -163,26 +163,33 @@ SAME_ELEMENTS = (
 )
 
 
-def drop_checks(graph: Graph) -> None:
-    """Remove checks that have been made before, and those that constant indices pass."""
-    for node in graph.find_nodes(op="call_function", target=IN_RANGE):
-        index, low, high = cast(Any, node.args)
+def drop_checks(graph: Graph, check: Any, passes: Callable[..., bool]) -> None:
+    """Remove the calls of a check that have been made before, and those that a constant passes.
+
+    Args:
+        graph: the graph, which is changed.
+        check: an operation that returns its first argument.
+        passes: whether it does so for these arguments.
+    """
+    for node in graph.find_nodes(op="call_function", target=check):
+        checked, *rest = cast(Any, node.args)
         # A loop body is traced a second time, with the checks that it already has.
-        repeated = index.target is IN_RANGE and list(index.args[1:]) == [low, high]
-        constant = None if repeated else constant_value(index)
-        if repeated or (constant is not None and _is_in_range(constant, low, high)):
-            node.replace_all_uses_with(index)
+        repeated = checked.target is check and list(checked.args[1:]) == rest
+        constant = None if repeated else _constant_value(checked)
+        if repeated or (constant is not None and passes(constant, *rest)):
+            node.replace_all_uses_with(checked)
             graph.erase_node(node)
 
 
 LARGEST = 2**16  # elements of a constant that is computed to be checked
 
 
-def _is_in_range(index: Tensor, low: int, high: int) -> bool:
+def is_in_range(index: Tensor, low: int, high: int) -> bool:
+    """Check all elements of an index."""
     return bool(((index >= low) & (index < high)).all())
 
 
-def constant_value(of: Node) -> Tensor | None:
+def _constant_value(of: Node) -> Tensor | None:
     """Compute a value that depends on no argument, such as the rows in `x[arange(n), labels]`."""
     chain, rest = {of}, [of]
     while rest:

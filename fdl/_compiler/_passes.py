@@ -21,9 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from fdl._compiler._block_pass import compute_in_blocks
 from fdl._compiler._common_subexpressions import merge_equal
-from fdl._compiler._divisors import drop_checked_divisors
+from fdl._compiler._divisors import NONZERO, is_nonzero
 from fdl._compiler._graph import LOOP, caller, nodes_of, value_of
-from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks
+from fdl._compiler._indices import IN_RANGE, drop_checks, hoist_checks, is_in_range
 from fdl._compiler._loop_products import move_products_out
 from fdl._compiler._lowerings import is_for_onednn
 from fdl._compiler._merging import merge_families
@@ -52,8 +52,8 @@ def _simplify(module: GraphModule) -> None:
     replace_zero_products(module.graph)
     merge_equal(module.graph)
     reduce_outer_products(module.graph)
-    drop_checks(module.graph)
-    drop_checked_divisors(module.graph)
+    drop_checks(module.graph, IN_RANGE, is_in_range)
+    drop_checks(module.graph, NONZERO, is_nonzero)
     move_products_out(module)
     for node in nodes_of(module.graph, "call_function"):
         if node.target is LOOP:

@@ -1,7 +1,7 @@
-"""Rewritten and decomposed programs equal the function: a table for each rewrite.
+"""Rewritten programs equal the function: a table for each rewrite.
 
-Oracle: the same function run by eager torch, values and derivatives. A rule of `_passes` or an
-operation of `_decompositions` without a row fails.
+Oracle: the same function run by eager torch, values and derivatives. A rule of `_passes` without a
+table fails.
 """
 
 from collections.abc import Callable, Iterator
