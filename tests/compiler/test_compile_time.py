@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_a_program_is_two_files_that_are_compiled_at_the_same_time_and_linked(
     assert ["-c" in words for words in (*parts, link)] == [True, True, False]
     # No header is compiled before them.
     assert not any({"-include", "c++-header"} & {*words} for words in compiler.commands)
+
+
+@needs_wrapper
+@pytest.mark.slow
+def test_kernels_of_short_vectors_do_not_include_those_of_long_ones(compiler: Compiler) -> None:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    x = torch.arange(40.0)
+    torch.testing.assert_close(jit(lambda x: torch.cos(x) * 0.625)(x), torch.cos(x) * 0.625)
+    command = next(words for words in compiler.commands if any("optimized" in w for w in words))
+    source = next(word for word in command if word.endswith(".optimized.cpp"))
+    words = [word for word in command if word not in ("-c", "-o") and not word.endswith(".o")]
+    files = subprocess.run([*words, "-M"], capture_output=True, text=True, check=True).stdout
+    assert "torch/csrc/inductor/cpp_prefix.h" in files and source in files
+    if str(pick_vec_isa()) == "avx2":
+        assert "avx2intrin.h" in files and "avx512" not in files
 
 
 @needs_wrapper
