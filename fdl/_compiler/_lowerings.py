@@ -17,6 +17,8 @@ from fdl._compiler._graph import COND, WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
+from fdl._compiler._linalg_errors import CHECK as FACTORIZED
+from fdl._compiler._linalg_errors import check_code
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import NARROW, has_short_vectors, register_product
 from fdl._compiler._rows import register_rows
@@ -149,6 +151,24 @@ def register() -> None:
                 wrapper.writeline(f"if {flag}.item():")
                 wrapper.writeline(f'    raise RuntimeError("{self.message}")')
 
+    class CheckFactorization(Statement):
+        """Raises if a matrix could not be factorized."""
+
+        def __init__(self, info: TensorBox, function: str, one: bool) -> None:
+            dense = cast(TensorBox, ExternKernel.require_contiguous(info))
+            dense.realize()
+            super().__init__(info.get_device_or_error(), list(self.unwrap_storage([dense])))
+            self.count = V.graph.sizevars.guard_int(info.get_numel())
+            self.function, self.one = function, one
+
+        def codegen(self, wrapper: Any) -> None:
+            info = cast(Any, self.inputs[0]).codegen_reference()
+            if V.graph.cpp_wrapper:
+                wrapper.writeline(check_code(info, self.count, self.function, self.one))
+            else:
+                call = f"({info}, {self.function!r}, is_matrix={self.one})"
+                wrapper.writeline(f"torch.ops.aten._linalg_check_errors.default{call}")
+
     class CheckSignals(Statement):
         """Writes the code of `fdl::check_signals`."""
 
@@ -217,6 +237,13 @@ def register() -> None:
             return ops.where(ops.eq(y, ops.constant(0, dtype)), ops.constant(1, dtype), y)
 
         return replacing(divisor, with_one_for_zero)
+
+    @register_lowering(FACTORIZED, type_promotion_kind=None)
+    def lower_factorized(info: TensorBox, function: str, *, is_matrix: bool) -> None:
+        if info.get_device_or_error().type == "cpu":
+            CheckFactorization(info, function, is_matrix)
+        else:
+            FallbackKernel.create(cast(Any, FACTORIZED), info, function, is_matrix=is_matrix)
 
     @register_lowering(IN_RANGE, type_promotion_kind=None)
     def lower_in_range(index: TensorBox, low: int, high: int) -> TensorBox:

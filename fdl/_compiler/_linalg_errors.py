@@ -1,0 +1,46 @@
+"""Errors of linear algebra in a compiled program: those of eager torch, of its type and wording.
+
+A factorization says by an integer for each matrix, which is 0 if it succeeded, whether it failed.
+Inductor would have that checked by torch's dispatcher, whose headers take longer to compile than
+the rest of a small program, and whose errors lose their type on the way through C++.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch.fx.node import has_side_effect
+
+# It has no result; torch 2.11 would drop it, and the error with it.
+CHECK = has_side_effect(torch.ops.aten._linalg_check_errors.default)
+FAILED = re.compile(r"a factorization failed: matrix (\d+), info (-?\d+), one (\d), in (\S+)")
+
+
+def check_code(info: str, count: int, function: str, one: bool) -> str:
+    """Return C++ that raises if one of the integers is not 0.
+
+    Args:
+        info: the name of the tensor of the integers, int32 and contiguous.
+        count: how many.
+        function: the name of the function that the user has called.
+        one: it factorizes a single matrix.
+    """
+    return (
+        f"for (int64_t i = 0; i < {count}; i++) {{ "
+        f"const int32_t failed = static_cast<const int32_t*>({info}.data_ptr())[i]; "
+        "if (failed) throw std::runtime_error("
+        '"a factorization failed: matrix " + std::to_string(i) + ", info " + '
+        f'std::to_string(failed) + ", one {one:d}, in {function}"); }}'
+    )
+
+
+def raise_linalg_error(message: str) -> None:
+    """Raise the error of eager torch if a message is one of `check_code`."""
+    found = FAILED.search(message)
+    if found is None:
+        return
+    matrix, info, one = map(int, found.groups()[:3])
+    infos = torch.zeros(matrix + 1, dtype=torch.int32, device="cpu")
+    infos[matrix] = info
+    CHECK(infos[0] if one else infos, found[4], is_matrix=bool(one))
