@@ -26,7 +26,7 @@ from fdl._compiler._common_subexpressions import keep_results_apart
 from fdl._compiler._graph import NAMESPACES, copy_graph, nodes_of, results_of
 from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
-from fdl._compiler._linalg_errors import raise_linalg_error
+from fdl._compiler._linalg_errors import linalg_error
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
 from fdl._compiler._vector_functions import accurate_functions
@@ -181,8 +181,8 @@ def raise_python_error(error: BaseException) -> NoReturn:
         raise raised from None
     if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
         raise IndexError(str(error)) from None
-    if isinstance(error, RuntimeError):
-        raise_linalg_error(str(error))
+    if failed := linalg_error(str(error)):
+        raise failed from None
     raise error
 
 

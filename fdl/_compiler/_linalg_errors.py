@@ -35,12 +35,16 @@ def check_code(info: str, count: int, function: str, one: bool) -> str:
     )
 
 
-def raise_linalg_error(message: str) -> None:
-    """Raise the error of eager torch if a message is one of `check_code`."""
+def linalg_error(message: str) -> RuntimeError | None:
+    """Return the error of eager torch if a message is one of `check_code`."""
     found = FAILED.search(message)
     if found is None:
-        return
+        return None
     matrix, info, one = map(int, found.groups()[:3])
     infos = torch.zeros(matrix + 1, dtype=torch.int32, device="cpu")
     infos[matrix] = info
-    CHECK(infos[0] if one else infos, found[4], is_matrix=bool(one))
+    try:
+        CHECK(infos[0] if one else infos, found[4], is_matrix=bool(one))
+    except RuntimeError as error:
+        return error
+    return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from fdl import _modes
 from fdl._compiler._container import Run, load
 from fdl._compiler._indices import OUT_OF_RANGE
+from fdl._compiler._linalg_errors import linalg_error
 from fdl._compiler._program_file import About, by_name, check_here, differences, kinds, read
 from fdl._compiler._program_file import structure as structure_of
 from fdl._compiler._signature import (
@@ -51,6 +52,7 @@ def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
             loaded; at call: it is transformed or traced.
         TypeError: another number of arguments, or a leaf that is not a tensor (at call).
         IndexError: an index is out of range (at call).
+        LinAlgError: a matrix cannot be factorized (at call).
 
     >>> load_program("epoch.pt2")
     Traceback (most recent call last):
@@ -101,11 +103,11 @@ def _load(files: dict[str, bytes], outputs: int, where: str) -> Run:
 
 
 def _python_error(error: RuntimeError, where: str) -> Exception:
-    """Return an IndexError for an index out of range; from C++ every error is a RuntimeError."""
+    """Return an IndexError or a LinAlgError; from C++ every error is a RuntimeError."""
     text = str(error).strip().partition("\n")[0]
     if OUT_OF_RANGE in text:
         return IndexError(text)
-    return RuntimeError(f"{where}: {text}")
+    return linalg_error(text) or RuntimeError(f"{where}: {text}")
 
 
 def _taker(
