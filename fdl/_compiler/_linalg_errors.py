@@ -14,6 +14,7 @@ from torch.fx.node import has_side_effect
 
 # It has no result; torch 2.11 would drop it, and the error with it.
 CHECK = has_side_effect(torch.ops.aten._linalg_check_errors.default)
+WITHIN = "\nException raised from _linalg_check_errors"  # in another operation, such as svd
 FAILED = re.compile(r"a factorization failed: matrix (\d+), info (-?\d+), one (\d), in (\S+)")
 
 
@@ -36,7 +37,10 @@ def check_code(info: str, count: int, function: str, one: bool) -> str:
 
 
 def linalg_error(message: str) -> RuntimeError | None:
-    """Return the error of eager torch if a message is one of `check_code`."""
+    """Return the error of eager torch if a message is one of `check_code`, or of torch's check."""
+    text, within, _ = message.partition(WITHIN)
+    if within:
+        return torch.linalg.LinAlgError(text)  # type: ignore[attr-defined]
     found = FAILED.search(message)
     if found is None:
         return None

@@ -107,7 +107,7 @@ def _python_error(error: RuntimeError, where: str) -> Exception:
     text = str(error).strip().partition("\n")[0]
     if OUT_OF_RANGE in text:
         return IndexError(text)
-    return linalg_error(text) or RuntimeError(f"{where}: {text}")
+    return linalg_error(str(error)) or RuntimeError(f"{where}: {text}")
 
 
 def _taker(

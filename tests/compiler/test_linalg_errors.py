@@ -38,6 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "vmap": (torch.func.vmap(linalg.cholesky), torch.stack([GOOD, GOOD, INDEFINITE])),
     "grad": (torch.func.grad(lambda x: linalg.cholesky(x).sum()), INDEFINITE),
     "a loop": (in_loop, GOOD),
+    "svd, which checks by itself": (linalg.svdvals, torch.full_like(GOOD, torch.nan)),
 }
 
 
