@@ -20,20 +20,6 @@ __attribute__((optimize("O0")))
 #endif
 void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*);
 """
-# What kernels with vectors of 256 bits use of g++'s immintrin.h. Half of its lines are for those of
-# 512 bits: to read them takes a fifth of the time to compile a small kernel.
-INTRINSICS = """
-#if defined(__GNUC__) && !defined(__clang__) && !defined(_IMMINTRIN_H_INCLUDED)
-#define _IMMINTRIN_H_INCLUDED
-#include <x86gprintrin.h>
-#include <smmintrin.h>
-#include <wmmintrin.h>
-#include <avxintrin.h>
-#include <avx2intrin.h>
-#include <f16cintrin.h>
-#include <fmaintrin.h>
-#endif
-"""
 KNOWS_ALL = 12  # release of g++ and of clang++ from which on they know the instruction sets
 
 
@@ -43,7 +29,6 @@ def compile_faster() -> None:
     _build_side_by_side()
     _leave_long_wrappers_unoptimized()
     _skip_test_programs()
-    _skip_wider_vectors()
     _skip_hash_of_triton()
     _find_varying_strides()
 
@@ -114,22 +99,6 @@ def _release() -> int:
 
     version = subprocess.check_output([get_cpp_compiler(), "-dumpversion"], text=True)
     return int(version.split(".")[0])
-
-
-def _skip_wider_vectors() -> None:
-    """Let kernels with vectors of 256 bits include no more than they use."""
-    from torch._inductor.codegen.cpp import KernelGroup
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    group: Any = KernelGroup
-    generate = group.codegen_group
-
-    @wraps(generate)
-    def codegen_group(self: Any, *args: Any, **kwargs: Any) -> str:
-        code: str = generate(self, *args, **kwargs)
-        return INTRINSICS + code if code and str(pick_vec_isa()) == "avx2" else code
-
-    group.codegen_group = codegen_group
 
 
 def _skip_hash_of_triton() -> None:
