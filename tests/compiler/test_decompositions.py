@@ -206,3 +206,31 @@ def test_what_is_rounded_to_16_bits_stays_rounded(dtype: torch.dtype) -> None:
 
     for a, b in zip(jit(fn, strict=True)(x), fn(x), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ----------------------------------------------------------------------- what is left to torch
+
+
+def resized(x: Tensor) -> tuple[Tensor, ...]:
+    complex_numbers = torch.complex(x.cos(), x) + torch.polar(x.exp(), x)
+    image = x[None, None].cos()
+    modes = {"nearest": image, "bilinear": image, "bicubic": image, "trilinear": image[None]}
+    larger = [F.interpolate(y, scale_factor=2, mode=mode) for mode, y in modes.items()]
+    return complex_numbers.real, complex_numbers.imag, *larger
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_kernels_of_torch_are_called_where_the_environment_has_ci(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import config
+    from torch._inductor.lowering import lowerings
+
+    left = [op for op in lowerings if str(op).startswith(("aten.upsample_", "aten.complex."))]
+    for op in left:  # those that an earlier program has added
+        monkeypatch.delitem(lowerings, op)
+    monkeypatch.setenv("CI", "true")
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    with config.patch(fx_graph_cache=False):
+        torch.testing.assert_close(jit(resized, strict=True)(x), resized(x), rtol=1e-12, atol=1e-14)
