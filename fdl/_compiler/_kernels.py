@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fdl._compiler._short_vectors import narrowed
+
 
 def realized(x: Any) -> Any:
     """Let an argument of a kernel be in memory, as numbers of its own dtype."""
@@ -54,7 +56,7 @@ def call_kernel(
         wrapper.src_to_kernel[source] = kernel
         symbol = kernel if V.graph.cpp_wrapper else "kernel"
         parameters = ", ".join(f"{kind} a{i}" for i, kind in enumerate(types))
-        text = source.replace("KERNEL_NAME", symbol).replace("PARAMETERS", parameters)
+        text = narrowed(source).replace("KERNEL_NAME", symbol).replace("PARAMETERS", parameters)
         if not V.graph.cpp_wrapper:
             text = f"async_compile.cpp_pybinding({list(types)!r}, r'''{text}''')"
         definition = f'extern "C" void {symbol}({parameters});\n'

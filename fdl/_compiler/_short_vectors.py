@@ -76,20 +76,25 @@ def with_short_vectors(code: str) -> str:
     return code
 
 
+def narrowed(code: str) -> str:
+    """Return the code of a kernel that includes and converts what this processor's vectors need."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if INCLUDE not in code or str(pick_vec_isa()) != "avx2":
+        return code
+    return INTRINSICS + with_short_vectors(code)
+
+
 @cache
 def use_short_vectors() -> None:
     """Let Inductor's kernels use these functions, and include no wider intrinsics."""
     from torch._inductor.codegen.cpp import KernelGroup
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     group: Any = KernelGroup
     generate = group.codegen_group
 
     @wraps(generate)
     def codegen_group(self: Any, *args: Any, **kwargs: Any) -> str:
-        code: str = generate(self, *args, **kwargs)
-        if not code or str(pick_vec_isa()) != "avx2":
-            return code
-        return INTRINSICS + with_short_vectors(code)
+        return narrowed(generate(self, *args, **kwargs))
 
     group.codegen_group = codegen_group

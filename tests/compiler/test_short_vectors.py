@@ -8,10 +8,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.func import grad
 
 import fdl
-from fdl._compiler._short_vectors import CODE, INCLUDE, with_short_vectors
+from fdl._compiler._products import SOURCE as PRODUCT
+from fdl._compiler._rows import SOURCE as ROWS
+from fdl._compiler._short_vectors import (
+    CODE,
+    INCLUDE,
+    INTRINSICS,
+    narrowed,
+    with_short_vectors,
+)
 
 LENGTHS = [1, 7, 8, 9, 31, 40, 1003]
 ODD = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, -1.0, 2.0]
@@ -67,3 +76,9 @@ def test_only_kernels_with_a_use_for_them_have_them() -> None:
     assert with_short_vectors(plain) == plain
     mask = INCLUDE + "at::vec::VecMask<float,1>::from(p, n).store(q, n);"
     assert with_short_vectors(mask) == mask.replace(INCLUDE, INCLUDE + CODE)
+
+
+def test_kernels_of_fdl_include_no_more_than_those_of_torch() -> None:
+    narrow = str(pick_vec_isa()) == "avx2"
+    assert narrowed(PRODUCT).startswith(INTRINSICS) == narrow
+    assert narrowed(ROWS) == ROWS
