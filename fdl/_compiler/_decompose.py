@@ -104,9 +104,9 @@ def _inline(node: Node, part: GraphModule) -> None:
             if each.op == "call_function":
                 copies[each] = graph.node_copy(each, copies.__getitem__)
     results = [copies[each] for each in results_of(part.graph)]
-    values = _values(node.meta["val"])
+    values = _values(node.meta.get("val"))
     new = {i: (z, value) for z, (i, value) in zip(results, values, strict=True)}
-    if isinstance(node.meta["val"], Tensor):
+    if isinstance(node.meta.get("val"), Tensor):
         _replace(node, *new[0], outer)
     else:
         for user in list(node.users):
@@ -117,7 +117,7 @@ def _inline(node: Node, part: GraphModule) -> None:
 
 def _values(result: Any) -> list[tuple[int, Tensor]]:
     """List the tensors that an operation returns, with their positions."""
-    leaves = [result] if isinstance(result, Tensor) else result
+    leaves = result if isinstance(result, tuple | list) else [result]
     return [(i, x) for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
 

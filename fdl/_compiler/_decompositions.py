@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.fx.node import has_side_effect
 
 from fdl._compiler._fixed_shapes import FIXED_SHAPES
 from fdl._compiler._narrow_integers import NARROW_INTEGERS
@@ -75,6 +76,24 @@ def smooth_l1_loss_backward(
     return torch.where(far, grad * difference.sign(), grad * difference / beta)
 
 
+def multilabel_margin_loss(x: Tensor, labels: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    """Σ max(0, 1 − x_j + x_i)/C of labels j before the first −1 and classes i that are no label.
+
+    That of torch 2.11 counts labels after the first −1.
+    """
+    rows, sets = torch.atleast_2d(x), torch.atleast_2d(labels)
+    classes = torch.arange(rows.shape[1], device=x.device)
+    counted = (sets == -1).cumsum(1) == 0
+    index = torch.where(counted, sets, 0)
+    is_label = ((index[:, :, None] == classes) & counted[:, :, None]).any(1)
+    margin = 1 - rows.gather(1, index)[:, :, None] + rows[:, None, :]
+    adds = (margin > 0) & counted[:, :, None] & ~is_label[:, None, :]
+    losses = torch.where(adds, margin, 0).sum((1, 2)) / rows.shape[1]
+    loss = losses.mean() if reduction == MEAN else losses.sum() if reduction else losses
+    shape = x.shape[:-1] if reduction == 0 else ()
+    return loss.reshape(shape), is_label.to(x.dtype).reshape(labels.shape)
+
+
 def remainder(x: Tensor, y: Tensor | float) -> Tensor:
     """Use `fmod`, which is exact and keeps the sign of a zero; x − y ⌊x/y⌋ would be rounded."""
     dtype = torch.result_type(x, y)
@@ -129,6 +148,11 @@ def rounded_quotient(x: Tensor | float, y: Tensor | float, *, rounding_mode: str
     return torch.where(y == 0, quotient, nearest).to(dtype)
 
 
+def assert_async(condition: Tensor) -> None:
+    """Raise with the message of torch; without a message, Inductor would drop it."""
+    aten._assert_async.msg(condition, "Expected Tensor with single nonzero value, but got zero")
+
+
 def clamp_min(x: Tensor, low: float) -> Tensor:
     """Rely on `maximum` returning the second of two zeros."""
     return torch.maximum(_scalar(low, x), x) if x.is_floating_point() else NotImplemented
@@ -156,6 +180,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.elu_backward.default: elu_backward,
     aten.hardswish_backward.default: hardswish_backward,
     aten.smooth_l1_loss_backward.default: smooth_l1_loss_backward,
+    aten.multilabel_margin_loss_forward.default: multilabel_margin_loss,
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
     aten.fmod.Scalar: fmod,
@@ -164,6 +189,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.clamp_min.default: clamp_min,
     aten.clamp_max.default: clamp_max,
     aten.pow.Tensor_Scalar: power,
+    has_side_effect(aten._assert_async.default): assert_async,
 }
 
 

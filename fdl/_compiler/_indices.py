@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
-OUT_OF_RANGE = "index out of range"  # beginning of the error message
+OUT_OF_RANGE = "index out of range: expected"  # beginning of the error message
 
 
 class _Index(NamedTuple):
@@ -72,6 +72,20 @@ def _labels_of_derivative(args: _Args) -> Iterator[_Index]:
         yield index._replace(position=2)
 
 
+def _classes(args: _Args) -> Iterator[_Index]:
+    """`(x, labels, …)` of `multi_margin_loss`, classes along the last axis."""
+    yield _Index(1, 0, _last_axis(args[0]))
+
+
+def _sets_of_classes(args: _Args) -> Iterator[_Index]:
+    """`(x, labels, …)` of `multilabel_margin_loss`, classes along the last axis; −1 ends a set."""
+    yield _Index(1, -1, _last_axis(args[0]))
+
+
+def _last_axis(x: Tensor) -> int:
+    return x.shape[-1] if x.ndim else 1
+
+
 def _unpooled(args: _Args) -> Iterator[_Index]:
     """`(x, index, sizes, …)`, into the flattened pixels of an image."""
     yield _Index(1, 0, torch.Size(args[2]).numel())
@@ -93,6 +107,8 @@ RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
     "embedding_dense_backward": _rows_of_derivative,
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _labels),
     **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _labels_of_derivative),
+    "multi_margin_loss": _classes,
+    "multilabel_margin_loss_forward": _sets_of_classes,
     "bincount": _bins,
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _unpooled),
 }
@@ -150,7 +166,7 @@ def _(index: Tensor, low: int, high: int) -> Tensor:
 
 def range_error(low: int, high: int) -> str:
     """Return the error message for an index out of range."""
-    return f"{OUT_OF_RANGE}: expected {low} <= index < {high}"
+    return f"{OUT_OF_RANGE} {low} <= index < {high}"
 
 
 IN_RANGE = in_range._opoverload

@@ -24,11 +24,10 @@ from torch.fx import Graph, GraphModule
 from fdl._compiler._callbacks import take_error
 from fdl._compiler._common_subexpressions import keep_results_apart
 from fdl._compiler._graph import NAMESPACES, copy_graph, nodes_of, results_of
-from fdl._compiler._indices import OUT_OF_RANGE
 from fdl._compiler._interrupt import watch_signals
-from fdl._compiler._linalg_errors import linalg_error
 from fdl._compiler._lowerings import register
 from fdl._compiler._passes import rewrite
+from fdl._compiler._program_errors import python_error
 from fdl._compiler._vector_functions import accurate_functions
 from fdl._torch_compat import RELEASE
 
@@ -175,14 +174,12 @@ def _with_python_errors(compiled: Compiled) -> Compiled:
 
 
 def raise_python_error(error: BaseException) -> NoReturn:
-    """Raise IndexErrors, LinAlgErrors and those of callbacks; from C++ all are RuntimeErrors."""
+    """Raise the error of a callback, or of eager torch; from C++ all are RuntimeErrors."""
     raised = take_error()
     if raised is not None:
         raise raised from None
-    if isinstance(error, RuntimeError) and OUT_OF_RANGE in str(error):
-        raise IndexError(str(error)) from None
-    if failed := linalg_error(str(error)):
-        raise failed from None
+    if type(error) is RuntimeError:
+        raise python_error(error) from None
     raise error
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fdl import _modes
 from fdl._compiler._container import Run, load
-from fdl._compiler._indices import OUT_OF_RANGE
-from fdl._compiler._linalg_errors import linalg_error
+from fdl._compiler._program_errors import python_error
 from fdl._compiler._program_file import About, by_name, check_here, differences, kinds, read
 from fdl._compiler._program_file import structure as structure_of
 from fdl._compiler._signature import (
@@ -77,7 +76,10 @@ def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
             with torch._C._DisableAutocast():  # the program contains the casts
                 return unflatten(run(leaves), results)
         except RuntimeError as error:
-            raise _python_error(error, where) from None
+            raised = python_error(error)
+            if type(raised) is RuntimeError:
+                raised = RuntimeError(f"{where}: {raised}")
+            raise raised from None
 
     return program
 
@@ -100,14 +102,6 @@ def _load(files: dict[str, bytes], outputs: int, where: str) -> Run:
             f"{where}: it cannot be loaded ({line}); export the function again here, or, if "
             "libraries in the folder for temporary files cannot be run, set TMPDIR to another"
         ) from None
-
-
-def _python_error(error: RuntimeError, where: str) -> Exception:
-    """Return an IndexError or a LinAlgError; from C++ every error is a RuntimeError."""
-    text = str(error).strip().partition("\n")[0]
-    if OUT_OF_RANGE in text:
-        return IndexError(text)
-    return linalg_error(str(error)) or RuntimeError(f"{where}: {text}")
 
 
 def _taker(

@@ -17,10 +17,10 @@ from fdl._compiler._graph import COND, WHILE
 from fdl._compiler._indices import IN_RANGE, range_error
 from fdl._compiler._interrupt import CHECK_SIGNALS, signal_check
 from fdl._compiler._leafwise import register_leafwise
-from fdl._compiler._linalg_errors import CHECK as FACTORIZED
-from fdl._compiler._linalg_errors import check_code
 from fdl._compiler._loop_code import allocate_only_what_is_stored, makes_a_turn
 from fdl._compiler._products import NARROW, has_short_vectors, register_product
+from fdl._compiler._program_errors import CHECK as FACTORIZED
+from fdl._compiler._program_errors import check_code
 from fdl._compiler._rows import register_rows
 from fdl._compiler._short_vectors import use_short_vectors
 from fdl._compiler._small_buffers import keep_small_buffers_on_the_stack

@@ -22,6 +22,12 @@ aten = torch.ops.aten
 NAN, INF = float("nan"), float("inf")
 SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, 2.5, -7.0, 1e30, -0.5])
 
+
+def asserted(x: Tensor) -> Tensor:
+    torch._assert_async((x.nan_to_num() > -INF).all())
+    return x + 1
+
+
 ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
     None: [
         lambda x: x + 0.0,
@@ -64,6 +70,13 @@ ELEMENTWISE: dict[Any, list[Callable[[Tensor], Tensor]]] = {
     aten.pow.Tensor_Scalar: [
         *(lambda x, p=p: x**p for p in (0, 0.5, -0.5, 1, 2, 3, -1, -2, 1.5)),
     ],
+    aten.multilabel_margin_loss_forward.default: [
+        lambda x: F.multilabel_margin_loss(
+            torch.stack([x, x.flip(0)], 1), torch.tensor([[1, -1]]).repeat(len(x), 1)
+        ),
+        lambda x: F.multilabel_margin_loss(x[:3], torch.tensor([2, 0, -1]), reduction="none"),
+    ],
+    aten._assert_async.default: [asserted],
     aten.elu_backward.default: [F.elu, F.celu, F.selu, lambda x: F.elu(x, 0.3)],
     aten.hardswish_backward.default: [F.hardswish],
     aten.smooth_l1_loss_backward.default: [

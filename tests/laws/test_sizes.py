@@ -36,7 +36,6 @@ TESTED_IN = {
     "_compiler/_differentiable_ops.py": "compiler/test_scan_transformed.py",
     "_compiler/_digest.py": "compiler/test_dispatch.py",
     "_compiler/_fakes.py": "compiler/test_trace.py",
-    "_compiler/_indices.py": "compiler/test_passes.py",
     "_compiler/_container.py": "compiler/test_export.py",
     "_compiler/_inductor.py": "compiler/test_routes.py",
     "_compiler/_interpreter.py": "compiler/test_routes.py",

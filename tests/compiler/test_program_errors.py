@@ -1,4 +1,4 @@
-"""A factorization that fails raises in a jitted function what it raises eagerly."""
+"""What fails in a jitted function raises what it raises eagerly: the type and the message."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, linalg
 from torch.linalg import LinAlgError
 
 import fdl
-from fdl._compiler._inductor import HAS_CPP_WRAPPER
-from fdl._compiler._linalg_errors import check_code, linalg_error
+from fdl._compiler._inductor import HAS_CPP_WRAPPER, raise_python_error
+from fdl._compiler._program_errors import check_code, linalg_error, python_error
 from tests.support.asserts import assert_equal
 
 GOOD = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
@@ -90,6 +90,46 @@ def test_an_error_is_made_of_a_message() -> None:
     error = linalg_error("a factorization failed: matrix 2, info 1, one 0, in linalg.inv")
     assert isinstance(error, LinAlgError)
     assert "linalg.inv: (Batch element 2): The diagonal element 1 is zero" in str(error)
+
+
+KERNELS: dict[str, Callable[[Tensor], Any]] = {
+    "masked_scatter": lambda x: x.cos().masked_scatter(x < 9, x[:1]),
+    "segment_reduce": lambda x: torch.segment_reduce(x.cos(), "sum", lengths=x[0].long() + 1),
+    "histc": lambda x: torch.histc(x / 0, 4),
+    "cholesky_inverse": lambda x: torch.cholesky_inverse(x * 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_of_torch_fails(name: str) -> None:
+    fn = KERNELS[name]
+    if not HAS_CPP_WRAPPER:  # torch 2.11 calls kernels from Python
+        pytest.skip("torch 2.11 prints what is wrong, but does not return it")
+    assert error_of(fdl.jit(fn, strict=True), GOOD) == error_of(fn, GOOD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("message", [(), ("numbers must be positive",)], ids=["none", "one"])
+def test_an_assertion_fails(message: tuple[str, ...]) -> None:
+    def fn(x: Tensor) -> Tensor:
+        torch._assert_async((x > 0).all(), *message)
+        return x * 2
+
+    jitted = fdl.jit(fn, strict=True)
+    assert_equal(jitted(GOOD), fn(GOOD))
+    assert error_of(jitted, -GOOD) == error_of(fn, -GOOD)
+    in_loop = fdl.jit(lambda x: fdl.scan(lambda c, _: (fn(c - 1), c), x, (), length=3))
+    assert error_of(in_loop, GOOD) == error_of(fn, -GOOD)
+
+
+def test_what_follows_a_message_of_cpp_is_left_out() -> None:
+    error = python_error(RuntimeError("too small\nException raised from f at a.cpp:1\nframe #0"))
+    assert type(error) is RuntimeError and str(error) == "too small"
+    same = ValueError("too small")
+    with pytest.raises(ValueError) as caught:
+        raise_python_error(same)
+    assert caught.value is same
 
 
 @pytest.mark.slow
