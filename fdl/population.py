@@ -61,6 +61,11 @@ def create(
     >>> states.params["weight"].shape, optim.hyperparams(states.opt_state)["lr"]
     (torch.Size([3, 1, 2]), tensor([0.1000, 0.2000, 0.4000], dtype=torch.float64))
     """
+    if not isinstance(keys, Tensor):
+        raise TypeError(
+            f"population.create: keys must be a tensor, got {keys!r}; make them with "
+            "random.split(key, members)"
+        )
     if keys.ndim != 2 or keys.shape[1] != 2 or not len(keys):
         raise ValueError(
             f"population.create: keys must have the shape [members, 2], got {list(keys.shape)}; "
@@ -147,6 +152,11 @@ def best(states: Tree, loss: Tensor) -> Tree:
     >>> best({"w": torch.arange(3)}, torch.tensor([0.5, float("nan"), 0.2]))
     {'w': tensor(2)}
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"population.best: loss must be a tensor, got {type(loss).__name__}; the value of a "
+            "metric is metric.value"
+        )
     if loss.shape != (size(states),):
         raise ValueError(
             f"population.best: loss must have the shape [{size(states)}], one number per member, "

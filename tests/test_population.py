@@ -183,6 +183,7 @@ def test_a_bootstrap_sample_draws_each_example_once_in_the_mean():
     [
         (KEYS[0], {}, ValueError, r"keys must have the shape \[members, 2\], got \[2\]"),
         (KEYS[:0], {}, ValueError, r"keys must have the shape \[members, 2\], got \[0, 2\]"),
+        (3, {}, TypeError, r"keys must be a tensor, got 3; make them with random.split"),
         (KEYS, {"lr": 0.1}, TypeError, "'lr' must be a tensor, got 0.1"),
         (KEYS, {"lr": torch.ones(2)}, ValueError, r"'lr' must have the shape \[3\].*got \[2\]"),
         (KEYS, {"rate": torch.ones(3)}, ValueError, "'rate' is not in this state; can be set: "),
@@ -194,6 +195,8 @@ def test_create_says_what_is_wrong(keys, rates, error, text):
 
 
 def test_the_other_functions_say_what_is_wrong():
+    with pytest.raises(TypeError, match=r"best: loss must be a tensor, got Mean; .*metric.value"):
+        population.best({"w": torch.zeros(3)}, fdl.metrics.mean(torch.ones(3)))
     states = {"w": torch.zeros(3), "b": torch.zeros(2)}
     with pytest.raises(
         ValueError, match=r"one common first axis, the members, got \{'w': \[3\], 'b': \[2\]\}"

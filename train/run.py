@@ -180,7 +180,9 @@ def train(run: Run) -> int:
             print("train: mean over the epoch, while the model learns; test: after the epoch")
         with (
             loop.signal_flag(signal.SIGINT) as interrupted,  # from now on there is a state to save
-            tqdm(leave=False, disable=None, ncols=WIDTH - 1, bar_format=BAR) as bar,
+            tqdm(
+                leave=False, disable=sys.stderr is None or None, ncols=WIDTH - 1, bar_format=BAR
+            ) as bar,
             event_log.event_log(logged, records) as log,
         ):
 

@@ -24,7 +24,7 @@ def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 def select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
     """torch's gradient of a batched source is too large."""
     start = index % x.shape[dim]
-    return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
+    return slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
 
 
 def slice_scatter(
@@ -35,9 +35,15 @@ def slice_scatter(
     end: int | None = None,
     step: int = 1,
 ) -> Tensor:
-    """torch's rule for `vmap` refuses the largest integer as an end, that of `x[1:] = y`."""
+    """torch's rule for `vmap` refuses the largest integer as an end, that of `x[1:] = y`.
+
+    For complex numbers it has no derivative.
+    """
     first, last, _ = slice(start, end).indices(x.shape[dim])
-    return torch.slice_scatter(x, source, dim, first, last, step)
+    if not x.is_complex():
+        return torch.slice_scatter(x, source, dim, first, last, step)
+    parts, new = (torch.view_as_real(z.resolve_conj()) for z in (x, source.to(x.dtype)))
+    return torch.view_as_complex(torch.slice_scatter(parts, new, dim % x.ndim, first, last, step))
 
 
 def as_strided(

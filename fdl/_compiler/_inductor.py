@@ -253,7 +253,8 @@ def _results_apart() -> Any:
 def kernels_written() -> int:
     """Return how many kernels Inductor has generated, or loaded from its cache, in this process."""
     metrics = sys.modules.get("torch._inductor.metrics")
-    return metrics.generated_kernel_count if metrics else 0
+    # Another thread may be importing it.
+    return getattr(metrics, "generated_kernel_count", 0)
 
 
 @cache

@@ -70,7 +70,8 @@ def under_jvp(loop: Loop, operands: list[Tensor], interpreter: Any) -> list[Tens
             return tuple(run_graph(loop.body, replaced(values, moving, chosen)))
 
         results, slopes = cast(Any, jvp)(along, tuple(values[i] for i in moving), tuple(directions))
-        chosen = [(i, x) for i, x in enumerate(slopes) if outputs[i]]
+        # torch makes the tangent of a 0-d tensor times a Python number float64 (issue 90065).
+        chosen = [(i, x.to(results[i].dtype)) for i, x in enumerate(slopes) if outputs[i]]
         carry = [x for i, x in chosen if i < n]
         return [*results[:n], *carry, *results[n:], *(x for i, x in chosen if i >= n)]
 

@@ -50,9 +50,12 @@ def watch_prints() -> None:
     """Make a tensor that is printed while `jit` traces warn that it has no value."""
 
     def show(self: FakeTensor, **options: Any) -> str:
-        if is_tracing():
-            _warn_about_print()
-        return Tensor.__repr__(self, **options)
+        if not is_tracing():
+            return Tensor.__repr__(self, **options)
+        _warn_about_print()
+        # C++ code may print an argument that does not fit. `Tensor.__repr__` would ask for tangents
+        # there, which fails and leaves torch's settings of the thread as they are at that place.
+        return f"FakeTensor(..., size={tuple(self.shape)}, dtype={self.dtype})"
 
     def show_formatted(self: FakeTensor, spec: str) -> str:
         if is_tracing() and spec and not self.ndim:  # a number

@@ -36,13 +36,12 @@ def scan_transformed(f: Callable[..., Any], init: Tree, xs: Tree, length: int) -
     """Run a scan under the active transformations, as one loop."""
     flat = flat_body(f, init, xs)
     try:
-        body = _close(f, flat)
-    except CannotClose as reason:
+        unchanged, body = _move_unchanged(_close(f, flat))
+        loop = Loop(body.graph, len(body.init), len(body.xs), length)
+        results = run_loop(loop, [*body.init, *body.xs, *body.closed_over])
+    except CannotClose as reason:  # of the body, or of its derivative
         current_trace().unrolled.append((length, str(reason)))
         return scan_as_loop(f, init, xs, length)
-    unchanged, body = _move_unchanged(body)
-    loop = Loop(body.graph, len(body.init), len(body.xs), length)
-    results = run_loop(loop, [*body.init, *body.xs, *body.closed_over])
     carry, ys = iter(results[: loop.carry]), results[loop.carry :]
     leaves = [unchanged[i] if i in unchanged else next(carry) for i in range(len(flat.init))]
     return unflatten(leaves, flat.carry_spec), unflatten(ys, flat.y_specs[0])

@@ -142,6 +142,22 @@ def paths(structure: Hashable) -> list[str]:
     return [dotted(path) for path, leaf in pairs if leaf is not None]
 
 
+def argument_names(fn: Callable[..., Any], structure: Hashable) -> list[str]:
+    """List the dotted path of each leaf of the arguments, below the names of parameters.
+
+    >>> argument_names(lambda w, x: x, flatten((({"a": 1}, 2), {}))[1])
+    ['w.a', 'x']
+    """
+    args, kwargs = _unflatten(count(), structure, lambda number, _: number)
+    try:
+        bound = inspect.signature(fn).bind(*args, **kwargs).arguments
+        pairs = pytree.tree_flatten_with_path(dict(bound))[0]
+    except (TypeError, ValueError):  # without a signature, or with a class registered without paths
+        return paths(structure)
+    names = {number: dotted(path) for path, number in pairs}
+    return [names[number] for number in sorted(names)]
+
+
 def runs_in_python(leaf: Any) -> bool:
     """Check for a tensor whose operations are defined in Python, such as a FakeTensor.
 

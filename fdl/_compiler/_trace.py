@@ -52,7 +52,7 @@ from fdl._compiler._indices import check_indices
 from fdl._compiler._patches import views_in_bodies
 from fdl._compiler._purity import LeakChecker, check_draw, watch_prints
 from fdl._compiler._settings import as_written
-from fdl._compiler._signature import flatten, paths, resolved, unflatten
+from fdl._compiler._signature import argument_names, flatten, resolved, unflatten
 from fdl._compiler._user_lines import format_line, user_line_of
 from fdl._compiler._zeros import run_operation
 from fdl._dtensor import any_dtensor_type
@@ -197,7 +197,7 @@ def trace(
         with mode, DynamicIndex():
             fakes = [fake_like(mode, leaf) for leaf in leaves]
             tracing.leaks.note(fakes)
-            graph, constants = trace_flat(flat, fakes, paths(spec))
+            graph, constants = trace_flat(flat, fakes, argument_names(fn, spec))
         del fakes
         tracing.leaks.check(fn, graph, f"jit: {name}")
     except RuntimeError as error:
@@ -222,6 +222,8 @@ def _operation_that_asks(error: RuntimeError) -> Any:
     """Return what asks for values that fake tensors lack, if that is what an error is about."""
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return getattr(error.func, "overloadpacket", error.func)
+    if "numpy() is not supported for tensor subclasses" in str(error):
+        return ".numpy()"
     return "an operation" if "its data is not allocated yet" in str(error) else None
 
 

@@ -68,12 +68,13 @@ def while_traced(
     try:
         first = close(condition, flat_condition, leaves, "while_loop: cond_fun", noun)
         second = close(body, flat_body, leaves, "while_loop: body_fun", noun)
+        m = n + len(first.closed_over)
+        loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
+        tested = [x.detach() for x in first.closed_over]  # a condition has no derivative
+        results = run_while(loop, [*leaves, *tested, *second.closed_over])
     except CannotClose as reason:
         raise NotImplementedError(f"while_loop: it cannot be traced here: {reason}") from reason
-    m = n + len(first.closed_over)
-    loop = While(lambda *z: first.run(*z[:m])[0], lambda *z: second.run(*z[:n], *z[m:]), n)
-    tested = [x.detach() for x in first.closed_over]  # a condition has no derivative
-    return unflatten(run_while(loop, [*leaves, *tested, *second.closed_over]), spec)
+    return unflatten(results, spec)
 
 
 def _write(loop: While, operands: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from fdl import tree
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer, State
 from fdl.optim._descent import negated
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, is_zero, named_rates
 from fdl.optim._leafwise import Result, chain, leafwise
 from fdl.optim._masking import Mask, selected
 from fdl.tree import Tree
@@ -93,9 +93,10 @@ def adafactor(
         "col_var": lambda p: torch.zeros_like(p[..., :1, :]) if p.ndim > 1 else p.new_zeros(0),
         "variance": lambda p: p.new_zeros(0) if p.ndim > 1 else torch.zeros_like(p),
     }
-    rates = {"lr": lr, "beta2_decay": beta2_decay, "eps2": eps[1], "d": d}
-    if eps[0] is not None:
-        rates["eps1"] = eps[0]
+    eps1, eps2 = named_rates("adafactor", "eps", eps, "eps1", "eps2").values()
+    rates = {"lr": lr, "beta2_decay": beta2_decay, "eps2": eps2, "d": d}
+    if eps1 is not None:
+        rates["eps1"] = eps1
     if is_zero(weight_decay):
         mask = None
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fdl._numerics import root
 from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, named_rates
 from fdl.optim._leafwise import Result, leafwise
 from fdl.optim._masking import Mask
 
@@ -64,7 +64,7 @@ def scale_by_adan(
         return momentum / (root(n) / (1 - beta3**t).sqrt() + eps), slots
 
     names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
-    rates = {"beta1": betas[0], "beta2": betas[1], "beta3": betas[2], "eps": eps}
+    rates = named_rates("scale_by_adan", "betas", betas, "beta1", "beta2", "beta3") | {"eps": eps}
     return leafwise("scale_by_adan", rule, rates, dict.fromkeys(names, torch.zeros_like), RANGES)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl._numerics import root
 from fdl.optim._base import Optimizer
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, named_rates
 from fdl.optim._leafwise import Result, leafwise
 
 
@@ -61,7 +61,7 @@ def scale_by_adam(
         denominator = root(v) / (1 - beta2**t).sqrt() + eps
         return m / denominator / (1 - beta1**t), slots
 
-    rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    rates = named_rates("scale_by_adam", "betas", betas, "beta1", "beta2") | {"eps": eps}
     names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
     return leafwise("scale_by_adam", rule, rates, _zeros(*names), RANGES)
 
@@ -94,7 +94,7 @@ def scale_by_adamax(
         u = torch.maximum(beta2 * exp_inf, g.abs() + eps)
         return m / u / (1 - beta1**t), {"exp_avg": m, "exp_inf": u}
 
-    rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    rates = named_rates("scale_by_adamax", "betas", betas, "beta1", "beta2") | {"eps": eps}
     return leafwise("scale_by_adamax", rule, rates, _zeros("exp_avg", "exp_inf"), RANGES)
 
 
@@ -142,12 +142,8 @@ def scale_by_nadam(
         slots = {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
         return ahead / (root(v / (1 - beta2**t)) + eps), slots
 
-    rates = {
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "eps": eps,
-        "momentum_decay": momentum_decay,
-    }
+    rates = named_rates("scale_by_nadam", "betas", betas, "beta1", "beta2")
+    rates |= {"eps": eps, "momentum_decay": momentum_decay}
     slots = _zeros("exp_avg", "exp_avg_sq")
     slots["mu_product"] = lambda p: torch.ones((), dtype=torch.float64, device=p.device)
     return leafwise("scale_by_nadam", rule, rates, slots, RANGES)
@@ -190,7 +186,7 @@ def scale_by_radam(
         update = m / (1 - beta1**t) * torch.where(known, adapted, 1.0)
         return update, {"exp_avg": m, "exp_avg_sq": v}
 
-    rates = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    rates = named_rates("scale_by_radam", "betas", betas, "beta1", "beta2") | {"eps": eps}
     return leafwise("scale_by_radam", rule, rates, _zeros("exp_avg", "exp_avg_sq"), RANGES)
 
 

@@ -78,6 +78,19 @@ def check_rate(caller: str, name: str, rate: ScalarOrSchedule, allowed: Range = 
         )
 
 
+def named_rates(caller: str, argument: str, values: tuple[Any, ...], *names: str) -> dict[str, Any]:
+    """Name the rates that are given together, such as `betas`.
+
+    >>> named_rates("adam", "betas", (0.9, 0.999), "beta1", "beta2")
+    {'beta1': 0.9, 'beta2': 0.999}
+    """
+    if not isinstance(values, tuple | list) or len(values) != len(names):
+        raise TypeError(
+            f"{caller}: {argument} must be a tuple of {len(names)} rates, got {values!r}"
+        )
+    return dict(zip(names, values, strict=True))
+
+
 def check_range(caller: str, name: str, allowed: Range, *values: float) -> None:
     """Raise unless each value is finite and in a range.
 

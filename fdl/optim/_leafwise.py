@@ -127,6 +127,8 @@ def _apply_links(
     links: Sequence[Link], grads: Tree, states: Sequence[State], params: Tree
 ) -> tuple[Tree, list[State]]:
     """Update with transformations made by `leafwise`, all of them leaf by leaf if they can be."""
+    for link, state in zip(links, states, strict=True):
+        _check_state(link, state)
     steps = [
         Step(
             link.name,
@@ -145,6 +147,22 @@ def _apply_links(
     updates, slots = applied
     hypers = [next_hyper(link.rates, s.hyper) for link, s in zip(links, states, strict=True)]
     return updates, [*map(State, hypers, slots)]
+
+
+def _check_state(link: Link, state: Any) -> None:
+    """Raise unless the state has the slots of a transformation, and no rate that it lacks."""
+    if isinstance(state, State):
+        rates = {*state.hyper.free, *state.hyper.scheduled} - {*link.rates}
+        if state.slots.keys() == link.slots.keys() and not rates:
+            return
+        got = f"one with {', '.join([*state.slots, *sorted(rates)]) or 'no slots'}"
+    else:
+        got = type(state).__name__
+    expected = f"one with {', '.join(link.slots) or 'no slots'}"
+    raise ValueError(
+        f"{link.name}: the state is that of another optimizer: expected {expected}, got {got}; "
+        "opt.init(params) makes a new one"
+    )
 
 
 def _one_after_another(links: Sequence[Link]) -> Optimizer:
@@ -244,7 +262,8 @@ def chain(*parts: OptimizerLike) -> Optimizer:
     def update(grads: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         if len(state) != len(opts):
             raise ValueError(
-                f"chain: expected the states of {len(opts)} transformations, got {len(state)}"
+                f"chain: expected the states of {len(opts)} transformations, got {len(state)}; if "
+                "they are of another optimizer, opt.init(params) makes new ones"
             )
         states: list[Tree] = []
         while len(states) < len(opts):

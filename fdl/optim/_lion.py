@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, named_rates
 from fdl.optim._leafwise import Result, leafwise
 from fdl.optim._masking import Mask
 
@@ -35,7 +35,7 @@ def scale_by_lion(betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.99)
         sign = (beta1 * exp_avg + (1 - beta1) * g).sign()
         return sign, {"exp_avg": beta2 * exp_avg + (1 - beta2) * g}
 
-    rates = {"beta1": betas[0], "beta2": betas[1]}
+    rates = named_rates("scale_by_lion", "betas", betas, "beta1", "beta2")
     return leafwise("scale_by_lion", rule, rates, {"exp_avg": torch.zeros_like}, RANGES)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdl.optim._base import Optimizer
 from fdl.optim._descent import decayed, negated
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate
+from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, check_rate, named_rates
 from fdl.optim._leafwise import Result, chain, leafwise
 from fdl.optim._masking import Mask
 
@@ -63,11 +63,10 @@ def rprop(
         g = torch.where(same < 0, 0.0, g)
         return -g.sign() * size, {"prev": g, "step_size": size}
 
+    limits = ("step_size_min", "step_size_max")
     rates = {
-        "etaminus": etas[0],
-        "etaplus": etas[1],
-        "step_size_min": step_sizes[0],
-        "step_size_max": step_sizes[1],
+        **named_rates("rprop", "etas", etas, "etaminus", "etaplus"),
+        **named_rates("rprop", "step_sizes", step_sizes, *limits),
     }
     slots = {
         "prev": torch.zeros_like,

@@ -25,6 +25,7 @@ from fdl.optim._hyperparams import (
     ScalarOrSchedule,
     check_rate,
     init_hyper,
+    named_rates,
     next_hyper,
     rates_now,
 )
@@ -256,13 +257,15 @@ def schedule_free_adamw(
         v = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
         return g / (root(v) / (1 - beta2**t).sqrt() + eps), {"exp_avg_sq": v}
 
-    caller, rates = "schedule_free_adamw", {"beta2": betas[1], "eps": eps}
+    caller = "schedule_free_adamw"
+    beta1, beta2 = named_rates(caller, "betas", betas, "beta1", "beta2").values()
+    rates = {"beta2": beta2, "eps": eps}
     direction = leafwise(caller, rule, rates, {"exp_avg_sq": torch.zeros_like}, RANGES)
     return _average_steps(
         caller,
         [direction],
         lr,
-        ("betas[0]", betas[0]),
+        ("betas[0]", beta1),
         decayed(caller, weight_decay, mask),
         weight_lr_power,
         maximize,

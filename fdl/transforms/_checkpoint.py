@@ -124,6 +124,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         f, n, m = ctx.f, ctx.floats, ctx.floats + len(cotangents)
+        # Forward-mode differentiation writes to tangents that have the strides of the primals.
+        cotangents = tuple(z.clone() if 0 in z.stride() else z for z in cotangents)
         xs, others = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         if is_tracing():  # otherwise the program would keep the values of the first run
             xs = [stop_merging(x) for x in xs]

@@ -43,6 +43,19 @@ def spectrum(z: Tensor, xs: Tensor) -> Any:
     return scan(step, (z, z * 2), xs.conj())
 
 
+def spectral_layer(scale: Tensor, xs: Tensor) -> Any:
+    """Some frequencies are written in place, as in Fourier neural operators."""
+
+    def step(scale: Tensor, x: Tensor) -> Any:
+        frequencies = torch.fft.rfft(x * scale)
+        kept = torch.zeros_like(frequencies)
+        kept[:2] = frequencies[:2] * scale
+        kept[2] = frequencies[1].conj() * 1j
+        return scale * 0.9, torch.fft.irfft(kept, n=x.shape[0])
+
+    return scan(step, scale, xs)
+
+
 CASES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "state space": (state_space, (some(5), some(11, 3).real, some(5) / 4, some(5, 3))),
     "spectrum": (spectrum, (some(4), some(3, 2, 4))),
@@ -55,6 +68,10 @@ CASES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
         (some(7).real,),
     ),
     "donated": (lambda z, xs: scan(lambda c, x: (c * x, c.imag), z, xs), (some(2), some(3, 2))),
+    "gradient of a spectral layer": (
+        grad(lambda scale, xs: spectral_layer(scale, xs)[1].square().sum()),
+        (some(2).real[0], some(5, 6).real),
+    ),
     "gradient": (
         lambda h, xs, rates, b: grad(lambda b: state_space(h, xs, rates, b)[1].square().sum())(b),
         (some(5), some(11, 3).real, some(5) / 4, some(5, 3)),

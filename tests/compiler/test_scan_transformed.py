@@ -546,6 +546,29 @@ def test_threads_trace_one_after_the_other() -> None:
         close(result, results[0])
 
 
+@pytest.mark.usefixtures("plain_backend", "real_loops")
+def test_tangents_have_the_dtype_of_a_carry_without_axes() -> None:
+    """torch's tangent of 0.9 c is float64 for a 0-d c of float32."""
+    fn = lambda c: fdl.scan(lambda c, x: (0.9 * c + x, c), c, torch.arange(5.0))  # noqa: E731
+    c = torch.tensor(0.5)
+    (value, slope), expected = (f(c) for f in (jit(lambda c: jvp(fn, (c,), (c,))), fn))
+    close(value, expected)
+    assert slope[0].dtype == torch.float32
+    torch.testing.assert_close(slope[0], torch.tensor(0.9**5 * 0.5))
+
+
+@pytest.mark.usefixtures("plain_backend")
+def test_a_tangent_of_a_quantile() -> None:
+    """torch's meta kernel lets C++ print an argument, of which a tangent cannot be asked there."""
+    x = torch.linspace(0, 1, 5)
+    fn = lambda x: jvp(lambda x: (x * x).quantile(0.3), (x,), (torch.ones(5),))  # noqa: E731
+    try:
+        close(jit(fn)(x), fn(x))
+    except RuntimeError as error:  # of torch 2.11
+        assert "aten.equal" in str(error)
+    close(grad(lambda x: x.sin().sum())(x), x.cos())  # torch is as it was
+
+
 @pytest.mark.usefixtures("plain_backend")
 def test_torch_is_as_it_was_after_a_trace() -> None:
     hooks = [*HOOKS, (FunctorchFunctionalizeAPI, "functionalize", None)]

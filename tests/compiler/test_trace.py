@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -288,10 +289,11 @@ def changes_the_enclosing(x: Tensor) -> Any:
 
 
 IMPURE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "argument": (lambda x: x.mul_(2), r"changes 0\.0 in place; a jitted function must be pure"),
-    "view of it": (lambda x: (x[0].zero_(), x + 1)[1], r"changes 0\.0 in place"),
-    "through grad": (grad(lambda x: (x.detach().zero_(), x.sum())[1]), r"changes 0\.0 in place"),
-    "through vmap": (vmap(lambda x: x.add_(1)), r"changes 0\.0 in place"),
+    "argument": (lambda x: x.mul_(2), r"changes x in place; a jitted function must be pure"),
+    "view of it": (lambda x: (x[0].zero_(), x + 1)[1], r"changes x in place"),
+    "through grad": (grad(lambda x: (x.detach().zero_(), x.sum())[1]), r"changes x in place"),
+    "through vmap": (vmap(lambda x: x.add_(1)), r"changes x in place"),
+    "in a dict": (lambda x, w=None: ({"a": x}["a"].add_(1), x)[1], "changes x in place"),
     "closed over": (changes_closed_over, "changes a closed-over tensor in place"),
     "number": (lambda x: (NUMBER.add_(1), x)[1], "changes a closed-over tensor in place"),
     "carry": (
@@ -325,12 +327,24 @@ def test_changing_what_it_has_not_made_raises(name: str) -> None:
         lambda x: x * float(CLOSED[0]),
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
+        lambda x: torch.as_tensor(x.numpy()),
+        lambda x: torch.as_tensor(np.sin(x)),
     ],
-    ids=["if", "closed over", "mask", "nonzero"],
+    ids=["if", "closed over", "mask", "nonzero", "numpy", "a function of NumPy"],
 )
 def test_asking_for_values_raises(fn: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(RuntimeError, match=r"jit: \S*<lambda> asks for the value of a tensor"):
         jit(fn)(X)
+
+
+def test_what_is_changed_in_place_has_the_name_of_a_parameter() -> None:
+    def step(params: dict[str, Tensor], *xs: Tensor, scale: Tensor) -> Tensor:
+        params["w"].add_(1)
+        xs[1].mul_(scale)
+        return scale.sub_(1)
+
+    with pytest.raises(ValueError, match=r"changes params\.w, xs\.1, scale in place"):
+        jit(step)({"v": X, "w": X}, X, X + 1, scale=X)
 
 
 def test_a_literal_is_made_on_the_device_it_is_moved_to() -> None:

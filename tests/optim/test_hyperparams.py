@@ -398,6 +398,34 @@ def test_a_range_is_an_argument_of_leafwise():
             shifted(wrong, below)
 
 
+@pytest.mark.parametrize(
+    ("opt", "other", "text"),
+    [
+        (optim.sgd(0.1, 0.9), optim.adam(), "trace: .* expected one with momentum_buffer, got"),
+        (optim.sgd(0.1, 0.9), optim.rmsprop(), "trace: .*expected one with momentum_buffer, got"),
+        (optim.adam(amsgrad=True), optim.adam(), "max_exp_avg_sq, got one with exp_avg, exp_avg"),
+        (optim.adam(), optim.adam(amsgrad=True), "exp_avg_sq, got one with exp_avg, .*max_exp"),
+        (optim.sgd(0.1), optim.adam(), "expected the states of 1 .*opt.init.params. makes new"),
+    ],
+)
+def test_update_says_that_a_state_is_of_another_optimizer(opt, other, text):
+    with pytest.raises(ValueError, match=text):
+        opt.update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+def test_update_says_that_what_it_is_passed_is_no_state():
+    opt = optim.scale_by_adam()
+    with pytest.raises(ValueError, match=r"scale_by_adam: the state is .* got dict; opt.init"):
+        opt.update(opt.init(PARAMS), PARAMS, PARAMS)
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), "ab c"])
+@pytest.mark.parametrize("make", [optim.adam, optim.lion, optim.radam, optim.schedule_free_adamw])
+def test_betas_are_a_pair(make, betas):
+    with pytest.raises(TypeError, match=r": betas must be a tuple of 2 rates, got "):
+        make(0.1, betas=betas)
+
+
 def test_update_compares_structures():
     opt = optim.chain(optim.sgd(0.1), optim.scale(2.0))
     state = opt.init(PARAMS)

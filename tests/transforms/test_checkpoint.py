@@ -61,6 +61,31 @@ def test_values_and_derivatives_are_those_of_the_function(way, plain_backend):
         assert all(equal_bits(a, b) for a, b in pairs)
 
 
+def test_forward_over_reverse_of_a_plain_sum():
+    """Its cotangent is expanded: all of its elements are one in memory."""
+    w = torch.linspace(-1, 1, 4, dtype=torch.float64)
+
+    def f(w):
+        return torch.tanh(w * w)
+
+    def hvp(f):
+        return jvp(grad(lambda w: f(w).sum()), (w,), (torch.ones_like(w),))[1]
+
+    close(hvp(checkpoint(f)), hvp(f))
+
+
+@pytest.mark.usefixtures("plain_backend", "real_loops")
+def test_a_tangent_of_a_step_that_takes_a_gradient_of_it():
+    f = checkpoint(lambda w, x: torch.tanh(w * x))
+
+    def step(w, x):
+        return w - 0.1 * grad(lambda w: f(w, x).sum())(w), w
+
+    w, xs = torch.tensor([0.5], dtype=torch.float64), draw(2, 4, 6)
+    slope = lambda w: jvp(lambda w: fdl.scan(step, w, xs)[0], (w,), (w,))  # noqa: E731
+    close(fdl.jit(slope)(w), slope(w))
+
+
 def test_backward_and_twice():
     def twice(f):
         leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
