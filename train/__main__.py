@@ -31,13 +31,23 @@ def main() -> int:
     try:
         from train import commands  # imports torch, which takes seconds
 
-        return commands.main()
+        code = commands.main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as by `| head`
+        # What is left would be written, and fail once more, at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("interrupted: nothing reads the output any more", file=sys.stderr)
+        return 141
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if sys.argv[1:2] != ["bench"]:  # it measures torch with its defaults
         wait_without_spinning()

@@ -50,6 +50,8 @@ def main() -> int:
             case configs.Predict():
                 return evaluate.predict(config)
         raise AssertionError(f"no command for {config!r}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

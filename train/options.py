@@ -1,7 +1,9 @@
 """Parse the command line into a configuration."""
 
 import dataclasses
+import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +43,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
             return "sweep", configs.Sweep(read(configs.SWEEPS[recipe], f"sweep {recipe}", rest))
         case [name, *rest] if name in COMMANDS and name != "sweep":
             return name, read(COMMANDS[name], name, rest)
+        case [name, *_] if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            print(
+                f"error: {name} is no recipe and no other command"
+                f"{f'; did you mean {near[0]}?' if near else ''}\n{PROGRAM} --help lists them",
+                file=sys.stderr,
+            )
+            sys.exit(2)
     choice: Any = None
     for name, kind in COMMANDS.items():
         command = Annotated[kind, tyro.conf.subcommand(name)]  # type: ignore[valid-type]

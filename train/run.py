@@ -63,11 +63,15 @@ def run(name: str, config: configs.Recipe) -> int:
             launch.check_shares(config, processes)
             event_log.check(config)
             prepared = prepare(name, config, past, processes, mesh)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
             return train(prepared)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             print(
                 f"error: cannot write to {prepared.folder}: {error}\n"

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
@@ -150,7 +151,8 @@ def _extension() -> Future[Any]:
             message = (
                 f"jit: calls are dispatched in Python, which takes longer ({first_line(error)})"
             )
-            warnings.warn(message, stacklevel=1)
+            with suppress(UserWarning):  # a filter may make it an error, which nobody could catch
+                warnings.warn(message, stacklevel=1)
         finally:  # whatever happened: others wait for it
             if not future.done():
                 future.set_result(None)

@@ -143,6 +143,8 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[About, dict[str, byt
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{where}: it is not a file")
     content = path.read_bytes()
+    if content[8:9] == b"{":
+        raise ValueError(f"{where}: it is a safetensors file, for fdl.io.load")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             files = {  # each is read whole, and its checksum compared

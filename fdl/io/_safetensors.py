@@ -159,6 +159,11 @@ def read_header(descriptor: int, where: str) -> Header:
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0) if size >= 8 else b""
     length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= size - 8 and prefix.startswith((b"PK\x03\x04", b"\x80")):
+        raise ValueError(
+            f"{where}: expected a safetensors file, got one of torch.save, for io.load_torch, or "
+            "one of fdl.export, for fdl.load_program"
+        )
     if not 2 <= length <= size - 8:
         raise ValueError(f"{where}: expected a safetensors header, got {size:,} bytes without one")
     if length > MAX_HEADER:

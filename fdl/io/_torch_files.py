@@ -63,11 +63,13 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     where = f"load_torch: cannot read {path}"
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(9)
             if not start:
                 raise ValueError("it is empty")
+            if start[8:] == b"{":
+                raise ValueError("it is a safetensors file, for io.load")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                if start == b"PK\x03\x04":
+                if start.startswith(b"PK\x03\x04"):
                     _check_archive(file, len(content))
                 else:
                     for _ in range(5):  # magic number, version, system, the object, storages

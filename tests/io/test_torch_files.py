@@ -61,6 +61,25 @@ def test_a_state_dict_becomes_nested_parameters(saved):
 
 
 @pytest.mark.curriculum("C2")
+def test_a_file_of_another_format_names_what_reads_it(saved, path, tmp_path):
+    other = tmp_path / "it.safetensors"
+    fdl.io.save(other, {"w": torch.ones(3)})
+    for function in (fdl.io.load_torch, fdl.load_program):
+        with pytest.raises(ValueError, match=r"it is a safetensors file, for \S*io\.load$"):
+            function(other)
+    saved({"w": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"got one of torch\.save, for io\.load_torch"):
+        fdl.io.load(path)
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_safetensors_header_may_be_as_long_as_others_begin(start, path):
+    """128 bytes, or 19,280: the length comes first, as eight bytes."""
+    length = int.from_bytes(start, "little")
+    path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+    assert fdl.io.load(path) == {}
+
+
 def test_parameters_become_a_state_dict_that_a_module_takes(path):
     source, target = net(), net()
     params = tree.unflatten_dict({name: draw(5, *x.shape).to(x.dtype) for name, x in

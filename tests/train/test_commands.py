@@ -6,6 +6,9 @@ import importlib
 import inspect
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,35 @@ def test_linreg_recovers_the_weights_it_was_given(run, tmp_path):
     assert [r["epoch"] for r in records(tmp_path / "it")] == [1, 2, 3]
     assert [r["step"] for r in records(tmp_path / "it")] == [100, 200, 300]
     assert records(tmp_path / "it")[-1]["loss"] < 1e-4  # ½ σ² = 5e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("softmx", "; did you mean softmax?"), ("evl", "; did you mean eval?"), ("?", "")],
+)
+def test_a_misspelt_command_is_named(run, name, hint):
+    code, _, err = run(name, "--epochs", 1)
+    text = f"error: {name} is no recipe and no other command{hint}"
+    assert (code, err) == (2, f"{text}\npython -m train --help lists them\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [0, 1], ids=["closed at once", "closed after a line"])
+def test_an_output_that_nobody_reads_ends_the_command(tmp_path, read):
+    """As `| head` does; what was saved stays."""
+    command = [sys.executable, "-m", "train", "linreg", "--compile", "off", "--epochs", "3"]
+    with subprocess.Popen(
+        [*command, "--out", tmp_path / "it"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        for _ in range(read):
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"interrupted: nothing reads the output any more\n"
+        assert process.wait() == 141
 
 
 @pytest.mark.usefixtures("one_pass")
