@@ -50,7 +50,7 @@ def spectral_layer(scale: Tensor, xs: Tensor) -> Any:
         frequencies = torch.fft.rfft(x * scale)
         kept = torch.zeros_like(frequencies)
         kept[:2] = frequencies[:2] * scale
-        kept[2] = frequencies[1].conj() * 1j
+        kept[2] = frequencies[1].conj()
         return scale * 0.9, torch.fft.irfft(kept, n=x.shape[0])
 
     return scan(step, scale, xs)
