@@ -145,7 +145,7 @@ def paths(structure: Hashable) -> list[str]:
 def argument_names(fn: Callable[..., Any], structure: Hashable) -> list[str]:
     """List the dotted path of each leaf of the arguments, below the names of parameters.
 
-    >>> argument_names(lambda w, x: x, flatten((({"a": 1}, 2), {}))[1])
+    >>> argument_names(lambda w, x: x, flatten((({"a": 1, "b": None}, 2), {}))[1])
     ['w.a', 'x']
     """
     args, kwargs = _unflatten(count(), structure, lambda number, _: number)
@@ -154,7 +154,7 @@ def argument_names(fn: Callable[..., Any], structure: Hashable) -> list[str]:
         pairs = pytree.tree_flatten_with_path(dict(bound))[0]
     except (TypeError, ValueError):  # without a signature, or with a class registered without paths
         return paths(structure)
-    names = {number: dotted(path) for path, number in pairs}
+    names = {number: dotted(path) for path, number in pairs if number is not None}
     return [names[number] for number in sorted(names)]
 
 
