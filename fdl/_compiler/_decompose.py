@@ -104,9 +104,10 @@ def _inline(node: Node, part: GraphModule) -> None:
             if each.op == "call_function":
                 copies[each] = graph.node_copy(each, copies.__getitem__)
     results = [copies[each] for each in results_of(part.graph)]
-    values = _values(node.meta.get("val"))
-    new = {i: (z, value) for z, (i, value) in zip(results, values, strict=True)}
-    if isinstance(node.meta.get("val"), Tensor):
+    value = node.meta.get("val")  # none of an operation without a result
+    values = _values(value)
+    new = {i: (z, part_value) for z, (i, part_value) in zip(results, values, strict=True)}
+    if isinstance(value, Tensor):
         _replace(node, *new[0], outer)
     else:
         for user in list(node.users):

@@ -10,6 +10,7 @@ an operation passes through `in_range` while the function is traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -72,18 +73,9 @@ def _labels_of_derivative(args: _Args) -> Iterator[_Index]:
         yield index._replace(position=2)
 
 
-def _classes(args: _Args) -> Iterator[_Index]:
-    """`(x, labels, …)` of `multi_margin_loss`, classes along the last axis."""
-    yield _Index(1, 0, _last_axis(args[0]))
-
-
-def _sets_of_classes(args: _Args) -> Iterator[_Index]:
-    """`(x, labels, …)` of `multilabel_margin_loss`, classes along the last axis; −1 ends a set."""
-    yield _Index(1, -1, _last_axis(args[0]))
-
-
-def _last_axis(x: Tensor) -> int:
-    return x.shape[-1] if x.ndim else 1
+def _classes(args: _Args, low: int = 0) -> Iterator[_Index]:
+    """`(x, labels, …)`, classes along the last axis; a `low` of −1 ends a set of labels."""
+    yield _Index(1, low, args[0].shape[-1] if args[0].ndim else 1)
 
 
 def _unpooled(args: _Args) -> Iterator[_Index]:
@@ -108,7 +100,7 @@ RULES: dict[str, Callable[[_Args], Iterator[_Index]]] = {
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _labels),
     **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _labels_of_derivative),
     "multi_margin_loss": _classes,
-    "multilabel_margin_loss_forward": _sets_of_classes,
+    "multilabel_margin_loss_forward": partial(_classes, low=-1),
     "bincount": _bins,
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _unpooled),
 }

@@ -150,12 +150,19 @@ def argument_names(fn: Callable[..., Any], structure: Hashable) -> list[str]:
     """
     args, kwargs = _unflatten(count(), structure, lambda number, _: number)
     try:
-        bound = inspect.signature(fn).bind(*args, **kwargs).arguments
-        pairs = pytree.tree_flatten_with_path(dict(bound))[0]
-    except (TypeError, ValueError):  # without a signature, or with a class registered without paths
+        pairs = pytree.tree_flatten_with_path(_by_parameter(fn, args, kwargs))[0]
+    except ValueError:  # a class that was registered without paths
         return paths(structure)
     names = {number: dotted(path) for path, number in pairs if number is not None}
     return [names[number] for number in sorted(names)]
+
+
+def _by_parameter(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
+    """Return the arguments of a function by the names of its parameters, if it has a signature."""
+    try:
+        return inspect.signature(fn).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # without a signature, or one that does not fit
+        return args, kwargs
 
 
 def runs_in_python(leaf: Any) -> bool:
@@ -191,10 +198,7 @@ def check_arguments(
     """Raise a TypeError with every path unless all leaves are tensors, and none is sparse."""
     if all(isinstance(leaf, Tensor) and leaf.layout is torch.strided for leaf in leaves):
         return
-    try:
-        named: Any = inspect.signature(fn).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # without a signature, or one that does not fit
-        named = (args, kwargs)
+    named = _by_parameter(fn, args, kwargs)
     check_tensors(leaves, named, "jit: every leaf of an argument")
     pairs, _ = pytree.tree_flatten_with_path(named)
     sparse = [
