@@ -2,9 +2,9 @@
 
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
-Whatever is new about a call, and every error, is left to `_jit.py`. It is compiled once on a
-machine, while the first function is compiled, and kept in the cache of programs. Until it is ready,
-programs are called from Python.
+Whatever is new about a call, and every error, is left to `_jit.py`. The elementwise maths of eager
+optimizers are computed there too. It is compiled once on a machine, while the first function is
+compiled, and kept in the cache of programs. Until it is ready, programs are called from Python.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from fdl._compiler._signature import unflatten
 from fdl._modes import disabled, tracing
 
 SOURCES = Path(__file__).with_name("dispatch")
+# Loops over floats in vectors of the processor, by the rules of IEEE 754.
+ELEMENTWISE = "-ftree-loop-vectorize -fno-math-errno -fsigned-zeros"
 MOST = 8  # programs of a function that are tried; more are called from Python
 
 _loaded: list[Any] = []  # the module, once it is built
@@ -61,6 +63,18 @@ class Direct(NamedTuple):
 def start() -> None:
     """Load the extension, or begin to build it in a thread."""
     _extension()
+
+
+def at_hand() -> Any:
+    """Return the extension if this process or an earlier one has built it, else None."""
+    if not _loaded and _is_kept():
+        start()
+    return _loaded[0] if _loaded else None
+
+
+@cache
+def _is_kept() -> bool:
+    return _cache.find(_name()) is not None
 
 
 def prepare(
@@ -169,7 +183,7 @@ os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no s
 
 def _name() -> str:
     """Return the name in the cache of the extension for this torch and Python."""
-    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability()
+    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability(), ELEMENTWISE
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
     digest = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()
     return f"dispatch-{digest}{_cache.ENTRY}"  # with a lock of its own: programs wait for it
@@ -186,7 +200,9 @@ def _build(name: str) -> Any:
         if found is not None:
             return _load(found[0])
         silence_log()
-        options = CppTorchOptions(include_pytorch=True, warning_all=False)
+        options = CppTorchOptions(
+            include_pytorch=True, warning_all=False, extra_flags=ELEMENTWISE.split()
+        )
         with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
             if sys.platform == "linux":

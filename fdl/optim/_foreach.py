@@ -18,6 +18,7 @@ from torch.utils._device import DeviceContext
 
 from fdl._modes import is_eager
 from fdl.optim._leaves import PLAIN, Node, NotElementwise, argument, compute
+from fdl.optim._one_pass import in_one_pass
 from fdl.tree import Tree
 from fdl.tree._map import match
 from fdl.tree._structure import flatten, unflatten
@@ -66,7 +67,11 @@ def map_columns(
     """
     count = len(columns[0])
     rows: dict[int, tuple[Any, ...]] = {}
-    for batch, wholes in _batches(columns) if count >= FEW and _is_plain() else []:
+    plain = count >= FEW and _is_plain()
+    computed = in_one_pass(f, columns) if plain else None
+    if computed is not None:
+        return computed
+    for batch, wholes in _batches(columns) if plain else []:
         parts = columns if len(batch) == count else _pick(columns, batch)
         results = _together(f, parts, wholes)
         if results and parts is columns:

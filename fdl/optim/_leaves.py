@@ -49,12 +49,15 @@ class Leaves(Tensor):
 class Node:
     """What `Leaves` stand for."""
 
-    __slots__ = ("kind", "operands", "place", "readers", "run", "tape", "tensors", "whole")
+    __slots__ = (
+        *("kind", "operands", "operation", "place", "readers", "run", "tape", "tensors", "whole"),
+    )
 
     tape: list[Node]  # the results of this batch of leaves, in the order of their computation
     tensors: list[Tensor]  # of an argument, or once computed
     run: Callable[[Node], list[Tensor]] | None  # None for an argument
     operands: tuple[Any, ...]  # nodes and scalars
+    operation: Any  # the function of torch, if scalars are rounded to the dtype of the result
     readers: int  # results, not computed yet, that read the tensors
     kind: torch.dtype
     place: torch.device
@@ -63,6 +66,7 @@ class Node:
     def __init__(self, *fields: Any) -> None:
         self.tape, self.tensors, self.run, self.operands, self.kind, self.place, self.whole = fields
         self.readers = 0
+        self.operation = None
 
 
 def _wrap(node: Node) -> Leaves:
@@ -129,7 +133,9 @@ def _by_foreach(operation: Operation, *operands: Any) -> Node:
         return _record(partial(_run_each, operation.each), kind, *operands)
     if operation.commutes and type(operands[0]) is not Node:
         rounded.reverse()
-    return _record(partial(_run_many, operation), kind, *rounded)
+    node = _record(partial(_run_many, operation), kind, *rounded)
+    node.operation = operation.each
+    return node
 
 
 def _rounded(operand: Any, kind: torch.dtype, place: torch.device) -> Any:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "conditions.h"
+#include "elementwise.h"
 #include "trees.h"
 
 namespace {
@@ -294,6 +295,29 @@ PyObject* takes(PyObject*, PyObject* spec) {
     return PyBool_FromLong(is_simple(spec));
 }
 
+// elementwise(symbols, operands, results, scalars, columns): return the tensors of each result for
+// all leaves, or NotImplemented if this is not for `elementwise.h`.
+PyObject* compute_elementwise(PyObject*, PyObject* values) {
+    const char* symbols;
+    PyObject *operands, *results, *scalars, *columns;
+    if (!PyArg_ParseTuple(
+            values, "sO!O!O!O!", &symbols, &PyList_Type, &operands, &PyList_Type, &results,
+            &PyList_Type, &scalars, &PyList_Type, &columns)) {
+        return nullptr;
+    }
+    try {
+        Maths maths{symbols, numbers(operands), numbers(results)};
+        Object computed = elementwise(maths, scalars, columns);
+        if (computed.ptr) return computed.release();
+        Py_RETURN_NOTIMPLEMENTED;
+    } catch (const Failed&) {
+        return nullptr;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
 // install(...): set `python`; the last two arguments are a tensor and its `_cdata`.
 PyObject* install(PyObject*, PyObject* values) {
     PyObject* example;
@@ -309,6 +333,7 @@ PyObject* install(PyObject*, PyObject* values) {
         PyErr_SetString(PyExc_ImportError, "tensors have another layout in this release of torch");
         return nullptr;
     }
+    begin_square_roots();
     Py_INCREF(values);  // with all that `python` points to
     Py_RETURN_NONE;
 }
@@ -318,6 +343,7 @@ PyMethodDef functions[] = {
     {"make", make, METH_VARARGS, ""},
     {"execute", execute_entry, METH_VARARGS, ""},
     {"takes", takes, METH_O, ""},
+    {"elementwise", compute_elementwise, METH_VARARGS, ""},
     {"install", install, METH_VARARGS, ""},
     {nullptr, nullptr, 0, nullptr},
 };
