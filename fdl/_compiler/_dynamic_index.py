@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdl import _modes
 from fdl._compiler._counters import Counters
+from fdl._compiler._covariance import COVARIANCES
 from fdl._compiler._purity import changed_in_place, innermost
 from fdl._compiler._user_lines import current_user_line, format_line
 from fdl._dtensor import any_dtensor_type
@@ -308,6 +309,7 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
 
 FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     F.one_hot: _one_hot,
+    **COVARIANCES,
     **dict.fromkeys((torch.index_select, torch.Tensor.index_select), _index_select),
     **dict.fromkeys((torch.take, torch.Tensor.take), _take),
 }
