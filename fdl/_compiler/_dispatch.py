@@ -41,8 +41,8 @@ from fdl._compiler._signature import unflatten
 from fdl._modes import disabled, tracing
 
 SOURCES = Path(__file__).with_name("dispatch")
-# Loops over floats in vectors of the processor, by the rules of IEEE 754.
-ELEMENTWISE = "-ftree-loop-vectorize -fno-math-errno -fsigned-zeros"
+# Quicker to compile than with Inductor's own, and loops over floats in vectors, by IEEE 754.
+FLAGS = "-O2 -g0 -ftree-loop-vectorize -fno-math-errno -fsigned-zeros"
 MOST = 8  # programs of a function that are tried; more are called from Python
 
 _loaded: list[Any] = []  # the module, once it is built
@@ -183,7 +183,7 @@ os.register_at_fork(after_in_child=_extension.cache_clear)  # the child has no s
 
 def _name() -> str:
     """Return the name in the cache of the extension for this torch and Python."""
-    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability(), ELEMENTWISE
+    built_for = torch.__version__, torch.__file__, sys.version, get_cpu_capability(), FLAGS
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))
     digest = hashlib.sha256(texts + repr(built_for).encode()).hexdigest()
     return f"dispatch-{digest}{_cache.ENTRY}"  # with a lock of its own: programs wait for it
@@ -201,7 +201,7 @@ def _build(name: str) -> Any:
             return _load(found[0])
         silence_log()
         options = CppTorchOptions(
-            include_pytorch=True, warning_all=False, extra_flags=ELEMENTWISE.split()
+            include_pytorch=True, warning_all=False, extra_flags=FLAGS.split()
         )
         with tempfile.TemporaryDirectory() as own:
             builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
