@@ -23,7 +23,7 @@ gpu:
 quick: $(VENV)/ready
 	$(VENV)/bin/python $(PYTEST) --quick
 
-# What must hold: lint, types, tests. Of the tests that take long a quarter, others whenever the library changes.
+# What must hold: lint, types, tests. Of the tests that take long an eighth, others whenever the library changes.
 test: lint
 	$(VENV)/bin/python $(PYTEST) --in-turn
 
@@ -40,9 +40,9 @@ lint: $(VENV)/ready
 kills: $(VENV)/ready
 	FDL_SOAK=1 $(VENV)/bin/python -m pytest tests/checkpointing/test_crash.py tests/train/test_launch.py -k killed
 
-# make quick and make test on the oldest supported releases.
+# A third of make quick, others whenever the library changes, and make test, on the oldest supported releases.
 quick-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python $(PYTEST) --quick
+	$(OLDEST)/bin/python $(PYTEST) --quick --in-turn
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python $(PYTEST) --in-turn

@@ -39,7 +39,8 @@ if place := _cache.folder():
 torch.set_num_threads(1)  # should a plugin have imported it before
 hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
-IN_TURN = 4
+IN_TURN = 8  # of the tests that are slow or compile
+QUICK_IN_TURN = 3  # of all others, with --quick
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--in-turn",
         action="store_true",
-        help=f"run one in {IN_TURN} of the tests that are slow or compile, others when fdl changes",
+        help=f"run one in {IN_TURN} of the tests that are slow or compile, or with --quick one in "
+        f"{QUICK_IN_TURN} of the others; not the same when fdl changes",
     )
 
 
@@ -61,20 +63,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    kept = slow
-    if config.getoption("--quick"):
-        kept = []
-    elif config.getoption("--in-turn"):
-        kept = [item for item in slow if not _waits(item.nodeid)]
-    left_out = set(slow) - set(kept)
-    config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
+    quick, in_turn = config.getoption("--quick"), config.getoption("--in-turn")
+    left_out = set()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            waits = quick or (in_turn and _waits(item.nodeid))
+        else:
+            waits = quick and in_turn and _waits(item.nodeid, QUICK_IN_TURN)
+        if waits:
+            left_out.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
 
-def _waits(test: str) -> bool:
-    """Return True if it is not the turn of a test that is slow or compiles."""
-    return (zlib.crc32(test.encode()) + turn()) % IN_TURN > 0
+def _waits(test: str, rounds: int = IN_TURN) -> bool:
+    """Return True if it is not the turn of a test."""
+    return (zlib.crc32(test.encode()) + turn()) % rounds > 0
 
 
 def _guard(

@@ -153,17 +153,20 @@ def sharing(leaves):
     return [seen.setdefault(place, i) for i, place in enumerate(where)]
 
 
-@pytest.mark.parametrize("absent", [False, True], ids=["", "None"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "name, make",
-    [
+def every_case():
+    """Each optimizer with each tree, for one dtype after the other, every other one without some."""
+    pairs = [
         (name, make)
         for name in EVERY
         for make in [pair, *TREES]
         if "lbfgs" not in name and (make is pair or name not in BY_PATH)
-    ],
-)
+    ]
+    variants = [(dtype, absent) for absent in (False, True) for dtype in DTYPES]
+    for i, (name, make) in enumerate(pairs):
+        yield from ((name, make, *variants[j % 8]) for j in (i, i + 5))
+
+
+@pytest.mark.parametrize("name, make, dtype, absent", every_case())
 def test_together_equals_leaf_by_leaf(name, make, dtype, absent, one_by_one, batches):
     params = make(dtype)
     with one_by_one():
