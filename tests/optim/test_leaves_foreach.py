@@ -154,7 +154,7 @@ def sharing(leaves):
 
 
 def every_case():
-    """Each optimizer with each tree, for one dtype after the other, every other one without some."""
+    """Each optimizer with each tree, for two of all dtypes, with and without missing gradients."""
     pairs = [
         (name, make)
         for name in EVERY
@@ -162,8 +162,7 @@ def every_case():
         if "lbfgs" not in name and (make is pair or name not in BY_PATH)
     ]
     variants = [(dtype, absent) for absent in (False, True) for dtype in DTYPES]
-    for i, (name, make) in enumerate(pairs):
-        yield from ((name, make, *variants[j % 8]) for j in (i, i + 5))
+    return [(*each, *variants[j % 8]) for i, each in enumerate(pairs) for j in (i, i + 5)]
 
 
 @pytest.mark.parametrize("name, make, dtype, absent", every_case())
