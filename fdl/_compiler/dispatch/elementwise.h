@@ -54,7 +54,7 @@ struct Maths {
     std::string_view symbols;      // of the operations
     std::vector<size_t> operands;  // two of each; values: arguments, scalars, then operations
     std::vector<size_t> results;   // values
-    size_t arguments, scalars;
+    size_t arguments;
     at::ScalarType dtype;
 };
 
@@ -82,44 +82,47 @@ bool is_known(char symbol) {
     return std::string_view("+-*/nasqr").find(symbol) != std::string_view::npos;
 }
 
-// Compute a block of one leaf; `arrays` is where its values are.
-template <typename T>
-void compute_block(const Maths& maths, std::vector<T*>& arrays, int64_t n) {
-    size_t first = maths.arguments + maths.scalars;
-    for (size_t i = 0; i < maths.symbols.size(); ++i) {
-        T *a = arrays[maths.operands[2 * i]], *b = arrays[maths.operands[2 * i + 1]];
-        operate<T>(maths.symbols[i], a, b, arrays[first + i], n);
-    }
-}
-
 struct Leaf {
-    std::vector<void*> arguments, results;  // memory
-    int64_t size, before;                   // elements; blocks of the leaves before it
+    std::vector<const void*> arguments;
+    std::vector<void*> results;
+    int64_t size, before;  // elements; blocks of the leaves before it
 };
 
 template <typename T>
 void compute_all(const Maths& maths, const std::vector<Leaf>& leaves,
                  const std::vector<TensorImpl*>& scalars, int64_t blocks) {
-    size_t values = maths.arguments + maths.scalars + maths.symbols.size();
+    const size_t first = maths.arguments + scalars.size();  // of the values that are computed
+    const size_t operations = maths.symbols.size();
     auto part = [&](int64_t begin, int64_t end) {
-        std::vector<T> memory(values * BLOCK);
-        std::vector<T*> arrays(values);
-        for (size_t i = 0; i < values; ++i) arrays[i] = memory.data() + i * BLOCK;
+        std::vector<T> memory((scalars.size() + operations) * BLOCK);
+        std::vector<const T*> values(first + operations);  // of a block
+        std::vector<T*> computed(operations);
         for (size_t i = 0; i < scalars.size(); ++i) {
-            std::fill_n(arrays[maths.arguments + i], BLOCK, *static_cast<const T*>(scalars[i]->data()));
+            T* repeated = memory.data() + i * BLOCK;
+            std::fill_n(repeated, BLOCK, *static_cast<const T*>(scalars[i]->data()));
+            values[maths.arguments + i] = repeated;
+        }
+        for (size_t i = 0; i < operations; ++i) {
+            values[first + i] = computed[i] = memory.data() + (scalars.size() + i) * BLOCK;
         }
         auto after = [](int64_t block, const Leaf& leaf) { return block < leaf.before; };
         auto leaf = std::upper_bound(leaves.begin(), leaves.end(), begin, after) - 1;
         for (int64_t block = begin; block < end; ++block) {
             while ((block - leaf->before) * BLOCK >= leaf->size) ++leaf;
-            int64_t offset = (block - leaf->before) * BLOCK;
+            const int64_t offset = (block - leaf->before) * BLOCK;
             for (size_t i = 0; i < maths.arguments; ++i) {
-                arrays[i] = static_cast<T*>(leaf->arguments[i]) + offset;
+                values[i] = static_cast<const T*>(leaf->arguments[i]) + offset;
             }
             for (size_t i = 0; i < maths.results.size(); ++i) {
-                arrays[maths.results[i]] = static_cast<T*>(leaf->results[i]) + offset;
+                const size_t place = maths.results[i];
+                values[place] = computed[place - first] =
+                    static_cast<T*>(leaf->results[i]) + offset;
             }
-            compute_block<T>(maths, arrays, std::min(BLOCK, leaf->size - offset));
+            for (size_t i = 0; i < operations; ++i) {
+                const T *a = values[maths.operands[2 * i]], *b = values[maths.operands[2 * i + 1]];
+                operate<T>(maths.symbols[i], a, b, computed[i],
+                           std::min(BLOCK, leaf->size - offset));
+            }
         }
     };
     if (blocks) at::parallel_for(0, blocks, ALONE, part);
@@ -154,7 +157,7 @@ std::vector<size_t> numbers(PyObject* list) {
 // Return the tensors of each result for all leaves, or nothing if the columns, a list of tensors for
 // each argument, are not ordinary tensors of one dtype.
 Object elementwise(Maths& maths, PyObject* scalars, PyObject* columns) {
-    maths.scalars = PyList_GET_SIZE(scalars), maths.arguments = PyList_GET_SIZE(columns);
+    maths.arguments = PyList_GET_SIZE(columns);
     PyObject* column = PyList_GET_ITEM(columns, 0);
     PyObject* first = PyList_GET_ITEM(column, 0);
     if (!is_tensor(first)) return Object();
@@ -178,7 +181,7 @@ Object elementwise(Maths& maths, PyObject* scalars, PyObject* columns) {
             if (!is_tensor(tensor) || !is_ordinary(impl_of(tensor), maths.dtype)) return Object();
             if (j == 0) sizes = impl_of(tensor)->sizes();
             if (sizes.empty() || impl_of(tensor)->sizes() != sizes) return Object();
-            leaf.arguments.push_back(impl_of(tensor)->mutable_data());
+            leaf.arguments.push_back(impl_of(tensor)->data());
         }
         for (size_t j = 0; j < maths.results.size(); ++j) {
             at::TensorBase output = at::detail::empty_cpu(sizes, maths.dtype);
