@@ -23,7 +23,7 @@ from tests.support.soak import repeats
 from tests.training.test_trajectories import RECIPES, images
 from train.bench.scaling import all_reduce_bytes, sent_bytes
 
-STEPS = repeats(20, 50)
+STEPS = repeats(8, 50)
 ROUTES = {"cpu": "one program", "cuda": "CUDA graph"}
 EXACT = ["linreg", "linreg-decay", "weight-decay", "softmax", "mlp", "lenet"]
 
