@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import check_number, describe
 from fdl.random import Key
 from fdl.random._checks import check_key
 
@@ -228,10 +228,8 @@ def check_range(caller: str, **options: float) -> None:
     >>> check_range("here", degrees=10)
     """
     for name, number in options.items():
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            raise TypeError(f"{caller}: {name} must be a number, got {describe(number)}")
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{caller}: {name} must be finite and at least 0, got {number}")
+        words = "finite and at least 0"
+        check_number(caller, name, number, words, lambda number: 0 <= number < math.inf)
 
 
 def _check_axes(caller: str, x: Tensor) -> None:

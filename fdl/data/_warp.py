@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import check_number, describe
 from fdl.data._augment import check_images, check_range, draw_between, rounded
 from fdl.random import Key
 
@@ -149,7 +149,4 @@ def _warped(
 
 
 def _check_fill(caller: str, fill: float) -> None:
-    if not isinstance(fill, int | float):
-        raise TypeError(f"{caller}: fill must be a number, got {describe(fill)}")
-    if not math.isfinite(fill):
-        raise ValueError(f"{caller}: fill must be finite, got {fill}")
+    check_number(caller, "fill", fill, "finite", math.isfinite)
