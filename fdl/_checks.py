@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -38,6 +39,15 @@ def check_number(
         raise TypeError(f"{caller}: {name} must be a number, got {describe(value)}")
     if not fits(value):
         raise ValueError(f"{caller}: {name} must be {words}, got {value}")
+
+
+def check_at_least_0(caller: str, **numbers: Any) -> None:
+    """Raise unless each argument is a finite number that is not negative.
+
+    >>> check_at_least_0("random_rotation", degrees=10)
+    """
+    for name, value in numbers.items():
+        check_number(caller, name, value, "finite and at least 0", lambda x: 0 <= x < math.inf)
 
 
 def check_function(caller: str, name: str, f: Any, form: str = "") -> None:

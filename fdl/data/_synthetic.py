@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import check_key, check_number, check_positive, describe
+from fdl._checks import check_at_least_0, check_key, check_positive, describe
 from fdl.data._types import Dataset
 
 
@@ -43,8 +42,7 @@ def synthetic_linear(
     """
     check_positive("synthetic_linear", "n", n)
     check_key("synthetic_linear", key)
-    words = "finite and at least 0"
-    check_number("synthetic_linear", "noise", noise, words, lambda noise: 0 <= noise < math.inf)
+    check_at_least_0("synthetic_linear", noise=noise)
     dtype = w.dtype if isinstance(w, Tensor) and w.is_floating_point() else torch.float32
     weight = _as_tensor("w", w, dtype, key.device)
     if weight.ndim != 1:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from fdl import random, tree
-from fdl._checks import check_function, check_positive
-from fdl.testing._trees import check_tolerances, largest_of, listed
+from fdl._checks import check_at_least_0, check_function, check_positive
+from fdl.testing._trees import largest_of, listed
 from fdl.tree import Tree
 from fdl.tree._summary import describe_leaf
 
@@ -216,7 +216,7 @@ def _check_options(f: Any, order: Any, modes: Any, rtol: Any, eps: Any) -> None:
     several = isinstance(modes, Collection) and not isinstance(modes, str)
     if not several or not modes or not {"fwd", "rev"}.issuperset(modes):
         raise ValueError(f"check_grads: modes must be 'fwd', 'rev' or both, got {modes!r}")
-    check_tolerances("check_grads", rtol=rtol, eps=eps)
+    check_at_least_0("check_grads", rtol=rtol, eps=eps)
     if not eps:
         raise ValueError("check_grads: eps must be positive, got 0")
 
