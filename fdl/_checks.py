@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +18,73 @@ def check_positive(caller: str, name: str, value: int) -> None:
         raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be at least 1, got {value}")
+
+
+def check_number(
+    caller: str, name: str, value: Any, words: str, fits: Callable[[Any], Any]
+) -> None:
+    """Raise unless an argument is a number in a range; a 0-d tensor may stand for a number.
+
+    Args:
+        caller: function to name in the message.
+        name: name of the argument.
+        value: its value.
+        words: the range, for the message.
+        fits: whether a number is in the range, told by comparisons: NaN passes none of them.
+
+    >>> check_number("dropout", "rate", 0.5, "in [0, 1)", lambda rate: 0 <= rate < 1)
+    """
+    is_scalar = isinstance(value, Tensor) and not value.ndim and not value.is_complex()
+    if not is_scalar and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{caller}: {name} must be a number, got {describe(value)}")
+    if not fits(value):
+        raise ValueError(f"{caller}: {name} must be {words}, got {value}")
+
+
+def check_at_least_0(caller: str, **numbers: Any) -> None:
+    """Raise unless each argument is a finite number that is not negative.
+
+    >>> check_at_least_0("random_rotation", degrees=10)
+    """
+    for name, value in numbers.items():
+        check_number(caller, name, value, "finite and at least 0", lambda x: 0 <= x < math.inf)
+
+
+def check_function(caller: str, name: str, f: Any, form: str = "") -> None:
+    """Raise unless an argument can be called.
+
+    Args:
+        caller: function to name in the message.
+        name: name of the argument.
+        f: its value.
+        form: what the function takes and returns, for the message.
+
+    >>> check_function("scan", "f", max, "(carry, x) -> (carry, y)")
+    """
+    # Dynamo cannot tell of every function whether it can be called, but does not need to.
+    if not torch.compiler.is_compiling() and not callable(f):
+        form = form and f" {form}"
+        raise TypeError(f"{caller}: {name} must be a function{form}, got {describe(f)}")
+
+
+def as_tuple(caller: str, name: str, values: Any, what: str) -> tuple[Any, ...]:
+    """Return the entries of an argument that holds several, or raise and say `what` it must be.
+
+    >>> as_tuple("multi_step", "milestones", [10, 20], "a list of ints")
+    (10, 20)
+    """
+    if isinstance(values, str | bytes | Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"{caller}: {name} must be {what}, got {describe(values)}")
+    return tuple(values)
+
+
+def check_dict(caller: str, name: str, value: Any, what: str) -> None:
+    """Raise unless an argument is a mapping, of any library, and say `what` it must be.
+
+    >>> check_dict("shard", "rules", {"*": 0}, "a dict from globs to dimensions")
+    """
+    if not hasattr(value, "keys"):
+        raise TypeError(f"{caller}: {name} must be {what}, got {describe(value)}")
 
 
 def check_accepts(

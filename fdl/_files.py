@@ -11,13 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from fdl._checks import describe
 
-def expanded(path: str | os.PathLike[str]) -> Path:
+
+def expanded(
+    path: str | os.PathLike[str], caller: str, name: str = "path", content: object = None
+) -> Path:
     """Convert a user's path to a `Path`, with `~` as the home folder.
 
-    >>> expanded("~/run") == Path.home() / "run", expanded("a~/b")
+    Args:
+        path: the path.
+        caller: function to name in an error message.
+        name: name of the argument.
+        content: the argument behind the path, with which it may have been exchanged.
+
+    >>> expanded("~/run", "load") == Path.home() / "run", expanded("a~/b", "load")
     (True, PosixPath('a~/b'))
     """
+    if not isinstance(path, str | os.PathLike):
+        exchanged = isinstance(content, str | os.PathLike)
+        hint = f"; the {name} is the first argument" if exchanged else ""
+        raise TypeError(f"{caller}: {name} must be a str or a Path, got {describe(path)}{hint}")
     return Path(os.path.expanduser(path))
 
 
@@ -45,7 +59,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
     5 5
     b'whole'
     """
-    target, old = _target(expanded(path))
+    target, old = _target(Path(path))
     # Short enough for the file system, and recognisable by the name of the file.
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(8)}")
     try:

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import optim, tree
-from fdl._checks import describe
+from fdl._checks import check_dict, describe
 from fdl._modes import is_eager
 from fdl._numerics import at_least_32_bits, best_row
 from fdl._training import TrainState
 from fdl.nn import Model, StatefulModel
 from fdl.optim._as_optimizer import OptimizerLike
 from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
 
 __all__ = ["best", "create", "ensemble", "member", "size"]
 
@@ -71,6 +72,9 @@ def create(
             f"population.create: keys must have the shape [members, 2], got {list(keys.shape)}; "
             "make them with random.split(key, members)"
         )
+    if hyperparams is not None:
+        what = "a dict from names to tensors [members]"
+        check_dict("population.create", "hyperparams", hyperparams, what)
     values = dict(hyperparams or {})
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -100,12 +104,15 @@ def size(states: Tree) -> int:
     >>> size({"w": torch.zeros(3, 2), "b": torch.zeros(3)})
     3
     """
+    return _members("population.size: states", states)
+
+
+def _members(what: str, states: Tree) -> int:
+    check_tensors(tree.leaves(states), states, f"{what}: every leaf")
     shapes = {path: list(leaf.shape) for path, leaf in tree.flatten_dict(states).items()}
     counts = {shape[0] if shape else None for shape in shapes.values()}
     if len(counts) != 1 or None in counts:
-        raise ValueError(
-            f"population: leaves need one common first axis, the members, got {shapes}"
-        )
+        raise ValueError(f"{what}: leaves need one common first axis, the members, got {shapes}")
     (count,) = counts
     return int(count or 0)
 
@@ -124,9 +131,13 @@ def member(states: Tree, index: int | Tensor) -> Tree:
     >>> member({"w": torch.arange(3)}, 1)
     {'w': tensor(1)}
     """
-    count = size(states)
+    count = _members("population.member: states", states)
     if isinstance(index, Tensor):
         return tree.map(lambda leaf: leaf.index_select(0, index.reshape(1)).squeeze(0), states)
+    if not hasattr(index, "__index__"):
+        raise TypeError(
+            f"population.member: index must be an int or a 0-d tensor, got {describe(index)}"
+        )
     if not -count <= index < count:
         raise IndexError(f"population.member: index must be in [-{count}, {count}), got {index}")
     return tree.map(lambda leaf: leaf[index].clone(), states)
@@ -157,9 +168,10 @@ def best(states: Tree, loss: Tensor) -> Tree:
             f"population.best: loss must be a tensor, got {type(loss).__name__}; the value of a "
             "metric is metric.value"
         )
-    if loss.shape != (size(states),):
+    count = _members("population.best: states", states)
+    if loss.shape != (count,):
         raise ValueError(
-            f"population.best: loss must have the shape [{size(states)}], one number per member, "
+            f"population.best: loss must have the shape [{count}], one number per member, "
             f"got {list(loss.shape)}"
         )
     index, any_finite = best_row(loss)
@@ -219,7 +231,8 @@ def ensemble(
         raise TypeError(
             f"population.ensemble: model must be a model or a function, got {describe(model)}"
         )
-    size({"params": params} if buffers is None else {"params": params, "buffers": buffers})
+    parts = {"params": params} if buffers is None else {"params": params, "buffers": buffers}
+    _members(f"population.ensemble: {' and '.join(parts)}", parts)
     if buffers is None:
         logits = vmap(apply, (0, None))(params, x)
     else:

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_function, describe
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 from fdl.tree._map import match
@@ -45,6 +46,9 @@ def associative_scan(
     >>> associative_scan(torch.maximum, torch.tensor([1, 3, 2]), reverse=True)
     tensor([3, 3, 2])
     """
+    check_function("associative_scan", "fn", fn, "of two trees")
+    if not isinstance(axis, int):
+        raise TypeError(f"associative_scan: axis must be an int, got {describe(axis)}")
     check_tensors(tree.leaves(elems), elems, "associative_scan: every leaf of elems")
     leaves, spec = pytree.tree_flatten(elems)
     axes = [axis + leaf.ndim if axis < 0 else axis for leaf in leaves]

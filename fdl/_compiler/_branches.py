@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdl import _modes, tree
+from fdl._checks import as_tuple, check_function
 from fdl._compiler._branches_traced import cond_traced, match_branches
 from fdl._compiler._custom_functions import CannotClose
 from fdl._compiler._graph import is_smooth
@@ -62,6 +63,8 @@ def cond(
     >>> torch.func.vmap(slope)(torch.tensor([4.0, 0.0, -1.0]))
     tensor([0.2500, 0.0000, 0.0000])
     """
+    check_function("cond", "true_fn", true_fn)
+    check_function("cond", "false_fn", false_fn)
     if isinstance(pred, bool):
         return true_fn(*operands) if pred else false_fn(*operands)
     check_scalar("cond", "pred", pred)
@@ -95,6 +98,9 @@ def switch(index: Tensor | int, branches: Sequence[Callable[..., Any]], *operand
     >>> switch(torch.tensor(7), [torch.sin, torch.zeros_like, torch.neg], torch.tensor(1.0))
     tensor(-1.)
     """
+    branches = as_tuple("switch", "branches", branches, "a list of functions")
+    for i, branch in enumerate(branches):
+        check_function("switch", f"branches[{i}]", branch)
     if not branches:
         raise ValueError("switch: branches must not be empty")
     if not isinstance(index, int):

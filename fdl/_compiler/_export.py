@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fdl import tree
+from fdl._checks import check_function
 from fdl._checks import describe as describe_argument
 from fdl._compiler import _inductor, _package
 from fdl._compiler._callbacks import calls_back
@@ -104,7 +105,7 @@ def export(
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     """Raise now if a file cannot be written later: compiling takes a while."""
-    target = expanded(path)
+    target = expanded(path, "export")
     if target.suffix != ".pt2":
         raise ValueError(
             f"export: path must end in .pt2, as torch's loaders expect, got {os.fspath(path)!r}"
@@ -120,8 +121,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def _named(fn: Callable[..., Any], example_args: Any) -> dict[str, Any]:
     """Return the arguments by name."""
-    if not callable(fn):
-        raise TypeError(f"export: fn must be a function, got {describe_argument(fn)}")
+    check_function("export", "fn", fn)
     if not isinstance(example_args, tuple | list) or hasattr(example_args, "_fields"):
         raise TypeError(
             "export: example_args must be a tuple of the arguments of fn, got "

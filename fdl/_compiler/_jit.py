@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import describe
+from fdl._checks import check_function
 from fdl._compiler import _dispatch
 from fdl._compiler._backward import differentiable, pullback
 from fdl._compiler._closure import Sources, check_closed_over
@@ -177,8 +177,7 @@ def jit(
     ...     double({"w": torch.ones(2)})
     {'w': tensor([2., 2.])}
     """
-    if not callable(fn):
-        raise TypeError(f"jit: fn must be a function, got {describe(fn)}")
+    check_function("jit", "fn", fn)
     argnums = as_positions(donate_argnums)
     cache: dict[_Key, list[_Entry]] = {}  # one entry for each signature of closed-over tensors
     entries: list[_Entry] = []  # all of the cache, oldest first

@@ -25,6 +25,7 @@ from fdl._compiler._signature import (
     unflatten,
     unordered,
 )
+from fdl._files import expanded
 from fdl.tree import Tree
 
 
@@ -57,8 +58,9 @@ def load_program(path: str | os.PathLike[str]) -> Callable[..., Any]:
     Traceback (most recent call last):
     FileNotFoundError: load_program: epoch.pt2: no such file; write it with fdl.export
     """
+    file = expanded(path, "load_program")
     where = f"load_program: {os.fspath(path)}"
-    about, files = read(path, where)
+    about, files = read(file, where)
     check_here(about, where)
     known = kinds(about.arguments, about.results)
     take = _taker(about, structure_of(about.arguments, known, first=True), where)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fdl import tree
-from fdl._checks import check_positive
+from fdl._checks import check_function, check_positive
 from fdl._compiler._scan import _check_xs, _has_none, _hide, _show, scan
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
@@ -43,6 +43,7 @@ def map(f: Callable[[Any], Tree], xs: Tree, *, batch_size: int | None = None) ->
     >>> map(lambda x: x @ x, torch.eye(5), batch_size=2)
     tensor([1., 1., 1., 1., 1.])
     """
+    check_function("map", "f", f)
     if batch_size is not None:
         check_positive("map", "batch_size", batch_size)
     has_none, xs = _has_none(xs), _hide(xs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import re
 import stat
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from fdl._compiler._signature import flatten
-from fdl._files import expanded
 from fdl._kinds import KINDS, NAMES
 from fdl._torch_compat import RELEASE
 from fdl._version import __version__
@@ -123,7 +121,7 @@ def _machine() -> tuple[str, str, list[str]]:
     return sys.platform, platform.machine(), features
 
 
-def read(path: str | os.PathLike[str], where: str) -> tuple[About, dict[str, bytes]]:
+def read(path: Path, where: str) -> tuple[About, dict[str, bytes]]:
     """Read and verify a file.
 
     Args:
@@ -137,7 +135,6 @@ def read(path: str | os.PathLike[str], where: str) -> tuple[About, dict[str, byt
         FileNotFoundError: there is no such file.
         ValueError: it is not a file of `export`, or damaged.
     """
-    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"{where}: no such file; write it with fdl.export")
     if not stat.S_ISREG(path.stat().st_mode):

@@ -13,6 +13,7 @@ How a `scan` runs depends on where it is called:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -20,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import describe
+from fdl._checks import check_function, describe
 from fdl._compiler._scan_dynamo import scan_as_operator
 from fdl._compiler._scan_eager import check_carry, check_not_sharded, scan_as_loop
 from fdl._compiler._scan_traced import scan_traced
@@ -89,8 +90,7 @@ def scan(
     >>> scan(lambda total, x: (total + x, total), torch.tensor(0), torch.arange(4))
     (tensor(6), tensor([0, 0, 1, 3]))
     """
-    if not callable(f):
-        raise TypeError(f"scan: f must be a function (carry, x) -> (carry, y), got {describe(f)}")
+    check_function("scan", "f", f, "(carry, x) -> (carry, y)")
     has_none = _has_none(init) or _has_none(xs)
     init, xs = _hide(init), _hide(xs)
 
@@ -103,6 +103,8 @@ def scan(
         new, y = result
         return _hide(new) if has_none else new, _hide(y)
 
+    if length is not None and not isinstance(length, Integral | torch.SymInt):
+        raise TypeError(f"scan: length must be an int, got {describe(length)}")
     check_tensors(tree.leaves(init), init, "scan: every leaf of init")
     length = _check_xs("scan", xs, length)
     if reverse:

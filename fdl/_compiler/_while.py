@@ -19,6 +19,7 @@ from torch._C import _functorch as functorch
 from torch._higher_order_ops.while_loop import while_loop as while_loop_for_dynamo
 
 from fdl import tree
+from fdl._checks import check_function
 from fdl._compiler._branches import check_integer, is_batched
 from fdl._compiler._purity import innermost
 from fdl._compiler._scan import _hide, _show, scan
@@ -59,6 +60,8 @@ def while_loop(
     >>> doubled(torch.arange(1, 5))
     tensor([128, 128, 192, 128])
     """
+    check_function("while_loop", "cond_fun", cond_fun)
+    check_function("while_loop", "body_fun", body_fun)
     init = _hide(init)
     check_tensors(tree.leaves(init), init, "while_loop: every leaf of init")
 
@@ -101,6 +104,7 @@ def fori_loop(
     >>> fori_loop(1, 5, lambda i, product: product * i, torch.tensor(1))
     tensor(24)
     """
+    check_function("fori_loop", "body_fun", body_fun, "(i, carry) -> carry")
     for name, bound in (("lower", lower), ("upper", upper)):
         if not isinstance(bound, int):
             check_integer("fori_loop", name, bound)

@@ -12,6 +12,7 @@ from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits
 from fdl._training._checks import as_batch
 from fdl.data import Batch, Indices, batch, take
+from fdl.data._rows import check_rows
 from fdl.nn import StatefulModel
 from fdl.nn._model import check_model, check_takes_mask
 from fdl.tree import Tree
@@ -68,6 +69,7 @@ def update_bn(
     check_model("update_bn", model)
     if not isinstance(model, StatefulModel):
         raise TypeError("update_bn: model must be a StatefulModel, got a Model, without buffers")
+    check_rows("update_bn", "indices", tree.flatten_dict(indices))
     before = tree.flatten_dict(buffers)
     zeros = {path: torch.zeros_like(leaf) for path, leaf in before.items() if _last(path) in NAMES}
     averaged = {

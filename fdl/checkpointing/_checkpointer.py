@@ -111,7 +111,8 @@ class Checkpointer:
                     f"got {best!r}"
                 )
             check_mode("Checkpointer: best", best[1])
-        self.folder = expanded(folder).absolute()  # the working directory may change
+        # Absolute, since the working directory may change.
+        self.folder = expanded(folder, "Checkpointer", "folder").absolute()
         self._keep, self._every, self._best = keep, every, best
         self._group, self._writers = group, group and _duplicate(group)
         self._lock: Lock | None = None

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.distributed import ProcessGroup
 
+from fdl._checks import describe
 from fdl._files import expanded
 from fdl._numerics import best_index
 from fdl.checkpointing._distributed import ABOUT, check_shards, load_shards
@@ -68,7 +69,7 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
     ...     checkpoints(folder)
     []
     """
-    return list(readable(files_in(expanded(folder))))
+    return list(readable(files_in(expanded(folder, "checkpoints", "folder"))))
 
 
 def restore(
@@ -98,7 +99,13 @@ def restore(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     restore(folder)
     """
-    return restore_newest(expanded(folder), checkpoint, like, device, None)
+    if not isinstance(checkpoint, Checkpoint | None):
+        raise TypeError(
+            "restore: checkpoint must be a Checkpoint, one of checkpoints(folder), got "
+            f"{describe(checkpoint)}"
+        )
+    folder = expanded(folder, "restore", "folder")
+    return restore_newest(folder, checkpoint, like, device, None)
 
 
 def restore_newest(

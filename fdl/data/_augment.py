@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import check_at_least_0, describe
 from fdl.random import Key
 from fdl.random._checks import check_key
 
@@ -107,7 +105,7 @@ def random_brightness(key: Key, x: Tensor, amount: float) -> Tensor:
     tensor([184, 143, 255], dtype=torch.uint8)
     """
     check_images("random_brightness", key, x, real=True)
-    check_range("random_brightness", amount=amount)
+    check_at_least_0("random_brightness", amount=amount)
     working = x.dtype if x.is_floating_point() else torch.float64
     low = max(0.0, 1 - amount)
     factor = draw_between(key, x, low, 1 + amount).to(working)
@@ -220,18 +218,6 @@ def check_images(caller: str, key: Key, x: Tensor, real: bool = False) -> None:
         numbers = " of real numbers" if real else ""
         raise TypeError(f"{caller}: x must be a tensor{numbers}, got {describe(x)}")
     _check_axes(caller, x)
-
-
-def check_range(caller: str, **options: float) -> None:
-    """Raise an error unless each option is a number, finite and at least 0.
-
-    >>> check_range("here", degrees=10)
-    """
-    for name, number in options.items():
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            raise TypeError(f"{caller}: {name} must be a number, got {describe(number)}")
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{caller}: {name} must be finite and at least 0, got {number}")
 
 
 def _check_axes(caller: str, x: Tensor) -> None:

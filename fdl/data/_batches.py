@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fdl._checks import as_tuple
 from fdl._checks import describe as describe_type
 from fdl.data._rows import check_rows
 from fdl.data._types import Batch, Dataset
@@ -116,7 +117,9 @@ def batches(dataset: tuple[Tree, Tree], indices: Tensor | tuple[Tensor, Any]) ->
     >>> [batch.y.tolist() for batch in batches(points, sequential_indices(5, batch_size=2))]
     [[0, 1], [2, 3], [4, 0]]
     """
-    rows = indices if isinstance(indices, Tensor) else zip(*indices, strict=True)
+    what = "Indices, or an int64 tensor [steps, batch]"
+    is_plain = isinstance(indices, Tensor)
+    rows = indices if is_plain else zip(*as_tuple("batches", "indices", indices, what), strict=True)
     return (batch(dataset, row) for row in rows)
 
 

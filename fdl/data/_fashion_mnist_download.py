@@ -46,7 +46,7 @@ _TORCHVISION_RAW = Path("FashionMNIST", "raw")
 
 def load(root: str | os.PathLike[str] | None, train: bool, download: bool) -> Pair:
     """Read the complete set from the first place that has it; see `fdl.data.fashion_mnist`."""
-    home = _TORCHVISION_ROOT if root is None else expanded(root)
+    home = _TORCHVISION_ROOT if root is None else expanded(root, "fashion_mnist", "root")
     usual = (_TORCHVISION_ROOT / _TORCHVISION_RAW, _SYSTEM_FOLDER)
     read = _image_formats.find(home, train) if root is not None else None
     if read is None and root is not None and (home.is_file() or not download):

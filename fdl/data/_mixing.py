@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import check_at_least_0, describe
 from fdl._numerics import is_visible
-from fdl.data._augment import check_images, check_range
+from fdl.data._augment import check_images
 from fdl.data._forms import batch_of
 from fdl.data._types import Batch
 from fdl.metrics._checks import is_integer
@@ -117,7 +117,7 @@ def _parts(
     check_images(caller, key, x)
     if not x.is_floating_point():
         raise TypeError(f"{caller}: x must be floating, got {describe(x)}; see data.to_float")
-    check_range(caller, alpha=alpha)
+    check_at_least_0(caller, alpha=alpha)
     if not isinstance(classes, int) or isinstance(classes, bool):
         raise TypeError(f"{caller}: classes must be an int, got {describe(classes)}")
     if x.ndim != 4:

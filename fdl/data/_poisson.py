@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import check_positive
+from fdl._checks import check_number, check_positive
 from fdl._modes import is_eager
 from fdl.data._types import Indices
 
@@ -53,10 +53,8 @@ def poisson_indices(
     """
     check_positive("poisson_indices", "n", n)
     check_positive("poisson_indices", "steps", steps)
-    if not isinstance(rate, (int, float)):
-        raise TypeError(f"poisson_indices: rate must be a number, got {rate!r}")
-    if not 0 < rate <= 1:
-        raise ValueError(f"poisson_indices: rate must be above 0 and at most 1, got {rate}")
+    words = "above 0 and at most 1"
+    check_number("poisson_indices", "rate", rate, words, lambda rate: 0 < rate <= 1)
     if capacity is None:
         capacity = _enough(n, rate)
     check_positive("poisson_indices", "capacity", capacity)

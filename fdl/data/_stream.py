@@ -161,7 +161,7 @@ def on_disk(x: Path | str, y: Path | str) -> Read:
     (tensor([[ 9., 10., 11.],
             [ 3.,  4.,  5.]], dtype=torch.float64), tensor([3, 1]))
     """
-    paths = expanded(x), expanded(y)
+    paths = expanded(x, "on_disk", "x"), expanded(y, "on_disk", "y")
     lengths = [len(_mapped(path)) for path in paths]
     if lengths[0] != lengths[1]:
         raise ValueError(

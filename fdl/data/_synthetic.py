@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import check_positive
+from fdl._checks import check_at_least_0, check_key, check_positive, describe
 from fdl.data._types import Dataset
 
 
@@ -41,19 +41,28 @@ def synthetic_linear(
     True
     """
     check_positive("synthetic_linear", "n", n)
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"synthetic_linear: noise must be finite and at least 0, got {noise!r}")
+    check_key("synthetic_linear", key)
+    check_at_least_0("synthetic_linear", noise=noise)
     dtype = w.dtype if isinstance(w, Tensor) and w.is_floating_point() else torch.float32
-    weight = torch.as_tensor(w, dtype=dtype, device=key.device)
+    weight = _as_tensor("w", w, dtype, key.device)
     if weight.ndim != 1:
         raise ValueError(
             f"synthetic_linear: w must have shape [in], got {list(weight.shape)}; "
             "flatten it (there is one output)"
         )
-    offset = torch.as_tensor(b, dtype=dtype, device=key.device)
+    offset = _as_tensor("b", b, dtype, key.device)
     if offset.numel() != 1:
         raise ValueError(f"synthetic_linear: b must be one number, got {list(offset.shape)}")
     key_x, key_noise = random.split(key)
     x = random.normal(key_x, (n, weight.shape[0]), dtype)
     error = random.normal(key_noise, (n,), dtype)
     return Dataset(x, (x @ weight + offset + noise * error).unsqueeze(-1))
+
+
+def _as_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"synthetic_linear: {name} must be a tensor or numbers, got {describe(value)}"
+        ) from None

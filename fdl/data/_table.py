@@ -57,7 +57,7 @@ def table(path: Path | str, x: str, y: str) -> Read:
         raise ImportError(
             f"table: reading {path} needs pyarrow; `pip install 'fdl[parquet]'`"
         ) from error
-    files = _files(expanded(path))
+    files = _files(expanded(path, "table"))
     try:
         parts = [part for file in files for part in _parts(file, (x, y))]
     except pyarrow.ArrowException as error:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
-from fdl.data._augment import check_images, check_range, draw_between, rounded
+from fdl._checks import check_at_least_0, check_number, describe
+from fdl.data._augment import check_images, draw_between, rounded
 from fdl.random import Key
 
 
@@ -38,7 +38,7 @@ def random_rotation(key: Key, x: Tensor, degrees: float, fill: float = 0.0) -> T
     tensor([[[1., 2., 3.]]])
     """
     check_images("random_rotation", key, x, real=True)
-    check_range("random_rotation", degrees=degrees)
+    check_at_least_0("random_rotation", degrees=degrees)
     _check_fill("random_rotation", fill)
     angle = draw_between(key, x, -degrees, degrees)
     zero = torch.zeros_like(angle)
@@ -80,12 +80,14 @@ def random_affine(
     tensor([[[1.6667, 2.0000, 2.3333]]])
     """
     check_images("random_affine", key, x, real=True)
-    check_range("random_affine", degrees=degrees, shear=shear)
+    check_at_least_0("random_affine", degrees=degrees, shear=shear)
     _check_fill("random_affine", fill)
     for name, pair in (("translate", translate), ("scale", scale)):
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"random_affine: {name} must be two numbers, got {describe(pair)}")
-        check_range("random_affine", **{f"{name}[{i}]": number for i, number in enumerate(pair)})
+        check_at_least_0(
+            "random_affine", **{f"{name}[{i}]": number for i, number in enumerate(pair)}
+        )
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"random_affine: scale must be (low, high), 0 < low ≤ high, got {scale}")
     if shear >= 90:
@@ -149,7 +151,4 @@ def _warped(
 
 
 def _check_fill(caller: str, fill: float) -> None:
-    if not isinstance(fill, int | float):
-        raise TypeError(f"{caller}: fill must be a number, got {describe(fill)}")
-    if not math.isfinite(fill):
-        raise ValueError(f"{caller}: fill must be finite, got {fill}")
+    check_number(caller, "fill", fill, "finite", math.isfinite)

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fdl._checks import describe
+from fdl._checks import check_function, describe
 from fdl._compiler._callbacks import call_back
 
 VALUE = object()  # stands for a tensor
@@ -45,8 +45,7 @@ def callback(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     >>> scan(step, torch.tensor(0), torch.arange(3))[0], seen
     (tensor(3), [0, 1, 2])
     """
-    if not callable(fn):
-        raise TypeError(f"debug.callback: fn must be a function, got {describe(fn)}")
+    check_function("debug.callback", "fn", fn)
     if torch.compiler.is_compiling():
         return
     leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str], caller: str) -> KerasFile:
         raise ImportError(
             f"{caller}: files of Keras are read with h5py: pip install h5py"
         ) from None
-    path = expanded(path)
+    path = expanded(path, caller)
     if not path.is_file():
         raise FileNotFoundError(f"{caller}: no such file: {path}")
     size = path.stat().st_size

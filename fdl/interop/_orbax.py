@@ -40,7 +40,7 @@ def from_orbax(path: str | os.PathLike[str]) -> Tree:
         raise ImportError(
             "from_orbax: checkpoints are read by Orbax: pip install orbax-checkpoint"
         ) from None
-    folder = expanded(path).absolute()
+    folder = expanded(path, "from_orbax").absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"from_orbax: no such folder: {folder}")
     if not (folder / "_METADATA").is_file():

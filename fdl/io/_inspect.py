@@ -99,4 +99,4 @@ def inspect(path: str | os.PathLike[str]) -> TreeInfo:
             for at, node in walk(file.structure)
             if as_container(node, at) is None
         }
-        return TreeInfo(expanded(path), leaves, file.metadata, file.ties)
+        return TreeInfo(expanded(path, "inspect"), leaves, file.metadata, file.ties)

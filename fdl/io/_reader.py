@@ -68,7 +68,7 @@ class File(NamedTuple):
 
 @contextmanager
 def open_tree_file(path: str | os.PathLike[str], caller: str) -> Iterator[File]:
-    path = expanded(path)
+    path = expanded(path, caller)
     where = f"{caller}: cannot read {path}"
     if not path.exists():
         raise FileNotFoundError(f"{caller}: no such file: {path}")

@@ -59,7 +59,7 @@ def load_torch(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     ...     load_torch(f"{folder}/it.pt").keys()
     dict_keys(['weight', 'bias'])
     """
-    path = expanded(path)
+    path = expanded(path, "load_torch")
     where = f"load_torch: cannot read {path}"
     try:
         with open(path, "rb") as file:
@@ -170,6 +170,7 @@ def save_torch(path: str | os.PathLike[str], params: Tree) -> None:
     ...     torch.load(f"{folder}/it.pt")
     {'fc.weight': tensor([1., 1.])}
     """
+    target = expanded(path, "save_torch", content=params)
     lines = list(_unsupported(params, "", below_dict=False))
     if lines:
         raise TypeError(
@@ -178,7 +179,7 @@ def save_torch(path: str | os.PathLike[str], params: Tree) -> None:
         )
     memo: dict[int, Tensor] = {}
     content = _flat(params, memo)
-    atomic_write(path, lambda file: torch.save(content, file))
+    atomic_write(target, lambda file: torch.save(content, file))
 
 
 def _unsupported(node: Tree, path: str, below_dict: bool) -> Iterator[str]:

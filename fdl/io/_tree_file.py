@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdl._files import atomic_write
+from fdl._files import atomic_write, expanded
 from fdl.io._compare import describe_paths, differences, narrow_slots, without_containers
 from fdl.io._json import as_texts, check, dumps
 from fdl.io._reader import File, open_tree_file
@@ -53,6 +53,7 @@ def save(
     ...     load(f"{folder}/it.safetensors")
     {'fc': [tensor([1., 1.]), None], 'rate': 0.1}
     """
+    target = expanded(path, "save", content=tree)
     structure, tensors = describe(tree, "save")
     check_storable(tensors, "save")
     if metadata is not None and not isinstance(metadata, Mapping):
@@ -71,7 +72,7 @@ def save(
         **({"fdl.floats": _json(places)} if places else {}),
     }
     stored = {name: tensors[name] for name in first.values()}
-    atomic_write(path, lambda file: write_tensors(file, stored, meta))
+    atomic_write(target, lambda file: write_tensors(file, stored, meta))
 
 
 def _json(value: Any) -> str:

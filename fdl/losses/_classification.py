@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl._checks import describe
+from fdl._checks import check_number, describe
 from fdl._numerics import at_least_32_bits, keep
 from fdl.losses._mean import check_same_shape, mean_of, product, wide
 from fdl.metrics._checks import (
@@ -64,8 +64,7 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 2), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor(0.6931)
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_number("cross_entropy", "label_smoothing", label_smoothing, "in [0, 1]", _is_fraction)
     if isinstance(labels, Tensor) and is_integer(labels):
         return _of_labels(
             "cross_entropy",
@@ -267,6 +266,10 @@ def _are_probabilities(labels: Any, logits: Tensor) -> bool:
     """Return whether labels may be probabilities for logits `[batch, classes]`."""
     floating = isinstance(labels, Tensor) and labels.is_floating_point()
     return floating and labels.shape == logits.shape and logits.ndim == 2
+
+
+def _is_fraction(x: float) -> bool:
+    return 0 <= x <= 1
 
 
 def _check_class_weights(caller: str, logits: Tensor, class_weights: Tensor | None) -> None:

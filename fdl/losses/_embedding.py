@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fdl._checks import check_number
 from fdl._numerics import norm
 from fdl.losses._mean import check_same_shape, mean_of
 from fdl.metrics._checks import check_real, check_values
@@ -47,8 +48,7 @@ def cosine_embedding(
             "cosine_embedding: expected first and second [batch, features] and target [batch], got "
             f"{list(first.shape)} and {list(target.shape)}"
         )
-    if not -1 <= margin <= 1:
-        raise ValueError(f"cosine_embedding: margin must be in [-1, 1], got {margin}")
+    check_number("cosine_embedding", "margin", margin, "in [-1, 1]", lambda x: -1 <= x <= 1)
     if weights is None:
         check_values("cosine_embedding", "1 or -1", target, lambda t: (t != 1) & (t != -1))
     target = target.double()
@@ -102,10 +102,8 @@ def triplet_margin(
         raise ValueError(
             f"triplet_margin: anchor must be [batch, ..., features], got {list(anchor.shape)}"
         )
-    if not margin > 0:
-        raise ValueError(f"triplet_margin: margin must be positive, got {margin}")
-    if not p >= 1:
-        raise ValueError(f"triplet_margin: p must be at least 1, got {p}")
+    check_number("triplet_margin", "margin", margin, "positive", lambda x: x > 0)
+    check_number("triplet_margin", "p", p, "at least 1", lambda x: x >= 1)
 
     def losses(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         anchor, positive, negative = anchor.double(), positive.double(), negative.double()

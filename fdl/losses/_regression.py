@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_number
 from fdl._numerics import at_least_32_bits
 from fdl.losses._mean import check_same_shape, mean_of, wide
 from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
 
 
 def squared_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -89,8 +91,7 @@ def huber(
     tensor(1.5000)
     """
     check_same_shape("huber", prediction=prediction, target=target)
-    if not delta > 0:
-        raise ValueError(f"huber: delta must be positive, got {delta}")
+    check_number("huber", "delta", delta, "positive", lambda x: x > 0)
     return mean_of("huber", lambda x, y: _huber(_error(x, y), delta), (prediction, target), weights)
 
 
@@ -116,8 +117,7 @@ def smooth_l1(
     tensor(1.1250)
     """
     check_same_shape("smooth_l1", prediction=prediction, target=target)
-    if not beta >= 0:
-        raise ValueError(f"smooth_l1: beta must be at least 0, got {beta}")
+    check_number("smooth_l1", "beta", beta, "at least 0", lambda x: x >= 0)
 
     def losses(prediction: Tensor, target: Tensor) -> Tensor:
         error = _error(prediction, target)
@@ -136,6 +136,7 @@ def l2_penalty(params: Tree) -> Tensor:
     tensor(12.5000)
     """
     leaves = tree.leaves(params)
+    check_tensors(leaves, params, "l2_penalty: every leaf of params")
     if not leaves:
         raise ValueError("l2_penalty: params has no leaves")
     squares = torch.stack([(leaf.to(at_least_32_bits(leaf)) ** 2).sum() for leaf in leaves])

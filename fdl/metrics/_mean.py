@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fdl._masks import weighted_sums
-from fdl.metrics._checks import check_weights
+from fdl.metrics._checks import check_real, check_weights
 from fdl.metrics._sums import Mean
 
 
@@ -24,6 +24,7 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Mean:
     >>> mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False])).value
     tensor(1.5000, dtype=torch.float64)
     """
+    check_real("metrics.mean", values=values)
     if weights is not None:
         check_weights("metrics.mean", values, weights)
     return Mean(*weighted_sums(values, weights))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
+from fdl._checks import check_number
 from fdl.nn._helpers import check_input, check_key_given
 from fdl.nn._model import Model
 from fdl.tree import Tree
@@ -89,11 +90,9 @@ def _dropout(function: str, rate: float, shape: Callable[[Tensor], Sequence[int]
 
 
 def check_rate(layer: str, argument: str, rate: float) -> None:
-    """Raise a ValueError unless `rate` is a fraction that may be dropped.
+    """Raise unless `rate` is a fraction that may be dropped.
 
     >>> check_rate("dropout", "rate", 0.5)
     """
-    if not 0 <= rate < 1:
-        raise ValueError(
-            f"{layer}: {argument}, the fraction dropped, must be in [0, 1), got {rate}"
-        )
+    name = f"{argument}, the fraction dropped,"
+    check_number(layer, name, rate, "in [0, 1)", lambda rate: 0 <= rate < 1)

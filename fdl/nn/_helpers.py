@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import conversion, describe
+from fdl._checks import check_function, conversion, describe
 from fdl.nn._model import Model
 from fdl.nn.init import Initializer, kaiming_uniform, uniform
 from fdl.tree import Tree
@@ -21,6 +21,8 @@ AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 def get_param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tensor:
     """Return `params[name]`, or raise a ValueError that names it if its shape is not `shape`."""
+    if not hasattr(params, "keys"):
+        raise TypeError(f"{layer}: params must be a dict of tensors, got {describe(params)}")
     if name not in params.keys():  # noqa: SIM118, since a TensorDict knows no `in`
         raise ValueError(f"{layer}: expected params[{name!r}] of shape {list(shape)}, got none")
     if params[name].shape != shape:
@@ -121,8 +123,11 @@ def check_key_given(layer: str, key: Tensor | None) -> Tensor:
 
 def check_sizes(layer: str, *sizes: int) -> None:
     """Raise unless every size is an int of at least 1."""
+    if not sizes:
+        raise ValueError(f"{layer}: there must be a size")
     for size in sizes:
-        if not hasattr(size, "__index__") or isinstance(size, bool):
+        several = isinstance(size, Tensor) and size.ndim > 0
+        if several or not hasattr(size, "__index__") or isinstance(size, bool):
             raise TypeError(
                 f"{layer}: every size must be an int, got {describe(size)}; no size is inferred "
                 "from an input, since parameters are made without one: for the size of an output, "
@@ -163,6 +168,9 @@ def affine(
         bias_init: initializer of the bias; if None, U(±1/√fan_in).
     """
     bound = 1 / math.sqrt(math.prod(shape[1:]))
+    for argument, initializer in (("weight_init", weight_init), ("bias_init", bias_init)):
+        if initializer is not None:
+            check_function(name, argument, initializer, "(key, shape, dtype) -> tensor")
     init_weight = weight_init or kaiming_uniform(a=math.sqrt(5))
     init_bias = bias_init or uniform(-bound, bound)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import describe
 from fdl.nn._capture import Record, inside
 from fdl.nn._model import Model, StatefulModel, check_model
 from fdl.tree import Tree
@@ -62,6 +63,8 @@ def with_policy(model: AnyModel, policy: Policy = Policy()) -> AnyModel:  # noqa
     (torch.float32, torch.float32)
     """
     check_model("with_policy", model)
+    if not isinstance(policy, Policy):
+        raise TypeError(f"with_policy: policy must be an nn.Policy, got {describe(policy)}")
     for name, dtype in policy._asdict().items():
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"with_policy: {name} must be a floating torch.dtype, got {dtype!r}")

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import describe
+from fdl._checks import check_function
 from fdl.nn._attention import multihead_attention
 from fdl.nn._capture import Record
 from fdl.nn._dropout import check_rate
 from fdl.nn._dropout import dropout as dropout_layer
-from fdl.nn._helpers import check_key_given, check_sequence
+from fdl.nn._helpers import check_key_given, check_sequence, check_sizes
 from fdl.nn._linear import linear
 from fdl.nn._model import Model
 from fdl.nn._norm import layer_norm
@@ -65,9 +65,9 @@ def transformer_encoder_layer(
     torch.Size([2, 5, 8])
     """
     name = f"transformer_encoder_layer({d_model}, {nhead})"
+    check_sizes(name, d_model, nhead, dim_feedforward)
     check_rate(name, "dropout", dropout)
-    if not callable(activation):
-        raise TypeError(f"{name}: activation must be a function, got {describe(activation)}")
+    check_function(name, "activation", activation)
     drop = dropout_layer(dropout)
     layers = {
         "self_attn": multihead_attention(d_model, nhead, dropout=dropout, causal=causal),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
+from fdl._checks import as_tuple, check_key, check_number
 
 Initializer = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
 Mode = Literal["fan_in", "fan_out"]
@@ -48,7 +49,9 @@ def constant(value: float) -> Initializer:
     """
 
     def init(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full(tuple(shape), value, dtype=dtype, device=key.device)
+        check_key("init.constant", key)
+        sizes = as_tuple("init.constant", "shape", shape, "a tuple of ints")
+        return torch.full(sizes, value, dtype=dtype, device=key.device)
 
     return init
 
@@ -91,6 +94,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
     >>> bool((w.abs() <= 1).all())
     True
     """
+    _check_bounds("init.uniform", low, high)
     if not low < high:
         raise ValueError(f"init.uniform: low must be below high, got low={low}, high={high}")
 
@@ -137,6 +141,7 @@ def truncated_normal(
     True
     """
     _check_std("init.truncated_normal", std)
+    _check_bounds("init.truncated_normal", low, high)
     if not (low < high and std > 0):
         raise ValueError(
             f"init.truncated_normal: needs std > 0 and low < high, got {std=}, {low=}, {high=}"
@@ -149,9 +154,13 @@ def truncated_normal(
     return init
 
 
+def _check_bounds(caller: str, low: float, high: float) -> None:
+    for name, bound in (("low", low), ("high", high)):
+        check_number(caller, name, bound, "a number", lambda bound: bound == bound)
+
+
 def _check_std(caller: str, std: float) -> None:
-    if not std >= 0:
-        raise ValueError(f"{caller}: std must be at least 0, got {std}")
+    check_number(caller, "std", std, "at least 0", lambda std: std >= 0)
 
 
 def _fans(shape: Sequence[int]) -> tuple[int, int]:

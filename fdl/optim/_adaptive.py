@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fdl._checks import check_number
 from fdl._numerics import root
 from fdl.optim._base import Optimizer
-from fdl.optim._hyperparams import RANGES, ScalarOrSchedule, named_rates
+from fdl.optim._hyperparams import AT_LEAST_0, RANGES, ScalarOrSchedule, named_rates
 from fdl.optim._leafwise import Result, leafwise
 
 
@@ -214,11 +215,8 @@ def scale_by_adagrad(
         s = sum + g * g
         return g / (root(s) + eps) / (1 + (t - 1) * lr_decay), {"sum": s}
 
-    if initial_accumulator_value < 0:
-        raise ValueError(
-            "scale_by_adagrad: initial_accumulator_value must be at least 0, "
-            f"got {initial_accumulator_value}"
-        )
+    name, value = "initial_accumulator_value", initial_accumulator_value
+    check_number("scale_by_adagrad", name, value, *AT_LEAST_0)
     slots = {"sum": lambda p: torch.full_like(p, initial_accumulator_value)}
     return leafwise("scale_by_adagrad", rule, {"lr_decay": lr_decay, "eps": eps}, slots)
 

@@ -210,7 +210,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     ...               {"w": torch.ones(1), "frozen": None})
     {'w': tensor([2.]), 'frozen': tensor([1.])}
     """
-    return map_leaves(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
+
+    def add(p: Tensor, u: Tensor | None) -> Tensor:
+        return p if u is None else (p + u).to(p.dtype)
+
+    return map_leaves(add, params, updates, caller="apply_updates")
 
 
 def slots(state: Tree) -> dict[str, Tree]:

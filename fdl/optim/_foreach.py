@@ -34,14 +34,20 @@ _dtype, _device = attrgetter("dtype"), attrgetter("device")
 _requires_grad = attrgetter("requires_grad")
 
 
-def map_leaves(f: Callable[..., Any], first: Tree, *rest: Tree) -> Tree:
+def map_leaves(f: Callable[..., Any], first: Tree, *rest: Tree, caller: str = "tree.map") -> Tree:
     """Equal `tree.map` for a pure function of tensors, which is called with many leaves at once.
+
+    Args:
+        f: function of one leaf of each tree.
+        first: any tree.
+        rest: further trees of the same structure.
+        caller: prefix of error messages.
 
     >>> map_leaves(lambda p, u: p + u, {"w": torch.ones(1)}, {"w": torch.ones(1)})
     {'w': tensor([2.])}
     """
     leaves, structure = flatten(first)
-    columns = [match(first, other, "tree.map", structure) for other in rest]
+    columns = [match(first, other, caller, structure) for other in rest]
     results = map_columns(lambda *row: (f(*row),), leaves, *columns)
     return unflatten(results[0] if results else [], structure)
 

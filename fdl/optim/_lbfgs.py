@@ -15,11 +15,19 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fdl import tree
+from fdl._checks import check_number
 from fdl._compiler._scan import scan
 from fdl._modes import is_eager
 from fdl.optim._base import Optimizer, in_32_bits, upcast
 from fdl.optim._helpers import check_whole, tree_where, where_lazy
-from fdl.optim._hyperparams import ScalarOrSchedule, check_rate, init_hyper, next_hyper, rates_now
+from fdl.optim._hyperparams import (
+    AT_LEAST_0,
+    ScalarOrSchedule,
+    check_rate,
+    init_hyper,
+    next_hyper,
+    rates_now,
+)
 from fdl.optim._lbfgs_direction import direction, products, remember
 from fdl.optim._lbfgs_state import LBFGSState
 from fdl.optim._line_search import Point, Search, Verdict, judge, start
@@ -114,13 +122,12 @@ def lbfgs(
     {'x': tensor(1.0000), 'y': tensor(1.0000)}
     """
     check_rate("lbfgs", "lr", lr)
-    max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
     check_whole("lbfgs", "max_iter", max_iter, least=1)
+    max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
     check_whole("lbfgs", "max_eval", max_eval, least=1)
     check_whole("lbfgs", "history_size", history_size, least=1)
     for name, least in [("tolerance_grad", tolerance_grad), ("tolerance_change", tolerance_change)]:
-        if not least >= 0:
-            raise ValueError(f"lbfgs: {name} must be at least 0, got {least}")
+        check_number("lbfgs", name, least, *AT_LEAST_0)
     if line_search_fn not in (None, "strong_wolfe"):
         raise ValueError(
             f'lbfgs: line_search_fn must be "strong_wolfe" or None, got {line_search_fn!r}'

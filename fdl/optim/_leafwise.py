@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_dict, check_function
 from fdl._modes import is_eager
 from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._base import (
@@ -79,6 +80,10 @@ def leafwise(
     >>> momentum.update(params, momentum.init(params), params)[0]
     {'w': tensor([1.])}
     """
+    check_dict(name, "rates", rates, "a dict from names to rates")
+    check_dict(name, "slots", slots or {}, "a dict from names to functions of a leaf")
+    check_dict(name, "ranges", ranges or {}, "a dict from names of rates to their ranges")
+    check_function(name, "rule", rule)
     for rate_name, rate in rates.items():
         check_rate(name, rate_name, rate, (ranges or {}).get(rate_name, AT_LEAST_0))
     initial = slots or {}

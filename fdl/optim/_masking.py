@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fdl import tree
+from fdl._checks import check_dict
 from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._base import Optimizer
 from fdl.tree import Tree, Where
@@ -42,6 +43,10 @@ def multi_transform(opts: Mapping[str, OptimizerLike], labels: Labels) -> Optimi
     >>> opt.update(params, opt.init(params), params)[0]
     {'body': tensor([-0.1000]), 'head': tensor([-1.])}
     """
+    check_dict("multi_transform", "opts", opts, "a dict from labels to optimizers")
+    if not callable(labels):
+        what = "a dict from labels to leaves, or a function (path, leaf) -> label"
+        check_dict("multi_transform", "labels", labels, what)
     checked = {
         label: as_optimizer("multi_transform", opt, f"opts[{label!r}]")
         for label, opt in opts.items()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_number
 from fdl._numerics import norm
 from fdl.optim._base import Optimizer
 from fdl.optim._descent import descend
@@ -59,8 +60,8 @@ def scale_by_muon(
         raise ValueError(
             f"scale_by_muon: adjust_lr_fn must be one of {list(ratios)}, got {adjust_lr_fn!r}"
         )
-    if not 1 <= ns_steps < 100:
-        raise ValueError(f"scale_by_muon: ns_steps must be from 1 to 99, got {ns_steps}")
+    words = "from 1 to 99"
+    check_number("scale_by_muon", "ns_steps", ns_steps, words, lambda steps: 1 <= steps < 100)
 
     def rule(g: Tensor, p: Tensor, t: Tensor, momentum_buffer: Tensor, momentum: Tensor) -> Result:
         # torch.lerp, to equal torch bit by bit before x is rounded to bfloat16.

@@ -286,5 +286,6 @@ def _average_steps(
     name, rate = beta
     if isinstance(rate, (int, float)) and not 0 < rate < 1:
         raise ValueError(f"{caller}: {name} must be in (0, 1), got {rate}")
+    check_rate(caller, name, rate, RANGES["beta"])
     steps = schedule_free(lr, rate, weight_lr_power)
     return chain(*negated(maximize), *direction, *decay, steps)

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import describe
 from fdl._numerics import at_least_32_bits
 from fdl.optim._adafactor import adafactor
 from fdl.optim._base import Optimizer, State
@@ -216,6 +217,11 @@ def _copied(value: Any, like: Tensor) -> Tensor:
 
 def _groups(torch_optimizer: torch.optim.Optimizer, params: Tree, caller: str) -> dict[str, str]:
     """Map each path to the number of its param group, as a label."""
+    if not isinstance(torch_optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"{caller}: torch_optimizer must be an optimizer of torch, got "
+            f"{describe(torch_optimizer)}"
+        )
     number = {
         id(leaf): str(i)
         for i, group in enumerate(torch_optimizer.param_groups)

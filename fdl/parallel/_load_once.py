@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
+from fdl._checks import check_function
 from fdl.parallel._group import Mesh, T, group_of, on_all
 from fdl.tree import Tree
 
@@ -42,6 +43,7 @@ def load_once(load: Callable[[], T], mesh: Mesh | None) -> T:
     >>> load_once(lambda: {"x": torch.ones(2), "name": "ones"}, None)
     {'x': tensor([1., 1.]), 'name': 'ones'}
     """
+    check_function("load_once", "load", load)
     group, _, _ = group_of(mesh, "load_once")
     return load() if group is None else _load_per_host(load, group)
 

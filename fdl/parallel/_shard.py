@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fdl import _dtensor, tree
+from fdl._checks import check_dict
 from fdl.parallel._group import Mesh, T, group_of
 
 
@@ -73,6 +74,7 @@ def _dims(flat: Mapping[str, Any], rules: Mapping[str, int | None]) -> dict[str,
     ]
     if lines:
         raise TypeError("parallel.shard:\n  " + "\n  ".join(lines))
+    check_dict("shard", "rules", rules, "a dict from globs to dimensions")
     matches = {path: [g for g in rules if fnmatchcase(path, g)] for path in flat}
     lines = [
         f"{glob}: this rule matches no leaf"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fdl import _dtensor, random, tree
+from fdl._checks import describe
 from fdl._compiler._scan import scan
 from fdl._dtensor import is_dtensor
 from fdl._numerics import at_least_32_bits
@@ -228,6 +229,9 @@ def _own_microbatches(microbatches: int | None, size: int) -> int:
     """Return the number of microbatches that each process computes."""
     if microbatches is None:
         return 1
+    if not isinstance(microbatches, int):
+        got = describe(microbatches)
+        raise TypeError(f"parallel.train_step: microbatches must be an int, got {got}")
     own, rest = divmod(microbatches, size)
     # Pairwise sums do not depend on `size` if the share of each process is a whole subtree.
     if rest or own < 1 or (size > 1 and own & (own - 1)):

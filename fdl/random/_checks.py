@@ -21,7 +21,7 @@ check_key, describe = checks.check_key, checks.describe_value
 
 def check_count(caller: str, name: str, n: int) -> None:
     """Raise unless `n` is a non-negative int."""
-    if not isinstance(n, int):
+    if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"{caller}: `{name}` expected a non-negative int, got {describe(n)}")
     if n < 0:
         raise ValueError(f"{caller}: `{name}` must not be negative, got {n}")
@@ -43,7 +43,7 @@ def check_dtype(
     caller: str, dtype: torch.dtype, allowed: Collection[torch.dtype], name: str = "dtype"
 ) -> None:
     """Raise unless `dtype` is one of `allowed`."""
-    if dtype not in allowed:
+    if not isinstance(dtype, torch.dtype) or dtype not in allowed:
         *others, last = (str(each).removeprefix("torch.") for each in allowed)
         raise TypeError(f"{caller}: `{name}` expected {', '.join(others)} or {last}, got {dtype!r}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from fdl import random, tree
-from fdl._checks import check_positive, describe
-from fdl.testing._trees import check_tolerances, largest_of, listed
+from fdl._checks import check_at_least_0, check_function, check_positive
+from fdl.testing._trees import largest_of, listed
 from fdl.tree import Tree
 from fdl.tree._summary import describe_leaf
 
@@ -211,12 +211,12 @@ def _line(c: Comparison) -> str:
 
 
 def _check_options(f: Any, order: Any, modes: Any, rtol: Any, eps: Any) -> None:
-    if not callable(f):
-        raise TypeError(f"check_grads: f must be a function, got {describe(f)}")
+    check_function("check_grads", "f", f)
     check_positive("check_grads", "order", order)
-    if isinstance(modes, str) or not modes or not {"fwd", "rev"}.issuperset(modes):
+    several = isinstance(modes, Collection) and not isinstance(modes, str)
+    if not several or not modes or not {"fwd", "rev"}.issuperset(modes):
         raise ValueError(f"check_grads: modes must be 'fwd', 'rev' or both, got {modes!r}")
-    check_tolerances("check_grads", rtol=rtol, eps=eps)
+    check_at_least_0("check_grads", rtol=rtol, eps=eps)
     if not eps:
         raise ValueError("check_grads: eps must be positive, got 0")
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from fdl import random, tree
-from fdl._checks import describe
+from fdl._checks import check_at_least_0, check_function, describe
 from fdl._compiler import jit, scan
 from fdl.testing._grads import directions, on_leaves, weighted_sum
-from fdl.testing._trees import RTOL, check_tolerances, differences, largest_of, listed
+from fdl.testing._trees import RTOL, differences, largest_of, listed
 from fdl.tree import Tree
 from fdl.tree._checks import check_tensors
 
@@ -61,9 +61,8 @@ def check_laws(fn: Callable[..., Tree], *args: Tree, rtol: float | None = None) 
     AssertionError: check_laws: 7 of 8 laws do not hold for the function counted
     ...
     """
-    if not callable(fn):
-        raise TypeError(f"check_laws: fn must be a function, got {describe(fn)}")
-    check_tolerances("check_laws", rtol=rtol or 0.0)
+    check_function("check_laws", "fn", fn)
+    check_at_least_0("check_laws", rtol=0.0 if rtol is None else rtol)
     check_tensors(tree.leaves(args), args, "check_laws: each leaf of the arguments")
     if not tree.leaves(args):
         raise ValueError("check_laws: the arguments must have at least one tensor, got none")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fdl import random, tree
-from fdl._checks import check_positive, describe
+from fdl._checks import check_at_least_0, check_positive, describe
 from fdl._training._checks import as_batch, length
 from fdl.data import Batch
 from fdl.nn import Model, StatefulModel
@@ -18,7 +18,7 @@ from fdl.nn._model import check_model
 from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.testing._paths import take_values
 from fdl.testing._sides import LossFn, MakeOptimizer, Side, of_model, of_module
-from fdl.testing._trees import check_tolerances, differences, largest_of, listed
+from fdl.testing._trees import differences, largest_of, listed
 from fdl.tree import Tree
 
 # Beside rtol, relative to the largest value: what sums of float64 that cancel are wrong by, as in
@@ -91,7 +91,7 @@ def check_equals_module(
     check_model("check_equals_module", model)
     ours, theirs = _checked_pairs(module, loss, optimizers)
     check_positive("check_equals_module", "steps", steps)
-    check_tolerances("check_equals_module", rtol=rtol)
+    check_at_least_0("check_equals_module", rtol=rtol)
     batch = _checked_batch(batch)
     twin = copy.deepcopy(module).double()
     params, buffers, paths = take_values(_initial(model), twin, names or {})

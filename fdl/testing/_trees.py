@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdl import tree
-from fdl._checks import describe
+from fdl._checks import check_at_least_0, describe
 from fdl.tree import Tree
 
 # Those of torch.testing; all other dtypes must be equal.
@@ -64,23 +64,11 @@ def assert_trees_close(
     AssertionError: assert_trees_close: 1 difference
       w: expected float32[2, 3], got float32[3, 2]; got.permute(1, 0) is expected
     """
-    check_tolerances("assert_trees_close", rtol=rtol or 0.0, atol=atol)
+    check_at_least_0("assert_trees_close", rtol=0.0 if rtol is None else rtol, atol=atol)
     lines = differences(actual, expected, rtol=rtol, atol=atol, equal_nan=equal_nan)
     if lines:
         count = f"{len(lines)} difference{'s' * (len(lines) > 1)}"
         raise AssertionError(f"assert_trees_close: {count}{listed(lines)}")
-
-
-def check_tolerances(caller: str, **tolerances: Any) -> None:
-    """Raise unless each tolerance is a finite number that is not negative.
-
-    >>> check_tolerances("here", rtol=1e-6, atol=0)
-    """
-    for name, value in tolerances.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{caller}: {name} must be a number, got {describe(value)}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{caller}: {name} must be finite and at least 0, got {value}")
 
 
 def listed(lines: Sequence[str], indent: str = "  ") -> str:

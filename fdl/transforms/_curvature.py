@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from fdl import random, tree
-from fdl._checks import check_positive
+from fdl._checks import check_function, check_positive
 from fdl._compiler._map import map_batches
 from fdl.optim._base import check_floating
 from fdl.random._checks import check_key
@@ -67,6 +67,7 @@ def gnvp(f: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree
     >>> gnvp(lambda p: x @ p["w"], squares, {"w": torch.ones(1)}, {"w": torch.ones(1)})   # xᵀx
     {'w': tensor([5.])}
     """
+    check_function("gnvp", "f", f)
     v = _like("gnvp", params, v)
     run = written_out(f)
     predictions, pull = cast(Any, vjp(run, params))
@@ -103,6 +104,7 @@ def hutchinson_trace(
     >>> hutchinson_trace(double, {"w": torch.zeros(3)}, random.key(0), samples=1)
     tensor(6.)
     """
+    check_function("hutchinson_trace", "matvec", matvec, "from a tree to a tree like it")
     check_chunk("hutchinson_trace", chunk)
     check_key("hutchinson_trace", key)
     check_positive("hutchinson_trace", "samples", samples)
@@ -185,5 +187,6 @@ def _like(caller: str, like: Tree, v: Tree) -> Tree:
 
 def scalar_of(caller: str, name: str, f: Callable[[Tree], Tensor]) -> Callable[[Tree], Tensor]:
     """Make `f` raise unless its value is a scalar, and correct in derivatives of every order."""
+    check_function(caller, name, f)
     run = written_out(f)
     return lambda params: check_scalar(caller, name, run(params))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fdl import random, tree
+from fdl._checks import check_number
 from fdl._compiler._map import map_batches, split_batches
 from fdl._compiler._scan import scan
 from fdl._numerics import at_least_32_bits, is_visible, keep, row_norms
@@ -190,8 +191,8 @@ def _check_bound(max_norm: float | Tensor) -> None:
             )
         if not is_visible(max_norm):
             return
-    if not 0 < max_norm < math.inf:
-        raise ValueError(f"clipped_grad_sum: max_norm must be positive and finite, got {max_norm}")
+    words = "positive and finite"
+    check_number("clipped_grad_sum", "max_norm", max_norm, words, lambda x: 0 < x < math.inf)
 
 
 def _example_grad(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from fdl._checks import as_tuple, check_function, describe
+from fdl.tree._checks import check_tensors
 from fdl.tree._compare import diff
 from fdl.tree._paths import Tree, as_dicts, flatten_dict
 from fdl.tree._structure import flatten, unflatten
@@ -30,6 +32,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda p, g: p - 0.1 * g, {"w": 1.0, "b": 2.0}, {"b": 10.0, "w": 20.0})
     {'w': -1.0, 'b': 1.0}
     """
+    check_function("tree.map", "f", f)
     first, structure = flatten(tree)
     columns = [match(tree, other, "tree.map", structure) for other in rest]
     return unflatten([f(*row) for row in zip(first, *columns, strict=True)], structure)
@@ -104,6 +107,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
     >>> stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
     torch.Size([2, 3])
     """
+    trees = as_tuple("tree.stack", "trees", trees, "a list of trees")
     if not trees:
         raise ValueError("tree.stack: expected at least one tree, got none")
     for index, other in enumerate(trees[1:], start=1):
@@ -112,6 +116,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
             raise ValueError(
                 f"tree.stack: tree {index} differs from tree 0:\n  " + "\n  ".join(lines)
             )
+    check_tensors(leaves(trees[0]), trees[0], "tree.stack: every leaf")
     return map(lambda *rows: torch.stack(rows), *trees)
 
 
@@ -124,6 +129,7 @@ def unstack(tree: Tree) -> list[Tree]:
     >>> unstack({"w": torch.arange(2)})
     [{'w': tensor(0)}, {'w': tensor(1)}]
     """
+    check_tensors(leaves(tree), tree, "tree.unstack: every leaf")
     flat = flatten_dict(tree)
     lengths = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in flat.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
@@ -138,6 +144,7 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
     >>> to({"w": torch.zeros(2)}, "cpu")["w"].device
     device(type='cpu')
     """
+    check_tensors(leaves(tree), tree, "tree.to: every leaf")
     return map(lambda leaf: leaf.to(device), tree)
 
 
@@ -147,6 +154,9 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     >>> cast({"w": torch.zeros(1), "step": torch.tensor(3)}, torch.float64)
     {'w': tensor([0.], dtype=torch.float64), 'step': tensor(3)}
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"tree.cast: dtype must be a torch.dtype, got {describe(dtype)}")
+    check_tensors(leaves(tree), tree, "tree.cast: every leaf")
     return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
 
 
@@ -156,4 +166,5 @@ def size(tree: Tree) -> int:
     >>> size({"weight": torch.zeros(10, 784), "bias": torch.zeros(10)})
     7850
     """
+    check_tensors(leaves(tree), tree, "tree.size: every leaf")
     return sum(leaf.numel() for leaf in leaves(tree))

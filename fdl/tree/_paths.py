@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from fdl._checks import as_tuple, check_dict
 from fdl._torch_compat import assume_constant_result
 from fdl.tree._structure import flatten, is_plain, unflatten
 
@@ -191,6 +192,7 @@ def unflatten_dict(flat: Mapping[str, Any], like: Tree = None) -> Tree:
     >>> unflatten_dict({"1": "b", "0": "a"}, like=[0, 0])
     ['a', 'b']
     """
+    check_dict("tree.unflatten_dict", "flat", flat, "a dict from paths to leaves")
     if like is not None:
         wanted = flatten_dict(like)
         lines = [f"{path}: missing" for path in wanted.keys() - flat.keys()]
@@ -236,7 +238,8 @@ def select(tree: Tree, where: Where, caller: str) -> dict[str, bool]:
     flat = flatten_dict(tree)
     if callable(where):
         return {path: bool(where(path, leaf)) for path, leaf in flat.items()}
-    globs = [where] if isinstance(where, str) else list(where)
+    what = "a glob, several globs, or a function (path, leaf) -> bool"
+    globs = (where,) if isinstance(where, str) else as_tuple(caller, "where", where, what)
     for glob in globs:
         if not any(_matches(path, glob) for path in flat):
             raise ValueError(f"{caller}: {glob!r} matches no path; the paths are {list(flat)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdl._checks import check_key
+from fdl._checks import check_function, check_key
 from fdl._threefry import encrypted_counters
 from fdl.tree._checks import check_tensors
 from fdl.tree._map import leaves, map
@@ -74,6 +74,7 @@ def random_like(
     >>> random_like(random.key(0), params, random.normal)
     {'w': tensor([-2.4425, -2.0357,  0.2055]), 'b': tensor([1.0040])}
     """
+    check_function("tree.random_like", "sampler", sampler, "(key, shape, dtype) -> tensor")
     check_tensors(leaves(tree), tree, "tree.random_like: every leaf")
     keys = split_key_like(key, tree)
     return map(lambda leaf, key: sampler(key, leaf.shape, dtype or leaf.dtype), tree, keys)

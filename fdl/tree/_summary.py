@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fdl._table import aligned
+from fdl.tree._checks import check_tensors
 from fdl.tree._paths import Tree, flatten_dict
 
 
@@ -20,6 +22,7 @@ def summary(tree: Tree) -> str:
     fc.bias    [2]     float32      2      8
     total                           8     32
     """
+    check_tensors(pytree.tree_leaves(tree), tree, "tree.summary: every leaf")
     rows = [
         (path, str(list(leaf.shape)), dtype_name(leaf.dtype), leaf.numel(), leaf.nbytes)
         for path, leaf in flatten_dict(tree).items()

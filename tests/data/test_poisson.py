@@ -121,7 +121,7 @@ def test_padding_does_not_enter_the_clipped_sum():
         ({"rate": 0.0}, ValueError, "rate must be above 0 and at most 1, got 0.0"),
         ({"rate": 1.5}, ValueError, "rate must be above 0 and at most 1, got 1.5"),
         ({"rate": math.nan}, ValueError, "rate must be above 0 and at most 1, got nan"),
-        ({"rate": "0.1"}, TypeError, "rate must be a number, got '0.1'"),
+        ({"rate": "0.1"}, TypeError, "rate must be a number, got a str"),
         ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
         ({"capacity": 2.5}, TypeError, "capacity must be an int, got 2.5"),
     ],

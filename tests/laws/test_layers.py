@@ -12,8 +12,8 @@ ROOT = Path(fdl.__file__).parent
 # From the ground up. A unit, a package or a file beside them, imports from the storeys below its
 # own; on one storey nobody imports from a neighbour.
 STOREYS = [
-    {"_version", "_torch_compat", "_kinds", "_files", "_checks", "_table", "_threefry"},
-    {"_modes", "tree"},
+    {"_version", "_torch_compat", "_kinds", "_checks", "_table", "_threefry"},
+    {"_modes", "_files", "tree"},
     {"_dtensor", "_numerics", "io"},
     {"_compiler", "_masks", "_differentiable"},
     {"random", "metrics", "debug"},

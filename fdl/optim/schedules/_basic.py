@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl._checks import as_tuple
 from fdl.optim._hyperparams import Schedule
 from fdl.optim.schedules._helpers import (
     Value,
@@ -137,7 +138,7 @@ def multi_step(value: Value, milestones: Sequence[int], gamma: float = 0.1) -> S
     >>> multi_step(1.0, [2, 3, 3], gamma=0.5)(torch.arange(5))
     tensor([1.0000, 1.0000, 0.5000, 0.1250, 0.1250], dtype=torch.float64)
     """
-    milestones = tuple(milestones)
+    milestones = as_tuple("schedules.multi_step", "milestones", milestones, "a list of ints")
     check_values("multi_step", value=value)
     check_milestones("multi_step", milestones)
     check_numbers("multi_step", gamma=gamma)
@@ -227,7 +228,8 @@ def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
     >>> join([linear(1.0, 0.0, 1.0, 2), step(1.0, 1, gamma=0.5)], [2])(torch.arange(5))
     tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.2500], dtype=torch.float64)
     """
-    schedules, milestones = tuple(schedules), tuple(milestones)
+    schedules = as_tuple("schedules.join", "schedules", schedules, "a list of schedules")
+    milestones = as_tuple("schedules.join", "milestones", milestones, "a list of ints")
     for schedule in schedules:
         check_callable("join", schedules=schedule)
     check_milestones("join", milestones)

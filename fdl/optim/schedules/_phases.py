@@ -59,7 +59,7 @@ def one_cycle(
     check_values("one_cycle", max_lr=max_lr)
     check_positive("one_cycle", div_factor=div_factor, final_div_factor=final_div_factor)
     first = max_lr / div_factor
-    turns = [first, max_lr, *[first] * three_phase, first / final_div_factor]
+    turns = [first, max_lr, *([first] if three_phase else []), first / final_div_factor]
     return _phases("one_cycle", turns, total_steps, pct_start, anneal_strategy)
 
 
@@ -91,7 +91,8 @@ def one_cycle_momentum(
     tensor([1.0000, 0.7500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     check_values("one_cycle_momentum", base_momentum=base_momentum, max_momentum=max_momentum)
-    turns = [max_momentum, base_momentum, max_momentum, *[max_momentum] * three_phase]
+    turns = [max_momentum, base_momentum, max_momentum]
+    turns += [max_momentum] if three_phase else []
     return _phases("one_cycle_momentum", turns, total_steps, pct_start, anneal_strategy)
 
 
