@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from fdl._compiler._repeated import repeated
 from fdl._modes import is_eager
 from fdl.optim._leaves import PLAIN, Node, NotElementwise, argument, compute
 from fdl.optim._one_pass import in_one_pass
@@ -85,9 +86,10 @@ def map_columns(
         if together and not results:
             raise NotElementwise(f)
         rows |= zip(batch, zip(*results, strict=True), strict=False)
+    call = repeated(f)
     for i, row in enumerate(zip(*columns, strict=True)):
         if i not in rows:
-            rows[i] = f(*row)
+            rows[i] = call(*row)
     return [list(column) for column in zip(*(rows[i] for i in range(count)), strict=True)]
 
 
