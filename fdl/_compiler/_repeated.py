@@ -111,7 +111,7 @@ def _is_pure(node: Node) -> bool:
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return False
     is_single = len(target._schema.returns) == 1
-    return is_single and not target._schema.is_mutable and type(node.meta["val"]) is FakeTensor
+    return is_single and not target._schema.is_mutable and type(node.meta.get("val")) is FakeTensor
 
 
 def _copy(recording: Recording, args: Sequence[Any]) -> Any:
