@@ -78,7 +78,7 @@ def _form(args: Sequence[Any]) -> Hashable:
 
 def _record(f: Callable[..., T], args: Sequence[Any]) -> tuple[T, Recording | None]:
     """Call a function; return its result, and what it recorded unless that cannot be copied."""
-    last = next(reversed(current_trace().tracers[-1].graph.nodes))
+    last = next(iter(reversed(current_trace().tracers[-1].graph.nodes)))
     result = f(*args)
     arguments = [None if x is None else proxy_node(x) for x in args]
     recorded: list[Node] = []
