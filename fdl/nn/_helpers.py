@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl import random
-from fdl._checks import check_function, conversion, describe
+from fdl._checks import check_dict, check_function, conversion, describe
 from fdl.nn._model import Model
 from fdl.nn.init import Initializer, kaiming_uniform, uniform
 from fdl.tree import Tree
@@ -21,8 +21,7 @@ AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
 def get_param(params: Tree, name: str, shape: tuple[int, ...], layer: str) -> Tensor:
     """Return `params[name]`, or raise a ValueError that names it if its shape is not `shape`."""
-    if not hasattr(params, "keys"):
-        raise TypeError(f"{layer}: params must be a dict of tensors, got {describe(params)}")
+    check_dict(layer, "params", params, "a dict of tensors")
     if name not in params.keys():  # noqa: SIM118, since a TensorDict knows no `in`
         raise ValueError(f"{layer}: expected params[{name!r}] of shape {list(shape)}, got none")
     if params[name].shape != shape:

@@ -144,8 +144,7 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
     >>> to({"w": torch.zeros(2)}, "cpu")["w"].device
     device(type='cpu')
     """
-    check_tensors(leaves(tree), tree, "tree.to: every leaf")
-    return map(lambda leaf: leaf.to(device), tree)
+    return _map_tensors("tree.to", lambda leaf: leaf.to(device), tree)
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
@@ -156,8 +155,15 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"tree.cast: dtype must be a torch.dtype, got {describe(dtype)}")
-    check_tensors(leaves(tree), tree, "tree.cast: every leaf")
-    return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
+    return _map_tensors(
+        "tree.cast", lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree
+    )
+
+
+def _map_tensors(caller: str, f: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> Tree:
+    found, structure = flatten(tree)
+    check_tensors(found, tree, f"{caller}: every leaf")
+    return unflatten([f(leaf) for leaf in found], structure)
 
 
 def size(tree: Tree) -> int:
@@ -166,5 +172,6 @@ def size(tree: Tree) -> int:
     >>> size({"weight": torch.zeros(10, 784), "bias": torch.zeros(10)})
     7850
     """
-    check_tensors(leaves(tree), tree, "tree.size: every leaf")
-    return sum(leaf.numel() for leaf in leaves(tree))
+    found = leaves(tree)
+    check_tensors(found, tree, "tree.size: every leaf")
+    return sum(leaf.numel() for leaf in found)

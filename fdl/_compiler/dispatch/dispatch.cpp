@@ -191,6 +191,19 @@ Object attempt(
 
 // ---- functions of the module ----
 
+// Return what a function returns; where it throws, a null pointer with a Python error.
+template <typename F>
+PyObject* guarded(F f) {
+    try {
+        return f();
+    } catch (const Failed&) {
+        return nullptr;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
 constexpr const char* NAME = "fdl.program";
 
 Program* program_of(PyObject* capsule) {
@@ -203,7 +216,7 @@ void free_program(PyObject* capsule) {
 
 // call(programs, args, kwargs): return the result of the first that fits, or NotImplemented.
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    try {
+    return guarded([&]() -> PyObject* {
         if (count != 3) throw std::invalid_argument("call takes programs, args, kwargs");
         Object programs = owned(arguments[0]);
         if (PyList_GET_SIZE(programs.ptr) && !runs_inline()) {
@@ -216,12 +229,7 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
             }
         }
         Py_RETURN_NOTIMPLEMENTED;
-    } catch (const Failed&) {
-        return nullptr;
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
+    });
 }
 
 // make(spec, device, result_spec, read, run, entry, leaves, donated, placeholders, plain, aliases,
@@ -238,36 +246,33 @@ PyObject* make(PyObject*, PyObject* values) {
             &writes)) {
         return nullptr;
     }
-    auto program = std::make_unique<Program>(Program{spec, device, result_spec, read, run});
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leaves); ++i) {
-        program->forms.emplace_back(impl_of(PyList_GET_ITEM(leaves, i)));
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(donated); ++i) {
-        program->donated.push_back(PyLong_AsSize_t(PyList_GET_ITEM(donated, i)));
-        program->placeholders.push_back(share(impl_of(PyList_GET_ITEM(placeholders, i))));
-        program->plain.push_back(share(impl_of(PyList_GET_ITEM(plain, i))));
-    }
-    for (auto [list, numbers] : {std::pair(places, &program->places),
-                                 std::pair(result_places, &program->result_places)}) {
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-            numbers->push_back(PyLong_AsSize_t(PyList_GET_ITEM(list, i)));
+    return guarded([&]() -> PyObject* {
+        auto program = std::make_unique<Program>(Program{spec, device, result_spec, read, run});
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leaves); ++i) {
+            program->forms.emplace_back(impl_of(PyList_GET_ITEM(leaves, i)));
         }
-    }
-    program->outputs = 0;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(aliases); ++i) {
-        program->aliases.push_back(PyLong_AsSsize_t(PyList_GET_ITEM(aliases, i)));
-        program->outputs += program->aliases.back() < 0;
-    }
-    if (PyErr_Occurred()) return nullptr;
-    program->writes = writes;
-    program->simple = is_simple(result_spec);
-    program->entry = reinterpret_cast<Entry>(entry);
-    Object capsule(PyCapsule_New(program.get(), NAME, free_program));
-    if (!capsule.ptr) return nullptr;
-    program.release();
-    // A tuple, because the garbage collector does not see what a capsule holds, and a function may
-    // be reached from the tensors that it closes over.
-    return PyTuple_Pack(6, capsule.ptr, spec, device, result_spec, read, run);
+        program->donated = numbers(donated);
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(donated); ++i) {
+            program->placeholders.push_back(share(impl_of(PyList_GET_ITEM(placeholders, i))));
+            program->plain.push_back(share(impl_of(PyList_GET_ITEM(plain, i))));
+        }
+        program->places = numbers(places);
+        program->result_places = numbers(result_places);
+        program->outputs = 0;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(aliases); ++i) {
+            program->aliases.push_back(PyLong_AsSsize_t(PyList_GET_ITEM(aliases, i)));
+            program->outputs += program->aliases.back() < 0;
+        }
+        if (PyErr_Occurred()) throw Failed();
+        program->writes = writes;
+        program->simple = is_simple(result_spec);
+        program->entry = reinterpret_cast<Entry>(entry);
+        Object capsule(checked(PyCapsule_New(program.get(), NAME, free_program)));
+        program.release();
+        // A tuple, because the garbage collector does not see what a capsule holds, and a function
+        // may be reached from the tensors that it closes over.
+        return PyTuple_Pack(6, capsule.ptr, spec, device, result_spec, read, run);
+    });
 }
 
 // execute(entry, inputs, count): return the outputs of the code of a program.
@@ -276,7 +281,7 @@ PyObject* execute_entry(PyObject*, PyObject* values) {
     PyObject* tensors;
     Py_ssize_t count;
     if (!PyArg_ParseTuple(values, "KO!n", &entry, &PyList_Type, &tensors, &count)) return nullptr;
-    try {
+    return guarded([&]() -> PyObject* {
         std::vector<Impl> inputs;
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
             inputs.push_back(share(impl_of(PyList_GET_ITEM(tensors, i))));
@@ -285,9 +290,7 @@ PyObject* execute_entry(PyObject*, PyObject* values) {
         Object results(checked(PyList_New(count)));
         for (Py_ssize_t i = 0; i < count; ++i) PyList_SET_ITEM(results.ptr, i, wrap(outputs[i]));
         return results.release();
-    } catch (const Failed&) {
-        return nullptr;
-    }
+    });
 }
 
 // takes(spec): whether trees of a structure can be read here.
@@ -305,17 +308,12 @@ PyObject* compute_elementwise(PyObject*, PyObject* values) {
             &PyList_Type, &scalars, &PyList_Type, &columns)) {
         return nullptr;
     }
-    try {
+    return guarded([&]() -> PyObject* {
         Maths maths{symbols, numbers(operands), numbers(results)};
         Object computed = elementwise(maths, scalars, columns);
         if (computed.ptr) return computed.release();
         Py_RETURN_NOTIMPLEMENTED;
-    } catch (const Failed&) {
-        return nullptr;
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
+    });
 }
 
 // install(...): set `python`; the last two arguments are a tensor and its `_cdata`.

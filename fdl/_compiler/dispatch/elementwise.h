@@ -144,16 +144,6 @@ bool is_ordinary(TensorImpl* x, at::ScalarType dtype) {
     return true;
 }
 
-// Read numbers of a list.
-std::vector<size_t> numbers(PyObject* list) {
-    std::vector<size_t> read;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-        read.push_back(PyLong_AsSize_t(PyList_GET_ITEM(list, i)));
-    }
-    if (PyErr_Occurred()) throw Failed();
-    return read;
-}
-
 // Return the tensors of each result for all leaves, or nothing if the columns, a list of tensors for
 // each argument, are not ordinary tensors of one dtype.
 Object elementwise(Maths& maths, PyObject* scalars, PyObject* columns) {

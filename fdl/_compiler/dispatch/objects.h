@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <utility>
+#include <vector>
 
 #include <ATen/core/TensorBase.h>
 
@@ -73,6 +74,16 @@ Impl detach(TensorImpl* impl) {
 
 PyObject* wrap(Impl impl) {
     return checked(THPVariable_Wrap(at::TensorBase(std::move(impl))));
+}
+
+// Read numbers of a list.
+std::vector<size_t> numbers(PyObject* list) {
+    std::vector<size_t> read;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+        read.push_back(PyLong_AsSize_t(PyList_GET_ITEM(list, i)));
+    }
+    if (PyErr_Occurred()) throw Failed();
+    return read;
 }
 
 }  // namespace
