@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from fdl._compiler._cache import ENTRY
 from fdl._compiler._callbacks import CALLBACK
+from fdl._compiler._deferred import StandIn
 from fdl._compiler._digest import numbers
 from fdl._compiler._graph import COND, LOOP, NAMESPACES, WHILE, Verbatim
 from fdl._compiler._inductor import sources
@@ -92,7 +93,9 @@ def _compiler_settings() -> tuple[Any, ...]:
         if key in COMPILER_VARIABLES or ("TORCHINDUCTOR" in key and key.strip("_") not in NOT_THESE)
     )
     config: Any = sys.modules.get("torch._inductor.config")
-    names = [] if config is None else sorted(key for key in config._config if _is_set(config, key))
+    if config is None or isinstance(config, StandIn):
+        return tuple(variables), ()
+    names = sorted(key for key in config._config if _is_set(config, key))
     return tuple(variables), tuple((key, getattr(config, key)) for key in names)
 
 

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fdl import _modes
 from fdl._compiler._decompositions import decompositions, early_decompositions
+from fdl._compiler._deferred import deferred_imports
 from fdl._compiler._divisors import check_divisor
 from fdl._compiler._dtypes import check_dtypes
 from fdl._compiler._dynamic_index import DynamicIndex
@@ -177,6 +178,13 @@ def trace(
         TypeError: the result holds a leaf that is not a tensor.
         ValueError: `fn` changes a tensor in place that it did not create.
     """
+    with deferred_imports():
+        return _trace(fn, leaves, spec, unroll)
+
+
+def _trace(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], spec: Hashable, unroll: bool
+) -> Traced:
     specs: list[Hashable] = []
     mode = fake_mode()
     tracing = Tracing(mode)
