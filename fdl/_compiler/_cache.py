@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EPERM
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -25,7 +26,8 @@ from typing import Any
 LIMIT = 2**30  # bytes of all entries; then those that were used longest ago are removed
 FOOTER = struct.Struct("<Q32s8s")  # size of the description, checksum, mark
 MARK = b"fdl-prog"
-ENTRY, UNFINISHED = ".fdl", ".fdl-new"  # suffixes: users may have other files in a chosen folder
+# Suffixes of files: users may have others in a chosen folder.
+ENTRY, UNFINISHED, HEADER = ".fdl", ".fdl-new", ".gch"
 ABANDONED = 3600  # seconds after which a file that was being written is removed
 
 
@@ -84,6 +86,14 @@ def keep(name: str, library: Path, about: dict[str, Any]) -> Path | None:
         _warn_once(f"{place}: {error.strerror or error}")
         return None
     return place / name
+
+
+def count_entries(most: int) -> int:
+    """Count the entries, up to a number."""
+    place = folder()
+    if place is None or not place.is_dir():
+        return 0
+    return sum(1 for _ in islice(place.glob(f"*{ENTRY}"), most))
 
 
 def is_writable() -> bool:
@@ -158,7 +168,7 @@ def _remove_oldest(place: Path) -> None:
             if path.suffix == UNFINISHED:
                 if time.time() - status.st_mtime > ABANDONED:
                     path.unlink()
-            elif path.suffix == ENTRY:
+            elif path.suffix in (ENTRY, HEADER):
                 entries.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in entries)
     if total <= LIMIT:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fdl._compiler._headers import compile_with
+
 LONG = 200  # lines of code, before they are written out in C++
 UNOPTIMIZED = """
 #if defined(__clang__)
@@ -26,11 +28,20 @@ KNOWS_ALL = 12  # release of g++ and of clang++ from which on they know the inst
 @cache
 def compile_faster() -> None:
     """Apply the patches."""
+    _change_commands()
     _build_side_by_side()
     _leave_long_wrappers_unoptimized()
     _skip_test_programs()
     _skip_hash_of_triton()
     _find_varying_strides()
+
+
+def _change_commands() -> None:
+    """Let the C++ compiler read headers in advance, write no warnings, and link faster."""
+    from torch._inductor import cpp_builder
+
+    module: Any = cpp_builder
+    module.run_compile_cmd = compile_with(module.run_compile_cmd)
 
 
 def _build_side_by_side() -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -33,11 +32,7 @@ from fdl._torch_compat import RELEASE
 
 Compiled = Callable[[list[Tensor]], list[Tensor]]
 DAMAGED = re.compile(r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data)")
-FEW = 4  # programs of a process, for which no headers are precompiled
 HAS_CPP_WRAPPER = RELEASE >= (2, 12)  # `scan` fails with it in torch 2.11
-
-
-_programs = count(1)
 
 
 def lower(
@@ -212,8 +207,7 @@ def _options(on_cpu: bool, cpp_wrapper: bool) -> dict[str, Any]:
         },
     }
     if on_cpu:
-        # They take six seconds, and then save one and a half for each program.
-        options["cpp_cache_precompile_headers"] = next(_programs) > FEW
+        options["cpp_cache_precompile_headers"] = False  # `_headers.py` does so in the background
         # Convolutions of few channels are faster in their own layout than in channels-last.
         options["layout_optimization"] = False
     if on_cpu and cpp_wrapper:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -79,7 +78,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     """The compiler on a machine where nothing has been compiled."""
     _dispatch._extension().result()
     _inductor.import_inductor()
-    monkeypatch.setattr(_inductor, "_programs", itertools.count(1))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     return Compiler(monkeypatch)
 
@@ -278,9 +276,3 @@ def test_without_the_extension_programs_run_from_python(
     extension.finish()
     assert [fn(torch.ones(1)).item() for _ in range(2)] == [2, 2]
     assert calls == [False] * 3
-
-
-def test_headers_are_precompiled_for_many_programs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_inductor, "_programs", itertools.count(1))
-    precompiled = [_inductor._options(True, True)["cpp_cache_precompile_headers"] for _ in range(6)]
-    assert precompiled == [False] * 4 + [True] * 2

@@ -64,8 +64,8 @@ def climbs(path):
 # What a function imports since it takes long, or is not there on every platform or installation.
 IMPORTED_LATE = {
     "PIL", "h5py", "jax", "ml_dtypes", "orbax", "pyarrow", "torch._dynamo", "torch._inductor",
-    "torch.distributed", "torch.fx.experimental.symbolic_shapes", "torch.utils.flop_counter",
-    "torchvision",
+    "torch._higher_order_ops.triton_kernel_wrap", "torch.distributed",
+    "torch.fx.experimental.symbolic_shapes", "torch.utils.flop_counter", "torchvision",
 }  # fmt: skip
 
 
