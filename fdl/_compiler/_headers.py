@@ -51,10 +51,10 @@ def compile_with(run: Callable[[str, str], None]) -> Callable[[str, str], None]:
             _refuse(options)
         if "-shared" in words:  # the program is complete
             pays = next(_programs) > FEW or _cache.count_entries(FEW + 1) > FEW
-            while _wanted:
-                path, (header, read) = _wanted.popitem()
-                if pays:
-                    _read(path, header, read)
+            for path in tuple(_wanted):
+                wanted = _wanted.pop(path, None)  # unless another thread has taken it
+                if pays and wanted:
+                    _read(path, *wanted)
 
     return run_faster
 
@@ -68,7 +68,7 @@ def options_for(words: Sequence[str], cwd: str) -> list[str]:
         # The other linker reads all symbols of torch's libraries, which takes half a second.
         has_gold = any(word.endswith(".main.o") for word in words) and shutil.which("ld.gold")
         return ["-fuse-ld=gold"] if has_gold else []
-    text = sources[0].read_text() if len(sources) == 1 else ""
+    text = sources[0].read_text() if len(sources) == 1 and "-o" in words else ""
     header = next((header for header in HEADERS if f"#include <{header}>" in text), None)
     if header is None:
         return []
