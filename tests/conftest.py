@@ -25,6 +25,7 @@ from fdl._compiler import (
     _cache_key,
     _cuda_graphs,
     _dispatch,
+    _headers,
     _inductor,
     _routes,
 )
@@ -158,6 +159,7 @@ def program_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let `jit` use a cache of the test's own; return its folder."""
     monkeypatch.setattr(_routes, "cache_name", _cache_key.name)
     monkeypatch.setenv("FDL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_headers, "HEADERS", ())  # it would take long to read them for one test
     _cache._warn_once.cache_clear()
     return tmp_path / "cache"
 
