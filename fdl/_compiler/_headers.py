@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from fdl._compiler import _cache
 
 # They come first in the code of kernels, and in that of the program around them.
 HEADERS = ("torch/csrc/inductor/cpp_prefix.h", "torch/csrc/inductor/cpp_wrapper/cpu.h")
+GCC = re.compile(r"(^|-)g\+\+(-|$)")  # with a target before and a release behind it
 LINKS = ("-l", "-L")  # options for the linker
 FEW = 4  # programs of a process or a machine, for which it does not pay
 
@@ -117,7 +119,7 @@ def _key(header: str, compiler: str, flags: Sequence[str]) -> str:
 @cache
 def _is_gcc(compiler: str) -> bool:
     """Check that a compiler is g++; on other systems clang++ may have its name."""
-    return "g++" in Path(compiler).name and shutil.which(compiler) is not None
+    return bool(GCC.search(Path(compiler).name)) and shutil.which(compiler) is not None
 
 
 def _read_in_advance(path: Path) -> Path:

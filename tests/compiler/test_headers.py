@@ -182,3 +182,22 @@ def test_only_programs_for_this_process_are_linked_by_the_faster_linker(
     assert _headers.options_for(package, "/") == []
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert _headers.options_for(own, "/") == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "is_gcc"),
+    [
+        ("g++", True),
+        ("/usr/bin/g++-13", True),
+        ("x86_64-linux-gnu-g++", True),
+        ("clang++", False),
+        ("clang++-19", False),
+        ("icpx", False),
+        ("ccache", False),
+    ],
+)
+def test_gcc_is_known_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, compiler: str, is_gcc: bool
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert _headers._is_gcc.__wrapped__(compiler) == is_gcc
