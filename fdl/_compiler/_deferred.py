@@ -122,14 +122,14 @@ class Imported(Loader):
 def deferred_imports() -> Iterator[None]:
     """Use stand-ins for Dynamo and Inductor in the context, unless these have been imported."""
     global _users
+    if HAS_CACHE and not _are_imported():
+        # Torch's tracer reads its classes as attributes, and relies on Dynamo to import them.
+        import torch._higher_order_ops.triton_kernel_wrap  # noqa: F401
     with _lock:
-        if not HAS_CACHE or (_users == 0 and {DYNAMO, INDUCTOR} & sys.modules.keys()):
-            defers = False
-        else:
-            defers = True
-            if _users == 0:
-                _install()
-            _users += 1
+        defers = HAS_CACHE and (_users > 0 or not _are_imported())
+        if defers and _users == 0:
+            _install()
+        _users += defers
     try:
         yield
     finally:
@@ -140,10 +140,11 @@ def deferred_imports() -> Iterator[None]:
                     _remove()
 
 
-def _install() -> None:
-    # Torch's tracer reads its classes as attributes, and relies on Dynamo to import them.
-    import torch._higher_order_ops.triton_kernel_wrap  # noqa: F401
+def _are_imported() -> bool:
+    return bool({DYNAMO, INDUCTOR} & sys.modules.keys())
 
+
+def _install() -> None:
     dynamo = StandIn(DYNAMO, disable=_disable)
     dynamo.add("config", **DYNAMO_SETTINGS)
     dynamo.add("compiled_autograd", _disable=nullcontext)

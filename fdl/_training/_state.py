@@ -16,6 +16,7 @@ from fdl.nn._model import check_model
 from fdl.optim._as_optimizer import OptimizerLike, as_optimizer
 from fdl.optim._averaging import start_buffers
 from fdl.tree import Tree
+from fdl.tree._checks import check_tensors
 from fdl.tree._map import match
 
 Metrics = dict[str, Any]  # each a Mean or other sums that merge
@@ -73,6 +74,7 @@ class TrainState(NamedTuple):
         if params is None:
             params = expected
         else:
+            check_tensors(tree.leaves(params), params, "TrainState.create: every leaf of params")
             # The given parameters may differ from the model's in their floating dtype only.
             lines = tree.diff(
                 tree.cast(expected, torch.float32),

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdl import tree
+from fdl._checks import check_dict, check_number, check_positive
 from fdl._dtensor import is_dtensor
 from fdl._files import expanded
 from fdl._training import TrainState
@@ -34,6 +35,7 @@ from fdl.checkpointing._folder import (
     Mode,
     Restored,
     best_of,
+    check_checkpoint,
     check_mode,
     files_in,
     readable,
@@ -69,7 +71,7 @@ class Checkpointer:
             writes its part; the first writes everything else.
 
     Raises:
-        TypeError: `keep` is not an int, or `best` is not a pair.
+        TypeError: `keep` is not an int, `every` no number, `best` no pair, or `group` no group.
         ValueError: `keep`, `every` or `best` is out of range.
         BlockingIOError: another process, or another `Checkpointer`, uses the folder.
         OSError: the folder cannot be created or written.
@@ -98,12 +100,8 @@ class Checkpointer:
         best: tuple[str, Mode] | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(keep, int):
-            raise TypeError(f"Checkpointer: keep must be an int, got {keep!r}")
-        if keep < 1:
-            raise ValueError(f"Checkpointer: keep must be at least 1, got {keep}")
-        if not every >= 0:
-            raise ValueError(f"Checkpointer: every must be at least 0 seconds, got {every}")
+        check_positive("Checkpointer", "keep", keep)
+        check_number("Checkpointer", "every", every, "at least 0 seconds", lambda x: x >= 0)
         if best is not None:
             if not isinstance(best, tuple) or len(best) != 2:
                 raise TypeError(
@@ -113,6 +111,8 @@ class Checkpointer:
             check_mode("Checkpointer: best", best[1])
         # Absolute, since the working directory may change.
         self.folder = expanded(folder, "Checkpointer", "folder").absolute()
+        if group is not None and not isinstance(group, ProcessGroup):
+            raise TypeError(f"Checkpointer: group must be a process group, got {group!r}")
         self._keep, self._every, self._best = keep, every, best
         self._group, self._writers = group, group and _duplicate(group)
         self._lock: Lock | None = None
@@ -166,6 +166,8 @@ class Checkpointer:
                 f"Checkpointer.save: state must be a TrainState, got {type(state).__name__} "
                 "without a tensor .step; fdl.io.save takes any tree"
             )
+        if metrics is not None:
+            check_dict("Checkpointer.save", "metrics", metrics, "a dict from names to numbers")
         metadata = {
             "step": int(state.step.max()),  # equal for all members of a population
             # As strings, because JSON has no NaN and infinities.
@@ -238,7 +240,11 @@ class Checkpointer:
             checkpoint: read this one instead of the newest, such as the result of `best`.
             like: a state with the expected structure, shapes and dtypes.
             device: where the tensors go.
+
+        Raises:
+            TypeError: `checkpoint` is not one.
         """
+        check_checkpoint("Checkpointer.restore", checkpoint)
         self.wait()
         return restore_newest(self.folder, checkpoint, like, device, self._writers)
 

@@ -99,13 +99,18 @@ def restore(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     restore(folder)
     """
-    if not isinstance(checkpoint, Checkpoint | None):
-        raise TypeError(
-            "restore: checkpoint must be a Checkpoint, one of checkpoints(folder), got "
-            f"{describe(checkpoint)}"
-        )
+    check_checkpoint("restore", checkpoint)
     folder = expanded(folder, "restore", "folder")
     return restore_newest(folder, checkpoint, like, device, None)
+
+
+def check_checkpoint(caller: str, checkpoint: Any) -> None:
+    """Raise unless an argument is a checkpoint or None."""
+    if not isinstance(checkpoint, Checkpoint | None):
+        raise TypeError(
+            f"{caller}: checkpoint must be a Checkpoint, one of checkpoints(folder), got "
+            f"{describe(checkpoint)}"
+        )
 
 
 def restore_newest(

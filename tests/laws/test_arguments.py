@@ -5,11 +5,13 @@ Each function is called as in the example of its docstring, with one argument re
 
 import contextlib
 import doctest
+import functools
 import inspect
 import io
 import re
 import traceback
 import warnings
+from types import FunctionType
 
 import pytest
 
@@ -58,9 +60,9 @@ class Done(BaseException):
     """Ends an example where all wrong calls have been made; no library code catches it."""
 
 
-def faults(f, args, kwargs):
+def faults(call_it, args, kwargs, f):
     """Call a function with each argument replaced; yield the errors that name nothing."""
-    signature = inspect.signature(f)
+    signature = inspect.signature(call_it)
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -69,7 +71,7 @@ def faults(f, args, kwargs):
             call = signature.bind(*args, **kwargs)
             call.arguments[name] = value
             try:
-                f(*call.args, **call.kwargs)
+                call_it(*call.args, **call.kwargs)
             except Exception as error:
                 if not says_enough(error, f.__name__, name):
                     yield name, f"{value!r}: {type(error).__name__}: {error}"
@@ -83,22 +85,30 @@ def says_enough(error, *names):
     return own or (isinstance(error, OSError) and error.filename is not None)
 
 
-def probe(module, name, monkeypatch):
-    """Run the example of a function up to its first call of it; return the faults, None if none."""
-    f = getattr(module, name)
-    scope = dict(f.__globals__)
+def probe(holder, name, text, scope, monkeypatch):
+    """Run an example up to its first call of a function; return the faults, None if none.
+
+    `holder` is the module or class that has the function, and `scope` where the example runs.
+    """
+    original = vars(holder)[name]
+    f = getattr(original, "__func__", original)
     found = []
 
     def wrapped(*args, **kwargs):
         if inspect.currentframe().f_back.f_code.co_filename != EXAMPLE:
             return f(*args, **kwargs)
-        found.append(list(faults(f, args, kwargs)))
+        own = args[: inspect.isclass(holder)]  # self or cls
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, original)
+            found.append(list(faults(functools.partial(f, *own), args[len(own) :], kwargs, f)))
         raise Done
 
-    scope[name] = wrapped
-    monkeypatch.setattr(module, name, wrapped)
+    replacement = wrapped if original is f else type(original)(wrapped)
+    monkeypatch.setattr(holder, name, replacement)
+    if not inspect.isclass(holder):
+        scope[name] = wrapped
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Done):
-        for example in doctest.DocTestParser().get_examples(f.__doc__):
+        for example in doctest.DocTestParser().get_examples(text):
             exec(compile(example.source, EXAMPLE, "single"), scope)
     return found[0] if found else None
 
@@ -110,9 +120,43 @@ def test_an_error_names_the_function_or_the_argument(place, request, monkeypatch
     name = f"{place[0].__name__}.{place[1]}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = probe(*place, monkeypatch)
+        f = getattr(*place)
+        found = probe(*place, f.__doc__, dict(f.__globals__), monkeypatch)
     assert (found is None) == (name in NO_EXAMPLE), "the row of NO_EXAMPLE is missing or stale"
     assert {argument for argument, _ in found or ()} == {*EXCEPTIONS.get(name, ())}, found
+
+
+# A method is called in the example of its own docstring, or in that of its class.
+METHODS = {
+    f"{cls.__name__}.{method}": (module, cls, method)
+    for module in MODULES.values()
+    if module.__name__.startswith("fdl")
+    for cls in (getattr(module, name) for name in module.__all__)
+    if inspect.isclass(cls) and cls.__module__.startswith("fdl")
+    for method, f in vars(cls).items()
+    if (method == "__init__" and not issubclass(cls, tuple))
+    or (not method.startswith("_") and isinstance(f, FunctionType | classmethod | staticmethod))
+    if len(inspect.signature(getattr(f, "__func__", f)).parameters) > 1
+}
+NOT_CALLED = {
+    "Checkpointer.best": "the example has one metric",
+    "Jitted.__init__": "users call fdl.jit",
+    "TreeInfo.__init__": "users call TreeInfo.read",
+}
+
+
+@pytest.mark.usefixtures("plain_backend")
+@pytest.mark.parametrize("name", METHODS)
+def test_an_error_names_the_method_or_the_argument(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module, cls, method = METHODS[name]
+    texts = [inspect.getdoc(vars(cls)[method]) or "", cls.__doc__]
+    scope = vars(inspect.getmodule(cls)) | vars(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = probe(cls, method, next(t for t in texts if ">>>" in t), scope, monkeypatch)
+    assert (found is None) == (name in NOT_CALLED), "the row of NOT_CALLED is missing or stale"
+    assert not found
 
 
 def test_the_law_sees_most_functions():
