@@ -151,7 +151,8 @@ def _install() -> None:
     dynamo.add("source", ConstantSource=ConstantSource, **SOURCES)
     dynamo.add("utils", clone_input=_clone_input)
     inductor = StandIn(INDUCTOR)
-    inductor.add("config", effective_provenance_tracking_level=_nothing, **INDUCTOR_SETTINGS)
+    config = {"effective_provenance_tracking_level": _nothing, **INDUCTOR_SETTINGS}
+    inductor.add("config", **config).add("trace", provenance_tracking_level=0)  # torch 2.13's
     inductor.add("compiler_bisector").add("CompilerBisector", disable_subsystem=_nothing)
     inductor.add("codecache").add("PyCodeCache", stack_frames_for_code=_nothing)
     inductor.add("fx_passes").add("dedupe_symint_uses", dedupe_symints=_dedupe_symints)

@@ -67,7 +67,8 @@ def test_settings_are_those_of_torch() -> None:
     ):
         values: Any = config
         assert settings == {key: values._config[key].default for key in settings}
-    assert torch._inductor.config.effective_provenance_tracking_level() == 0
+    level = getattr(torch._inductor.config, "effective_provenance_tracking_level", None)
+    assert level is None or level() == 0  # torch 2.13 has no such function
     bisector = torch._inductor.compiler_bisector.CompilerBisector
     assert not bisector.disable_subsystem("aot_eager_decomp_partition", "decomposition")
 
