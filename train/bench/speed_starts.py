@@ -122,9 +122,10 @@ def markdown(document: Record) -> str:
             row.append("" if cell is None else "failed" if "reason" in cell else figures(cell))
         rows.append(row)
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items() if v)
+    rounds = document["rounds"]
     head = (
-        f"{document['cpu']}, {document['cores']} cores; {versions}; {document['date']}; medians of "
-        f"{document['rounds']} rounds."
+        f"{document['cpu']}, {document['cores']} cores; {versions}; {document['date']}; "
+        f"{'one round' if rounds == 1 else f'medians of {rounds} rounds'}."
     )
     return f"{head}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
