@@ -166,8 +166,7 @@ def _remove_oldest(place: Path) -> None:
         with suppress(OSError):  # another process has removed it
             status = path.stat()
             if path.suffix == UNFINISHED:
-                if time.time() - status.st_mtime > ABANDONED:
-                    path.unlink()
+                remove_abandoned(path)
             elif path.suffix in (ENTRY, HEADER):
                 entries.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in entries)
@@ -179,6 +178,13 @@ def _remove_oldest(place: Path) -> None:
         with suppress(OSError):
             path.unlink()
         total -= size
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove a file that was being written by a process that has been killed."""
+    with suppress(OSError):  # there is none, or another process has removed it
+        if time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink()
 
 
 def _is_ours(place: Path) -> bool:

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, wraps
@@ -52,11 +51,7 @@ def compile_with(run: Callable[[str, str], None]) -> Callable[[str, str], None]:
             run(command, cwd)  # raises if it was not for the options
             _refuse(options)
         if "-shared" in words:  # the program is complete
-            pays = next(_programs) > FEW or _cache.count_entries(FEW + 1) > FEW
-            for path in tuple(_wanted):
-                wanted = _wanted.pop(path, None)  # unless another thread has taken it
-                if pays and wanted:
-                    _read(path, *wanted)
+            _read_wanted(next(_programs))
 
     return run_faster
 
@@ -126,12 +121,19 @@ def _read_in_advance(path: Path) -> Path:
     return path.with_name(f"{path.name}{_cache.HEADER}")
 
 
+def _read_wanted(programs: int) -> None:
+    """Let g++ read the headers that the last of some programs has included, if that pays."""
+    pays = programs > FEW or (_wanted and _cache.count_entries(FEW + 1) > FEW)
+    for path in tuple(_wanted):
+        wanted = _wanted.pop(path, None)  # unless another thread has taken it
+        if pays and wanted:
+            _read(path, *wanted)
+
+
 def _read(path: Path, header: str, command: Sequence[str]) -> None:
     """Let g++ read a header in a process of its own, unless another one is at it."""
     unfinished = path.with_suffix(_cache.UNFINISHED)
-    with suppress(OSError):
-        if time.time() - unfinished.stat().st_mtime > _cache.ABANDONED:
-            unfinished.unlink()
+    _cache.remove_abandoned(unfinished)
     with suppress(OSError):
         unfinished.touch(exist_ok=False)
         path.write_text(f"#include <{header}>\n")

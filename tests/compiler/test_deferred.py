@@ -34,11 +34,9 @@ pytestmark = [
 
 @cache
 def results() -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.workers.deferred_worker"],
         cwd=Path(__file__).parents[2],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -29,11 +29,12 @@ class Odd:
 
 WRONG = (None, "wrong", Odd(), float("nan"), True, b"1", [])
 
+OWN_MODULES = [m for m in MODULES.values() if m.__name__.startswith("fdl")]
+
 # The first module that lists a function is where its example finds it.
 FUNCTIONS = {
     f"{module.__name__}.{name}": (module, name)
-    for module in MODULES.values()
-    if module.__name__.startswith("fdl")
+    for module in OWN_MODULES
     for name in module.__all__
     if inspect.isfunction(getattr(module, name))
     and getattr(module, name).__module__.startswith("fdl")
@@ -129,8 +130,7 @@ def test_an_error_names_the_function_or_the_argument(place, request, monkeypatch
 # A method is called in the example of its own docstring, or in that of its class.
 METHODS = {
     f"{cls.__name__}.{method}": (module, cls, method)
-    for module in MODULES.values()
-    if module.__name__.startswith("fdl")
+    for module in OWN_MODULES
     for cls in (getattr(module, name) for name in module.__all__)
     if inspect.isclass(cls) and cls.__module__.startswith("fdl")
     for method, f in vars(cls).items()

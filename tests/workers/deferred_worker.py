@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from threading import Barrier, Thread
 from typing import Any
@@ -56,18 +57,17 @@ def program(name: str) -> Any:
     import torch._dynamo
     import torch._inductor  # noqa: F401
 
-    return [after, first == traced(case.step, state, row) != None]  # noqa: E711
+    return [after, first is not None and first == traced(case.step, state, row)]
 
 
 def asked_for() -> Any:
     """Import a module of Dynamo in the middle of a trace, below transformations."""
-    levels = []
 
     def loss(x: Tensor) -> Tensor:
         y = x.sin()
         import torch._dynamo.utils
 
-        levels.append(torch._dynamo.utils.is_compile_supported("cpu"))
+        torch._dynamo.utils.is_compile_supported("cpu")
         return (y * x).sum()
 
     def fn(x: Tensor) -> Tensor:
@@ -185,21 +185,19 @@ def nothing_kept() -> Any:
     return [kept, hasattr(skipped.__wrapped__, "__dynamo_disable"), before == after]
 
 
+ALONE = (
+    asked_for,
+    attribute,
+    missing,
+    thread,
+    set_in_a_trace,
+    side_by_side,
+    failing,
+    nothing_kept,
+)
 CASES: dict[str, Callable[[], Any]] = {
-    **{name: lambda name=name: program(name) for name in PROGRAMS},  # type: ignore[misc]
-    **{
-        fn.__name__: fn
-        for fn in (
-            asked_for,
-            attribute,
-            missing,
-            thread,
-            set_in_a_trace,
-            side_by_side,
-            failing,
-            nothing_kept,
-        )
-    },
+    **{name: partial(program, name) for name in PROGRAMS},
+    **{case.__name__: case for case in ALONE},
 }
 
 
