@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EPERM
 from functools import cache
+from io import BufferedWriter
 from itertools import islice
 from pathlib import Path
 from secrets import token_hex
@@ -107,14 +108,14 @@ def is_writable() -> bool:
 
 
 @contextmanager
-def lock(name: str) -> Iterator[None]:
+def lock(name: str) -> Iterator[BufferedWriter | None]:
     """Let one process compile an entry, and others wait for it; without a folder, do nothing.
 
-    If the process is killed, the lock ends. Entries share a lock if the first two characters of
-    their names are equal.
+    If the process is killed, the lock ends, unless another one has inherited the file. Entries
+    share a lock if the first two characters of their names are equal.
     """
     place = folder()
-    file = None
+    file: BufferedWriter | None = None
     if place is not None:
         with suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def lock(name: str) -> Iterator[None]:
                 file = open(place / f"{name[:2]}.lock", "ab")  # noqa: SIM115
                 fcntl.flock(file, fcntl.LOCK_EX)
     try:
-        yield
+        yield file
     finally:
         if file is not None:
             with suppress(OSError):

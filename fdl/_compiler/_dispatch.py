@@ -3,25 +3,31 @@
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
 Whatever is new about a call, and every error, is left to `_jit.py`. The elementwise maths of eager
-optimizers are computed there too. It is compiled once on a machine, while the first function is
-compiled, and kept in the cache of programs. Until it is ready, programs are called from Python.
+optimizers are computed there too. It is compiled once on a machine, in the background after the
+first function, and kept in the cache of programs. Until it is ready, programs are called from
+Python, and a process that ends meanwhile leaves it to the next one.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
-from importlib.machinery import ExtensionFileLoader, ModuleSpec
-from importlib.util import module_from_spec
+from io import BufferedWriter
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +37,15 @@ from torch.backends.cpu import get_cpu_capability
 
 from fdl._compiler import _cache
 from fdl._compiler._donation import Donated
-from fdl._compiler._inductor import Compiled, missing_compiler, raise_python_error, silence_log
+from fdl._compiler._inductor import Compiled, raise_python_error
 from fdl._compiler._interrupt import INTACT
-from fdl._compiler._library import Library, library_of, program
+from fdl._compiler._library import (
+    Library,
+    extension_module,
+    from_python,
+    library_of,
+    program,
+)
 from fdl._compiler._nans import watching
 from fdl._compiler._refusals import first_line
 from fdl._compiler._settings import default_device, has_active_mode
@@ -41,11 +53,16 @@ from fdl._compiler._signature import unflatten
 from fdl._modes import disabled, tracing
 
 SOURCES = Path(__file__).with_name("dispatch")
-# Quicker to compile than with Inductor's own, and loops over floats in vectors, by IEEE 754.
-FLAGS = "-O2 -g0 -ftree-loop-vectorize -fno-math-errno -fsigned-zeros"
+# Loops over floats in vectors, by IEEE 754.
+FLAGS = (
+    "-O2 -DNDEBUG -ftree-loop-vectorize -fno-math-errno -fno-trapping-math -ffp-contract=off "
+    "-march=native -std=c++20 -fopenmp -fPIC -shared -w"
+)
+LIBRARIES = "-ltorch -ltorch_cpu -ltorch_python"
 MOST = 8  # programs of a function that are tried; more are called from Python
 
 _loaded: list[Any] = []  # the module, once it is built
+_compiles = Event()  # set when the compiler runs, or need not run
 
 
 class Direct(NamedTuple):
@@ -61,8 +78,13 @@ class Direct(NamedTuple):
 
 
 def start() -> None:
-    """Load the extension, or begin to build it in a thread."""
+    """Load the extension, or begin to build it."""
     _extension()
+
+
+def wait() -> None:
+    """Wait until the extension is built, if it is being built, and do nothing without one."""
+    _extension().result()
 
 
 def at_hand() -> Any:
@@ -124,10 +146,10 @@ def prepare(
     return [program]
 
 
-def from_library(library: Library, outputs: int) -> Compiled | None:
-    """Make a program of its library, or return None if there is nothing to call it with."""
-    extension = _extension().result()
-    return program(library, outputs, extension.execute) if extension else None
+def from_library(library: Library, outputs: int) -> Compiled:
+    """Make a program of its library."""
+    extension = at_hand()
+    return program(library, outputs, extension.execute if extension else from_python(library))
 
 
 def call_known(programs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,9 +173,6 @@ def _extension() -> Future[Any]:
     future: Future[Any] = Future()
     name = _name()
     found = _cache.find(name)
-    if found is None:
-        # Two threads that import torch's compiler at the same time find parts of it missing.
-        import torch._inductor.cpp_builder  # noqa: F401
 
     def load() -> None:
         try:
@@ -170,11 +189,13 @@ def _extension() -> Future[Any]:
         finally:  # whatever happened: others wait for it
             if not future.done():
                 future.set_result(None)
+            _compiles.set()
 
     if found:
         load()
-    else:  # not a daemon: a short process leaves the extension to the next ones
-        Thread(target=load, name="fdl-dispatch").start()
+    else:  # a daemon: the process may end before the compiler does
+        Thread(target=load, name="fdl-dispatch", daemon=True).start()
+        _compiles.wait(0.2)  # but not before it runs, unless that of another process does
     return future
 
 
@@ -191,31 +212,79 @@ def _name() -> str:
 
 def _build(name: str) -> Any:
     """Compile and load the extension, or return None without a compiler."""
-    if missing_compiler():
+    if shutil.which(_compiler()[0]) is None:
         return None
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
-    with _cache.lock(name):
+    with _cache.lock(name) as lock, tempfile.TemporaryDirectory() as own:
         found = _cache.find(name)  # another process has compiled it meanwhile
         if found is not None:
             return _load(found[0])
-        silence_log()
-        options = CppTorchOptions(
-            include_pytorch=True, warning_all=False, extra_flags=FLAGS.split()
-        )
-        with tempfile.TemporaryDirectory() as own:
-            builder = CppBuilder("dispatch", str(SOURCES / "dispatch.cpp"), options, own)
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, get_native_id(), 5)  # the program comes first
-            builder.build()
-            library = Path(builder.get_target_file_path())
-            return _load(_cache.keep(name, library, {}) or library)
+        # One that has ended may have left it here.
+        place = _cache.folder() if lock else Path(own)
+        made = Path(place or own, f"{name}{_cache.UNFINISHED}")
+        if not made.exists():
+            _compile(made, lock)
+        library = Path(own, "dispatch.so")
+        shutil.move(made, library)
+        return _load(_cache.keep(name, library, {}) or library)
+
+
+def _compile(made: Path, lock: BufferedWriter | None) -> None:
+    """Compile the extension in a process that goes on, and keeps the lock, if this one ends."""
+    unfinished = made.with_name(f"1-{made.name}")
+    script = (
+        f'{shlex.join([*_command(), str(unfinished)])} && mv "$0" "$1" || {{ rm -f "$0"; exit 1; }}'
+    )
+    process = subprocess.Popen(
+        ["nice", "sh", "-c", script, str(unfinished), str(made)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=[lock.fileno()] if lock else [],
+        process_group=0,  # Ctrl-C is not for it
+    )
+    if lock is None:  # nobody could use it later
+        atexit.register(_stop, process)
+    _compiles.set()
+    _, error = process.communicate()
+    if process.returncode:
+        raise RuntimeError(error)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+def _command() -> list[str]:
+    """Return the command that compiles the extension, up to the name of the file to write.
+
+    Torch has functions that write such a command, in modules whose import takes three seconds.
+    """
+    folder = Path(torch.__file__).parent
+    headers = folder / "include"
+    includes = [sysconfig.get_path("include"), headers, headers / "torch/csrc/api/include"]
+    return [
+        *_compiler(),
+        str(SOURCES / "dispatch.cpp"),
+        *FLAGS.split(),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{path}" for path in includes),
+        f"-L{folder / 'lib'}",
+        *LIBRARIES.split(),
+        *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),  # Python's symbols
+        "-o",
+    ]
 
 
 def _load(library: Path) -> Any:
     """Import the extension, and give it the objects of Python that it uses."""
-    loader = ExtensionFileLoader("dispatch", str(library))
-    module = module_from_spec(ModuleSpec("dispatch", loader, origin=str(library)))
+    module: Any = extension_module("dispatch", library)
     example = torch.empty(1)
     module.install(
         Tensor,

@@ -23,6 +23,7 @@ from fdl._checks import describe as describe_argument
 from fdl._compiler import _inductor, _package
 from fdl._compiler._callbacks import calls_back
 from fdl._compiler._decompose import decompose
+from fdl._compiler._garbage import fewer_collections
 from fdl._compiler._graph import NAMESPACES, nodes_of, operations
 from fdl._compiler._jit import one_at_a_time
 from fdl._compiler._program_file import (
@@ -92,7 +93,7 @@ def export(
         with use_settings(settings):
             return decompose(trace(fn, leaves, spec, unroll=False))
 
-    with one_at_a_time, ExitStack() as stack:
+    with fewer_collections(), one_at_a_time, ExitStack() as stack:
         traced = _trace(fn, leaves, spec, stack)
         if not is_plain(settings):
             stack.enter_context(as_written())

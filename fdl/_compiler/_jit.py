@@ -25,6 +25,7 @@ from fdl._compiler._donation import (
     invalidate,
     revalidate,
 )
+from fdl._compiler._garbage import fewer_collections
 from fdl._compiler._interrupt import INTACT
 from fdl._compiler._nans import check_result, watching
 from fdl._compiler._program import Program
@@ -246,11 +247,12 @@ def jit(
         key: _Key, leaves: list[Tensor], donated: Sequence[int], donated_leaves: list[Tensor]
     ) -> Any:
         spec, _, settings = key
-        _dispatch.start()
-        route = Route(fn, strict)
-        # Inside backward() grad mode is off.
-        with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
-            program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
+        with fewer_collections():
+            _dispatch.start()
+            route = Route(fn, strict)
+            # Inside backward() grad mode is off.
+            with one_at_a_time, torch.set_grad_enabled(has_grad(settings)):
+                program = build(fn, leaves, spec, donated, route, in_other_order(spec, settings))
         sources = Sources(fn, program.constants)
         check_closed_over(sources.tensors, leaves, donated, has_grad(settings))
         constants = resolved(sources.tensors)

@@ -18,7 +18,7 @@ class Stored(NamedTuple):
 
     name: str | None  # None: it cannot be kept there
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[object]:
         """Wait for another process that compiles the same program."""
         return _cache.lock(self.name) if self.name else nullcontext()
 
@@ -38,9 +38,9 @@ class Stored(NamedTuple):
             return None
         aliases = {int(out): i for out, i in about["aliases"].items()}
         outputs = len(traced.results) - len(aliases)
-        run = from_library(library, outputs) if library else None
-        if run is None:
+        if library is None:
             return None
+        run = from_library(library, outputs)
         regions = Regions(about["regions"], tuple(about["left_out"]))
         return program_of(run, traced, aliases), about["kernels"], regions
 

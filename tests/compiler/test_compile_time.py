@@ -276,3 +276,21 @@ def test_without_the_extension_programs_run_from_python(
     extension.finish()
     assert [fn(torch.ones(1)).item() for _ in range(2)] == [2, 2]
     assert calls == [False] * 3
+
+
+@needs_wrapper
+def test_a_program_from_the_cache_does_not_wait_for_the_extension(
+    monkeypatch: pytest.MonkeyPatch, program_cache: Path
+) -> None:
+    def fn(x: Tensor) -> dict[str, Tensor]:
+        return {"s": torch.sin(x), "n": x.sum()}
+
+    x = torch.linspace(-1, 1, 10)
+    expected = jit(fn)(x)
+    Unbuilt(monkeypatch)
+    monkeypatch.setattr(_dispatch, "_loaded", [])
+    monkeypatch.setattr(_dispatch, "_is_kept", lambda: False)
+    again = jit(fn)
+    for _ in range(3):
+        assert_equal(again(x), expected)
+    assert again.report()[0].cached and again.report()[0].route == "one program"

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 import fdl
 from fdl import jit, tree
 from fdl._compiler import _dispatch, _inductor
+from fdl._torch_compat import RELEASE
 from tests.support.asserts import Pair, assert_equal, trees
 
 
@@ -492,3 +494,70 @@ print(state["x"].tolist(), fn.report()[0].route)
     )
     assert run.stdout == "[3.0, 3.0] one program\n", run.stderr
     assert run.stderr.count("dispatched in Python, which takes longer (error: no such header)") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler waits in a script of bash")
+def test_a_process_does_not_wait_for_the_extension_and_leaves_it_to_the_next(
+    tmp_path: Path,
+) -> None:
+    """The compiler goes on, and keeps the lock, when the process ends that has started it."""
+    compiler, go, cache = tmp_path / "g++", tmp_path / "go", tmp_path / "cache"
+    wait = f"[[ $* == *dispatch.cpp* ]] && until [ -e {go} ]; do sleep 0.1; done"
+    compiler.write_text(f'#!/bin/bash\n{wait}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "FDL_CACHE": str(cache)}
+    program = """
+import torch, fdl
+from fdl._compiler import _dispatch
+fn = fdl.jit(lambda x: torch.sin(x) + 0.5)
+print(fn(torch.zeros(2)).tolist(), fn.report()[0].cached, len(_dispatch._loaded))
+"""
+
+    def run(more: str = "") -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program + more],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=True,
+        )
+        assert not done.stderr
+        return done.stdout
+
+    def parts() -> list[str]:
+        return sorted(path.name[:2] for path in cache.glob("*dispatch*"))
+
+    kept = RELEASE >= (2, 12)
+    try:
+        assert run() == "[0.5, 0.5] False 0\n"
+        assert run() == f"[0.5, 0.5] {kept} 0\n" and not parts()
+    finally:
+        go.touch()
+    ready = "print(_dispatch._extension().result() is not None)"
+    assert run(ready).splitlines()[1:] == ["True"] and parts() == ["di"]
+    assert run() == f"[0.5, 0.5] {kept} 1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler waits in a script of bash")
+def test_without_a_cache_the_compiler_ends_with_the_process(tmp_path: Path) -> None:
+    compiler, number = tmp_path / "g++", tmp_path / "number"
+    compiler.write_text(f"#!/bin/bash\necho $$ > {number}\nexec sleep 300\n")
+    compiler.chmod(0o755)
+    program = f"""
+import time
+from pathlib import Path
+from fdl._compiler import _dispatch
+_dispatch.start()
+while not (Path({str(number)!r}).exists() and Path({str(number)!r}).read_text()):
+    time.sleep(0.01)
+"""
+    environment = os.environ | {"CXX": str(compiler), "FDL_CACHE": "0"}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=100, check=True)
+    process = Path("/proc", number.read_text().strip(), "cmdline")
+    for _ in range(100):  # until the system has ended it
+        if not process.exists() or not process.read_bytes():
+            return
+        time.sleep(0.05)
+    pytest.fail("the compiler is still running")
