@@ -56,8 +56,12 @@ SOURCES = Path(__file__).with_name("dispatch")
 # Loops over floats in vectors, by IEEE 754.
 FLAGS = (
     "-O2 -DNDEBUG -ftree-loop-vectorize -fno-math-errno -fno-trapping-math -ffp-contract=off "
-    "-march=native -std=c++20 -fopenmp -fPIC -shared -w"
+    "-std=c++20 -fPIC -shared -w"
 )
+if sys.platform == "darwin":  # where clang++ has no OpenMP; the symbols are those of Python
+    FLAGS += " -undefined dynamic_lookup"
+else:
+    FLAGS += " -march=native -fopenmp"
 LIBRARIES = "-ltorch -ltorch_cpu -ltorch_python"
 MOST = 8  # programs of a function that are tried; more are called from Python
 
@@ -277,7 +281,6 @@ def _command() -> list[str]:
         *(f"-I{path}" for path in includes),
         f"-L{folder / 'lib'}",
         *LIBRARIES.split(),
-        *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),  # Python's symbols
         "-o",
     ]
 
