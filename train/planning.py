@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdl import TrainState, data, train_step
+from fdl._compiler._deferred import deferred_imports
 from train.config import Recipe
 from train.recipes import Problem
 
@@ -56,7 +57,8 @@ def make_plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     )
     batch = data.to_float(data.batch(problem.train, (order.index[0], order.mask[0])))
     step = train_step(problem.loss, problem.opt)
-    cost = cost_of(lambda: step(state, batch), state.key.device)
+    with deferred_imports():  # the step may be the only one that is not compiled
+        cost = cost_of(lambda: step(state, batch), state.key.device)
     return choose_plan(config, cost, steps_per_epoch(problem, config))
 
 

@@ -25,6 +25,7 @@ EXPECTED = {
     "side_by_side": [True, []],
     "failing": ["2", []],
     "nothing_kept": [False, True, True],
+    "planned": [[], True, True],
 }
 pytestmark = [
     pytest.mark.skipif(not _deferred.HAS_CACHE, reason="torch 2.11 keeps no programs"),

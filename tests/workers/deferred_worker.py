@@ -185,6 +185,20 @@ def nothing_kept() -> Any:
     return [kept, hasattr(skipped.__wrapped__, "__dynamo_disable"), before == after]
 
 
+def planned() -> Any:
+    """Try an eager step of a recipe, as `train` does before it compiles; later take gradients."""
+    from train import planning, recipes
+    from train.config import Softmax
+
+    config = Softmax(data="sample")
+    problem, state, _ = recipes.set_up(config, torch.device("cpu"))
+    planning.make_plan(problem, config, state)
+    after = imported()
+    gradient = torch.func.grad(lambda x: x.exp().sum())(X)
+    compiled = torch.compile(lambda x: x.exp())
+    return [after, torch.equal(gradient, X.exp()), torch.allclose(compiled(X), gradient)]
+
+
 ALONE = (
     asked_for,
     attribute,
@@ -194,6 +208,7 @@ ALONE = (
     side_by_side,
     failing,
     nothing_kept,
+    planned,
 )
 CASES: dict[str, Callable[[], Any]] = {
     **{name: partial(program, name) for name in PROGRAMS},
