@@ -59,7 +59,10 @@ def make_plan(problem: Problem, config: Recipe, state: TrainState) -> Plan:
     step = train_step(problem.loss, problem.opt)
     with deferred_imports():  # the step may be the only one that is not compiled
         cost = cost_of(lambda: step(state, batch), state.key.device)
-    return choose_plan(config, cost, steps_per_epoch(problem, config))
+    plan = choose_plan(config, cost, steps_per_epoch(problem, config))
+    if not plan.compile:  # torch imports its compiler for the first gradient: not in a timed epoch
+        step(state, batch)
+    return plan
 
 
 def cost_of(step: Callable[[], Any], device: torch.device) -> Cost:

@@ -190,7 +190,7 @@ def planned() -> Any:
     from train import planning, recipes
     from train.config import Softmax
 
-    config = Softmax(data="sample")
+    config = Softmax(data="sample", compile="on")
     problem, state, _ = recipes.set_up(config, torch.device("cpu"))
     planning.make_plan(problem, config, state)
     after = imported()
