@@ -11,10 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import struct
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EPERM
 from functools import cache
@@ -186,6 +187,11 @@ def remove_abandoned(path: Path) -> None:
     with suppress(OSError):  # there is none, or another process has removed it
         if time.time() - path.stat().st_mtime > ABANDONED:
             path.unlink()
+
+
+def script_to_write(command: Sequence[str]) -> str:
+    """Return a script of the shell in which a command writes file $0, which is then named $1."""
+    return f'{shlex.join(command)} && mv "$0" "$1" || {{ rm -f "$0"; exit 1; }}'
 
 
 def _is_ours(place: Path) -> bool:

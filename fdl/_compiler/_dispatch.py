@@ -3,9 +3,9 @@
 `dispatch/` compares the arguments of a call with those that the known programs were made for, gives
 donated memory away, and runs a program: about half a microsecond for each leaf of the state.
 Whatever is new about a call, and every error, is left to `_jit.py`. The elementwise maths of eager
-optimizers are computed there too. It is compiled once on a machine, in the background after the
-first function, and kept in the cache of programs. Until it is ready, programs are called from
-Python, and a process that ends meanwhile leaves it to the next one.
+optimizers are computed there too. It is compiled once on a machine, in the background while the
+first function is compiled, and kept in the cache of programs. Until it is ready, programs are
+called from Python, and a process that ends meanwhile leaves it to the next one.
 """
 
 from __future__ import annotations
@@ -222,9 +222,9 @@ def _build(name: str) -> Any:
         found = _cache.find(name)  # another process has compiled it meanwhile
         if found is not None:
             return _load(found[0])
-        # One that has ended may have left it here.
-        place = _cache.folder() if lock else Path(own)
-        made = Path(place or own, f"{name}{_cache.UNFINISHED}")
+        # In the folder of the cache one that has ended may have left it.
+        place = Path(lock.name).parent if lock else Path(own)
+        made = place / f"{name}{_cache.UNFINISHED}"
         if not made.exists():
             _compile(made, lock)
         library = Path(own, "dispatch.so")
@@ -235,9 +235,7 @@ def _build(name: str) -> Any:
 def _compile(made: Path, lock: BufferedWriter | None) -> None:
     """Compile the extension in a process that goes on, and keeps the lock, if this one ends."""
     unfinished = made.with_name(f"1-{made.name}")
-    script = (
-        f'{shlex.join([*_command(), str(unfinished)])} && mv "$0" "$1" || {{ rm -f "$0"; exit 1; }}'
-    )
+    script = _cache.script_to_write([*_command(), str(unfinished)])
     process = subprocess.Popen(
         ["nice", "sh", "-c", script, str(unfinished), str(made)],
         stdin=subprocess.DEVNULL,

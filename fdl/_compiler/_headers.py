@@ -139,7 +139,7 @@ def _read(path: Path, header: str, command: Sequence[str]) -> None:
         path.write_text(f"#include <{header}>\n")
         work = [*command, "-w", "-x", "c++-header", str(path), "-o", str(unfinished)]
         # In the background of a shell that ends at once: nobody has to wait for it.
-        script = f'{{ {shlex.join(work)} && mv "$0" "$1" || rm -f "$0"; }} >/dev/null 2>&1 &'
+        script = f"{{ {_cache.script_to_write(work)}; }} >/dev/null 2>&1 &"
         subprocess.run(
             ["nice", "-n", "19", "sh", "-c", script, str(unfinished), str(_read_in_advance(path))],
             stdin=subprocess.DEVNULL,
